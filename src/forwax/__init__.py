@@ -1,0 +1,1 @@
+"""forwax: train and optimise JAX programs without backpropagation."""
