@@ -1,0 +1,139 @@
+"""The one look of all pictures: palette, fonts, light axes, and a way to save that leaves no half-written file.
+
+Pictures use `matplotlib.figure.Figure` and never `pyplot`, so they need no display and share no global state. Draw
+inside a function decorated with `styled`; save with `save`::
+
+    @style.styled
+    def loss_curves(...) -> Figure:
+        figure = style.new_figure(7, 4)
+        axes = figure.subplots()
+        axes.plot(steps, loss, color=style.PALETTE["forward"])
+        return figure
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib
+from cycler import cycler
+from matplotlib.figure import Figure
+
+__all__ = ["PALETTE", "SETTINGS", "colour", "new_figure", "save", "styled"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INK = "#22283a"
+MUTED = "#6b7385"
+FAINT = "#e4e7ee"
+
+PALETTE: dict[str, str] = {
+    "backprop": "#2b3a67",
+    "forward": "#e4572e",
+    "forward-16": "#f0a202",
+    "projection": "#1b998b",
+    "activity": "#8d5a97",
+    "finite-difference": "#a0693a",
+    "exact": "#5b8e3e",
+    "value": "#3a78b5",
+    "tangent": "#e4572e",
+    "cotangent": "#1b998b",
+    "memory": "#f0a202",
+    "ink": INK,
+    "muted": MUTED,
+    "faint": FAINT,
+}
+"""The colour of each rule (backprop, forward, forward-16, ...) and of each part of a diagram, by name."""
+
+_CYCLE = [PALETTE[name] for name in ("forward", "projection", "forward-16", "activity", "finite-difference", "exact")]
+
+SETTINGS: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "mathtext.fontset": "cm",
+    "text.color": INK,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": cycler(color=_CYCLE),
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",
+}
+"""The matplotlib settings that `styled` and `save` apply for their own duration."""
+
+
+def styled(draw: Callable[P, T]) -> Callable[P, T]:
+    """Return `draw` with the house settings in force while it runs; the caller's own settings come back after it."""
+
+    @functools.wraps(draw)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        with matplotlib.rc_context(SETTINGS):
+            return draw(*args, **kwargs)
+
+    return wrapper
+
+
+@styled
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of that size in inches, with constrained layout, that belongs to no window.
+
+    >>> new_figure(6, 4).get_size_inches().tolist()
+    [6.0, 4.0]
+    """
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def colour(name: str, index: int = 0) -> str:
+    """Return the colour of a rule; a name outside `PALETTE` gets the index-th colour of a fixed cycle.
+
+    >>> colour("backprop") == PALETTE["backprop"], colour("mine", 1) == PALETTE["projection"]
+    (True, True)
+    """
+    return PALETTE.get(name, _CYCLE[index % len(_CYCLE)])
+
+
+@styled
+def save(figure: Figure, path: str | os.PathLike[str], dpi: float = 160) -> Path:
+    """Save the figure in the format that the path's suffix names, making its folder; return the path.
+
+    The picture is written next to its place and then moved there, so a reader never sees half of it.
+
+    Raises:
+        ValueError: When matplotlib cannot write that format.
+
+    Example: `save(figure, "runs/curves.png")`.
+    """
+    path = Path(path)
+    if not path.suffix:
+        raise ValueError(f"A picture's path needs a suffix such as .png, .svg or .pdf, but got {str(path)!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(draft, format=path.suffix[1:].lower(), dpi=dpi)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
