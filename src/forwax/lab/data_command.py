@@ -1,0 +1,134 @@
+"""``forwax data``: where each data set is; ``forwax data SET``: fetch, verify and cache one, or say where it is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from forwax.lab.data import DataError, DataSet, find_source, load, locate, names
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Fetch, verify and cache a data set, or say where it is.
+
+    Example:
+        ```sh
+        forwax data                            # a table of all sets, without fetching
+        forwax data mnist                      # fetch, verify and cache MNIST
+        forwax data cifar10 --data-dir ~/data  # use ~/data/cifar-10-batches-bin
+        ```
+    """
+
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SET")] = None
+    """The set: digits, mnist, fashion-mnist or cifar10. Without it, a table of all sets."""
+
+    data_dir: Path | None = None
+    """A folder to look into first, before FORWAX_DATA and the cache."""
+
+
+def run(options: DataOptions) -> int:
+    """Print what was asked for.
+
+    Args:
+        options: the command's options.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        DataError: if the set is unknown, damaged, or cannot be fetched.
+
+    Example:
+        ```sh
+        forwax data digits
+        ```
+    """
+    if options.name is None:
+        Console().print(table(options.data_dir))
+    else:
+        print(describe(options.name, options.data_dir))
+    return 0
+
+
+def describe(name: str, data_dir: Path | None = None) -> str:
+    """Load a set, fetching it if need be, and tell its place, sizes, shapes and class counts.
+
+    Args:
+        name: one of ``names()``.
+        data_dir: a folder to look into first.
+
+    Returns:
+        Several lines of text.
+
+    Raises:
+        DataError: if the set is unknown, damaged, or cannot be fetched.
+
+    Example:
+        >>> print(describe("digits"))
+        digits: comes with scikit-learn
+          training: 1,437 images of 8x8x1, uint8 from 0 to 16
+          test: 360 images of 8x8x1, uint8 from 0 to 16
+          class           training      test
+          0                    142        36
+          ...
+    """
+    place = _place(name, data_dir)
+    data = load(name, data_dir)
+    place = place or f"fetched, now {_place(name, data_dir)}"
+    verified = "" if name == "digits" else ", checksums verified"
+    return "\n".join([f"{name}: {place}{verified}", *_split_lines(data), *_class_lines(data)])
+
+
+def table(data_dir: Path | None = None) -> Table:
+    """All sets and where each is, found without reading or fetching anything.
+
+    Args:
+        data_dir: a folder to look into first.
+
+    Returns:
+        A table for rich to print, one row a set.
+
+    Example:
+        >>> table().row_count
+        4
+    """
+    rows = Table("set", "classes", "where")
+    rows.add_row("digits", "10", _place("digits", data_dir))
+    for name in names()[1:]:
+        source = find_source(name)
+        try:
+            place = _place(name, data_dir) or f"not here; `forwax data {name}` fetches it ({source.megabytes} MB)"
+        except DataError as error:
+            place = str(error)
+        rows.add_row(name, str(len(source.class_names)), Text(place, overflow="fold"))
+    return rows
+
+
+def _place(name: str, data_dir: Path | None) -> str | None:
+    if name == "digits":
+        return "comes with scikit-learn"
+    folder = locate(find_source(name), data_dir)
+    return f"found in {folder}" if folder else None
+
+
+def _split_lines(data: DataSet) -> list[str]:
+    splits = {"training": data.train_images, "test": data.test_images}
+    return [
+        f"  {split}: {len(images):,} images of {'x'.join(map(str, images.shape[1:]))}, uint8 from 0 to {data.scale}"
+        for split, images in splits.items()
+    ]
+
+
+def _class_lines(data: DataSet) -> list[str]:
+    counts = [np.bincount(labels, minlength=data.num_classes) for labels in (data.train_labels, data.test_labels)]
+    rows = zip(data.class_names, *counts, strict=True)
+    return [
+        f"  {'class':<14}{'training':>10}{'test':>10}",
+        *(f"  {label:<14}{train:>10,}{test:>10,}" for label, train, test in rows),
+    ]
