@@ -155,7 +155,7 @@ def _archive_contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes
                     missing.discard(file)
                     yield file, verified(source, file, stream.read(), where=f"{file} of {source.home}", remedy=REMEDY)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{source.home} gave a truncated or damaged archive ({error}); {REMEDY}.") from None
+        raise DataError(f"{source.home} gave a truncated or damaged archive; {REMEDY}.") from error
     if missing:
         raise DataError(f"{source.home} gave an archive without {', '.join(sorted(missing))}; {REMEDY}.")
 

@@ -1,0 +1,61 @@
+"""Fixtures for the tests of the command line: no network, no cache of the user's, tiny data sets."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pooch
+import pytest
+
+from forwax.lab.data.sources import SOURCES
+
+
+@pytest.fixture(autouse=True)
+def isolated_data(tmp_path_factory, monkeypatch) -> Path:
+    """An empty cache, no FORWAX_DATA, and a network that is down; gives the cache."""
+
+    def refuse(self, url, output_file, pooch, check_only=False):
+        raise OSError("the tests have no network")
+
+    cache = tmp_path_factory.mktemp("forwax-cache")
+    monkeypatch.setenv("FORWAX_CACHE", str(cache))
+    monkeypatch.delenv("FORWAX_DATA", raising=False)
+    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", refuse)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def datafiles() -> ModuleType:
+    """The module datafiles.py, which this folder's tests cannot import by name."""
+    spec = importlib.util.spec_from_file_location("datafiles", Path(__file__).with_name("datafiles.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up while they are made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datafiles", module)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def write_tiny(datafiles, monkeypatch):
+    """A function like `datafiles.write` that also makes `load` accept the tiny set's checksums."""
+
+    def write(name: str, root: Path, **options):
+        tiny = datafiles.write(name, root, **options)
+        monkeypatch.setitem(SOURCES, name, tiny.source)
+        return tiny
+
+    return write
+
+
+@pytest.fixture
+def tiny_data(write_tiny, tmp_path, monkeypatch) -> Path:
+    """Tiny mnist, fashion-mnist and cifar10 in a folder that FORWAX_DATA names."""
+    root = tmp_path / "tiny-data"
+    for name in tuple(SOURCES):
+        write_tiny(name, root)
+    monkeypatch.setenv("FORWAX_DATA", str(root))
+    return root
