@@ -143,7 +143,7 @@ def _file_contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _archive_contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
     """Download the archive and read its members by name; nothing else in it is touched."""
-    packed = folder / "archive.tar.gz"
+    packed = folder / Path(source.home).name
     _download(source, source.home, packed)
     missing = set(source.checksums)
     try:
