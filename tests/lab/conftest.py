@@ -1,6 +1,7 @@
 """Fixtures for the tests of the command line: no network, no cache of the user's, tiny data sets."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -59,3 +60,33 @@ def tiny_data(write_tiny, tmp_path, monkeypatch) -> Path:
         write_tiny(name, root)
     monkeypatch.setenv("FORWAX_DATA", str(root))
     return root
+
+
+@pytest.fixture
+def remote(write_tiny, tmp_path):
+    """A function that gives a tiny set which no local folder holds."""
+
+    def make(name: str):
+        tiny = write_tiny(name, tmp_path / "remote")
+        shutil.rmtree(tiny.folder)
+        return tiny
+
+    return make
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """A function that makes the network hold these pages only, and note each address asked for."""
+
+    def start(pages: dict[str, bytes], fetched: list[str] | None = None) -> None:
+        def answer(self, url, output_file, pooch, check_only=False):
+            if fetched is not None:
+                fetched.append(url)
+            if url not in pages:
+                raise OSError("404")
+            with open(output_file, "wb") as file:
+                file.write(pages[url])
+
+        monkeypatch.setattr(pooch.HTTPDownloader, "__call__", answer)
+
+    return start

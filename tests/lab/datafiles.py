@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import io
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,3 +66,16 @@ def _encode(source: Source, splits: dict[str, tuple[np.ndarray, np.ndarray]]) ->
             continue
         for (file,), some, their in zip(parts, np.split(images, len(parts)), np.split(labels, len(parts)), strict=True):
             yield file, cifar(some, their)
+
+
+def pages_of(tiny: Tiny) -> dict[str, bytes]:
+    """What a set's public home serves."""
+    if not tiny.source.archive:
+        return {f"{tiny.source.home}{file}.gz": gzip.compress(content) for file, content in tiny.contents.items()}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for file, content in {"readme.html": b"hello", **tiny.contents}.items():
+            member = tarfile.TarInfo(f"{tiny.source.folder}/{file}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return {tiny.source.home: packed.getvalue()}
