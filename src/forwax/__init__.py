@@ -1,1 +1,28 @@
 """forwax: train and optimise JAX programs without backpropagation."""
+
+from forwax import combine as combine
+from forwax import functions as functions
+from forwax import tangents as tangents
+from forwax import testing as testing
+from forwax._signature import LocalLosses
+from forwax.learning_rate import suggest_learning_rate
+from forwax.rules import Backprop, Exact, FiniteDifference, Rule, WeightPerturbation
+from forwax.transforms import grad, value_and_grad
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backprop",
+    "Exact",
+    "FiniteDifference",
+    "LocalLosses",
+    "Rule",
+    "WeightPerturbation",
+    "combine",
+    "functions",
+    "grad",
+    "suggest_learning_rate",
+    "tangents",
+    "testing",
+    "value_and_grad",
+]

@@ -1,1 +1,9 @@
-"""..."""
+"""Rules: how a gradient is estimated, one rule a file. Rules never import one another."""
+
+from forwax.rules._base import Rule
+from forwax.rules.backprop import Backprop
+from forwax.rules.exact import Exact
+from forwax.rules.finite_difference import FiniteDifference
+from forwax.rules.weight import WeightPerturbation
+
+__all__ = ["Backprop", "Exact", "FiniteDifference", "Rule", "WeightPerturbation"]

@@ -1,1 +1,22 @@
-"""..."""
+"""Distributions of tangents: random directions v with E[v vᵀ] = I, one distribution a file."""
+
+from forwax.tangents._base import IndependentTangents, Tangents
+from forwax.tangents.coordinate import Coordinate
+from forwax.tangents.guided import Guided
+from forwax.tangents.normal import Normal
+from forwax.tangents.orthonormal import Orthonormal
+from forwax.tangents.rademacher import Rademacher
+from forwax.tangents.sparse import Sparse
+from forwax.tangents.sphere import Sphere
+
+__all__ = [
+    "Coordinate",
+    "Guided",
+    "IndependentTangents",
+    "Normal",
+    "Orthonormal",
+    "Rademacher",
+    "Sparse",
+    "Sphere",
+    "Tangents",
+]

@@ -1,0 +1,43 @@
+"""What a value varies over inside `jax.shard_map`, and the sums and casts that follow from it.
+
+Outside `shard_map`, and with `check_vma=False`, nothing varies and every function here is the identity.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+Axes = frozenset[str]
+
+
+def axes(x: Any) -> Axes:
+    """The mesh axes over which a value varies."""
+    aval = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)  # newer jax; older ones have vma alone
+    return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+
+
+def tree_axes(tree: Any) -> list[Axes]:
+    """The varying axes of every leaf."""
+    return [axes(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def vary(x: Array, over: Iterable[str]) -> Array:
+    """Cast a value to vary over further mesh axes."""
+    missing = tuple(sorted(set(over) - axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def total(x: Array, over: Iterable[str]) -> Array:
+    """Sum a value over those of the mesh axes over which it varies."""
+    names = tuple(sorted(set(over) & axes(x)))
+    return lax.psum(x, names) if names else x
+
+
+def own_key(key: Array, over: Iterable[str]) -> Array:
+    """A key of its own for each index along mesh axes, so that different shards get independent noise."""
+    for name in sorted(over):
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    return key

@@ -1,0 +1,32 @@
+"""From a learning rate tuned for backprop to one that suits a noisy estimate."""
+
+from forwax.rules import Rule
+
+
+def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
+    """Scale a learning rate by what the rule's law implies.
+
+    A step along ĝ, of mean g and relative MSE M, is best shortened by E<ĝ, g> / E|ĝ|² = 1 / (1 + M): k/(n + k + 1) for
+    the mean over k normal tangents, k/(n + k - 1) for signs, k/n for orthonormal ones; 1 for an exact gradient, a
+    projection and a shrunk estimate. This is the best scale for gradient descent on an isotropic quadratic. Where few
+    directions carry the curvature, larger rates are stable too; it is the safe end of a search.
+
+    Args:
+        rule: the rule that will give the gradients.
+        n: the number of real coordinates of the parameters.
+        backprop_rate: the learning rate of plain gradient descent (or momentum) tuned for exact gradients.
+
+    Returns:
+        The suggested learning rate.
+
+    Raises:
+        ValueError: when n is not positive.
+
+    Example:
+        >>> import forwax as fx
+        >>> fx.suggest_learning_rate(fx.WeightPerturbation(num_tangents=10), n=91, backprop_rate=0.5)
+        0.05
+    """
+    if n < 1:
+        raise ValueError(f"suggest_learning_rate: expected the number of parameters n >= 1, got {n}.")
+    return backprop_rate * rule.learning_rate_scale(n)

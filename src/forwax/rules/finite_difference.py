@@ -1,0 +1,120 @@
+"""Slopes from two evaluations each, without any derivative rule.
+
+The zeroth-order estimator of SPSA (Spall 1992) and MeZO (Malladi et al. 2023, "Fine-Tuning Language Models with Just
+Forward Passes").
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from forwax import _mesh, _tree
+from forwax._signature import Problem
+from forwax._tree import Tree
+from forwax.assemble import Assembly
+from forwax.combine import Combine, Mean
+from forwax.pushforward import is_concrete
+from forwax.rules._base import Rule, check_count
+from forwax.tangents import IndependentTangents, Rademacher, Tangents
+from forwax.tangents._base import sampler
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FiniteDifference(Rule):
+    """Central differences c_j = (f(θ + ε v_j) - f(θ - ε v_j)) / 2ε in place of Jacobian-vector products.
+
+    For losses without a derivative rule, `jax.custom_vjp` functions included. Costs 2k evaluations, one at a time. The
+    directions are drawn anew from their seeds when the estimate is summed up, not stored, unless they are drawn jointly
+    or the combination needs all of them.
+
+    The estimate is that of `WeightPerturbation` up to a bias of order ε² and rounding of order u|f|/ε, with u the
+    rounding unit of the loss (float32: 6e-8). `value` is the mean of all evaluations, the loss up to order ε²; `aux` is that of
+    the first evaluation.
+
+    Attributes:
+        tangents: the distribution of directions.
+        num_tangents: the number k of directions.
+        combine: how slopes and directions become one estimate.
+        epsilon: the step ε, in units of a direction's entries (1e-3 as in MeZO).
+
+    Raises:
+        ValueError: when the count is not a positive integer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> rule = fx.FiniteDifference(num_tangents=2, tangents=fx.tangents.Orthonormal(), epsilon=0.1)
+        >>> fx.grad(lambda x: jnp.sum(x**2), rule)(jax.random.key(0), jnp.array([1.0, 2.0])).round(3).tolist()
+        [2.0, 4.0]
+    """
+
+    tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
+    num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
+    combine: Combine = Mean()  # noqa: RUF009
+    epsilon: float | Array = 1e-3
+
+    def __post_init__(self) -> None:
+        check_count("FiniteDifference", "num_tangents", self.num_tangents)
+
+    @property
+    def unbiased(self) -> bool:
+        """False: the bias is of order ε²."""
+        return False
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """One estimate; see `Rule.estimate`."""
+        k, key_axes = self.num_tangents, _mesh.axes(key)
+        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
+        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
+        draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
+
+        def evaluate(index: Array) -> tuple[Array, Tree, Array]:
+            return self._slope(problem, point, jax.tree.map(lambda x: x[0], draw(index[None])))
+
+        values, aux, slopes = _each(evaluate, k, is_concrete(point))
+        if self.combine.joint or not isinstance(self.tangents, IndependentTangents):
+            total = assembly.add(assembly.start(), slopes, draw(jnp.arange(k)))
+        else:
+            # The barrier makes the second drawing wait for the slopes; merged with the first, it would be stored.
+            again, slopes = lax.optimization_barrier((key, slopes))
+            redraw = sampler(self.tangents, again, problem.params, k)
+            total = _sum(lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])), k, assembly.start())
+        return jnp.mean(values), aux, assembly.finish(total, k)
+
+    def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[Array, Tree, Array]:
+        def step(sign: float) -> Tree:
+            return jax.tree.map(lambda x, v: x + jnp.asarray(sign * self.epsilon, v.dtype) * v, point, tangent)
+
+        above, aux = problem.objective(step(1.0))
+        below, _ = problem.objective(step(-1.0))
+        wide = _tree.accumulation_dtype(above.dtype)
+        slope = (above.astype(wide) - below.astype(wide)) / (2 * jnp.asarray(self.epsilon, wide))
+        return (above + below) / 2, aux, slope
+
+    def relative_mse(self, n: int) -> float:
+        """The law of the tangents and their combination, for n real coordinates and ε → 0."""
+        mean = self.tangents.relative_mse(n, self.num_tangents)
+        return self.combine.relative_mse(mean, n, self.num_tangents)
+
+    def learning_rate_scale(self, n: int) -> float:
+        """As for `WeightPerturbation`."""
+        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
+
+
+def _sum(add: Callable[[Array, Tree], Tree], k: int, start: Tree) -> Tree:
+    return add(jnp.asarray(0), start) if k == 1 else lax.fori_loop(0, k, add, start)
+
+
+def _each(evaluate: Callable[[Array], tuple[Array, Tree, Array]], k: int, concrete: bool) -> tuple[Array, Tree, Array]:
+    """Evaluate one tangent after the other: a Python loop outside a trace, so that the loss may branch on values."""
+    if k == 1:
+        value, aux, slope = evaluate(jnp.asarray(0))
+        return value[None], aux, slope[None]
+    if concrete:
+        outputs = [evaluate(jnp.asarray(j)) for j in range(k)]
+        return jnp.stack([v for v, *_ in outputs]), outputs[0][1], jnp.stack([s for *_, s in outputs])
+    values, aux, slopes = lax.map(evaluate, jnp.arange(k))
+    return values, jax.tree.map(lambda x: x[0], aux), slopes

@@ -1,0 +1,82 @@
+"""Weight perturbation: the forward gradient of Baydin et al. 2022, "Gradients without Backpropagation"."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from forwax import _mesh
+from forwax._signature import Problem
+from forwax._tree import Tree
+from forwax.assemble import Assembly
+from forwax.combine import Combine, Mean
+from forwax.pushforward import pushforward
+from forwax.rules._base import Rule, check_count
+from forwax.tangents import Rademacher, Tangents
+from forwax.tangents._base import sampler
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightPerturbation(Rule):
+    """The loss's slopes along k random directions of all parameters, times these directions.
+
+    With slopes c_j = <g, v_j> from one Jacobian-vector product each, the estimate is mean_j c_j v_j, unbiased because
+    E[v vᵀ] = I; see `forwax.combine` for other combinations. Cost: one forward pass and two more per tangent. Memory
+    does not grow with depth, since nothing is kept for a backward pass.
+
+    Attributes:
+        tangents: the distribution of directions; random signs have the least variance.
+        num_tangents: the number k of directions.
+        combine: how slopes and directions become one estimate.
+        chunk_size: the most directions at a time, None for all at once. The estimate is the same up to rounding; the
+            primal is evaluated once per chunk.
+
+    Raises:
+        ValueError: when a count is not a positive integer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> rule = fx.WeightPerturbation(num_tangents=3, tangents=fx.tangents.Orthonormal())
+        >>> fx.grad(lambda x: jnp.sum(x**2), rule)(jax.random.key(0), 1 + jnp.arange(3.0)).round(3).tolist()
+        [2.0, 4.0, 6.0]
+    """
+
+    tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
+    num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
+    combine: Combine = Mean()  # noqa: RUF009
+    chunk_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_count("WeightPerturbation", "num_tangents", self.num_tangents)
+        if self.chunk_size is not None:
+            check_count("WeightPerturbation", "chunk_size", self.chunk_size)
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the combination keeps the estimate unbiased."""
+        return self.combine.unbiased
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """One estimate; see `Rule.estimate`."""
+        k, key_axes = self.num_tangents, _mesh.axes(key)
+        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
+        draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
+        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
+        fold = None if self.combine.joint else assembly.add
+        value, aux, slopes, total = pushforward(
+            problem.objective, point, draw, k, chunk_size=self.chunk_size, fold=fold, start=assembly.start()
+        )
+        if self.combine.joint:
+            total = assembly.add(total, slopes, draw(jnp.arange(k)))
+        return value, aux, assembly.finish(total, k)
+
+    def relative_mse(self, n: int) -> float:
+        """The law of the tangents and their combination, for n real coordinates."""
+        mean = self.tangents.relative_mse(n, self.num_tangents)
+        return self.combine.relative_mse(mean, n, self.num_tangents)
+
+    def learning_rate_scale(self, n: int) -> float:
+        """1 / (1 + M) for the mean of relative MSE M: k / (n + k + 1) for normals, k / (n + k - 1) for signs."""
+        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))

@@ -1,0 +1,143 @@
+"""What a distribution of tangents is, and how a rule draws from it."""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from forwax import _mesh, _tree
+from forwax._tree import Spec, Tree
+
+
+class Tangents(abc.ABC):
+    """A distribution of random directions v with E[v vᵀ] = I over the n real coordinates of the parameters.
+
+    Subclass `IndependentTangents` when the directions of one call can be drawn one by one, so that a rule holds one
+    chunk of them, and this class when they are drawn jointly. A subclass is a frozen dataclass registered with
+    `jax.tree_util.register_dataclass`.
+    """
+
+    coordinatewise: ClassVar[bool] = False
+    """Whether the entries of one direction are independent, so that every shard of a parameter can draw its own."""
+
+    @abc.abstractmethod
+    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+        """Draw all directions of one call.
+
+        Args:
+            key: a typed PRNG key.
+            specs: shape and dtype of each real leaf.
+            num_tangents: the number k of directions.
+
+        Returns:
+            One array [k, *shape] per leaf, such that E[mean over j of v_j v_jᵀ] = I.
+        """
+
+    @abc.abstractmethod
+    def relative_mse(self, n: int, num_tangents: int) -> float:
+        """The exact E|ĝ - g|² / |g|² of ĝ = mean_j <g, v_j> v_j for n real coordinates and k tangents."""
+
+    def check(self, n: int, num_tangents: int) -> None:  # noqa: B027 (most refuse nothing)
+        """Raise a ValueError when the distribution has no k directions for n real coordinates."""
+
+    def sample(self, key: Array, like: Tree, num_tangents: int = 1) -> Tree:
+        """Draw directions for a tree of parameters.
+
+        Args:
+            key: PRNG key, typed or legacy.
+            like: a pytree of floating or complex arrays.
+            num_tangents: the number k of directions.
+
+        Returns:
+            A pytree of the structure of `like`, each leaf [k, *leaf.shape] in the leaf's dtype.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, forwax as fx
+            >>> fx.tangents.Rademacher().sample(jax.random.key(0), {"w": jnp.zeros((2, 3))}, 4)["w"].shape
+            (4, 2, 3)
+        """
+        return sampler(self, key, like, num_tangents, hold=True)(jnp.arange(num_tangents))
+
+
+class IndependentTangents(Tangents):
+    """Directions that can be drawn one by one: direction j of a call depends on the key and on j alone."""
+
+    @abc.abstractmethod
+    def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
+        """Draw one direction: an array of shape and dtype `spec` per leaf."""
+
+    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+        """Draw all directions of one call; see `Tangents.draw`."""
+        return self.draw_at(key, specs, jnp.arange(num_tangents))
+
+    def draw_at(self, key: Array, specs: Sequence[Spec], indices: Array) -> list[Array]:
+        """Draw the directions of the given indices [c] alone: the same ones for every cut into chunks."""
+
+        def one(index: Array) -> list[Array]:
+            return self.draw_one(jax.random.fold_in(key, index), specs)
+
+        if indices.shape[0] == 1:
+            return [x[None] for x in one(indices[0])]
+        if "rbg" in str(jax.random.key_impl(key)):  # under vmap this generator uses the first key of the batch alone
+            return jax.lax.map(one, indices)
+        return jax.vmap(one)(indices)
+
+
+def typed_key(key: Array) -> Array:
+    """A legacy uint32 key as a typed one; typed keys pass through."""
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def sampler(
+    tangents: Tangents, key: Array, like: Tree, num_tangents: int, *, hold: bool = False
+) -> Callable[[Array], Tree]:
+    """How a rule gets at its directions: a function from indices [c] to a tree with leading axis c.
+
+    Directions that can be drawn one by one are drawn when asked for, unless `hold`; joint ones are held.
+    """
+    key = typed_key(key)
+    specs = _tree.real_specs(like)
+    tangents.check(_tree.num_coordinates(like), num_tangents)
+    groups = _groups(tangents, like, _mesh.axes(key))
+
+    def at(indices: Array) -> Tree:
+        leaves: list[Array] = [jnp.zeros(())] * len(specs)
+        for offset, (over, members) in enumerate(groups):
+            own = _mesh.own_key(jax.random.fold_in(key, offset), over) if over or offset else key
+            drawn = draw(own, [specs[i] for i in members], indices)
+            for i, x in zip(members, drawn, strict=True):
+                leaves[i] = x
+        return jax.tree.unflatten(
+            jax.tree.structure(like),
+            [
+                jax.lax.complex(x[:, 0], x[:, 1]) if _tree.is_complex(leaf) else x
+                for x, leaf in zip(leaves, jax.tree.leaves(like), strict=True)
+            ],
+        )
+
+    def draw(own: Array, part: Sequence[Spec], indices: Array) -> list[Array]:
+        if isinstance(tangents, IndependentTangents):
+            return tangents.draw_at(own, part, indices)
+        return tangents.draw(own, part, num_tangents)
+
+    if isinstance(tangents, IndependentTangents) and not hold:
+        return at
+    held = at(jnp.arange(num_tangents))
+    return lambda indices: jax.tree.map(lambda x: x[indices], held) if indices.shape[0] < num_tangents else held
+
+
+def _groups(tangents: Tangents, like: Tree, key_axes: _mesh.Axes) -> list[tuple[_mesh.Axes, list[int]]]:
+    """Leaves that vary over the same mesh axes beyond the key's: each group draws with a key of its own."""
+    members: dict[_mesh.Axes, list[int]] = {}
+    for i, over in enumerate(_mesh.tree_axes(like)):
+        members.setdefault(over - key_axes, []).append(i)
+    if len(members) > 1 and not tangents.coordinatewise:
+        raise ValueError(
+            f"{type(tangents).__name__} couples all coordinates of a direction, so inside shard_map all parameters "
+            f"must vary over the same mesh axes, got {sorted(map(sorted, members))}. Use tangents.Rademacher() or "
+            "tangents.Normal(), whose coordinates are independent."
+        )
+    return sorted(members.items(), key=lambda item: sorted(item[0]))

@@ -1,0 +1,47 @@
+"""Independent standard normals: the tangents of Baydin et al. 2022, "Gradients without Backpropagation"."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+from jax import Array
+
+from forwax import _tree
+from forwax._tree import Spec
+from forwax.tangents._base import IndependentTangents
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normal(IndependentTangents):
+    """Independent normal entries of mean 0 and variance 1, drawn in at least float32 and cast to each leaf's dtype.
+
+    Relative MSE of the mean over k tangents: (n + 1) / k (kurtosis 3). Signs have less and are cheaper to draw.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> fx.tangents.Normal().sample(jax.random.key(0), jnp.zeros(3)).shape
+        (1, 3)
+        >>> fx.tangents.Normal().relative_mse(n=99, num_tangents=4)
+        25.0
+    """
+
+    coordinatewise: ClassVar[bool] = True
+
+    def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
+        """Draw one direction: normal entries in each leaf's shape and dtype."""
+        return normal_leaves(key, specs)
+
+    def relative_mse(self, n: int, num_tangents: int) -> float:
+        """(n + 1) / k."""
+        return (n + 1) / num_tangents
+
+
+def normal_leaves(key: Array, specs: Sequence[Spec], lead: tuple[int, ...] = ()) -> list[Array]:
+    """Standard normal leaves [*lead, *shape]."""
+    keys = jax.random.split(key, len(specs))
+    return [
+        jax.random.normal(k, lead + spec.shape, _tree.accumulation_dtype(spec.dtype)).astype(spec.dtype)
+        for k, spec in zip(keys, specs, strict=True)
+    ]

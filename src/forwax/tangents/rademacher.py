@@ -1,0 +1,56 @@
+"""Random signs: the least variance that independent unbiased tangents can have (Spall 1992, SPSA)."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from forwax._tree import Spec
+from forwax.tangents._base import IndependentTangents
+
+_WORD = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rademacher(IndependentTangents):
+    """Independent signs ±1, 32 of them unpacked from each random uint32.
+
+    Relative MSE of the mean over k tangents: (n - 1) / k. No distribution of independent unbiased tangents has less,
+    since E|v|⁴ ≥ (E|v|²)² = n² with equality exactly when |v|² is constant.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> v = fx.tangents.Rademacher().sample(jax.random.key(0), jnp.zeros(1000), num_tangents=2)
+        >>> v.shape, float(jnp.abs(v).min()), float(jnp.abs(v).max())
+        ((2, 1000), 1.0, 1.0)
+        >>> fx.tangents.Rademacher().relative_mse(n=101, num_tangents=4)
+        25.0
+    """
+
+    coordinatewise: ClassVar[bool] = True
+
+    def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
+        """Draw one direction: ±1 in each leaf's shape and dtype."""
+        counts = [-(-math.prod(spec.shape) // _WORD) for spec in specs]
+        words = jax.random.bits(key, (sum(counts),), jnp.uint32)  # one draw for all leaves: stock sampling costs more
+        leaves, start = [], 0
+        for spec, count in zip(specs, counts, strict=True):
+            leaves.append(unpack_signs(words[start : start + count], spec))
+            start += count
+        return leaves
+
+    def relative_mse(self, n: int, num_tangents: int) -> float:
+        """(n - 1) / k."""
+        return (n - 1) / num_tangents
+
+
+def unpack_signs(words: Array, spec: Spec) -> Array:
+    """Signs ±1 of the given shape and dtype from the bits of uint32 words [ceil(size / 32)]."""
+    bits = (words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32)) & 1
+    signs = (1 - 2 * bits.astype(jnp.int32)).astype(spec.dtype)
+    return signs.reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape)
