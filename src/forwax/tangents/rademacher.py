@@ -51,6 +51,6 @@ class Rademacher(IndependentTangents):
 
 def unpack_signs(words: Array, spec: Spec) -> Array:
     """Signs ±1 of the given shape and dtype from the bits of uint32 words [ceil(size / 32)]."""
-    bits = (words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32)) & 1
+    bits = (words[:, None] >> jnp.arange(_WORD, dtype=jnp.uint32)[None]) & 1
     signs = (1 - 2 * bits.astype(jnp.int32)).astype(spec.dtype)
     return signs.reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape)
