@@ -32,8 +32,8 @@ class FiniteDifference(Rule):
     or the combination needs all of them.
 
     The estimate is that of `WeightPerturbation` up to a bias of order ε² and rounding of order u|f|/ε, with u the
-    rounding unit of the loss (float32: 6e-8). `value` is the mean of all evaluations, the loss up to order ε²; `aux` is that of
-    the first evaluation.
+    rounding unit of the loss (float32: 6e-8). `value` is the mean of all evaluations, the loss up to order ε²;
+    `aux` is that of the first evaluation.
 
     Attributes:
         tangents: the distribution of directions.
@@ -71,10 +71,11 @@ class FiniteDifference(Rule):
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
         draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
 
-        def evaluate(index: Array) -> tuple[Array, Tree, Array]:
-            return self._slope(problem, point, jax.tree.map(lambda x: x[0], draw(index[None])))
+        def evaluate(index: Array) -> tuple[tuple[Array, Array], Tree]:
+            tangent = jax.tree.map(lambda x: x[0], draw(index[None]))
+            return self._slope(problem, point, tangent)
 
-        values, aux, slopes = _each(evaluate, k, is_concrete(point))
+        (values, slopes), aux = _each(evaluate, jnp.arange(k), is_concrete(point))
         if self.combine.joint or not isinstance(self.tangents, IndependentTangents):
             total = assembly.add(assembly.start(), slopes, draw(jnp.arange(k)))
         else:
@@ -84,15 +85,17 @@ class FiniteDifference(Rule):
             total = _sum(lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])), k, assembly.start())
         return jnp.mean(values), aux, assembly.finish(total, k)
 
-    def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[Array, Tree, Array]:
-        def step(sign: float) -> Tree:
-            return jax.tree.map(lambda x, v: x + jnp.asarray(sign * self.epsilon, v.dtype) * v, point, tangent)
+    def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[tuple[Array, Array], Tree]:
+        def side(sign: Array) -> tuple[Array, Tree]:
+            step = sign * self.epsilon
+            return problem.objective(
+                jax.tree.map(lambda x, v: x + step.astype(jnp.finfo(x.dtype).dtype) * v, point, tangent)
+            )
 
-        above, aux = problem.objective(step(1.0))
-        below, _ = problem.objective(step(-1.0))
-        wide = _tree.accumulation_dtype(above.dtype)
-        slope = (above.astype(wide) - below.astype(wide)) / (2 * jnp.asarray(self.epsilon, wide))
-        return (above + below) / 2, aux, slope
+        values, aux = _each(side, jnp.array([1.0, -1.0]), is_concrete((point, tangent)))
+        wide = values.astype(_tree.accumulation_dtype(values.dtype))
+        slope = (wide[0] - wide[1]) / (2 * jnp.asarray(self.epsilon, wide.dtype))
+        return (jnp.mean(values), slope), aux
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates and ε → 0."""
@@ -108,13 +111,13 @@ def _sum(add: Callable[[Array, Tree], Tree], k: int, start: Tree) -> Tree:
     return add(jnp.asarray(0), start) if k == 1 else lax.fori_loop(0, k, add, start)
 
 
-def _each(evaluate: Callable[[Array], tuple[Array, Tree, Array]], k: int, concrete: bool) -> tuple[Array, Tree, Array]:
-    """Evaluate one tangent after the other: a Python loop outside a trace, so that the loss may branch on values."""
-    if k == 1:
-        value, aux, slope = evaluate(jnp.asarray(0))
-        return value[None], aux, slope[None]
+def _each(evaluate: Callable[[Array], tuple[Tree, Tree]], xs: Array, concrete: bool) -> tuple[Tree, Tree]:
+    """Evaluate one after the other, tracing once; outside a trace a Python loop, so that the loss may branch on values.
+
+    Returns the stacked first outputs, and the second output of the first evaluation.
+    """
     if concrete:
-        outputs = [evaluate(jnp.asarray(j)) for j in range(k)]
-        return jnp.stack([v for v, *_ in outputs]), outputs[0][1], jnp.stack([s for *_, s in outputs])
-    values, aux, slopes = lax.map(evaluate, jnp.arange(k))
-    return values, jax.tree.map(lambda x: x[0], aux), slopes
+        outputs = [evaluate(x) for x in xs]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[out for out, _ in outputs]), outputs[0][1]
+    stacked, aux = lax.map(evaluate, xs)
+    return stacked, jax.tree.map(lambda x: x[0], aux)
