@@ -51,7 +51,7 @@ def assert_isotropic(
     Example:
         >>> import jax.numpy as jnp, forwax as fx
         >>> fx.testing.assert_isotropic(fx.tangents.Rademacher(), jnp.zeros(4))
-        512
+        2048
     """
     key = jax.random.key(0) if key is None else key
     _check_form(tangents.sample(key, like, num_tangents), like, num_tangents)
