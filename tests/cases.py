@@ -1,0 +1,312 @@
+"""The one list of what the laws are tested on: losses, tangents, combinations and rules.
+
+A new tangent, combination, rule or kind of loss is tested by being listed here.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+import forwax as fx
+from forwax import combine, tangents
+
+Tree = Any
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options for programs that are compiled once and run once: half the time to compile."""
+
+
+def quick_jit(function: Callable) -> Callable:
+    """`jax.jit` that compiles fast."""
+    return jax.jit(function, compiler_options=QUICK)
+
+
+# --- losses ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A loss, the arguments to call it with, and what to expect of it.
+
+    Attributes:
+        name: the test's id.
+        loss: the user's function.
+        make: makes the positional arguments.
+        kwargs: keyword arguments of the loss.
+        options: `argnums`, `has_aux` and `in_axes` of `forwax.value_and_grad`.
+        reverse: whether reverse mode accepts the loss.
+        traceable: whether the loss runs under a trace.
+    """
+
+    name: str
+    loss: Callable[..., Any]
+    make: Callable[[], tuple]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reverse: bool = True
+    traceable: bool = True
+
+    @property
+    def args(self) -> tuple:
+        """The positional arguments."""
+        return self.make()
+
+    def estimate(self, rule: fx.Rule, key: Array) -> Any:
+        """`forwax.value_and_grad` of this case."""
+        return fx.value_and_grad(self.loss, rule, **self.options)(key, *self.args, **self.kwargs)
+
+    def reference(self) -> tuple[tuple[Array, Tree], Tree]:
+        """`((value, aux), grads)` by JAX alone; forward mode where reverse mode refuses."""
+        argnums = self.options.get("argnums", 0)
+        if self.reverse:
+            return jax.value_and_grad(self._plain, argnums, has_aux=True)(*self.args)
+        grads = jax.jacfwd(lambda *args: self._plain(*args)[0], argnums)(*self.args)
+        return self._plain(*self.args), grads
+
+    def _plain(self, *args: Any) -> tuple[Array, Tree]:
+        """The scalar objective and aux of the whole batch, one example after the other."""
+        in_axes = self.options.get("in_axes")
+        if in_axes is None:
+            return self._one(*args)
+        number = in_axes.index(0)
+        outputs = [
+            self._one(*(arg if axis is None else jax.tree.map(lambda x: x[i], arg) for arg, axis in zip(args, in_axes)))  # noqa: B023, B905
+            for i in range(len(jax.tree.leaves(args[number])[0]))
+        ]
+        values, auxes = zip(*outputs, strict=True)
+        return sum(values) / len(values), jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+
+    def _one(self, *args: Any) -> tuple[Array, Tree]:
+        out = self.loss(*args, **self.kwargs)
+        value, aux = out if self.options.get("has_aux") else (out, None)
+        if isinstance(value, fx.LocalLosses):
+            value = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(value.tree))
+        return value, aux
+
+
+def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> Array:
+    """Fixed data, the same on every machine."""
+    generator = np.random.default_rng(seed)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.asarray(generator.normal(size=shape) + 1j * generator.normal(size=shape), dtype)
+    return jnp.asarray(generator.normal(size=shape), dtype)
+
+
+def quadratic(w: Array) -> Array:
+    """Any leaf: Σ |w|² c / 2 with curvatures 1, 2, ..."""
+    curvature = jnp.arange(1, w.size + 1).reshape(w.shape).astype(jnp.finfo(w.dtype).dtype)
+    return jnp.sum(curvature * jnp.abs(w) ** 2) / 2
+
+
+def tree_loss(params: Tree) -> Array:
+    """Every leaf's quadratic, coupled."""
+    parts = [quadratic(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(params)]
+    return functools.reduce(lambda total, part: total + part + 0.1 * total * part, parts)
+
+
+def regression(params: dict[str, Array], x: Array, *, target: float | Array = 1.0) -> Array:
+    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) - target) ** 2)
+
+
+def complex_loss(z: Array) -> Array:
+    """Not holomorphic, and not symmetric under conjugation, so that a wrong conjugate shows."""
+    return jnp.sum(jnp.abs(z) ** 2) + jnp.sum(z**2).imag + 2 * jnp.sum(z.real)
+
+
+def scalar_loss(x: Array) -> Array:
+    return jnp.sin(x) * x
+
+
+def mlp(params: dict[str, Array], x: Array, y: Array) -> Array:
+    """One example."""
+    hidden = jnp.tanh(x @ params["first"] + params["bias"])
+    return (hidden @ params["second"] - y) ** 2
+
+
+def mlp_params() -> dict[str, Array]:
+    return {"first": normal(1, 3, 2), "bias": normal(2, 2), "second": normal(3, 2)}
+
+
+def with_aux(w: Array, x: Array) -> tuple[Array, dict[str, Array]]:
+    prediction = jnp.vdot(w, x)
+    return (prediction - 1) ** 2, {"prediction": prediction, "doubled": 2 * x}
+
+
+def mlp_with_aux(params: dict[str, Array], x: Array, y: Array) -> tuple[Array, Array]:
+    return mlp(params, x, y), 3 * x
+
+
+def local_losses(params: dict[str, Array]) -> fx.LocalLosses:
+    """Two blocks; no gradient flows from the second into the first."""
+    hidden = jnp.tanh(params["first"])
+    second = (lax.stop_gradient(hidden) * params["second"]) ** 2
+    return fx.LocalLosses({"first": jnp.sum(hidden), "second": second})
+
+
+def while_loss(x: Array) -> Array:
+    """Doubles until the sum is large: the number of trips depends on x."""
+    return lax.while_loop(lambda s: jnp.sum(s**2) < 50, lambda s: s * 1.5 + 0.1, x).sum()
+
+
+def rnn(w: Array, xs: Array) -> Array:
+    def step(h: Array, x: Array) -> tuple[Array, Array]:
+        h = jnp.tanh(w @ h + x)
+        return h, jnp.sum(h**2)
+
+    return jnp.sum(lax.scan(step, jnp.zeros(w.shape[0]), xs)[1])
+
+
+def remat(w: Array) -> Array:
+    return jnp.sum(jax.checkpoint(lambda u: jnp.sin(u) ** 2)(w))
+
+
+def eager(w: Array) -> Array:
+    """Python control flow on concrete values."""
+    total = jnp.zeros(())
+    while total < 10:
+        total = total + jnp.sum(w**2)
+    return total * w[0] if w[0] > 0 else total
+
+
+def two_arguments(w: Array, x: Array, v: tuple[Array, Array]) -> Array:
+    return jnp.sum((w * x) ** 2) + jnp.sum(v[0]) * jnp.sum(w) * v[1]
+
+
+def keyword_loss(w: Array, *, scale: Array, power: int = 2) -> Array:
+    return jnp.sum(scale * w**power)
+
+
+CASES = [
+    Case("vector", quadratic, lambda: (normal(0, 5),)),
+    Case("dict", regression, lambda: ({"w": normal(1, 3, 2), "b": normal(2, 2)}, normal(3, 4, 3))),
+    Case("nested-tuple", tree_loss, lambda: (((normal(1, 2), (normal(2, 1, 2),)), normal(3, 1)),)),
+    Case("mixed-dtypes", tree_loss, lambda: ({"a": normal(1, 3), "b": normal(2, 2, dtype=jnp.bfloat16)},)),
+    Case("complex", complex_loss, lambda: (normal(1, 3, dtype=jnp.complex64),)),
+    Case("real-and-complex", tree_loss, lambda: ((normal(1, 2), normal(2, 2, dtype=jnp.complex64)),)),
+    Case("scalar", scalar_loss, lambda: (jnp.asarray(0.7, jnp.float32),)),
+    Case("per-example", mlp, lambda: (mlp_params(), normal(4, 4, 3), normal(5, 4)), options={"in_axes": (None, 0, 0)}),
+    Case(
+        "per-example-aux",
+        mlp_with_aux,
+        lambda: (mlp_params(), normal(4, 4, 3), normal(5, 4)),
+        options={"in_axes": (None, 0, 0), "has_aux": True},
+    ),
+    Case("local-losses", local_losses, lambda: ({"first": normal(1, 3), "second": normal(2, 3)},)),
+    Case("has-aux", with_aux, lambda: (normal(1, 4), normal(2, 4)), options={"has_aux": True}),
+    Case("while-loop", while_loss, lambda: (jnp.abs(normal(1, 3)) + 0.5,), reverse=False),
+    Case("scan", rnn, lambda: (normal(1, 2, 2), normal(2, 5, 2))),
+    Case("remat", remat, lambda: (normal(1, 4),)),
+    Case("eager", eager, lambda: (jnp.abs(normal(1, 4)) + 0.5,), traceable=False),
+    Case(
+        "argnums",
+        two_arguments,
+        lambda: (normal(1, 3), normal(2, 3), (normal(3, 2), normal(4))),
+        options={"argnums": (2, 0)},
+    ),
+    Case("keywords", keyword_loss, lambda: (normal(1, 3),), kwargs={"scale": normal(2, 3), "power": 3}),
+    Case("numpy", quadratic, lambda: (np.array([1.0, -2.0, 3.0], np.float32),)),
+]
+TRACEABLE = [case for case in CASES if case.traceable]
+
+
+# --- tangents and their laws ---
+
+
+@dataclasses.dataclass(frozen=True)
+class TangentCase:
+    """A distribution and its exact law, as functions of n, k and cos² of the angle between gradient and guess.
+
+    Attributes:
+        name: the test's id.
+        make: makes the distribution from a guess (a tree like the parameters).
+        relative_mse: E|ĝ - g|²/|g|² of the mean.
+        projection: that of the projection on the span.
+        guided: whether the law depends on the guess.
+        coordinatewise: whether each shard of a sharded parameter can draw its own.
+    """
+
+    name: str
+    make: Callable[[Tree], tangents.Tangents]
+    relative_mse: Callable[[int, int, float], float]
+    projection: Callable[[int, int, float], float] = lambda n, k, cos2: 1 - k / n
+    guided: bool = False
+    coordinatewise: bool = False
+
+
+TANGENTS = [
+    TangentCase("signs", lambda h: tangents.Rademacher(), lambda n, k, c: (n - 1) / k, coordinatewise=True),
+    TangentCase("normal", lambda h: tangents.Normal(), lambda n, k, c: (n + 1) / k, coordinatewise=True),
+    TangentCase("sphere", lambda h: tangents.Sphere(), lambda n, k, c: (n - 1) / k),
+    TangentCase(
+        "coordinate",
+        lambda h: tangents.Coordinate(),
+        lambda n, k, c: (n - 1) / k,
+        lambda n, k, c: (1 - 1 / n) ** k,  # a coordinate can be drawn twice
+    ),
+    TangentCase("coordinates", lambda h: tangents.Coordinate(replace=False), lambda n, k, c: n / k - 1),
+    TangentCase("orthonormal", lambda h: tangents.Orthonormal(), lambda n, k, c: n / k - 1),
+    TangentCase("sparse", lambda h: tangents.Sparse(0.5), lambda n, k, c: (n + 2 - 2) / k, coordinatewise=True),
+    TangentCase(
+        "guided",
+        tangents.Guided,
+        lambda n, k, c: ((n - 1) / (k - 1) - 1) * (1 - c),
+        lambda n, k, c: (1 - (k - 1) / (n - 1)) * (1 - c),
+        guided=True,
+    ),
+]
+
+COMBINATIONS: dict[str, Callable[[Tree], combine.Combine]] = {
+    "mean": lambda h: combine.Mean(),
+    "projection": lambda h: combine.Projection(),
+    "shrinkage": lambda h: combine.Shrinkage(),
+    "control-variate": combine.ControlVariate,
+}
+
+
+# --- rules ---
+
+RULES: dict[str, fx.Rule] = {
+    "weight": fx.WeightPerturbation(),
+    "weight-chunked": fx.WeightPerturbation(num_tangents=3, chunk_size=2),
+    "weight-projection": fx.WeightPerturbation(tangents.Normal(), 2, combine.Projection()),
+    "exact": fx.Exact(),
+    "exact-chunked": fx.Exact(chunk_size=2),
+    "finite-difference": fx.FiniteDifference(),
+    "finite-differences": fx.FiniteDifference(tangents.Normal(), 3, combine.Shrinkage(), epsilon=1e-2),
+    "backprop": fx.Backprop(),
+}
+
+
+def rules_for(case: Case) -> dict[str, fx.Rule]:
+    """The rules that can estimate a case's gradient."""
+    return {name: rule for name, rule in RULES.items() if case.reverse or not rule.reverse_mode}
+
+
+CASE_RULES = [(case, rule) for case in CASES for rule in rules_for(case)]
+CASE_RULE_IDS = [f"{case.name}-{rule}" for case, rule in CASE_RULES]
+
+
+# --- arithmetic on trees ---
+
+
+def inner(left: Tree, right: Tree) -> Array:
+    """The real inner product over all leaves."""
+    parts = [jnp.sum((jnp.conj(a) * b).real) for a, b in zip(*map(jax.tree.leaves, (left, right)), strict=True)]
+    return jnp.sum(jnp.stack(parts))
+
+
+def difference(left: Tree, right: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: a - b, left, right)
+
+
+def assert_trees_close(actual: Tree, expected: Tree, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        wide = np.complex128 if jnp.iscomplexobj(want) else np.float64
+        np.testing.assert_allclose(np.asarray(got).astype(wide), np.asarray(want).astype(wide), rtol, atol)
