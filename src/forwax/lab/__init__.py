@@ -1,1 +1,1 @@
-"""..."""
+"""The command line of forwax: `forwax train`, `compare`, `optimize` and `data`. Needs the extra `lab`."""

@@ -1,0 +1,154 @@
+"""Tables of the rules, tangents and combinations that the command line offers: one line adds one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import forwax as fx
+from forwax.lab.settings import Settings, UsageError
+
+TANGENTS: Mapping[str, Callable[[Settings, Any], Any]] = {
+    "rademacher": lambda settings, guess: fx.tangents.Rademacher(),
+    "normal": lambda settings, guess: fx.tangents.Normal(),
+    "sphere": lambda settings, guess: fx.tangents.Sphere(),
+    "coordinate": lambda settings, guess: fx.tangents.Coordinate(),
+    "coordinate-without-replacement": lambda settings, guess: fx.tangents.Coordinate(replace=False),
+    "orthonormal": lambda settings, guess: fx.tangents.Orthonormal(),
+    "sparse": lambda settings, guess: fx.tangents.Sparse(settings.density or 0.1),
+    "guided": lambda settings, guess: fx.tangents.Guided(guess),
+}
+"""How to build each distribution of tangents from the settings and the guess."""
+
+COMBINES: Mapping[str, Callable[[Any], Any]] = {
+    "mean": lambda guess: fx.combine.Mean(),
+    "projection": lambda guess: fx.combine.Projection(),
+    "shrinkage": lambda guess: fx.combine.Shrinkage(),
+    "control-variate": lambda guess: fx.combine.ControlVariate(guess),
+}
+"""How to build each combination from the guess."""
+
+
+@dataclass(frozen=True)
+class RuleChoice:
+    """A rule of the command line: how it is built, which settings it takes, one line about it, and its mode.
+
+    >>> RULES["exact"].takes
+    ('chunk_size',)
+    """
+
+    build: Callable[[Settings, Any], Any]
+    takes: tuple[str, ...]
+    about: str
+    reverse_mode: bool = False
+
+
+def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
+    """Build what all rules with tangents share."""
+    return {
+        "tangents": TANGENTS[settings.tangents or "rademacher"](settings, guess),
+        "num_tangents": settings.num_tangents or 1,
+        "combine": COMBINES[settings.combine or "mean"](guess),
+    }
+
+
+def _weight(settings: Settings, guess: Any) -> Any:
+    return fx.WeightPerturbation(**_parts(settings, guess), chunk_size=settings.chunk_size)
+
+
+def _exact(settings: Settings, guess: Any) -> Any:
+    return fx.Exact() if settings.chunk_size is None else fx.Exact(chunk_size=settings.chunk_size)
+
+
+def _finite_difference(settings: Settings, guess: Any) -> Any:
+    return fx.FiniteDifference(**_parts(settings, guess), epsilon=settings.epsilon or 1e-3)
+
+
+def _backprop(settings: Settings, guess: Any) -> Any:
+    return fx.Backprop()
+
+
+_DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
+
+RULES: Mapping[str, RuleChoice] = {
+    "weight": RuleChoice(_weight, (*_DRAWN, "chunk_size"), "slopes along random weight tangents, by forward mode"),
+    "exact": RuleChoice(_exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"),
+    "finite-difference": RuleChoice(_finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"),
+    "backprop": RuleChoice(_backprop, (), "reverse mode, the reference", reverse_mode=True),
+}
+"""Every rule of the command line."""
+
+RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon")
+"""The settings that only some rules take."""
+
+
+def needs_guess(settings: Settings) -> bool:
+    """Say whether the rule uses a guess of the gradient, kept as an exponential mean of past estimates.
+
+    >>> needs_guess(Settings(tangents="guided")), needs_guess(Settings(rule="backprop", tangents="guided"))
+    (True, False)
+    """
+    takes = RULES[settings.rule].takes
+    return "tangents" in takes and (settings.tangents == "guided" or settings.combine == "control-variate")
+
+
+def build_rule(settings: Settings, guess: Any = None) -> Any:
+    """Build the rule that the settings name.
+
+    Args:
+        settings: the run's settings.
+        guess: a pytree like the parameters, where `needs_guess(settings)`.
+
+    Returns:
+        A forwax rule.
+
+    Raises:
+        UsageError: when the library refuses the combination; the sentence is the library's own.
+
+    >>> build_rule(Settings(rule="backprop"))
+    Backprop()
+    """
+    try:
+        return RULES[settings.rule].build(settings, guess)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """Refuse what the rule does not take, and set to None what does not apply to it.
+
+    Args:
+        settings: settings with every default filled in.
+        given: the settings that the user named.
+
+    Returns:
+        The settings as config.json tells them.
+
+    Raises:
+        UsageError: when the user named something that the rule or its tangents do not take.
+
+    >>> check_rule(Settings(rule="exact"), {}).num_tangents is None
+    True
+    """
+    takes = set(RULES[settings.rule].takes)
+    if settings.tangents != "sparse":
+        takes.discard("density")
+    if not needs_guess(settings):
+        takes.discard("guess_decay")
+    refused = [name for name in RULE_SETTINGS if name in given and name not in takes]
+    if refused:
+        raise UsageError(_refusal(refused[0], settings))
+    dropped = dict.fromkeys(name for name in RULE_SETTINGS if name not in takes)
+    return dataclasses.replace(settings, **dropped)
+
+
+def _refusal(name: str, settings: Settings) -> str:
+    option = "--" + name.replace("_", "-")
+    if name == "density" and "tangents" in RULES[settings.rule].takes:
+        return f"{option} belongs to --tangents sparse, but the tangents are {settings.tangents}."
+    if name == "guess_decay" and "tangents" in RULES[settings.rule].takes:
+        return f"{option} belongs to --tangents guided or --combine control-variate, and neither was chosen."
+    takers = ", ".join(rule for rule, choice in RULES.items() if name in choice.takes)
+    return f"{option} does not apply to --rule {settings.rule}; it belongs to: {takers}."

@@ -1,0 +1,150 @@
+"""The experiments of the command line: a data set, a model, and the settings that suit them.
+
+To add one: add a line to `EXPERIMENTS`, and a model factory where a new model is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import equinox as eqx
+import jax
+
+from forwax.lab.settings import Settings
+from forwax.models import MLP, ConvNet, logistic_regression
+
+ModelFactory = Callable[[tuple[int, int, int], int, jax.Array], eqx.Module]
+"""From (the shape of one image, the number of classes, a key) to a model of one example."""
+
+
+def _logistic(shape: tuple[int, int, int], classes: int, key: jax.Array) -> eqx.Module:
+    return logistic_regression(shape[0] * shape[1] * shape[2], classes, key=key)
+
+
+def _small_mlp(shape: tuple[int, int, int], classes: int, key: jax.Array) -> eqx.Module:
+    return MLP(shape[0] * shape[1] * shape[2], (32,), classes, key=key)
+
+
+def _paper_mlp(shape: tuple[int, int, int], classes: int, key: jax.Array) -> eqx.Module:
+    return MLP(shape[0] * shape[1] * shape[2], (1024, 1024), classes, key=key)
+
+
+def _conv_net(shape: tuple[int, int, int], classes: int, key: jax.Array) -> eqx.Module:
+    return ConvNet(shape, classes, key=key)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A data set, a model and named settings; the loss is softmax cross-entropy, inputs are standardised pixels.
+
+    Attributes:
+        name: the name on the command line.
+        data_set: a name of `forwax.lab.data`.
+        model: the model factory.
+        configurations: settings by name; "default" is always there.
+        effective_dimension: along how many directions the loss curves, for the suggested rate of rules with tangents;
+            found by tuning the rate of a single tangent, None where the number of parameters serves.
+        description: what to run, and what to expect on which device.
+
+    >>> EXPERIMENTS["digits"].data_set
+    'digits'
+    """
+
+    name: str
+    data_set: str
+    model: ModelFactory
+    configurations: Mapping[str, Settings]
+    description: str
+    effective_dimension: int | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def _paper(learning_rate: float, steps: int) -> Settings:
+    """Give the configuration of Baydin et al. 2022: batch 64, rate η₀ exp(-i·1e-4), one normal tangent, plain SGD."""
+    return Settings(
+        rule="weight",
+        tangents="normal",
+        num_tangents=1,
+        combine="mean",
+        learning_rate=learning_rate,
+        schedule="exponential",
+        decay_rate=1e-4,
+        steps=steps,
+        batch_size=64,
+    )
+
+
+PAPER_LOGISTIC = {"paper": _paper(1e-4, 25_000)}
+PAPER_MLP = {"paper": _paper(2e-5, 20_000), "paper-fast": _paper(2e-4, 20_000)}
+NO_PAPER_CNN = (
+    "Baydin et al. 2022 describe this network, but its learning rate and iterations were not found in the paper."
+)
+
+
+def _on(data_set: str, model: str, default: Settings, effective_dimension: int | None, description: str) -> Experiment:
+    """Make the experiment `<data set>-<model>` of one of Baydin et al.'s three models."""
+    factory, paper = {
+        "logistic": (_logistic, PAPER_LOGISTIC),
+        "mlp": (_paper_mlp, PAPER_MLP),
+        "cnn": (_conv_net, {}),
+    }[model]
+    return Experiment(
+        name=f"{data_set}-{model}",
+        data_set=data_set,
+        model=factory,
+        configurations={"default": default, **{name: _with_rate(each, default) for name, each in paper.items()}},
+        description=description,
+        effective_dimension=effective_dimension,
+        notes={} if paper else {"paper": NO_PAPER_CNN, "paper-fast": NO_PAPER_CNN},
+    )
+
+
+def _with_rate(configuration: Settings, default: Settings) -> Settings:
+    """Carry the tuned backprop rate over, for users who change the rule and clear the learning rate."""
+    return dataclasses.replace(configuration, backprop_rate=default.backprop_rate)
+
+
+DIGITS = Settings(
+    num_tangents=32,
+    backprop_rate=0.5,
+    schedule="cosine",
+    steps=10_000,
+    batch_size=64,
+    eval_every=500,
+)
+LOGISTIC = Settings(num_tangents=1, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
+DENSE = Settings(num_tangents=1, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
+CONVOLUTION = Settings(
+    num_tangents=1, backprop_rate=0.05, schedule="cosine", steps=1_000, batch_size=64, eval_every=250
+)
+
+_ALL = (
+    Experiment(
+        name="digits",
+        data_set="digits",
+        model=_small_mlp,
+        configurations={"default": DIGITS},
+        description="An MLP 64-32-10 on scikit-learn's 8×8 digits.",
+    ),
+    _on("mnist", "logistic", LOGISTIC, 100, "Logistic regression on MNIST."),
+    _on("mnist", "mlp", DENSE, 1000, "The MLP 784-1024-1024-10 on MNIST."),
+    _on("mnist", "cnn", CONVOLUTION, 1000, "The convolutional network on MNIST."),
+    _on("fashion-mnist", "logistic", LOGISTIC, 100, "Logistic regression on Fashion-MNIST."),
+    _on("fashion-mnist", "mlp", DENSE, 1000, "The MLP 784-1024-1024-10 on Fashion-MNIST."),
+    _on("fashion-mnist", "cnn", CONVOLUTION, 1000, "The convolutional network on Fashion-MNIST."),
+    _on("cifar10", "cnn", CONVOLUTION, 1000, "The convolutional network on CIFAR-10."),
+)
+
+EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
+"""Every experiment by its name."""
+
+
+def describe(experiment: Experiment) -> str:
+    """Give the experiment's description with its configurations, for the command line's help.
+
+    >>> print(describe(EXPERIMENTS["digits"]).splitlines()[0])
+    digits: An MLP 64-32-10 on scikit-learn's 8×8 digits.
+    """
+    return f"{experiment.name}: {experiment.description}"

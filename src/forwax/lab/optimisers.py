@@ -1,0 +1,152 @@
+"""Optimisers and learning rates of the command line.
+
+A rate tuned for true gradients makes forward gradients explode. Where the user gives no rate, it is found so:
+
+- SGD-like optimisers: backprop_rate · s, where s is the scale of `forwax.suggest_learning_rate`, 1/(1 + M) for an
+  unbiased rule of relative MSE M. The law is for a loss that curves alike along all n parameters. A network's loss
+  curves along far fewer; where an experiment names that number d (its *effective dimension*), s is multiplied by
+  (n + k - 1)/(d + k - 1), which puts d in n's place. Momentum 0.9 multiplies a rate by ten in the long run, so that
+  its rate is a tenth.
+- Adaptive optimisers divide by the root of the estimate's second moment, which is 1 + M times that of the true
+  gradient: they have scaled by √s already, and get the other √s here: base rate · √s, with the base rate of their
+  papers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+import forwax as fx
+from forwax.lab.settings import Settings
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class OptimiserChoice:
+    """An optimiser of the command line.
+
+    Attributes:
+        build: from (schedule, weight decay) to the optax transformation.
+        factor: its learning rate over SGD's, for optimisers that are linear in the gradient.
+        base_rate: the usual rate with true gradients, for optimisers that divide by the gradient's size.
+
+    >>> OPTIMISERS["adam"].base_rate, OPTIMISERS["sgd"].base_rate
+    (0.001, None)
+    """
+
+    build: Callable[[Any, float], optax.GradientTransformation]
+    factor: float = 1.0
+    base_rate: float | None = None
+
+
+def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, float], Any]:
+    """Add weight decay, as a term of the gradient, in front of an optimiser that has none of its own."""
+
+    def with_decay(rate: Any, weight_decay: float) -> optax.GradientTransformation:
+        return optax.chain(optax.add_decayed_weights(weight_decay), build(rate)) if weight_decay else build(rate)
+
+    return with_decay
+
+
+def _decoupled(build: Callable[..., optax.GradientTransformation]) -> Callable[[Any, float], Any]:
+    """Pass weight decay on to an optimiser that has its own."""
+    return lambda rate, weight_decay: build(rate, weight_decay=weight_decay)
+
+
+OPTIMISERS: Mapping[str, OptimiserChoice] = {
+    "sgd": OptimiserChoice(_decayed(optax.sgd)),
+    "momentum": OptimiserChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM),
+    "nesterov": OptimiserChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM),
+    "adam": OptimiserChoice(_decayed(optax.adam), base_rate=1e-3),
+    "adamw": OptimiserChoice(_decoupled(optax.adamw), base_rate=1e-3),
+    "adamax": OptimiserChoice(_decayed(optax.adamax), base_rate=2e-3),
+    "nadam": OptimiserChoice(_decayed(optax.nadam), base_rate=1e-3),
+    "radam": OptimiserChoice(_decayed(optax.radam), base_rate=1e-3),
+    "adabelief": OptimiserChoice(_decayed(optax.adabelief), base_rate=1e-3),
+    "adagrad": OptimiserChoice(_decayed(optax.adagrad), base_rate=1e-2),
+    "rmsprop": OptimiserChoice(_decayed(optax.rmsprop), base_rate=1e-3),
+    "lion": OptimiserChoice(_decoupled(optax.lion), base_rate=1e-4),
+    "lamb": OptimiserChoice(_decoupled(optax.lamb), base_rate=1e-3),
+    "lars": OptimiserChoice(_decoupled(optax.lars), base_rate=1e-1),
+    "yogi": OptimiserChoice(_decayed(optax.yogi), base_rate=1e-2),
+}
+"""Every optimiser of the command line."""
+
+SCHEDULES: Mapping[str, Callable[[float, Settings, int], optax.Schedule]] = {
+    "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
+    "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, max(steps, 1)),
+    "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, max(steps, 1)),
+    "exponential": lambda rate, settings, steps: optax.exponential_decay(
+        rate, 1, math.exp(-(settings.decay_rate or 0))
+    ),
+}
+"""Every schedule, from (rate, settings, the number of steps after the warm-up) to a function of the step."""
+
+
+def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
+    """Build the learning rate as a function of the step: a linear warm-up, then the schedule.
+
+    Args:
+        settings: the run's settings.
+        learning_rate: the rate at the schedule's start.
+
+    Returns:
+        A function from the step, counted from 0, to the rate.
+
+    >>> schedule = build_schedule(Settings(schedule="exponential", decay_rate=1e-4), 2e-4)
+    >>> round(float(schedule(10_000)) / 2e-4, 3)
+    0.368
+    """
+    after = SCHEDULES[settings.schedule](learning_rate, settings, settings.steps - settings.warm_up)
+    if not settings.warm_up:
+        return after
+    rise = optax.linear_schedule(learning_rate / settings.warm_up, learning_rate, max(settings.warm_up - 1, 1))
+    return optax.join_schedules([rise, after], [settings.warm_up])
+
+
+def build_optimiser(settings: Settings, learning_rate: float) -> optax.GradientTransformation:
+    """Build the optimiser with its schedule and weight decay.
+
+    Args:
+        settings: the run's settings.
+        learning_rate: the rate at the schedule's start.
+
+    >>> state = build_optimiser(Settings(optimiser="adam"), 1e-3).init({"w": 0.0})
+    """
+    build = OPTIMISERS[settings.optimiser].build
+    return build(build_schedule(settings, learning_rate), settings.weight_decay)
+
+
+def suggest_rate(settings: Settings, rule: Any, n: int, effective_dimension: int | None = None) -> float:
+    """Find a learning rate for a rule from the one tuned for backprop; the module's docstring tells how.
+
+    Args:
+        settings: the run's settings; `backprop_rate` and `optimiser` are read.
+        rule: the forwax rule.
+        n: the number of parameters.
+        effective_dimension: along how many directions the loss curves; n where it is None.
+
+    Returns:
+        A learning rate.
+
+    >>> suggest_rate(Settings(backprop_rate=0.5), fx.Backprop(), n=1000)
+    0.5
+    >>> round(suggest_rate(Settings(backprop_rate=0.5), fx.WeightPerturbation(), n=1000), 6)
+    0.0005
+    >>> round(suggest_rate(Settings(backprop_rate=0.5), fx.WeightPerturbation(), n=1000, effective_dimension=100), 6)
+    0.005
+    """
+    choice = OPTIMISERS[settings.optimiser]
+    scale = float(fx.suggest_learning_rate(rule, n, 1.0))
+    k = getattr(rule, "num_tangents", None)
+    if k is not None and effective_dimension is not None:
+        scale *= (n + k - 1) / (min(effective_dimension, n) + k - 1)
+    if choice.base_rate is not None:
+        return choice.base_rate * math.sqrt(scale)
+    return settings.backprop_rate * choice.factor * scale

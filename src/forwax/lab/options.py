@@ -1,0 +1,226 @@
+"""The options of the command line, and how they become settings: a configuration, then what the user named."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax.numpy as jnp
+
+from forwax.lab import choices, optimisers
+from forwax.lab.experiments import EXPERIMENTS, Experiment
+from forwax.lab.settings import Settings, UsageError
+
+if TYPE_CHECKING:
+    ExperimentName = RuleName = TangentsName = CombineName = OptimiserName = ScheduleName = str
+else:
+    # the names come from the tables, so that a new line there is a new choice here
+    ExperimentName = Literal[tuple(EXPERIMENTS)]
+    RuleName = Literal[tuple(choices.RULES)]
+    TangentsName = Literal[tuple(choices.TANGENTS)]
+    CombineName = Literal[tuple(choices.COMBINES)]
+    OptimiserName = Literal[tuple(optimisers.OPTIMISERS)]
+    ScheduleName = Literal[tuple(optimisers.SCHEDULES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingOptions:
+    """The settings that a user may name; what is left out comes from the experiment's configuration.
+
+    >>> SettingOptions(steps=10).given()
+    {'steps': 10}
+    """
+
+    rule: RuleName | None = None
+    """How the gradient is found: slopes along random weight tangents, the exact gradient by forward mode, finite
+    differences, or backprop."""
+    tangents: TangentsName | None = None
+    """The distribution of the tangents."""
+    num_tangents: int | None = None
+    """How many tangents each step draws; more cost more and are less noisy."""
+    combine: CombineName | None = None
+    """How slopes and tangents become one estimate."""
+    density: float | None = None
+    """The share of non-zero entries of sparse tangents (0.1)."""
+    chunk_size: int | None = None
+    """How many tangents are pushed forward at once; all of them by default."""
+    epsilon: float | None = None
+    """The step of finite differences (0.001)."""
+    guess_decay: float | None = None
+    """Guided tangents and control variates use an exponential mean of past estimates; this share is kept (0.9)."""
+    optimiser: OptimiserName | None = None
+    """The optimiser."""
+    learning_rate: float | None = None
+    """The learning rate; by default the one that the rule's law implies."""
+    backprop_rate: float | None = None
+    """The rate tuned for SGD by backprop, from which the default learning rate is found."""
+    schedule: ScheduleName | None = None
+    """How the learning rate changes over the steps."""
+    decay_rate: float | None = None
+    """k of the exponential schedule: rate · exp(-k · step)."""
+    warm_up: int | None = None
+    """Over how many steps the rate rises from zero."""
+    weight_decay: float | None = None
+    """The share of each parameter taken off per unit of learning rate."""
+    steps: int | None = None
+    """The number of training steps."""
+    epochs: float | None = None
+    """The number of passes over the training set, instead of --steps."""
+    batch_size: int | None = None
+    """The number of examples of a step."""
+    eval_every: int | None = None
+    """The number of steps between two evaluations on the test set; a twentieth of all steps by default."""
+    seed: int | None = None
+    """The seed of the initial parameters, the data order and the tangents."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    """The floating type that the model computes in; half precision keeps its parameters in float32."""
+
+    def given(self) -> dict[str, Any]:
+        """Give what the user named, by field; fields of subclasses are left out."""
+        names = [field.name for field in dataclasses.fields(SettingOptions)]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def find_experiment(name: str) -> Experiment:
+    """Give the experiment of that name.
+
+    Raises:
+        UsageError: when there is none.
+
+    >>> find_experiment("mnist-mlp").data_set
+    'mnist'
+    """
+    if name not in EXPERIMENTS:
+        raise UsageError(f"There is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}.")
+    return EXPERIMENTS[name]
+
+
+def find_configuration(experiment: Experiment, name: str) -> Settings:
+    """Give the experiment's settings of that name.
+
+    Raises:
+        UsageError: when there are none, with the reason where one is known.
+
+    >>> find_configuration(find_experiment("mnist-mlp"), "paper").learning_rate
+    2e-05
+    """
+    if name in experiment.configurations:
+        return experiment.configurations[name]
+    known = ", ".join(experiment.configurations)
+    reason = experiment.notes.get(name, f"{experiment.name} has no configuration {name!r}.")
+    raise UsageError(f"{reason} Choose --config from: {known}.")
+
+
+def resolve(
+    experiment: Experiment, configuration: str, given: dict[str, Any], num_examples: int, num_parameters: int
+) -> Settings:
+    """Fill in every setting: the configuration, what the user named, and what follows from both.
+
+    Args:
+        experiment: one of `EXPERIMENTS`.
+        configuration: the name of one of its configurations.
+        given: what the user named, see `SettingOptions.given`.
+        num_examples: the size of the training set.
+        num_parameters: the number of parameters of the model.
+
+    Returns:
+        Settings whose learning rate, steps and evaluation interval are numbers.
+
+    Raises:
+        UsageError: when options do not go together or lie out of range.
+
+    >>> settings = resolve(find_experiment("digits"), "default", {"rule": "backprop", "epochs": 2}, 1437, 2410)
+    >>> settings.learning_rate, settings.steps, settings.tangents
+    (0.5, 44, None)
+    """
+    base = find_configuration(experiment, configuration)
+    named = {name: value for name, value in given.items() if name != "epochs"}
+    settings = dataclasses.replace(base, **named)
+    check_ranges(settings, num_examples)
+    if settings.schedule != "exponential" and "decay_rate" in given:
+        raise UsageError(f"--decay-rate belongs to --schedule exponential, but the schedule is {settings.schedule}.")
+    settings = choices.check_rule(settings, given)
+    settings = _with_steps(settings, given, num_examples)
+    check_against_parameters(settings, num_parameters)
+    decay_rate = settings.decay_rate if settings.schedule == "exponential" else None
+    return dataclasses.replace(
+        settings,
+        decay_rate=decay_rate,
+        eval_every=settings.eval_every or max(1, settings.steps // 20),
+        learning_rate=_learning_rate(settings, experiment, num_parameters),
+    )
+
+
+def _learning_rate(settings: Settings, experiment: Experiment, num_parameters: int) -> float:
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    rule = choices.build_rule(settings, jnp.zeros(num_parameters))
+    return optimisers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension)
+
+
+def _with_steps(settings: Settings, given: dict[str, Any], num_examples: int) -> Settings:
+    """Turn epochs into steps; an unfinished batch at an epoch's end is left out."""
+    if "epochs" not in given:
+        return settings
+    if "steps" in given:
+        raise UsageError("--steps and --epochs both say how long to train; give one of them.")
+    steps = round(given["epochs"] * (num_examples // settings.batch_size))
+    if steps < 1:
+        raise UsageError(f"--epochs {given['epochs']:g} gives no step; each epoch has {num_examples} examples.")
+    return dataclasses.replace(settings, steps=steps)
+
+
+_AT_LEAST_ONE = ("steps", "batch_size", "num_tangents", "chunk_size", "eval_every")
+_POSITIVE = ("learning_rate", "backprop_rate", "epsilon", "density")
+_NOT_NEGATIVE = ("warm_up", "weight_decay", "decay_rate", "seed")
+
+
+def check_ranges(settings: Settings, num_examples: int) -> None:
+    """Refuse numbers that lie out of range.
+
+    Raises:
+        UsageError: naming the option, the range and what came.
+
+    >>> check_ranges(Settings(batch_size=2000), num_examples=1437)
+    Traceback (most recent call last):
+        ...
+    forwax.lab.settings.UsageError: --batch-size must be at most the 1437 examples of the training set, got 2000.
+    """
+    for names, holds, wanted in (
+        (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
+        (_POSITIVE, lambda x: 0 < x < float("inf"), "a positive number"),
+        (_NOT_NEGATIVE, lambda x: 0 <= x < float("inf"), "zero or more"),
+        (("density",), lambda x: x <= 1, "at most 1"),
+        (("guess_decay",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ):
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and not holds(value):
+                raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value}.")
+    if settings.batch_size > num_examples:
+        raise UsageError(
+            f"--batch-size must be at most the {num_examples} examples of the training set, got {settings.batch_size}."
+        )
+
+
+def check_against_parameters(settings: Settings, num_parameters: int) -> None:
+    """Refuse a warm-up longer than the run, and tangents that the model has no room for.
+
+    Raises:
+        UsageError: naming the option, the range and what came.
+
+    >>> check_against_parameters(Settings(tangents="orthonormal", num_tangents=700), num_parameters=650)
+    Traceback (most recent call last):
+        ...
+    forwax.lab.settings.UsageError: ...700...
+    """
+    if settings.warm_up >= settings.steps and settings.warm_up:
+        raise UsageError(f"--warm-up must be shorter than the {settings.steps} steps, got {settings.warm_up}.")
+    rule = choices.build_rule(settings, jnp.zeros(num_parameters))
+    tangents = getattr(rule, "tangents", None)
+    if tangents is not None:
+        try:
+            tangents.check(num_parameters, settings.num_tangents)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
