@@ -92,10 +92,13 @@ def test_seconds_are_the_median_of_counted_calls(monkeypatch):
     assert seconds == [2.0, 20.0]
 
 
-def test_drawing_is_measured_where_something_is_drawn():
-    timings = descent.measure(SHORT, [fx.Backprop(), NORMAL, fx.Exact(), fx.FiniteDifference()], KEYS[0], repeats=1)
-    assert [timing.drawing > 0 for timing in timings] == [False, True, False, True]
-    assert all(timing.seconds > 0 for timing in timings)
+def test_overhead_is_the_run_on_a_sum(monkeypatch):
+    seen = []
+    monkeypatch.setattr(descent, "one_run", lambda plan, rule: seen.append((plan.function.name, rule)) or len(seen))
+    monkeypatch.setattr(descent, "seconds_of", lambda programs, key, repeats: [10.0 * each for each in programs])
+    timings = descent.measure(SHORT, [fx.Backprop(), NORMAL], KEYS[0])
+    assert seen == [("beale", fx.Backprop()), ("sum", fx.Backprop()), ("beale", NORMAL), ("sum", NORMAL)]
+    assert timings == [Timing(10.0, 20.0), Timing(30.0, 40.0)]
 
 
 def test_lost_runs_rank_last_and_are_counted():

@@ -69,10 +69,15 @@ class Descent:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds per run: the median of several single runs, and of it what drawing the directions takes alone."""
+    """Seconds per run, each the median of several single runs.
+
+    Attributes:
+        seconds: Those of the run.
+        overhead: Those of the same run on f(x) = Σ x_i: what the loop and the random directions cost.
+    """
 
     seconds: float
-    drawing: float
+    overhead: float
 
 
 Trace = tuple[jax.Array, jax.Array | None, jax.Array]
@@ -122,11 +127,10 @@ def measure(plan: Plan, rules: list[fx.Rule], key: jax.Array, repeats: int = REP
 
     Example: `measure(plan, [fx.Backprop(), fx.WeightPerturbation()], key)[1].seconds`.
     """
-    runs = [one_run(plan, rule) for rule in rules]
-    draws = [_drawing(plan, rule) for rule in rules]
-    seconds = seconds_of([*runs, *[draw for draw in draws if draw]], key, repeats)
-    rest = iter(seconds[len(runs) :])
-    return [Timing(own, next(rest) if draw else 0.0) for own, draw in zip(seconds, draws, strict=False)]
+    total = dataclasses.replace(plan.function, name="sum", formula=jnp.sum)
+    plans = (plan, dataclasses.replace(plan, function=total))
+    seconds = seconds_of([one_run(each, rule) for rule in rules for each in plans], key, repeats)
+    return [Timing(*pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 
 
 def seconds_of(programs: list[Callable[[jax.Array], Any]], key: jax.Array, repeats: int = REPEATS) -> list[float]:
@@ -144,18 +148,3 @@ def seconds_of(programs: list[Callable[[jax.Array], Any]], key: jax.Array, repea
             jax.block_until_ready(program(key))
             taken[i, j] = time.perf_counter() - begin
     return np.median(taken, axis=0).tolist()
-
-
-def _drawing(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], jax.Array] | None:
-    """Return a program that draws the directions of a run and sums them, or None where the rule draws none."""
-    if not isinstance(rule, fx.WeightPerturbation | fx.FiniteDifference):
-        return None
-    start = jnp.array(plan.start)
-
-    def draw(key: jax.Array) -> jax.Array:
-        def body(total: jax.Array, step_key: jax.Array) -> tuple[jax.Array, None]:
-            return total + jnp.sum(rule.tangents.sample(step_key, start, rule.num_tangents)), None
-
-        return jax.lax.scan(body, jnp.zeros(()), jax.random.split(key, plan.iterations))[0]
-
-    return draw
