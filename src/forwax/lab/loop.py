@@ -140,8 +140,11 @@ def _advance(state: TrainState, grads: Any, optimiser: optax.GradientTransformat
     return TrainState(optax.apply_updates(state.params, updates), opt_state, guess, state.step + 1)
 
 
-def _make_block(problem: Problem, settings: Settings) -> Any:
-    """Make the function that runs `count` steps; `epoch` and `order` pass the current epoch's permutation on."""
+def make_block(problem: Problem, settings: Settings) -> Any:
+    """Make the function that runs `count` steps; `epoch` and `order` pass the current epoch's permutation on.
+
+    The learning rate and the seed of the settings may be traced values, so that one program serves many.
+    """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data
     num_examples, batch = len(problem.train[0]), settings.batch_size
     per_epoch = num_examples // batch
@@ -185,7 +188,7 @@ def _make_block(problem: Problem, settings: Settings) -> Any:
     return block
 
 
-def _evaluator(problem: Problem) -> Any:
+def make_evaluator(problem: Problem) -> Any:
     """Make the function from parameters and images in batches to the summed loss and the number of right answers."""
 
     def of_batch(params: Any, images: jax.Array, labels: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -199,7 +202,7 @@ def _evaluator(problem: Problem) -> Any:
     return evaluate
 
 
-def _in_batches(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def in_batches(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut the test set into equal batches; the padding of the last one has weight False."""
     size = min(EVALUATION_BATCH, len(images))
     count = -(-len(images) // size)
@@ -289,12 +292,12 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
     ((3,), 3)
     """
     state = init_state(problem, settings) if state is None else state
-    data, test = jax.device_put(problem.train), jax.device_put(_in_batches(*problem.test))
+    data, test = jax.device_put(problem.train), jax.device_put(in_batches(*problem.test))
     epoch, order = jnp.int32(-1), jnp.zeros(len(problem.train[0]), jnp.int32)
     started = time.perf_counter()
-    block = jax.jit(_make_block(problem, settings), donate_argnums=(0, 1, 2))
+    block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2))
     compiled = block.lower(state, epoch, order, np.int32(1), *data).compile()
-    evaluate = jax.jit(_evaluator(problem)).lower(state.params, *test).compile()
+    evaluate = jax.jit(make_evaluator(problem)).lower(state.params, *test).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     return Trainer(
