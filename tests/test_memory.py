@@ -1,0 +1,97 @@
+"""Law 7: the compiled temporaries of weight perturbation do not grow with depth, chunked or not.
+
+Only compiles: nothing here depends on the machine's speed or load.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import QUICK
+
+import forwax as fx
+
+WIDTH, BATCH = 16, 64
+ACTIVATION = WIDTH * BATCH * 4  # bytes of one layer's activity
+
+
+def scanned(depth):
+    """A tanh-RNN of one weight matrix, by `lax.scan`."""
+
+    def loss(w, x):
+        h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=depth)
+        return jnp.sum(h**2)
+
+    return loss
+
+
+def unrolled(depth):
+    """The same without a loop, so that XLA sees every layer."""
+
+    def loss(w, x):
+        for _ in range(depth):
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x**2)
+
+    return loss
+
+
+def temporaries(loss, rule) -> int:
+    """Bytes."""
+    args = jax.random.key(0), jnp.zeros((WIDTH, WIDTH)), jnp.zeros((BATCH, WIDTH))
+    compiled = jax.jit(fx.value_and_grad(loss, rule)).lower(*args).compile(compiler_options=QUICK)
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+FLAT = {
+    "one": fx.WeightPerturbation(),
+    "unchunked": fx.WeightPerturbation(num_tangents=4),
+    "chunked": fx.WeightPerturbation(num_tangents=4, chunk_size=2),
+    "chunked-unevenly": fx.WeightPerturbation(num_tangents=5, chunk_size=2),
+    "projection": fx.WeightPerturbation(num_tangents=4, combine=fx.combine.Projection(), chunk_size=2),
+    "exact": fx.Exact(chunk_size=4),
+    "finite-difference": fx.FiniteDifference(num_tangents=4),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_temporaries_are_flat_in_the_depth_of_a_scan(name):
+    shallow, middle, deep = (temporaries(scanned(depth), FLAT[name]) for depth in (8, 64, 512))
+    assert middle == pytest.approx(shallow, rel=0.05)
+    assert deep == pytest.approx(shallow, rel=0.05)
+
+
+def test_those_of_backprop_grow():
+    shallow, middle, deep = (temporaries(scanned(depth), fx.Backprop()) for depth in (8, 64, 512))
+    assert middle > shallow + 50 * ACTIVATION
+    assert deep > shallow + 500 * ACTIVATION
+
+
+CHUNKED = {name: FLAT[name] for name in ("chunked", "exact")}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_temporaries_are_flat_in_the_depth_of_a_stack(name):
+    shallow, deep = (temporaries(unrolled(depth), CHUNKED[name]) for depth in (8, 32))
+    assert deep == pytest.approx(shallow, rel=0.05)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_without_the_barrier_every_activity_is_stored(name, monkeypatch):
+    """XLA then hoists the primal out of the loop over chunks: what the barrier in the chunk's body prevents."""
+    monkeypatch.setattr("forwax.pushforward.lax.optimization_barrier", lambda x: x)
+    shallow, deep = (temporaries(unrolled(depth), CHUNKED[name]) for depth in (8, 32))
+    assert deep > shallow + 20 * ACTIVATION
+
+
+def test_independent_tangents_hold_one_chunk():
+    """Many tangents of many parameters: what is held is a chunk's, not all k."""
+    n, k = 1 << 16, 32
+    loss = lambda w: jnp.sum(jnp.sin(w))
+
+    def held(rule):
+        compiled = jax.jit(fx.value_and_grad(loss, rule)).lower(jax.random.key(0), jnp.zeros(n)).compile(QUICK)
+        return compiled.memory_analysis().temp_size_in_bytes / (4 * n)
+
+    assert held(fx.WeightPerturbation(num_tangents=k, chunk_size=2)) < 12
+    assert held(fx.FiniteDifference(num_tangents=k)) < 12
+    assert held(fx.WeightPerturbation(num_tangents=k, chunk_size=2, combine=fx.combine.Projection())) > k
