@@ -38,8 +38,7 @@ class Rademacher(IndependentTangents):
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: ±1 in each leaf's shape and dtype."""
         counts = [-(-math.prod(spec.shape) // _WORD) for spec in specs]
-        rows = -(-sum(counts) // _ROW)  # whole rows: on CPU an odd number of words costs eight times as much
-        words = jax.random.bits(key, (rows * _ROW,), jnp.uint32)  # one draw for all leaves
+        words = jax.random.bits(key, (_padded(sum(counts)),), jnp.uint32)  # one draw for all leaves
         leaves, start = [], 0
         for spec, count in zip(specs, counts, strict=True):
             leaves.append(unpack_signs(words[start : start + count], spec))
@@ -49,6 +48,12 @@ class Rademacher(IndependentTangents):
     def relative_mse(self, n: int, num_tangents: int) -> float:
         """(n - 1) / k."""
         return (n - 1) / num_tangents
+
+
+def _padded(num_words: int) -> int:
+    """Up to an even number, in whole rows for long draws: on CPU an odd number of words costs eight times as much."""
+    row = _ROW if num_words > _ROW else 2
+    return -(-num_words // row) * row
 
 
 def unpack_signs(words: Array, spec: Spec) -> Array:
