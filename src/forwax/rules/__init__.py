@@ -1,6 +1,6 @@
 """Rules: how a gradient is estimated, one rule a file. Rules never import one another."""
 
-from forwax.rules._base import Rule
+from forwax._rule import Rule
 from forwax.rules.backprop import Backprop
 from forwax.rules.exact import Exact
 from forwax.rules.finite_difference import FiniteDifference

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 from jax import Array
 
+from forwax._rule import Rule
 from forwax._signature import Problem
 from forwax._tree import Tree
-from forwax.rules._base import Rule
 
 
 @jax.tree_util.register_dataclass

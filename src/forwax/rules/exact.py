@@ -6,10 +6,10 @@ import jax
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.pushforward import pushforward
-from forwax.rules._base import Rule, check_count
 
 
 @jax.tree_util.register_dataclass

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
+from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.assemble import Assembly
 from forwax.combine import Combine, Mean
 from forwax.pushforward import is_concrete
-from forwax.rules._base import Rule, check_count
 from forwax.tangents import IndependentTangents, Rademacher, Tangents
 from forwax.tangents._base import sampler
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh
+from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.assemble import Assembly
 from forwax.combine import Combine, Mean
 from forwax.pushforward import pushforward
-from forwax.rules._base import Rule, check_count
 from forwax.tangents import Rademacher, Tangents
 from forwax.tangents._base import sampler
 
