@@ -6,9 +6,9 @@ Only compiles: nothing here depends on the machine's speed or load.
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import QUICK
 
 import forwax as fx
+from cases import QUICK
 
 WIDTH, BATCH = 16, 64
 ACTIVATION = WIDTH * BATCH * 4  # bytes of one layer's activity
@@ -86,7 +86,9 @@ def test_without_the_barrier_every_activity_is_stored(name, monkeypatch):
 def test_independent_tangents_hold_one_chunk():
     """Many tangents of many parameters: what is held is a chunk's, not all k."""
     n, k = 1 << 16, 32
-    loss = lambda w: jnp.sum(jnp.sin(w))
+
+    def loss(w):
+        return jnp.sum(jnp.sin(w))
 
     def held(rule):
         compiled = jax.jit(fx.value_and_grad(loss, rule)).lower(jax.random.key(0), jnp.zeros(n)).compile(QUICK)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import COMBINATIONS, TANGENTS, TangentCase, complex_loss, difference, inner, normal, quick_jit
 
 import forwax as fx
+from cases import COMBINATIONS, TANGENTS, TangentCase, complex_loss, difference, inner, normal, quick_jit
 
 NUM_KEYS = 8192
 NUM_TANGENTS = 3
@@ -82,7 +82,10 @@ def measured():
                 name: fx.WeightPerturbation(case.make(GUESS), NUM_TANGENTS, make(GUESS))
                 for name, make in COMBINATIONS.items()
             }
-            estimate = lambda key: {name: fx.grad(loss, rule)(key, PARAMS) for name, rule in rules.items()}
+
+            def estimate(key):
+                return {name: fx.grad(loss, rule)(key, PARAMS) for name, rule in rules.items()}
+
             estimates = quick_jit(jax.vmap(estimate))(KEYS)
             cache[case.name] = {name: errors(batch) for name, batch in estimates.items()}
         return cache[case.name]
@@ -179,7 +182,7 @@ def test_the_recycled_projection():
 
 
 def test_a_single_tangent_of_two_parameters_separates_signs_from_normals():
-    """n = 2, where n - 1 = 1 and n + 1 = 3 are furthest apart."""
+    """With n = 2, where n - 1 = 1 and n + 1 = 3 are furthest apart."""
     gradient = jnp.asarray([3.0, -1.0])
     point = jnp.zeros(2)
 

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import RULES, normal
 
 import forwax as fx
+from cases import RULES, normal
 
 
 class Counted:
@@ -108,7 +108,10 @@ def test_the_counter_counts_a_forward_and_a_backward_pass():
     assert dot_flops(jax.make_jaxpr(deep)(STACK, DATA).jaxpr) == FORWARD
     one_tangent = 1 + (2 * DEPTH - 1) / DEPTH  # the first layer's input has no tangent
     assert forwards(fx.WeightPerturbation()) == one_tangent
-    loop = lambda ws, x: jax.lax.scan(lambda h, _: (jnp.tanh(h @ ws[0]), None), x, None, length=DEPTH)[0]
+
+    def loop(ws, x):
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ ws[0]), None), x, None, length=DEPTH)[0]
+
     assert dot_flops(jax.make_jaxpr(loop)(STACK, DATA).jaxpr) == FORWARD
 
 
@@ -135,7 +138,10 @@ def test_a_finite_difference_costs_two_forwards_a_tangent():
 
 def test_the_compiled_program_agrees():
     """XLA's own count, everything included: 1 + k (2 - 1/depth) forward passes within 5 %."""
-    flops = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+
+    def flops(f, *args):
+        return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+
     stack, data = [jnp.ones((128, 128))] * DEPTH, jnp.ones((512, 128))  # wide, so that products prevail
     forward = flops(deep, stack, data)
     for k in (1, 8):
