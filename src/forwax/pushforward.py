@@ -110,9 +110,10 @@ def _cut(tangents: Array, used: Array) -> Array:
 
 
 def is_concrete(tree: Tree) -> bool:
-    """Whether no leaf is an abstract value of a running trace."""
+    """Whether no leaf is abstract and no trace of a whole program, such as `jit`, is running."""
+    fresh = jnp.zeros(())  # abstract under jit even when every leaf of the tree is a captured constant
     try:
-        for leaf in jax.tree.leaves(tree):
+        for leaf in [fresh, *jax.tree.leaves(tree)]:
             leaf.addressable_data(0)
     except jax.errors.ConcretizationTypeError:
         return False
