@@ -1,0 +1,55 @@
+"""Sphinx settings: MyST-NB pages that are executed as they are built, the furo theme, and no network.
+
+Build with `sphinx-build -W --keep-going -b html docs docs/_build`.
+"""
+
+import os
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+
+here = Path(__file__).parent
+sys.path.insert(0, str(here / "_ext"))
+
+# The notebooks run in kernels of their own: keep them on the CPU, and free of the settings of whoever builds the docs.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("XLA_FLAGS", None)
+
+project = "forwax"
+author = "the forwax authors"
+copyright = "the forwax authors"  # Sphinx's own name for the setting
+version = release = installed_version("forwax")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "plain_docstrings", "public_names"]
+exclude_patterns = ["_build", "jupyter_execute"]
+if not any(here.glob("results/*.md")):  # before there are results there is no page of them
+    exclude_patterns.append("results.md")
+    suppress_warnings = ["toc.not_readable"]
+
+# Markdown and notebooks
+myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_output_stderr = "warn"  # a warning that a cell prints is a warning of the build
+
+# Docstrings
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+python_maximum_signature_line_length = 80
+public_names_modules = ["forwax", "forwax.tangents", "forwax.combine", "forwax.testing", "forwax.functions"]
+
+# Pages
+html_theme = "furo"
+html_title = "forwax"
+html_static_path = ["_static"]
+html_css_files = ["forwax.css"]
+html_math_renderer = "mathml"
+html_show_sphinx = False
+html_copy_source = False
+pygments_style = "friendly"
+pygments_dark_style = "native"

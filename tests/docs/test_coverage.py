@@ -1,0 +1,84 @@
+"""Every public name is in docs/api.md, and the docs build's own check would find a missing one."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+MODULES = ["forwax", "forwax.tangents", "forwax.combine", "forwax.testing", "forwax.functions"]
+
+
+def extension(name: str):
+    spec = importlib.util.spec_from_file_location(name, DOCS / "_ext" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def documented(page: str) -> set[str]:
+    """Full names of what a page documents."""
+    names, module = set(), ""
+    for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", page, flags=re.MULTILINE):
+        if directive in {"currentmodule", "automodule"}:
+            module = name
+        else:
+            names.add(f"{module}.{name}")
+    return names
+
+
+def test_every_public_name_is_documented_and_no_other():
+    public = extension("public_names").public_names(MODULES)
+    assert documented((DOCS / "api.md").read_text(encoding="utf-8")) == public
+
+
+@pytest.mark.parametrize(
+    "name", ["forwax.grad", "forwax.combine.Mean", "forwax.functions.beale", "forwax.testing.Unbiased"]
+)
+def test_public_names_are_seen(name: str):
+    assert name in extension("public_names").public_names(MODULES)
+
+
+def test_modules_and_private_names_are_not_public():
+    names = extension("public_names").public_names(MODULES)
+    assert not {"forwax.combine", "forwax.tangents", "forwax.combine._gram", "forwax.combine.jnp"} & names
+
+
+def test_the_build_warns_of_a_missing_name(monkeypatch):
+    module = extension("public_names")
+    warned = []
+    monkeypatch.setattr(module.logger, "warning", lambda text, *args: warned.append(text % args))
+
+    class App:
+        class config:  # noqa: N801 (Sphinx's own spelling)
+            public_names_modules = ["forwax.combine"]
+
+    class Env:
+        def get_domain(self, name):
+            return self
+
+        def get_objects(self):
+            return [
+                (f"forwax.combine.{name}", "", "", "", "", 1) for name in ("Combine", "Mean", "Projection", "Shrinkage")
+            ]
+
+    module.warn_of_missing(App, Env())
+    assert warned == ["forwax.combine.ControlVariate is public and not documented: add it to docs/api.md"]
+
+
+@pytest.mark.parametrize(
+    ("line", "plain"),
+    [
+        ("The error |g - h|² of [k, *shape].", r"The error \|g - h\|² of [k, \*shape]."),
+        ("Pass `*args` to |f|.", r"Pass `*args` to \|f\|."),
+        (">>> x**2", ">>> x**2"),
+    ],
+)
+def test_docstrings_are_plain_prose(line: str, plain: str):
+    assert list(extension("plain_docstrings").escaped([line])) == [plain]
+
+
+def test_doctests_end_at_an_empty_line():
+    lines = [">>> x", "a|b", "", "a|b"]
+    assert list(extension("plain_docstrings").escaped(lines)) == [">>> x", "a|b", "", r"a\|b"]

@@ -1,0 +1,50 @@
+"""Every example runs with tiny settings, and the while-loop example finds the truth."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = {
+    "equinox_digits": {"epochs": 1, "batch": 512},
+    "optax_loop": {"epochs": 2, "num_tangents": 4},
+    "while_loop": {"steps": 1000, "count": 6},
+}
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested():
+    assert sorted(TINY) == sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def test_while_loop(capsys):
+    example = load("while_loop")
+    found = example.main(**TINY["while_loop"])
+    assert found == pytest.approx(example.TRUTH, rel=0.02)
+    by_jacfwd, by_exact = [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()[1:3]]
+    assert by_jacfwd == by_exact
+
+
+def test_optax_loop(capsys):
+    accuracy = load("optax_loop").main(**TINY["optax_loop"])
+    assert 0.2 < accuracy <= 1
+    assert f"test accuracy {accuracy:.1%}" in capsys.readouterr().out
+
+
+def test_equinox_digits(capsys, monkeypatch):
+    example = load("equinox_digits")
+    rules = {name: example.RULES[name] for name in ("backprop", "projection on 32")}
+    monkeypatch.setattr(example, "RULES", rules)
+    accuracies = example.main(**TINY["equinox_digits"])
+    said = capsys.readouterr().out
+    for name in rules:
+        assert 0 <= accuracies[name] <= 1
+        assert f"{name:16}: mean loss" in said
+        assert f"test accuracy {accuracies[name]:.1%}" in said

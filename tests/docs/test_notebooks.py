@@ -1,0 +1,38 @@
+"""Every page with code runs from top to bottom: no error, and nothing on stderr."""
+
+import os
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md") if "{code-cell}" in path.read_text(encoding="utf-8"))
+
+# Programs that are compiled once and run once compile faster this way; the tests' eight devices are not for readers.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def execute(page: str):
+    """Run a page in a kernel of its own and return the notebook with its outputs."""
+    notebook = jupytext.read(DOCS / page)
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
+    return client.execute(env={**os.environ, "XLA_FLAGS": QUICK, "JAX_PLATFORMS": "cpu"})
+
+
+def printed(notebook, name: str) -> str:
+    """Everything that the cells wrote on a stream."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == name)
+
+
+def test_the_pages_with_code_are_found():
+    assert {"guide.md", "limits.md", "recipes.md"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page: str):
+    notebook = execute(page)
+    assert printed(notebook, "stderr") == ""
+    assert printed(notebook, "stdout") != ""
