@@ -112,7 +112,6 @@ DIGITS = Settings(
     schedule="cosine",
     steps=10_000,
     batch_size=64,
-    eval_every=500,
 )
 LOGISTIC = Settings(num_tangents=1, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
 DENSE = Settings(num_tangents=1, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
@@ -126,6 +125,7 @@ _ALL = (
         data_set="digits",
         model=_small_mlp,
         configurations={"default": DIGITS},
+        effective_dimension=600,
         description="An MLP 64-32-10 on scikit-learn's 8×8 digits.",
     ),
     _on("mnist", "logistic", LOGISTIC, 100, "Logistic regression on MNIST."),

@@ -84,13 +84,15 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
     >>> int(init_state(build_problem(EXPERIMENTS["digits"], settings), settings).step)
     0
     """
-    params = problem.init(split_seed(settings.seed).init)
-    return TrainState(
-        params=params,
-        opt_state=_optimiser(settings).init(params),
-        guess=jax.tree.map(jnp.zeros_like, params) if choices.needs_guess(settings) else None,
-        step=jnp.int32(0),
-    )
+    optimiser = _optimiser(settings)
+
+    def init() -> TrainState:
+        params = problem.init(split_seed(settings.seed).init)
+        guess = jax.tree.map(jnp.zeros_like, params) if choices.needs_guess(settings) else None
+        return TrainState(params, optimiser.init(params), guess, jnp.int32(0))
+
+    # one program instead of one for each operation
+    return jax.jit(init)()
 
 
 def _optimiser(settings: Settings) -> optax.GradientTransformation:
@@ -147,14 +149,14 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data
     num_examples, batch = len(problem.train[0]), settings.batch_size
-    per_epoch = num_examples // batch
+    per_epoch, numbers = num_examples // batch, jnp.arange(num_examples, dtype=jnp.int32)
 
     def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
         epoch, position = jnp.divmod(carry.state.step, per_epoch)
         order = jax.lax.cond(
             epoch == carry.epoch,
             lambda: carry.order,
-            lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), num_examples),
+            lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
         )
         chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
         state, loss, accuracy, finite = step(carry.state, images[chosen], labels[chosen])
@@ -171,16 +173,8 @@ def make_block(problem: Problem, settings: Settings) -> Any:
         )
 
     def block(state: TrainState, epoch: Any, order: Any, count: Any, images: Any, labels: Any) -> _Carry:
-        start = _Carry(
-            state,
-            epoch,
-            order,
-            jnp.int32(0),
-            jnp.bool(True),
-            jnp.float32(0),
-            jnp.zeros(MAX_BLOCK),
-            jnp.zeros(MAX_BLOCK),
-        )
+        buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
+        start = _Carry(state, epoch, order, jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer)
         return jax.lax.while_loop(
             lambda carry: (carry.done < count) & carry.finite, lambda carry: body(carry, images, labels), start
         )

@@ -65,7 +65,7 @@ class Lines(Reporter):
     digits: step 50 of 100, loss 0.5000, accuracy 0.750, 25 steps/s, 0:00:02 left
     """
 
-    def __init__(self, name: str, steps: int, seconds_between: float = SECONDS_BETWEEN_LINES):
+    def __init__(self, name: str, steps: int, seconds_between: float):
         self._name, self._steps, self._seconds_between = name, steps, seconds_between
         self._last = time.monotonic()
 
@@ -94,4 +94,4 @@ def make_reporter(name: str, steps: int, start: int) -> Reporter:
         steps: the number of steps of the whole run.
         start: the step that the run goes on from.
     """
-    return Bar(name, steps, start) if sys.stdout.isatty() else Lines(name, steps)
+    return Bar(name, steps, start) if sys.stdout.isatty() else Lines(name, steps, SECONDS_BETWEEN_LINES)

@@ -185,7 +185,7 @@ def _resume(run: Run, options: TrainOptions) -> Session:
             "give the old one with --data-dir, or start a new run."
         )
     checkpoints = Checkpoints(run.path / CHECKPOINTS)
-    checkpoint = checkpoints.restore(init_state(problem, settings))
+    checkpoint = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings)))
     checkpoints.close()
     step = int(checkpoint.state.step) if checkpoint else 0
     run.cut_metrics(step)

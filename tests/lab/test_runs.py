@@ -1,0 +1,147 @@
+"""The folder of a run: made in one move, cut back to a step, never half-written; the picture of its metrics."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from forwax.lab import runs
+from forwax.lab.checkpoints import Checkpoints
+from forwax.lab.curves import draw_curves, smooth
+from forwax.lab.loop import TrainState
+from forwax.lab.runs import METRICS, Metrics, Run, write_json
+from forwax.lab.settings import UsageError
+
+
+def test_a_folder_appears_with_its_config(tmp_path):
+    run = Run.create(tmp_path / "runs", "digits", {"rule": "weight"})
+    assert run.path.name.startswith("digits-")
+    assert Run.open(run.path).config == {"rule": "weight"}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.path.name]
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path):
+    paths = {Run.create(tmp_path, "digits", {"number": i}).path for i in range(5)}
+    assert len(paths) == 5
+    assert sorted(Run.open(path).config["number"] for path in paths) == [0, 1, 2, 3, 4]
+
+
+def test_a_kill_while_the_folder_is_made_leaves_no_run(tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Run.create(tmp_path, "digits", {})
+    assert not list(tmp_path.glob("digits-*"))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"Cannot make a run's folder in .*file: .*; choose --runs\."):
+        Run.create(tmp_path / "file", "digits", {})
+
+
+@pytest.mark.parametrize("content", [None, "", "{"])
+def test_a_folder_that_is_no_run(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=r"is not the folder of a run: expected a folder with a readable config\.json"):
+        Run.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"), [(0, []), (1, [1]), (2, [1, 2, 2]), (3, [1, 2, 2, 3]), (9, [1, 2, 2, 3])], ids=str
+)
+@pytest.mark.parametrize("torn", [b"", b'{"step": 4, "lo', b'{"step": 4}'], ids=["whole", "torn", "no newline"])
+def test_metrics_are_cut_back(tmp_path, step, kept, torn):
+    run = Run.create(tmp_path, "digits", {})
+    rows = [{"step": 1}, {"step": 2}, {"step": 2, "test_accuracy": 0.5}, {"step": 3}]
+    metrics = Metrics(run.path)
+    metrics.append(rows)
+    metrics.sync()
+    metrics.close()
+    with (run.path / METRICS).open("ab") as file:
+        file.write(torn)
+    assert run.metrics() == rows
+    run.cut_metrics(step)
+    lines = (run.path / METRICS).read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    assert [json.loads(line)["step"] for line in lines] == kept
+
+
+def test_no_metrics_yet(tmp_path):
+    run = Run.create(tmp_path, "digits", {})
+    run.cut_metrics(0)
+    assert run.metrics() == []
+
+
+def test_json_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def a_state(step):
+    params = {"w": jnp.arange(3.0) + step, "b": jnp.ones(2, jnp.bfloat16)}
+    return TrainState(params, optax.adam(0.1).init(params), None, jnp.int32(step))
+
+
+def test_checkpoints_come_back_bit_for_bit(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.restore(a_state(0)) is None
+    for step in (3, 5, 5, 8):
+        checkpoints.save(a_state(step), seconds=step / 7)
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "checkpoints")
+    restored = again.restore(jax.eval_shape(lambda: a_state(0)))
+    again.close()
+    assert restored is not None
+    assert restored.seconds == 8 / 7
+    assert jax.tree.structure(restored.state) == jax.tree.structure(a_state(8))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), restored.state, a_state(8))
+    )
+
+
+def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(a_state(3), seconds=1.0)
+    checkpoints.close()
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    again = Checkpoints(tmp_path)
+    assert again.latest_step() == 3
+    again.close()
+
+
+def test_curves_show_loss_and_accuracy_against_steps_and_seconds():
+    rows = [{"step": i + 1, "loss": 2.0 / (i + 1), "accuracy": i / 10, "seconds": i / 4} for i in range(10)]
+    rows.append({"step": 10, "test_loss": 0.3, "test_accuracy": 0.85, "seconds": 2.25})
+    panels = draw_curves(rows, "digits").axes
+    assert [panel.get_xlabel() for panel in panels] == ["", "", "steps", "seconds of training"]
+    assert [panel.get_ylabel() for panel in panels] == ["training loss", "", "accuracy", ""]
+    steps, seconds = (panel.lines[0].get_xdata() for panel in panels[:2])
+    np.testing.assert_allclose(steps, np.arange(1, 11))
+    np.testing.assert_allclose(seconds, np.arange(10) / 4)
+    assert np.asarray(panels[2].lines[1].get_ydata()).tolist() == [0.85]
+
+
+def test_smoothing_keeps_a_constant_and_the_length():
+    np.testing.assert_allclose(smooth(np.full(1000, 3.0)), 3.0)
+    np.testing.assert_allclose(smooth(np.arange(300.0))[100:200], np.arange(100.0, 200.0))
+
+
+def test_signal_numbers_are_those_of_the_exit_codes():
+    assert (128 + signal.SIGINT, 128 + signal.SIGTERM) == (130, 143)

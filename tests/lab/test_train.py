@@ -1,0 +1,435 @@
+"""Training runs: what they leave, that they go on bit for bit, and how they stop."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from forwax.lab import experiments, train
+from forwax.lab.checkpoints import Checkpoints
+from forwax.lab.data import DataSet
+from forwax.lab.experiments import Experiment
+from forwax.lab.loop import MAX_BLOCK, Trainer, build_trainer, init_state, make_step
+from forwax.lab.options import resolve
+from forwax.lab.problem import problem_of
+from forwax.lab.runs import CHECKPOINTS, CONFIG, METRICS, Run, write_json
+from forwax.lab.settings import Settings, UsageError
+from forwax.lab.train import TrainOptions
+from forwax.models import MLP
+
+STEPS = 60
+TINY = Experiment(
+    name="tiny",
+    data_set="tiny",
+    model=lambda shape, classes, key: MLP(9, (4,), classes, key=key),
+    # momentum, so that the optimiser has a state to lose
+    configurations={
+        "default": Settings(num_tangents=4, optimiser="momentum", batch_size=4, steps=STEPS, eval_every=25)
+    },
+    description="a small MLP on three kinds of noise",
+    effective_dimension=4,
+)
+
+
+def tiny_data(seed=0):
+    """Three classes of 3×3 images that differ in their mean: 22 to train on, so that an epoch has 5 steps of 4."""
+    draw = np.random.default_rng(seed)
+    labels = (np.arange(31) % 3).astype(np.int32)
+    images = (draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]).astype(np.uint8)
+    return DataSet("tiny", images[:22], labels[:22], images[22:], labels[22:], 3, ("a", "b", "c"), 255)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Share compiled programs between these tests and the processes that they start; most runs are the same one."""
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name.upper(), str(value))
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def tiny_experiment(monkeypatch):
+    monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data())
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
+    # the picture has tests of its own, and takes longer than these runs
+    monkeypatch.setattr("forwax.lab.curves.save_curves", lambda rows, title, path, colour: path.write_bytes(b"curves"))
+
+
+def trainer(**given):
+    settings = resolve(TINY, "default", given, num_examples=22, num_parameters=55)
+    return build_trainer(problem_of(tiny_data(), TINY, settings), settings)
+
+
+def start(folder, **options):
+    return train.run(TrainOptions(experiment="tiny", runs=folder, **options))
+
+
+def resume(path):
+    return train.run(TrainOptions(resume=path))
+
+
+def only_run(folder) -> Run:
+    (path,) = folder.iterdir()
+    return Run.open(path)
+
+
+def copy_without(run, folder, *names):
+    """A copy of a run's folder that lacks some of its parts."""
+    path = folder / run.path.name
+    shutil.copytree(run.path, path, ignore=lambda parent, inside: names)
+    return Run.open(path)
+
+
+def final_state(run):
+    settings = Settings.from_dict(run.config)
+    checkpoints = Checkpoints(run.path / CHECKPOINTS)
+    checkpoint = checkpoints.restore(init_state(problem_of(tiny_data(), TINY, settings), settings))
+    checkpoints.close()
+    assert checkpoint is not None
+    return checkpoint.state
+
+
+def without_times(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_run(run, other):
+    same = jax.tree.map(np.array_equal, final_state(run), final_state(other))
+    assert jax.tree.all(same), same
+    assert without_times(run.metrics()) == without_times(other.metrics())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data())
+        patch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
+        assert start(folder) == 0
+    return only_run(folder)
+
+
+@pytest.fixture
+def signal_after(monkeypatch):
+    """A function that lets a real signal arrive while the block that reaches a step is running."""
+
+    def arrange(step, number=signal.SIGINT):
+        plain = Trainer.run
+
+        def run(self, count):
+            block = plain(self, min(count, 7))
+            if self.step >= step:
+                signal.raise_signal(number)
+            return block
+
+        monkeypatch.setattr(Trainer, "run", run)
+        return lambda: monkeypatch.setattr(Trainer, "run", plain)
+
+    return arrange
+
+
+def test_what_a_run_leaves(reference):
+    names = {path.name for path in reference.path.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "summary.json"}
+    assert reference.config["rule"] == "weight"
+    summary, rows = reference.summary(), reference.metrics()
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["rule"] == "weight"
+    assert summary["reverse_mode"] is False
+    assert summary["num_parameters"] == 55
+    assert summary["steps"] == STEPS
+    assert summary["compiled_temporary_bytes"] > 0
+    assert summary["steps_per_second"] * summary["seconds"] == pytest.approx(STEPS)
+    assert summary["learning_rate"] == reference.config["learning_rate"]
+    assert {"forwax", "jax", "python"} <= set(summary["versions"])
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+    tests = [row for row in rows if "test_accuracy" in row]
+    assert [row["step"] for row in tests] == [25, 50, 60]
+    assert tests[-1]["test_accuracy"] == summary["test_accuracy"]
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds)
+    assert (reference.path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_lowers_the_loss(reference):
+    losses = [row["loss"] for row in reference.metrics() if "loss" in row]
+    assert np.mean(losses[-15:]) < 0.8 * np.mean(losses[:15])
+
+
+def test_the_cut_into_blocks_does_not_matter():
+    whole, cut, single = trainer(), trainer(), trainer()
+    losses = whole.run(17).losses
+    pieces = [cut.run(count).losses for count in (3, 1, 6, 7)]
+    singles = [single.run(1).losses for _ in range(17)]
+    np.testing.assert_array_equal(np.concatenate(pieces), losses)
+    np.testing.assert_array_equal(np.concatenate(singles), losses)
+    for other in (cut, single):
+        assert jax.tree.all(jax.tree.map(np.array_equal, other.state, whole.state))
+
+
+def test_an_epoch_sees_every_example_once_and_the_next_in_another_order(monkeypatch):
+    seen = []
+
+    def spy(problem, settings):
+        def step(state, images, labels):
+            jax.debug.callback(lambda x: seen.append(np.asarray(x)), images.reshape(4, -1)[:, 0], ordered=True)
+            return state._replace(step=state.step + 1), jnp.float32(0), jnp.float32(0), jnp.bool(True)
+
+        return step
+
+    monkeypatch.setattr("forwax.lab.loop.make_step", spy)
+    data = tiny_data()
+    data.train_images[:, 0, 0, 0] = np.arange(22)
+    settings = resolve(TINY, "default", {}, num_examples=22, num_parameters=55)
+    build_trainer(problem_of(data, TINY, settings), settings).run(10)
+    jax.effects_barrier()
+    first, second = np.concatenate(seen[:5]), np.concatenate(seen[5:])
+    assert len(set(first.tolist())) == len(set(second.tolist())) == 20
+    assert not np.array_equal(first, second)
+
+
+def test_a_block_has_limits():
+    one = trainer()
+    for count in (0, MAX_BLOCK + 1):
+        with pytest.raises(ValueError, match=f"a block has 1 to {MAX_BLOCK} steps, got {count}"):
+            one.run(count)
+
+
+def test_the_evaluation_counts_every_test_example_once(monkeypatch):
+    monkeypatch.setattr("forwax.lab.loop.EVALUATION_BATCH", 4)
+    one = trainer()
+    loss, accuracy = one.evaluate()
+    images, labels = one.problem.test
+    assert len(images) == 9
+    losses, correct = jax.vmap(one.problem.loss, (None, 0, 0))(one.state.params, images, labels)
+    assert loss == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert accuracy == pytest.approx(float(correct.mean()))
+
+
+@pytest.mark.parametrize("rule", ["weight", "exact", "finite-difference", "backprop"])
+def test_only_backprop_transposes(rule):
+    settings = resolve(TINY, "default", {"rule": rule}, num_examples=22, num_parameters=55)
+    problem = problem_of(tiny_data(), TINY, settings)
+    batch = problem.train[0][:4], problem.train[1][:4]
+    text = jax.jit(make_step(problem, settings)).lower(init_state(problem, settings), *batch).as_text(debug_info=True)
+    # JAX writes the transformations that made an operation into its name
+    assert ("transpose(" in text) == (rule == "backprop")
+    assert ("jvp(" in text) == (rule != "finite-difference")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_block_and_the_run_goes_on_bit_for_bit(
+    reference, tmp_path, capsys, signal_after, number, code
+):
+    undo = signal_after(30, number)
+    before = signal.getsignal(number)
+    assert start(tmp_path) == code
+    assert signal.getsignal(number) is before
+    undo()
+    run = only_run(tmp_path)
+    stopped_at = int(final_state(run).step)
+    assert 30 <= stopped_at < STEPS
+    assert (
+        f"Stopped at step {stopped_at} of 60; go on with: forwax train --resume {run.path}" in capsys.readouterr().out
+    )
+    assert not run.finished
+    assert resume(run.path) == 0
+    assert f"Going on with {run.path} from step {stopped_at} of 60." in capsys.readouterr().out
+    assert_same_run(run, reference)
+
+
+def test_metrics_past_the_checkpoint_and_torn_lines_are_cut(reference, tmp_path, signal_after):
+    undo = signal_after(30)
+    start(tmp_path)
+    undo()
+    run = only_run(tmp_path)
+    with (run.path / METRICS).open("ab") as file:
+        file.write(b'{"step": 37, "loss": 1.0}\n{"step": 38')
+    assert resume(run.path) == 0
+    assert_same_run(run, reference)
+
+
+@pytest.mark.parametrize("lost", [["summary.json"], ["summary.json", CHECKPOINTS]])
+def test_a_kill_after_the_last_step_or_before_the_first_checkpoint(reference, tmp_path, lost):
+    run = copy_without(reference, tmp_path, *lost)
+    assert resume(run.path) == 0
+    assert run.summary()["test_accuracy"] == reference.summary()["test_accuracy"]
+    assert_same_run(run, reference)
+
+
+def test_a_finished_run_says_so(reference, capsys):
+    before = (reference.path / METRICS).read_bytes()
+    assert resume(reference.path) == 0
+    accuracy = reference.summary()["test_accuracy"]
+    assert capsys.readouterr().out == f"{reference.path} is finished already: test accuracy {accuracy:.1%}.\n"
+    assert (reference.path / METRICS).read_bytes() == before
+
+
+def test_changed_data_are_refused(reference, tmp_path, monkeypatch):
+    run = copy_without(reference, tmp_path, "summary.json")
+    monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data(seed=1))
+    with pytest.raises(
+        UsageError, match=r"The data set tiny is not the one that .* was trained on \(its checksum differs\)"
+    ):
+        resume(run.path)
+
+
+def test_resume_takes_no_settings(reference):
+    with pytest.raises(UsageError, match=r"--resume takes every setting from the run's config\.json"):
+        train.run(TrainOptions(resume=reference.path, steps=100))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, capsys):
+    code = start(tmp_path, learning_rate=1e30)
+    assert code == 3
+    run = only_run(tmp_path)
+    state, rows = final_state(run), run.metrics()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, int(state.step) + 1))
+    out = capsys.readouterr().out
+    assert f"Step {int(state.step) + 1} was not made because its " in out
+    for advice in ("smaller --learning-rate (say ", "more --num-tangents (it was 4)", "or --combine projection."):
+        assert advice in out
+    # resumed, it stops at the same place
+    assert resume(run.path) == 3
+    assert int(final_state(run).step) == int(state.step)
+
+
+def test_a_gradient_that_is_not_finite_stops_as_well():
+    one = trainer(learning_rate=0.1)
+    problem = one.problem
+    # its value is zero, its slope at zero infinite
+    bad = lambda params, x, y: (jnp.sqrt(0 * params.layers[0].bias[0]), y == 0)  # noqa: E731
+    settings = one.settings
+    object.__setattr__(problem, "loss", bad)
+    step = jax.jit(make_step(problem, settings))
+    state, loss, _, finite = step(one.state, problem.train[0][:4], problem.train[1][:4])
+    assert float(loss) == 0
+    assert not bool(finite)
+    assert jax.tree.all(jax.tree.map(np.array_equal, state, one.state))
+
+
+def test_float64_runs_in_float64(tmp_path, capsys):
+    assert start(tmp_path, dtype="float64", steps=3) == 0
+    with jax.enable_x64(True):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(final_state(only_run(tmp_path)).params)} == {"float64"}
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import importlib.util
+spec = importlib.util.spec_from_file_location("tiny_child", {file!r})
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+from forwax.lab import checkpoints, cli, experiments, progress, runs, train
+import forwax.lab.problem
+forwax.lab.problem.load = lambda name, data_dir: tests.tiny_data()
+experiments.EXPERIMENTS["tiny"] = tests.TINY
+progress.SECONDS_BETWEEN_LINES = 0.0
+train.BLOCK_SECONDS = 0.0
+{extra}
+sys.exit(train.run(train.TrainOptions({options})))
+"""
+
+KILL_IN_METRICS = """
+plain = runs.Metrics.append
+def append(self, rows):
+    rows = list(rows)
+    if rows[0]["step"] == {step}:
+        self._file.write(b'{{"step": {step}, "lo')
+        self._file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(self, rows)
+runs.Metrics.append = append
+"""
+
+KILL_IN_CHECKPOINT = """
+plain = os.rename
+def rename(a, b, *args, **kwargs):
+    if str(b).endswith("/{step}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(a, b, *args, **kwargs)
+os.rename = rename
+"""
+
+KILL_AFTER_CHECKPOINT = """
+plain = checkpoints.Checkpoints.save
+def save(self, state, seconds):
+    plain(self, state, seconds)
+    if int(state.step) == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoints.Checkpoints.save = save
+"""
+
+
+def child(options, extra="", **keywords):
+    code = CHILD.format(folder=str(Path(__file__).parent), file=__file__, extra=extra, options=options)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **keywords)
+
+
+def test_three_kills(reference, tmp_path):
+    """Killed in the middle of a line, before a checkpoint is in its place, and right after one."""
+    options = f"experiment='tiny', runs=tests.Path({str(tmp_path)!r}), checkpoint_seconds=0.0"
+    for step, extra in ((7, KILL_IN_METRICS), (20, KILL_IN_CHECKPOINT), (33, KILL_AFTER_CHECKPOINT)):
+        process = child(options, extra.format(step=step))
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        run = only_run(tmp_path)
+        assert not run.finished
+        options = f"resume=tests.Path({str(run.path)!r}), checkpoint_seconds=0.0"
+    assert resume(run.path) == 0
+    assert_same_run(run, reference)
+
+
+def test_ctrl_c(reference, tmp_path):
+    process = child(f"experiment='tiny', runs=tests.Path({str(tmp_path)!r}), steps=10**6")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("tiny: step"):
+            break
+    assert "\x1b" not in line
+    process.send_signal(signal.SIGINT)
+    out = process.communicate()[0]
+    assert process.returncode == 130
+    run = only_run(tmp_path)
+    step = int(final_state(run).step)
+    assert f"Stopped at step {step} of 1000000; go on with: forwax train --resume {run.path}" in out
+    assert [row["step"] for row in run.metrics() if "loss" in row][-1] == step
+
+
+def test_config_holds_all_settings(reference):
+    config = json.loads((reference.path / CONFIG).read_text())
+    assert Settings.from_dict(config).as_dict().items() <= config.items()
+    assert len(config["data_checksum"]) == 64
+    assert os.path.basename(reference.path).startswith(config["experiment"])
+
+
+def test_a_config_of_another_experiment_is_told(reference, tmp_path):
+    write_json(tmp_path / CONFIG, reference.config | {"experiment": "cats"})
+    with pytest.raises(UsageError, match="There is no experiment 'cats'"):
+        resume(tmp_path)
