@@ -66,7 +66,7 @@ def pushforward(
         if num_chunks * size > num_tangents:
             directions = jax.tree.map(lambda x: _cut(x, indices < num_tangents), directions)
         if num_chunks > 1:
-            point, directions = lax.optimization_barrier((point, directions))
+            point, directions = _barrier(point, directions)
         value, aux, slopes = _slopes(objective, point, directions, size)
         return keep(total, slopes, directions), (value, aux, slopes)
 
@@ -102,6 +102,14 @@ def _slopes(objective: Objective, primals: Tree, tangents: Tree, size: int) -> t
     else:
         value, slopes, aux = jax.vmap(push, out_axes=(None, 0, None))(tangents)
     return value, aux, slopes.astype(_tree.accumulation_dtype(slopes.dtype))
+
+
+def _barrier(point: Tree, directions: Tree) -> tuple[Tree, Tree]:
+    """Tie primals to directions leaf by leaf: behind one barrier all would vary over the same mesh axes."""
+    leaves, structure = jax.tree.flatten(point)
+    pairs = [lax.optimization_barrier(pair) for pair in zip(leaves, jax.tree.leaves(directions), strict=True)]
+    points, tangents = zip(*pairs, strict=True) if pairs else ((), ())
+    return structure.unflatten(points), structure.unflatten(tangents)
 
 
 def _cut(tangents: Array, used: Array) -> Array:
