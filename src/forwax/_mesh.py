@@ -36,6 +36,11 @@ def total(x: Array, over: Iterable[str]) -> Array:
     return lax.psum(x, names) if names else x
 
 
+def reduced(x: Array, to: Axes) -> Array:
+    """A value that varies over exactly the given mesh axes: summed over its others, cast to those it lacks."""
+    return vary(total(x, axes(x) - to), to)
+
+
 def own_key(key: Array, over: Iterable[str]) -> Array:
     """A key of its own for each index along mesh axes, so that different shards get independent noise."""
     for name in sorted(over):

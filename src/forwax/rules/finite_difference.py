@@ -80,7 +80,8 @@ class FiniteDifference(Rule):
             total = assembly.add(assembly.start(), slopes, draw(jnp.arange(k)))
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it would be stored.
-            again, slopes = lax.optimization_barrier((key, slopes))
+            # Behind one barrier both vary over the same mesh axes, and the key must keep its own.
+            again, _ = lax.optimization_barrier((key, _mesh.reduced(slopes, key_axes)))
             redraw = sampler(self.tangents, again, problem.params, k)
             total = _sum(lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])), k, assembly.start())
         return jnp.mean(values), aux, assembly.finish(total, k)
