@@ -1,0 +1,51 @@
+"""Importing forwax costs jax and numpy only, and imports run one way."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "forwax"
+CORE = [path for path in SOURCE.rglob("*.py") if not {"lab", "models"} & set(path.relative_to(SOURCE).parts)]
+
+
+def test_importing_forwax_imports_nothing_beyond_jax():
+    script = (
+        "import sys, json, jax, jax.numpy, jax.scipy.linalg; before = set(sys.modules); import forwax; "
+        "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
+    )
+    out = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
+    extra = set(json.loads(out.stdout)) - {"forwax", "jax", "jaxlib", "numpy"} - set(sys.stdlib_module_names)
+    assert extra == set()
+
+
+def test_import_rules_hold():
+    command = shutil.which("lint-imports", path=str(pathlib.Path(sys.executable).parent)) or shutil.which(
+        "lint-imports"
+    )
+    if command is None:
+        pytest.skip("import-linter is not installed")
+    out = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_private_jax(path):
+    assert "jax._src" not in path.read_text()
+
+
+def test_the_front_page_is_short():
+    lines = (SOURCE / "__init__.py").read_text().splitlines()
+    assert len(lines) < 60
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    import forwax as fx
+
+    for module in (fx, fx.tangents, fx.combine, fx.testing):
+        for name in getattr(module, "__all__", []):
+            assert getattr(module, name).__doc__, f"{module.__name__}.{name}"

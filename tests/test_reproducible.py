@@ -1,0 +1,130 @@
+"""The same key gives the same estimate, whatever its kind and however the tangents are cut into chunks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import forwax as fx
+from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, quick_jit, tree_loss
+
+KEY = jax.random.key(3)
+PARAMS = {"a": normal(1, 4), "z": normal(2, 2, dtype=jnp.complex64), "s": jnp.asarray(0.5)}
+GUESS = jax.tree.map(lambda x: 0.5 * x + 0.1, PARAMS)
+NUM_TANGENTS = 5
+CHUNKS = (1, 2, 4, 7)
+
+
+def estimate(case, combination, chunk_size):
+    rule = fx.WeightPerturbation(
+        case.make(GUESS), NUM_TANGENTS, COMBINATIONS[combination](GUESS), chunk_size=chunk_size
+    )
+    return fx.value_and_grad(tree_loss, rule)(KEY, PARAMS)
+
+
+@pytest.mark.parametrize("case", TANGENTS, ids=lambda case: case.name)
+def test_chunks_do_not_change_the_estimate(case):
+    """Of any combination; k = 5 is no multiple of 2. In one program."""
+    sizes = (None, 2)
+    whole, chunked = quick_jit(
+        lambda: [{name: estimate(case, name, size) for name in COMBINATIONS} for size in sizes]
+    )()
+    for name in COMBINATIONS:
+        assert_trees_close(chunked[name], whole[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["signs", "guided"])
+def test_every_chunk_size_gives_the_same_estimate(name):
+    """Of tangents drawn one by one and of those drawn jointly."""
+    case = next(case for case in TANGENTS if case.name == name)
+    whole, *chunked = quick_jit(lambda: [estimate(case, "mean", size) for size in (None, *CHUNKS)])()
+    for output in chunked:
+        assert_trees_close(output, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4, 100])
+def test_exact_is_exact_in_every_chunk_size(chunk_size):
+    got = quick_jit(fx.value_and_grad(tree_loss, fx.Exact(chunk_size)))(KEY, PARAMS)
+    assert_trees_close(got, jax.value_and_grad(tree_loss)(PARAMS), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", TANGENTS, ids=lambda case: case.name)
+def test_finite_differences_take_the_directions_of_weight_perturbation(case):
+    """On a quadratic, where central differences are exact to rounding."""
+
+    def loss(params):
+        return sum(jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(params)) + params["s"] * 3
+
+    def both(combination):
+        made = case.make(GUESS), NUM_TANGENTS, COMBINATIONS[combination](GUESS)
+        slopes = fx.grad(loss, fx.WeightPerturbation(*made))(KEY, PARAMS)
+        return fx.grad(loss, fx.FiniteDifference(*made, epsilon=0.1))(KEY, PARAMS), slopes
+
+    for got, expected in quick_jit(lambda: [both("mean"), both("projection")])():
+        assert_trees_close(got, expected, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_same_key_gives_the_same_estimate_and_another_key_another(name):
+    estimate = quick_jit(fx.grad(tree_loss, RULES[name]))
+    first, again, other = estimate(KEY, PARAMS), estimate(KEY, PARAMS), estimate(jax.random.key(4), PARAMS)
+    assert_trees_close(again, first, rtol=0, atol=0)
+    differs = any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+    assert differs == (not isinstance(RULES[name], fx.Exact | fx.Backprop))
+
+
+def test_legacy_keys_are_typed_keys():
+    typed, legacy = jax.random.key(7), jax.random.PRNGKey(7)
+    rule = RULES["weight-chunked"]
+    estimate = lambda key: fx.grad(tree_loss, rule)(key, PARAMS)  # noqa: E731
+    assert_trees_close(quick_jit(estimate)(legacy), quick_jit(estimate)(typed), rtol=0)
+    estimates = quick_jit(jax.vmap(estimate))(jax.random.split(legacy, 3))
+    assert estimates["a"].shape == (3, 4)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_other_generators(impl):
+    """Reproducible, the same for every chunk size, and different from tangent to tangent and from key to key."""
+    key = jax.random.key(0, impl=impl)
+
+    def estimate(key, chunk_size=None):
+        return fx.grad(tree_loss, fx.WeightPerturbation(num_tangents=5, chunk_size=chunk_size))(key, PARAMS)
+
+    first = quick_jit(estimate)(key)
+    assert_trees_close(quick_jit(lambda key: estimate(key, 2))(key), first, rtol=1e-4, atol=1e-5)
+    other = quick_jit(estimate)(jax.random.key(1, impl=impl))
+    assert not np.allclose(first["a"], other["a"])
+    rows = fx.tangents.Rademacher().sample(key, jnp.zeros(64), 5)
+    assert len({tuple(row) for row in rows.tolist()}) == 5
+
+
+def test_a_loss_may_use_a_key_of_its_own():
+    """The key before the loss's arguments is the rule's; a stochastic loss takes one among its arguments."""
+
+    def loss(w, key):
+        return jnp.sum((w + jax.random.normal(key, w.shape)) ** 2)
+
+    noise = jax.random.key(1)
+    got = fx.grad(loss, fx.Exact())(KEY, jnp.ones(3), noise)
+    assert_trees_close(got, jax.grad(loss)(jnp.ones(3), noise))
+
+
+@pytest.mark.parametrize("case", TANGENTS, ids=lambda case: case.name)
+def test_the_directions_of_a_call_differ_leaf_by_leaf_and_one_by_one(case):
+    like = {"first": jnp.zeros(40), "second": jnp.zeros(40)}
+    guess = jax.tree.map(lambda x: x + 1, like)
+    sample = case.make(guess).sample(KEY, like, 4)
+    rows = np.concatenate([sample["first"], sample["second"]], axis=1)
+    assert not np.array_equal(sample["first"], sample["second"])
+    cosines = rows @ rows.T / np.sqrt(np.outer((rows**2).sum(1), (rows**2).sum(1)))
+    assert np.abs(cosines - np.eye(4)).max() < 0.6
+
+
+def test_replacing_a_field_gives_a_new_rule_and_keeps_the_old():
+    rule = fx.WeightPerturbation()
+    assert dataclasses.replace(rule, num_tangents=3).num_tangents == 3
+    assert rule.num_tangents == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.num_tangents = 2
