@@ -1,0 +1,77 @@
+"""The figure of a comparison: validation loss against steps and against seconds, each seed thin, the median thick."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from forwax.lab import compare_table, style
+
+
+@style.styled
+def draw(results: dict[str, Any]) -> Figure:
+    """Draw the two panels.
+
+    Args:
+        results: what results.json holds.
+
+    Returns:
+        A figure; `style.save` writes it.
+    """
+    figure = style.new_figure(10, 4.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for each in results["rules"].values():
+        _draw_rule(left, each, 1.0)
+        _draw_rule(right, each, each["seconds_per_step"])
+    _target(left, results["target_loss"])
+    _target(right, results["target_loss"])
+    left.set(xlabel="steps", ylabel="validation loss", yscale="log")
+    left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    left.set_ylim(*_limits(results))
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:e}")[0] in "25" else "")
+    right.set(xlabel="seconds of training (steps × median time of a step)", xscale="log")
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2))
+    figure.suptitle(_title(results), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
+def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
+    for run in each["runs"] if len(each["runs"]) > 1 else []:
+        axes.plot(*_points(run, scale), color=each["colour"], alpha=0.35, linewidth=0.7)
+    label = f"{each['about']}: {compare_table.accuracy(each)} test accuracy"
+    axes.plot(*_points(each["curve"], scale), color=each["colour"], linewidth=2.2, label=label)
+
+
+def _points(curve: dict[str, Any], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Give the finite points of a curve; step 0 has no place on a logarithmic axis of seconds and is left out there."""
+    kept = [
+        (scale * step, loss)
+        for step, loss in zip(curve["steps"], curve["validation_losses"], strict=True)
+        if loss is not None and (step or scale == 1.0)
+    ]
+    points = np.array(kept or [(np.nan, np.nan)], dtype=float)
+    return points[:, 0], points[:, 1]
+
+
+def _limits(results: dict[str, Any]) -> tuple[float, float]:
+    """Show the losses from the least to somewhat above the first, whatever a diverging run does."""
+    curves = [each["curve"]["validation_losses"] for each in results["rules"].values()]
+    values = [loss for curve in curves for loss in curve if loss]
+    first = [curve[0] for curve in curves if curve and curve[0]]
+    return 0.8 * min(values, default=0.1), 1.3 * max(first, default=10.0)
+
+
+def _target(axes: Axes, target: float | None) -> None:
+    if target is not None:
+        axes.axhline(target, color=style.PALETTE["muted"], linestyle=":", linewidth=1)
+
+
+def _title(results: dict[str, Any]) -> str:
+    rates = "the paper's rates" if results["search"] is None else "each rule at its own tuned rate"
+    return f"{results['experiment']}, batch {results['batch_size']}: {rates}"

@@ -1,0 +1,160 @@
+"""What a comparison found, as one dictionary for results.json; table and figure read nothing else.
+
+All losses that are reached or not are validation losses, the median over the seeds. Seconds are steps times the median
+time of a step, measured in turns with the other rules, so that what else the machine did meets all of them alike.
+The ratios are those of Baydin et al. 2022: R is the time of a step over that of evaluating the loss once; T_f/T_b
+compares the times to reach backprop's best validation loss.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from forwax.lab.compare_rules import NamedRule
+from forwax.lab.compare_search import edge_note
+from forwax.lab.compare_timing import LOSS
+
+NOT_REACHED = "not reached"
+
+
+def gather(
+    rules: list[NamedRule],
+    timing: dict[str, Any],
+    searches: dict[str, list[dict[str, Any]]],
+    runs: dict[str, list[dict[str, Any]]],
+    target_loss: float | None = None,
+) -> dict[str, Any]:
+    """Gather the parts of a comparison.
+
+    Args:
+        rules: the rules in their order.
+        timing: the timing part: seconds by rule and round, and temporary bytes by rule.
+        searches: the candidates of each rule; empty where the rate was given.
+        runs: the runs of each rule, one a seed.
+        target_loss: the validation loss to reach; by default what every rule that stayed finite reaches.
+
+    Returns:
+        A dictionary that JSON can hold: no infinities, and "not reached" in place of a number.
+    """
+    seconds = {name: float(np.median(values)) for name, values in timing["seconds"].items()}
+    found = {
+        rule.name: _of_rule(rule, seconds, timing["temporary_bytes"], searches.get(rule.name, []), runs[rule.name])
+        for rule in rules
+    }
+    target = default_target(found) if target_loss is None else target_loss
+    reference = found.get("backprop")
+    for each in found.values():
+        each |= _reached(each, target, "target")
+        each |= _against(each, reference)
+    return {
+        "loss_seconds": seconds[LOSS],
+        "target_loss": target,
+        "target_is": "given"
+        if target_loss is not None
+        else "the loss that the slowest rule that stayed finite reaches",
+        "rules": found,
+    }
+
+
+def _of_rule(
+    rule: NamedRule,
+    seconds: dict[str, float],
+    temporary_bytes: dict[str, int | None],
+    candidates: list[dict[str, Any]],
+    runs: list[dict[str, Any]],
+) -> dict[str, Any]:
+    accuracies = [run["test_accuracy"] for run in runs]
+    steps, losses = median_curve(runs)
+    best = min(losses, default=math.inf)
+    return {
+        "about": rule.about,
+        "colour": rule.colour,
+        "learning_rate": runs[0]["learning_rate"],
+        "search": candidates,
+        "edge": edge_note(candidates) if candidates else None,
+        "seconds_per_step": seconds[rule.name],
+        "R": seconds[rule.name] / seconds[LOSS],
+        "temporary_bytes": temporary_bytes[rule.name],
+        "train_loss": _number(np.mean([run["train_loss"] for run in runs])),
+        "test_accuracy": float(np.mean(accuracies)),
+        "test_accuracy_sd": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else None,
+        "non_finite": sum(not run["finite"] for run in runs),
+        "best_validation_loss": _number(best),
+        "curve": {"steps": steps, "validation_losses": [_number(loss) for loss in losses]},
+        "runs": runs,
+    }
+
+
+def median_curve(runs: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Give the steps and the median validation loss over the runs; a run that ended early counts as infinite.
+
+    >>> median_curve([{"steps": [0, 5], "validation_losses": [2.0, 1.0]}])
+    ([0, 5], [2.0, 1.0])
+    """
+    steps = max((run["steps"] for run in runs), key=len)
+    rows = np.full((len(runs), len(steps)), np.inf)
+    for row, run in zip(rows, runs, strict=True):
+        values = [math.inf if loss is None else loss for loss in run["validation_losses"]]
+        row[: len(values)] = values
+    with np.errstate(invalid="ignore"):
+        median = np.median(rows, axis=0)
+    # the mean of two infinities is none of NumPy's numbers
+    return steps, np.where(np.isnan(median), np.inf, median).tolist()
+
+
+def default_target(found: dict[str, dict[str, Any]]) -> float | None:
+    """Give the largest of the rules' best validation losses, rounded up to three digits: all finite rules reach it.
+
+    >>> default_target({"a": {"best_validation_loss": 0.12341, "non_finite": 0}})
+    0.124
+    """
+    best = [each["best_validation_loss"] for each in found.values() if not each["non_finite"]]
+    best = [loss for loss in best if loss is not None and loss > 0]
+    if not best:
+        return None
+    unit = 10.0 ** (math.floor(math.log10(max(best))) - 2)
+    return float(f"{math.ceil(max(best) / unit) * unit:.6g}")
+
+
+def first_step(curve: dict[str, Any], target: float | None) -> int | None:
+    """Give the first evaluated step at which the loss is at most the target, or None.
+
+    >>> first_step({"steps": [0, 5, 10], "validation_losses": [2.0, 1.0, 0.5]}, 1.0)
+    5
+    """
+    if target is None:
+        return None
+    for step, loss in zip(curve["steps"], curve["validation_losses"], strict=True):
+        if loss is not None and loss <= target:
+            return step
+    return None
+
+
+def _reached(each: dict[str, Any], target: float | None, what: str) -> dict[str, float | str]:
+    step = first_step(each["curve"], target)
+    if step is None:
+        return {f"steps_to_{what}": NOT_REACHED, f"seconds_to_{what}": NOT_REACHED}
+    return {f"steps_to_{what}": step, f"seconds_to_{what}": step * each["seconds_per_step"]}
+
+
+def _against(each: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, float | str | None]:
+    """Compare with backprop; without it there is nothing to compare with."""
+    if reference is None:
+        return {"time_ratio": None, "T_ratio": None}
+    reached = _reached(each, reference["best_validation_loss"], "backprops_best")
+    own = _reached(reference, reference["best_validation_loss"], "backprops_best")
+    ours, theirs = reached["seconds_to_backprops_best"], own["seconds_to_backprops_best"]
+    ratio = NOT_REACHED if isinstance(ours, str) or isinstance(theirs, str) or not theirs else ours / theirs
+    return {
+        "time_ratio": each["seconds_per_step"] / reference["seconds_per_step"],
+        **reached,
+        "T_ratio": ratio,
+    }
+
+
+def _number(value: Any) -> float | None:
+    """Give a finite number as JSON can hold it, else None."""
+    return float(value) if math.isfinite(value) else None

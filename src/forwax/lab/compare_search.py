@@ -1,0 +1,105 @@
+"""The learning rate of each rule, found on the same budget: equally many candidates of equally many steps.
+
+The first candidates are s, √10·s and 10·s, where s is the suggested rate, which is the safe end. Each further one goes
+beyond the best rate where that lies at an edge, else into the wider of the two gaps beside it. The choice is made by
+the loss on the validation part; a candidate that turns non-finite loses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+Edge = Literal["lower", "upper"] | None
+Candidate = dict[str, Any]
+"""One candidate as JSON: learning_rate, validation_loss (None where the run turned non-finite), steps."""
+
+FACTOR = math.sqrt(10)
+
+
+def next_rate(tried: list[tuple[float, float]], suggested: float) -> float:
+    """Choose the next candidate.
+
+    Args:
+        tried: pairs of (rate, validation loss), the loss infinite where the run turned non-finite.
+        suggested: the suggested rate.
+
+    >>> round(next_rate([(1.0, 0.5), (3.0, 0.2), (10.0, 0.4)], suggested=1.0), 2)
+    5.48
+    >>> round(next_rate([(1.0, 0.5), (3.0, 0.4), (10.0, 0.3)], suggested=1.0), 1)
+    31.6
+    """
+    if len(tried) < 3:
+        return suggested * FACTOR ** len(tried)
+    rates = [rate for rate, _ in sorted(tried)]
+    at = rates.index(best_rate(tried))
+    if at == 0:
+        return rates[0] / FACTOR
+    if at == len(rates) - 1:
+        return rates[-1] * FACTOR
+    below, above = rates[at] / rates[at - 1], rates[at + 1] / rates[at]
+    low = at if above >= below * (1 - 1e-9) else at - 1
+    return math.sqrt(rates[low] * rates[low + 1])
+
+
+def best_rate(tried: list[tuple[float, float]]) -> float:
+    """Give the rate of the least loss; the smallest rate where several are equal.
+
+    >>> best_rate([(1.0, 0.5), (3.0, float("inf"))])
+    1.0
+    """
+    return min(tried, key=lambda pair: (pair[1], pair[0]))[0]
+
+
+def edge_of(tried: list[tuple[float, float]]) -> Edge:
+    """Say whether the best rate is the smallest or the largest of those tried.
+
+    >>> edge_of([(1.0, 0.5), (3.0, 0.2), (10.0, 0.4)]) is None, edge_of([(1.0, 0.5), (3.0, 0.2)])
+    (True, 'upper')
+    """
+    rates, best = sorted(rate for rate, _ in tried), best_rate(tried)
+    if best == rates[0]:
+        return "lower"
+    return "upper" if best == rates[-1] else None
+
+
+def search(suggested: float, count: int, candidate: Callable[[int, float], Candidate]) -> list[Candidate]:
+    """Try `count` rates.
+
+    Args:
+        suggested: the suggested rate.
+        count: how many candidates.
+        candidate: trains with the rate of the given number, or gives what an earlier sitting found.
+
+    Returns:
+        Every candidate, in the order in which they were tried.
+    """
+    found: list[Candidate] = []
+    for number in range(count):
+        found.append(candidate(number, next_rate(pairs(found), suggested)))
+    return found
+
+
+def pairs(candidates: list[Candidate]) -> list[tuple[float, float]]:
+    """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
+    return [
+        (each["learning_rate"], math.inf if each["validation_loss"] is None else each["validation_loss"])
+        for each in candidates
+    ]
+
+
+def edge_note(candidates: list[Candidate]) -> str | None:
+    """Give one sentence where the choice is not bracketed, else None.
+
+    >>> edge_note([{"learning_rate": 1.0, "validation_loss": None}])
+    'no rate stayed finite'
+    """
+    tried = pairs(candidates)
+    if all(loss == math.inf for _, loss in tried):
+        return "no rate stayed finite"
+    edge = edge_of(tried)
+    if edge is None:
+        return None
+    which, where = ("smallest", "smaller") if edge == "lower" else ("largest", "larger")
+    return f"the {which} rate tried was the best: a {where} one may be better still"

@@ -1,0 +1,323 @@
+"""`forwax compare`: equal budgets, figures that agree with results.json, honest words, and resuming."""
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from forwax.lab import (
+    cli,
+    compare,
+    compare_figure,
+    compare_results,
+    compare_rules,
+    compare_search,
+    compare_setup,
+    compare_table,
+    compare_timing,
+)
+from forwax.lab.compare_options import CompareOptions
+from forwax.lab.compare_train import Scorer, build_program, evaluation_steps, train
+from forwax.lab.loop import build_trainer
+from forwax.lab.settings import Settings, UsageError
+
+RULES = ("backprop", "forward", "projection-4")
+TINY = CompareOptions(
+    rules=RULES, steps=24, seeds=2, search_rates=4, search_steps=6, evaluations=6, validation_examples=100
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny comparison, run once: its folder and its results."""
+    folder = tmp_path_factory.mktemp("compare") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+        assert compare.run(dataclasses.replace(TINY, out=folder)) == 0
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+def _cells(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("| ") and "---" not in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_folder_holds_results_table_figure_and_parts(finished):
+    folder, results = finished
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "results.json",
+        "table.md",
+        "comparison.png",
+        "parts",
+    }
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    assert list(results["rules"]) == list(RULES)
+    assert results["seeds"] == [0, 1]
+    assert results["steps"] == 24
+
+
+def test_every_rule_searches_on_the_same_budget(finished):
+    _, results = finished
+    for each in results["rules"].values():
+        assert [candidate["steps"] for candidate in each["search"]] == [6] * 4
+        tried = compare_search.pairs(each["search"])
+        assert len({rate for rate, _ in tried}) == 4
+        assert each["learning_rate"] == compare_search.best_rate(tried)
+        assert {run["learning_rate"] for run in each["runs"]} == {each["learning_rate"]}
+
+
+def test_the_table_tells_the_figures_of_the_results(finished):
+    folder, results = finished
+    cells = _cells((folder / "table.md").read_text())
+    assert tuple(cells[0]) == compare_table.COLUMNS
+    reference = results["rules"]["backprop"]["seconds_per_step"]
+    for row, each in zip(cells[1:4], results["rules"].values(), strict=True):
+        accuracies = [run["test_accuracy"] for run in each["runs"]]
+        assert row[0] == each["about"]
+        assert float(row[1].removesuffix(" (edge)")) == pytest.approx(each["learning_rate"], rel=0.06)
+        assert float(row[2]) == pytest.approx(np.mean([run["train_loss"] for run in each["runs"]]), rel=5e-3)
+        mean, deviation = re.match(r"([\d.]+) ± ([\d.]+) %", row[3]).groups()
+        assert float(mean) == pytest.approx(100 * np.mean(accuracies), abs=0.051)
+        assert float(deviation) == pytest.approx(100 * np.std(accuracies, ddof=1), abs=0.051)
+        assert float(row[4]) == pytest.approx(1000 * each["seconds_per_step"], rel=5e-3)
+        assert float(row[5]) == pytest.approx(each["seconds_per_step"] / reference, abs=5.1e-3)
+        assert float(row[6]) == pytest.approx(each["temporary_bytes"] / 2**20, abs=0.051)
+        assert row[7] == compare_table.number(each["steps_to_target"])
+    assert tuple(cells[4]) == compare_table.RATIO_COLUMNS
+    for row, each in zip(cells[5:], results["rules"].values(), strict=True):
+        assert float(row[1]) == pytest.approx(each["seconds_per_step"] / results["loss_seconds"], abs=5.1e-3)
+
+
+def test_the_default_target_is_reached_by_every_rule(finished):
+    _, results = finished
+    assert all(isinstance(each["steps_to_target"], int) for each in results["rules"].values())
+    assert "the slowest rule" in results["target_is"]
+
+
+def test_all_rules_start_from_the_same_loss_and_the_best_rate_was_not_chosen_on_the_test_set(finished):
+    _, results = finished
+    for seed in results["seeds"]:
+        first = {each["runs"][seed]["validation_losses"][0] for each in results["rules"].values()}
+        assert max(first) - min(first) < 1e-5
+    losses = {each["runs"][0]["test_loss"] for each in results["rules"].values()}
+    assert losses.isdisjoint(
+        {candidate["validation_loss"] for each in results["rules"].values() for candidate in each["search"]}
+    )
+
+
+def test_a_rerun_skips_what_is_finished(finished, monkeypatch, capsys):
+    folder, results = finished
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a finished part was done again")
+
+    monkeypatch.setattr("forwax.lab.compare_bench.build_program", refuse)
+    assert compare.run(CompareOptions(resume=folder)) == 0
+    again = json.loads((folder / "results.json").read_text())
+    assert again == results
+    assert f"Results, table and figure: {folder}" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "stopped"
+    options = dataclasses.replace(
+        TINY, rules=("backprop", "forward"), seeds=1, steps=8, search_rates=1, search_steps=2, out=folder
+    )
+    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+
+    def stop(results):
+        raise KeyboardInterrupt
+
+    run_of = compare.Bench.run
+    monkeypatch.setattr(
+        compare.Bench, "run", lambda self, name, *rest: stop(0) if name == "forward" else run_of(self, name, *rest)
+    )
+    assert compare.run(options) == 130
+    assert f"forwax compare --resume {folder}" in capsys.readouterr().out
+    kept = (folder / "parts" / "run-backprop-0.json").read_bytes()
+    assert not (folder / "results.json").exists()
+    monkeypatch.setattr(compare.Bench, "run", run_of)
+    assert compare.run(CompareOptions(resume=folder)) == 0
+    assert (folder / "parts" / "run-backprop-0.json").read_bytes() == kept
+    assert json.loads((folder / "results.json").read_text())["steps"] == 8
+
+
+def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them():
+    options = dataclasses.replace(TINY, validation_examples=None)
+    problem = compare_setup.build_problem(compare_setup.find_experiment("digits"), Settings())
+    problem, validation = compare_setup.hold_out(problem, options.validation_examples)
+    settings = Settings(num_tangents=2, learning_rate=1.0, schedule="cosine", steps=20, batch_size=64)
+    program = build_program(problem, settings, jax.device_put(problem.train))
+    history, params = train(program, 0.01, 3, Scorer(problem, validation), [0, 10, 20], 1e-3)
+    trainer = build_trainer(problem, dataclasses.replace(settings, learning_rate=0.01, seed=3))
+    np.testing.assert_allclose(history.losses, trainer.run(20).losses, rtol=1e-4)
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(trainer.state.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert history.steps == [0, 10, 20]
+
+
+def test_a_run_that_explodes_ends_at_its_last_finite_step_and_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+    problem = compare_setup.build_problem(compare_setup.find_experiment("digits"), Settings())
+    problem, validation = compare_setup.hold_out(problem, 100)
+    settings = Settings(learning_rate=1.0, steps=20, batch_size=64)
+    program = build_program(problem, settings, jax.device_put(problem.train))
+    history, params = train(program, 1e30, 0, Scorer(problem, validation), [0, 20], 1e-3)
+    assert not history.finite
+    assert history.steps == [0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_the_search_extends_beyond_an_edge_and_then_refines():
+    optimum = 40.0
+    found = compare_search.search(
+        1.0, 7, lambda i, rate: {"learning_rate": rate, "validation_loss": abs(math.log(rate / optimum)), "steps": 1}
+    )
+    rates = [each["learning_rate"] for each in found]
+    np.testing.assert_allclose(rates[:5], [1, 10**0.5, 10, 10**1.5, 100], rtol=1e-6)
+    assert abs(math.log(compare_search.best_rate(compare_search.pairs(found)) / optimum)) < 0.3
+    assert compare_search.edge_note(found) is None
+
+
+@pytest.mark.parametrize(("losses", "note"), [
+    ([0.5, 0.4, 0.3], "the largest rate tried was the best: a larger one may be better still"),
+    ([0.3, 0.4, None], "the smallest rate tried was the best: a smaller one may be better still"),
+    ([None, None, None], "no rate stayed finite"),
+    ([0.4, 0.3, None], None),
+])  # fmt: skip
+def test_a_choice_at_an_edge_is_told(losses, note):
+    found = [
+        {"learning_rate": rate, "validation_loss": loss, "steps": 1}
+        for rate, loss in zip((1.0, 3.0, 10.0), losses, strict=True)
+    ]
+    assert compare_search.edge_note(found) == note
+
+
+def test_a_rate_that_turns_non_finite_loses_and_smaller_ones_are_tried():
+    limit = 0.05
+    found = compare_search.search(
+        1.0,
+        5,
+        lambda i, rate: {"learning_rate": rate, "validation_loss": None if rate > limit else 1 / rate, "steps": 1},
+    )
+    assert found[-1]["learning_rate"] == pytest.approx(0.1)
+    assert compare_search.best_rate([(1.0, math.inf), (0.3, 5.0)]) == 0.3
+
+
+def _run(losses, steps=(0, 5, 10), finite=True, accuracy=0.9):
+    return {
+        "learning_rate": 0.1,
+        "steps": list(steps),
+        "validation_losses": list(losses),
+        "train_loss": 0.5,
+        "test_accuracy": accuracy,
+        "finite": finite,
+    }
+
+
+def _gathered(runs, target_loss=None):
+    rules = compare_rules.parse_all(tuple(runs))
+    seconds = {"loss": [0.5, 1.0, 1.5], "backprop": [2.0] * 3, "forward": [4.0] * 3}
+    timing = {"seconds": seconds, "temporary_bytes": {"backprop": 2**20, "forward": None}}
+    results = compare_results.gather(rules, timing, {}, runs, target_loss)
+    facts = {"experiment": "digits", "num_parameters": 10, "steps": 10, "batch_size": 1, "seeds": [0], "search": None}
+    return facts | results
+
+
+def test_what_is_not_reached_gets_no_number():
+    results = _gathered({"backprop": [_run([2.0, 0.4, 0.3])], "forward": [_run([2.0, 1.5, 0.9])]}, target_loss=0.5)
+    forward, reference = results["rules"]["forward"], results["rules"]["backprop"]
+    assert (reference["steps_to_target"], reference["seconds_to_target"]) == (5, 10.0)
+    assert (forward["steps_to_target"], forward["seconds_to_target"]) == ("not reached", "not reached")
+    assert (reference["T_ratio"], forward["T_ratio"]) == (1.0, "not reached")
+    assert "not reached" in compare_table.markdown(results)
+
+
+def test_the_papers_ratios():
+    results = _gathered({"backprop": [_run([2.0, 0.4, 0.5])], "forward": [_run([2.0, 0.6, 0.39])]})
+    forward, reference = results["rules"]["forward"], results["rules"]["backprop"]
+    assert (reference["R"], forward["R"]) == (2.0, 4.0)
+    # backprop is at its best, 0.4, after 5 steps of 2 s; the forward gradient is there after 10 steps of 4 s
+    assert forward["T_ratio"] == 4.0
+    assert [row[1:] for row in compare_table.ratio_rows(results)] == [
+        ("2.00", "1.000", "1.00"),
+        ("4.00", "2.000", "4.00"),
+    ]
+    assert results["target_loss"] == 0.4
+
+
+def test_without_backprop_there_is_nothing_to_compare_with():
+    results = _gathered({"forward": [_run([2.0, 1.5, 0.9])]})
+    assert results["rules"]["forward"]["time_ratio"] is None
+    assert compare_table.ratio_rows(results)[0][2:] == ("-", "-")
+
+
+def test_a_run_that_is_not_finite_neither_sets_the_target_nor_hides():
+    runs = [_run([2.0, 1.0, 0.5]), _run([2.0], steps=(0,), finite=False)]
+    results = _gathered({"backprop": [_run([2.0, 0.4, 0.3])] * 2, "forward": runs})
+    assert results["target_loss"] == 0.3
+    assert results["rules"]["forward"]["curve"]["validation_losses"] == [2.0, None, None]
+    assert "1 of 2 runs turned non-finite" in compare_table.markdown(results)
+    assert "0.500 (1 not finite)" in compare_table.markdown(results)
+    assert len(compare_figure.draw(results).axes) == 2
+
+
+def test_evaluations_begin_at_the_start_and_end_at_the_last_step():
+    for steps in (1, 7, 300):
+        found = evaluation_steps(steps, 20)
+        assert (found[0], found[-1]) == (0, steps)
+        assert found == sorted(set(found))
+
+
+def test_the_papers_rates_are_used_without_a_search(tmp_path, tiny_data, monkeypatch):
+    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+    options = CompareOptions(
+        experiment="mnist-logistic", paper=True, steps=2, batch_size=4, seeds=1, evaluations=2, out=tmp_path / "paper"
+    )
+    assert compare.run(options) == 0
+    results = json.loads((tmp_path / "paper" / "results.json").read_text())
+    assert list(results["rules"]) == ["backprop", "forward-normal", "forward"]
+    assert {each["learning_rate"] for each in results["rules"].values()} == {1e-4}
+    assert results["search"] is None
+    assert results["settings"]["forward-normal"]["tangents"] == "normal"
+    assert "No rate was searched" in (tmp_path / "paper" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["--rules", "magic"], "There is no rule 'magic'; choose --rules from: backprop, forward,"),
+    (["--rules", "backprop-3"], "There is no rule 'backprop-3'"),
+    (["--rules", "forward", "forward"], "--rules names forward twice; name each rule once."),
+    (["--steps", "0"], "--steps must be at least 1, got 0."),
+    (["--target-loss", "-1"], "--target-loss must be a positive number, got -1.0."),
+    (["--validation-examples", "1437"], "--validation-examples must be from 1 to 1436, got 1437."),
+    (["--config", "nonsense"], "digits has no configuration 'nonsense'. Choose --config from: default."),
+    (["--resume", "nowhere"], "nowhere is not the folder of a run"),
+    (["--resume", "nowhere", "--steps", "3"], "--resume takes every setting from the comparison's config.json"),
+])  # fmt: skip
+def test_mistakes_get_one_sentence_and_exit_code_2(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["compare", *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_comparison_is_not_overwritten(finished, capsys):
+    folder, _ = finished
+    with pytest.raises(UsageError, match="holds a comparison already; choose another --out, or --resume"):
+        compare.run(dataclasses.replace(TINY, out=folder))
+
+
+def test_every_named_rule_can_be_built():
+    experiment = compare_setup.find_experiment("digits")
+    problem = compare_setup.build_problem(experiment, Settings())
+    for name in compare_rules.LINES:
+        rule = compare_rules.parse(name)
+        settings = compare_setup._settings(CompareOptions(), experiment, rule, problem)
+        assert settings.learning_rate is not None
+        assert settings.rule == rule.given["rule"]
+        assert "{k}" not in rule.about
