@@ -26,15 +26,15 @@ def draw(results: dict[str, Any]) -> Figure:
     for each in results["rules"].values():
         _draw_rule(left, each, 1.0)
         _draw_rule(right, each, each["seconds_per_step"])
-    _target(left, results["target_loss"])
-    _target(right, results["target_loss"])
-    left.set(xlabel="steps", ylabel="validation loss", yscale="log")
+    left.set(xlabel="steps", ylabel="validation loss", xscale="log", yscale="log")
     left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     left.set_ylim(*_limits(results))
     left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     left.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:e}")[0] in "25" else "")
     right.set(xlabel="seconds of training (steps × median time of a step)", xscale="log")
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for axes in (left, right):
+        _target(axes, results["target_loss"])
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2))
     figure.suptitle(_title(results), x=0.01, ha="left", fontweight="bold", fontsize=11)
@@ -49,11 +49,11 @@ def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
 
 
 def _points(curve: dict[str, Any], scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Give the finite points of a curve; step 0 has no place on a logarithmic axis of seconds and is left out there."""
+    """Give the finite points of a curve; step 0 has no place on a logarithmic axis and is left out."""
     kept = [
         (scale * step, loss)
         for step, loss in zip(curve["steps"], curve["validation_losses"], strict=True)
-        if loss is not None and (step or scale == 1.0)
+        if loss is not None and step
     ]
     points = np.array(kept or [(np.nan, np.nan)], dtype=float)
     return points[:, 0], points[:, 1]
@@ -70,6 +70,10 @@ def _limits(results: dict[str, Any]) -> tuple[float, float]:
 def _target(axes: Axes, target: float | None) -> None:
     if target is not None:
         axes.axhline(target, color=style.PALETTE["muted"], linestyle=":", linewidth=1)
+        place = axes.get_yaxis_transform()
+        axes.text(
+            0.01, target, f"target {target:g}", color=style.PALETTE["muted"], fontsize=8, va="bottom", transform=place
+        )
 
 
 def _title(results: dict[str, Any]) -> str:
