@@ -27,12 +27,11 @@ class Moments:
         return self.deviation / math.sqrt(self.num_draws)
 
 
-def moments(statistic: Callable[[Array], Array], key: Array, num_draws: int, jit: bool) -> Moments:
-    """Draw a statistic [s] under keys split from `key`; `num_draws` is rounded up to whole chunks."""
-    if not jit:
-        rows = [np.asarray(statistic(k), np.float64) for k in jax.random.split(key, num_draws)]
-        return Moments(np.mean(rows, 0), np.std(rows, 0), num_draws)
-    num_chunks = -(-num_draws // _CHUNK)
+def sampler(statistic: Callable[[Array], Array], jit: bool = True) -> Callable[[Array, int], Moments]:
+    """How to draw a statistic [s] under keys split from a key: a function of the key and the number of draws.
+
+    Compiled once for any number of draws, which is rounded up to whole chunks.
+    """
 
     @jax.jit
     def sums(chunk_key: Array) -> tuple[Array, Array]:
@@ -40,10 +39,18 @@ def moments(statistic: Callable[[Array], Array], key: Array, num_draws: int, jit
         mean = jnp.mean(rows, 0)
         return mean, jnp.mean((rows - mean[None]) ** 2, 0)
 
-    parts = [sums(k) for k in jax.random.split(key, num_chunks)]
-    means, variances = (np.asarray(jax.device_get(part), np.float64) for part in zip(*parts, strict=True))
-    # The variance of all draws: within the chunks plus between their means.
-    return Moments(means.mean(0), np.sqrt(variances.mean(0) + means.var(0)), num_chunks * _CHUNK)
+    def one_by_one(key: Array, num_draws: int) -> Moments:
+        rows = [np.asarray(statistic(k), np.float64) for k in jax.random.split(key, num_draws)]
+        return Moments(np.mean(rows, 0), np.std(rows, 0), num_draws)
+
+    def in_chunks(key: Array, num_draws: int) -> Moments:
+        num_chunks = -(-num_draws // _CHUNK)
+        parts = [sums(k) for k in jax.random.split(key, num_chunks)]
+        means, variances = (np.asarray(jax.device_get(part), np.float64) for part in zip(*parts, strict=True))
+        # The variance of all draws: within the chunks plus between their means.
+        return Moments(means.mean(0), np.sqrt(variances.mean(0) + means.var(0)), num_chunks * _CHUNK)
+
+    return in_chunks if jit else one_by_one
 
 
 def thresholds(false_alarm: float, power: float, num_checks: int) -> tuple[float, float]:

@@ -69,14 +69,15 @@ def assert_isotropic(
 
     checks = 1 + len(sizes)
     fail, detect = _statistics.thresholds(false_alarm, power, checks + n * n)
-    pilot = _statistics.moments(statistic, jax.random.fold_in(key, 1), _PILOT, jit=True)
+    draw = _statistics.sampler(statistic)
+    pilot = draw(jax.random.fold_in(key, 1), _PILOT)
     num_draws = max(_PILOT, math.ceil((detect * pilot.deviation[:checks].max() / tolerance) ** 2))
     if num_draws > max_draws:
         raise ValueError(
             f"assert_isotropic: to find a deviation of {tolerance:.2%}, {num_draws} draws are needed, more than "
             f"max_draws={max_draws}. Raise max_draws or tolerance."
         )
-    drawn = _statistics.moments(statistic, jax.random.fold_in(key, 2), num_draws, jit=True)
+    drawn = draw(jax.random.fold_in(key, 2), num_draws)
     _compare(drawn, np.concatenate([np.ones(checks), np.eye(n).ravel()]), fail, _rounding(like))
     return drawn.num_draws
 

@@ -105,7 +105,8 @@ def assert_unbiased(
     check = _Check(loss, tuple(args), kwargs or {}, options, key, reference)
     fail, detect = _statistics.thresholds(false_alarm, power, check.n + len(check.names) + 1)
     basis_sum = check.basis_sum(rule)
-    pilot = check.draws(rule, jax.random.fold_in(key, 1), _PILOT, jit)
+    draw = check.sampler(rule, jit)
+    pilot = draw(jax.random.fold_in(key, 1), _PILOT)
     whole, leaves = pilot.deviation[0], pilot.deviation[1 : 1 + len(check.names)]
     wanted = (detect * max(whole / tolerance, leaves.max() / _LEAF_TOLERANCE)) ** 2
     num_draws = max(_PILOT, math.ceil(wanted))
@@ -114,7 +115,7 @@ def assert_unbiased(
             f"assert_unbiased: to find a bias of {tolerance:.2%}, and a leaf off by half, {num_draws} draws are "
             f"needed, more than max_draws={max_draws}. Raise max_draws or tolerance, or test with more tangents."
         )
-    check.compare(check.draws(rule, jax.random.fold_in(key, 2), num_draws, jit), fail)
+    check.compare(draw(jax.random.fold_in(key, 2), num_draws), fail)
     scale = detect / math.sqrt(num_draws)
     return Unbiased(num_draws, scale * float(whole), scale * float(leaves.max()), power, false_alarm, basis_sum)
 
@@ -149,8 +150,8 @@ class _Check:
         each = [products[i] / self.squares[i] for i in self.seen]
         return jnp.concatenate([jnp.stack([whole, *each]), _tree.join_flat(wide)])
 
-    def draws(self, rule: Rule, key: Array, num_draws: int, jit: bool) -> _statistics.Moments:
-        return _statistics.moments(lambda k: self.statistic(self.estimate(rule, k)), key, num_draws, jit)
+    def sampler(self, rule: Rule, jit: bool) -> Callable[[Array, int], _statistics.Moments]:
+        return _statistics.sampler(lambda k: self.statistic(self.estimate(rule, k)), jit)
 
     def basis_sum(self, rule: Rule) -> bool:
         if not (isinstance(rule, WeightPerturbation) and rule.unbiased):
