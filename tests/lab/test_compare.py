@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -26,9 +27,7 @@ from forwax.lab.loop import build_trainer
 from forwax.lab.settings import Settings, UsageError
 
 RULES = ("backprop", "forward", "projection-4")
-TINY = CompareOptions(
-    rules=RULES, steps=24, seeds=2, search_rates=4, search_steps=6, evaluations=6, validation_examples=100
-)
+TINY = CompareOptions(rules=RULES, steps=12, seeds=2, search_rates=4, evaluations=6, validation_examples=100)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +57,13 @@ def test_the_folder_holds_results_table_figure_and_parts(finished):
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert list(results["rules"]) == list(RULES)
     assert results["seeds"] == [0, 1]
-    assert results["steps"] == 24
+    assert results["steps"] == 12
 
 
 def test_every_rule_searches_on_the_same_budget(finished):
     _, results = finished
     for each in results["rules"].values():
-        assert [candidate["steps"] for candidate in each["search"]] == [6] * 4
+        assert [candidate["steps"] for candidate in each["search"]] == [12] * 4
         tried = compare_search.pairs(each["search"])
         assert len({rate for rate, _ in tried}) == 4
         assert each["learning_rate"] == compare_search.best_rate(tried)
@@ -123,51 +122,50 @@ def test_a_rerun_skips_what_is_finished(finished, monkeypatch, capsys):
     assert f"Results, table and figure: {folder}" in capsys.readouterr().out
 
 
-def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "stopped"
-    options = dataclasses.replace(
-        TINY, rules=("backprop", "forward"), seeds=1, steps=8, search_rates=1, search_steps=2, out=folder
-    )
-    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+def _stop(*args):
+    raise KeyboardInterrupt
 
-    def stop(results):
-        raise KeyboardInterrupt
 
-    run_of = compare.Bench.run
-    monkeypatch.setattr(
-        compare.Bench, "run", lambda self, name, *rest: stop(0) if name == "forward" else run_of(self, name, *rest)
-    )
-    assert compare.run(options) == 130
+def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "stopped")
+    (folder / "results.json").unlink()
+    (folder / "parts" / "run-forward-1.json").unlink()
+    kept = {path.name: path.read_bytes() for path in (folder / "parts").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Bench, "run", _stop)
+        assert compare.run(CompareOptions(resume=folder)) == 130
     assert f"forwax compare --resume {folder}" in capsys.readouterr().out
-    kept = (folder / "parts" / "run-backprop-0.json").read_bytes()
     assert not (folder / "results.json").exists()
-    monkeypatch.setattr(compare.Bench, "run", run_of)
     assert compare.run(CompareOptions(resume=folder)) == 0
-    assert (folder / "parts" / "run-backprop-0.json").read_bytes() == kept
-    assert json.loads((folder / "results.json").read_text())["steps"] == 8
+    assert all((folder / "parts" / name).read_bytes() == content for name, content in kept.items())
+    ours = json.loads((folder / "results.json").read_text())["rules"]["forward"]
+    np.testing.assert_allclose(
+        ours["curve"]["validation_losses"], finished[1]["rules"]["forward"]["curve"]["validation_losses"], rtol=1e-5
+    )
 
 
-def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them():
-    options = dataclasses.replace(TINY, validation_examples=None)
+@pytest.fixture(scope="module")
+def program():
+    """The compiled program of a forward-gradient rule on digits, its settings and its validation part."""
     problem = compare_setup.build_problem(compare_setup.find_experiment("digits"), Settings())
-    problem, validation = compare_setup.hold_out(problem, options.validation_examples)
+    problem, validation = compare_setup.hold_out(problem, None)
     settings = Settings(num_tangents=2, learning_rate=1.0, schedule="cosine", steps=20, batch_size=64)
-    program = build_program(problem, settings, jax.device_put(problem.train))
-    history, params = train(program, 0.01, 3, Scorer(problem, validation), [0, 10, 20], 1e-3)
-    trainer = build_trainer(problem, dataclasses.replace(settings, learning_rate=0.01, seed=3))
+    return build_program(problem, settings, jax.device_put(problem.train)), Scorer(problem, validation)
+
+
+def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them(program):
+    made, score = program
+    history, params = train(made, 0.01, 3, score, [0, 10, 20], 1e-3)
+    trainer = build_trainer(made.problem, dataclasses.replace(made.settings, learning_rate=0.01, seed=3))
     np.testing.assert_allclose(history.losses, trainer.run(20).losses, rtol=1e-4)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(trainer.state.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
     assert history.steps == [0, 10, 20]
 
 
-def test_a_run_that_explodes_ends_at_its_last_finite_step_and_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
-    problem = compare_setup.build_problem(compare_setup.find_experiment("digits"), Settings())
-    problem, validation = compare_setup.hold_out(problem, 100)
-    settings = Settings(learning_rate=1.0, steps=20, batch_size=64)
-    program = build_program(problem, settings, jax.device_put(problem.train))
-    history, params = train(program, 1e30, 0, Scorer(problem, validation), [0, 20], 1e-3)
+def test_a_run_that_explodes_ends_at_its_last_finite_step(program):
+    made, score = program
+    history, params = train(made, 1e30, 0, score, [0, 20], 1e-3)
     assert not history.finite
     assert history.steps == [0]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
@@ -205,7 +203,7 @@ def test_a_rate_that_turns_non_finite_loses_and_smaller_ones_are_tried():
         5,
         lambda i, rate: {"learning_rate": rate, "validation_loss": None if rate > limit else 1 / rate, "steps": 1},
     )
-    assert found[-1]["learning_rate"] == pytest.approx(0.1)
+    assert found[-1]["learning_rate"] == pytest.approx(0.1**1.5)
     assert compare_search.best_rate([(1.0, math.inf), (0.3, 5.0)]) == 0.3
 
 
@@ -275,16 +273,20 @@ def test_evaluations_begin_at_the_start_and_end_at_the_last_step():
 
 
 def test_the_papers_rates_are_used_without_a_search(tmp_path, tiny_data, monkeypatch):
-    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
-    options = CompareOptions(
-        experiment="mnist-logistic", paper=True, steps=2, batch_size=4, seeds=1, evaluations=2, out=tmp_path / "paper"
+    timing = {"seconds": {"loss": [1.0], "backprop": [2.0], "forward-normal": [3.0], "forward": [2.5]}}
+    timing["temporary_bytes"] = dict.fromkeys(timing["seconds"])
+    monkeypatch.setattr(compare.Bench, "timing", lambda self: timing)
+    monkeypatch.setattr(
+        compare.Bench, "run", lambda self, name, rate, seed: _run([2.0, 1.0, 0.5]) | {"learning_rate": rate}
     )
+    options = CompareOptions(experiment="mnist-logistic", paper=True, batch_size=4, out=tmp_path / "paper")
     assert compare.run(options) == 0
     results = json.loads((tmp_path / "paper" / "results.json").read_text())
     assert list(results["rules"]) == ["backprop", "forward-normal", "forward"]
     assert {each["learning_rate"] for each in results["rules"].values()} == {1e-4}
-    assert results["search"] is None
+    assert (results["search"], results["steps"]) == (None, 25_000)
     assert results["settings"]["forward-normal"]["tangents"] == "normal"
+    assert results["settings"]["backprop"]["schedule"] == "exponential"
     assert "No rate was searched" in (tmp_path / "paper" / "table.md").read_text()
 
 
@@ -296,10 +298,11 @@ def test_the_papers_rates_are_used_without_a_search(tmp_path, tiny_data, monkeyp
     (["--target-loss", "-1"], "--target-loss must be a positive number, got -1.0."),
     (["--validation-examples", "1437"], "--validation-examples must be from 1 to 1436, got 1437."),
     (["--config", "nonsense"], "digits has no configuration 'nonsense'. Choose --config from: default."),
+    (["mnist-cnn", "--paper"], "its learning rate and iterations were not found in the paper"),
     (["--resume", "nowhere"], "nowhere is not the folder of a run"),
     (["--resume", "nowhere", "--steps", "3"], "--resume takes every setting from the comparison's config.json"),
 ])  # fmt: skip
-def test_mistakes_get_one_sentence_and_exit_code_2(words, sentence, tmp_path, monkeypatch, capsys):
+def test_mistakes_get_one_sentence_and_exit_code_2(words, sentence, tmp_path, tiny_data, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", *words]) == 2
     assert sentence in capsys.readouterr().err

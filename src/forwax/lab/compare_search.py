@@ -1,8 +1,8 @@
 """The learning rate of each rule, found on the same budget: equally many candidates of equally many steps.
 
-The first candidates are s, √10·s and 10·s, where s is the suggested rate, which is the safe end. Each further one goes
-beyond the best rate where that lies at an edge, else into the wider of the two gaps beside it. The choice is made by
-the loss on the validation part; a candidate that turns non-finite loses.
+The first candidates are s and √10·s, where s is the suggested rate, which is the safe end. Each further one goes beyond
+the best rate by √10 where that lies at an edge, else into the wider of the two gaps beside it. The choice is made by the
+loss on the validation part; a candidate that turns non-finite loses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def next_rate(tried: list[tuple[float, float]], suggested: float) -> float:
     >>> round(next_rate([(1.0, 0.5), (3.0, 0.4), (10.0, 0.3)], suggested=1.0), 1)
     31.6
     """
-    if len(tried) < 3:
+    if len(tried) < 2:
         return suggested * FACTOR ** len(tried)
     rates = [rate for rate, _ in sorted(tried)]
     at = rates.index(best_rate(tried))
