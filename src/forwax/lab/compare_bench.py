@@ -78,7 +78,7 @@ class Bench:
             "learning_rate": rate,
             "finite": history.finite,
             "steps_made": len(history.losses),
-            "train_loss": history.train_loss,
+            "train_loss": history.train_loss if math.isfinite(history.train_loss) else None,
             "test_loss": loss if math.isfinite(loss) else None,
             "test_accuracy": accuracy,
             "wall_seconds": wall,

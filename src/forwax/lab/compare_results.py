@@ -67,6 +67,7 @@ def _of_rule(
     runs: list[dict[str, Any]],
 ) -> dict[str, Any]:
     accuracies = [run["test_accuracy"] for run in runs]
+    train_losses = [math.nan if run["train_loss"] is None else run["train_loss"] for run in runs]
     steps, losses = median_curve(runs)
     best = min(losses, default=math.inf)
     return {
@@ -78,7 +79,7 @@ def _of_rule(
         "seconds_per_step": seconds[rule.name],
         "R": seconds[rule.name] / seconds[LOSS],
         "temporary_bytes": temporary_bytes[rule.name],
-        "train_loss": _number(np.mean([run["train_loss"] for run in runs])),
+        "train_loss": _number(np.mean(train_losses)),
         "test_accuracy": float(np.mean(accuracies)),
         "test_accuracy_sd": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else None,
         "non_finite": sum(not run["finite"] for run in runs),

@@ -1,8 +1,8 @@
 """The learning rate of each rule, found on the same budget: equally many candidates of equally many steps.
 
-The first candidates are s and √10·s, where s is the suggested rate, which is the safe end. Each further one goes beyond
-the best rate by √10 where that lies at an edge, else into the wider of the two gaps beside it. The choice is made by the
-loss on the validation part; a candidate that turns non-finite loses.
+The first candidates are s and √10·s, where s is the suggested rate, which is the safe end. Each further one goes √10
+beyond the best rate where that lies at an edge, else into the wider of the two gaps beside it. The choice is made by
+the loss on the validation part; a candidate that turns non-finite loses.
 """
 
 from __future__ import annotations
