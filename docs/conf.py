@@ -17,7 +17,7 @@ os.environ.pop("XLA_FLAGS", None)
 
 project = "forwax"
 author = "the forwax authors"
-copyright = "the forwax authors"  # Sphinx's own name for the setting
+project_copyright = "the forwax authors"
 version = release = installed_version("forwax")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "plain_docstrings", "public_names"]
@@ -40,6 +40,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 python_maximum_signature_line_length = 80
 public_names_modules = ["forwax", "forwax.tangents", "forwax.combine", "forwax.testing", "forwax.functions"]
 

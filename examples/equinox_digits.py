@@ -1,7 +1,7 @@
 """An Equinox convolutional network on digits, under three rules that are one argument apart.
 
-Backprop, 32 tangents, and a projection on 32 tangents train the same network from the same start on the same batches, all by
-`fx.value_and_grad`. `eqx.partition` splits the model into its floating arrays, which are trained, and the rest.
+Backprop, 32 tangents, and a projection on 32 tangents train the same network from the same start on the same batches,
+all by `fx.value_and_grad`. `eqx.partition` splits the model into its floating arrays, which are trained, and the rest.
 
     python examples/equinox_digits.py
 

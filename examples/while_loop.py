@@ -1,10 +1,10 @@
 """Fit a simulation that ends in a `while_loop`, which reverse mode rejects.
 
-A ball is thrown, dragged along by a wind, and flies until it hits the ground: a `lax.while_loop`. From where and when 24
-throws landed we find the drag, the gravity and the wind. `jax.grad` refuses the loop; a forward gradient goes through it.
+A ball is thrown, dragged along by a wind, and flies until it hits the ground: a `lax.while_loop`. From where and when
+24 throws landed we find the drag, the gravity and the wind. `jax.grad` refuses; a forward gradient goes through.
 
-With three parameters `jax.jacfwd` is the equal of any rule here, since three slopes are the whole gradient; the script shows
-that `fx.Exact()` gives the same numbers. Random tangents pay when the parameters are many and a pass is dear.
+With three parameters `jax.jacfwd` is the equal of any rule here, since three slopes are the whole gradient; the script
+shows that `fx.Exact()` gives the same numbers. Random tangents pay when the parameters are many and a pass is dear.
 
     python examples/while_loop.py
 
