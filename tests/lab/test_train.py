@@ -1,5 +1,6 @@
 """Training runs: what they leave, that they go on bit for bit, and how they stop."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +20,13 @@ from forwax.lab import experiments, train
 from forwax.lab.checkpoints import Checkpoints
 from forwax.lab.data import DataSet
 from forwax.lab.experiments import Experiment
-from forwax.lab.loop import MAX_BLOCK, Trainer, build_trainer, init_state, make_step
+from forwax.lab.loop import MAX_BLOCK, Trainer, build_trainer, init_state, loops_well, make_step
 from forwax.lab.options import resolve
 from forwax.lab.problem import problem_of
 from forwax.lab.runs import CHECKPOINTS, CONFIG, METRICS, Run, write_json
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train import TrainOptions
-from forwax.models import MLP
+from forwax.models import MLP, Conv
 
 STEPS = 60
 TINY = Experiment(
@@ -209,6 +211,38 @@ def test_an_epoch_sees_every_example_once_and_the_next_in_another_order(monkeypa
     first, second = np.concatenate(seen[:5]), np.concatenate(seen[5:])
     assert len(set(first.tolist())) == len(set(second.tolist())) == 20
     assert not np.array_equal(first, second)
+
+
+def test_steps_outside_a_loop_are_the_same(monkeypatch):
+    """Networks with convolutions run step by step on a CPU."""
+    looped = trainer()
+    expected = looped.run(12)
+    monkeypatch.setattr("forwax.lab.loop.loops_well", lambda problem: False)
+    single = trainer()
+    assert single._call(12).losses.shape == (1,)
+    got = single.run(11)
+    np.testing.assert_allclose(got.losses, expected.losses[1:], rtol=1e-5)
+    assert got.stopped_by is None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), single.state, looped.state)
+
+
+def test_only_convolutions_run_step_by_step():
+    problem = problem_of(tiny_data(), TINY, Settings())
+    assert loops_well(problem)
+    convolve = dataclasses.replace(TINY, model=lambda shape, classes, key: Convolve(key))
+    assert loops_well(problem_of(tiny_data(), convolve, Settings())) == (jax.default_backend() != "cpu")
+
+
+class Convolve(eqx.Module):
+    """A convolution and a sum."""
+
+    conv: Conv
+
+    def __init__(self, key):
+        self.conv = Conv(1, 3, size=3, key=key)
+
+    def __call__(self, x):
+        return self.conv(x).sum((0, 1))
 
 
 def test_a_block_has_limits():

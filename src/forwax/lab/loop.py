@@ -1,4 +1,4 @@
-"""The training loop: one compiled program that runs a block of steps, however many, and stops before a non-finite one.
+"""The training loop: a compiled program that runs a block of steps, however many, and stops before a non-finite one.
 
 The order of the data depends on (seed, epoch) and the tangents on (seed, step) alone, so that the result does not
 depend on how the steps are cut into blocks.
@@ -143,12 +143,13 @@ def _advance(state: TrainState, grads: Any, optimiser: optax.GradientTransformat
 
 
 def make_block(problem: Problem, settings: Settings) -> Any:
-    """Make the function that runs `count` steps; `epoch` and `order` pass the current epoch's permutation on.
+    """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
 
-    The learning rate and the seed of the settings may be traced values, so that one program serves many.
+    `epoch` and `order` pass the current epoch's permutation on from block to block. The learning rate and the seed of the
+    settings may be traced values, so that one program serves many.
     """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data
-    num_examples, batch = len(problem.train[0]), settings.batch_size
+    looped, num_examples, batch = loops_well(problem), len(problem.train[0]), settings.batch_size
     per_epoch, numbers = num_examples // batch, jnp.arange(num_examples, dtype=jnp.int32)
 
     def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
@@ -175,11 +176,27 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     def block(state: TrainState, epoch: Any, order: Any, count: Any, images: Any, labels: Any) -> _Carry:
         buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
         start = _Carry(state, epoch, order, jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer)
+        if not looped:  # one step, whatever the count
+            return body(start, images, labels)
         return jax.lax.while_loop(
             lambda carry: (carry.done < count) & carry.finite, lambda carry: body(carry, images, labels), start
         )
 
     return block
+
+
+def loops_well(problem: Problem) -> bool:
+    """Say whether steps may run in a compiled loop.
+
+    XLA's CPU compiler runs the gradient of a convolution about twenty times slower inside a loop than outside.
+
+    Args:
+        problem: the experiment made ready.
+    """
+    image, label = (jax.ShapeDtypeStruct(each.shape[1:], each.dtype) for each in problem.train)
+    params = jax.eval_shape(problem.init, jax.random.key(0))
+    convolves = "conv_general_dilated" in str(jax.make_jaxpr(problem.loss)(params, image, label))
+    return not (convolves and jax.default_backend() == "cpu")
 
 
 def make_evaluator(problem: Problem) -> Any:
@@ -254,6 +271,13 @@ class Trainer:
         """
         if not 1 <= count <= MAX_BLOCK:
             raise ValueError(f"a block has 1 to {MAX_BLOCK} steps, got {count}")
+        blocks = [self._call(count)]
+        while (done := sum(len(each.losses) for each in blocks)) < count and blocks[-1].stopped_by is None:
+            blocks.append(self._call(count - done))
+        losses, accuracies, stops = zip(*blocks, strict=True)
+        return Block(np.concatenate(losses), np.concatenate(accuracies), stops[-1])
+
+    def _call(self, count: int) -> Block:
         carry = self._block(self.state, self._epoch, self._order, np.int32(count), *self._data)
         done, finite = int(carry.done), bool(carry.finite)
         self.state, self._epoch, self._order = carry.state, carry.epoch, carry.order
