@@ -27,7 +27,9 @@ from forwax.lab.loop import build_trainer
 from forwax.lab.settings import Settings, UsageError
 
 RULES = ("backprop", "forward", "projection-4")
-TINY = CompareOptions(rules=RULES, steps=12, seeds=2, search_rates=4, evaluations=6, validation_examples=100)
+TINY = CompareOptions(
+    rules=RULES, steps=12, seeds=2, search_rates=4, evaluations=6, validation_examples=100, test_examples=300
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_the_folder_holds_results_table_figure_and_parts(finished):
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert list(results["rules"]) == list(RULES)
     assert results["seeds"] == [0, 1]
-    assert results["steps"] == 12
+    assert (results["steps"], results["validation_examples"], results["test_examples"]) == (12, 100, 300)
 
 
 def test_every_rule_searches_on_the_same_budget(finished):

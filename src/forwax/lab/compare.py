@@ -119,6 +119,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "num_parameters": comparison.problem.num_parameters,
         "num_examples": len(comparison.problem.train[0]),
         "validation_examples": len(comparison.validation[0]),
+        "test_examples": len(comparison.problem.test[0]),
         "data_checksum": comparison.problem.checksum,
         "steps": comparison.steps,
         "batch_size": next(iter(comparison.settings.values())).batch_size,

@@ -58,6 +58,8 @@ class CompareOptions:
     """How often the validation loss is taken."""
     validation_examples: int | None = None
     """How many training examples are held out; 2,000 by default, at most a fifth."""
+    test_examples: int | None = None
+    """How many test examples, from the first on, are used; all by default."""
     data_dir: Path | None = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     out: Path | None = None
@@ -100,7 +102,7 @@ def check(options: CompareOptions) -> None:
         ...
     forwax.lab.settings.UsageError: --seeds must be at least 1, got 0.
     """
-    for name in ("steps", "batch_size", "seeds", "search_rates", "search_steps", "evaluations"):
+    for name in ("steps", "batch_size", "seeds", "search_rates", "search_steps", "evaluations", "test_examples"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")

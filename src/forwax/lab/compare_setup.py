@@ -78,6 +78,8 @@ def make_ready(options: CompareOptions) -> Comparison:
     )
     problem = build_problem(experiment, Settings(), options.data_dir)
     problem, validation = hold_out(problem, options.validation_examples)
+    images, labels = problem.test
+    problem = dataclasses.replace(problem, test=(images[: options.test_examples], labels[: options.test_examples]))
     settings = {rule.name: _settings(options, experiment, rule, problem) for rule in rules}
     folder = options.resume or make_folder(options)
     return Comparison(options, folder, experiment, problem, validation, rules, settings)
