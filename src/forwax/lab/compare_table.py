@@ -28,7 +28,7 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 def _row(name: str, each: dict[str, Any]) -> tuple[str, ...]:
     return (
         each["about"],
-        f"{each['learning_rate']:.2g}" + (" (edge)" if each["edge"] else ""),
+        number(each["learning_rate"]) + (" (edge)" if each["edge"] else ""),
         number(each["train_loss"]) + (f" ({each['non_finite']} not finite)" if each["non_finite"] else ""),
         accuracy(each),
         number(1000 * each["seconds_per_step"]),
