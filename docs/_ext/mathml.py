@@ -24,15 +24,16 @@ def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
 
 def _convert(node: nodes.Node, *, as_block: bool) -> str:
     try:
-        return _closed_up(tex2mathml(node.astext(), as_block=as_block))
+        return _adjusted(tex2mathml(node.astext(), as_block=as_block))
     except MathError as error:
         logger.warning("formula %r: %s", node.astext(), error, location=node)
         return ""
 
 
-def _closed_up(formula: str) -> str:
-    """Without the space that browsers put around bars and slashes, as in |x|² and k/n."""
-    return re.sub(r"<mo>([|/])</mo>", r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', formula)
+def _adjusted(formula: str) -> str:
+    """Without the space that browsers put around bars and slashes, and with accents above the letter in every font."""
+    close = r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>'
+    return re.sub(r'<mo(?: stretchy="false")?>([|/])</mo>', close, formula).replace(' accent="true"', "")
 
 
 def setup(app: Sphinx) -> dict:

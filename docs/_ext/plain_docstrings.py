@@ -1,4 +1,4 @@
-"""A Sphinx extension for docstrings that are plain prose: |g|² and v* are a norm and a star, not reStructuredText."""
+"""A Sphinx extension for docstrings that are plain prose: |g|², v* and "0." are just that, not reStructuredText."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from sphinx.application import Sphinx
 
 
 def escaped(lines: list[str]) -> Iterator[str]:
-    """The lines with | and * escaped, but for doctests and for what stands between backticks."""
+    """The lines with their | and * escaped, but for doctests and for what stands between backticks."""
     in_doctest = False
     for line in lines:
         in_doctest = line.lstrip().startswith(">>>") or (in_doctest and bool(line.strip()))
@@ -15,6 +15,7 @@ def escaped(lines: list[str]) -> Iterator[str]:
 
 
 def _outside_backticks(line: str) -> str:
+    line = re.sub(r"^(\s*\d+)\.$", r"\1\\.", line)  # a number alone is a value, not the start of a list
     parts = line.split("`")
     return "`".join(part if i % 2 else re.sub(r"(?=[|*])", r"\\", part) for i, part in enumerate(parts))
 

@@ -74,6 +74,7 @@ def test_the_build_warns_of_a_missing_name(monkeypatch):
         ("The error |g - h|² of [k, *shape].", r"The error \|g - h\|² of [k, \*shape]."),
         ("Pass `*args` to |f|.", r"Pass `*args` to \|f\|."),
         (">>> x**2", ">>> x**2"),
+        ("0.", r"0\."),
     ],
 )
 def test_docstrings_are_plain_prose(line: str, plain: str):
