@@ -165,6 +165,18 @@ def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them(p
     assert history.steps == [0, 10, 20]
 
 
+def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_result(program, monkeypatch):
+    made, score = program
+    monkeypatch.setattr("forwax.lab.loop.loops_well", lambda problem: False)
+    monkeypatch.setattr(compare_timing, "loops_well", lambda problem: False)
+    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+    single = build_program(made.problem, made.settings, made._data)
+    ours, theirs = (train(each, 0.01, 3, score, [0, 5], 1e-3)[0] for each in (single, made))
+    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-4)
+    assert len(ours.losses) == 5
+    assert set(compare_timing.measure({"forward": single}, rounds=1)) == {"loss", "forward"}
+
+
 def test_a_run_that_explodes_ends_at_its_last_finite_step(program):
     made, score = program
     history, params = train(made, 1e30, 0, score, [0, 20], 1e-3)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from forwax.lab.compare_train import Program
-from forwax.lab.loop import MAX_BLOCK
+from forwax.lab.loop import MAX_BLOCK, loops_well
 from forwax.lab.problem import Problem
 
 LOSS = "loss"
@@ -74,10 +74,24 @@ def _step_runner(program: Program) -> Callable[[int], None]:
 
 
 def _loss_runner(program: Program) -> Callable[[int], None]:
+    if not loops_well(program.problem):  # one call each, as the steps are made
+        return _single_runner(program)
     evaluations = jax.jit(make_evaluations(program.problem, program.settings.batch_size))
     order = jnp.asarray(np.random.default_rng(0).permutation(len(program.problem.train[0])), jnp.int32)
     params = program.start(0).state.params
     return lambda count: evaluations(params, order, np.int32(count), *program._data).block_until_ready() and None
+
+
+def _single_runner(program: Program) -> Callable[[int], None]:
+    images, labels = (each[: program.settings.batch_size] for each in program._data)
+    params, losses = program.start(0).state.params, jax.vmap(program.problem.loss, in_axes=(None, 0, 0))
+    mean_loss = jax.jit(lambda params, images, labels: losses(params, images, labels)[0].mean())
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            mean_loss(params, images, labels).block_until_ready()
+
+    return run
 
 
 def _calibrate(run: Callable[[int], None]) -> int:

@@ -61,11 +61,16 @@ class Program:
         Returns:
             The loss of each step made, and whether all were finite.
         """
-        carry = self._block(
-            at.state, at.epoch, at.order, np.int32(count), np.float32(learning_rate), np.int32(seed), *self._data
-        )
-        at.state, at.epoch, at.order = carry.state, carry.epoch, carry.order
-        return np.asarray(carry.losses)[: int(carry.done)], bool(carry.finite)
+        losses, finite = [], True
+        # a block makes one step, whatever the count, where the model does not loop well
+        while count and finite:
+            carry = self._block(
+                at.state, at.epoch, at.order, np.int32(count), np.float32(learning_rate), np.int32(seed), *self._data
+            )
+            at.state, at.epoch, at.order = carry.state, carry.epoch, carry.order
+            losses.append(np.asarray(carry.losses)[: int(carry.done)])
+            count, finite = count - len(losses[-1]), bool(carry.finite)
+        return np.concatenate(losses), finite
 
 
 def build_program(problem: Problem, settings: Settings, data: Any) -> Program:
