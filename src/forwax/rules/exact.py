@@ -53,11 +53,11 @@ class Exact(Rule):
         return value, aux, _gradient(slopes, params)
 
     def relative_mse(self, n: int) -> float:
-        """0."""
+        """Zero: nothing is random."""
         return 0.0
 
     def learning_rate_scale(self, n: int) -> float:
-        """1."""
+        """One: the rate of the exact gradient."""
         return 1.0
 
 

@@ -61,7 +61,7 @@ class FiniteDifference(Rule):
 
     @property
     def unbiased(self) -> bool:
-        """False: the bias is of order ε²."""
+        """Never: the bias is of order ε²."""
         return False
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
