@@ -26,11 +26,9 @@ def draw(results: dict[str, Any]) -> Figure:
     for each in results["rules"].values():
         _draw_rule(left, each, 1.0)
         _draw_rule(right, each, each["seconds_per_step"])
-    left.set(xlabel="steps", ylabel="validation loss", xscale="log", yscale="log")
+    left.set(xlabel="steps", ylabel="validation loss", xscale="log")
     left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    left.set_ylim(*_limits(results))
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    left.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:e}")[0] in "25" else "")
+    _set_loss_axis(left, results)
     right.set(xlabel="seconds of training (steps × median time of a step)", xscale="log")
     right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     for axes in (left, right):
@@ -59,12 +57,17 @@ def _points(curve: dict[str, Any], scale: float) -> tuple[np.ndarray, np.ndarray
     return points[:, 0], points[:, 1]
 
 
-def _limits(results: dict[str, Any]) -> tuple[float, float]:
+def _set_loss_axis(axes: Axes, results: dict[str, Any]) -> None:
     """Show the losses from the least to somewhat above the first, whatever a diverging run does."""
     curves = [each["curve"]["validation_losses"] for each in results["rules"].values()]
-    values = [loss for curve in curves for loss in curve if loss]
-    first = [curve[0] for curve in curves if curve and curve[0]]
-    return 0.8 * min(values, default=0.1), 1.3 * max(first, default=10.0)
+    low = min((loss for curve in curves for loss in curve if loss), default=0.1)
+    high = max((curve[0] for curve in curves if curve and curve[0]), default=10.0)
+    if high < 4 * low:  # a logarithmic axis would have hardly a number on it
+        axes.set_ylim(low - 0.15 * (high - low), high + 0.3 * (high - low))
+        return
+    axes.set(yscale="log", ylim=(0.8 * low, 1.3 * high))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def _target(axes: Axes, target: float | None) -> None:

@@ -24,6 +24,7 @@ class Line:
         about: what it is, for people; {k} stands for the number of tangents.
         settings: the settings that make it, by field of `forwax.lab.settings.Settings`.
         tangents: how many tangents it draws without a number in its name; None where it draws none.
+        colour: a name of `forwax.lab.style.PALETTE`; by default the rule's own, or the next free one.
 
     >>> LINES["backprop"].tangents is None
     True
@@ -32,6 +33,7 @@ class Line:
     about: str
     settings: Mapping[str, Any]
     tangents: int | None = None
+    colour: str | None = None
 
 
 _SIGNS = {"rule": "weight", "tangents": "rademacher"}
@@ -40,7 +42,7 @@ LINES: Mapping[str, Line] = {
     "backprop": Line("backprop", {"rule": "backprop"}),
     "forward": Line("forward gradient, {k}", {**_SIGNS, "combine": "mean"}, 1),
     "forward-normal": Line(
-        "forward gradient, {k}, normal", {"rule": "weight", "tangents": "normal", "combine": "mean"}, 1
+        "forward gradient, {k}, normal", {"rule": "weight", "tangents": "normal", "combine": "mean"}, 1, "value"
     ),
     "projection": Line("projection, {k}", {**_SIGNS, "combine": "projection"}, MANY),
     "shrinkage": Line("shrinkage, {k}", {**_SIGNS, "combine": "shrinkage"}, MANY),
@@ -95,8 +97,8 @@ def parse(name: str, index: int = 0) -> NamedRule:
         if count > CHUNK and given["combine"] == "mean" and "chunk_size" in choices.RULES[given["rule"]].takes:
             given["chunk_size"] = CHUNK
     tangents = f"{count} tangent" + ("" if count == 1 else "s")
-    many = "forward-16" if base == "forward" and count != 1 else base
-    return NamedRule(name, line.about.format(k=tangents), given, style.colour(many, index))
+    colour = line.colour or ("forward-16" if base == "forward" and count != 1 else base)
+    return NamedRule(name, line.about.format(k=tangents), given, style.colour(colour, index))
 
 
 def parse_all(names: tuple[str, ...]) -> list[NamedRule]:
