@@ -6,12 +6,14 @@ from forwax import tangents as tangents
 from forwax import testing as testing
 from forwax._signature import LocalLosses
 from forwax.learning_rate import suggest_learning_rate
-from forwax.rules import Backprop, Exact, FiniteDifference, Rule, WeightPerturbation
+from forwax.rules import ActivityPerturbation, Backprop, Exact, FiniteDifference, Rule, WeightPerturbation
+from forwax.sites import noise_point
 from forwax.transforms import grad, value_and_grad
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivityPerturbation",
     "Backprop",
     "Exact",
     "FiniteDifference",
@@ -21,6 +23,7 @@ __all__ = [
     "combine",
     "functions",
     "grad",
+    "noise_point",
     "suggest_learning_rate",
     "tangents",
     "testing",
