@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from forwax import _tree
 from forwax._signature import Problem
 from forwax._tree import Spec, Tree
 from forwax.sites.classify import Classifier, Kind
-from forwax.sites.plan import Level, make_level, mapped_variables
+from forwax.sites.feedback import forward_with_feedback
+from forwax.sites.plan import Kinds, Level, make_level, mapped_variables
 from forwax.sites.program import Equation, Traced, Variable, bind, trace
 from forwax.sites.reach import reach
 from forwax.sites.regions import Region
@@ -76,6 +77,7 @@ class Sites:
         tail: from the last sites to the losses; empty when their error is not taken exactly.
         sites: in the program's order.
         mapped: the variables that differ between examples.
+        kinds: what each variable is made of.
     """
 
     problem: Problem
@@ -84,6 +86,7 @@ class Sites:
     tail: Tail
     sites: tuple[Site, ...]
     mapped: set[Variable]
+    kinds: Kinds
 
     @property
     def noisy(self) -> list[Site]:
@@ -94,6 +97,20 @@ class Sites:
     def num_examples(self) -> int | None:
         """The number of examples; None without `in_axes`."""
         return self.problem.num_examples
+
+    def own_shape(self, site: Site) -> tuple[int, ...]:
+        """The shape of a site's value in one step of the loops around it."""
+        return tuple(self.traced.types[site.variable].shape)
+
+    def parameter_shapes(self, site: Site) -> list[tuple[int, ...]]:
+        """The shapes of the parameters, and of what is made of them alone, that enter a site."""
+        inputs = [v for v in site.region.inputs if self.kinds[v] is Kind.PARAMETER]
+        return [tuple(self.traced.types[v].shape) for v in inputs]
+
+    @property
+    def num_losses(self) -> int:
+        """The number of parts of the loss."""
+        return num_losses(self.traced)
 
     def specs(self) -> list[Spec]:
         """Shape and dtype of the noise at each noisy site, all examples together."""
@@ -127,8 +144,7 @@ class Sites:
             inputs = [*self.traced.closed, *jax.tree.leaves(self.problem.params), *mapped]
             outputs, records = forward(self.level, inputs, noise, time, extra)
             losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
-            sums = [jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype))) for x in losses]
-            return (losses, sums), aux, records
+            return (losses, list(map(_sum, losses))), aux, records
 
         if self.num_examples is None:
             out, aux, records = one((), noise)
@@ -155,7 +171,7 @@ class Sites:
         def objective(shifts: Values) -> Array:
             def one(shifts: Values, used: Values) -> Array:
                 losses = self.tail.run(shifts, used)
-                return sum((jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype))) for x in losses), jnp.zeros(()))
+                return sum(map(_sum, losses), start=jnp.zeros(()))
 
             if self.num_examples is None:
                 return one(shifts, used)
@@ -192,6 +208,24 @@ class Sites:
         axes = {v: self._axis(v) for v in used}
         return jax.vmap(one, (axes,), outs, axis_size=self.num_examples)(used)
 
+    def aligned(self, params: Tree, feedback: Sequence[Array | None]) -> tuple[Array, Tree]:
+        """`(value, aux)`, whose reverse pass crosses dots and convolutions through the feedback; None: as they are."""
+        leaves = jax.tree.leaves(params)
+        start = len(self.traced.closed)
+        names = self.level.program.inputs[start : start + len(leaves)]
+        twins = {v: lax.stop_gradient(x) for v, x in zip(names, feedback, strict=True) if x is not None}
+
+        def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
+            inputs = [*self.traced.closed, *leaves, *mapped]
+            outputs = forward_with_feedback(self.level, self.kinds, inputs, dict(twins))
+            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
+            return losses, aux
+
+        if self.num_examples is not None:
+            one = jax.vmap(one, (list(self.problem.mapped_axes),), axis_size=self.num_examples)
+        losses, aux = one(list(self.problem.mapped))
+        return self.value(losses), aux
+
     def value(self, losses: Sequence[Array]) -> Array:
         """The objective of the losses: their sum, and the mean over the examples."""
         sums = [jnp.sum(x) if self.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1) for x in losses]
@@ -208,18 +242,18 @@ def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None
         exact_outputs: whether the last sites take their exact error.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
-    num_losses = traced.out_tree.children()[0].num_leaves
-    types, masks = traced.types, reach(traced.program, traced.types, num_losses)
+    count = num_losses(traced)
+    types, masks = traced.types, reach(traced.program, traced.types, count)
     classifier = Classifier(types, masks)
     start, paths = len(traced.closed), _paths(problem.params)
     inputs = traced.program.inputs
     given = [Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))]
     unselected = [inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)]
-    program = classifier.classify(traced.program, given, unselected, num_losses)
+    program = classifier.classify(traced.program, given, unselected, count)
     kinds = classifier.kinds
-    _check_data(traced, classifier, num_losses, name)
+    _check_data(traced, classifier, count, name)
     level = make_level(program, kinds, masks, types)
-    tail = make_tail(level, kinds, masks, num_losses)
+    tail = make_tail(level, kinds, masks, count)
     if not exact_outputs:
         tail = Tail((), (), (), frozenset())
     mapped = mapped_variables(program, inputs[start + len(paths) :])
@@ -229,15 +263,24 @@ def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None
         for region, lengths in level.all_regions()
         for v in region.outputs
     ]
-    return Sites(problem, traced, level, tail, tuple(sites), mapped)
+    return Sites(problem, traced, level, tail, tuple(sites), mapped, kinds)
+
+
+def num_losses(traced: Traced) -> int:
+    """The number of parts of a traced loss."""
+    return traced.out_tree.children()[0].num_leaves
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype)))
 
 
 def _paths(params: Tree) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def _check_data(traced: Traced, classifier: Classifier, num_losses: int, name: str) -> None:
-    kinds = {classifier.kind(atom) for atom in traced.program.outputs[:num_losses]}
+def _check_data(traced: Traced, classifier: Classifier, count: int, name: str) -> None:
+    kinds = {classifier.kind(atom) for atom in traced.program.outputs[:count]}
     if Kind.PARAMETER in kinds and not kinds & {Kind.DATA, Kind.MIXED}:
         raise ValueError(
             f"{name}: the loss depends on the parameters alone, so there is no site where a parameter meets data. Pass "
