@@ -6,7 +6,7 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXi
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
 from forwax.rules._base import Rule, check_count
-from forwax.sites import Pass, Site, Sites, find_sites
+from forwax.sites import Pass, Site, Sites, Values, find_sites
 from forwax.tangents import Coordinate, Rademacher, Tangents
 from forwax.tangents._base import sampler
 
@@ -100,40 +100,60 @@ class ActivityPerturbation(Rule):
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
         sites = self.sites(problem)
-        noise: list[Array] = []
-        if sites.noisy:
-            noise = sampler(self.tangents, key, sites.specs(), self.num_tangents, hold=True)(
-                jnp.arange(self.num_tangents)
-            )
+        noise = self._draw(key, sites)
         out = sites.push(noise, self.num_tangents)
-        gradient = self._shared if self.memory == "shared" else self._own
-        return sites.value(out.losses), out.aux, gradient(sites, noise, out)
+        value = sites.value(out.losses)
+        if self.memory == "shared":
+            return value, out.aux, self._shared(sites, noise, out)
+        if self.memory == "replay" and noise:
+            return value, out.aux, self._replayed(key, sites, out)
+        return value, out.aux, self._own(sites, noise, out.slopes, out.records)
 
-    def _own(self, sites: Sites, noise: Sequence[Array], out: Pass) -> Tree:
+    def _draw(self, key: Array, sites: Sites) -> list[Array]:
+        """The noise [k, ...] of all noisy sites, in one draw."""
+        if not sites.noisy:
+            return []
+        indices = jnp.arange(self.num_tangents)
+        return sampler(self.tangents, key, sites.specs(), self.num_tangents, hold=True)(indices)
+
+    def _own(self, sites: Sites, noise: Sequence[Array], slopes: Sequence[Array], records: Values) -> Tree:
         """Each example with its own slopes."""
-        records = out.records
-        if self.memory == "replay":
-            sites, slopes = _wait(sites, out.slopes)
-            out = dataclasses.replace(out, slopes=slopes)
-            records = sites.push().records
         errors = sites.output_errors(records)
         for site, u in zip(sites.noisy, noise, strict=True):
-            slopes = _credited(site, out.slopes, sites.num_examples) * self._scale(sites, site)
-            errors[site.variable] = _weighted(slopes, u)
+            credit = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
+            errors[site.variable] = _weighted(credit, u)
         return sites.assemble(records, errors)
+
+    def _replayed(self, key: Array, sites: Sites, out: Pass) -> Tree:
+        """As `_own`, from a second evaluation and a second drawing, begun when the slopes are known.
+
+        They stand in a branch, since XLA would merge equal computations outside of one and so keep all values of the
+        first. Slopes that are not finite make the gradient what they are.
+        """
+        problem, traced = sites.problem, sites.traced
+        total = sum((jnp.sum(x) for x in out.slopes), start=jnp.zeros(()))
+
+        def again(arrays: Any) -> Tree:
+            key, params, mapped, closed = arrays
+            new = dataclasses.replace(problem, params=params, mapped=mapped)
+            same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
+            return self._own(same, self._draw(key, same), out.slopes, same.push().records)
+
+        def spoilt(arrays: Any) -> Tree:
+            return jax.tree.map(lambda x: jnp.full_like(x, total), arrays[1])
+
+        arrays = (key, problem.params, problem.mapped, traced.closed)
+        return lax.cond(jnp.isfinite(total), again, spoilt, arrays)
 
     def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass) -> Tree:
         """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
-        zeros = {site.variable: sites.zeros(site) for site in sites.sites}
-        total = sites.assemble(out.records, zeros | sites.output_errors(out.records))
+        total = sites.assemble(out.records, sites.output_errors(out.records))
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             mine = {s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask}
-            site = next(s for s in sites.noisy if s.reach == mask)
-            slopes = _credited(dataclasses.replace(site, mapped=False), out.slopes, sites.num_examples)
-            pull = lambda u: sites.assemble(out.records, zeros | jax.tree.map(jnp.conj, u))  # noqa: B023, E731
-            grads = jax.vmap(pull)(mine)
-            weights = slopes * self._scale(sites, site)
-            total = jax.tree.map(lambda x, g: x + _weighted(weights, jnp.conj(g)).astype(x.dtype), total, grads)  # noqa: B023
+            first = next(s for s in sites.noisy if s.reach == mask)
+            slopes = _credited(dataclasses.replace(first, mapped=False), out.slopes, sites.num_examples)
+            pulled = _each(lambda u: sites.assemble(out.records, jax.tree.map(jnp.conj, u)), mine, self.num_tangents)
+            total = _plus(total, slopes * self._scale(sites, first), pulled)
         return total
 
     def _scale(self, sites: Sites, site: Site) -> float:
@@ -175,9 +195,13 @@ def _weighted(slopes: Array, noise: Array) -> Array:
     return jnp.sum(slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape) * wide, axis=0)
 
 
-def _wait(sites: Sites, slopes: list[Array]) -> tuple[Sites, list[Array]]:
-    """The same problem, not to be evaluated before the slopes are known."""
-    problem, traced = sites.problem, sites.traced
-    params, mapped, closed, slopes = lax.optimization_barrier((problem.params, problem.mapped, traced.closed, slopes))
-    problem = dataclasses.replace(problem, params=params, mapped=mapped)
-    return dataclasses.replace(sites, problem=problem, traced=dataclasses.replace(traced, closed=closed)), slopes
+def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
+    """The gradients of k noises [k, ...]."""
+    if num_tangents == 1:
+        return jax.tree.map(lambda x: x[None], pull({v: x[0] for v, x in noise.items()}))
+    return jax.vmap(pull)(noise)
+
+
+def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:
+    """The total and the weighted sum of gradients [k, ...]."""
+    return jax.tree.map(lambda x, g: x + _weighted(weights, jnp.conj(g)).astype(x.dtype), total, gradients)

@@ -2,5 +2,6 @@
 
 from forwax.sites.find import Pass, Site, Sites, find_sites
 from forwax.sites.noise_point import noise_point
+from forwax.sites.run import Values
 
-__all__ = ["Pass", "Site", "Sites", "find_sites", "noise_point"]
+__all__ = ["Pass", "Site", "Sites", "Values", "find_sites", "noise_point"]

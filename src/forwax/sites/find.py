@@ -186,9 +186,18 @@ class Sites:
         return jnp.zeros((*lead, *site.shape), site.dtype)  # type: ignore[arg-type]
 
     def assemble(self, records: Values, errors: Mapping[Variable, Array]) -> Tree:
-        """The gradient from the objective's error at every site: each region's own reverse pass, none across two."""
-        _, pull = jax.vjp(lambda params: self.regions(params, records), self.problem.params)
-        return pull({site.variable: errors[site.variable].astype(site.dtype) for site in self.sites})[0]
+        """The gradient from the objective's error at sites: each region's own reverse pass, none across two.
+
+        Sites without an error add nothing.
+        """
+        mine = [site for site in self.sites if site.variable in errors]
+
+        def values(params: Tree) -> Values:
+            outputs = self.regions(params, records)
+            return {site.variable: outputs[site.variable] for site in mine}
+
+        _, pull = jax.vjp(values, self.problem.params)
+        return pull({site.variable: errors[site.variable].astype(site.dtype) for site in mine})[0]
 
     def regions(
         self, params: Tree, records: Values, apply: Callable[[Equation, list[Any]], list[Any]] = bind
