@@ -73,7 +73,10 @@ def reshaped_cast_and_scaled_weights(p, x):
     return squares(h @ p["v"].T)
 
 
-@program({"k": normal(0, 3, 3, 2, 4), "b": normal(1, 4), "d": normal(2, 2, 2, 1, 8), "o": normal(3, 8, 2)}, normal(4, N, 5, 5, 2))
+@program(
+    {"k": normal(0, 3, 3, 2, 4), "b": normal(1, 4), "d": normal(2, 2, 2, 1, 8), "o": normal(3, 8, 2)},
+    normal(4, N, 5, 5, 2),
+)
 def convolutions(p, x):
     numbers = ("NHWC", "HWIO", "NHWC")
     h = lax.conv_general_dilated(x[None], p["k"], (2, 2), "SAME", dimension_numbers=numbers) + p["b"][None, None, None]
@@ -91,7 +94,9 @@ def layer_norm(p, x):
     return squares(jnp.tanh(h * p["gain"] + p["bias"]) @ p["out"])
 
 
-@program({"table": normal(0, 5, 3), "position": normal(1, 4, 3), "w": normal(2, 3, 3)}, np.arange(N * 4).reshape(N, 4) % 5)
+@program(
+    {"table": normal(0, 5, 3), "position": normal(1, 4, 3), "w": normal(2, 3, 3)}, np.arange(N * 4).reshape(N, 4) % 5
+)
 def embedding(p, tokens):
     h = p["table"][tokens] + p["position"]
     h = jnp.tanh(h @ p["w"])
@@ -114,7 +119,10 @@ def weight_decay(p, x):
     return squares(jnp.tanh(x @ p["w"]) @ p["v"]) + 0.1 * (jnp.sum(p["w"] ** 2) + jnp.sum(p["v"] ** 4))
 
 
-@program({"i": normal(0, 2, 3), "h": normal(1, 3, 3), "b": normal(2, 3), "start": normal(3, 3), "o": normal(4, 3, 2)}, normal(5, N, 4, 2))
+@program(
+    {"i": normal(0, 2, 3), "h": normal(1, 3, 3), "b": normal(2, 3), "start": normal(3, 3), "o": normal(4, 3, 2)},
+    normal(5, N, 4, 2),
+)
 def recurrent(p, xs):
     def step(h, x):
         h = jnp.tanh(x @ p["i"] + h @ p["h"] + p["b"])
@@ -245,7 +253,9 @@ def noise_points(p, x):
 
 @program({"w": normal(0, 3, 3), "v": normal(1, 3, 2)}, normal(2, N, 3))
 def spectral_norm(p, x):
-    u = lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, p["w"] @ s[1] / jnp.linalg.norm(s[1])), (0, jnp.ones(3)))[1]
+    u = lax.while_loop(
+        lambda s: s[0] < 3, lambda s: (s[0] + 1, p["w"] @ s[1] / jnp.linalg.norm(s[1])), (0, jnp.ones(3))
+    )[1]
     return squares(jnp.tanh(x @ (p["w"] / jnp.linalg.norm(u))) @ p["v"])
 
 

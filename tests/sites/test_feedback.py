@@ -74,7 +74,7 @@ NAMES = ["recurrent", "convolutions", "weight_decay", "local_losses", "while_loo
 
 
 @pytest.mark.parametrize("name", NAMES)
-#X, "weight_decay", "local_losses", "while_loop", "conditional"])
+# X, "weight_decay", "local_losses", "while_loop", "conditional"])
 def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
     program = PROGRAMS[name]
     rule = fx.DirectFeedbackAlignment(jax.random.key(3))

@@ -79,8 +79,8 @@ class ActivityPerturbation(Rule):
             raise ValueError(f"ActivityPerturbation: expected memory to be one of {_MEMORY}, got {self.memory!r}.")
         if isinstance(self.combine, Combine) and not isinstance(self.combine, Mean | Shrinkage):
             raise ValueError(
-                f"ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got {self.combine}: every example "
-                "has a slope of its own, so that slopes cannot be combined over all parameters."
+                f"ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got {self.combine}. Slopes of "
+                "single examples cannot be combined over all parameters."
             )
 
     @property

@@ -97,8 +97,9 @@ class _Level:
     def rename(self, atom: Atom) -> Atom:
         return atom if isinstance(atom, Constant) else self.renamed.get(atom, atom)
 
-    def promote(self, variable: Variable, origin: Any) -> Variable:
+    def promote(self, variable: Atom, origin: Any) -> Variable:
         """Give a parameter a noise of its own at this use: outside the loop if it is the same in every step."""
+        assert not isinstance(variable, Constant)
         if variable in self.invariant:
             if variable not in self.hoisted:
                 self.hoisted[variable] = self.at.copy(variable)
@@ -182,7 +183,7 @@ class _Level:
             if kinds[i] is Kind.MIXED and self.at.kind(inputs[i]) is Kind.PARAMETER:
                 inputs[i] = self.promote(inputs[i], equation.origin)
         outer = dict(zip(body.inputs, equation.inputs, strict=True))
-        extra = [self.promote(outer[v], equation.origin) for v in level.hoisted]  # type: ignore[arg-type]
+        extra = [self.promote(outer[v], equation.origin) for v in level.hoisted]
         rewritten = Program((*level.hoisted.values(), *body.inputs), tuple(level.equations), tuple(outputs))
         new_loop = dataclasses.replace(loop, body=rewritten, num_consts=first + len(extra))
         self.append(dataclasses.replace(equation, inputs=(*extra, *inputs), loop=new_loop), outs)

@@ -71,7 +71,7 @@ def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values)
         return {v: feedback[a] for v, a in pairs if not isinstance(a, Constant) and a in feedback}
 
     fixed = {v: x for v, x in known(outer[:last]).items() if kinds[v] is Kind.PARAMETER}
-    stacked = [out for out in body.outputs[loop.num_carry :] if _is_parameter(out, kinds)]
+    stacked = list(plan.stacked.values())
 
     def step(carry: list[Any], slices: tuple[list[Any], Values]) -> tuple[list[Any], Any]:
         xs, own = slices

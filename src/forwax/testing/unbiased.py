@@ -63,9 +63,10 @@ def assert_unbiased(
     """Assert that the mean of a rule's estimate is the gradient.
 
     Two checks. The basis sum: for weight and activity noise, the mean over all coordinate directions of the noise must
-    equal the gradient to rounding; it finds any fault in the rule at once. Draws: each coordinate's mean must equal the gradient's, and the
-    projection <ĝ, g> / |g|² must have mean 1 for the whole estimate and for each leaf by itself, since a small common
-    factor hides in every single coordinate, and a leaf left at zero, or doubled, hides in the whole.
+    equal the gradient to rounding; it finds any fault in the rule at once. Draws: each coordinate's mean must equal the
+    gradient's, and the projection <ĝ, g> / |g|² must have mean 1 for the whole estimate and for each leaf by itself,
+    since a small common factor hides in every single coordinate, and a leaf left at zero, or doubled, hides in the
+    whole.
 
     A pilot of 2,048 draws measures the deviations, from which the number of draws follows: enough to find a common
     factor of 1 ± `tolerance`, and a leaf off by half, with probability `power`. In bfloat16 and float16 rounding limits
@@ -129,7 +130,7 @@ class _Check:
 
         truth = value_and_grad(loss, reference, **options)(key, *args, **kwargs)[1]
         self.estimate, self.key = estimate, key
-        self.problem = Signature(loss, **options).bind(args, kwargs)
+        self.problem = Signature(loss, options["argnums"], options["has_aux"], options["in_axes"]).bind(args, kwargs)
         self.truth = [x.astype(_tree.accumulation_dtype(x.dtype)) for x in _tree.to_real(truth)]
         self.n = _tree.num_coordinates(truth)
         self.paths = [jax.tree_util.keystr(path) or "the gradient" for path, _ in _paths(truth)]
