@@ -5,22 +5,40 @@ from forwax import functions as functions
 from forwax import tangents as tangents
 from forwax import testing as testing
 from forwax._signature import LocalLosses
+from forwax.explain import explain
 from forwax.learning_rate import suggest_learning_rate
-from forwax.rules import Backprop, Exact, FiniteDifference, Rule, WeightPerturbation
+from forwax.rules import (
+    ActivityPerturbation,
+    Backprop,
+    DirectFeedbackAlignment,
+    Exact,
+    FeedbackAlignment,
+    FiniteDifference,
+    Rule,
+    WeightPerturbation,
+    random_feedback,
+)
+from forwax.sites import noise_point
 from forwax.transforms import grad, value_and_grad
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivityPerturbation",
     "Backprop",
+    "DirectFeedbackAlignment",
     "Exact",
+    "FeedbackAlignment",
     "FiniteDifference",
     "LocalLosses",
     "Rule",
     "WeightPerturbation",
     "combine",
+    "explain",
     "functions",
     "grad",
+    "noise_point",
+    "random_feedback",
     "suggest_learning_rate",
     "tangents",
     "testing",

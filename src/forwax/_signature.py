@@ -44,11 +44,30 @@ class Problem:
         params: the differentiated argument, or the tuple of them when `argnums` is a sequence.
         objective: takes params to `(value, aux)`, a real floating scalar and a pytree of arrays.
         restore: takes the objective's aux to the user's own, in which leaves need not be arrays.
+        example: takes params and one example's mapped leaves to `(losses, aux)`: the loss of one example, or of the
+            whole batch when nothing is mapped, as the list of its parts, whose sum it is.
+        mapped: the arrays of all examples.
+        mapped_axes: the axis of examples of each of them.
     """
 
     params: Tree
     objective: Callable[[Tree], tuple[Array, Tree]]
     restore: Callable[[Tree], Tree]
+    example: Callable[..., tuple[list[Array], Tree]]
+    mapped: tuple[Array, ...] = ()
+    mapped_axes: tuple[int, ...] = ()
+
+    @property
+    def num_examples(self) -> int | None:
+        """The number of examples; None without `in_axes`."""
+        return self.mapped[0].shape[self.mapped_axes[0]] if self.mapped else None
+
+    def example_specs(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of one example's mapped leaves."""
+        shapes = [list(x.shape) for x in self.mapped]
+        for shape, axis in zip(shapes, self.mapped_axes, strict=True):
+            del shape[axis]
+        return [jax.ShapeDtypeStruct(tuple(s), x.dtype) for s, x in zip(shapes, self.mapped, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +102,18 @@ class Signature:
             values, aux = jax.vmap(one, in_axes)(*full)
             return jnp.mean(values), aux
 
-        return Problem(params if isinstance(self.argnums, Sequence) else params[0], objective, statics.join)
+        mapped, axes, rebuild = _split_mapped(args, in_axes)
+
+        def example(params: Tree, *slices: Array) -> tuple[list[Array], Tree]:
+            chosen = params if isinstance(self.argnums, Sequence) else (params,)
+            full = rebuild(slices)
+            for number, value in zip(numbers, chosen, strict=True):
+                full[number] = value
+            out, aux = self._call(full, kwargs)
+            return loss_parts(out), statics.split(aux)
+
+        chosen = params if isinstance(self.argnums, Sequence) else params[0]
+        return Problem(chosen, objective, statics.join, example, mapped, axes)
 
     def _numbers(self, num_args: int) -> tuple[int, ...]:
         numbers = tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
@@ -152,19 +182,48 @@ class _Statics:
 
 def objective_value(out: Any) -> Array:
     """The scalar objective of what a loss returned: itself, or the sum of all entries of its local losses."""
+    sums = [jnp.sum(part) if part.ndim else part for part in loss_parts(out)]
+    return sum(sums[1:], start=sums[0])
+
+
+def loss_parts(out: Any) -> list[Array]:
+    """The parts of what a loss returned, of any shapes, whose sum is the objective."""
     if isinstance(out, LocalLosses):
         leaves = jax.tree.leaves(out.tree)
         if not leaves:
             raise TypeError("LocalLosses: expected at least one array, got an empty tree.")
-        sums = [jnp.sum(_checked_real(leaf)) for leaf in leaves]
-        return sum(sums[1:], start=sums[0])
+        return [_checked_real(leaf) for leaf in leaves]
     if not _is_array(out) or jnp.shape(out) != ():
         shown = f"shape: {jnp.shape(out)}" if _is_array(out) else f"type: {_type_name(out)}"
         raise TypeError(
             f"Gradient only defined for scalar-output functions. Output had {shown}. Return a scalar, "
             "forwax.LocalLosses(tree) for the sum of several losses, or (loss, aux) with has_aux=True."
         )
-    return _checked_real(out)
+    return [_checked_real(out)]
+
+
+def _split_mapped(args: tuple[Any, ...], in_axes: Any) -> tuple[tuple[Array, ...], tuple[int, ...], Callable]:
+    """The mapped leaves of the arguments, their axes, and how to put slices of them back."""
+    leaves, structure = jax.tree.flatten(args)
+    axes: list[int | None] = []
+    if in_axes is None:
+        axes = [None] * len(leaves)
+    else:
+        jax.tree.map(
+            lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))), in_axes, args, is_leaf=_is_none
+        )
+    mapped = tuple(jnp.asarray(leaf) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+
+    def rebuild(slices: Sequence[Array]) -> list[Any]:
+        remaining = iter(slices)
+        full = [leaf if axis is None else next(remaining) for leaf, axis in zip(leaves, axes, strict=True)]
+        return list(structure.unflatten(full))
+
+    return mapped, tuple(axis for axis in axes if axis is not None), rebuild
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _checked_real(leaf: Any) -> Array:

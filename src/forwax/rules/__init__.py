@@ -1,9 +1,22 @@
 """Rules: how a gradient is estimated, one rule a file. Rules never import one another."""
 
 from forwax._rule import Rule
+from forwax.rules.activity import ActivityPerturbation
 from forwax.rules.backprop import Backprop
+from forwax.rules.direct_feedback import DirectFeedbackAlignment
 from forwax.rules.exact import Exact
+from forwax.rules.feedback import FeedbackAlignment, random_feedback
 from forwax.rules.finite_difference import FiniteDifference
 from forwax.rules.weight import WeightPerturbation
 
-__all__ = ["Backprop", "Exact", "FiniteDifference", "Rule", "WeightPerturbation"]
+__all__ = [
+    "ActivityPerturbation",
+    "Backprop",
+    "DirectFeedbackAlignment",
+    "Exact",
+    "FeedbackAlignment",
+    "FiniteDifference",
+    "Rule",
+    "WeightPerturbation",
+    "random_feedback",
+]

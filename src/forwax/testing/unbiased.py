@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
+from forwax._signature import Signature
 from forwax._tree import Tree
-from forwax.rules import Exact, Rule, WeightPerturbation
+from forwax.rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
 from forwax.tangents import Coordinate
 from forwax.testing import _statistics
 from forwax.transforms import value_and_grad
@@ -61,10 +62,11 @@ def assert_unbiased(
 ) -> Unbiased:
     """Assert that the mean of a rule's estimate is the gradient.
 
-    Two checks. The basis sum: for a weight rule, the mean over all n coordinate directions must equal the gradient to
-    rounding; it finds any fault in the rule at once. Draws: each coordinate's mean must equal the gradient's, and the
-    projection <ĝ, g> / |g|² must have mean 1 for the whole estimate and for each leaf by itself, since a small common
-    factor hides in every single coordinate, and a leaf left at zero, or doubled, hides in the whole.
+    Two checks. The basis sum: for weight and activity noise, the mean over all coordinate directions of the noise must
+    equal the gradient to rounding; it finds any fault in the rule at once. Draws: each coordinate's mean must equal the
+    gradient's, and the projection <ĝ, g> / |g|² must have mean 1 for the whole estimate and for each leaf by itself,
+    since a small common factor hides in every single coordinate, and a leaf left at zero, or doubled, hides in the
+    whole.
 
     A pilot of 2,048 draws measures the deviations, from which the number of draws follows: enough to find a common
     factor of 1 ± `tolerance`, and a leaf off by half, with probability `power`. In bfloat16 and float16 rounding limits
@@ -129,6 +131,7 @@ class _Check:
 
         truth = value_and_grad(loss, reference, **options)(key, *args, **kwargs)[1]
         self.estimate, self.key = estimate, key
+        self.problem = Signature(loss, options["argnums"], options["has_aux"], options["in_axes"]).bind(args, kwargs)
         self.truth = [x.astype(_tree.accumulation_dtype(x.dtype)) for x in _tree.to_real(truth)]
         self.n = _tree.num_coordinates(truth)
         self.paths = [jax.tree_util.keystr(path) or "the gradient" for path, _ in _paths(truth)]
@@ -154,9 +157,14 @@ class _Check:
         return _statistics.sampler(lambda k: self.statistic(self.estimate(rule, k)), jit)
 
     def basis_sum(self, rule: Rule) -> bool:
-        if not (isinstance(rule, WeightPerturbation) and rule.unbiased):
+        if not rule.unbiased:
             return False
-        listed = dataclasses.replace(rule, tangents=Coordinate(replace=False), num_tangents=self.n)
+        if isinstance(rule, WeightPerturbation):
+            listed: Rule = dataclasses.replace(rule, tangents=Coordinate(replace=False), num_tangents=self.n)
+        elif isinstance(rule, ActivityPerturbation):
+            listed = rule.basis(self.problem)
+        else:
+            return False
         mean = self.estimate(listed, self.key)
         for name, got, true in zip(self.paths, mean, self.truth, strict=True):
             error = float(jnp.linalg.norm((got.astype(true.dtype) - true).ravel()))

@@ -1,0 +1,125 @@
+"""What a rule does to a loss: its sites, their noise, their credit, and where it falls back."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from forwax._signature import Signature
+from forwax.rules import ActivityPerturbation, Rule
+from forwax.sites import Site, Sites
+
+_COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRow:
+    """One site.
+
+    Attributes:
+        operation: the operations from the parameters to the noise.
+        shape: of one example's value, with a leading axis for each loop around it.
+        weight_noise: the number of parameters that enter here.
+        activity_noise: the number of coordinates of one example's activity.
+        credit: what multiplies the site's noise.
+        where: the place in the user's source.
+    """
+
+    operation: str
+    shape: tuple[int, ...]
+    weight_noise: int
+    activity_noise: int
+    credit: str
+    where: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        shape = "×".join(map(str, self.shape)) or "scalar"
+        return (self.operation, shape, f"{self.weight_noise:,}", f"{self.activity_noise:,}", self.credit, self.where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """A table of sites; print it. `rich.print` shows it as a rich table.
+
+    Attributes:
+        rows: the sites in the program's order.
+    """
+
+    rows: tuple[SiteRow, ...]
+
+    def __str__(self) -> str:
+        table = [_COLUMNS, *(row.cells() for row in self.rows)]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(_COLUMNS))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)).rstrip() for cells in table]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*_COLUMNS)
+        for row in self.rows:
+            table.add_row(*row.cells())
+        return table
+
+
+def explain(
+    loss: Callable[..., Any],
+    rule: Rule = ActivityPerturbation(),  # noqa: B008 (a frozen value)
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    in_axes: Any = None,
+) -> Callable[..., Explanation]:
+    """List the sites that a rule finds in a loss.
+
+    Args:
+        loss: as for `forwax.value_and_grad`.
+        rule: a rule that works on sites; for the others the sites of `ActivityPerturbation()` are shown.
+        argnums: as for `forwax.value_and_grad`.
+        has_aux: as for `forwax.value_and_grad`.
+        in_axes: as for `forwax.value_and_grad`.
+
+    Returns:
+        A function of the loss's arguments that returns the table. Nothing is computed, the loss is only traced.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> def loss(w, x):
+        ...     return jnp.sum(jnp.tanh(jnp.tanh(x @ w["a"] + w["b"]) @ w["c"]))
+        >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 4))}
+        >>> table = fx.explain(loss, in_axes=(None, 0))(params, jnp.ones((5, 2)))
+        >>> [(row.operation, row.weight_noise, row.activity_noise, row.credit) for row in table.rows]
+        [('dot_general + add', 9, 3, 'one slope per example'), ('dot_general', 12, 4, 'exact error')]
+    """
+    signature = Signature(loss, argnums, has_aux, in_axes)
+
+    def explain_loss(*args: Any, **kwargs: Any) -> Explanation:
+        find = getattr(rule, "sites", ActivityPerturbation().sites)
+        sites = find(signature.bind(args, kwargs))
+        shared = getattr(rule, "memory", "keep") == "shared"
+        return Explanation(tuple(_row(site, sites, shared) for site in sites.sites))
+
+    return explain_loss
+
+
+def _row(site: Site, sites: Sites, shared: bool) -> SiteRow:
+    region = site.region
+    operation = " + ".join(equation.name for equation in region.equations)
+    if region.promoted:
+        origin = region.equations[0].origin
+        operation = f"weight noise ({origin.primitive.name})" if origin is not None else "weight noise"
+    entering = sum(math.prod(shape) for shape in sites.parameter_shapes(site))
+    where = next((equation.source for equation in region.equations if equation.source), "")
+    return SiteRow(operation, site.shape, entering, site.size, _credit(site, sites, shared), where)
+
+
+def _credit(site: Site, sites: Sites, shared: bool) -> str:
+    if site.exact:
+        return "exact error"
+    if sites.num_examples is None:
+        text = "one slope for the batch: pass in_axes"
+    else:
+        text = "one slope per example" if site.mapped and not shared else "one slope for all examples"
+    count = site.reach.bit_count()
+    return text if sites.num_losses == 1 else f"{text}, {count} of {sites.num_losses} losses"

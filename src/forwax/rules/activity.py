@@ -1,0 +1,207 @@
+"""Activity perturbation: noise on what sites put out, and each site's own derivative (Ren et al. 2023).
+
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXiv 2210.03310.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from forwax import _tree
+from forwax._rule import Rule, check_count
+from forwax._signature import Problem
+from forwax._tree import Tree
+from forwax.combine import Combine, Mean, Shrinkage
+from forwax.sites import Pass, Site, Sites, Values, find_sites
+from forwax.tangents import Coordinate, Rademacher, Tangents
+from forwax.tangents._base import sampler
+
+_MEMORY = ("keep", "replay", "shared")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ActivityPerturbation(Rule):
+    """Slopes along noise on the activities, assembled by each site's own reverse pass.
+
+    A site is an operation z = φ(w, h) in which a parameter meets data; forwax finds the sites of any JAX program. Noise
+    u enters at every z, one Jacobian-vector product carries all of it to the loss, and the slope c gives the parameter
+    its estimate (∂z/∂w)ᵀ c·u. No error crosses two sites. With `in_axes` each example has a slope of its own, which
+    takes the other examples' noise out of the estimate; with `forwax.LocalLosses` a site takes the slopes of the losses
+    that it reaches. For a layer of fan-out q and batch N the squared error of the mean gradient is
+    (q - 1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
+
+    Sites after which no site comes get their exact error from reverse mode over the parameter-free rest of the loss,
+    and no noise. Parameters inside `while_loop` and `cond` bodies, and in a scan's initial state, get weight noise. The
+    estimate is unbiased all the same; `forwax.explain` shows which is which.
+
+    Attributes:
+        tangents: the distribution of the noise.
+        num_tangents: the number k of noises.
+        combine: `Mean`, or `Shrinkage` for each slope by itself.
+        where: which parameters get activity noise: a regular expression searched in a parameter's path such as
+            "['dense']['kernel']", or a function of that path; None for all. The others get weight noise.
+        memory: "keep" the sites' inputs until the slopes are known, "replay" the forward pass then, or give all
+            examples one "shared" slope, with which nothing is kept, at a much larger variance.
+        exact_outputs: whether the last sites take their exact error; False for an estimate without any reverse pass
+            through the loss.
+
+    Raises:
+        ValueError: when a field has no such value, or the loss has no data.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> def loss(params, x, y):  # of one example
+        ...     hidden = jnp.tanh(x @ params["first"])
+        ...     return jnp.sum((hidden @ params["second"] - y) ** 2)
+        >>> params = {"first": jnp.ones((3, 4)), "second": jnp.ones((4, 2))}
+        >>> grad = fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0, 0))
+        >>> grads = grad(jax.random.key(0), params, jnp.ones((5, 3)), jnp.zeros((5, 2)))
+        >>> grads["first"].shape, grads["second"].shape
+        ((3, 4), (4, 2))
+    """
+
+    tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
+    num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
+    combine: Combine = Mean()  # noqa: RUF009
+    where: str | Callable[[str], bool] | None = dataclasses.field(default=None, metadata={"static": True})
+    memory: Literal["keep", "replay", "shared"] = dataclasses.field(default="keep", metadata={"static": True})
+    exact_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
+        if self.memory not in _MEMORY:
+            raise ValueError(f"ActivityPerturbation: expected memory to be one of {_MEMORY}, got {self.memory!r}.")
+        if isinstance(self.combine, Combine) and not isinstance(self.combine, Mean | Shrinkage):
+            raise ValueError(
+                f"ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got {self.combine}. Slopes of "
+                "single examples cannot be combined over all parameters."
+            )
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the combination keeps the estimate unbiased."""
+        return self.combine.unbiased
+
+    def sites(self, problem: Problem) -> Sites:
+        """The sites of a problem under this rule."""
+        return find_sites(problem, type(self).__name__, selection(self.where), self.exact_outputs)
+
+    def basis(self, problem: Problem) -> "ActivityPerturbation":
+        """This rule with each coordinate of its noise once: its estimate is the mean over all noise."""
+        n = max(1, _tree.num_coordinates(self.sites(problem).specs()))
+        return dataclasses.replace(self, tangents=Coordinate(replace=False), num_tangents=n)
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """One estimate; see `Rule.estimate`."""
+        sites = self.sites(problem)
+        noise = self._draw(key, sites)
+        out = sites.push(noise, self.num_tangents)
+        value = sites.value(out.losses)
+        if self.memory == "shared":
+            return value, out.aux, self._shared(sites, noise, out)
+        if self.memory == "replay" and noise:
+            return value, out.aux, self._replayed(key, sites, out)
+        return value, out.aux, self._own(sites, noise, out.slopes, out.records)
+
+    def _draw(self, key: Array, sites: Sites) -> list[Array]:
+        """The noise [k, ...] of all noisy sites, in one draw."""
+        if not sites.noisy:
+            return []
+        indices = jnp.arange(self.num_tangents)
+        return sampler(self.tangents, key, sites.specs(), self.num_tangents, hold=True)(indices)
+
+    def _own(self, sites: Sites, noise: Sequence[Array], slopes: Sequence[Array], records: Values) -> Tree:
+        """Each example with its own slopes."""
+        errors = sites.output_errors(records)
+        for site, u in zip(sites.noisy, noise, strict=True):
+            credit = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
+            errors[site.variable] = _weighted(credit, u)
+        return sites.assemble(records, errors)
+
+    def _replayed(self, key: Array, sites: Sites, out: Pass) -> Tree:
+        """As `_own`, from a second evaluation and a second drawing, begun when the slopes are known.
+
+        They stand in a branch, since XLA would merge equal computations outside of one and so keep all values of the
+        first. Slopes that are not finite make the gradient what they are.
+        """
+        problem, traced = sites.problem, sites.traced
+        total = sum((jnp.sum(x) for x in out.slopes), start=jnp.zeros(()))
+
+        def again(arrays: Any) -> Tree:
+            key, params, mapped, closed = arrays
+            new = dataclasses.replace(problem, params=params, mapped=mapped)
+            same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
+            return self._own(same, self._draw(key, same), out.slopes, same.push().records)
+
+        def spoilt(arrays: Any) -> Tree:
+            return jax.tree.map(lambda x: jnp.full_like(x, total), arrays[1])
+
+        arrays = (key, problem.params, problem.mapped, traced.closed)
+        return lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+
+    def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass) -> Tree:
+        """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
+        total = sites.assemble(out.records, sites.output_errors(out.records))
+        for mask in dict.fromkeys(site.reach for site in sites.noisy):
+            mine = {s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask}
+            first = next(s for s in sites.noisy if s.reach == mask)
+            slopes = _credited(dataclasses.replace(first, mapped=False), out.slopes, sites.num_examples)
+            pulled = _each(lambda u: sites.assemble(out.records, jax.tree.map(jnp.conj, u)), mine, self.num_tangents)
+            total = _plus(total, slopes * self._scale(sites, first), pulled)
+        return total
+
+    def _scale(self, sites: Sites, site: Site) -> float:
+        """1/k, and for `Shrinkage` the factor that suits the noise that shares a loss with this site."""
+        n = sum(other.size for other in sites.noisy if other.reach & site.reach)
+        law = self.tangents.relative_mse(n, self.num_tangents) if isinstance(self.combine, Shrinkage) else 0.0
+        return 1 / (self.num_tangents * (1 + law))
+
+    def relative_mse(self, n: int) -> float:
+        """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
+        mean = self.tangents.relative_mse(n, self.num_tangents)
+        return self.combine.relative_mse(mean, n, self.num_tangents)
+
+    def learning_rate_scale(self, n: int) -> float:
+        """1 / (1 + M) for the law M of n noise coordinates that share a slope."""
+        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
+
+
+def selection(where: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
+    """A predicate of a parameter's path."""
+    if isinstance(where, str):
+        return lambda path: re.search(where, path) is not None
+    return where
+
+
+def _credited(site: Site, slopes: Sequence[Array], num_examples: int | None) -> Array:
+    """The slopes of the losses that a site reaches: [k, examples] for an example's own noise, else [k]."""
+    mine = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
+    total = sum(mine[1:], start=mine[0])
+    if num_examples is None:
+        return total
+    return total / num_examples if site.mapped else jnp.mean(total, axis=1)
+
+
+def _weighted(slopes: Array, noise: Array) -> Array:
+    """Σ_j c_j conj(u_j), with a slope for each example where slopes are [k, examples]."""
+    shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
+    wide = jnp.conj(noise).astype(_tree.accumulation_dtype(noise.dtype))
+    return jnp.sum(slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape) * wide, axis=0)
+
+
+def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
+    """The gradients of k noises [k, ...]."""
+    if num_tangents == 1:
+        return jax.tree.map(lambda x: x[None], pull({v: x[0] for v, x in noise.items()}))
+    return jax.vmap(pull)(noise)
+
+
+def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:
+    """The total and the weighted sum of gradients [k, ...]."""
+    return jax.tree.map(lambda x, g: x + _weighted(weights, jnp.conj(g)).astype(x.dtype), total, gradients)

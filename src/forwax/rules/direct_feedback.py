@@ -1,0 +1,120 @@
+"""Direct feedback alignment: the output error through one fixed random map to every site (Nøkland 2016).
+
+Nøkland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", arXiv 1609.01596.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from forwax._rule import Rule
+from forwax._signature import Problem
+from forwax._tree import Tree
+from forwax.sites import Site, Sites, find_sites
+from forwax.tangents._base import typed_key
+
+_ADDITIVE = {"add", "sub", "add_any"}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DirectFeedbackAlignment(Rule):
+    """The exact error of the last sites, sent straight to every other site by a fixed random map.
+
+    A site z = φ(w, h) gets the error B e in place of its own, where e is ∂loss/∂z of the last sites (those after which
+    no site comes), and its parameters get (∂z/∂w)ᵀ B e. The last sites keep their exact gradient. The same map serves
+    every step of a loop; with `forwax.LocalLosses` a site hears only of outputs whose losses it reaches. Needs no
+    noise; the key of the call is ignored.
+
+    Attributes:
+        feedback: a PRNG key, from which the same maps follow in every call: normal entries of variance
+            1 / (size of z); or the maps themselves, one [size of e, size of z] for each site that is not a last one,
+            in the order of `forwax.explain`.
+
+    Raises:
+        ValueError: when no last site can be found, or the maps do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> loss = lambda w, x: jnp.sum(jnp.tanh(x @ w["first"]) @ w["second"])
+        >>> params = {"first": jnp.ones((2, 3)), "second": jnp.ones((3, 1))}
+        >>> rule = fx.DirectFeedbackAlignment((jnp.ones((1, 3)),))
+        >>> fx.grad(loss, rule)(jax.random.key(0), params, jnp.ones(2))["first"].tolist()
+        [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
+    """
+
+    feedback: Any
+
+    reverse_mode: ClassVar[bool] = False
+
+    @property
+    def unbiased(self) -> bool:
+        """False: the estimate only aligns with the gradient in the course of training."""
+        return False
+
+    def sites(self, problem: Problem) -> Sites:
+        """The sites of a problem under this rule."""
+        return find_sites(problem, type(self).__name__, None, exact_outputs=True)
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """The directly aligned gradient; see `Rule.estimate`."""
+        sites = self.sites(problem)
+        out = sites.push()
+        exact = sites.output_errors(out.records)
+        errors = dict(exact)
+        for index, site in enumerate(sites.noisy):
+            heard = [exact[s.variable] for s in _outputs(sites) if s.reach & site.reach]
+            errors[site.variable] = self._sent(index, site, heard, sites)
+        return sites.value(out.losses), out.aux, sites.assemble(out.records, errors)
+
+    def _sent(self, index: int, site: Site, heard: Sequence[Array], sites: Sites) -> Array:
+        if not heard:
+            raise ValueError(
+                f"DirectFeedbackAlignment: found no output site after the {site.region.equations[0].name} of shape "
+                f"{site.shape}: none whose way to the loss is free of parameters. Use FeedbackAlignment for this loss."
+            )
+        lead = () if sites.num_examples is None else (sites.num_examples,)
+        flat = jnp.concatenate([jnp.reshape(x, (*lead, -1)) for x in heard], axis=-1)
+        own = sites.own_shape(site)
+        sent = flat @ self._map(index, flat.shape[-1], math.prod(own)).astype(flat.dtype)
+        if lead and not site.mapped:
+            sent, lead = jnp.sum(sent, axis=0), ()
+        loops = site.shape[: len(site.shape) - len(own)]
+        return jnp.broadcast_to(sent.reshape(*lead, *[1] * len(loops), *own), (*lead, *site.shape))
+
+    def _map(self, index: int, rows: int, columns: int) -> Array:
+        if isinstance(self.feedback, tuple | list):
+            got = self.feedback[index].shape if index < len(self.feedback) else None
+            if got != (rows, columns):
+                raise ValueError(
+                    f"DirectFeedbackAlignment: expected map {index} of shape {(rows, columns)} (size of the output "
+                    f"error, size of the site), got {got}. Pass a PRNG key to have the maps drawn."
+                )
+            return self.feedback[index]
+        key = jax.random.fold_in(typed_key(self.feedback), index)
+        return jax.random.normal(key, (rows, columns)) / math.sqrt(max(columns, 1))
+
+    def relative_mse(self, n: int) -> float:
+        """Not a number: no law is known."""
+        return math.nan
+
+    def learning_rate_scale(self, n: int) -> float:
+        """1."""
+        return 1.0
+
+
+def _outputs(sites: Sites) -> list[Site]:
+    """The last sites that put something out; an added weight decay has a constant error, which tells nothing."""
+    return [
+        site
+        for site in sites.sites
+        if site.exact
+        and not site.region.promoted
+        and not all(equation.name in _ADDITIVE for equation in site.region.equations)
+        and (site.mapped or sites.num_examples is None)
+    ]

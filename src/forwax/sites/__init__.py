@@ -1,0 +1,7 @@
+"""Sites: the places in a traced program where a parameter meets data. The only package that reads jaxprs."""
+
+from forwax.sites.find import Pass, Site, Sites, find_sites
+from forwax.sites.noise_point import noise_point
+from forwax.sites.run import Values
+
+__all__ = ["Pass", "Site", "Sites", "Values", "find_sites", "noise_point"]

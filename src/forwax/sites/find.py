@@ -1,0 +1,297 @@
+"""From a problem to its sites, and from errors at the sites to gradients: what the rules use."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from forwax import _tree
+from forwax._signature import Problem
+from forwax._tree import Spec, Tree
+from forwax.sites.classify import Classifier, Kind
+from forwax.sites.feedback import forward_with_feedback
+from forwax.sites.plan import Kinds, Level, make_level, mapped_variables
+from forwax.sites.program import Equation, Traced, Variable, bind, trace
+from forwax.sites.reach import reach
+from forwax.sites.regions import Region
+from forwax.sites.run import Values, forward, local
+from forwax.sites.tail import Tail, make_tail, output_regions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """A place where noise, or an error, enters.
+
+    Attributes:
+        variable: the value it is added to.
+        region: the operations from the parameters to it.
+        shape: of one example, with a leading axis for each loop around it.
+        dtype: of the value.
+        mapped: whether each example has a value of its own; if not, all share one noise and the sum of their slopes.
+        reach: the losses that it reaches, as a bit mask.
+        exact: whether the error is taken exactly, since no site follows.
+    """
+
+    variable: Variable
+    region: Region
+    shape: tuple[int, ...]
+    dtype: Any
+    mapped: bool
+    reach: int
+    exact: bool
+
+    @property
+    def size(self) -> int:
+        """The number of real coordinates of one example's noise."""
+        return _tree.num_coordinates(Spec(self.shape, self.dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pass:
+    """What a forward pass returns.
+
+    Attributes:
+        losses: the loss's parts, with a leading axis of examples if there are examples.
+        aux: the loss's aux.
+        slopes: for each loss its slope along each noise: [k] or, per example, [k, examples].
+        records: the values that the assembly needs.
+    """
+
+    losses: list[Array]
+    aux: Tree
+    slopes: list[Array]
+    records: Values
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sites:
+    """A problem's program with its sites.
+
+    Attributes:
+        problem: parameters, loss and examples.
+        traced: the program of the loss of one example.
+        level: its plan.
+        tail: from the last sites to the losses; empty when their error is not taken exactly.
+        sites: in the program's order.
+        mapped: the variables that differ between examples.
+        kinds: what each variable is made of.
+    """
+
+    problem: Problem
+    traced: Traced
+    level: Level
+    tail: Tail
+    sites: tuple[Site, ...]
+    mapped: set[Variable]
+    kinds: Kinds
+
+    @property
+    def noisy(self) -> list[Site]:
+        """The sites that noise is put on."""
+        return [site for site in self.sites if not site.exact]
+
+    @property
+    def num_examples(self) -> int | None:
+        """The number of examples; None without `in_axes`."""
+        return self.problem.num_examples
+
+    def own_shape(self, site: Site) -> tuple[int, ...]:
+        """The shape of a site's value in one step of the loops around it."""
+        return tuple(self.traced.types[site.variable].shape)
+
+    def parameter_shapes(self, site: Site) -> list[tuple[int, ...]]:
+        """The shapes of the parameters, and of what is made of them alone, that enter a site."""
+        inputs = [v for v in site.region.inputs if self.kinds[v] is Kind.PARAMETER]
+        return [tuple(self.traced.types[v].shape) for v in inputs]
+
+    @property
+    def num_losses(self) -> int:
+        """The number of parts of the loss."""
+        return num_losses(self.traced)
+
+    def specs(self) -> list[Spec]:
+        """Shape and dtype of the noise at each noisy site, all examples together."""
+        lead = () if self.num_examples is None else (self.num_examples,)
+        return [Spec((*lead, *s.shape) if s.mapped else s.shape, s.dtype) for s in self.noisy]
+
+    def push(self, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
+        """Evaluate the loss, and its slopes along k noises [k, *spec]; with no noise there are no slopes."""
+        table = dict(zip([site.variable for site in self.noisy], noise, strict=False))
+        time = jnp.zeros((), jnp.float32)
+        if not table:
+            (losses, _), (aux, records) = self._run({}, None)
+            return Pass(losses, aux, [], records)
+
+        def slopes(noise: Values) -> tuple[list[Array], list[Array], Any]:
+            (losses, _), sums, rest = jax.jvp(lambda t: self._run(noise, t), (time,), (time + 1,), has_aux=True)
+            return losses, sums[1], rest
+
+        if num_tangents == 1:
+            losses, sums, rest = slopes({v: x[0] for v, x in table.items()})
+            sums = [x[None] for x in sums]
+        else:
+            losses, sums, rest = jax.vmap(slopes, out_axes=(None, 0, None))(table)
+        return Pass(losses, rest[0], sums, rest[1])
+
+    def _run(self, noise: Values, time: Array | None) -> tuple[Any, Any]:
+        """`((losses, sums of losses), (aux, records))`; each with a leading axis of examples."""
+        extra = self.tail.records
+
+        def one(mapped: Sequence[Array], noise: Values) -> tuple[Any, Any, Values]:
+            inputs = [*self.traced.closed, *jax.tree.leaves(self.problem.params), *mapped]
+            outputs, records = forward(self.level, inputs, noise, time, extra)
+            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
+            return (losses, list(map(_sum, losses))), aux, records
+
+        if self.num_examples is None:
+            out, aux, records = one((), noise)
+            return out, (aux, records)
+        names = self.level.all_records() | extra
+        axes = {v: self._axis(v) for v in names}
+        in_axes = (list(self.problem.mapped_axes), {v: self._axis(v) for v in noise})
+        out, aux, records = jax.vmap(one, in_axes, (0, 0, axes), axis_size=self.num_examples)(
+            list(self.problem.mapped), noise
+        )
+        return out, (aux, records)
+
+    def _axis(self, variable: Variable) -> int | None:
+        return 0 if self.num_examples is not None and variable in self.mapped else None
+
+    def output_errors(self, records: Values) -> Values:
+        """The exact derivative of the objective with respect to each output site."""
+        if not self.tail.starts:
+            return {}
+        used = {v: records[v] for v in self.tail.records}
+        axes = {v: self._axis(v) for v in used}
+        shifts = {site.variable: self.zeros(site) for site in self.sites if site.exact}
+
+        def objective(shifts: Values) -> Array:
+            def one(shifts: Values, used: Values) -> Array:
+                losses = self.tail.run(shifts, used)
+                return sum(map(_sum, losses), start=jnp.zeros(()))
+
+            if self.num_examples is None:
+                return one(shifts, used)
+            each = jax.vmap(one, ({v: self._axis(v) for v in shifts}, axes), axis_size=self.num_examples)
+            return jnp.mean(each(shifts, used))
+
+        return jax.grad(objective)(shifts)
+
+    def zeros(self, site: Site) -> Array:
+        """An error of zero at a site."""
+        lead = (self.num_examples,) if self._axis(site.variable) == 0 else ()
+        return jnp.zeros((*lead, *site.shape), site.dtype)  # type: ignore[arg-type]
+
+    def assemble(self, records: Values, errors: Mapping[Variable, Array]) -> Tree:
+        """The gradient from the objective's error at sites: each region's own reverse pass, none across two.
+
+        Sites without an error add nothing.
+        """
+        mine = [site for site in self.sites if site.variable in errors]
+
+        def values(params: Tree) -> Values:
+            outputs = self.regions(params, records)
+            return {site.variable: outputs[site.variable] for site in mine}
+
+        _, pull = jax.vjp(values, self.problem.params)
+        return pull({site.variable: errors[site.variable].astype(site.dtype) for site in mine})[0]
+
+    def regions(
+        self, params: Tree, records: Values, apply: Callable[[Equation, list[Any]], list[Any]] = bind
+    ) -> Values:
+        """The sites' values from parameters and records."""
+        start = len(self.traced.closed)
+        leaves = jax.tree.leaves(params)
+        names = self.level.program.inputs[start : start + len(leaves)]
+
+        def one(records: Values) -> Values:
+            return local(self.level, {**dict(zip(names, leaves, strict=True)), **records}, apply)
+
+        used = {v: records[v] for v in self.level.all_records()}
+        if self.num_examples is None:
+            return one(used)
+        outs = {site.variable: self._axis(site.variable) for site in self.sites}
+        axes = {v: self._axis(v) for v in used}
+        return jax.vmap(one, (axes,), outs, axis_size=self.num_examples)(used)
+
+    def aligned(self, params: Tree, feedback: Sequence[Array | None]) -> tuple[Array, Tree]:
+        """`(value, aux)`, whose reverse pass crosses dots and convolutions through the feedback; None: as they are."""
+        leaves = jax.tree.leaves(params)
+        start = len(self.traced.closed)
+        names = self.level.program.inputs[start : start + len(leaves)]
+        twins = {v: lax.stop_gradient(x) for v, x in zip(names, feedback, strict=True) if x is not None}
+
+        def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
+            inputs = [*self.traced.closed, *leaves, *mapped]
+            outputs = forward_with_feedback(self.level, self.kinds, inputs, dict(twins))
+            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
+            return losses, aux
+
+        if self.num_examples is not None:
+            one = jax.vmap(one, (list(self.problem.mapped_axes),), axis_size=self.num_examples)
+        losses, aux = one(list(self.problem.mapped))
+        return self.value(losses), aux
+
+    def value(self, losses: Sequence[Array]) -> Array:
+        """The objective of the losses: their sum, and the mean over the examples."""
+        sums = [jnp.sum(x) if self.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1) for x in losses]
+        return jnp.mean(sum(sums[1:], start=sums[0]))
+
+
+def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None, exact_outputs: bool) -> Sites:
+    """Trace the loss of one example and find its sites.
+
+    Args:
+        problem: the parameters, the loss and the examples.
+        name: the rule's name, for errors.
+        select: which parameters, by their path, get activity noise; None for all. The others get weight noise.
+        exact_outputs: whether the last sites take their exact error.
+    """
+    traced = trace(problem.example, problem.params, *problem.example_specs())
+    count = num_losses(traced)
+    types, masks = traced.types, reach(traced.program, traced.types, count)
+    classifier = Classifier(types, masks)
+    start, paths = len(traced.closed), _paths(problem.params)
+    inputs = traced.program.inputs
+    given = [Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))]
+    unselected = [inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)]
+    program = classifier.classify(traced.program, given, unselected, count)
+    kinds = classifier.kinds
+    _check_data(traced, classifier, count, name)
+    level = make_level(program, kinds, masks, types)
+    tail = make_tail(level, kinds, masks, count)
+    if not exact_outputs:
+        tail = Tail((), (), (), frozenset())
+    mapped = mapped_variables(program, inputs[start + len(paths) :])
+    exact = {id(region) for region in output_regions(level, tail)}
+    sites = [
+        Site(v, region, (*lengths, *types[v].shape), types[v].dtype, v in mapped, masks[v], id(region) in exact)
+        for region, lengths in level.all_regions()
+        for v in region.outputs
+    ]
+    return Sites(problem, traced, level, tail, tuple(sites), mapped, kinds)
+
+
+def num_losses(traced: Traced) -> int:
+    """The number of parts of a traced loss."""
+    return traced.out_tree.children()[0].num_leaves
+
+
+def _sum(x: Array) -> Array:
+    return jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype)))
+
+
+def _paths(params: Tree) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _check_data(traced: Traced, classifier: Classifier, count: int, name: str) -> None:
+    kinds = {classifier.kind(atom) for atom in traced.program.outputs[:count]}
+    if Kind.PARAMETER in kinds and not kinds & {Kind.DATA, Kind.MIXED}:
+        raise ValueError(
+            f"{name}: the loss depends on the parameters alone, so there is no site where a parameter meets data. Pass "
+            "the data as arguments of the loss, or use forwax.WeightPerturbation, which needs none."
+        )

@@ -1,0 +1,272 @@
+"""Activity perturbation beyond its mean: credit, places of noise, what crosses what, laws, and errors."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import forwax as fx
+from sites.programs import PROGRAMS, normal
+
+KEY = jax.random.key(0)
+PARAMS = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)}
+
+
+def mlp(p, x):
+    h = jnp.tanh(x @ p["w"] + p["b"])
+    return jnp.sum(jnp.sin(jnp.tanh(h @ p["v"]) @ p["o"]))
+
+
+def rows(loss, *args, rule=None, **options):
+    return fx.explain(loss, rule or fx.ActivityPerturbation(), **options)(*args).rows
+
+
+@pytest.mark.parametrize("memory", ["keep", "replay"])
+def test_it_is_the_rule_written_by_hand(memory):
+    """With the same noise: a slope per example times its noise, through the last step of each layer alone."""
+    x, k = normal(4, 5, 3), 3
+    rule = fx.ActivityPerturbation(num_tangents=k, memory=memory)
+    value, grads = fx.value_and_grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x)
+    u, t = fx.tangents.Rademacher().sample(KEY, [jnp.zeros((5, 4))] * 2, k)
+
+    def tapped(noise, x):
+        first = x @ PARAMS["w"] + PARAMS["b"] + noise[0]
+        second = jnp.tanh(first) @ PARAMS["v"] + noise[1]
+        return jnp.sum(jnp.sin(jnp.tanh(second) @ PARAMS["o"])), (first, second)
+
+    expected = jax.tree.map(jnp.zeros_like, {**PARAMS})
+    for i in range(5):
+        zeros = [jnp.zeros(4)] * 2
+        for j in range(k):
+            _, slope, (first, second) = jax.jvp(
+                lambda e, i=i: tapped(e, x[i]), (zeros,), ([u[j, i], t[j, i]],), has_aux=True
+            )
+            expected["w"] += jnp.outer(x[i], slope * u[j, i]) / (5 * k)
+            expected["b"] += slope * u[j, i] / (5 * k)
+            expected["v"] += jnp.outer(jnp.tanh(first), slope * t[j, i]) / (5 * k)
+        out = jnp.tanh(second)
+        expected["o"] += jnp.outer(out, jnp.cos(out @ PARAMS["o"])) / 5
+    assert value == pytest.approx(np.mean([mlp(PARAMS, row) for row in x]), rel=1e-5)
+    for name in PARAMS:
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_squared_error_of_a_layer_is_its_law():
+    """(q - 1)·mean|G_i|²/N for a layer of fan-out q, on the batch mean; here all of an example's noise is q wide."""
+    x, out, k = jnp.asarray(normal(4, 6, 3)), normal(5, 4), 4096
+
+    def loss(p, x):
+        return jnp.sum(jnp.tanh(x @ p["w"]) @ p["o"])
+
+    params = {"w": jnp.asarray(PARAMS["w"]), "o": jnp.asarray(out)}
+    each = jax.vmap(jax.grad(loss), (None, 0))(params, x)["w"]
+    grad = jax.jit(
+        jax.vmap(lambda key: fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(key, params, x)["w"])
+    )
+    errors = jnp.sum((grad(jax.random.split(KEY, k)) - each.mean(0)[None]) ** 2, axis=(1, 2))
+    law = 3 * jnp.sum(each**2) / 6 / 6
+    assert float(errors.mean()) == pytest.approx(float(law), rel=5 * float(errors.std()) / k**0.5 / float(law))
+
+
+def test_an_example_hears_nothing_of_the_others():
+    x, more = normal(4, 2, 3), normal(5, 3)
+    rule, options = fx.ActivityPerturbation(), {"in_axes": (None, 0)}
+    first = fx.grad(lambda p, x: mlp(p, x) * (x[0] == 7), rule, **options)(KEY, PARAMS, np.stack([x[0], more]))
+    assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(first))
+
+
+def test_a_site_hears_only_of_the_losses_that_it_reaches():
+    program = PROGRAMS["local_losses"]
+    louder = lambda p, x: fx.LocalLosses({**program.loss(p, x).tree, "b": 1e3 * program.loss(p, x).tree["b"]})
+    quiet, loud = (
+        fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, *program.args) for f in (program.loss, louder)
+    )
+    np.testing.assert_allclose(quiet["w"], loud["w"], rtol=1e-5)
+    assert float(jnp.abs(loud["v"]).max()) > 100 * float(jnp.abs(quiet["v"]).max())
+
+
+def test_one_slope_for_the_batch_is_noisier():
+    x = jnp.asarray(normal(4, 32, 3))
+
+    def error(rule):
+        grads = jax.vmap(lambda key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x)["w"])(
+            jax.random.split(KEY, 256)
+        )
+        return float(jnp.sum(jnp.var(grads, axis=0)))
+
+    assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(fx.ActivityPerturbation())
+
+
+def test_shrinkage_scales_every_slope():
+    x = normal(4, 5, 3)
+    mean = fx.grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, PARAMS, x)
+    shrunk = fx.grad(mlp, fx.ActivityPerturbation(combine=fx.combine.Shrinkage()), in_axes=(None, 0))(KEY, PARAMS, x)
+    np.testing.assert_allclose(shrunk["w"], mean["w"] / 8, rtol=1e-5)  # eight coordinates: 1 + M = 8
+    np.testing.assert_allclose(shrunk["o"], mean["o"], rtol=1e-5)  # exact
+
+
+def test_no_error_crosses_two_sites():
+    """Reverse mode refuses each deeper layer's way back; the rule never asks."""
+
+    @jax.custom_jvp
+    def one_way(x):
+        return x
+
+    @one_way.defjvp
+    def rule(primals, tangents):
+        again = lambda state: (state[0] + 1, 1.0 * state[1])
+        return one_way(*primals), jax.lax.while_loop(lambda state: state[0] < 1, again, (0, tangents[0]))[1]
+
+    def loss(p, x):
+        h = one_way(jnp.tanh(x @ p["w"] + p["b"]))
+        return jnp.sum(jnp.sin(one_way(jnp.tanh(h @ p["v"])) @ p["o"]))
+
+    x = normal(4, 2, 3)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        fx.grad(loss, fx.Backprop(), in_axes=(None, 0))(KEY, PARAMS, x)
+    got = fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, PARAMS, x)
+    plain = fx.grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, PARAMS, x)
+    for name in PARAMS:
+        np.testing.assert_allclose(got[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_traced_once():
+    calls = []
+
+    def counted(p, x):
+        calls.append(1)
+        return mlp(p, x)
+
+    grad = jax.jit(fx.grad(counted, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0)))
+    grad(KEY, PARAMS, normal(4, 5, 3))
+    grad(jax.random.key(1), PARAMS, normal(5, 5, 3))
+    assert len(calls) == 1
+
+
+def test_rules_are_arguments_of_jitted_functions():
+    x = normal(4, 5, 3)
+    rule = fx.ActivityPerturbation(num_tangents=2, where="w", memory="shared")
+    step = jax.jit(lambda rule, key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x))
+    for got, expected in zip(*map(jax.tree.leaves, (step(rule, KEY), step(rule, KEY))), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_aux_keywords_and_argnums():
+    def loss(scale, p, x, *, shift):
+        return scale * mlp(p, x) + shift, {"x": x, "name": "aux"}
+
+    f = fx.value_and_grad(loss, fx.ActivityPerturbation(), argnums=(1,), has_aux=True, in_axes=(None, None, 1))
+    (value, aux), (grads,) = f(KEY, 2.0, PARAMS, normal(4, 5, 3).T, shift=1.0)
+    plain, expected = fx.value_and_grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, PARAMS, normal(4, 5, 3))
+    assert (aux["x"].shape, aux["name"]) == ((5, 3), "aux")
+    assert float(value) == pytest.approx(2 * float(plain) + 1, rel=1e-5)
+    np.testing.assert_allclose(grads["w"], 2 * expected["w"], rtol=1e-4, atol=1e-6)
+
+
+def test_low_precision_keeps_its_dtypes():
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
+    x = jnp.asarray(normal(4, 5, 3), jnp.bfloat16)
+    value, grads = fx.value_and_grad(mlp, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0))(KEY, half, x)
+    assert {value.dtype, *(g.dtype for g in grads.values())} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_the_table_of_sites():
+    first, second, last = rows(mlp, PARAMS, normal(4, 5, 3), in_axes=(None, 0))
+    assert (first.operation, first.shape, first.weight_noise, first.activity_noise) == (
+        "dot_general + add",
+        (4,),
+        16,
+        4,
+    )
+    assert (first.credit, second.credit, last.credit) == ("one slope per example",) * 2 + ("exact error",)
+    assert "test_activity.py" in first.where
+    text = str(fx.explain(mlp, in_axes=(None, 0))(PARAMS, normal(4, 5, 3)))
+    assert text.splitlines()[2].startswith(
+        "dot_general + add  4      16            4               one slope per example"
+    )
+
+
+def test_the_table_says_what_would_help():
+    assert rows(mlp, PARAMS, normal(4, 3))[0].credit == "one slope for the batch: pass in_axes"
+    program = PROGRAMS["conditional"]
+    text = [row.operation for row in rows(program.loss, *program.args, in_axes=program.in_axes)]
+    assert text.count("weight noise (cond)") == 2
+    assert rows(mlp, PARAMS, normal(4, 3), rule=fx.ActivityPerturbation(where="v"))[0].operation == "weight noise"
+    program = PROGRAMS["local_losses"]
+    found = rows(program.loss, *program.args, in_axes=program.in_axes)
+    assert found[0].credit == "one slope per example, 1 of 2 losses"
+
+
+def test_where_noise_enters():
+    names = {name: [r.operation for r in rows(p.loss, *p.args, in_axes=p.in_axes)] for name, p in PROGRAMS.items()}
+    assert names["recurrent"][1] == "dot_general + dot_general + add + add"
+    assert names["embedding"][0] == "gather + add"
+    assert names["jit_and_remat"][0] == "dot_general + add"
+    assert names["layer_norm"][:2] == ["dot_general", "mul + add"]
+    assert names["noise_points"][0].startswith("dot_general + add + ")
+    assert names["noise_points"][0].endswith(" + name")
+    assert all("weight noise" not in op for op in names["fori_with_indexed_weights"])
+
+
+def test_a_noise_point_moves_nothing_that_leads_past_it():
+    def loss(p, x):
+        h = x @ p["w"] + p["b"]
+        return jnp.sum(jnp.tanh(fx.noise_point(jnp.tanh(h)) + h) @ p["o"])
+
+    assert rows(loss, PARAMS, normal(4, 3))[0].operation == "dot_general + add"
+
+
+def test_a_loss_without_data_is_refused():
+    with pytest.raises(ValueError, match=r"depends on the parameters alone.*forwax.WeightPerturbation"):
+        fx.grad(lambda p: jnp.sum(p**2), fx.ActivityPerturbation())(KEY, jnp.ones(3))
+
+
+def test_a_custom_vjp_is_refused_by_name():
+    @jax.custom_vjp
+    def doubled(x):
+        return 2 * x
+
+    doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+    data_only = fx.grad(lambda p, x: mlp(p, doubled(x)), fx.ActivityPerturbation())(KEY, PARAMS, normal(4, 3))
+    assert bool(jnp.any(data_only["w"]))
+    with pytest.raises(TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+.*FiniteDifference"):
+        fx.grad(lambda p, x: doubled(mlp(p, x)), fx.ActivityPerturbation())(KEY, PARAMS, normal(4, 3))
+
+
+def test_fields_are_checked():
+    with pytest.raises(ValueError, match="expected memory to be one of"):
+        fx.ActivityPerturbation(memory="less")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected combine to be Mean\(\) or Shrinkage\(\)"):
+        fx.ActivityPerturbation(combine=fx.combine.Projection())
+    with pytest.raises(ValueError, match="positive integer"):
+        fx.ActivityPerturbation(num_tangents=0)
+
+
+@pytest.mark.parametrize("tangents", [fx.tangents.Normal(), fx.tangents.Sphere(), fx.tangents.Orthonormal()])
+def test_any_tangents_serve(tangents):
+    rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=2)
+    assert bool(jnp.any(fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, normal(4, 2, 3))["w"]))
+
+
+def test_losses_that_are_not_finite_propagate():
+    for memory in ("keep", "replay", "shared"):
+        rule = fx.ActivityPerturbation(memory=memory)
+        loss = lambda p, x: mlp(p, x) * jnp.log(x[0] * 0 - 1)
+        value, grads = fx.value_and_grad(loss, rule, in_axes=(None, 0))(KEY, PARAMS, normal(4, 2, 3))
+        assert math.isnan(value)
+        assert all(bool(jnp.all(jnp.isnan(grads[name]))) for name in "wbv")
+
+
+def test_it_is_unbiased_by_draws_too():
+    x = normal(4, 3, 3)
+    shown = fx.testing.assert_unbiased(
+        fx.ActivityPerturbation(num_tangents=4),
+        mlp,
+        [PARAMS, x],
+        in_axes=(None, 0),
+        reference=fx.Backprop(),
+        tolerance=0.05,
+    )
+    assert shown.basis_sum
