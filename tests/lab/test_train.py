@@ -357,7 +357,7 @@ def test_a_gradient_that_is_not_finite_stops_as_well():
     one = trainer(learning_rate=0.1)
     problem = one.problem
     # its value is zero, its slope at zero infinite
-    bad = lambda params, x, y: (jnp.sqrt(0 * params.layers[0].bias[0]), y == 0)  # noqa: E731
+    bad = lambda params, x, y: (jnp.sqrt(0 * params.layers[0].bias[0]), y == 0)
     settings = one.settings
     object.__setattr__(problem, "loss", bad)
     step = jax.jit(make_step(problem, settings))

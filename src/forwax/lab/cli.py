@@ -77,7 +77,15 @@ def _run(name: str, words: list[str]) -> int:
         module: Any = import_module(module_name)
     except ModuleNotFoundError as error:
         return _mistake(f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'.")
-    options = tyro.cli(getattr(module, options_name), prog=f"forwax {name}", args=words)
+    # without a text of its own, a command is described by its options' docstring
+    description = getattr(module, "DESCRIPTION", None)
+    options = tyro.cli(
+        getattr(module, options_name),
+        prog=f"forwax {name}",
+        description=description,
+        args=words,
+        config=(tyro.conf.DisallowNone,),
+    )
     try:
         return module.run(options)
     except (UsageError, DataError) as error:

@@ -113,11 +113,12 @@ DIGITS = Settings(
     steps=10_000,
     batch_size=64,
 )
-LOGISTIC = Settings(num_tangents=1, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
-DENSE = Settings(num_tangents=1, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
-CONVOLUTION = Settings(
-    num_tangents=1, backprop_rate=0.05, schedule="cosine", steps=1_000, batch_size=64, eval_every=250
-)
+LOGISTIC = Settings(num_tangents=16, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
+DENSE = Settings(num_tangents=1, backprop_rate=0.3, schedule="cosine", steps=10_000, batch_size=64)
+CONVOLUTION = Settings(num_tangents=1, backprop_rate=0.01, schedule="cosine", steps=500, batch_size=64, eval_every=250)
+
+# the backprop rate over the best rate of one sign tangent, both tuned on MNIST, rounded
+LOGISTIC_DIMENSION, DENSE_DIMENSION, CONVOLUTION_DIMENSION = 330, 3000, 200
 
 _ALL = (
     Experiment(
@@ -126,15 +127,63 @@ _ALL = (
         model=_small_mlp,
         configurations={"default": DIGITS},
         effective_dimension=600,
-        description="An MLP 64-32-10 on scikit-learn's 8×8 digits.",
+        description=(
+            "An MLP 64-32-10 on scikit-learn's 8×8 digits. `forwax train`: 95.6 to 97.2 % on the test set over seeds "
+            "0 to 9, 6 to 9 s of training on 2 busy CPU cores."
+        ),
     ),
-    _on("mnist", "logistic", LOGISTIC, 100, "Logistic regression on MNIST."),
-    _on("mnist", "mlp", DENSE, 1000, "The MLP 784-1024-1024-10 on MNIST."),
-    _on("mnist", "cnn", CONVOLUTION, 1000, "The convolutional network on MNIST."),
-    _on("fashion-mnist", "logistic", LOGISTIC, 100, "Logistic regression on Fashion-MNIST."),
-    _on("fashion-mnist", "mlp", DENSE, 1000, "The MLP 784-1024-1024-10 on Fashion-MNIST."),
-    _on("fashion-mnist", "cnn", CONVOLUTION, 1000, "The convolutional network on Fashion-MNIST."),
-    _on("cifar10", "cnn", CONVOLUTION, 1000, "The convolutional network on CIFAR-10."),
+    _on(
+        "mnist",
+        "logistic",
+        LOGISTIC,
+        LOGISTIC_DIMENSION,
+        "Logistic regression on MNIST. `forwax train mnist-logistic`: 88.8 % (seed 0), 12 s of training on 2 "
+        "busy CPU cores.",
+    ),
+    _on(
+        "mnist",
+        "mlp",
+        DENSE,
+        DENSE_DIMENSION,
+        "The MLP 784-1024-1024-10 on MNIST. `forwax train mnist-mlp`: 73.3 % (seed 0), 290 s of training on 2 busy CPU "
+        "cores; more steps and more tangents go further.",
+    ),
+    _on(
+        "mnist",
+        "cnn",
+        CONVOLUTION,
+        CONVOLUTION_DIMENSION,
+        "The convolutional network on MNIST. A step takes about 0.35 s of CPU time; the score is not measured yet.",
+    ),
+    _on(
+        "fashion-mnist",
+        "logistic",
+        LOGISTIC,
+        LOGISTIC_DIMENSION,
+        "Logistic regression on Fashion-MNIST. `forwax train fashion-mnist-logistic`: 78.4 % (seed 0), "
+        "14 s of training on 2 busy CPU cores.",
+    ),
+    _on(
+        "fashion-mnist",
+        "mlp",
+        DENSE,
+        DENSE_DIMENSION,
+        "The MLP 784-1024-1024-10 on Fashion-MNIST. Rates as on MNIST; the score is not measured yet.",
+    ),
+    _on(
+        "fashion-mnist",
+        "cnn",
+        CONVOLUTION,
+        CONVOLUTION_DIMENSION,
+        "The convolutional network on Fashion-MNIST. Rates as on MNIST; the score is not measured yet.",
+    ),
+    _on(
+        "cifar10",
+        "cnn",
+        CONVOLUTION,
+        CONVOLUTION_DIMENSION,
+        "The convolutional network on CIFAR-10. Rates as on MNIST; the score is not measured yet.",
+    ),
 )
 
 EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

@@ -145,7 +145,7 @@ def _advance(state: TrainState, grads: Any, optimiser: optax.GradientTransformat
 def make_block(problem: Problem, settings: Settings) -> Any:
     """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
 
-    `epoch` and `order` pass the current epoch's permutation on from block to block. The learning rate and the seed of the
+    `epoch` and `order` pass the epoch's permutation on from block to block. The learning rate and the seed of the
     settings may be traced values, so that one program serves many.
     """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data

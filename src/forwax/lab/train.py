@@ -19,6 +19,7 @@ import tyro
 
 from forwax.lab import choices, optimisers
 from forwax.lab.checkpoints import Checkpoint, Checkpoints
+from forwax.lab.experiments import EXPERIMENTS, describe
 from forwax.lab.loop import MAX_BLOCK, Block, Trainer, build_trainer, init_state
 from forwax.lab.options import ExperimentName, SettingOptions, find_configuration, find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
@@ -59,6 +60,17 @@ class TrainOptions(SettingOptions):
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     checkpoint_seconds: float = 5.0
     """The time between two checkpoints."""
+
+
+DESCRIPTION = "\n".join(
+    [
+        "Train a model on real data, by default without backpropagation.",
+        "",
+        "Experiments, with what their defaults reached where that was measured:",
+        *(f"- {describe(experiment)}" for experiment in EXPERIMENTS.values()),
+    ]
+)
+"""What `forwax train --help` says first."""
 
 
 @dataclass(eq=False)
