@@ -276,7 +276,15 @@ def test_a_run_that_is_not_finite_neither_sets_the_target_nor_hides():
     assert results["rules"]["forward"]["curve"]["validation_losses"] == [2.0, None, None]
     assert "1 of 2 runs turned non-finite" in compare_table.markdown(results)
     assert "0.500 (1 not finite)" in compare_table.markdown(results)
-    assert len(compare_figure.draw(results).axes) == 2
+    figure = compare_figure.draw(results)
+    assert len(figure.axes) == 2
+    assert "(1 of 2 not finite)" in figure.axes[0].get_legend_handles_labels()[1][1]
+
+
+def test_losses_that_lie_close_get_a_linear_axis():
+    close, far = [_run([2.0, 1.5, 1.0])], [_run([2.0, 0.4, 0.1])]
+    assert compare_figure.draw(_gathered({"forward": close})).axes[0].get_yscale() == "linear"
+    assert compare_figure.draw(_gathered({"forward": far})).axes[0].get_yscale() == "log"
 
 
 def test_evaluations_begin_at_the_start_and_end_at_the_last_step():

@@ -66,12 +66,14 @@ def accuracy(each: dict[str, Any]) -> str:
 def number(value: float | str | None) -> str:
     """Write a number with three digits; text stays, and a missing number is a hyphen.
 
-    >>> number(0.012345), number(1234), number("not reached"), number(None)
-    ('0.0123', '1,234', 'not reached', '-')
+    >>> number(0.012345), number(1234), number(7.7e14), number("not reached"), number(None)
+    ('0.0123', '1,234', '7.7e+14', 'not reached', '-')
     """
     if value is None or isinstance(value, str):
         return value or "-"
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:#.3g}"
+    if isinstance(value, int) or 100 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1e6 else f"{value:#.3g}"
 
 
 def make_tables(results: dict[str, Any]) -> list[Table]:
