@@ -221,7 +221,7 @@ class TestDirections:
 def test_as_many_directions_as_coordinates_are_exact():
     """What the error promises; complex entries count twice."""
     z = jnp.array([1 + 2j, 3 - 1j], jnp.complex64)
-    loss = lambda z: jnp.sum(jnp.abs(z) ** 2)  # noqa: E731
+    loss = lambda z: jnp.sum(jnp.abs(z) ** 2)
     for tangents in (fx.tangents.Orthonormal(), fx.tangents.Coordinate(replace=False), fx.tangents.Guided(z)):
         got = quick_jit(fx.grad(loss, fx.WeightPerturbation(tangents, 4)))(KEY, z)
         np.testing.assert_allclose(got, jax.grad(loss)(z), rtol=1e-4)

@@ -21,9 +21,10 @@ GUESS = jax.tree.map(lambda x: 0.5 * x + 0.2, MIXED)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_to_compile():
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def mixed_loss(params):
