@@ -194,6 +194,6 @@ def describe(experiment: Experiment) -> str:
     """Give the experiment's description with its configurations, for the command line's help.
 
     >>> print(describe(EXPERIMENTS["digits"]).splitlines()[0])
-    digits: An MLP 64-32-10 on scikit-learn's 8×8 digits.
+    digits: An MLP 64-32-10 on scikit-learn's 8×8 digits. ...
     """
     return f"{experiment.name}: {experiment.description}"
