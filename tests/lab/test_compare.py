@@ -70,6 +70,8 @@ def test_every_rule_searches_on_the_same_budget(finished):
         assert len({rate for rate, _ in tried}) == 4
         assert each["learning_rate"] == compare_search.best_rate(tried)
         assert {run["learning_rate"] for run in each["runs"]} == {each["learning_rate"]}
+        told = next(note for note in compare_table.notes(results) if note.startswith(f"{each['about']} tried"))
+        assert all(compare_table.number(rate) in told for rate, _ in tried)
 
 
 def test_the_table_tells_the_figures_of_the_results(finished):

@@ -130,9 +130,12 @@ def notes(results: dict[str, Any]) -> list[str]:
     else:
         candidates, steps = results["search"]["candidates"], results["search"]["steps"]
         found.append(
-            f"Each rule's rate is the best of {candidates} by validation loss, each tried for {steps:,} steps."
+            f"Each rule's rate is the best of {candidates} by validation loss (in brackets), each tried for {steps:,} "
+            "steps."
         )
     for each in results["rules"].values():
+        if each["search"]:
+            found.append(f"{each['about']} tried {_tried(each['search'])}.")
         if each["edge"]:
             found.append(f"{each['about']}: {each['edge']}.")
         if each["non_finite"]:
@@ -141,3 +144,9 @@ def notes(results: dict[str, Any]) -> list[str]:
                 "finite parameters were tested."
             )
     return found
+
+
+def _tried(candidates: list[dict[str, Any]]) -> str:
+    """Tell every candidate's rate with its validation loss, from the smallest rate on."""
+    tried = sorted((each["learning_rate"], each["validation_loss"]) for each in candidates)
+    return ", ".join(f"{number(rate)} ({'not finite' if loss is None else number(loss)})" for rate, loss in tried)
