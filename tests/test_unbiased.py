@@ -21,7 +21,7 @@ GUESS = jax.tree.map(lambda x: 0.5 * x + 0.2, MIXED)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_to_compile():
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
