@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 import forwax as fx
 from forwax.lab.settings import Settings, UsageError
 
@@ -33,7 +36,15 @@ COMBINES: Mapping[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class RuleChoice:
-    """A rule of the command line: how it is built, which settings it takes, one line about it, and its mode.
+    """A rule of the command line.
+
+    Attributes:
+        build: from the settings and what the rule keeps between steps to the rule.
+        takes: the settings that it takes.
+        about: one line about it.
+        backward: what it does backwards, in one sentence for the end of a run.
+        reverse_mode: whether errors cross layers backwards.
+        needs_data: whether it only works on a loss with data.
 
     >>> RULES["exact"].takes
     ('chunk_size',)
@@ -42,7 +53,9 @@ class RuleChoice:
     build: Callable[[Settings, Any], Any]
     takes: tuple[str, ...]
     about: str
+    backward: str = "No reverse mode was used: no backward pass, and nothing kept for one."
     reverse_mode: bool = False
+    needs_data: bool = False
 
 
 def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
@@ -70,13 +83,36 @@ def _backprop(settings: Settings, guess: Any) -> Any:
     return fx.Backprop()
 
 
+def _activity(settings: Settings, guess: Any) -> Any:
+    return fx.ActivityPerturbation(**_parts(settings, guess))
+
+
+def _feedback(settings: Settings, feedback: Any) -> Any:
+    return fx.FeedbackAlignment(feedback)
+
+
+def _direct_feedback(settings: Settings, guess: Any) -> Any:
+    return fx.DirectFeedbackAlignment(jax.random.key(settings.seed))
+
+
+_LOCAL = "No error crossed two layers: reverse mode was used inside single layers and behind the last one alone."
+
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 RULES: Mapping[str, RuleChoice] = {
     "weight": RuleChoice(_weight, (*_DRAWN, "chunk_size"), "slopes along random weight tangents, by forward mode"),
     "exact": RuleChoice(_exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"),
     "finite-difference": RuleChoice(_finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"),
-    "backprop": RuleChoice(_backprop, (), "reverse mode, the reference", reverse_mode=True),
+    "activity": RuleChoice(
+        _activity, _DRAWN, "slopes along noise on the activities, one for each example", _LOCAL, needs_data=True
+    ),
+    "feedback": RuleChoice(
+        _feedback, (), "errors cross layers through fixed random matrices", "", reverse_mode=True, needs_data=True
+    ),
+    "direct-feedback": RuleChoice(
+        _direct_feedback, (), "the output error reaches every layer by a fixed random map", _LOCAL, needs_data=True
+    ),
+    "backprop": RuleChoice(_backprop, (), "reverse mode, the reference", "", reverse_mode=True),
 }
 """Every rule of the command line."""
 
@@ -94,12 +130,28 @@ def needs_guess(settings: Settings) -> bool:
     return "tangents" in takes and (settings.tangents == "guided" or settings.combine == "control-variate")
 
 
+def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
+    """Give what the rule keeps between steps: a guess of zero, fixed feedback matrices, or nothing.
+
+    Args:
+        settings: the run's settings.
+        params: the initial parameters.
+        key: the PRNG key of the feedback.
+
+    >>> initial_guess(Settings(), {}, jax.random.key(0)) is None
+    True
+    """
+    if settings.rule == "feedback":
+        return fx.random_feedback(key, params)
+    return jax.tree.map(jnp.zeros_like, params) if needs_guess(settings) else None
+
+
 def build_rule(settings: Settings, guess: Any = None) -> Any:
     """Build the rule that the settings name.
 
     Args:
         settings: the run's settings.
-        guess: a pytree like the parameters, where `needs_guess(settings)`.
+        guess: what `initial_guess` gave, or what has become of it.
 
     Returns:
         A forwax rule.

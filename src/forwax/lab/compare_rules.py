@@ -50,6 +50,9 @@ LINES: Mapping[str, Line] = {
     "finite-difference": Line(
         "finite differences, {k}", {"rule": "finite-difference", "tangents": "rademacher", "combine": "mean"}, 1
     ),
+    "activity": Line("activity noise, {k}", {"rule": "activity", "tangents": "rademacher", "combine": "mean"}, 1),
+    "feedback": Line("feedback alignment", {"rule": "feedback"}),
+    "direct-feedback": Line("direct feedback alignment", {"rule": "direct-feedback"}),
     "exact": Line("exact, forward mode", {"rule": "exact"}),
 }
 """Every rule by its name; `NAME-K` is the same with K tangents, such as forward-16."""

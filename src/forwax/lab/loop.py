@@ -88,7 +88,7 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
 
     def init() -> TrainState:
         params = problem.init(split_seed(settings.seed).init)
-        guess = jax.tree.map(jnp.zeros_like, params) if choices.needs_guess(settings) else None
+        guess = choices.initial_guess(settings, params, jax.random.fold_in(split_seed(settings.seed).init, 1))
         return TrainState(params, optimiser.init(params), guess, jnp.int32(0))
 
     # one program instead of one for each operation
@@ -136,7 +136,7 @@ def _squared_norm(tree: Any) -> jax.Array:
 def _advance(state: TrainState, grads: Any, optimiser: optax.GradientTransformation, settings: Settings) -> TrainState:
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     guess = state.guess
-    if guess is not None:
+    if choices.needs_guess(settings):
         kept = settings.guess_decay or 0.0
         guess = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
     return TrainState(optax.apply_updates(state.params, updates), opt_state, guess, state.step + 1)

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     CombineName = str
 else:
     FunctionName = Literal[tuple(DEFAULTS)]
-    RuleName = Literal[tuple(name for name in choices.RULES if name != "backprop")]
+    RuleName = Literal[
+        tuple(name for name, rule in choices.RULES.items() if name != "backprop" and not rule.needs_data)
+    ]
     # what needs a guess of the gradient is left out: the guess would be a state that plain descent does not keep
     TangentsName = Literal[tuple(name for name in choices.TANGENTS if name != "guided")]
     CombineName = Literal[tuple(name for name in choices.COMBINES if name != "control-variate")]

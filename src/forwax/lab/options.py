@@ -34,7 +34,7 @@ class SettingOptions:
 
     rule: RuleName | None = None
     """How the gradient is found: slopes along random weight tangents, the exact gradient by forward mode, finite
-    differences, or backprop."""
+    differences, slopes along noise on activities, feedback alignment, direct feedback alignment, or backprop."""
     tangents: TangentsName | None = None
     """The distribution of the tangents."""
     num_tangents: int | None = None

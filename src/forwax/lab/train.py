@@ -370,6 +370,6 @@ def _print_end(run: Run, summary: dict[str, Any], total: float) -> None:
         f"Test accuracy {summary['test_accuracy']:.1%} after {summary['steps']:,} steps: {summary['seconds']:.1f} s of "
         f"training at {summary['steps_per_second']:,.0f} steps/s, {total:.1f} s with loading, compiling and evaluating."
     )
-    if not summary["reverse_mode"]:
-        print("No reverse mode was used: no backward pass, and nothing kept for one.")
+    if choices.RULES[summary["rule"]].backward:
+        print(choices.RULES[summary["rule"]].backward)
     print(f"Curves, metrics and summary: {run.path}")
