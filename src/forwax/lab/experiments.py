@@ -153,7 +153,8 @@ _ALL = (
         "cnn",
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
-        "The convolutional network on MNIST. A step takes about 0.35 s of CPU time; the score is not measured yet.",
+        "The convolutional network on MNIST. `forwax train mnist-cnn`: 29.5 % (seed 0), 550 s of training on 2 "
+        "busy CPU cores; 500 steps are few for a single tangent.",
     ),
     _on(
         "fashion-mnist",
