@@ -6,6 +6,7 @@ from typing import Any
 
 from forwax._signature import Signature, check_key
 from forwax.rules import Rule, WeightPerturbation
+from forwax.sites import custom_vjp
 from forwax.tangents._base import typed_key
 
 
@@ -55,7 +56,10 @@ def value_and_grad(
     def value_and_grad_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
         key = typed_key(check_key(key, "value_and_grad"))
         problem = signature.bind(args, kwargs)
-        value, aux, grads = rule.estimate(key, problem)
+        try:
+            value, aux, grads = rule.estimate(key, problem)
+        except TypeError as error:
+            raise custom_vjp.named(error, problem) from error
         return ((value, problem.restore(aux)), grads) if has_aux else (value, grads)
 
     value_and_grad_of_loss.__name__ = f"value_and_grad({name})"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forwax.lab import choices, optimisers
+from forwax.lab import choices, optimizers
 from forwax.lab.data import DataSet
 from forwax.lab.experiments import EXPERIMENTS, Experiment
 from forwax.lab.loop import init_state, make_step
@@ -77,10 +77,10 @@ def test_every_combination_takes_a_step(data, combine):
     assert (after.guess is None) == (combine != "control-variate")
 
 
-@pytest.mark.parametrize("optimiser", optimisers.OPTIMISERS)
-def test_every_optimiser_lowers_a_bowl(optimiser):
+@pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
+def test_every_optimizer_lowers_a_bowl(optimizer):
     params = {"x": jnp.array([1.0, -2.0])}
-    transformation = optimisers.build_optimiser(Settings(optimiser=optimiser, weight_decay=0.01, steps=20), 0.01)
+    transformation = optimizers.build_optimizer(Settings(optimizer=optimizer, weight_decay=0.01, steps=20), 0.01)
     state = transformation.init(params)
     for _ in range(20):
         updates, state = transformation.update(params, state, params)
@@ -98,7 +98,7 @@ def test_every_type_takes_a_step(data, dtype):
 
 
 def test_the_guess_is_an_exponential_mean_of_the_estimates(data):
-    state, after = one_step(data, combine="control-variate", guess_decay=0.75, optimiser="sgd", learning_rate=0.5)
+    state, after = one_step(data, combine="control-variate", guess_decay=0.75, optimizer="sgd", learning_rate=0.5)
     # SGD moves by -0.5 ĝ, and the guess starts at zero
     for guess, old, new in zip(*map(jax.tree.leaves, (after.guess, state.params, after.params)), strict=True):
         np.testing.assert_allclose(guess, 0.25 * (old - new) / 0.5, rtol=1e-4, atol=1e-6)
@@ -109,13 +109,13 @@ def test_the_guess_is_an_exponential_mean_of_the_estimates(data):
     [("constant", 1, 1, 1), ("cosine", 1, 0.5, 0), ("linear", 1, 0.5, 0), ("exponential", 1, 0.6065, 0.3679)],
 )
 def test_schedules(schedule, at_start, at_half, at_end):
-    rate = optimisers.build_schedule(Settings(schedule=schedule, decay_rate=0.01, steps=100), 2.0)
+    rate = optimizers.build_schedule(Settings(schedule=schedule, decay_rate=0.01, steps=100), 2.0)
     for step, expected in ((0, at_start), (50, at_half), (100, at_end)):
         assert float(rate(step)) / 2 == pytest.approx(expected, abs=2e-4)
 
 
 def test_warm_up_rises_to_the_rate_and_then_follows_the_schedule():
-    rate = optimisers.build_schedule(Settings(schedule="linear", steps=30, warm_up=10), 1.0)
+    rate = optimizers.build_schedule(Settings(schedule="linear", steps=30, warm_up=10), 1.0)
     assert [round(float(rate(step)), 3) for step in (0, 4, 9, 10, 20, 30)] == [0.1, 0.5, 1.0, 1.0, 0.5, 0.0]
 
 
@@ -124,8 +124,8 @@ def test_suggested_rates():
     assert digits(rule="exact").learning_rate == 0.5
     k, d = 4, DIGITS.effective_dimension
     assert digits(num_tangents=k).learning_rate == pytest.approx(0.5 * k / (d + k - 1))
-    assert digits(num_tangents=k, optimiser="momentum").learning_rate == pytest.approx(0.05 * k / (d + k - 1))
-    assert digits(num_tangents=k, optimiser="adam").learning_rate == pytest.approx(1e-3 * (k / (d + k - 1)) ** 0.5)
+    assert digits(num_tangents=k, optimizer="momentum").learning_rate == pytest.approx(0.05 * k / (d + k - 1))
+    assert digits(num_tangents=k, optimizer="adam").learning_rate == pytest.approx(1e-3 * (k / (d + k - 1)) ** 0.5)
     # a projection is k/n of the mean, so its rate is n/k of the mean's
     projected = digits(num_tangents=k, combine="projection").learning_rate
     assert projected == pytest.approx(digits(num_tangents=k).learning_rate * 2410 / k, rel=2e-3)
@@ -201,7 +201,7 @@ def test_the_papers_configurations(name, configuration, rate, steps):
     settings = find_configuration(EXPERIMENTS[name], configuration)
     assert (settings.learning_rate, settings.steps, settings.batch_size) == (rate, steps, 64)
     assert (settings.tangents, settings.num_tangents, settings.combine) == ("normal", 1, "mean")
-    assert (settings.schedule, settings.decay_rate, settings.optimiser) == ("exponential", 1e-4, "sgd")
+    assert (settings.schedule, settings.decay_rate, settings.optimizer) == ("exponential", 1e-4, "sgd")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -33,9 +33,9 @@ TINY = Experiment(
     name="tiny",
     data_set="tiny",
     model=lambda shape, classes, key: MLP(9, (4,), classes, key=key),
-    # momentum, so that the optimiser has a state to lose
+    # momentum, so that the optimizer has a state to lose
     configurations={
-        "default": Settings(num_tangents=4, optimiser="momentum", batch_size=4, steps=STEPS, eval_every=25)
+        "default": Settings(num_tangents=4, optimizer="momentum", batch_size=4, steps=STEPS, eval_every=25)
     },
     description="a small MLP on three kinds of noise",
     effective_dimension=4,

@@ -15,7 +15,7 @@ from forwax.lab import choices, compare_rules
 from forwax.lab.compare_options import CompareOptions, check, make_folder, resumed
 from forwax.lab.compare_rules import NamedRule
 from forwax.lab.experiments import Experiment
-from forwax.lab.optimisers import suggest_rate
+from forwax.lab.optimizers import suggest_rate
 from forwax.lab.options import find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.runs import write_json

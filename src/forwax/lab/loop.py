@@ -17,7 +17,7 @@ import optax
 
 import forwax as fx
 from forwax.lab import choices
-from forwax.lab.optimisers import build_optimiser
+from forwax.lab.optimizers import build_optimizer
 from forwax.lab.problem import Problem
 from forwax.lab.settings import Settings
 
@@ -84,21 +84,21 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
     >>> int(init_state(build_problem(EXPERIMENTS["digits"], settings), settings).step)
     0
     """
-    optimiser = _optimiser(settings)
+    optimizer = _optimizer(settings)
 
     def init() -> TrainState:
         params = problem.init(split_seed(settings.seed).init)
         guess = choices.initial_guess(settings, params, jax.random.fold_in(split_seed(settings.seed).init, 1))
-        return TrainState(params, optimiser.init(params), guess, jnp.int32(0))
+        return TrainState(params, optimizer.init(params), guess, jnp.int32(0))
 
     # one program instead of one for each operation
     return jax.jit(init)()
 
 
-def _optimiser(settings: Settings) -> optax.GradientTransformation:
+def _optimizer(settings: Settings) -> optax.GradientTransformation:
     if settings.learning_rate is None:
         raise ValueError("expected settings with a learning rate, got None; use forwax.lab.options.resolve")
-    return build_optimiser(settings, settings.learning_rate)
+    return build_optimizer(settings, settings.learning_rate)
 
 
 def make_step(problem: Problem, settings: Settings) -> Any:
@@ -114,7 +114,7 @@ def make_step(problem: Problem, settings: Settings) -> Any:
 
     Example: `state, loss, accuracy, finite = make_step(problem, settings)(state, images, labels)`
     """
-    optimiser, noise_key = _optimiser(settings), split_seed(settings.seed).noise
+    optimizer, noise_key = _optimizer(settings), split_seed(settings.seed).noise
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
         rule = choices.build_rule(settings, state.guess)
@@ -123,7 +123,7 @@ def make_step(problem: Problem, settings: Settings) -> Any:
         (loss, correct), grads = gradient(key, state.params, images, labels)
         finite = jnp.isfinite(loss) & jnp.isfinite(_squared_norm(grads))
         # a branch, not a select: a select would copy all parameters at every step
-        state = jax.lax.cond(finite, lambda s: _advance(s, grads, optimiser, settings), lambda s: s, state)
+        state = jax.lax.cond(finite, lambda s: _advance(s, grads, optimizer, settings), lambda s: s, state)
         return state, loss, jnp.mean(correct, dtype=jnp.float32), finite
 
     return step
@@ -133,8 +133,8 @@ def _squared_norm(tree: Any) -> jax.Array:
     return sum((jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
 
 
-def _advance(state: TrainState, grads: Any, optimiser: optax.GradientTransformation, settings: Settings) -> TrainState:
-    updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+def _advance(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, settings: Settings) -> TrainState:
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     guess = state.guess
     if choices.needs_guess(settings):
         kept = settings.guess_decay or 0.0

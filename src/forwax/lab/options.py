@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
-from forwax.lab import choices, optimisers
+from forwax.lab import choices, optimizers
 from forwax.lab.experiments import EXPERIMENTS, Experiment
 from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
-    ExperimentName = RuleName = TangentsName = CombineName = OptimiserName = ScheduleName = str
+    ExperimentName = RuleName = TangentsName = CombineName = OptimizerName = ScheduleName = str
 else:
     # the names come from the tables, so that a new line there is a new choice here
     ExperimentName = Literal[tuple(EXPERIMENTS)]
     RuleName = Literal[tuple(choices.RULES)]
     TangentsName = Literal[tuple(choices.TANGENTS)]
     CombineName = Literal[tuple(choices.COMBINES)]
-    OptimiserName = Literal[tuple(optimisers.OPTIMISERS)]
-    ScheduleName = Literal[tuple(optimisers.SCHEDULES)]
+    OptimizerName = Literal[tuple(optimizers.OPTIMIZERS)]
+    ScheduleName = Literal[tuple(optimizers.SCHEDULES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class SettingOptions:
     """The step of finite differences (0.001)."""
     guess_decay: float | None = None
     """Guided tangents and control variates use an exponential mean of past estimates; this share is kept (0.9)."""
-    optimiser: OptimiserName | None = None
-    """The optimiser."""
+    optimizer: OptimizerName | None = None
+    """The optimizer."""
     learning_rate: float | None = None
     """The learning rate; by default the one that the rule's law implies."""
     backprop_rate: float | None = None
@@ -156,7 +156,7 @@ def _learning_rate(settings: Settings, experiment: Experiment, num_parameters: i
     if settings.learning_rate is not None:
         return settings.learning_rate
     rule = choices.build_rule(settings, jnp.zeros(num_parameters))
-    return optimisers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension)
+    return optimizers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension)
 
 
 def _with_steps(settings: Settings, given: dict[str, Any], num_examples: int) -> Settings:

@@ -30,10 +30,10 @@ class Settings:
         chunk_size: how many tangents are pushed forward at once; None means all.
         epsilon: the step of finite differences.
         guess_decay: how slowly the guess, an exponential mean of past estimates, forgets.
-        optimiser: a name of `forwax.lab.optimisers.OPTIMISERS`.
+        optimizer: a name of `forwax.lab.optimizers.OPTIMIZERS`.
         learning_rate: the rate at the start of the schedule (its peak, with a warm-up).
         backprop_rate: the rate tuned for SGD with true gradients, from which an open `learning_rate` is found.
-        schedule: a name of `forwax.lab.optimisers.SCHEDULES`.
+        schedule: a name of `forwax.lab.optimizers.SCHEDULES`.
         decay_rate: k of the exponential schedule rate · exp(-k · step).
         warm_up: the number of steps over which the rate rises from zero.
         weight_decay: the share of each parameter taken off per unit of learning rate.
@@ -55,7 +55,7 @@ class Settings:
     chunk_size: int | None = None
     epsilon: float | None = 1e-3
     guess_decay: float | None = 0.9
-    optimiser: str = "sgd"
+    optimizer: str = "sgd"
     learning_rate: float | None = None
     backprop_rate: float = 0.1
     schedule: str = "constant"

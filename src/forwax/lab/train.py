@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from forwax.lab import choices, optimisers
+from forwax.lab import choices, optimizers
 from forwax.lab.checkpoints import Checkpoint, Checkpoints
 from forwax.lab.experiments import EXPERIMENTS, describe
 from forwax.lab.loop import MAX_BLOCK, Block, Trainer, build_trainer, init_state
@@ -289,7 +289,7 @@ def advice(session: Session, loss: float) -> str:
     experiment = find_experiment(session.run.config["experiment"])
     rule = choices.build_rule(settings, jax.numpy.zeros(n))
     rate = settings.learning_rate or 0.0
-    smaller = min(optimisers.suggest_rate(settings, rule, n, experiment.effective_dimension), rate / 3)
+    smaller = min(optimizers.suggest_rate(settings, rule, n, experiment.effective_dimension), rate / 3)
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")
@@ -361,7 +361,7 @@ def _print_start(run: Run, settings: Settings, problem: Problem) -> None:
     if settings.num_tangents is not None:
         how += f", {settings.num_tangents} {settings.tangents} tangents a step, combined by {settings.combine}"
     print(f"{run.config['experiment']}: {problem.num_parameters:,} parameters, {len(problem.train[0]):,} examples.")
-    print(f"Rule: {how}. Optimiser: {settings.optimiser}, learning rate {settings.learning_rate:.3g}.")
+    print(f"Rule: {how}. Optimizer: {settings.optimizer}, learning rate {settings.learning_rate:.3g}.")
     print(f"Run: {run.path}", flush=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from forwax.sites.custom_vjp import custom_vjp_error
 from forwax.sites.program import (
     Atom,
     Constant,
@@ -207,10 +208,4 @@ def _differentiable(equation: Equation, kinds: set[Kind]) -> bool:
 
 def _check_custom_vjp(equation: Equation, kinds: set[Kind]) -> None:
     if Kind.MIXED in kinds or {Kind.PARAMETER, Kind.DATA} <= kinds:
-        inner = equation.params["call_jaxpr"]
-        name = getattr(inner, "jaxpr", inner).debug_info.func_src_info
-        raise TypeError(
-            f"forwax: the loss calls the jax.custom_vjp function {name} (called at {equation.source}) on values that "
-            "depend on the parameters, but a custom_vjp function has no JVP, which forward gradients need. Write its "
-            "rule as a jax.custom_jvp, or use forwax.FiniteDifference, which needs no derivative rule."
-        )
+        raise custom_vjp_error(equation.origin)

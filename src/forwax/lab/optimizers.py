@@ -1,13 +1,13 @@
-"""Optimisers and learning rates of the command line.
+"""Optimizers and learning rates of the command line.
 
 A rate tuned for true gradients makes forward gradients explode. Where the user gives no rate, it is found so:
 
-- SGD-like optimisers: backprop_rate · s, where s is the scale of `forwax.suggest_learning_rate`, 1/(1 + M) for an
+- SGD-like optimizers: backprop_rate · s, where s is the scale of `forwax.suggest_learning_rate`, 1/(1 + M) for an
   unbiased rule of relative MSE M. The law is for a loss that curves alike along all n parameters. A network's loss
   curves along far fewer; where an experiment names that number d (its *effective dimension*), s is multiplied by
   (n + k - 1)/(d + k - 1), which puts d in n's place. Momentum 0.9 multiplies a rate by ten in the long run, so that
   its rate is a tenth.
-- Adaptive optimisers divide by the root of the estimate's second moment, which is 1 + M times that of the true
+- Adaptive optimizers divide by the root of the estimate's second moment, which is 1 + M times that of the true
   gradient: they have scaled by √s already, and get the other √s here: base rate · √s, with the base rate of their
   papers.
 """
@@ -28,15 +28,15 @@ MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
-class OptimiserChoice:
-    """An optimiser of the command line.
+class OptimizerChoice:
+    """An optimizer of the command line.
 
     Attributes:
         build: from (schedule, weight decay) to the optax transformation.
-        factor: its learning rate over SGD's, for optimisers that are linear in the gradient.
-        base_rate: the usual rate with true gradients, for optimisers that divide by the gradient's size.
+        factor: its learning rate over SGD's, for optimizers that are linear in the gradient.
+        base_rate: the usual rate with true gradients, for optimizers that divide by the gradient's size.
 
-    >>> OPTIMISERS["adam"].base_rate, OPTIMISERS["sgd"].base_rate
+    >>> OPTIMIZERS["adam"].base_rate, OPTIMIZERS["sgd"].base_rate
     (0.001, None)
     """
 
@@ -46,7 +46,7 @@ class OptimiserChoice:
 
 
 def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, float], Any]:
-    """Add weight decay, as a term of the gradient, in front of an optimiser that has none of its own."""
+    """Add weight decay, as a term of the gradient, in front of an optimizer that has none of its own."""
 
     def with_decay(rate: Any, weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(optax.add_decayed_weights(weight_decay), build(rate)) if weight_decay else build(rate)
@@ -55,28 +55,28 @@ def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[
 
 
 def _decoupled(build: Callable[..., optax.GradientTransformation]) -> Callable[[Any, float], Any]:
-    """Pass weight decay on to an optimiser that has its own."""
+    """Pass weight decay on to an optimizer that has its own."""
     return lambda rate, weight_decay: build(rate, weight_decay=weight_decay)
 
 
-OPTIMISERS: Mapping[str, OptimiserChoice] = {
-    "sgd": OptimiserChoice(_decayed(optax.sgd)),
-    "momentum": OptimiserChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM),
-    "nesterov": OptimiserChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM),
-    "adam": OptimiserChoice(_decayed(optax.adam), base_rate=1e-3),
-    "adamw": OptimiserChoice(_decoupled(optax.adamw), base_rate=1e-3),
-    "adamax": OptimiserChoice(_decayed(optax.adamax), base_rate=2e-3),
-    "nadam": OptimiserChoice(_decayed(optax.nadam), base_rate=1e-3),
-    "radam": OptimiserChoice(_decayed(optax.radam), base_rate=1e-3),
-    "adabelief": OptimiserChoice(_decayed(optax.adabelief), base_rate=1e-3),
-    "adagrad": OptimiserChoice(_decayed(optax.adagrad), base_rate=1e-2),
-    "rmsprop": OptimiserChoice(_decayed(optax.rmsprop), base_rate=1e-3),
-    "lion": OptimiserChoice(_decoupled(optax.lion), base_rate=1e-4),
-    "lamb": OptimiserChoice(_decoupled(optax.lamb), base_rate=1e-3),
-    "lars": OptimiserChoice(_decoupled(optax.lars), base_rate=1e-1),
-    "yogi": OptimiserChoice(_decayed(optax.yogi), base_rate=1e-2),
+OPTIMIZERS: Mapping[str, OptimizerChoice] = {
+    "sgd": OptimizerChoice(_decayed(optax.sgd)),
+    "momentum": OptimizerChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM),
+    "nesterov": OptimizerChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM),
+    "adam": OptimizerChoice(_decayed(optax.adam), base_rate=1e-3),
+    "adamw": OptimizerChoice(_decoupled(optax.adamw), base_rate=1e-3),
+    "adamax": OptimizerChoice(_decayed(optax.adamax), base_rate=2e-3),
+    "nadam": OptimizerChoice(_decayed(optax.nadam), base_rate=1e-3),
+    "radam": OptimizerChoice(_decayed(optax.radam), base_rate=1e-3),
+    "adabelief": OptimizerChoice(_decayed(optax.adabelief), base_rate=1e-3),
+    "adagrad": OptimizerChoice(_decayed(optax.adagrad), base_rate=1e-2),
+    "rmsprop": OptimizerChoice(_decayed(optax.rmsprop), base_rate=1e-3),
+    "lion": OptimizerChoice(_decoupled(optax.lion), base_rate=1e-4),
+    "lamb": OptimizerChoice(_decoupled(optax.lamb), base_rate=1e-3),
+    "lars": OptimizerChoice(_decoupled(optax.lars), base_rate=1e-1),
+    "yogi": OptimizerChoice(_decayed(optax.yogi), base_rate=1e-2),
 }
-"""Every optimiser of the command line."""
+"""Every optimizer of the command line."""
 
 SCHEDULES: Mapping[str, Callable[[float, Settings, int], optax.Schedule]] = {
     "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
@@ -110,16 +110,16 @@ def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
     return optax.join_schedules([rise, after], [settings.warm_up])
 
 
-def build_optimiser(settings: Settings, learning_rate: float) -> optax.GradientTransformation:
-    """Build the optimiser with its schedule and weight decay.
+def build_optimizer(settings: Settings, learning_rate: float) -> optax.GradientTransformation:
+    """Build the optimizer with its schedule and weight decay.
 
     Args:
         settings: the run's settings.
         learning_rate: the rate at the schedule's start.
 
-    >>> state = build_optimiser(Settings(optimiser="adam"), 1e-3).init({"w": 0.0})
+    >>> state = build_optimizer(Settings(optimizer="adam"), 1e-3).init({"w": 0.0})
     """
-    build = OPTIMISERS[settings.optimiser].build
+    build = OPTIMIZERS[settings.optimizer].build
     return build(build_schedule(settings, learning_rate), settings.weight_decay)
 
 
@@ -127,7 +127,7 @@ def suggest_rate(settings: Settings, rule: Any, n: int, effective_dimension: int
     """Find a learning rate for a rule from the one tuned for backprop; the module's docstring tells how.
 
     Args:
-        settings: the run's settings; `backprop_rate` and `optimiser` are read.
+        settings: the run's settings; `backprop_rate` and `optimizer` are read.
         rule: the forwax rule.
         n: the number of parameters.
         effective_dimension: along how many directions the loss curves; n where it is None.
@@ -142,7 +142,7 @@ def suggest_rate(settings: Settings, rule: Any, n: int, effective_dimension: int
     >>> round(suggest_rate(Settings(backprop_rate=0.5), fx.WeightPerturbation(), n=1000, effective_dimension=100), 6)
     0.005
     """
-    choice = OPTIMISERS[settings.optimiser]
+    choice = OPTIMIZERS[settings.optimizer]
     scale = float(fx.suggest_learning_rate(rule, n, 1.0))
     k = getattr(rule, "num_tangents", None)
     if k is not None and effective_dimension is not None:
