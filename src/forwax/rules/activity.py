@@ -4,6 +4,7 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXi
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from jax import Array, lax
 
 from forwax import _tree
 from forwax._signature import Problem
-from forwax._tree import Tree
+from forwax._tree import Spec, Tree
 from forwax.combine import Combine, Mean, Shrinkage
 from forwax.rules._base import Rule, check_count
 from forwax.sites import Pass, Site, Sites, Values, find_sites
@@ -110,18 +111,29 @@ class ActivityPerturbation(Rule):
         return value, out.aux, self._own(sites, noise, out.slopes, out.records)
 
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
-        """The noise [k, ...] of all noisy sites, in one draw."""
-        if not sites.noisy:
+        """The noise [k, ...] of all noisy sites: cut out of one flat draw a dtype, which compiles faster than many."""
+        specs, k = sites.specs(), self.num_tangents
+        if not specs:
             return []
-        indices = jnp.arange(self.num_tangents)
-        return sampler(self.tangents, key, sites.specs(), self.num_tangents, hold=True)(indices)
+        members: dict[Any, list[int]] = {}
+        for i, spec in enumerate(specs):
+            members.setdefault(spec.dtype, []).append(i)
+        flat = [Spec((sum(math.prod(specs[i].shape) for i in part),), dtype) for dtype, part in members.items()]
+        drawn = sampler(self.tangents, key, flat, k, hold=True)(jnp.arange(k))
+        leaves: dict[int, Array] = {}
+        for x, part in zip(drawn, members.values(), strict=True):
+            leaves.update(zip(part, _tree.split_flat(x, [specs[i] for i in part]), strict=True))
+        return [leaves[i] for i in range(len(specs))]
 
     def _own(self, sites: Sites, noise: Sequence[Array], slopes: Sequence[Array], records: Values) -> Tree:
         """Each example with its own slopes."""
         errors = sites.output_errors(records)
+        credits: dict[tuple[int, bool], Array] = {}
         for site, u in zip(sites.noisy, noise, strict=True):
-            credit = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
-            errors[site.variable] = _weighted(credit, u)
+            unit = (site.reach, site.mapped)
+            if unit not in credits:
+                credits[unit] = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
+            errors[site.variable] = _weighted(credits[unit], u)
         return sites.assemble(records, errors)
 
     def _replayed(self, key: Array, sites: Sites, out: Pass) -> Tree:
@@ -191,8 +203,9 @@ def _credited(site: Site, slopes: Sequence[Array], num_examples: int | None) -> 
 def _weighted(slopes: Array, noise: Array) -> Array:
     """Σ_j c_j conj(u_j), with a slope for each example where slopes are [k, examples]."""
     shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
-    wide = jnp.conj(noise).astype(_tree.accumulation_dtype(noise.dtype))
-    return jnp.sum(slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape) * wide, axis=0)
+    wide = (jnp.conj(noise) if _tree.is_complex(noise) else noise).astype(_tree.accumulation_dtype(noise.dtype))
+    slopes = slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape)
+    return slopes[0] * wide[0] if noise.shape[0] == 1 else jnp.sum(slopes * wide, axis=0)
 
 
 def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
