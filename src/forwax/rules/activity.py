@@ -125,12 +125,12 @@ class ActivityPerturbation(Rule):
     def _own(self, sites: Sites, noise: Sequence[Array], slopes: Sequence[Array], records: Values) -> Tree:
         """Each example with its own slopes."""
         errors = sites.output_errors(records)
-        credits: dict[tuple[int, bool], Array] = {}
+        known: dict[tuple[int, bool], Array] = {}
         for site, u in zip(sites.noisy, noise, strict=True):
             unit = (site.reach, site.mapped)
-            if unit not in credits:
-                credits[unit] = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
-            errors[site.variable] = _weighted(credits[unit], u)
+            if unit not in known:
+                known[unit] = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
+            errors[site.variable] = _weighted(known[unit], u)
         return sites.assemble(records, errors)
 
     def _replayed(self, key: Array, sites: Sites, out: Pass) -> Tree:
