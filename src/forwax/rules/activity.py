@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from forwax import _tree
+from forwax import _mesh, _tree
 from forwax._signature import Problem
-from forwax._tree import Spec, Tree
+from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
 from forwax.rules._base import Rule, check_count
 from forwax.sites import Pass, Site, Sites, Values, find_sites
@@ -115,9 +115,9 @@ class ActivityPerturbation(Rule):
         if not specs:
             return []
         members: dict[Any, list[int]] = {}
-        for i, spec in enumerate(specs):
-            members.setdefault((spec.shape, spec.dtype), []).append(i)
-        stacked = [Spec((len(part), *shape), dtype) for (shape, dtype), part in members.items()]
+        for i, (spec, site) in enumerate(zip(specs, sites.noisy, strict=True)):
+            members.setdefault((spec.shape, spec.dtype, site.axes), []).append(i)
+        stacked = [_mesh.like((len(part), *shape), dtype, over) for (shape, dtype, over), part in members.items()]
         drawn = sampler(self.tangents, key, stacked, self.num_tangents, hold=True)(jnp.arange(self.num_tangents))
         noise = {i: x[:, j] for x, part in zip(drawn, members.values(), strict=True) for j, i in enumerate(part)}
         return [noise[i] for i in range(len(specs))]
@@ -125,9 +125,9 @@ class ActivityPerturbation(Rule):
     def _own(self, sites: Sites, noise: Sequence[Array], slopes: Sequence[Array], records: Values) -> Tree:
         """Each example with its own slopes."""
         errors = sites.output_errors(records)
-        known: dict[tuple[int, bool], Array] = {}
+        known: dict[tuple[int, bool, _mesh.Axes], Array] = {}
         for site, u in zip(sites.noisy, noise, strict=True):
-            unit = (site.reach, site.mapped)
+            unit = (site.reach, site.mapped, site.axes)
             if unit not in known:
                 known[unit] = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
             errors[site.variable] = _weighted(known[unit], u)
@@ -192,6 +192,7 @@ def _credited(site: Site, slopes: Sequence[Array], num_examples: int | None) -> 
     """The slopes of the losses that a site reaches: [k, examples] for an example's own noise, else [k]."""
     mine = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
     total = sum(mine[1:], start=mine[0])
+    total = _mesh.total(total, _mesh.axes(total) - site.axes)  # one noise for all devices hears of all their losses
     if num_examples is None:
         return total
     return total / num_examples if site.mapped else jnp.mean(total, axis=1)
