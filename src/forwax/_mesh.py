@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 Axes = frozenset[str]
@@ -14,9 +15,18 @@ Axes = frozenset[str]
 
 def axes(x: Any) -> Axes:
     """The mesh axes over which a value varies."""
-    aval = jax.typeof(x)
+    return type_axes(jax.typeof(x))
+
+
+def type_axes(aval: Any) -> Axes:
+    """The mesh axes over which values of an abstract type vary."""
     manual = getattr(aval, "manual_axis_type", None)  # newer jax; older ones have vma alone
     return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+
+
+def like(shape: tuple[int, ...], dtype: Any, over: Axes) -> Any:
+    """What stands for an array of this type: a spec, or zeros if it varies over mesh axes, which a spec cannot say."""
+    return vary(jnp.zeros(shape, dtype), over) if over else jax.ShapeDtypeStruct(shape, dtype)
 
 
 def tree_axes(tree: Any) -> list[Axes]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from forwax import _mesh
 from forwax._tree import Tree, describe
 
 
@@ -62,12 +63,17 @@ class Problem:
         """The number of examples; None without `in_axes`."""
         return self.mapped[0].shape[self.mapped_axes[0]] if self.mapped else None
 
-    def example_specs(self) -> list[jax.ShapeDtypeStruct]:
-        """Shape and dtype of one example's mapped leaves."""
-        shapes = [list(x.shape) for x in self.mapped]
-        for shape, axis in zip(shapes, self.mapped_axes, strict=True):
+    def example_specs(self) -> list[Any]:
+        """One example's mapped leaves, to trace with: shapes and dtypes, or inside `shard_map` the first example."""
+
+        def one(x: Array, axis: int) -> Any:
+            shape = list(x.shape)
             del shape[axis]
-        return [jax.ShapeDtypeStruct(tuple(s), x.dtype) for s, x in zip(shapes, self.mapped, strict=True)]
+            if _mesh.axes(x):  # a spec cannot say over which mesh axes a value varies
+                return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
+            return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+        return [one(x, axis) for x, axis in zip(self.mapped, self.mapped_axes, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

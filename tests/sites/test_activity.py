@@ -29,7 +29,8 @@ def test_it_is_the_rule_written_by_hand(memory):
     x, k = normal(4, 5, 3), 3
     rule = fx.ActivityPerturbation(num_tangents=k, memory=memory)
     value, grads = fx.value_and_grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x)
-    u, t = fx.tangents.Rademacher().sample(KEY, [jnp.zeros((5, 4))] * 2, k)
+    noise = fx.tangents.Rademacher().sample(KEY, jnp.zeros((2, 5, 4)), k)
+    u, t = noise[:, 0], noise[:, 1]
 
     def tapped(noise, x):
         first = x @ PARAMS["w"] + PARAMS["b"] + noise[0]

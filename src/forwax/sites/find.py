@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from forwax import _tree
+from forwax import _mesh, _tree
 from forwax._signature import Problem
 from forwax._tree import Spec, Tree
 from forwax.sites.classify import Classifier, Kind
@@ -33,6 +33,7 @@ class Site:
         mapped: whether each example has a value of its own; if not, all share one noise and the sum of their slopes.
         reach: the losses that it reaches, as a bit mask.
         exact: whether the error is taken exactly, since no site follows.
+        axes: the mesh axes, inside `jax.shard_map`, over which the value varies.
     """
 
     variable: Variable
@@ -42,6 +43,7 @@ class Site:
     mapped: bool
     reach: int
     exact: bool
+    axes: _mesh.Axes
 
     @property
     def size(self) -> int:
@@ -183,7 +185,7 @@ class Sites:
     def zeros(self, site: Site) -> Array:
         """An error of zero at a site."""
         lead = (self.num_examples,) if self._axis(site.variable) == 0 else ()
-        return jnp.zeros((*lead, *site.shape), site.dtype)  # type: ignore[arg-type]
+        return _mesh.vary(jnp.zeros((*lead, *site.shape), site.dtype), site.axes)  # type: ignore[arg-type]
 
     def assemble(self, records: Values, errors: Mapping[Variable, Array]) -> Tree:
         """The gradient from the objective's error at sites: each region's own reverse pass, none across two.
@@ -268,7 +270,16 @@ def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None
     mapped = mapped_variables(program, inputs[start + len(paths) :])
     exact = {id(region) for region in output_regions(level, tail)}
     sites = [
-        Site(v, region, (*lengths, *types[v].shape), types[v].dtype, v in mapped, masks[v], id(region) in exact)
+        Site(
+            v,
+            region,
+            (*lengths, *types[v].shape),
+            types[v].dtype,
+            v in mapped,
+            masks[v],
+            id(region) in exact,
+            _mesh.type_axes(types[v]),
+        )
         for region, lengths in level.all_regions()
         for v in region.outputs
     ]

@@ -136,10 +136,17 @@ class Traced:
 
 def trace(fun: Callable[..., Any], *specs: Any) -> Traced:
     """The program of a function of the given abstract arguments."""
-    closed_jaxpr, shape = jax.make_jaxpr(fun, return_shape=True)(*specs)
+    structure: list[Any] = []
+
+    def flat(*args: Any) -> list[Any]:
+        leaves, tree = jax.tree.flatten(fun(*args))
+        structure.append(tree)
+        return leaves
+
+    closed_jaxpr = jax.make_jaxpr(flat)(*specs)
     types: list[Any] = []
     program = _convert(closed_jaxpr.jaxpr, types)
-    return Traced(program, list(closed_jaxpr.consts), types, jax.tree.structure(shape))
+    return Traced(program, list(closed_jaxpr.consts), types, structure[0])
 
 
 def variables(atoms: Iterable[Atom]) -> list[Variable]:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 from jax import Array, lax
 
+from forwax import _mesh
 from forwax.sites.plan import Level, LoopPlan
 from forwax.sites.program import Atom, Constant, Equation, Variable, bind
 from forwax.sites.regions import Region
@@ -27,7 +28,7 @@ def inject(value: Array, noise: Array, time: Array) -> Array:
 def _inject_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     value, noise, _ = primals
     dvalue, _, dtime = tangents
-    return value, dvalue + dtime.astype(noise.real.dtype) * noise
+    return value, dvalue + _mesh.vary(dtime.astype(noise.real.dtype) * noise, _mesh.axes(value))
 
 
 def forward(

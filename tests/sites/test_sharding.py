@@ -1,0 +1,45 @@
+"""Inside `jax.shard_map` the mean over all noise is what `jax.grad` gives there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import forwax as fx
+from forwax._signature import Signature
+from sites.programs import normal
+
+PARAMS = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 2)}
+EACH = (None, 0)
+
+
+def loss(p, x):
+    return jnp.sum(jnp.sin(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]))
+
+
+def sharded(rule, check):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def grads(key, p, x):
+        got = fx.grad(loss, rule, in_axes=EACH)(key, p, x)
+        return got if check else jax.lax.psum(got, "d")
+
+    step = jax.shard_map(grads, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P(), check_vma=check)
+    return jax.jit(step)(jax.random.key(0), PARAMS, jnp.asarray(normal(3, 8, 3)))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_the_mean_over_all_noise_is_the_gradient_of_all_shards(check):
+    problem = Signature(loss, 0, False, EACH).bind((PARAMS, normal(3, 2, 3)), {})
+    got = sharded(fx.ActivityPerturbation().basis(problem), check)
+    expected = sharded(fx.Backprop(), check)
+    for name in PARAMS:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_weight_noise_hears_of_the_losses_of_all_shards():
+    got = sharded(fx.ActivityPerturbation(where="v", num_tangents=4096), check=True)
+    expected = sharded(fx.Backprop(), check=True)
+    error = sum(float(jnp.sum((got[n] - expected[n]) ** 2)) for n in PARAMS)
+    assert error < 0.02 * sum(float(jnp.sum(expected[n] ** 2)) for n in PARAMS)
