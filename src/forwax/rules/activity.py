@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
+from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
