@@ -33,15 +33,11 @@ class Bar(Reporter):
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("accuracy {task.fields[accuracy]:.3f}"),
-            TextColumn("{task.fields[pace]:,.0f} steps/s"),
+            TextColumn("{task.fields[told]}"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task(
-            name, total=steps, completed=start, loss=float("nan"), accuracy=float("nan"), pace=0.0
-        )
+        self._task = self._progress.add_task(name, total=steps, completed=start, told="first steps")
 
     def __enter__(self) -> Bar:
         """Show the bar."""
@@ -54,7 +50,8 @@ class Bar(Reporter):
 
     def update(self, step: int, loss: float, accuracy: float, steps_per_second: float) -> None:
         """Redraw the bar."""
-        self._progress.update(self._task, completed=step, loss=loss, accuracy=accuracy, pace=steps_per_second)
+        told = f"loss {loss:.4f} accuracy {accuracy:.3f} {steps_per_second:,.0f} steps/s"
+        self._progress.update(self._task, completed=step, told=told)
 
 
 class Lines(Reporter):
