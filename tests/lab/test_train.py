@@ -245,6 +245,23 @@ class Convolve(eqx.Module):
         return self.conv(x).sum((0, 1))
 
 
+@pytest.mark.parametrize("rule", ["activity", "feedback", "direct-feedback"])
+def test_rules_on_sites_lower_the_loss(rule):
+    losses = trainer(rule=rule, steps=400).run(400).losses
+    assert losses[-40:].mean() < 0.8 * losses[:40].mean()
+
+
+def test_feedback_is_drawn_once_and_follows_the_seed():
+    one = trainer(rule="feedback")
+    before = jax.tree.map(np.asarray, one.state.guess)
+    assert len(jax.tree.leaves(before)) == 2  # the two matrices; biases are their own feedback
+    one.run(5)
+    jax.tree.map(np.testing.assert_array_equal, before, one.state.guess)
+    jax.tree.map(np.testing.assert_array_equal, before, trainer(rule="feedback").state.guess)
+    other = jax.tree.leaves(trainer(rule="feedback", seed=1).state.guess)
+    assert not np.array_equal(jax.tree.leaves(before)[0], other[0])
+
+
 def test_a_block_has_limits():
     one = trainer()
     for count in (0, MAX_BLOCK + 1):

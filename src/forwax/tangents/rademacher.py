@@ -51,7 +51,7 @@ class Rademacher(IndependentTangents):
 
 
 def _padded(num_words: int) -> int:
-    """Up to an even number, in whole rows for long draws: on CPU an odd number of words costs eight times as much."""
+    """Up to an even number, in whole rows for long draws: on CPU an odd number of words costs four times as much."""
     row = _ROW if num_words > _ROW else 2
     return -(-num_words // row) * row
 
