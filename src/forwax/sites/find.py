@@ -15,6 +15,7 @@ from forwax.sites.axes import Factor, back
 from forwax.sites.classify import Classifier, Kind
 from forwax.sites.credit import Credit, credits_of
 from forwax.sites.feedback import forward_with_feedback
+from forwax.sites.fission import split_loops
 from forwax.sites.plan import Kinds, Level, make_level, mapped_variables
 from forwax.sites.program import Constant, Equation, Traced, Variable, bind, trace
 from forwax.sites.reach import reach
@@ -290,12 +291,14 @@ def find_sites(
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
     count = num_losses(traced)
-    types, masks = traced.types, reach(traced.program, traced.types, count)
-    classifier = Classifier(types, masks)
     start, paths = len(traced.closed), _paths(problem.params)
     inputs = traced.program.inputs
     given = [Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))]
     unselected = [inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)]
+    if exact_outputs:
+        traced = _with_split_loops(traced, given, count)
+    types, masks = traced.types, reach(traced.program, traced.types, count)
+    classifier = Classifier(types, masks)
     program = classifier.classify(traced.program, given, unselected, count)
     kinds = classifier.kinds
     _check_data(traced, classifier, count, name)
@@ -324,6 +327,20 @@ def find_sites(
         return found
     noisy = mapped_variables(program, [site.variable for site in found.noisy])
     return with_credit(found, make_sources(level, kinds, masks, count, noisy, tail, exact_outputs))
+
+
+def _with_split_loops(traced: Traced, given: Sequence[Kind], count: int) -> Traced:
+    if all(equation.loop is None for equation in traced.program.equations):
+        return traced
+    types = list(traced.types)  # classifying adds to them
+    classifier = Classifier(types, reach(traced.program, types, count))
+    classifier.classify(traced.program, given, (), count)
+
+    def is_site(equation: Equation) -> bool:
+        mixed = any(classifier.kinds.get(v) is Kind.MIXED for v in equation.outputs)
+        return equation.loop is None and mixed and any(classifier.kind(a) is Kind.PARAMETER for a in equation.inputs)
+
+    return split_loops(traced, is_site)
 
 
 def with_credit(sites: Sites, sources: Tail) -> Sites:
