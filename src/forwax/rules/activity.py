@@ -17,9 +17,9 @@ from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
-from forwax.sites import Pass, Site, Sites, Values, find_sites
+from forwax.sites import Drawn, Held, Pass, Site, Sites, Values, find_sites, push_drawn, replay
 from forwax.tangents import Coordinate, Rademacher, Tangents
-from forwax.tangents._base import sampler
+from forwax.tangents._base import sampler, typed_key
 
 _MEMORY = ("keep", "replay", "shared")
 
@@ -100,13 +100,13 @@ class ActivityPerturbation(Rule):
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
         sites = self.sites(problem)
+        if self.memory == "replay" and sites.noisy:
+            return self._replayed(key, sites)
         noise = self._draw(key, sites)
         out = sites.push(noise, self.num_tangents)
         value = sites.value(out.losses)
         if self.memory == "shared":
             return value, out.aux, self._shared(sites, noise, out)
-        if self.memory == "replay" and noise:
-            return value, out.aux, self._replayed(key, sites, out)
         return value, out.aux, self._own(sites, noise, out.slopes, out.records)
 
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
@@ -125,34 +125,53 @@ class ActivityPerturbation(Rule):
     def _own(self, sites: Sites, noise: Sequence[Array], slopes: Sequence[Array], records: Values) -> Tree:
         """Each example with its own slopes."""
         errors = sites.output_errors(records)
-        known: dict[tuple[int, bool, _mesh.Axes], Array] = {}
+        known = self._credit(sites, slopes)
         for site, u in zip(sites.noisy, noise, strict=True):
-            unit = (site.reach, site.mapped, site.axes)
-            if unit not in known:
-                known[unit] = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
-            errors[site.variable] = _weighted(known[unit], u)
+            errors[site.variable] = _weighted(known[_unit(site)], u)
         return sites.assemble(records, errors)
 
-    def _replayed(self, key: Array, sites: Sites, out: Pass) -> Tree:
-        """As `_own`, from a second evaluation and a second drawing, begun when the slopes are known.
+    def _credit(self, sites: Sites, slopes: Sequence[Array]) -> dict[Any, Array]:
+        """What multiplies the noise of each unit of credit."""
+        first = {_unit(site): site for site in reversed(sites.noisy)}
+        return {u: _credited(s, slopes, sites.num_examples) * self._scale(sites, s) for u, s in first.items()}
 
-        They stand in a branch, since XLA would merge equal computations outside of one and so keep all values of the
+    def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
+        """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
+
+        It stands in a branch, since XLA would merge equal computations outside of one and so keep all values of the
         first. Slopes that are not finite make the gradient what they are.
         """
         problem, traced = sites.problem, sites.traced
-        total = sum((jnp.sum(x) for x in out.slopes), start=jnp.zeros(()))
+        first = self._source(key, sites)
+        if isinstance(first, Drawn):
+            out = push_drawn(sites, first)
+        else:
+            out = sites.push([first.values[site.variable] for site in sites.noisy], self.num_tangents)
+        exact, known = sites.output_errors(out.records), self._credit(sites, out.slopes)
+        total = sum((jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(()))
 
         def again(arrays: Any) -> Tree:
-            key, params, mapped, closed = arrays
+            key, params, mapped, closed, exact, known = arrays
             new = dataclasses.replace(problem, params=params, mapped=mapped)
             same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
-            return self._own(same, self._draw(key, same), out.slopes, same.push().records)
+            return replay(same, self._source(key, same), exact, lambda site, u: _weighted(known[_unit(site)], u))
 
         def spoilt(arrays: Any) -> Tree:
             return jax.tree.map(lambda x: jnp.full_like(x, total), arrays[1])
 
-        arrays = (key, problem.params, problem.mapped, traced.closed)
-        return lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+        arrays = (key, problem.params, problem.mapped, traced.closed, exact, known)
+        return sites.value(out.losses), out.aux, lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+
+    def _source(self, key: Array, sites: Sites) -> Drawn | Held:
+        """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
+        if not self.tangents.coordinatewise:
+            lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
+            return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
+
+        def draw(key: Array, like: Any, index: Any) -> Array:
+            return sampler(self.tangents, key, [like], self.num_tangents)(jnp.asarray(index)[None])[0][0]
+
+        return Drawn(typed_key(key), draw, self.num_tangents)
 
     def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass) -> Tree:
         """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
@@ -186,6 +205,10 @@ def selection(where: str | Callable[[str], bool] | None) -> Callable[[str], bool
     if isinstance(where, str):
         return lambda path: re.search(where, path) is not None
     return where
+
+
+def _unit(site: Site) -> Any:
+    return site.reach, site.mapped, site.axes
 
 
 def _credited(site: Site, slopes: Sequence[Array], num_examples: int | None) -> Array:
