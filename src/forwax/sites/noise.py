@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from forwax import _mesh
 from forwax.sites.order import behind
 from forwax.sites.plan import LoopPlan
 from forwax.sites.program import Variable
@@ -29,8 +30,8 @@ class Drawn:
 
     def one(self, variable: Variable, like: Any, index: Any, after: Array) -> Array:
         """One direction of a site's noise, drawn once the value `after` is there, so that it need not be kept."""
-        number = behind(jnp.uint32(variable), [lax.stop_gradient(after)])
-        return self.draw(jax.random.fold_in(self.key, number), like, index)
+        key = _mesh.own_key(self.key, _mesh.axes(like) - _mesh.axes(self.key))  # `after` would hide that shards differ
+        return self.draw(jax.random.fold_in(key, behind(jnp.uint32(variable), [after])), like, index)
 
     def all(self, variable: Variable, like: Any, after: Array) -> Array:
         """All directions [k, ...]."""

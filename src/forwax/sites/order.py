@@ -3,25 +3,21 @@
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 
-def behind(value: Any, others: Iterable[Array], axis_name: str | None = None) -> Array:
+def behind(value: Any, others: Iterable[Array]) -> Array:
     """The value itself, but computed after the others: it is chosen by a condition on them that never holds.
 
-    `jax.lax.optimization_barrier` says the same, but XLA on CPU drops it before it orders the operations.
-
-    Args:
-        value: an array.
-        others: arrays.
-        axis_name: an axis that `jax.vmap` maps the others along, but not the value.
+    `jax.lax.optimization_barrier` says the same, but XLA on CPU drops it before it orders the operations. Where
+    `jax.vmap` maps the others alone, the value stays as it is and waits for all of them.
     """
     value = jnp.asarray(value)
-    for never in [_never(x) for x in others if x.size]:
-        if axis_name is not None:
-            never = lax.pmax(never.astype(jnp.float32), axis_name) > 0
-        value = jnp.where(never, jnp.zeros_like(value), value)
+    for other in others:
+        if other.size:
+            value = jnp.where(_any(_never(lax.stop_gradient(other))), jnp.zeros_like(value), value)
     return value
 
 
@@ -29,3 +25,14 @@ def _never(x: Array) -> Array:
     """False, from one entry."""
     first = x[(0,) * x.ndim].real
     return (first != first) & (first > 0)  # noqa: PLR0124 (not a number, and yet above zero)
+
+
+@jax.custom_batching.custom_vmap
+def _any(flag: Array) -> Array:
+    """The flag; under `jax.vmap` whether any of them is set."""
+    return flag
+
+
+@_any.def_vmap
+def _any_vmap(axis_size: int, in_batched: list[bool], flags: Array) -> tuple[Array, bool]:
+    return _any(jnp.any(flags, axis=0)), False

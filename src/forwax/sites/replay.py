@@ -6,7 +6,6 @@ regions' reverse passes leave at chains of parameters goes back to the leaves at
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -26,8 +25,6 @@ from forwax.sites.program import Variable
 from forwax.sites.regions import Region
 from forwax.sites.run import Values, inject, local
 from forwax.sites.walk import Batch, read, scan, walk
-
-_TANGENTS = "forwax.tangents"
 
 Error: TypeAlias = Callable[[Site, Array], Array]
 """Takes a site and its noise [k, ...], inside a loop that of one step, to the objective's error there."""
@@ -62,8 +59,7 @@ def push_drawn(sites: Sites, noise: Drawn) -> Pass:
         losses, sums, rest = slopes(0)
         sums = [x[None] for x in sums]
     else:
-        each = jax.vmap(slopes, out_axes=(None, 0, None), axis_name=_TANGENTS)
-        losses, sums, rest = each(jnp.arange(noise.num_tangents))
+        losses, sums, rest = jax.vmap(slopes, out_axes=(None, 0, None))(jnp.arange(noise.num_tangents))
     return Pass(losses, rest[0], sums, rest[1])
 
 
@@ -78,16 +74,16 @@ def _evaluate(sites: Sites, noise: Drawn, index: Any, time: Array) -> tuple[Any,
     return (losses, sums), (aux, {v: lax.stop_gradient(env[v]) for v in sites.tail.records})
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _inject(axis_name: str | None, value: Array, noise: Array, time: Array) -> Array:
+@jax.custom_jvp
+def _inject(value: Array, noise: Array, time: Array) -> Array:
     """As `inject`, but the value goes on only when its tangents are there too."""
     return value
 
 
 @_inject.defjvp
-def _inject_jvp(axis_name: str | None, primals: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+def _inject_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     out, tangent = jax.jvp(inject, primals, tangents)
-    return behind(out, [tangent], axis_name), tangent
+    return behind(out, [tangent]), tangent
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,11 +101,10 @@ class _Push:
         return walk(level, env, self.batch, self.at_region, self.at_loop)
 
     def at_region(self, region: Region, env: Values) -> None:
-        axis_name = None if self.noise.num_tangents == 1 else _TANGENTS
         for v in region.outputs:
             if not self.table[v].exact:
                 noise = self.noise.one(v, like(self.sites, self.table[v]), self.index, env[v])
-                env[v] = _inject(axis_name, env[v], noise, self.time)
+                env[v] = _inject(env[v], noise, self.time)
 
     def at_loop(self, plan: LoopPlan, env: Values) -> list[Any]:
         def step(inner: Values, state: None, counter: Any) -> tuple[list[Any], None, None]:
