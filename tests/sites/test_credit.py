@@ -1,5 +1,7 @@
 """Credit along axes: what a site's noise cannot change never multiplies it, and what it can change always does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,9 +129,13 @@ def test_the_axes_that_can_be_told_apart(name):
         assert [dict(credit.links) for credit in sites.credit[first.variable]] == expected
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][4] is not None])
-def test_the_mean_over_all_noise_is_the_gradient(name):
+APART = [("keep", name) for name in CASES if CASES[name][4] is not None]
+
+
+@pytest.mark.parametrize(("memory", "name"), [*APART, ("replay", "past"), ("replay", "patches"), ("replay", "scan")])
+def test_the_mean_over_all_noise_is_the_gradient(memory, name):
     loss, data, mapped, rule, _ = CASES[name]
+    rule = dataclasses.replace(rule, memory=memory)
     program = Program(loss, P, (data,), (None, 0) if mapped else None)
     _, grads = basis_mean(program, rule)
     truth = fx.grad(loss, fx.Backprop(), **program.options)(KEY, *program.args)

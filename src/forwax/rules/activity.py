@@ -18,9 +18,21 @@ from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
-from forwax.sites import Credit, Pass, Site, Sites, Values, Variable, find_sites
+from forwax.sites import (
+    Credit,
+    Drawn,
+    Held,
+    Pass,
+    Site,
+    Sites,
+    Values,
+    Variable,
+    find_sites,
+    push_drawn,
+    replay,
+)
 from forwax.tangents import Coordinate, Rademacher, Tangents
-from forwax.tangents._base import sampler
+from forwax.tangents._base import sampler, typed_key
 
 _MEMORY = ("keep", "replay", "shared")
 
@@ -91,8 +103,11 @@ class ActivityPerturbation(Rule):
 
     def sites(self, problem: Problem) -> Sites:
         """The sites of a problem under this rule."""
-        shared = self.memory == "shared"
-        return find_sites(problem, type(self).__name__, selection(self.where), self.exact_outputs, credit=not shared)
+        chosen = selection(self.where)
+        if self.memory == "shared":
+            return find_sites(problem, type(self).__name__, chosen, self.exact_outputs)
+        sites = find_sites(problem, type(self).__name__, chosen, self.exact_outputs, credit=True)
+        return sites.with_slopes_of_loops() if self.memory == "replay" else sites
 
     def basis(self, problem: Problem) -> "ActivityPerturbation":
         """This rule with each coordinate of its noise once: its estimate is the mean over all noise."""
@@ -102,14 +117,14 @@ class ActivityPerturbation(Rule):
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
         sites = self.sites(problem)
+        if self.memory == "replay" and sites.noisy:
+            return self._replayed(key, sites)
         noise = self._draw(key, sites)
         out = sites.push(noise, self.num_tangents)
         value = sites.value(out.losses)
         if self.memory == "shared":
             return value, out.aux, self._shared(sites, noise, out)
         slopes = self._slopes(sites, out) if noise else {}
-        if self.memory == "replay" and noise:
-            return value, out.aux, self._replayed(key, sites, slopes)
         return value, out.aux, self._own(sites, noise, slopes, out.records)
 
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
@@ -145,26 +160,44 @@ class ActivityPerturbation(Rule):
         errors |= {s.variable: _weighted(slopes[s.variable], u) for s, u in zip(sites.noisy, noise, strict=True)}
         return sites.assemble(records, errors)
 
-    def _replayed(self, key: Array, sites: Sites, slopes: Mapping[Variable, Array]) -> Tree:
-        """As `_own`, from a second evaluation and a second drawing, begun when the slopes are known.
+    def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
+        """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
 
-        They stand in a branch, since XLA would merge equal computations outside of one and so keep all values of the
+        It stands in a branch, since XLA would merge equal computations outside of one and so keep all values of the
         first. Slopes that are not finite make the gradient what they are.
         """
         problem, traced = sites.problem, sites.traced
-        total = sum((jnp.sum(x) for x in slopes.values()), start=jnp.zeros(()))
+        first = self._source(key, sites)
+        if isinstance(first, Drawn):
+            out = push_drawn(sites, first)
+        else:
+            out = sites.push([first.values[site.variable] for site in sites.noisy], self.num_tangents)
+        exact, slopes = sites.output_errors(out.records), self._slopes(sites, out)
+        slopes = {site.variable: sites.of_a_step(site, slopes[site.variable]) for site in sites.noisy}
+        total = sum((jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(()))
 
         def again(arrays: Any) -> Tree:
-            key, params, mapped, closed = arrays
+            key, params, mapped, closed, exact, slopes = arrays
             new = dataclasses.replace(problem, params=params, mapped=mapped)
             same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
-            return self._own(same, self._draw(key, same), slopes, same.push().records)
+            return replay(same, self._source(key, same), exact, lambda site, u: _weighted(slopes[site.variable], u))
 
         def spoilt(arrays: Any) -> Tree:
             return jax.tree.map(lambda x: jnp.full_like(x, total), arrays[1])
 
-        arrays = (key, problem.params, problem.mapped, traced.closed)
-        return lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+        arrays = (key, problem.params, problem.mapped, traced.closed, exact, slopes)
+        return sites.value(out.losses), out.aux, lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+
+    def _source(self, key: Array, sites: Sites) -> Drawn | Held:
+        """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
+        if not self.tangents.coordinatewise:
+            lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
+            return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
+
+        def draw(key: Array, like: Any, index: Any) -> Array:
+            return sampler(self.tangents, key, [like], self.num_tangents)(jnp.asarray(index)[None])[0][0]
+
+        return Drawn(typed_key(key), draw, self.num_tangents)
 
     def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass) -> Tree:
         """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""

@@ -123,10 +123,35 @@ class Sites:
         """The number of parts of the loss."""
         return num_losses(self.traced)
 
+    @property
+    def tail_records(self) -> frozenset[Variable]:
+        """The values that the errors of output sites and sources are made from."""
+        return self.tail.records if self.sources is None else self.tail.records | self.sources.records
+
     def specs(self) -> list[Spec]:
         """Shape and dtype of the noise at each noisy site, all examples together."""
         lead = () if self.num_examples is None else (self.num_examples,)
         return [Spec((*lead, *s.shape) if s.mapped else s.shape, s.dtype) for s in self.noisy]
+
+    def num_loops(self, site: Site) -> int:
+        """The number of loops around a site."""
+        return len(site.shape) - len(self.own_shape(site))
+
+    def with_slopes_of_loops(self) -> "Sites":
+        """The same sites, but each step of a loop shares its slopes with the others."""
+
+        def coarser(site: Site, credit: Credit) -> Credit:
+            first = self.num_loops(site)
+            links = tuple((a, link) for a, link in credit.links if link.size == 1 or link.axis >= first)
+            return dataclasses.replace(credit, links=links)
+
+        credit = {s.variable: [coarser(s, c) for c in self.credit.get(s.variable, ())] for s in self.noisy}
+        return dataclasses.replace(self, credit=credit if self.credit else {})
+
+    def of_a_step(self, site: Site, slopes: Array) -> Array:
+        """Slopes without the axes of loops, along which they are the same."""
+        lead = slopes.ndim - len(site.shape)
+        return jnp.squeeze(slopes, tuple(range(lead, lead + self.num_loops(site)))) if self.credit else slopes
 
     def shared_noise(self, site: Site, other: Site) -> float:
         """How many coordinates of another site's noise one slope of this site hears, on average."""
@@ -158,7 +183,7 @@ class Sites:
     def _run(self, noise: Values, time: Array | None) -> tuple[Any, Any]:
         """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
         taps = self.sources.starts if self.sources is not None else ()
-        extra = self.tail.records if self.sources is None else self.tail.records | self.sources.records
+        extra = self.tail_records
 
         def one(mapped: Sequence[Array], noise: Values) -> tuple[Any, Any, Values]:
             inputs = [*self.traced.closed, *jax.tree.leaves(self.problem.params), *mapped]
