@@ -1,6 +1,5 @@
 """Flax Linen models, unmodified."""
 
-import jax
 import pytest
 
 from sites.interop import KEY, Model, check, wave

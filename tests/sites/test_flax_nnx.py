@@ -1,6 +1,5 @@
 """Flax NNX models, unmodified."""
 
-import jax
 import jax.numpy as jnp
 import pytest
 
