@@ -278,7 +278,8 @@ def leaky(env: Env, h: Array, s: Step) -> Array:
 OPS = [dense, batched, convolution_1d, convolution_2d, gain, bias, move, norm, activation, over_time, over_layers]
 OPS += [indexed_layers, conditional, look_up, gate, stop, attention, spectrum, until_small, leaky]
 OPS_BY_NAME = {op.__name__: op for op in OPS}
-WRAPS = ["nothing", "jit", "jit with arguments", "checkpoint", "noise point", "vmap"]
+OFTEN = ["dense", "gate", "bias", "gain", "activation"]
+WRAPS = ["nothing", "jit", "jit with arguments", "checkpoint", "noise point", "vmap", "scan"]
 
 
 def apply(env: Env, h: Array, step: Step) -> Array:
@@ -295,8 +296,11 @@ def apply(env: Env, h: Array, step: Step) -> Array:
                 env.given = outside
 
         return (jax.jit if step.wrap.startswith("jit") else jax.checkpoint)(inner)(outside, h)
-    if step.wrap == "vmap" and h.ndim > 1 and step.op != "gate":
+    if step.wrap == "vmap" and h.ndim > 1:
         return jax.vmap(lambda row: op(env, row, step))(h)
+    if step.wrap == "scan":
+        turn = lambda total, x: (jnp.sin(total + jnp.sum(x)), total * op(env, x, step))
+        return lax.scan(turn, jnp.ones(()), jnp.stack([h, jnp.sin(h)]))[1]
     if step.wrap == "jit":
         return jax.jit(lambda h: op(env, h, step))(h)
     out = op(env, h, step)
@@ -350,7 +354,7 @@ def forward_only(recipe: Recipe) -> bool:
 _few = st.integers(0, 3)
 STEPS = st.builds(
     Step,
-    st.sampled_from(list(OPS_BY_NAME)),
+    st.sampled_from([*OPS_BY_NAME, *OFTEN]),
     st.one_of(st.just("as it is"), st.sampled_from(list(CHAINS))),
     st.booleans(),
     st.one_of(st.just("nothing"), st.sampled_from(WRAPS)),
@@ -359,7 +363,7 @@ STEPS = st.builds(
 )
 RECIPES = st.builds(
     Recipe,
-    st.lists(STEPS, min_size=1, max_size=6).map(tuple),
+    st.lists(STEPS, min_size=2, max_size=7).map(tuple),
     st.sampled_from(["waves", "label", "readout"]),
     _few,
     st.booleans(),
