@@ -102,18 +102,19 @@ def _like(key: Array, leaf: Array) -> Array:
 
 
 def _matched(feedback: Tree, params: Tree) -> list[Array | None]:
-    """One entry a parameter, checked."""
+    """One entry a parameter, checked. None among the parameters themselves stands for no parameter."""
     is_none = lambda x: x is None  # noqa: E731
-    got, expected = jax.tree.flatten(feedback, is_none), jax.tree.flatten(params)
+    got, expected = jax.tree.flatten(feedback, is_none), jax.tree.flatten(params, is_none)
     if got[1] != expected[1]:
         raise ValueError(
             f"FeedbackAlignment: expected feedback of the parameters' structure {expected[1]}, got {got[1]}. Draw it "
             "with forwax.random_feedback(key, params); None stands for a parameter that is its own feedback."
         )
-    for b, w in zip(got[0], expected[0], strict=True):
+    pairs = [(b, w) for b, w in zip(got[0], expected[0], strict=True) if w is not None]
+    for b, w in pairs:
         if b is not None and jnp.shape(b) != w.shape:
             raise ValueError(
                 f"FeedbackAlignment: expected feedback of the parameter's shape {w.shape}, got {jnp.shape(b)}. Draw it "
                 "with forwax.random_feedback(key, params)."
             )
-    return got[0]
+    return [b for b, _ in pairs]
