@@ -105,13 +105,19 @@ def explain(
 
 def _row(site: Site, sites: Sites, shared: bool) -> SiteRow:
     region = site.region
-    operation = " + ".join(equation.name for equation in region.equations)
+    operation = _shortened([equation.name for equation in region.equations])
     if region.promoted:
         origin = region.equations[0].origin
         operation = f"weight noise ({origin.primitive.name})" if origin is not None else "weight noise"
     entering = sum(math.prod(shape) for shape in sites.parameter_shapes(site))
     where = next((equation.source for equation in region.equations if equation.source), "")
     return SiteRow(operation, site.shape, entering, site.size, _credit(site, sites, shared), where)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """The names of a region's operations, those in the middle counted if there are many."""
+    shown = names if len(names) <= 6 else [*names[:2], f"{len(names) - 3} more", names[-1]]
+    return " + ".join(shown)
 
 
 def _credit(site: Site, sites: Sites, shared: bool) -> str:

@@ -110,13 +110,15 @@ def _settings(options: CompareOptions, experiment: Experiment, rule: NamedRule, 
     for name in ("steps", "batch_size"):
         if getattr(options, name) is not None:
             given[name] = getattr(options, name)
-    settings = resolve(experiment, _configuration(options), given, len(problem.train[0]), problem.num_parameters)
+    settings = resolve(
+        experiment, _configuration(options), given, len(problem.train[0]), problem.num_parameters, problem.noise
+    )
     if options.paper:
         return settings
     if choices.needs_guess(settings):
         raise UsageError(f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know.")
     built = choices.build_rule(settings)
-    rate = suggest_rate(settings, built, problem.num_parameters, experiment.effective_dimension)
+    rate = suggest_rate(settings, built, problem.num_parameters, experiment.effective_dimension, problem.noise(built))
     return dataclasses.replace(settings, learning_rate=rate)
 
 

@@ -7,6 +7,9 @@ A rate tuned for true gradients makes forward gradients explode. Where the user 
   curves along far fewer; where an experiment names that number d (its *effective dimension*), s is multiplied by
   (n + k - 1)/(d + k - 1), which puts d in n's place. Momentum 0.9 multiplies a rate by ten in the long run, so that
   its rate is a tenth.
+- Activity noise: n is the number d of noise coordinates of one example, the slopes of a batch of N average, and what
+  the examples' own gradients G_i do not share adds to the noise: s = 1/(1 + M) for d' = 1 + (d - 1)·2/N coordinates,
+  where 2 stands for mean|G_i|² / |mean G|², found by tuning on MNIST's MLP (best rate 0.005 of 0.0014 to 0.01).
 - Adaptive optimizers divide by the root of the estimate's second moment, which is 1 + M times that of the true
   gradient: they have scaled by √s already, and get the other √s here: base rate · √s, with the base rate of their
   papers.
@@ -25,6 +28,7 @@ import forwax as fx
 from forwax.lab.settings import Settings
 
 MOMENTUM = 0.9
+DISAGREEMENT = 2.0
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,9 @@ def build_optimizer(settings: Settings, learning_rate: float) -> optax.GradientT
     return build(build_schedule(settings, learning_rate), settings.weight_decay)
 
 
-def suggest_rate(settings: Settings, rule: Any, n: int, effective_dimension: int | None = None) -> float:
+def suggest_rate(
+    settings: Settings, rule: Any, n: int, effective_dimension: int | None = None, noise: int | None = None
+) -> float:
     """Find a learning rate for a rule from the one tuned for backprop; the module's docstring tells how.
 
     Args:
@@ -131,6 +137,7 @@ def suggest_rate(settings: Settings, rule: Any, n: int, effective_dimension: int
         rule: the forwax rule.
         n: the number of parameters.
         effective_dimension: along how many directions the loss curves; n where it is None.
+        noise: the number of noise coordinates of one example, for a rule that puts noise on activities.
 
     Returns:
         A learning rate.
@@ -141,11 +148,15 @@ def suggest_rate(settings: Settings, rule: Any, n: int, effective_dimension: int
     0.0005
     >>> round(suggest_rate(Settings(backprop_rate=0.5), fx.WeightPerturbation(), n=1000, effective_dimension=100), 6)
     0.005
+    >>> round(suggest_rate(Settings(backprop_rate=0.5, batch_size=64), fx.ActivityPerturbation(), n=1000, noise=97), 6)
+    0.125
     """
     choice = OPTIMIZERS[settings.optimizer]
-    scale = float(fx.suggest_learning_rate(rule, n, 1.0))
     k = getattr(rule, "num_tangents", None)
-    if k is not None and effective_dimension is not None:
+    if noise is not None and isinstance(rule, fx.ActivityPerturbation):
+        n = round(1 + max(noise - 1, 0) * DISAGREEMENT / settings.batch_size)
+    scale = float(fx.suggest_learning_rate(rule, n, 1.0))
+    if k is not None and effective_dimension is not None and noise is None:
         scale *= (n + k - 1) / (min(effective_dimension, n) + k - 1)
     if choice.base_rate is not None:
         return choice.base_rate * math.sqrt(scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,7 +114,12 @@ def find_configuration(experiment: Experiment, name: str) -> Settings:
 
 
 def resolve(
-    experiment: Experiment, configuration: str, given: dict[str, Any], num_examples: int, num_parameters: int
+    experiment: Experiment,
+    configuration: str,
+    given: dict[str, Any],
+    num_examples: int,
+    num_parameters: int,
+    noise: Callable[[Any], int | None] = lambda rule: None,
 ) -> Settings:
     """Fill in every setting: the configuration, what the user named, and what follows from both.
 
@@ -123,6 +129,7 @@ def resolve(
         given: what the user named, see `SettingOptions.given`.
         num_examples: the size of the training set.
         num_parameters: the number of parameters of the model.
+        noise: from a rule to the number of its noise coordinates for one example; see `Problem.noise`.
 
     Returns:
         Settings whose learning rate, steps and evaluation interval are numbers.
@@ -148,15 +155,17 @@ def resolve(
         settings,
         decay_rate=decay_rate,
         eval_every=settings.eval_every or max(1, settings.steps // 20),
-        learning_rate=_learning_rate(settings, experiment, num_parameters),
+        learning_rate=_learning_rate(settings, experiment, num_parameters, noise),
     )
 
 
-def _learning_rate(settings: Settings, experiment: Experiment, num_parameters: int) -> float:
+def _learning_rate(
+    settings: Settings, experiment: Experiment, num_parameters: int, noise: Callable[[Any], int | None]
+) -> float:
     if settings.learning_rate is not None:
         return settings.learning_rate
     rule = choices.build_rule(settings, jnp.zeros(num_parameters))
-    return optimizers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension)
+    return optimizers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension, noise(rule))
 
 
 def _with_steps(settings: Settings, given: dict[str, Any], num_examples: int) -> Settings:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import forwax as fx
 from forwax.lab.data import DataSet, load
 from forwax.lab.experiments import Experiment
 from forwax.lab.settings import Settings
@@ -39,6 +40,15 @@ class Problem:
     test: tuple[np.ndarray, np.ndarray]
     num_parameters: int
     checksum: str
+
+    def noise(self, rule: Any) -> int | None:
+        """The number of noise coordinates of one example, for a rule that puts noise on activities; else None."""
+        if not isinstance(rule, fx.ActivityPerturbation):
+            return None
+        image, label = (jnp.asarray(x[:1]) for x in self.train)
+        table = fx.explain(self.loss, rule, has_aux=True, in_axes=(None, 0, 0))
+        rows = table(jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0))), image, label).rows
+        return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
 
 def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | None = None) -> Problem:

@@ -171,7 +171,9 @@ def _start(options: TrainOptions) -> Session:
     experiment = find_experiment(options.experiment)
     base = find_configuration(experiment, options.config)
     problem = build_problem(experiment, dataclasses.replace(base, dtype=options.dtype or base.dtype), options.data_dir)
-    settings = resolve(experiment, options.config, options.given(), len(problem.train[0]), problem.num_parameters)
+    settings = resolve(
+        experiment, options.config, options.given(), len(problem.train[0]), problem.num_parameters, problem.noise
+    )
     config = {
         "experiment": experiment.name,
         "config": options.config,
@@ -289,7 +291,8 @@ def advice(session: Session, loss: float) -> str:
     experiment = find_experiment(session.run.config["experiment"])
     rule = choices.build_rule(settings, jax.numpy.zeros(n))
     rate = settings.learning_rate or 0.0
-    smaller = min(optimizers.suggest_rate(settings, rule, n, experiment.effective_dimension), rate / 3)
+    noise = session.trainer.problem.noise(rule)
+    smaller = min(optimizers.suggest_rate(settings, rule, n, experiment.effective_dimension, noise), rate / 3)
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")

@@ -7,6 +7,7 @@ from forwax.models.local_losses import contrastive_losses, local_losses
 from forwax.models.local_mixer import LocalMixer, MixerBlock
 from forwax.models.local_model import Local, local
 from forwax.models.mlp import MLP, logistic_regression
+from forwax.models.vision_transformer import PatchEmbedding, TransformerBlock, VisionTransformer
 
 __all__ = [
     "MLP",
@@ -19,7 +20,10 @@ __all__ = [
     "Local",
     "LocalMixer",
     "MixerBlock",
+    "PatchEmbedding",
     "TokenDense",
+    "TransformerBlock",
+    "VisionTransformer",
     "contrastive_losses",
     "local",
     "local_losses",
