@@ -1,19 +1,22 @@
 """Weight perturbation: the forward gradient of Baydin et al. 2022, "Gradients without Backpropagation"."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from forwax import _mesh
+from forwax import _mesh, _tree
 from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.assemble import Assembly
 from forwax.combine import Combine, Mean
 from forwax.pushforward import pushforward
-from forwax.tangents import Rademacher, Tangents
+from forwax.sites import plan_low_rank
+from forwax.tangents import LowRank, Rademacher, Tangents
 from forwax.tangents._base import sampler
 
 
@@ -61,6 +64,8 @@ class WeightPerturbation(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
+        if isinstance(self.tangents, LowRank) and self._thin(problem):
+            return self._low_rank(key, problem, self.tangents)
         k, key_axes = self.num_tangents, _mesh.axes(key)
         assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
         draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
@@ -72,6 +77,42 @@ class WeightPerturbation(Rule):
         if self.combine.joint:
             total = assembly.add(total, slopes, draw(jnp.arange(k)))
         return value, aux, assembly.finish(total, k)
+
+    def _thin(self, problem: Problem) -> bool:
+        """Whether low-rank directions can stay factors: not where the combination or a mesh needs them in full."""
+        if self.tangents.per_example and problem.num_examples is None:  # type: ignore[attr-defined]
+            raise ValueError(
+                "tangents.LowRank(per_example=True) needs examples: expected in_axes, got None. Pass in_axes, as in "
+                "in_axes=(None, 0, 0), or per_example=False."
+            )
+        return self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params))
+
+    def _low_rank(self, key: Array, problem: Problem, tangents: LowRank) -> tuple[Array, Tree, Tree]:
+        """The slopes along factors, pushed through the traced loss."""
+        plan, k = plan_low_rank(problem, tangents.per_example), self.num_tangents
+        draw = sampler(Rademacher(), key, plan.specs(tangents.rank), k)
+        num_chunks = -(-k // (self.chunk_size or k))
+        size = -(-k // num_chunks)
+        law = tangents.relative_mse(_tree.num_coordinates(problem.params), k)
+        scale = self.combine.finish(1.0, k, law) / (problem.num_examples if tangents.per_example else 1)
+
+        def chunk(first: Any, leaves: Sequence[Array]) -> tuple[Tree, tuple[Array, Tree]]:
+            indices = first + jnp.arange(size)
+            drawn = draw(indices)
+            if num_chunks > 1:  # else the compiler takes the primal out of the loop and keeps every activation
+                leaves, drawn = lax.optimization_barrier((list(leaves), list(drawn)))
+            here = plan.at(leaves)
+            value, aux, slopes = here.push(drawn, size, tangents.rank)
+            slopes = _mesh.total(slopes, _mesh.axes(slopes) - _mesh.axes(key)) * scale
+            if num_chunks * size > k:
+                slopes = jnp.where((indices < k).reshape(size, *[1] * (slopes.ndim - 1)), slopes, 0)
+            return here.assemble(slopes, drawn, tangents.rank), (value, aux)
+
+        total, (value, aux) = chunk(0, plan.leaves)
+        if num_chunks > 1:
+            add = lambda total, first: (jax.tree.map(jnp.add, total, chunk(first, plan.leaves)[0]), None)  # noqa: E731
+            total, _ = lax.scan(add, total, jnp.arange(1, num_chunks) * size)
+        return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, problem.params)
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates."""

@@ -2,6 +2,7 @@
 
 from forwax.sites.credit import Credit
 from forwax.sites.find import Pass, Site, Sites, find_sites
+from forwax.sites.low_rank import LowRankPlan, plan_low_rank
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
 from forwax.sites.program import Variable
@@ -12,6 +13,7 @@ __all__ = [
     "Credit",
     "Drawn",
     "Held",
+    "LowRankPlan",
     "Pass",
     "Site",
     "Sites",
@@ -19,6 +21,7 @@ __all__ = [
     "Variable",
     "find_sites",
     "noise_point",
+    "plan_low_rank",
     "push_drawn",
     "replay",
 ]
