@@ -16,6 +16,11 @@ TINY = {"blocks": 2, "patches": 2, "channels": 8, "groups": 2}
 IN_AXES = (None, 0, 0)
 
 
+def quick(function):
+    """Jitted, with less time spent on compiling than a program that runs once is worth."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def mixer(**options):
     return LocalMixer((4, 4, 1), 3, **TINY, **options, key=KEY)
 
@@ -39,7 +44,7 @@ def assert_same(got, expected, tolerance=5e-5):
         assert jnp.linalg.norm((mine - true).ravel()) <= tolerance * scale, jax.tree_util.keystr(path)
 
 
-FORWARD = ["FG-A", "L-FG-A", "LG-FG-A", "FG-W", "LG-FG-W"]
+FORWARD = ["FG-A", "L-FG-A", "LG-FG-A", "LG-FG-W"]
 
 
 @pytest.mark.parametrize(("name", "objective"), [*((name, supervised) for name in FORWARD), ("LG-FG-A", contrastive)])
@@ -52,8 +57,8 @@ def test_the_mean_forward_gradient_is_the_gradient_of_backprop(name, objective):
     loss = objective(method.losses, method.parts)
     rule = method.rule.basis(Signature(loss, 0, False, in_axes).bind((model, *args), {}))
     whole = fx.value_and_grad(objective(exact.losses, exact.parts), exact.rule, in_axes=in_axes)
-    value, grads = jax.jit(fx.value_and_grad(loss, rule, in_axes=in_axes))(KEY, model, *args)
-    true_value, truth = jax.jit(whole)(KEY, model, *args)
+    value, grads = quick(fx.value_and_grad(loss, rule, in_axes=in_axes))(KEY, model, *args)
+    true_value, truth = quick(whole)(KEY, model, *args)
     assert float(value) == pytest.approx(float(true_value), rel=1e-5)
     assert_same(grads, truth)
 
@@ -68,7 +73,7 @@ def test_heads_get_no_noise():
         found = fx.grad(loss, method.rule, in_axes=IN_AXES)(KEY, model, x, y)
         return found.heads, found.readout
 
-    exact, *noisy = jax.jit(lambda: [grads(name) for name in names])()
+    exact, *noisy = quick(lambda: [grads(name) for name in names])()
     for mine in noisy:
         assert_same(mine, exact, 1e-6)
 
@@ -81,7 +86,7 @@ def test_feedback_alignment_sees_the_heads():
         loss = supervised(method.losses, method.parts)
         return fx.grad(loss, method.rule, in_axes=IN_AXES)(KEY, model, x, y)
 
-    plain, aligned = jax.jit(lambda: (first("LG-BP"), first("LG-FA")))()
+    plain, aligned = quick(lambda: (first("LG-BP"), first("LG-FA")))()
     assert_same(aligned.heads, plain.heads, 1e-6)
     grouped = [grads.blocks[1].groups.weight.ravel() for grads in (plain, aligned)]
     cosine = grouped[0] @ grouped[1] / jnp.linalg.norm(grouped[0]) / jnp.linalg.norm(grouped[1])
@@ -94,14 +99,14 @@ def test_feedback_rules_run_and_train_the_readout_exactly(name):
     method = ren2023.method(name, model, jax.random.key(1))
     loss = supervised(method.losses, method.parts)
     both = lambda rule: fx.grad(loss, rule, in_axes=IN_AXES)(KEY, model, x, y)
-    grads, exact = jax.jit(lambda: (both(method.rule), both(fx.Backprop())))()
+    grads, exact = quick(lambda: (both(method.rule), both(fx.Backprop())))()
     assert_same(grads.readout, exact.readout, 1e-6)
     assert np.any(grads.blocks[0].dense.weight)
 
 
 def test_the_parts_add_up_to_the_losses():
     model, (x, y) = mixer(), batch()
-    trees = jax.jit(lambda: [local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)])()
+    trees = quick(lambda: [local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)])()
     parts, whole = trees
     assert [part.shape for part in parts["blocks"]] == [(4, 2), (4, 2)]
     for part, loss in zip(parts["blocks"], whole["blocks"], strict=True):
@@ -126,7 +131,7 @@ def test_where_the_losses_sit():
 def test_the_contrastive_losses_are_nt_xent_of_the_projections():
     model, (x, y) = mixer(projection=5), batch()
 
-    @jax.jit
+    @quick
     def both():
         found = [contrastive_losses(model, x, x + 1, y, where).tree["blocks"] for where in ("greedy", "global")]
         features = [jax.vmap(model.features)(view)[-1] for view in (x, x + 1)]
@@ -148,7 +153,7 @@ def cnn(key):
     first, second = jax.random.split(key)
     convs = [eqx.nn.Conv2d(1, 4, 3, key=first), eqx.nn.Conv2d(4, 6, 3, key=second)]
     blocks = [eqx.nn.Sequential([conv, eqx.nn.Lambda(jnp.tanh)]) for conv in convs]
-    return blocks, jnp.linspace(-1, 1, 36).reshape(1, 6, 6), {"groups": (1, 3), "channel_axis": 0}
+    return blocks, jnp.linspace(-1, 1, 25).reshape(1, 5, 5), {"groups": (1, 3), "channel_axis": 0}
 
 
 class Attention(eqx.Module):
@@ -169,7 +174,7 @@ def vit(key):
     ("build", "shapes"),
     [
         (mlp, [(1, 3, 2), (1, 3, 2)]),
-        (cnn, [(16, 1, 4), (4, 3, 2)]),
+        (cnn, [(9, 1, 4), (1, 3, 2)]),
         (vit, [(5, 2, 4), (5, 2, 4)]),
     ],
 )
@@ -181,7 +186,7 @@ def test_any_blocks_get_local_losses(build, shapes):
     args = (params, x[None], jnp.array([1]))
     rule = fx.ActivityPerturbation()
     rule = rule.basis(Signature(loss, 0, False, IN_AXES).bind(args, {}))
-    both = jax.jit(lambda: [fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (rule, fx.Backprop())])
+    both = quick(lambda: [fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (rule, fx.Backprop())])
     assert [h.shape for h in model.features(x)] == shapes
     assert_same(*both())
     assert jax.eval_shape(model, x).shape == (3,)
