@@ -8,6 +8,7 @@ from forwax._signature import LocalLosses
 from forwax.explain import explain
 from forwax.learning_rate import suggest_learning_rate
 from forwax.rules import (
+    FDFA,
     ActivityPerturbation,
     Backprop,
     DirectFeedbackAlignment,
@@ -24,6 +25,7 @@ from forwax.transforms import grad, value_and_grad
 __version__ = "0.1.0"
 
 __all__ = [
+    "FDFA",
     "ActivityPerturbation",
     "Backprop",
     "DirectFeedbackAlignment",

@@ -236,6 +236,21 @@ def test_a_custom_vjp_is_refused_by_name():
         fx.grad(lambda p, x: doubled(mlp(p, x)), fx.ActivityPerturbation())(KEY, PARAMS, normal(4, 3))
 
 
+def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
+    @jax.custom_vjp
+    def doubled(x):
+        return 2 * x
+
+    doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
+    branch = lambda of: lambda p, x: mlp(p, jax.lax.cond(x[0] > 0, lambda: x + of(p, x), lambda: x))
+    loop = lambda p, x: mlp(p, jax.lax.while_loop(lambda h: h[0] < 1, lambda h: doubled(h) + p["w"][:, 0], x))
+    for loss in (branch(lambda p, x: doubled(p["w"][:, 0])), loop):
+        with pytest.raises(TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"):
+            jax.jit(fx.grad(loss, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))
+    on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
+    assert bool(jnp.any(jax.jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]))
+
+
 def test_fields_are_checked():
     with pytest.raises(ValueError, match="expected memory to be one of"):
         fx.ActivityPerturbation(memory="less")  # type: ignore[arg-type]

@@ -70,11 +70,9 @@ def test_direct_feedback_sends_the_output_error_to_every_site():
     assert_close(got, {"w": hidden.T @ x, "b": hidden.sum(0), "v": h.T @ error})
 
 
-NAMES = ["recurrent", "convolutions", "weight_decay", "local_losses", "while_loop", "conditional"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-# X, "weight_decay", "local_losses", "while_loop", "conditional"])
+@pytest.mark.parametrize(
+    "name", ["recurrent", "convolutions", "weight_decay", "local_losses", "while_loop", "conditional"]
+)
 def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
     program = PROGRAMS[name]
     rule = fx.DirectFeedbackAlignment(jax.random.key(3))

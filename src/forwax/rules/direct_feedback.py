@@ -5,20 +5,16 @@ Nøkland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks",
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from forwax._rule import Rule
 from forwax._signature import Problem
 from forwax._tree import Tree
-from forwax.sites import Site, Sites, find_sites
+from forwax.sites import Sites, direct, find_sites
 from forwax.tangents._base import typed_key
-
-_ADDITIVE = {"add", "sub", "add_any"}
 
 
 @jax.tree_util.register_dataclass
@@ -68,24 +64,10 @@ class DirectFeedbackAlignment(Rule):
         exact = sites.output_errors(out.records)
         errors = dict(exact)
         for index, site in enumerate(sites.noisy):
-            heard = [exact[s.variable] for s in _outputs(sites) if s.reach & site.reach]
-            errors[site.variable] = self._sent(index, site, heard, sites)
+            heard = direct.heard_by(site, sites, type(self).__name__)
+            through = self._map(index, sum(s.size for s in heard), direct.step_size(site, sites))
+            errors[site.variable] = direct.sent(site, sites, heard, exact, through)
         return sites.value(out.losses), out.aux, sites.assemble(out.records, errors)
-
-    def _sent(self, index: int, site: Site, heard: Sequence[Array], sites: Sites) -> Array:
-        if not heard:
-            raise ValueError(
-                f"DirectFeedbackAlignment: found no output site after the {site.region.equations[0].name} of shape "
-                f"{site.shape}: none whose way to the loss is free of parameters. Use FeedbackAlignment for this loss."
-            )
-        lead = () if sites.num_examples is None else (sites.num_examples,)
-        flat = jnp.concatenate([jnp.reshape(x, (*lead, -1)) for x in heard], axis=-1)
-        own = sites.own_shape(site)
-        sent = flat @ self._map(index, flat.shape[-1], math.prod(own)).astype(flat.dtype)
-        if lead and not site.mapped:
-            sent, lead = jnp.sum(sent, axis=0), ()
-        loops = site.shape[: len(site.shape) - len(own)]
-        return jnp.broadcast_to(sent.reshape(*lead, *[1] * len(loops), *own), (*lead, *site.shape))
 
     def _map(self, index: int, rows: int, columns: int) -> Array:
         if isinstance(self.feedback, tuple | list):
@@ -106,15 +88,3 @@ class DirectFeedbackAlignment(Rule):
     def learning_rate_scale(self, n: int) -> float:
         """1."""
         return 1.0
-
-
-def _outputs(sites: Sites) -> list[Site]:
-    """The last sites that put something out; an added weight decay has a constant error, which tells nothing."""
-    return [
-        site
-        for site in sites.sites
-        if site.exact
-        and not site.region.promoted
-        and not all(equation.name in _ADDITIVE for equation in site.region.equations)
-        and (site.mapped or sites.num_examples is None)
-    ]

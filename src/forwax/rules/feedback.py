@@ -102,20 +102,19 @@ def _like(key: Array, leaf: Array) -> Array:
 
 
 def _matched(feedback: Tree, params: Tree) -> list[Array | None]:
-    """One entry a parameter, checked."""
-    leaves, structure = jax.tree.flatten(params)
-    try:
-        got = structure.flatten_up_to(feedback)  # a None where the parameters have None is no feedback
-    except ValueError as error:
+    """One entry a parameter, checked. None among the parameters themselves stands for no parameter."""
+    is_none = lambda x: x is None  # noqa: E731
+    got, expected = jax.tree.flatten(feedback, is_none), jax.tree.flatten(params, is_none)
+    if got[1] != expected[1]:
         raise ValueError(
-            f"FeedbackAlignment: expected feedback of the parameters' structure {structure}, got "
-            f"{jax.tree.structure(feedback)}. Draw it with forwax.random_feedback(key, params); None stands for a "
-            "parameter that is its own feedback."
-        ) from error
-    for b, w in zip(got, leaves, strict=True):
+            f"FeedbackAlignment: expected feedback of the parameters' structure {expected[1]}, got {got[1]}. Draw it "
+            "with forwax.random_feedback(key, params); None stands for a parameter that is its own feedback."
+        )
+    pairs = [(b, w) for b, w in zip(got[0], expected[0], strict=True) if w is not None]
+    for b, w in pairs:
         if b is not None and jnp.shape(b) != w.shape:
             raise ValueError(
                 f"FeedbackAlignment: expected feedback of the parameter's shape {w.shape}, got {jnp.shape(b)}. Draw it "
                 "with forwax.random_feedback(key, params)."
             )
-    return got
+    return [b for b, _ in pairs]

@@ -8,7 +8,7 @@ from typing import Any
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from forwax.sites.custom_vjp import custom_vjp_error
+from forwax.sites.custom_vjp import check_inside, custom_vjp_error
 from forwax.sites.program import (
     Atom,
     Constant,
@@ -127,6 +127,8 @@ class _Level:
             kinds = {{Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind) for kind in kinds}
         elif live and equation.name.startswith("custom_vjp_call"):
             _check_custom_vjp(equation, kinds)
+        elif live and equation.loop is None and equation.name != "custom_jvp_call" and equation.origin is not None:
+            check_inside(equation.origin, [self.at.kind(a) in (Kind.MIXED, Kind.PARAMETER) for a in equation.inputs])
         if live and Kind.PARAMETER in kinds:
             if equation.loop is not None and kinds - {Kind.CONSTANT, Kind.PARAMETER}:
                 self.add_loop(equation)

@@ -1,9 +1,11 @@
 """A `jax.custom_vjp` function has no forward derivative: which one is it, and what can be done?"""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 from jax.extend import source_info_util
 
 from forwax._signature import Problem
@@ -28,6 +30,43 @@ def named(error: TypeError, problem: Problem) -> TypeError:
         return error
     found = _find(jax.make_jaxpr(problem.objective)(problem.params))
     return error if found is None else custom_vjp_error(found)
+
+
+def check_inside(equation: Any, moved: Sequence[bool]) -> None:
+    """Raise `custom_vjp_error` if a derivative by some operands of a jaxpr's equation meets a custom_vjp inside it.
+
+    Args:
+        equation: one that carries jaxprs, such as `cond` and `while`.
+        moved: which of its operands depend on the parameters.
+
+    Under `jit` JAX itself would only find out when it lowers the whole program. Under `vmap` it does at once.
+    """
+    found = next(filter(None, map(_find, jex.jaxprs_in_params(equation.params))), None)
+    if found is None:
+        return
+    specs = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in equation.invars]
+    chosen = [i for i, (spec, move) in enumerate(zip(specs, moved, strict=True)) if move and _is_inexact(spec)]
+    params = equation.primitive.get_bind_params(equation.params)
+
+    def push(values: list[Any], tangents: list[Any]) -> Any:
+        def apply(part: list[Any]) -> Any:
+            whole = list(values)
+            for i, value in zip(chosen, part, strict=True):
+                whole[i] = value
+            return equation.primitive.bind(*whole, **params)
+
+        return jax.jvp(apply, ([values[i] for i in chosen],), (tangents,))
+
+    tangents = [jax.ShapeDtypeStruct((1, *specs[i].shape), specs[i].dtype) for i in chosen]
+    try:
+        jax.eval_shape(jax.vmap(push, (None, 0)), specs, tangents)
+    except (TypeError, ValueError) as error:  # all others are about this trial: inside shard_map it lacks mesh axes
+        if "custom_vjp" in str(error):
+            raise custom_vjp_error(found) from error
+
+
+def _is_inexact(spec: Any) -> bool:
+    return jnp.issubdtype(spec.dtype, jnp.inexact)
 
 
 def _find(jaxpr: Any) -> Any:

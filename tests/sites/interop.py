@@ -1,0 +1,120 @@
+"""What every model must show, of whichever library: `check` compiles one program and asserts all of it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import Array
+
+import forwax as fx
+from cases import quick_jit
+from forwax._signature import Signature
+
+KEY = jax.random.key(0)
+EACH = (None, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loss with its parameters and data, and what is known of its sites.
+
+    Attributes:
+        loss: takes the parameters and the data.
+        params: the parameters.
+        data: the other arguments.
+        in_axes: None makes it a loss of the whole batch.
+        has_aux: as in `forwax.value_and_grad`.
+        weight_noise: how many parameters may get weight noise.
+        direct: whether direct feedback alignment finds an output site after every other site.
+    """
+
+    loss: Callable[..., Any]
+    params: Any
+    data: tuple[Any, ...]
+    in_axes: Any = EACH
+    has_aux: bool = False
+    weight_noise: int = 0
+    direct: bool = True
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return (self.params, *self.data)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"in_axes": self.in_axes, "has_aux": self.has_aux}
+
+
+def wave(y: Array) -> Array:
+    """A loss with slopes everywhere."""
+    return jnp.sum(jnp.sin(y))
+
+
+def check(model: Model) -> None:
+    """Unbiased by the sum over all noise, value and aux kept, traced once; feedback alignment is backprop with W."""
+    with jax.numpy_rank_promotion("allow"):  # the libraries rely on it
+        _check_sites(model)
+        results = quick_jit(_every_rule(model))(*model.args)
+    (value, truth), scale = results["backprop"], _norm(results["backprop"][1])
+    assert float(scale) > 0
+    for name in ("activity", "feedback"):
+        got, grads = results[name]
+        _assert_close(got, value, 1e-5, name)
+        for (path, g), t in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(truth), strict=True):
+            error = float(jnp.linalg.norm((g - t).ravel()))
+            assert error <= 1e-5 * scale, (name, jax.tree_util.keystr(path), error, float(scale))
+    if model.direct:
+        got, grads = results["direct"]
+        _assert_close(got, value, 1e-5, "direct")
+        assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+
+
+def _check_sites(model: Model) -> None:
+    table = fx.explain(model.loss, **model.options)(*model.args)
+    fallen = [row for row in table.rows if row.operation.startswith("weight noise")]
+    assert len(fallen) == model.weight_noise, str(table)
+
+
+def _every_rule(model: Model) -> Callable[..., dict[str, Any]]:
+    """All rules in one function, so that one compilation serves them; counts the traces of each."""
+    calls: list[None] = []
+    problem = Signature(model.loss, 0, model.has_aux, model.in_axes).bind(model.args, {})
+    listed = fx.ActivityPerturbation().basis(problem)
+
+    def counted(*args: Any) -> Any:
+        calls.append(None)
+        return model.loss(*args)
+
+    def run(rule: fx.Rule, args: Any) -> Any:
+        calls.clear()
+        out = fx.value_and_grad(counted, rule, **model.options)(KEY, *args)
+        assert len(calls) == 1, f"{type(rule).__name__} traces the loss {len(calls)} times"
+        return out
+
+    def every_rule(*args: Any) -> dict[str, Any]:
+        results = {
+            "backprop": run(fx.Backprop(), args),
+            "activity": run(listed, args),
+            "feedback": run(fx.FeedbackAlignment(args[0]), args),
+        }
+        if model.direct:
+            results["direct"] = run(fx.DirectFeedbackAlignment(KEY), args)
+        else:
+            with pytest.raises(ValueError, match="found no output site after"):
+                run(fx.DirectFeedbackAlignment(KEY), args)
+        return results
+
+    return every_rule
+
+
+def _assert_close(got: Any, expected: Any, tolerance: float, name: str) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        limit = tolerance * (1 + float(jnp.max(jnp.abs(b), initial=0)))
+        assert float(jnp.max(jnp.abs(a - b), initial=0)) <= limit, (name, a, b)
+
+
+def _norm(tree: Any) -> Array:
+    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
