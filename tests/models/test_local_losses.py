@@ -13,6 +13,7 @@ import forwax as fx
 from forwax._signature import Signature
 from forwax.losses import nt_xent, softmax_cross_entropy
 from forwax.models import LocalMixer, contrastive_losses, local, local_losses, ren2023
+from forwax.models.layers import standardize
 
 KEY = jax.random.key(0)
 TINY = {"blocks": 2, "patches": 2, "channels": 8, "groups": 2}
@@ -42,10 +43,11 @@ def contrastive(losses, parts):
 
 
 def assert_same(got, expected, tolerance=5e-5):
-    scale = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(expected)))
+    got, expected = jax.tree.map(np.asarray, (got, expected))
+    scale = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(expected)))
     pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
     for (path, mine), true in pairs:
-        assert jnp.linalg.norm((mine - true).ravel()) <= tolerance * scale, jax.tree_util.keystr(path)
+        assert np.linalg.norm((mine - true).ravel()) <= tolerance * scale, jax.tree_util.keystr(path)
 
 
 FORWARD = ["FG-A", "L-FG-A", "LG-FG-A", "LG-FG-W"]
@@ -65,6 +67,52 @@ def test_the_mean_forward_gradient_is_the_gradient_of_backprop(name, objective):
     true_value, truth = quick(whole)(KEY, model, *args)
     assert float(value) == pytest.approx(float(true_value), rel=1e-5)
     assert_same(grads, truth)
+
+
+def written_by_hand(model, x, label, key):
+    """One estimate of LG-FG-A for one block and one patch, as the paper's algorithm reads: first and second layer."""
+    block, head = model.blocks[0], model.heads[0]
+    groups = len(block.groups.weight)
+    first = lambda dense: standardize(dense(standardize(x.reshape(1, -1), (1,), 0.01)), (1,), 0.01)
+    inside = lambda h: standardize(h.reshape(1, groups, -1), (2,), 0.01)
+    second = lambda layer, h: standardize(layer(inside(h)), (2,), 0.01)
+    z, u = first(block.dense), jax.random.rademacher(key, (2, x.size), jnp.float32)[:, : model.readout.weight.shape[0]]
+    noise = u[0][None], u[1].reshape(1, groups, -1)
+
+    def features(first_noise, second_noise):
+        return jax.nn.relu(second(block.groups, jax.nn.relu(z + first_noise)) + second_noise)
+
+    h, moved = jax.jvp(features, jax.tree.map(jnp.zeros_like, noise), noise)
+    error = jax.nn.softmax(head(h.ravel())) - jax.nn.one_hot(label, 3)
+    slopes = jnp.sum((moved.ravel() * (head.weight @ error)).reshape(groups, -1), axis=1, keepdims=True)[None]
+    live = jax.nn.relu(z) > 0
+    deltas = (slopes * noise[0].reshape(noise[1].shape)).reshape(z.shape) * live, slopes * noise[1] * (h > 0)
+    (by_dense,) = jax.vjp(first, block.dense)[1](deltas[0])
+    (by_groups,) = jax.vjp(lambda layer: second(layer, jax.nn.relu(z)), block.groups)[1](deltas[1])
+    return by_dense.weight, by_groups.weight
+
+
+def test_the_variance_is_that_of_the_algorithm_written_by_hand():
+    x, label = jnp.asarray(np.random.default_rng(1).normal(size=(6, 6, 1)), jnp.float32), jnp.array(1)
+    model = LocalMixer((6, 6, 1), 3, blocks=1, patches=1, channels=24, groups=4, key=KEY)
+    method = ren2023.method("LG-FG-A", model, KEY)
+    true = fx.grad(supervised("greedy", False), fx.Backprop())(KEY, model, x, label).blocks[0]
+
+    def ours(key):
+        grads = fx.grad(supervised("greedy", True), method.rule)(key, model, x, label).blocks[0]
+        return grads.dense.weight, grads.groups.weight
+
+    @quick
+    def squared_errors(key):
+        both = lambda key: (ours(key), written_by_hand(model, x, label, key))
+        error = lambda pair: [jnp.sum((a - b) ** 2) for a, b in zip(pair, layers, strict=True)]
+        layers = (true.dense.weight, true.groups.weight)
+        return jax.tree.map(
+            jnp.mean, jax.vmap(lambda key: [error(pair) for pair in both(key)])(jax.random.split(key, 4000))
+        )
+
+    mine, hand = squared_errors(jax.random.key(7))
+    np.testing.assert_allclose(mine, hand, rtol=0.08)
 
 
 def test_heads_get_no_noise():
