@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
-from forwax.losses import info_nce, nt_xent, softmax_cross_entropy
+from forwax.losses import info_nce, nt_xent, nt_xent_of_view, softmax_cross_entropy
 from losses.literal import numpy_nt_xent
 
 KEY = jax.random.key(0)
@@ -43,6 +43,20 @@ def test_labels_that_do_not_fit_are_refused():
 def test_nt_xent_is_its_formula():
     x, y = jax.random.normal(KEY, (2, 5, 4))
     np.testing.assert_allclose(jax.jit(nt_xent)(x, y, 0.3), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
+
+
+def test_the_loss_of_one_view_is_its_nt_xent():
+    x, y = jax.random.normal(KEY, (2, 5, 4))
+
+    def one_by_one(x, y):
+        views = jnp.concatenate([x, y])
+        return jax.vmap(lambda query, index: nt_xent_of_view(query, index, views, 0.3))(views, jnp.arange(10))
+
+    both = jax.jit(lambda: [jax.jacrev(f, (0, 1))(x, y) for f in (one_by_one, lambda x, y: nt_xent(x, y, 0.3))])
+    np.testing.assert_allclose(jax.jit(one_by_one)(x, y), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
+    np.testing.assert_allclose(*both(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected a query \[K\] and views \[2N, K\], got shapes \(4,\) and \(5, 4\)"):
+        nt_xent_of_view(x[0], 0, x)
 
 
 def test_info_nce_is_its_formula():

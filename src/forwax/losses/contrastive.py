@@ -81,6 +81,39 @@ def nt_xent(x: Any, y: Any, temperature: Any = 0.5, *, axis_name: Any = None, st
     return nt_xent_of(views, keys_of(views, stop_gradient), temperature, axis_name)
 
 
+def nt_xent_of_view(query: Any, index: Any, views: Any, temperature: Any = 0.5) -> Array:
+    """The NT-Xent loss of one view: that of `nt_xent`, for a loss of one example under `in_axes` or `jax.vmap`.
+
+    Args:
+        query: one view's vector [K], floating.
+        index: its row among the views, an integer.
+        views: all vectors [2N, K], first those of one view of each example, then those of the other; constants here.
+        temperature: τ.
+
+    Returns:
+        The loss [], in at least float32.
+
+    Raises:
+        ValueError: when the shapes do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from forwax.losses import nt_xent_of_view
+        >>> views = jnp.concatenate([jnp.eye(2), jnp.eye(2)])
+        >>> f"{jax.jit(nt_xent_of_view)(views[3], 3, views):.3f}"
+        '0.240'
+    """
+    query, keys = at_least_float32(query), keys_of(at_least_float32(views))
+    if keys.ndim != 2 or len(keys) % 2 or query.shape != keys.shape[1:]:
+        raise ValueError(
+            f"nt_xent_of_view: expected a query [K] and views [2N, K], got shapes {query.shape} and {keys.shape}."
+        )
+    rows = jnp.arange(len(keys))
+    similar = keys @ normalized(query) / temperature
+    positive = jnp.sum(jnp.where(rows == (index + len(keys) // 2) % len(keys), similar, 0))
+    return jax.nn.logsumexp(jnp.where(rows == index, -jnp.inf, similar)) - positive
+
+
 def keys_of(views: Array, stop_gradient: bool = True) -> Array:
     """What queries are compared with: unit rows, as constants by default."""
     keys = normalized(views)

@@ -3,7 +3,7 @@
 from forwax.models import ren2023 as ren2023
 from forwax.models.conv_net import ConvNet
 from forwax.models.layers import ChannelDense, Conv, Dense, DepthwiseConv, GroupedDense, TokenDense
-from forwax.models.local_losses import contrastive_losses, local_losses
+from forwax.models.local_losses import contrastive_loss_of_view, contrastive_losses, local_losses, projections
 from forwax.models.local_mixer import LocalMixer, MixerBlock
 from forwax.models.local_model import Local, local
 from forwax.models.mlp import MLP, logistic_regression
@@ -24,9 +24,11 @@ __all__ = [
     "TokenDense",
     "TransformerBlock",
     "VisionTransformer",
+    "contrastive_loss_of_view",
     "contrastive_losses",
     "local",
     "local_losses",
     "logistic_regression",
+    "projections",
     "ren2023",
 ]

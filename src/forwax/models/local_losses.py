@@ -18,6 +18,7 @@ from jax import Array, lax
 from forwax import LocalLosses
 from forwax.losses import (
     nt_xent,
+    nt_xent_of_view,
     softmax_cross_entropy,
     spatial_average_group_linear_cross_entropy,
     spatial_average_group_linear_nt_xent,
@@ -44,7 +45,9 @@ class LocalModel(Protocol):
         ...
 
 
-def local_losses(model: LocalModel, x: Array, label: Any, losses: Where = "greedy", *, parts: bool = True):
+def local_losses(
+    model: LocalModel, x: Array, label: Any, losses: Where = "greedy", *, parts: bool = True
+) -> LocalLosses:
     """The supervised losses of one example: cross-entropies of the blocks' heads and of the readout.
 
     Args:
@@ -90,7 +93,7 @@ def contrastive_losses(
     temperature: float = 0.5,
     parts: bool = True,
     axis_name: Any = None,
-):
+) -> LocalLosses:
     """The contrastive losses of a batch, two views an example, and the readout's supervised loss on constant features.
 
     The heads are projectors: NT-Xent of their outputs, keys being constants. The last block's projector serves the
@@ -131,6 +134,34 @@ def contrastive_losses(
     logits = model.readout(pooled(lax.stop_gradient(features[-1])))
     readout = softmax_cross_entropy(logits, jnp.concatenate([labels, labels])) / len(views)
     return LocalLosses({"readout": readout, "blocks": blocks})
+
+
+def contrastive_loss_of_view(
+    model: LocalModel, view: Array, index: Any, label: Any, views: Array, *, temperature: float = 0.5
+) -> LocalLosses:
+    """The global `contrastive_losses` of one view, for rules that need a loss of one example, with `in_axes`.
+
+    Args:
+        model: as for `contrastive_losses`.
+        view: one view of one example.
+        index: its row among all views, an integer.
+        label: the example's class number, or one-hot label [K], for the readout.
+        views: what `projections(model, x, y)` gives for the batch, constants here: [2N, K].
+        temperature: of NT-Xent.
+
+    Returns:
+        `forwax.LocalLosses`: "readout" [] and "blocks", a tuple of one array [].
+    """
+    features = model.features(view)[-1]
+    contrast = nt_xent_of_view(model.heads[-1](pooled(features)), index, views, temperature)
+    logits = model.readout(pooled(lax.stop_gradient(features)))
+    return LocalLosses({"readout": softmax_cross_entropy(logits, label), "blocks": (contrast,)})
+
+
+def projections(model: LocalModel, x: Array, y: Array) -> Array:
+    """The last projector's outputs [2N, K] for two views [N, ...] of a batch."""
+    views = jnp.concatenate([x, y])
+    return jax.vmap(lambda view: model.heads[-1](pooled(model.features(view)[-1])))(views)
 
 
 def pooled(features: Array) -> Array:

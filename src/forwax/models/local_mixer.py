@@ -25,7 +25,7 @@ _AXES = {  # of [P, C] and, after grouping, of [P, G, C]
     "space": ((0, 1), (0, 1, 2)),
 }
 
-_NAMED: dict[str, tuple[tuple[int, int, int], int, dict[str, int]]] = {
+_NAMED: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
     "S/1/1": ((28, 28, 1), 10, {"blocks": 1, "patches": 1, "channels": 256, "groups": 1}),
     "M/1/16": ((28, 28, 1), 10, {"blocks": 1, "patches": 1, "channels": 512, "groups": 16}),
     "M/8/16": ((32, 32, 3), 10, {"blocks": 4, "patches": 8, "channels": 512, "groups": 16}),

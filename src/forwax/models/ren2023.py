@@ -10,20 +10,33 @@ Heads and readout always get their exact one-layer gradient.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from forwax import (
     ActivityPerturbation,
     Backprop,
     DirectFeedbackAlignment,
     FeedbackAlignment,
+    LocalLosses,
     Rule,
     random_feedback,
     tangents,
+    value_and_grad,
 )
-from forwax.models.local_losses import Where
+from forwax.models.local_losses import (
+    Where,
+    contrastive_loss_of_view,
+    contrastive_losses,
+    local_losses,
+    projections,
+)
 
 _PLACES: dict[str, Where] = {"": "global", "L-": "local", "LG-": "greedy"}
 
@@ -72,13 +85,11 @@ def method(
         ValueError: when there is no method of this name.
 
     >>> import forwax as fx, forwax.models
-    >>> import jax.numpy as jnp
     >>> model = fx.models.LocalMixer((4, 4, 1), 10, blocks=2, patches=2, channels=6, groups=3, key=jax.random.key(0))
     >>> greedy = method("LG-FG-A", model, jax.random.key(1))
     >>> greedy.losses, greedy.parts
     ('greedy', True)
-    >>> loss = lambda model, x, y: fx.models.local_losses(model, x, y, greedy.losses, parts=greedy.parts)
-    >>> value_and_grad = jax.jit(fx.value_and_grad(loss, greedy.rule, in_axes=(None, 0, 0)))
+    >>> value_and_grad = jax.jit(fx.models.ren2023.supervised(greedy))
     >>> value, grads = value_and_grad(jax.random.key(2), model, jnp.ones((5, 4, 4, 1)), jnp.zeros(5, int))
     """
     if name not in NAMES:
@@ -94,3 +105,69 @@ def method(
         "FG-A": lambda: ActivityPerturbation(tangents, num_tangents),
     }
     return Method(name, _PLACES[place], kind.startswith("FG"), rules[kind]())
+
+
+def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array, Any]]:
+    """The value and estimated gradient of `forwax.models.local_losses` over a batch, by a method.
+
+    Args:
+        method: where the losses sit, and the rule.
+        static: the model's other half when `params` are its floating arrays, as `equinox.partition` gives them.
+
+    Returns:
+        A function `f(key, params, x, labels) -> (value, grads)` of examples x [N, ...] and labels [N] or [N, K].
+    """
+
+    def loss(params: Any, x: Array, label: Array) -> LocalLosses:
+        return local_losses(_model(params, static), x, label, method.losses, parts=method.parts)
+
+    return value_and_grad(loss, method.rule, in_axes=(None, 0, 0))
+
+
+def contrastive(
+    method: Method, static: Any = None, *, temperature: float = 0.5, axis_name: Any = None
+) -> Callable[..., tuple[Array, Any]]:
+    """The value and estimated gradient of `forwax.models.contrastive_losses` over a batch, by a method.
+
+    Direct feedback sends each view its own error, so that DFA takes the losses view by view, against keys from a first
+    forward pass; all other methods take the batch's loss as one.
+
+    Args:
+        method: where the losses sit, and the rule.
+        static: as for `supervised`.
+        temperature: of NT-Xent.
+        axis_name: the mesh axis of `jax.shard_map` over which examples are spread; not for DFA.
+
+    Returns:
+        A function `f(key, params, x, y, labels) -> (value, grads)` of two views x and y [N, ...]; labels [N] or [N, K]
+        train the readout alone.
+
+    Raises:
+        ValueError: when DFA meets an `axis_name`.
+    """
+    if isinstance(method.rule, DirectFeedbackAlignment):
+        if axis_name is not None:
+            raise ValueError("ren2023.contrastive: DFA takes no axis_name; its negatives are those of one device.")
+        return functools.partial(_view_by_view, method, static, temperature)
+
+    def loss(params: Any, x: Array, y: Array, labels: Array) -> LocalLosses:
+        options = {"temperature": temperature, "parts": method.parts, "axis_name": axis_name}
+        return contrastive_losses(_model(params, static), x, y, labels, method.losses, **options)
+
+    return value_and_grad(loss, method.rule)
+
+
+def _view_by_view(
+    method: Method, static: Any, temperature: float, key: Array, params: Any, x: Array, y: Array, labels: Array
+) -> tuple[Array, Any]:
+    def loss(params: Any, view: Array, index: Array, label: Array, views: Array) -> LocalLosses:
+        model = _model(params, static)
+        return contrastive_loss_of_view(model, view, index, label, views, temperature=temperature)
+
+    views = projections(_model(params, static), x, y)
+    both = jnp.concatenate([x, y]), jnp.arange(2 * len(x)), jnp.concatenate([labels, labels])
+    return value_and_grad(loss, method.rule, in_axes=(None, 0, 0, 0, None))(key, params, *both, views)
+
+
+def _model(params: Any, static: Any) -> Any:
+    return params if static is None else eqx.combine(params, static)
