@@ -44,7 +44,14 @@ python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 80
-public_names_modules = ["forwax", "forwax.tangents", "forwax.combine", "forwax.testing", "forwax.functions"]
+public_names_modules = [
+    "forwax",
+    "forwax.tangents",
+    "forwax.combine",
+    "forwax.testing",
+    "forwax.functions",
+    "forwax.losses",
+]
 
 # Pages
 html_theme = "furo"

@@ -7,7 +7,7 @@ from typing import Any
 
 from forwax._signature import Signature
 from forwax.rules import ActivityPerturbation, Rule
-from forwax.sites import Site, Sites
+from forwax.sites import Credit, Site, Sites
 
 _COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
 
@@ -21,7 +21,7 @@ class SiteRow:
         shape: of one example's value, with a leading axis for each loop around it.
         weight_noise: the number of parameters that enter here.
         activity_noise: the number of coordinates of one example's activity.
-        credit: what multiplies the site's noise.
+        credit: what multiplies the site's noise; axes are those of `shape`.
         where: the place in the user's source.
     """
 
@@ -117,9 +117,26 @@ def _row(site: Site, sites: Sites, shared: bool) -> SiteRow:
 def _credit(site: Site, sites: Sites, shared: bool) -> str:
     if site.exact:
         return "exact error"
+    own = sites.credit.get(site.variable, ())
+    parts = len(sites.sources.starts) if sites.sources is not None else 1
+    along = [] if shared else _along(own)
     if sites.num_examples is None:
-        text = "one slope for the batch: pass in_axes"
+        alone = not along and (shared or len(own) in (0, parts))
+        text = "one slope for the batch: pass in_axes" if alone else "one slope"
     else:
         text = "one slope per example" if site.mapped and not shared else "one slope for all examples"
+    text += "".join(along)
     count = site.reach.bit_count()
-    return text if sites.num_losses == 1 else f"{text}, {count} of {sites.num_losses} losses"
+    if sites.num_losses > 1:
+        return f"{text}, {count} of {sites.num_losses} losses"
+    return text if len(own) in (0, parts) else f"{text}, {len(own)} of {parts} parts of the loss"
+
+
+def _along(own: Sequence[Credit]) -> list[str]:
+    """The axes of the site's value along which its slopes are told apart, whatever the source."""
+    links = [{(x.axis, x.inner) for _, x in credit.links if x.size > 1} for credit in own]
+    common = sorted(set.intersection(*links)) if links else []
+    return [
+        f" and position of axis {axis}" if inner == 1 else f" and {inner} positions of axis {axis}"
+        for axis, inner in common
+    ]

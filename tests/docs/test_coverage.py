@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-MODULES = ["forwax", "forwax.tangents", "forwax.combine", "forwax.testing", "forwax.functions"]
+MODULES = ["forwax", "forwax.tangents", "forwax.combine", "forwax.testing", "forwax.functions", "forwax.losses"]
 
 
 def extension(name: str):

@@ -143,6 +143,18 @@ def gated_recurrent(p, xs):
     return squares(lax.scan(step, jnp.zeros(3), xs, reverse=True)[0] @ p["o"])
 
 
+@program({"i": normal(0, 2, 3), "h": normal(1, 3, 3), "o": normal(2, 3, 2), "c": normal(3, 2)}, normal(4, N, 4, 2))
+def readout_and_loss_in_a_scan(p, xs):
+    def step(carry, x):
+        h, total = carry
+        h = jnp.tanh(x @ p["i"] + h @ p["h"])
+        y = h @ p["o"] + p["c"]
+        return (h, total + squares(y)), (y * 2, x)
+
+    (h, total), (ys, xs) = lax.scan(step, (jnp.zeros(3), 0.5), xs, reverse=True)
+    return squares(ys) + total + squares(h)
+
+
 @program({"w": normal(0, 3, 3, 3), "b": normal(1, 3, 3), "o": normal(2, 3, 2)}, normal(3, N, 3))
 def scan_over_layers(p, x):
     @jax.checkpoint

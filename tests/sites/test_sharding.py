@@ -19,11 +19,15 @@ def loss(p, x):
     return jnp.sum(jnp.sin(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]))
 
 
-def sharded(rule, check):
+def of_the_batch(p, x):
+    return jnp.mean(jnp.sin(jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"]))
+
+
+def sharded(rule, check, loss=loss, in_axes=EACH):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def grads(key, p, x):
-        got = fx.grad(loss, rule, in_axes=EACH)(key, p, x)
+        got = fx.grad(loss, rule, in_axes=in_axes)(key, p, x)
         return got if check else jax.lax.psum(got, "d")
 
     step = jax.shard_map(grads, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P(), check_vma=check)
@@ -90,3 +94,13 @@ def test_a_varying_key_gives_each_device_its_own_feedback():
     got, expected = alone_and_together(lambda *args: fx.FDFA(0.0, num_tangents=2).step(loss, in_axes=EACH)(*args)[:2])
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_credit_along_the_batch_of_a_shard():
+    problem = Signature(of_the_batch, 0, False, None).bind((PARAMS, normal(3, 2, 3)), {})
+    rule = fx.ActivityPerturbation()
+    assert rule.sites(problem).credit
+    got = sharded(rule.basis(problem), True, of_the_batch, None)
+    expected = sharded(fx.Backprop(), True, of_the_batch, None)
+    for name in PARAMS:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)

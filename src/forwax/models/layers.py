@@ -1,4 +1,4 @@
-"""The two layers that hold parameters, with He initialisation (He et al. 2015, arXiv 1502.01852)."""
+"""Layers, and the He initialisation of those that hold parameters (He et al. 2015, arXiv 1502.01852)."""
 
 from __future__ import annotations
 
@@ -81,3 +81,108 @@ def max_pool(x: jax.Array) -> jax.Array:
     height, width, channels = x.shape[0] // 2, x.shape[1] // 2, x.shape[2]
     squares = x[: 2 * height, : 2 * width].reshape(height, 2, width, 2, channels)
     return squares.max(axis=(1, 3))
+
+
+class ChannelDense(eqx.Module):
+    """A dense layer over the last axis, z = x W + b, with W of shape (in, out), the same for all leading axes.
+
+    >>> layer = ChannelDense(4, 10, key=jax.random.key(0))
+    >>> layer(jnp.ones((7, 4))).shape
+    (7, 10)
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, in_size: int, out_size: int, *, key: jax.Array):
+        self.weight = he_normal(key, (in_size, out_size), in_size)
+        self.bias = jnp.zeros(out_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x of shape (..., in) to z of shape (..., out)."""
+        z = x @ self.weight
+        return z + jnp.expand_dims(self.bias, tuple(range(z.ndim - 1)))
+
+
+class TokenDense(eqx.Module):
+    """A dense layer over tokens: z[q, c] = Σ_p W[q, p] x[p, c] + b[q], the same for all channels.
+
+    >>> layer = TokenDense(16, key=jax.random.key(0))
+    >>> layer(jnp.ones((16, 3))).shape
+    (16, 3)
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, tokens: int, *, key: jax.Array):
+        self.weight = he_normal(key, (tokens, tokens), tokens)
+        self.bias = jnp.zeros(tokens)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Mix the tokens of x of shape (tokens, channels)."""
+        return self.weight @ x + self.bias[:, None]
+
+
+class DepthwiseConv(eqx.Module):
+    """A depthwise convolution over the square that the tokens form, zero-padded so that their number stays.
+
+    >>> layer = DepthwiseConv(5, size=3, key=jax.random.key(0))
+    >>> layer(jnp.ones((16, 5))).shape
+    (16, 5)
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, channels: int, *, size: int, key: jax.Array):
+        self.weight = he_normal(key, (size, size, 1, channels), size * size)
+        self.bias = jnp.zeros(channels)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolve the tokens of x of shape (side², channels)."""
+        tokens, channels = x.shape
+        side = math.isqrt(tokens)
+        z = jax.lax.conv_general_dilated(
+            x.reshape(1, side, side, channels),
+            self.weight,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=channels,
+        )
+        return z.reshape(tokens, channels) + self.bias[None]
+
+
+class GroupedDense(eqx.Module):
+    """A dense layer in each group of channels: z[p, g, d] = Σ_c x[p, g, c] W[g, c, d] + b[g, d].
+
+    >>> layer = GroupedDense(2, 8, key=jax.random.key(0))
+    >>> layer(jnp.ones((16, 2, 8))).shape
+    (16, 2, 8)
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+
+    def __init__(self, groups: int, size: int, *, key: jax.Array):
+        self.weight = he_normal(key, (groups, size, size), size)
+        self.bias = jnp.zeros((groups, size))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map x of shape (tokens, groups, size) to z of the same shape."""
+        return jnp.einsum("pgc,gcd->pgd", x, self.weight) + self.bias[None]
+
+
+def standardize(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
+    """Normalise to mean 0 and variance 1 over some axes, with no learnt parameters: (x - mean) / √(variance + epsilon).
+
+    Its slope is at most 1/√epsilon, also where x is constant.
+
+    >>> standardize(jnp.array([1.0, 3.0]), (0,), 0.0).tolist()
+    [-1.0, 1.0]
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    variance = jnp.mean(centred**2, axis=axes, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)

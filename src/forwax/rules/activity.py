@@ -4,8 +4,9 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXi
 """
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,9 +18,21 @@ from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
-from forwax.sites import Pass, Site, Sites, Values, find_sites
+from forwax.sites import (
+    Credit,
+    Drawn,
+    Held,
+    Pass,
+    Site,
+    Sites,
+    Values,
+    Variable,
+    find_sites,
+    push_drawn,
+    replay,
+)
 from forwax.tangents import Coordinate, Rademacher, Tangents
-from forwax.tangents._base import sampler
+from forwax.tangents._base import sampler, typed_key
 
 _MEMORY = ("keep", "replay", "shared")
 
@@ -90,7 +103,11 @@ class ActivityPerturbation(Rule):
 
     def sites(self, problem: Problem) -> Sites:
         """The sites of a problem under this rule."""
-        return find_sites(problem, type(self).__name__, selection(self.where), self.exact_outputs)
+        chosen = selection(self.where)
+        if self.memory == "shared":
+            return find_sites(problem, type(self).__name__, chosen, self.exact_outputs)
+        sites = find_sites(problem, type(self).__name__, chosen, self.exact_outputs, credit=True)
+        return sites.with_slopes_of_loops() if self.memory == "replay" else sites
 
     def basis(self, problem: Problem) -> "ActivityPerturbation":
         """This rule with each coordinate of its noise once: its estimate is the mean over all noise."""
@@ -100,14 +117,15 @@ class ActivityPerturbation(Rule):
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
         sites = self.sites(problem)
+        if self.memory == "replay" and sites.noisy:
+            return self._replayed(key, sites)
         noise = self._draw(key, sites)
         out = sites.push(noise, self.num_tangents)
         value = sites.value(out.losses)
         if self.memory == "shared":
             return value, out.aux, self._shared(sites, noise, out)
-        if self.memory == "replay" and noise:
-            return value, out.aux, self._replayed(key, sites, out)
-        return value, out.aux, self._own(sites, noise, out.slopes, out.records)
+        slopes = self._slopes(sites, out) if noise else {}
+        return value, out.aux, self._own(sites, noise, slopes, out.records)
 
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
         """The noise [k, ...] of all noisy sites, in one draw; sites of one shape are stacked, which compiles faster."""
@@ -122,37 +140,64 @@ class ActivityPerturbation(Rule):
         noise = {i: x[:, j] for x, part in zip(drawn, members.values(), strict=True) for j, i in enumerate(part)}
         return [noise[i] for i in range(len(specs))]
 
-    def _own(self, sites: Sites, noise: Sequence[Array], slopes: Sequence[Array], records: Values) -> Tree:
-        """Each example with its own slopes."""
-        errors = sites.output_errors(records)
-        known: dict[tuple[int, bool, _mesh.Axes], Array] = {}
-        for site, u in zip(sites.noisy, noise, strict=True):
-            unit = (site.reach, site.mapped, site.axes)
+    def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
+        """For each noisy site what multiplies its noise: [k, ...], with axes that broadcast to it."""
+        products = sites.products(out) if sites.credit else []
+        known: dict[Any, Array] = {}
+        slopes: dict[Variable, Array] = {}
+        for site in sites.noisy:
+            own = tuple(sites.credit.get(site.variable, ()))
+            unit = (site.reach, site.mapped, site.axes, own, site.shape if own else ())
             if unit not in known:
-                known[unit] = _credited(site, slopes, sites.num_examples) * self._scale(sites, site)
-            errors[site.variable] = _weighted(known[unit], u)
+                total = _told_apart(site, own, products, sites) if sites.credit else _credited(site, out.slopes, sites)
+                known[unit] = total * self._scale(sites, site)
+            slopes[site.variable] = known[unit]
+        return slopes
+
+    def _own(self, sites: Sites, noise: Sequence[Array], slopes: Mapping[Variable, Array], records: Values) -> Tree:
+        """The gradient from each site's noise and slopes."""
+        errors = sites.output_errors(records)
+        errors |= {s.variable: _weighted(slopes[s.variable], u) for s, u in zip(sites.noisy, noise, strict=True)}
         return sites.assemble(records, errors)
 
-    def _replayed(self, key: Array, sites: Sites, out: Pass) -> Tree:
-        """As `_own`, from a second evaluation and a second drawing, begun when the slopes are known.
+    def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
+        """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
 
-        They stand in a branch, since XLA would merge equal computations outside of one and so keep all values of the
+        It stands in a branch, since XLA would merge equal computations outside of one and so keep all values of the
         first. Slopes that are not finite make the gradient what they are.
         """
         problem, traced = sites.problem, sites.traced
-        total = sum((jnp.sum(x) for x in out.slopes), start=jnp.zeros(()))
+        first = self._source(key, sites)
+        if isinstance(first, Drawn):
+            out = push_drawn(sites, first)
+        else:
+            out = sites.push([first.values[site.variable] for site in sites.noisy], self.num_tangents)
+        exact, slopes = sites.output_errors(out.records), self._slopes(sites, out)
+        slopes = {site.variable: sites.of_a_step(site, slopes[site.variable]) for site in sites.noisy}
+        total = sum((jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(()))
 
         def again(arrays: Any) -> Tree:
-            key, params, mapped, closed = arrays
+            key, params, mapped, closed, exact, slopes = arrays
             new = dataclasses.replace(problem, params=params, mapped=mapped)
             same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
-            return self._own(same, self._draw(key, same), out.slopes, same.push().records)
+            return replay(same, self._source(key, same), exact, lambda site, u: _weighted(slopes[site.variable], u))
 
         def spoilt(arrays: Any) -> Tree:
             return jax.tree.map(lambda x: jnp.full_like(x, total), arrays[1])
 
-        arrays = (key, problem.params, problem.mapped, traced.closed)
-        return lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+        arrays = (key, problem.params, problem.mapped, traced.closed, exact, slopes)
+        return sites.value(out.losses), out.aux, lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+
+    def _source(self, key: Array, sites: Sites) -> Drawn | Held:
+        """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
+        if not self.tangents.coordinatewise:
+            lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
+            return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
+
+        def draw(key: Array, like: Any, index: Any) -> Array:
+            return sampler(self.tangents, key, [like], self.num_tangents)(jnp.asarray(index)[None])[0][0]
+
+        return Drawn(typed_key(key), draw, self.num_tangents)
 
     def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass) -> Tree:
         """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
@@ -160,16 +205,17 @@ class ActivityPerturbation(Rule):
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             mine = {s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask}
             first = next(s for s in sites.noisy if s.reach == mask)
-            slopes = _credited(dataclasses.replace(first, mapped=False), out.slopes, sites.num_examples)
+            slopes = _credited(dataclasses.replace(first, mapped=False), out.slopes, sites)
             pulled = _each(lambda u: sites.assemble(out.records, jax.tree.map(jnp.conj, u)), mine, self.num_tangents)
             total = _plus(total, slopes * self._scale(sites, first), pulled)
         return total
 
     def _scale(self, sites: Sites, site: Site) -> float:
-        """1/k, and for `Shrinkage` the factor that suits the noise that shares a loss with this site."""
-        n = sum(other.size for other in sites.noisy if other.reach & site.reach)
-        law = self.tangents.relative_mse(n, self.num_tangents) if isinstance(self.combine, Shrinkage) else 0.0
-        return 1 / (self.num_tangents * (1 + law))
+        """1/k, and for `Shrinkage` the factor that suits the noise that shares a slope with this site."""
+        if not isinstance(self.combine, Shrinkage):
+            return 1 / self.num_tangents
+        n = math.ceil(sum(sites.shared_noise(site, other) for other in sites.noisy))
+        return 1 / (self.num_tangents * (1 + self.tangents.relative_mse(max(n, 1), self.num_tangents)))
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
@@ -188,14 +234,27 @@ def selection(where: str | Callable[[str], bool] | None) -> Callable[[str], bool
     return where
 
 
-def _credited(site: Site, slopes: Sequence[Array], num_examples: int | None) -> Array:
+def _credited(site: Site, slopes: Sequence[Array], sites: Sites) -> Array:
     """The slopes of the losses that a site reaches: [k, examples] for an example's own noise, else [k]."""
+    num_examples = sites.num_examples
     mine = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
     total = sum(mine[1:], start=mine[0])
     total = _mesh.total(total, _mesh.axes(total) - site.axes)  # one noise for all devices hears of all their losses
     if num_examples is None:
         return total
     return total / num_examples if site.mapped else jnp.mean(total, axis=1)
+
+
+def _told_apart(site: Site, own: Sequence[Credit], products: Sequence[Array], sites: Sites) -> Array:
+    """The slopes of the sources that a site reaches, each summed over the axes along which its noise spreads."""
+    lead = 1 if sites.num_examples is None or not site.mapped else 2
+    total = jnp.zeros((1,) * (lead + len(site.shape)))
+    for credit in own:
+        product = products[credit.source]
+        if product.ndim - len(credit.shape) > lead:  # one noise for all examples
+            product = jnp.sum(product, axis=1)
+        total += credit.slopes(product, lead, site.shape)
+    return _mesh.total(total, _mesh.axes(total) - site.axes)  # one noise for all devices hears of all their losses
 
 
 def _weighted(slopes: Array, noise: Array) -> Array:

@@ -1,7 +1,24 @@
 """Sites: the places in a traced program where a parameter meets data. The only package that reads jaxprs."""
 
+from forwax.sites.credit import Credit
 from forwax.sites.find import Pass, Site, Sites, find_sites
+from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
+from forwax.sites.program import Variable
+from forwax.sites.replay import push_drawn, replay
 from forwax.sites.run import Values
 
-__all__ = ["Pass", "Site", "Sites", "Values", "find_sites", "noise_point"]
+__all__ = [
+    "Credit",
+    "Drawn",
+    "Held",
+    "Pass",
+    "Site",
+    "Sites",
+    "Values",
+    "Variable",
+    "find_sites",
+    "noise_point",
+    "push_drawn",
+    "replay",
+]

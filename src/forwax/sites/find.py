@@ -11,14 +11,17 @@ from jax import Array, lax
 from forwax import _mesh, _tree
 from forwax._signature import Problem
 from forwax._tree import Spec, Tree
+from forwax.sites.axes import Factor, back
 from forwax.sites.classify import Classifier, Kind
+from forwax.sites.credit import Credit, credits_of
 from forwax.sites.feedback import forward_with_feedback
+from forwax.sites.fission import split_loops
 from forwax.sites.plan import Kinds, Level, make_level, mapped_variables
-from forwax.sites.program import Equation, Traced, Variable, bind, trace
+from forwax.sites.program import Constant, Equation, Traced, Variable, bind, trace
 from forwax.sites.reach import reach
 from forwax.sites.regions import Region
 from forwax.sites.run import Values, forward, local
-from forwax.sites.tail import Tail, make_tail, output_regions
+from forwax.sites.tail import Tail, make_sources, make_tail, output_regions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,12 +62,14 @@ class Pass:
         losses: the loss's parts, with a leading axis of examples if there are examples.
         aux: the loss's aux.
         slopes: for each loss its slope along each noise: [k] or, per example, [k, examples].
+        tangents: for each source its tangent along each noise: [k, *shape] or, per example, [k, examples, *shape].
         records: the values that the assembly needs.
     """
 
     losses: list[Array]
     aux: Tree
     slopes: list[Array]
+    tangents: list[Array]
     records: Values
 
 
@@ -77,6 +82,8 @@ class Sites:
         traced: the program of the loss of one example.
         level: its plan.
         tail: from the last sites to the losses; empty when their error is not taken exactly.
+        sources: from the values whose slopes are told apart to the losses; None when nothing is gained by it.
+        credit: for each noisy site what its noise changes of the sources; empty without them.
         sites: in the program's order.
         mapped: the variables that differ between examples.
         kinds: what each variable is made of.
@@ -86,6 +93,8 @@ class Sites:
     traced: Traced
     level: Level
     tail: Tail
+    sources: Tail | None
+    credit: Mapping[Variable, Sequence[Credit]]
     sites: tuple[Site, ...]
     mapped: set[Variable]
     kinds: Kinds
@@ -114,47 +123,82 @@ class Sites:
         """The number of parts of the loss."""
         return num_losses(self.traced)
 
+    @property
+    def tail_records(self) -> frozenset[Variable]:
+        """The values that the errors of output sites and sources are made from."""
+        return self.tail.records if self.sources is None else self.tail.records | self.sources.records
+
     def specs(self) -> list[Spec]:
         """Shape and dtype of the noise at each noisy site, all examples together."""
         lead = () if self.num_examples is None else (self.num_examples,)
         return [Spec((*lead, *s.shape) if s.mapped else s.shape, s.dtype) for s in self.noisy]
+
+    def num_loops(self, site: Site) -> int:
+        """The number of loops around a site."""
+        return len(site.shape) - len(self.own_shape(site))
+
+    def with_slopes_of_loops(self) -> "Sites":
+        """The same sites, but each step of a loop shares its slopes with the others."""
+
+        def coarser(site: Site, credit: Credit) -> Credit:
+            first = self.num_loops(site)
+            links = tuple((a, link) for a, link in credit.links if link.size == 1 or link.axis >= first)
+            return dataclasses.replace(credit, links=links)
+
+        credit = {s.variable: [coarser(s, c) for c in self.credit.get(s.variable, ())] for s in self.noisy}
+        return dataclasses.replace(self, credit=credit if self.credit else {})
+
+    def of_a_step(self, site: Site, slopes: Array) -> Array:
+        """Slopes without the axes of loops, along which they are the same."""
+        lead = slopes.ndim - len(site.shape)
+        return jnp.squeeze(slopes, tuple(range(lead, lead + self.num_loops(site)))) if self.credit else slopes
+
+    def shared_noise(self, site: Site, other: Site) -> float:
+        """How many coordinates of another site's noise one slope of this site hears, on average."""
+        if not self.credit:
+            return other.size if other.reach & site.reach else 0
+        theirs = {credit.source: credit for credit in self.credit[other.variable]}
+        heard = [(mine, theirs[mine.source]) for mine in self.credit[site.variable] if mine.source in theirs]
+        return max((other.size / mine.common(their) for mine, their in heard), default=0)
 
     def push(self, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
         """Evaluate the loss, and its slopes along k noises [k, *spec]; with no noise there are no slopes."""
         table = dict(zip([site.variable for site in self.noisy], noise, strict=False))
         time = jnp.zeros((), jnp.float32)
         if not table:
-            (losses, _), (aux, records) = self._run({}, None)
-            return Pass(losses, aux, [], records)
+            (losses, *_), (aux, records) = self._run({}, None)
+            return Pass(losses, aux, [], [], records)
 
-        def slopes(noise: Values) -> tuple[list[Array], list[Array], Any]:
-            (losses, _), sums, rest = jax.jvp(lambda t: self._run(noise, t), (time,), (time + 1,), has_aux=True)
-            return losses, sums[1], rest
+        def slopes(noise: Values) -> tuple[list[Array], list[Array], list[Array], Any]:
+            primal, tangent, rest = jax.jvp(lambda t: self._run(noise, t), (time,), (time + 1,), has_aux=True)
+            return primal[0], tangent[1], tangent[2], rest
 
         if num_tangents == 1:
-            losses, sums, rest = slopes({v: x[0] for v, x in table.items()})
-            sums = [x[None] for x in sums]
+            losses, sums, taps, rest = slopes({v: x[0] for v, x in table.items()})
+            sums, taps = [x[None] for x in sums], [x[None] for x in taps]
         else:
-            losses, sums, rest = jax.vmap(slopes, out_axes=(None, 0, None))(table)
-        return Pass(losses, rest[0], sums, rest[1])
+            losses, sums, taps, rest = jax.vmap(slopes, out_axes=(None, 0, 0, None))(table)
+        return Pass(losses, rest[0], sums, taps, rest[1])
 
     def _run(self, noise: Values, time: Array | None) -> tuple[Any, Any]:
-        """`((losses, sums of losses), (aux, records))`; each with a leading axis of examples."""
-        extra = self.tail.records
+        """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
+        taps = self.sources.starts if self.sources is not None else ()
+        extra = self.tail_records
 
         def one(mapped: Sequence[Array], noise: Values) -> tuple[Any, Any, Values]:
             inputs = [*self.traced.closed, *jax.tree.leaves(self.problem.params), *mapped]
-            outputs, records = forward(self.level, inputs, noise, time, extra)
-            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
-            return (losses, list(map(_sum, losses))), aux, records
+            outputs, records = forward(self.level, inputs, noise, time, extra, taps)
+            cut = len(outputs) - len(taps)
+            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs[:cut])
+            return (losses, list(map(_sum, losses)), outputs[cut:]), aux, records
 
         if self.num_examples is None:
             out, aux, records = one((), noise)
             return out, (aux, records)
-        names = self.level.all_records() | extra
-        axes = {v: self._axis(v) for v in names}
+        axes = {v: self._axis(v) for v in self.level.all_records() | extra}
         in_axes = (list(self.problem.mapped_axes), {v: self._axis(v) for v in noise})
-        out, aux, records = jax.vmap(one, in_axes, (0, 0, axes), axis_size=self.num_examples)(
+        out_axes = ((0, 0, [self._axis(v) for v in taps]), 0, axes)
+        out, aux, records = jax.vmap(one, in_axes, out_axes, axis_size=self.num_examples)(
             list(self.problem.mapped), noise
         )
         return out, (aux, records)
@@ -164,15 +208,25 @@ class Sites:
 
     def output_errors(self, records: Values) -> Values:
         """The exact derivative of the objective with respect to each output site."""
-        if not self.tail.starts:
+        return self._errors(self.tail, records)
+
+    def products(self, out: Pass) -> list[Array]:
+        """For each source its tangents times its error: slopes of the objective before they are summed."""
+        assert self.sources is not None
+        errors = self._errors(self.sources, out.records)
+        return [_product(errors[v], x) for v, x in zip(self.sources.starts, out.tangents, strict=True)]
+
+    def _errors(self, tail: Tail, records: Values) -> Values:
+        """The derivative of the objective with respect to where a tail starts."""
+        if not tail.starts:
             return {}
-        used = {v: records[v] for v in self.tail.records}
+        used = {v: records[v] for v in tail.records}
         axes = {v: self._axis(v) for v in used}
-        shifts = {site.variable: self.zeros(site) for site in self.sites if site.exact}
+        shifts = {v: self.zeros(v) for v in tail.starts}
 
         def objective(shifts: Values) -> Array:
             def one(shifts: Values, used: Values) -> Array:
-                losses = self.tail.run(shifts, used)
+                losses = tail.run(shifts, used)
                 return sum(map(_sum, losses), start=jnp.zeros(()))
 
             if self.num_examples is None:
@@ -182,10 +236,11 @@ class Sites:
 
         return jax.grad(objective)(shifts)
 
-    def zeros(self, site: Site) -> Array:
-        """An error of zero at a site."""
-        lead = (self.num_examples,) if self._axis(site.variable) == 0 else ()
-        return _mesh.vary(jnp.zeros((*lead, *site.shape), site.dtype), site.axes)  # type: ignore[arg-type]
+    def zeros(self, variable: Variable) -> Array:
+        """An error of zero at a variable of the top level."""
+        aval = self.traced.types[variable]
+        lead = (self.num_examples,) if self._axis(variable) == 0 else ()
+        return _mesh.vary(jnp.zeros((*lead, *aval.shape), aval.dtype), _mesh.type_axes(aval))  # type: ignore[arg-type]
 
     def assemble(self, records: Values, errors: Mapping[Variable, Array]) -> Tree:
         """The gradient from the objective's error at sites: each region's own reverse pass, none across two.
@@ -243,7 +298,13 @@ class Sites:
         return jnp.mean(sum(sums[1:], start=sums[0]))
 
 
-def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None, exact_outputs: bool) -> Sites:
+def find_sites(
+    problem: Problem,
+    name: str,
+    select: Callable[[str], bool] | None,
+    exact_outputs: bool,
+    credit: bool = False,
+) -> Sites:
     """Trace the loss of one example and find its sites.
 
     Args:
@@ -251,15 +312,18 @@ def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None
         name: the rule's name, for errors.
         select: which parameters, by their path, get activity noise; None for all. The others get weight noise.
         exact_outputs: whether the last sites take their exact error.
+        credit: whether to look for the axes along which slopes can be told apart.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
     count = num_losses(traced)
-    types, masks = traced.types, reach(traced.program, traced.types, count)
-    classifier = Classifier(types, masks)
     start, paths = len(traced.closed), _paths(problem.params)
     inputs = traced.program.inputs
     given = [Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))]
     unselected = [inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)]
+    if exact_outputs:
+        traced = _with_split_loops(traced, given, count)
+    types, masks = traced.types, reach(traced.program, traced.types, count)
+    classifier = Classifier(types, masks)
     program = classifier.classify(traced.program, given, unselected, count)
     kinds = classifier.kinds
     _check_data(traced, classifier, count, name)
@@ -269,7 +333,7 @@ def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None
         tail = Tail((), (), (), frozenset())
     mapped = mapped_variables(program, inputs[start + len(paths) :])
     exact = {id(region) for region in output_regions(level, tail)}
-    sites = [
+    sites = tuple(
         Site(
             v,
             region,
@@ -282,8 +346,81 @@ def find_sites(problem: Problem, name: str, select: Callable[[str], bool] | None
         )
         for region, lengths in level.all_regions()
         for v in region.outputs
-    ]
-    return Sites(problem, traced, level, tail, tuple(sites), mapped, kinds)
+    )
+    found = Sites(problem, traced, level, tail, None, {}, sites, mapped, kinds)
+    if not credit:
+        return found
+    noisy = mapped_variables(program, [site.variable for site in found.noisy])
+    return with_credit(found, make_sources(level, kinds, masks, count, noisy, tail, exact_outputs))
+
+
+def _with_split_loops(traced: Traced, given: Sequence[Kind], count: int) -> Traced:
+    if all(equation.loop is None for equation in traced.program.equations):
+        return traced
+    types = list(traced.types)  # classifying adds to them
+    classifier = Classifier(types, reach(traced.program, types, count))
+    classifier.classify(traced.program, given, (), count)
+
+    def is_site(equation: Equation) -> bool:
+        mixed = any(classifier.kinds.get(v) is Kind.MIXED for v in equation.outputs)
+        return equation.loop is None and mixed and any(classifier.kind(a) is Kind.PARAMETER for a in equation.inputs)
+
+    return split_loops(traced, is_site)
+
+
+def with_credit(sites: Sites, sources: Tail) -> Sites:
+    """The sites with their credit, if slopes of sources can be told apart."""
+    noisy = sites.noisy
+    many = len(sources.starts) > sites.num_losses
+    if not noisy or not (many or any(_may_gain(sites, v) for v in sources.starts)):
+        return sites
+    traced = _tangent_program(sites, sources.starts)
+    noises = traced.program.inputs[len(traced.program.inputs) - len(noisy) :]
+    found = credits_of(traced, noises, [tuple(sites.traced.types[v].shape) for v in sources.starts])
+    heard = {credit.source for own in found for credit in own}
+    if not any(len(own) < len(heard) or any(credit.links for credit in own) for own in found):
+        return sites
+    table = {site.variable: own for site, own in zip(noisy, found, strict=True)}
+    return dataclasses.replace(sites, sources=sources, credit=table)
+
+
+def _may_gain(sites: Sites, source: Variable) -> bool:
+    """Whether an axis of a source can be followed at least through the site that it comes from."""
+    shape = tuple(sites.traced.types[source].shape)
+    links = [Factor(axis, 1, length) for axis, length in enumerate(shape) if length > 1]
+    region = next((s.region for s in sites.sites if s.variable == source), None)
+    if region is None:
+        return bool(links)
+    equation, *more = region.equations
+    if more or equation.name not in ("dot_general", "conv_general_dilated"):
+        return bool(links)
+    shapes = [tuple(sites.traced.types[v].shape) for v in equation.inputs if not isinstance(v, Constant)]
+    mixed = [i for i, v in enumerate(equation.variables) if sites.kinds[v] is Kind.MIXED]
+    return any(back(equation, i, 0, link, shapes, [shape]) is not None for i in mixed for link in links)
+
+
+def _tangent_program(sites: Sites, sources: Sequence[Variable]) -> Traced:
+    """The program of one example whose last inputs are the noises, and whose outputs are the tangents of sources."""
+    problem, time = sites.problem, jnp.zeros((), jnp.float32)
+
+    def tangents(params: Tree, mapped: Sequence[Array], noises: Sequence[Array]) -> list[Array]:
+        table = {site.variable: noise for site, noise in zip(sites.noisy, noises, strict=True)}
+        inputs = [*sites.traced.closed, *jax.tree.leaves(params), *mapped]
+
+        def values(time: Array) -> list[Array]:
+            outputs, _ = forward(sites.level, inputs, table, time, frozenset(), sources)
+            return outputs[len(outputs) - len(sources) :]
+
+        return jax.jvp(values, (time,), (time + 1,))[1]
+
+    noises = [_mesh.like(site.shape, site.dtype, site.axes) for site in sites.noisy]
+    return trace(tangents, problem.params, problem.example_specs(), noises)
+
+
+def _product(error: Array, tangent: Array) -> Array:
+    """Re(error · tangent) in at least float32; the error counts for each of k tangents."""
+    wide = _tree.accumulation_dtype(jnp.promote_types(error.dtype, tangent.dtype))
+    return jnp.real(error.astype(wide)[None] * tangent.astype(wide))
 
 
 def num_losses(traced: Traced) -> int:

@@ -6,7 +6,7 @@ whether inner jaxprs are closed, so both are derived from what all versions shar
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import source_info_util
 from jax.extend.core import primitives
+
+from forwax import _mesh
 
 NOISE_POINT = "forwax.noise_point"
 """The name that marks where a site's noise enters."""
@@ -147,6 +149,29 @@ def trace(fun: Callable[..., Any], *specs: Any) -> Traced:
     types: list[Any] = []
     program = _convert(closed_jaxpr.jaxpr, types)
     return Traced(program, list(closed_jaxpr.consts), types, structure[0])
+
+
+def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) -> Program:
+    """The program of a function of some atoms; its variables are numbered behind those in `types`."""
+    given = variables(atoms)
+
+    def flat(*values: Any) -> Any:
+        remaining = iter(values)
+        return fun(*(atom.value if isinstance(atom, Constant) else next(remaining) for atom in atoms))
+
+    specs = [_mesh.like(tuple(types[v].shape), types[v].dtype, _mesh.type_axes(types[v])) for v in given]
+    closed_jaxpr = jax.make_jaxpr(flat)(*specs)
+    program = _convert(closed_jaxpr.jaxpr, types, closed_jaxpr.consts)
+    names: dict[Variable, Atom] = dict(zip(program.inputs, given, strict=True))
+    equations = tuple(renamed_inputs(equation, names) for equation in program.equations)
+    outputs = tuple(atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in program.outputs)
+    return Program(tuple(given), equations, outputs)
+
+
+def renamed_inputs(equation: Equation, names: Mapping[Variable, Atom]) -> Equation:
+    """The same operation on other inputs."""
+    inputs = tuple(atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in equation.inputs)
+    return dataclasses.replace(equation, inputs=inputs)
 
 
 def variables(atoms: Iterable[Atom]) -> list[Variable]:

@@ -32,7 +32,12 @@ def _inject_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Arra
 
 
 def forward(
-    level: Level, inputs: Sequence[Any], noise: Mapping[Variable, Array], time: Array | None, extra: frozenset
+    level: Level,
+    inputs: Sequence[Any],
+    noise: Mapping[Variable, Array],
+    time: Array | None,
+    extra: frozenset,
+    taps: Sequence[Variable] = (),
 ) -> tuple[list[Any], Values]:
     """Evaluate a level.
 
@@ -42,9 +47,10 @@ def forward(
         noise: by the variable that it enters at; with a leading axis for each loop around it.
         time: the scalar whose tangent scales the noise, or None for no noise.
         extra: further variables of this level to record.
+        taps: variables of this level whose values, and tangents, are returned behind the outputs.
 
     Returns:
-        The program's outputs, and the recorded values: those of a loop's body with a leading axis.
+        The program's outputs with the taps, and the recorded values: those of a loop's body with a leading axis.
     """
     env: Values = dict(zip(level.program.inputs, inputs, strict=True))
     records: Values = {}
@@ -59,7 +65,7 @@ def forward(
         for v, value in zip(equation.outputs, outputs, strict=True):
             env[v] = value if v not in noise else inject(value, noise[v], time)
     records.update({v: lax.stop_gradient(env[v]) for v in level.records | extra})
-    return [_read(atom, env) for atom in level.program.outputs], records
+    return [_read(atom, env) for atom in (*level.program.outputs, *taps)], records
 
 
 def _forward_loop(plan: LoopPlan, values: Sequence[Any], noise: Mapping[Variable, Array], time: Array | None):

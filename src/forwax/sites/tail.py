@@ -1,7 +1,7 @@
 """The parameter-free rest of the loss behind its last sites, whose error reverse mode takes exactly."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax import Array
@@ -13,6 +13,8 @@ from forwax.sites.reach import Reach, equation_reach
 from forwax.sites.regions import Region
 
 _ADDITIVE = {"add", "sub", "add_any"}
+_MOVES = {"reshape", "squeeze", "transpose", "broadcast_in_dim", "concatenate", "stack", "convert_element_type"}
+_SUMS = _ADDITIVE | _MOVES | {"reduce_sum", "neg"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,19 +49,52 @@ class Tail:
 
 def make_tail(level: Level, kinds: Kinds, reach: Reach, num_losses: int) -> Tail:
     """The tail behind the output sites of a program's top level."""
-    program = level.program
-    blocked = _blocked(program, kinds, reach)
+    blocked = _blocked(level.program, reach, _sites(level, kinds))
     outputs = [region for region in level.regions if blocked.isdisjoint(region.outputs)]
     starts = tuple(v for region in outputs for v in region.outputs)
-    inside, equations = set(starts), []
+    return _from(level.program, starts, lambda equation: True, reach, num_losses)
+
+
+def make_sources(
+    level: Level, kinds: Kinds, reach: Reach, num_losses: int, noisy: set[Variable], tail: Tail, exact: bool
+) -> Tail:
+    """The tail behind a cut that every noise's way to the losses crosses once; its starts are the sources of credit.
+
+    They are the output sites and the values that reach the losses past them, as far as they are noisy; or, if reverse
+    mode over the loss is not wanted, what the losses are sums of.
+    """
+    program = level.program
+    barrier = _sites(level, kinds) if exact else lambda equation: not _is_sum(equation, kinds)
+    blocked = _blocked(program, reach, barrier)
+    ends = [r for r in output_regions(level, tail) if not blocked.isdisjoint(r.inputs) or noisy.isdisjoint(r.inputs)]
+    outside = {id(equation) for region in ends for equation in region.equations}
+
+    def inside(equation: Equation) -> bool:
+        mixed = [v for v in equation.outputs if kinds[v] is Kind.MIXED]
+        return bool(mixed) and blocked.isdisjoint(mixed) and id(equation) not in outside and not barrier(equation)
+
+    computed = {v for e in program.equations if _crossed(e, reach) and inside(e) for v in e.outputs}
+    read = [v for e in program.equations if _crossed(e, reach) and inside(e) for v in e.variables]
+    last = [v for region in ends for v in region.outputs]
+    cut = dict.fromkeys([*last, *read, *variables(program.outputs[:num_losses])])
+    starts = tuple(v for v in cut if v in noisy and v not in computed)
+    return _from(program, starts, inside, reach, num_losses)
+
+
+def _from(program: Program, starts: tuple[Variable, ...], inside: Callable, reach: Reach, num_losses: int) -> Tail:
+    """The tail from the starts on, along the equations that are inside."""
+    reached, equations = set(starts), []
     for equation in program.equations:
-        crossed = equation_reach(equation, reach) and equation.name != "stop_gradient"
-        if crossed and inside.intersection(equation.variables):
-            inside.update(equation.outputs)
+        if _crossed(equation, reach) and inside(equation) and reached.intersection(equation.variables):
+            reached.update(equation.outputs)
             equations.append(equation)
     read = {v for equation in equations for v in equation.variables}
     computed = {v for equation in equations for v in equation.outputs}
     return Tail(starts, tuple(equations), program.outputs[:num_losses], frozenset((read | set(starts)) - computed))
+
+
+def _crossed(equation: Equation, reach: Reach) -> bool:
+    return equation_reach(equation, reach) != 0 and equation.name != "stop_gradient"
 
 
 def output_regions(level: Level, tail: Tail) -> list[Region]:
@@ -67,16 +102,29 @@ def output_regions(level: Level, tail: Tail) -> list[Region]:
     return [region for region in level.regions if set(region.outputs) <= set(tail.starts)]
 
 
-def _blocked(program: Program, kinds: Kinds, reach: Reach) -> set[Variable]:
-    """The variables from which a way to the losses crosses a site, or what reverse mode cannot cross."""
-    noised = _noised(program, kinds)
+def _blocked(program: Program, reach: Reach, is_barrier: Callable[[Equation], bool]) -> set[Variable]:
+    """The variables from which a way to the losses crosses a barrier."""
     blocked: set[Variable] = set()
     for equation in reversed(program.equations):
-        if not equation_reach(equation, reach) or equation.name == "stop_gradient":
-            continue
-        if _is_barrier(equation, kinds, noised) or blocked.intersection(equation.outputs):
+        if _crossed(equation, reach) and (is_barrier(equation) or blocked.intersection(equation.outputs)):
             blocked.update(equation.variables)
     return blocked
+
+
+def _sites(level: Level, kinds: Kinds) -> Callable[[Equation], bool]:
+    """Barriers to an exact error: sites, and what reverse mode cannot cross."""
+    noised = _noised(level.program, kinds)
+    return lambda equation: _is_barrier(equation, kinds, noised)
+
+
+def _is_sum(equation: Equation, kinds: Kinds) -> bool:
+    """Whether an operation only adds entries up, or scales them by what no parameter enters."""
+    entering = [kinds[v] for v in equation.variables]
+    if Kind.PARAMETER in entering or equation.primitive is None:
+        return False
+    mixed = [atom in equation.variables and kinds[atom] is Kind.MIXED for atom in equation.inputs]  # type: ignore[index]
+    scaled = sum(mixed) == 1 and (equation.name == "mul" or (equation.name == "div" and mixed[0]))
+    return equation.name in _SUMS or scaled
 
 
 def _is_barrier(equation: Equation, kinds: Kinds, noised: set[Variable]) -> bool:

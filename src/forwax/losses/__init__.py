@@ -1,0 +1,18 @@
+"""Losses: cross-entropy, contrastive losses, and fused losses that credit each patch and group with its own features.
+
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
+"""
+
+from forwax.losses.contrastive import info_nce, nt_xent
+from forwax.losses.cross_entropy import softmax_cross_entropy
+from forwax.losses.spatial import spatial_average_group_linear, spatial_average_group_linear_cross_entropy
+from forwax.losses.spatial_contrastive import spatial_average_group_linear_nt_xent
+
+__all__ = [
+    "info_nce",
+    "nt_xent",
+    "softmax_cross_entropy",
+    "spatial_average_group_linear",
+    "spatial_average_group_linear_cross_entropy",
+    "spatial_average_group_linear_nt_xent",
+]

@@ -1,0 +1,113 @@
+"""Contrastive losses between two views: InfoNCE and NT-Xent, with negatives from all devices.
+
+van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748; Chen,
+Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from forwax.losses.cross_entropy import at_least_float32
+
+_EPSILON = 1e-6  # of a squared length: a row of zeros stays a row of zeros, with a finite derivative
+
+
+def info_nce(
+    queries: Any, keys: Any, temperature: Any = 0.5, *, axis_name: Any = None, stop_gradient: bool = True
+) -> Array:
+    """Tell each query's own key from all the others: -log exp(s_ii/τ) / Σ_j exp(s_ij/τ), s the cosine similarity.
+
+    Args:
+        queries: [N, K], floating.
+        keys: [N, K]; key i belongs to query i, and the others are its negatives.
+        temperature: τ.
+        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: keys of all devices are
+            negatives then.
+        stop_gradient: whether the keys are constants.
+
+    Returns:
+        The losses [N], in at least float32; inside `shard_map` those of this device's queries.
+
+    Raises:
+        ValueError: when the shapes do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from forwax.losses import info_nce
+        >>> [f"{x:.3f}" for x in jax.jit(info_nce)(jnp.eye(2), jnp.eye(2))]
+        ['0.127', '0.127']
+    """
+    queries, keys = _pair("info_nce", queries, keys)
+    queries, keys = normalized(queries), normalized(keys)
+    if stop_gradient:
+        keys = lax.stop_gradient(keys)
+    positive = jnp.sum(queries * keys, axis=-1) / temperature
+    everyone = keys if axis_name is None else lax.all_gather(keys, axis_name, tiled=True)
+    return jax.nn.logsumexp(queries @ everyone.T / temperature, axis=-1) - positive
+
+
+def nt_xent(x: Any, y: Any, temperature: Any = 0.5, *, axis_name: Any = None, stop_gradient: bool = True) -> Array:
+    """Tell an example's other view from all views of all others: normalised, temperature-scaled cross-entropy.
+
+    Every view of every example is a query once; the same example's other view is its positive, all views but itself
+    are the choice: -log exp(s_qp/τ) / Σ_{j≠q} exp(s_qj/τ), s the cosine similarity.
+
+    Args:
+        x: one view of each example [N, K], floating.
+        y: the other view [N, K].
+        temperature: τ.
+        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: views on all devices are
+            negatives then.
+        stop_gradient: whether views are constants where they are keys, not queries. Ren et al. 2023 (arXiv 2210.03310)
+            found that forward gradients do not train without.
+
+    Returns:
+        The losses [2N], of x and then of y, in at least float32.
+
+    Raises:
+        ValueError: when the shapes do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from forwax.losses import nt_xent
+        >>> [f"{x:.3f}" for x in jax.jit(nt_xent)(jnp.eye(2), jnp.eye(2))]
+        ['0.240', '0.240', '0.240', '0.240']
+    """
+    x, y = _pair("nt_xent", x, y)
+    views = jnp.concatenate([x, y])
+    return nt_xent_of(views, keys_of(views, stop_gradient), temperature, axis_name)
+
+
+def keys_of(views: Array, stop_gradient: bool = True) -> Array:
+    """What queries are compared with: unit rows, as constants by default."""
+    keys = normalized(views)
+    return lax.stop_gradient(keys) if stop_gradient else keys
+
+
+def nt_xent_of(views: Array, keys: Array, temperature: Any, axis_name: Any) -> Array:
+    """The losses [2N] of views [2N, K], those of x and then those of y, against this device's keys [2N, K]."""
+    queries, n = normalized(views), len(views) // 2
+    positive = jnp.sum(queries * jnp.roll(keys, n, axis=0), axis=-1) / temperature
+    pairs, first = keys.reshape(2, n, -1), 0
+    if axis_name is not None:
+        pairs, first = lax.all_gather(pairs, axis_name, axis=1, tiled=True), n * lax.axis_index(axis_name)
+    total = pairs.shape[1]
+    own = first + jnp.concatenate([jnp.arange(n), total + jnp.arange(n)])
+    itself = own[:, None] == jnp.arange(2 * total)[None, :]
+    logits = jnp.where(itself, -jnp.inf, queries @ pairs.reshape(2 * total, -1).T / temperature)
+    return jax.nn.logsumexp(logits, axis=-1) - positive
+
+
+def normalized(x: Array) -> Array:
+    """Rows of length one."""
+    return x * lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + _EPSILON)
+
+
+def _pair(name: str, x: Any, y: Any) -> tuple[Array, Array]:
+    x, y = at_least_float32(x), at_least_float32(y)
+    if x.shape != y.shape or x.ndim != 2:
+        raise ValueError(f"{name}: expected two arrays of one shape [N, K], got shapes {x.shape} and {y.shape}.")
+    return x, y
