@@ -245,8 +245,9 @@ def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
     branch = lambda of: lambda p, x: mlp(p, jax.lax.cond(x[0] > 0, lambda: x + of(p, x), lambda: x))
     loop = lambda p, x: mlp(p, jax.lax.while_loop(lambda h: h[0] < 1, lambda h: doubled(h) + p["w"][:, 0], x))
     for loss in (branch(lambda p, x: doubled(p["w"][:, 0])), loop):
-        with pytest.raises(TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"):
-            jax.jit(fx.grad(loss, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))
+        for rule in (fx.ActivityPerturbation(), fx.WeightPerturbation(num_tangents=2)):
+            with pytest.raises(TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"):
+                jax.jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
     on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
     assert bool(jnp.any(jax.jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]))
 

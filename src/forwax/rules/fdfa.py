@@ -122,7 +122,8 @@ class FDFA(Rule):
 
         def step_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Tree, FDFA]:
             key, problem = typed_key(check_key(key, "FDFA.step")), signature.bind(args, kwargs)
-            sites = self.sites(problem)
+            own = lambda leaf: _mesh.vary(leaf, _mesh.axes(key))  # noqa: E731 (a key of its own: nothing is shared)
+            sites = self.sites(dataclasses.replace(problem, params=jax.tree.map(own, problem.params)))
             rule = dataclasses.replace(self, maps=self._learnt(key, sites))
             value, aux, grads = rule._sent(sites)
             return ((value, problem.restore(aux)) if has_aux else value), grads, rule

@@ -1,6 +1,5 @@
 """The output sites' exact error, sent straight to every other site by maps; and what maps must be like to be right."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax.sites.find import Site, Sites
-from forwax.sites.program import Program, Variable
+from forwax.sites.program import Variable
 from forwax.sites.run import Values, forward
 
 _ADDITIVE = {"add", "sub", "add_any"}
@@ -51,13 +50,12 @@ def map_shapes(sites: Sites, name: str) -> list[tuple[int, int]]:
 def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> list[Array]:
     """The slope of each output site's value along noises [k, *spec]: [k, *shape], with examples before the shape."""
     outputs = [site.variable for site in output_sites(sites)]
-    program = sites.level.program
-    wider = dataclasses.replace(sites.level, program=Program(program.inputs, program.equations, tuple(outputs)))
     inputs = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params)]
     axes = (list(sites.problem.mapped_axes), {s.variable: 0 if s.mapped else None for s in sites.noisy})
 
     def one(mapped: Sequence[Array], noise: Values, time: Array) -> list[Array]:
-        return forward(wider, [*inputs, *mapped], noise, time, frozenset())[0]
+        values, _ = forward(sites.level, [*inputs, *mapped], noise, time, frozenset(), outputs)
+        return values[len(values) - len(outputs) :]
 
     def slopes(noise: Values) -> list[Array]:
         def values(time: Array) -> list[Array]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 from jax import Array
 
-from forwax import _tree
+from forwax import _mesh, _tree
 from forwax._tree import Spec
 from forwax.tangents._base import IndependentTangents
 
@@ -49,7 +49,8 @@ class Coordinate(IndependentTangents):
         if self.replace:
             return super().draw_at(key, specs, indices)
         n = _tree.count(specs)
-        chosen = jax.random.permutation(key, n)[indices]
+        order = _mesh.vary(jax.random.permutation(key, n), _mesh.axes(key))  # JAX forgets over which axes it varies
+        chosen = order[indices]
         return jax.vmap(lambda index: _tree.basis(index, specs, math.sqrt(n)))(chosen)
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
