@@ -46,5 +46,5 @@ def noise_of(sites, source):
         axis = 1 + (site.mapped and sites.num_examples is not None)
         return lambda own: jax.vmap(lambda t: f(own.inside(plan, t)), out_axes=axis)(own.slices(plan))
 
-    visit(sites.level, source, lambda f, site: f)
+    visit(sites.level, source.at_level(sites.level), lambda f, site: f)
     return [found[site.variable] for site in sites.noisy]

@@ -19,7 +19,7 @@ from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
 from forwax.sites import Drawn, Held, Pass, Site, Sites, Values, find_sites, push_drawn, replay
 from forwax.tangents import Coordinate, Rademacher, Tangents
-from forwax.tangents._base import sampler, typed_key
+from forwax.tangents._base import IndependentTangents, sampler, typed_key
 
 _MEMORY = ("keep", "replay", "shared")
 
@@ -164,12 +164,12 @@ class ActivityPerturbation(Rule):
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
-        if not self.tangents.coordinatewise:
+        if not (isinstance(self.tangents, IndependentTangents) and self.tangents.coordinatewise):
             lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
             return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
 
-        def draw(key: Array, like: Any, index: Any) -> Array:
-            return sampler(self.tangents, key, [like], self.num_tangents)(jnp.asarray(index)[None])[0][0]
+        def draw(key: Array, like: Any) -> Array:
+            return _tree.from_real(self.tangents.draw_one(key, _tree.real_specs([like])), [like])[0]
 
         return Drawn(typed_key(key), draw, self.num_tangents)
 
