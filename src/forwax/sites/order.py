@@ -24,7 +24,7 @@ def behind(value: Any, others: Iterable[Array]) -> Array:
 def _never(x: Array) -> Array:
     """False, from one entry."""
     first = x[(0,) * x.ndim].real
-    return (first != first) & (first > 0)  # noqa: PLR0124 (not a number, and yet above zero)
+    return (first != first) & (first > 0)  # not a number, and yet above zero
 
 
 @jax.custom_batching.custom_vmap

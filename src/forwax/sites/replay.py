@@ -6,6 +6,7 @@ regions' reverse passes leave at chains of parameters goes back to the leaves at
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -24,7 +25,7 @@ from forwax.sites.plan import Level, LoopPlan
 from forwax.sites.program import Variable
 from forwax.sites.regions import Region
 from forwax.sites.run import Values, inject, local
-from forwax.sites.walk import Batch, read, scan, walk
+from forwax.sites.walk import Batch, scan, walk
 
 Error: TypeAlias = Callable[[Site, Array], Array]
 """Takes a site and its noise [k, ...], inside a loop that of one step, to the objective's error there."""
@@ -50,8 +51,7 @@ def push_drawn(sites: Sites, noise: Drawn) -> Pass:
     """As `Sites.push`, with noise that is drawn at each site; of the records only those of the tail."""
 
     def slopes(index: Any) -> tuple[list[Array], list[Array], Any]:
-        time = jnp.zeros((), jnp.float32)
-        run = lambda t: _evaluate(sites, noise, index, t)
+        run, time = functools.partial(_evaluate, sites, noise, index), jnp.zeros((), jnp.float32)
         (losses, _), sums, rest = jax.jvp(run, (time,), (time + 1,), has_aux=True)
         return losses, sums[1], rest
 
