@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
-from forwax.sites import Drawn, Held, Pass, Site, Sites, Values, find_sites, push_drawn, replay
+from forwax.sites import Drawn, Held, Pass, Site, Sites, Values, behind, find_sites, push_drawn, replay
 from forwax.tangents import Coordinate, Rademacher, Tangents
 from forwax.tangents._base import IndependentTangents, sampler, typed_key
 
@@ -138,8 +138,7 @@ class ActivityPerturbation(Rule):
     def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
         """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
 
-        It stands in a branch, since XLA would merge equal computations outside of one and so keep all values of the
-        first. Slopes that are not finite make the gradient what they are.
+        All data wait for the slopes: of equal data XLA would merge both evaluations and keep all values of the first.
         """
         problem, traced = sites.problem, sites.traced
         first = self._source(key, sites)
@@ -149,27 +148,21 @@ class ActivityPerturbation(Rule):
             out = sites.push([first.values[site.variable] for site in sites.noisy], self.num_tangents)
         exact, known = sites.output_errors(out.records), self._credit(sites, out.slopes)
         total = sum((jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(()))
-
-        def again(arrays: Any) -> Tree:
-            key, params, mapped, closed, exact, known = arrays
-            new = dataclasses.replace(problem, params=params, mapped=mapped)
-            same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
-            return replay(same, self._source(key, same), exact, lambda site, u: _weighted(known[_unit(site)], u))
-
-        def spoilt(arrays: Any) -> Tree:
-            return jax.tree.map(lambda x: jnp.full_like(x, total), arrays[1])
-
-        arrays = (key, problem.params, problem.mapped, traced.closed, exact, known)
-        return sites.value(out.losses), out.aux, lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+        new = dataclasses.replace(problem, mapped=tuple(behind(x, [total]) for x in problem.mapped))
+        closed = [behind(x, [total]) for x in traced.closed]
+        same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
+        grads = replay(same, self._source(key, same), exact, lambda site, u: _weighted(known[_unit(site)], u))
+        return sites.value(out.losses), out.aux, grads
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
-        if not (isinstance(self.tangents, IndependentTangents) and self.tangents.coordinatewise):
+        tangents = self.tangents
+        if not (isinstance(tangents, IndependentTangents) and tangents.coordinatewise):
             lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
             return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
 
         def draw(key: Array, like: Any) -> Array:
-            return _tree.from_real(self.tangents.draw_one(key, _tree.real_specs([like])), [like])[0]
+            return _tree.from_real(tangents.draw_one(key, _tree.real_specs([like])), [like])[0]
 
         return Drawn(typed_key(key), draw, self.num_tangents)
 

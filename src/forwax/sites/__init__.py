@@ -3,6 +3,7 @@
 from forwax.sites.find import Pass, Site, Sites, find_sites
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
+from forwax.sites.order import behind
 from forwax.sites.replay import push_drawn, replay
 from forwax.sites.run import Values
 
@@ -13,6 +14,7 @@ __all__ = [
     "Site",
     "Sites",
     "Values",
+    "behind",
     "find_sites",
     "noise_point",
     "push_drawn",

@@ -165,9 +165,8 @@ class _Replay:
 
         def outputs(given: Values) -> Values:
             scope = {**{v: env[v] for v in region.inputs}, **given}
-            for equation in region.equations:
-                scope.update(zip(equation.outputs, self.batch.bind(equation, scope), strict=True))
-            return {v: scope[v] for v in region.outputs}
+            made = self.batch.bind(region.equations, scope)
+            return {v: made[v] for v in region.outputs}
 
         (cotangents,) = jax.vjp(outputs, given)[1](errors)
         env.update({v: behind(env[v], cotangents.values()) for v in region.outputs})
