@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from forwax._signature import Signature
+from sites.drawn import noise_of
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
@@ -29,8 +31,12 @@ def test_it_is_the_rule_written_by_hand(memory):
     x, k = normal(4, 5, 3), 3
     rule = fx.ActivityPerturbation(num_tangents=k, memory=memory)
     value, grads = fx.value_and_grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x)
-    noise = fx.tangents.Rademacher().sample(KEY, jnp.zeros((2, 5, 4)), k)
-    u, t = noise[:, 0], noise[:, 1]
+    if memory == "keep":
+        noise = fx.tangents.Rademacher().sample(KEY, jnp.zeros((2, 5, 4)), k)
+        u, t = noise[:, 0], noise[:, 1]
+    else:
+        sites = rule.sites(Signature(mlp, 0, False, (None, 0)).bind((PARAMS, x), {}))
+        u, t = noise_of(sites, rule._source(KEY, sites))
 
     def tapped(noise, x):
         first = x @ PARAMS["w"] + PARAMS["b"] + noise[0]

@@ -29,6 +29,7 @@ def basis_mean(program, rule):
 
 CASES = [("keep", name) for name in PROGRAMS]
 CASES += [(rule, name) for rule in RULES if rule != "keep" for name in SOME]
+CASES += [("replay", name) for name in ("nested_scans", "parameters_in_carries", "embedding")]
 
 
 @pytest.mark.parametrize(("rule", "name"), CASES)

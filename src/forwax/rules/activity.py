@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._rule import Rule, check_count
@@ -27,12 +27,13 @@ from forwax.sites import (
     Sites,
     Values,
     Variable,
+    behind,
     find_sites,
     push_drawn,
     replay,
 )
 from forwax.tangents import Coordinate, Rademacher, Tangents
-from forwax.tangents._base import sampler, typed_key
+from forwax.tangents._base import IndependentTangents, sampler, typed_key
 
 _MEMORY = ("keep", "replay", "shared")
 
@@ -163,8 +164,7 @@ class ActivityPerturbation(Rule):
     def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
         """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
 
-        It stands in a branch, since XLA would merge equal computations outside of one and so keep all values of the
-        first. Slopes that are not finite make the gradient what they are.
+        All data wait for the slopes: of equal data XLA would merge both evaluations and keep all values of the first.
         """
         problem, traced = sites.problem, sites.traced
         first = self._source(key, sites)
@@ -175,27 +175,21 @@ class ActivityPerturbation(Rule):
         exact, slopes = sites.output_errors(out.records), self._slopes(sites, out)
         slopes = {site.variable: sites.of_a_step(site, slopes[site.variable]) for site in sites.noisy}
         total = sum((jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(()))
-
-        def again(arrays: Any) -> Tree:
-            key, params, mapped, closed, exact, slopes = arrays
-            new = dataclasses.replace(problem, params=params, mapped=mapped)
-            same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
-            return replay(same, self._source(key, same), exact, lambda site, u: _weighted(slopes[site.variable], u))
-
-        def spoilt(arrays: Any) -> Tree:
-            return jax.tree.map(lambda x: jnp.full_like(x, total), arrays[1])
-
-        arrays = (key, problem.params, problem.mapped, traced.closed, exact, slopes)
-        return sites.value(out.losses), out.aux, lax.cond(jnp.isfinite(total), again, spoilt, arrays)
+        new = dataclasses.replace(problem, mapped=tuple(behind(x, [total]) for x in problem.mapped))
+        closed = [behind(x, [total]) for x in traced.closed]
+        same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
+        grads = replay(same, self._source(key, same), exact, lambda site, u: _weighted(slopes[site.variable], u))
+        return sites.value(out.losses), out.aux, grads
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
-        if not self.tangents.coordinatewise:
+        tangents = self.tangents
+        if not (isinstance(tangents, IndependentTangents) and tangents.coordinatewise):
             lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
             return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
 
-        def draw(key: Array, like: Any, index: Any) -> Array:
-            return sampler(self.tangents, key, [like], self.num_tangents)(jnp.asarray(index)[None])[0][0]
+        def draw(key: Array, like: Any) -> Array:
+            return _tree.from_real(tangents.draw_one(key, _tree.real_specs([like])), [like])[0]
 
         return Drawn(typed_key(key), draw, self.num_tangents)
 

@@ -5,6 +5,7 @@ from forwax.sites.find import Pass, Site, Sites, find_sites
 from forwax.sites.low_rank import LowRankPlan, plan_low_rank
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
+from forwax.sites.order import behind
 from forwax.sites.program import Variable
 from forwax.sites.replay import push_drawn, replay
 from forwax.sites.run import Values
@@ -19,6 +20,7 @@ __all__ = [
     "Sites",
     "Values",
     "Variable",
+    "behind",
     "find_sites",
     "noise_point",
     "plan_low_rank",

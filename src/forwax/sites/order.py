@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from forwax import _mesh
+
 
 def behind(value: Any, others: Iterable[Array]) -> Array:
     """The value itself, but computed after the others: it is chosen by a condition on them that never holds.
@@ -15,8 +17,11 @@ def behind(value: Any, others: Iterable[Array]) -> Array:
     `jax.vmap` maps the others alone, the value stays as it is and waits for all of them.
     """
     value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):  # keys have no zero
+        return value
+    over = _mesh.axes(value)
     for other in others:
-        if other.size:
+        if other.size and _mesh.axes(other) <= over:  # its type stays as it is
             value = jnp.where(_any(_never(lax.stop_gradient(other))), jnp.zeros_like(value), value)
     return value
 
@@ -24,7 +29,7 @@ def behind(value: Any, others: Iterable[Array]) -> Array:
 def _never(x: Array) -> Array:
     """False, from one entry."""
     first = x[(0,) * x.ndim].real
-    return (first != first) & (first > 0)
+    return (first != first) & (first > 0)  # not a number, and yet above zero
 
 
 @jax.custom_batching.custom_vmap

@@ -67,7 +67,7 @@ def push_drawn(sites: Sites, noise: Drawn) -> Pass:
 def _evaluate(sites: Sites, noise: Drawn, index: Any, time: Array) -> tuple[Any, Any]:
     """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
     batch, env = _batch(sites), _inputs(sites)
-    outputs = _Push(sites, _table(sites), batch, noise, index, time).run(sites.level, env)
+    outputs = _Push(sites, _table(sites), batch, noise.at_level(sites.level), index, time).run(sites.level, env)
     outputs = [batch.spread(x, atom) for x, atom in zip(outputs, sites.level.program.outputs, strict=True)]
     losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
     lead = 0 if batch.size is None else 1
@@ -128,7 +128,7 @@ def replay(sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], e
     leaves, structure = jax.tree.flatten(sites.problem.params)
     env, start = _inputs(sites), len(sites.traced.closed)
     names = sites.level.program.inputs[start : start + len(leaves)]
-    again = _Replay(sites, _table(sites), _batch(sites), noise, exact, error)
+    again = _Replay(sites, _table(sites), _batch(sites), noise.at_level(sites.level), exact, error)
     _, cotangents = again.run(sites.level, env, names)
     return structure.unflatten([cotangents[v] for v in names])
 
@@ -167,9 +167,8 @@ class _Replay:
 
         def outputs(given: Values) -> Values:
             scope = {**{v: env[v] for v in region.inputs}, **given}
-            for equation in region.equations:
-                scope.update(zip(equation.outputs, self.batch.bind(equation, scope), strict=True))
-            return {v: scope[v] for v in region.outputs}
+            made = self.batch.bind(region.equations, scope)
+            return {v: made[v] for v in region.outputs}
 
         (cotangents,) = jax.vjp(outputs, given)[1](errors)
         env.update({v: behind(env[v], cotangents.values()) for v in region.outputs})

@@ -1,7 +1,7 @@
-"""A level evaluated for all examples at once, one equation at a time, so that something may be done at each site.
+"""A level evaluated for all examples at once, from site to site, so that something may be done at each site.
 
-The interpreters in `run` evaluate one example and are mapped as a whole. Here each equation is mapped by itself and the
-values between them carry the examples: what is done at a site is done for the whole batch.
+The interpreters in `run` evaluate one example and are mapped as a whole. Here what lies between two sites
+is mapped, and the values at the sites carry the examples: what is done at a site is done for the whole batch.
 """
 
 import dataclasses
@@ -34,20 +34,19 @@ class Batch:
         """Whether the atom's value has the axis."""
         return self.size is not None and not isinstance(atom, Constant) and atom in self.mapped
 
-    def bind(self, equation: Equation, env: Values) -> list[Any]:
-        """One equation's outputs for all examples."""
-        values = [read(atom, env) for atom in equation.inputs]
-        places = [i for i, atom in enumerate(equation.inputs) if self.has(atom)]
-        if not places:
-            return bind(equation, values)
+    def bind(self, equations: Sequence[Equation], env: Values) -> Values:
+        """What equations compute for all examples, mapped together."""
+        made = {v: 0 if self.has(v) else None for e in equations for v in e.outputs}
+        slices = {v: env[v] for e in equations for v in e.variables if v not in made and self.has(v)}
 
-        def one(*slices: Any) -> list[Any]:
-            full = list(values)
-            for i, x in zip(places, slices, strict=True):
-                full[i] = x
-            return bind(equation, full)
+        def one(slices: Values) -> Values:
+            scope = {**env, **slices}
+            for equation in equations:
+                values = bind(equation, [read(atom, scope) for atom in equation.inputs])
+                scope.update(zip(equation.outputs, values, strict=True))
+            return {v: scope[v] for v in made}
 
-        return jax.vmap(one, axis_size=self.size)(*(values[i] for i in places))
+        return jax.vmap(one, out_axes=made, axis_size=self.size)(slices) if slices else one({})
 
     def spread(self, value: Any, atom: Atom) -> Any:
         """A value without the axis, repeated along it unless the atom's value has it."""
@@ -75,12 +74,19 @@ def walk(
         The program's outputs.
     """
     last = {id(region.equations[-1]): region for region in level.regions}
+    waiting: list[Equation] = []
     for equation in level.program.equations:
         plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
-        outputs = batch.bind(equation, env) if plan is None else at_loop(plan, env)
-        env.update(zip(equation.outputs, outputs, strict=True))
+        if plan is None:
+            waiting.append(equation)
+        if plan is not None or id(equation) in last:
+            env.update(batch.bind(waiting, env))
+            waiting = []
+        if plan is not None:
+            env.update(zip(equation.outputs, at_loop(plan, env), strict=True))
         if id(equation) in last:
             at_region(last[id(equation)], env)
+    env.update(batch.bind(waiting, env))
     return [read(atom, env) for atom in level.program.outputs]
 
 

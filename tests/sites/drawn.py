@@ -1,0 +1,30 @@
+"""The noise that the sites of `memory="replay"` draw one by one, gathered."""
+
+import jax
+import jax.numpy as jnp
+
+from forwax.sites.plan import LoopPlan
+from forwax.sites.regions import Region
+from forwax.sites.replay import like
+
+
+def noise_of(sites, source):
+    """The noise that each site draws for itself, as one array a site: [k, examples, loops, ...]."""
+    found = {}
+
+    def visit(level, source, wrap):
+        for step in level.steps:
+            if isinstance(step, Region):
+                for site in (s for s in sites.noisy if s.region is step):
+                    found[site.variable] = wrap(
+                        lambda own, site=site: own.all(site.variable, like(sites, site), jnp.zeros(())), site
+                    )(source)
+            elif isinstance(step, LoopPlan):
+                visit(step.level, source, lambda f, site, plan=step, wrap=wrap: wrap(_each_step(f, plan, site), site))
+
+    def _each_step(f, plan, site):
+        axis = 1 + (site.mapped and sites.num_examples is not None)
+        return lambda own: jax.vmap(lambda t: f(own.inside(plan, t)), out_axes=axis)(own.slices(plan))
+
+    visit(sites.level, source.at_level(sites.level), lambda f, site: f)
+    return [found[site.variable] for site in sites.noisy]
