@@ -47,10 +47,7 @@ def test_the_mean_over_all_noise_is_the_gradient_of_all_shards(check):
     "rule",
     [
         fx.ActivityPerturbation(where="v", num_tangents=4096),
-        pytest.param(
-            fx.ActivityPerturbation(memory="shared", num_tangents=4096),
-            marks=pytest.mark.xfail(reason="each device's slope meets the sum of the devices' noise"),
-        ),
+        fx.ActivityPerturbation(memory="shared", num_tangents=4096),
     ],
     ids=["where", "shared"],
 )
@@ -80,7 +77,6 @@ ALONE = {
 }
 
 
-@pytest.mark.xfail(reason="activity noise sums the devices' estimates")
 def test_a_varying_key_gives_each_device_its_own_estimate():
     """That of its own batch by its own key, as if it were alone, under weight and activity noise alike."""
     got, expected = alone_and_together(

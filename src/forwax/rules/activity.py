@@ -117,14 +117,16 @@ class ActivityPerturbation(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
-        sites = self.sites(problem)
+        over = _mesh.axes(key)  # a key of its own gives each device an estimate of its own
+        own = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
+        sites = self.sites(dataclasses.replace(problem, params=own))
         if self.memory == "replay" and sites.noisy:
             return self._replayed(key, sites)
         noise = self._draw(key, sites)
         out = sites.push(noise, self.num_tangents)
         value = sites.value(out.losses)
         if self.memory == "shared":
-            return value, out.aux, self._shared(sites, noise, out)
+            return value, out.aux, self._shared(sites, noise, out, over)
         slopes = self._slopes(sites, out) if noise else {}
         return value, out.aux, self._own(sites, noise, slopes, out.records)
 
@@ -193,13 +195,13 @@ class ActivityPerturbation(Rule):
 
         return Drawn(typed_key(key), draw, self.num_tangents)
 
-    def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass) -> Tree:
+    def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass, over: _mesh.Axes) -> Tree:
         """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
         total = sites.assemble(out.records, sites.output_errors(out.records))
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             mine = {s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask}
             first = next(s for s in sites.noisy if s.reach == mask)
-            slopes = _credited(dataclasses.replace(first, mapped=False), out.slopes, sites)
+            slopes = _credited(dataclasses.replace(first, mapped=False, axes=over), out.slopes, sites)
             pulled = _each(lambda u: sites.assemble(out.records, jax.tree.map(jnp.conj, u)), mine, self.num_tangents)
             total = _plus(total, slopes * self._scale(sites, first), pulled)
         return total
