@@ -242,6 +242,7 @@ class TangentCase:
 TANGENTS = [
     TangentCase("signs", lambda h: tangents.Rademacher(), lambda n, k, c: (n - 1) / k, coordinatewise=True),
     TangentCase("normal", lambda h: tangents.Normal(), lambda n, k, c: (n + 1) / k, coordinatewise=True),
+    TangentCase("low-rank", lambda h: tangents.LowRank(), lambda n, k, c: (n - 1) / k),
     TangentCase("sphere", lambda h: tangents.Sphere(), lambda n, k, c: (n - 1) / k),
     TangentCase(
         "coordinate",

@@ -67,39 +67,39 @@ class LowRankPlan:
 
     def push(self, drawn: Sequence[Array], num_tangents: int, rank: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, examples]."""
-        time = jnp.zeros((), jnp.float32)
+        mapped, axes = (self.problem.mapped, self.problem.mapped_axes) if self.per_example else ((), ())
 
-        def slope(drawn: Sequence[Array]) -> tuple[Array, Array, Tree]:
-            return jax.jvp(lambda t: self._evaluate(drawn, rank, t), (time,), (time + 1,), has_aux=True)
+        def slope(mapped: Sequence[Array], drawn: Sequence[Array]) -> tuple[Array, Array, Tree]:
+            time = jnp.zeros((), jnp.float32)
+            return jax.jvp(lambda t: self._evaluate(mapped, drawn, rank, t), (time,), (time + 1,), has_aux=True)
+
+        def slopes(drawn: Sequence[Array]) -> tuple[Array, Array, Tree]:
+            if not self.per_example:
+                return slope((), drawn)
+            # mapped outside of the JVP: JAX sums what a custom rule gives when only its tangent is mapped inside a scan
+            return jax.vmap(slope, (list(axes), 0), axis_size=self.problem.num_examples)(list(mapped), drawn)
 
         if num_tangents == 1:
-            values, slopes, aux = slope([x[0] for x in drawn])
-            slopes = slopes[None]
+            values, found, aux = slopes([x[0] for x in drawn])
+            found = found[None]
         else:
-            values, slopes, aux = jax.vmap(slope, out_axes=(None, 0, None))(list(drawn))
-        return jnp.mean(values), aux, slopes.astype(_tree.accumulation_dtype(slopes.dtype))
+            values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None))(list(drawn))
+        return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
 
-    def _evaluate(self, drawn: Sequence[Array], rank: int, time: Array) -> tuple[Array, Tree]:
-        def one(mapped: Sequence[Array], drawn: Sequence[Array]) -> tuple[Array, Tree]:
-            pushed = _Push(self.traced.types, time)
-            inputs = [*self.traced.closed, *self.leaves, *mapped]
-            env = dict(zip(self.traced.program.inputs, inputs, strict=True))
-            names = self.traced.program.inputs[len(self.traced.closed) :]
-            factored: dict[Variable, Factored] = {}
-            for name, tangent in zip(names, self.tangents(drawn, rank), strict=False):
-                if isinstance(tangent, Factored):
-                    factored[name] = tangent
-                else:
-                    env[name] = inject(env[name], tangent, time)
-            outputs = pushed.run(self.traced.program, env, factored)
-            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
-            parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
-            return sum(parts[1:], start=parts[0]), aux
-
-        if not self.per_example:
-            return one((), drawn)
-        each = jax.vmap(one, (list(self.problem.mapped_axes), 0), axis_size=self.problem.num_examples)
-        return each(list(self.problem.mapped), list(drawn))
+    def _evaluate(self, mapped: Sequence[Array], drawn: Sequence[Array], rank: int, time: Array) -> tuple[Array, Tree]:
+        program = self.traced.program
+        env = dict(zip(program.inputs, [*self.traced.closed, *self.leaves, *mapped], strict=True))
+        factored: dict[Variable, Factored] = {}
+        names = program.inputs[len(self.traced.closed) :]
+        for name, tangent in zip(names, self.tangents(drawn, rank), strict=False):
+            if isinstance(tangent, Factored):
+                factored[name] = tangent
+            else:
+                env[name] = inject(env[name], tangent, time)
+        outputs = _Push(self.traced.types, time).run(program, env, factored)
+        losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
+        parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
+        return sum(parts[1:], start=parts[0]), aux
 
     def assemble(self, coefficients: Array, drawn: Sequence[Array], rank: int) -> Tree:
         """Σ c v in at least float32, over tangents and, where each has its own, examples: `coefficients` [k(, N)]."""

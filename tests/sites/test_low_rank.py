@@ -1,0 +1,172 @@
+"""Low-rank weight tangents: factors give the slopes and sums of the directions that they stand for, unformed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import forwax as fx
+from forwax._signature import Signature
+from forwax.sites import plan_low_rank
+from sites.programs import PROGRAMS, normal, squares
+from sites.test_unbiased import KEY
+
+SPLITS = {  # of each parameter in the order of its name: the axes of both factors; None for dense signs
+    "batched_dot": [({0, 1}, {2}), ({0, 1}, {0, 2})],
+    "complex_activities": [None, ({0, 2}, {1, 2})],
+    "conditional_inside_a_scan": [None, ({0}, {1})],
+    "convolutions": [None, ({0, 1, 2}, {3}), ({0, 1, 2}, {3}), ({0}, {1})],
+    "dense_from_either_side": [None, ({1}, {0}), ({0}, {1})],
+    "embedding": [None, ({0}, {1}), ({0}, {1})],
+    "fori_with_indexed_weights": [({0}, {1}), ({0, 1}, {0, 2})],
+    "gated_recurrent": [None, ({0}, {1}), ({0}, {1}), ({0}, {1})],
+    "local_losses": [({0, 1}, {0, 2}), ({0}, {1}), ({0}, {1})],
+    "parameters_in_carries": [None, ({0}, {1})],
+    "scan_over_layers": [None, ({0}, {1}), ({0, 1}, {0, 2})],
+    "tied": [({0}, {1})],
+    "weight_decay": [({0}, {1}), ({0}, {1})],
+}
+
+
+def planned(name, rank, k, *, per_example=False):
+    program = PROGRAMS[name]
+    problem = Signature(program.loss, 0, False, program.in_axes).bind(program.args, {})
+    plan = plan_low_rank(problem, per_example)
+    return problem, plan, fx.tangents.Normal().sample(KEY, plan.specs(rank), k)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_slope_is_that_of_the_direction_in_full(name):
+    """Law 6, along real factors, so that no two of them agree by accident."""
+    problem, plan, drawn = planned(name, rank=2, k=2)
+    assert [None if split is None else tuple(map(set, split)) for split in plan.splits] == SPLITS[name]
+
+    @jax.jit
+    def both(drawn):
+        full = plan.dense(drawn, 2)
+        exact = jax.vmap(lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1])(full)
+        value, _, slopes = plan.push(drawn, 2, 2)
+        sums = jax.tree.map(lambda x: jnp.tensordot(slopes, jnp.conj(x), axes=1), full)
+        return value, problem.objective(problem.params)[0], slopes, exact, plan.assemble(slopes, drawn, 2), sums
+
+    value, expected, slopes, exact, grads, sums = both(drawn)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    np.testing.assert_allclose(slopes, exact, rtol=1e-4, atol=1e-5 * float(jnp.abs(exact).max()))
+    for got, true in zip(*map(jax.tree.leaves, (grads, sums)), strict=True):
+        np.testing.assert_allclose(got, true, rtol=1e-4, atol=1e-5 * float(jnp.abs(true).max()))
+
+
+@pytest.mark.parametrize("name", ["dense_from_either_side", "convolutions", "scan_over_layers"])
+def test_each_example_with_its_own_factors(name):
+    problem, plan, drawn = planned(name, rank=1, k=2, per_example=True)
+    count = problem.num_examples
+
+    def one(n, j):
+        own = [x[j, n] for x in drawn]
+        full = jax.tree.map(lambda x: x[0], plan.dense([x[None] for x in own], 1))
+        mapped = [jnp.take(x, n, axis) for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)]
+        loss = lambda p: sum(map(jnp.sum, problem.example(p, *mapped)[0]))
+        slope = jax.jvp(loss, (problem.params,), (full,))[1]
+        return slope, jax.tree.map(lambda x: slope * x, full)
+
+    slopes = plan.push(drawn, 2, 1)[2]
+    assert slopes.shape == (2, count)
+    grads = plan.assemble(slopes, drawn, 1)
+    parts = [one(n, j) for n in range(count) for j in range(2)]
+    expected = jax.tree.map(lambda *x: sum(x), *(part for _, part in parts))
+    for got, true in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
+        np.testing.assert_allclose(got, true, rtol=1e-3, atol=1e-4 * float(jnp.abs(true).max()))
+
+
+def mlp(params, x):
+    for w in params[:-1]:
+        x = jnp.tanh(x @ w)
+    return squares(x @ params[-1])
+
+
+def cost(rule):
+    spec = jax.ShapeDtypeStruct
+    params = [spec((64, 64), jnp.float32)] * 4
+    compiled = jax.jit(fx.grad(mlp, rule)).lower(KEY, params, spec((256, 64), jnp.float32)).compile()
+    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_it_saves_arithmetic_and_memory():
+    """One tangent: 1 + (L - 1)/L forwards instead of 3; eight: 1 + 8 (L - 1)/L instead of 17."""
+    thin, dense = (cost(fx.WeightPerturbation(t)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
+    assert thin[0] < 0.7 * dense[0]
+    thin, dense = (cost(fx.WeightPerturbation(t, 8)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
+    assert thin[0] < 0.55 * dense[0]
+    assert thin[1] < 0.7 * dense[1]
+
+
+def test_chunks_give_the_same_estimate():
+    program = PROGRAMS["attention"]
+    whole, cut = (
+        jax.jit(
+            fx.grad(program.loss, fx.WeightPerturbation(fx.tangents.LowRank(), 5, chunk_size=size), in_axes=(None, 0))
+        )
+        for size in (None, 2)
+    )
+    for got, true in zip(*(jax.tree.leaves(f(KEY, *program.args)) for f in (cut, whole)), strict=True):
+        np.testing.assert_allclose(got, true, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_the_squared_error_is_its_law(rank):
+    """For a gradient in one matrix: mn - 1 at rank 1, mn + 1 - 2/r at rank r."""
+    g, draws = jnp.asarray(normal(0, 4, 5)), 8192
+    rule = fx.WeightPerturbation(fx.tangents.LowRank(rank))
+    loss = lambda w, x: jnp.sum(x @ w * g)
+    grads = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4))))(
+        jax.random.split(KEY, draws)
+    )
+    errors = jnp.sum((grads - g[None]) ** 2, axis=(1, 2)) / jnp.sum(g**2)
+    assert float(errors.mean()) == pytest.approx(rule.relative_mse(20), abs=5 * float(errors.std()) / draws**0.5)
+
+
+def test_examples_of_their_own_disagree_less():
+    """(pq - 1) mean|G_i|²/N against (pq - 1)|mean G|² for a layer whose examples pull in all directions."""
+    x, params = jnp.asarray(normal(0, 32, 4)), jnp.asarray(normal(1, 4, 3))
+    loss = lambda w, x: squares(x @ w)
+    each = jax.vmap(jax.grad(loss), (None, 0))(params, x)
+    rule = fx.WeightPerturbation(fx.tangents.LowRank(per_example=True))
+    grad = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule, in_axes=(None, 0))(key, params, x)))
+    errors = jnp.sum((grad(jax.random.split(KEY, 4096)) - each.mean(0)[None]) ** 2, axis=(1, 2))
+    law = 11 * jnp.mean(jnp.sum(each**2, axis=(1, 2))) / 32
+    assert float(errors.mean()) == pytest.approx(float(law), rel=0.1)
+
+
+def test_low_precision_keeps_its_dtypes():
+    params = [jnp.asarray(normal(i, 4, 4), jnp.bfloat16) for i in range(2)]
+    value, grads = fx.value_and_grad(mlp, fx.WeightPerturbation(fx.tangents.LowRank(2), 3))(
+        KEY, params, jnp.ones((2, 4), jnp.bfloat16)
+    )
+    assert {value.dtype, *(g.dtype for g in grads)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_combinations_that_need_the_directions_form_them():
+    params = [jnp.asarray(normal(i, 3, 3)) for i in range(2)]
+    rule = fx.WeightPerturbation(fx.tangents.LowRank(), 4, fx.combine.Projection())
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in fx.grad(mlp, rule)(KEY, params, jnp.ones((2, 3))))
+
+
+def test_own_factors_need_examples():
+    rule = fx.WeightPerturbation(fx.tangents.LowRank(per_example=True))
+    with pytest.raises(ValueError, match=r"per_example=True\) needs examples: expected in_axes, got None"):
+        fx.grad(mlp, rule)(KEY, [jnp.eye(3)], jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="expected rank to be a positive integer, got 0"):
+        fx.tangents.LowRank(0)
+
+
+def test_the_loss_is_traced_once():
+    calls = []
+
+    def counted(params, x):
+        calls.append(1)
+        return mlp(params, x)
+
+    step = jax.jit(fx.grad(counted, fx.WeightPerturbation(fx.tangents.LowRank(), 3)))
+    step(KEY, [jnp.eye(3)] * 2, jnp.ones((2, 3)))
+    step(jax.random.key(1), [jnp.eye(3)] * 2, jnp.ones((2, 3)))
+    assert len(calls) == 1
