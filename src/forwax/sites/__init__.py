@@ -4,7 +4,8 @@ from forwax.sites.find import Pass, Site, Sites, find_sites
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
 from forwax.sites.order import behind
-from forwax.sites.replay import push_drawn, replay
+from forwax.sites.push import push_drawn
+from forwax.sites.replay import replay
 from forwax.sites.run import Values
 
 __all__ = [
