@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from forwax.sites.plan import LoopPlan
+from forwax.sites.push import like
 from forwax.sites.regions import Region
-from forwax.sites.replay import like
 
 
 def noise_of(sites, source):

@@ -13,8 +13,7 @@ from sites.programs import PROGRAMS
 from sites.test_sharding import PARAMS, sharded
 
 KEY = jax.random.key(3)
-SOME = ["embedding", "fori_with_indexed_weights", "local_losses", "nested_scans", "parameters_in_carries"]
-SOME += ["scan_over_layers", "tied", "weight_decay"]
+SOME = ["local_losses", "nested_scans", "parameters_in_carries"]
 
 
 def kept(rule, program):
@@ -74,7 +73,8 @@ def test_each_step_of_a_loop_has_noise_of_its_own():
     program = PROGRAMS["nested_scans"]
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), memory="replay")
     sites = rule.sites(Signature(program.loss, 0, False, program.in_axes).bind(program.args, {}))
-    drawn = np.concatenate([u.ravel() for u in noise_of(sites, rule._source(KEY, sites))])
+    noise = jax.jit(lambda key: noise_of(sites, rule._source(key, sites)))(KEY)
+    drawn = np.concatenate([u.ravel() for u in noise])
     assert len(np.unique(drawn)) == drawn.size == sum(site.size * 2 for site in sites.noisy)
 
 
@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_depth(loss):
     rule, activity = fx.ActivityPerturbation(memory="replay"), 4 * WIDTH * BATCH
     shallow, deep = (temporaries(loss, rule, depth) for depth in (4, 32))
     assert deep <= 1.1 * shallow + activity
-    assert temporaries(loss, fx.ActivityPerturbation(), 32) > 28 * activity
+    assert deep < 8 * activity
 
 
 def test_the_noise_of_shards_is_independent():

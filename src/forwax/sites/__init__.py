@@ -7,7 +7,8 @@ from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
 from forwax.sites.order import behind
 from forwax.sites.program import Variable
-from forwax.sites.replay import push_drawn, replay
+from forwax.sites.push import push_drawn
+from forwax.sites.replay import replay
 from forwax.sites.run import Values
 
 __all__ = [

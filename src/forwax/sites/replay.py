@@ -1,119 +1,34 @@
-"""Slopes without keeping anything, then a second forward pass that assembles each site's gradient as it goes by.
+"""A second forward pass that assembles each site's gradient as it goes by.
 
-Both passes visit the sites one by one with the values of all examples. The second takes a region's own reverse pass as
-soon as the region has been evaluated, and goes on only when that is done, so that nothing older is ever kept. What the
-regions' reverse passes leave at chains of parameters goes back to the leaves at the end; inside a loop, in each step.
+It visits the sites one by one with the values of all examples, takes a region's own reverse pass as soon as the region
+has been evaluated, and goes on only when that is done, so that nothing older is ever kept. What the regions' reverse
+passes leave at chains of parameters goes back to the leaves at the end; inside a loop, in each step.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._tree import Tree
 from forwax.sites.chains import chains, has_sites, parameters_read
 from forwax.sites.classify import Kind
-from forwax.sites.find import Pass, Site, Sites
+from forwax.sites.find import Site, Sites
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.order import behind
 from forwax.sites.plan import Level, LoopPlan
 from forwax.sites.program import Variable
+from forwax.sites.push import batch_of, inputs_of, like, table_of
 from forwax.sites.regions import Region
-from forwax.sites.run import Values, inject, local
+from forwax.sites.run import Values, local
 from forwax.sites.walk import Batch, scan, walk
 
 Error: TypeAlias = Callable[[Site, Array], Array]
 """Takes a site and its noise [k, ...], inside a loop that of one step, to the objective's error there."""
-
-
-def like(sites: Sites, site: Site) -> Any:
-    """What a site's noise in one step of the loops around it is like, all examples together."""
-    lead = (sites.num_examples,) if sites.num_examples is not None and site.mapped else ()
-    return _mesh.like((*lead, *sites.own_shape(site)), site.dtype, site.axes)
-
-
-def _batch(sites: Sites) -> Batch:
-    return Batch(frozenset(sites.mapped), sites.num_examples)
-
-
-def _inputs(sites: Sites) -> Values:
-    mapped = [jnp.moveaxis(x, a, 0) for x, a in zip(sites.problem.mapped, sites.problem.mapped_axes, strict=True)]
-    values = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params), *mapped]
-    return dict(zip(sites.level.program.inputs, values, strict=True))
-
-
-def push_drawn(sites: Sites, noise: Drawn) -> Pass:
-    """As `Sites.push`, with noise that is drawn at each site; of the records only those of the tail."""
-
-    def slopes(index: Any) -> tuple[list[Array], list[Array], list[Array], Any]:
-        time = jnp.zeros((), jnp.float32)
-        run = functools.partial(_evaluate, sites, noise, index)
-        primal, tangent, rest = jax.jvp(run, (time,), (time + 1,), has_aux=True)
-        return primal[0], tangent[1], tangent[2], rest
-
-    if noise.num_tangents == 1:
-        losses, sums, taps, rest = slopes(0)
-        sums, taps = [x[None] for x in sums], [x[None] for x in taps]
-    else:
-        losses, sums, taps, rest = jax.vmap(slopes, out_axes=(None, 0, 0, None))(jnp.arange(noise.num_tangents))
-    return Pass(losses, rest[0], sums, taps, rest[1])
-
-
-def _evaluate(sites: Sites, noise: Drawn, index: Any, time: Array) -> tuple[Any, Any]:
-    """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
-    batch, env = _batch(sites), _inputs(sites)
-    outputs = _Push(sites, _table(sites), batch, noise.at_level(sites.level), index, time).run(sites.level, env)
-    outputs = [batch.spread(x, atom) for x, atom in zip(outputs, sites.level.program.outputs, strict=True)]
-    losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
-    lead = 0 if batch.size is None else 1
-    sums = [jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype)), tuple(range(lead, x.ndim))) for x in losses]
-    taps = [env[v] for v in sites.sources.starts] if sites.sources is not None else []
-    return (losses, sums, taps), (aux, {v: lax.stop_gradient(env[v]) for v in sites.tail_records})
-
-
-@jax.custom_jvp
-def _inject(value: Array, noise: Array, time: Array) -> Array:
-    """As `inject`, but the value goes on only when its tangents are there too."""
-    return value
-
-
-@_inject.defjvp
-def _inject_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    out, tangent = jax.jvp(inject, primals, tangents)
-    return behind(out, [tangent]), tangent
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Push:
-    """A forward pass that lets noise in."""
-
-    sites: Sites
-    table: Mapping[Variable, Site]
-    batch: Batch
-    noise: Drawn
-    index: Any
-    time: Array
-
-    def run(self, level: Level, env: Values) -> list[Any]:
-        return walk(level, env, self.batch, self.at_region, self.at_loop)
-
-    def at_region(self, region: Region, env: Values) -> None:
-        for v in region.outputs:
-            if not self.table[v].exact:
-                noise = self.noise.one(v, like(self.sites, self.table[v]), self.index, env[v])
-                env[v] = _inject(env[v], noise, self.time)
-
-    def at_loop(self, plan: LoopPlan, env: Values) -> list[Any]:
-        def step(inner: Values, state: None, counter: Any) -> tuple[list[Any], None, None]:
-            push = dataclasses.replace(self, noise=self.noise.inside(plan, counter))
-            return push.run(plan.level, inner), None, None
-
-        return scan(plan, env, self.batch, step, None, self.noise.slices(plan))[0]
 
 
 def replay(sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], error: Error) -> Tree:
@@ -126,9 +41,9 @@ def replay(sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], e
         error: of the others.
     """
     leaves, structure = jax.tree.flatten(sites.problem.params)
-    env, start = _inputs(sites), len(sites.traced.closed)
+    env, start = inputs_of(sites), len(sites.traced.closed)
     names = sites.level.program.inputs[start : start + len(leaves)]
-    again = _Replay(sites, _table(sites), _batch(sites), noise.at_level(sites.level), exact, error)
+    again = _Replay(sites, table_of(sites), batch_of(sites), noise.at_level(sites.level), exact, error)
     _, cotangents = again.run(sites.level, env, names)
     return structure.unflatten([cotangents[v] for v in names])
 
@@ -215,7 +130,3 @@ def _pulled(chain: Level, env: Values, found: Values, names: Sequence[Variable])
 
 def _zeros(x: Array) -> Array:
     return _mesh.vary(jnp.zeros(x.shape, _tree.accumulation_dtype(x.dtype)), _mesh.axes(x))
-
-
-def _table(sites: Sites) -> dict[Variable, Site]:
-    return {site.variable: site for site in sites.sites}
