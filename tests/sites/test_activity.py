@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -137,6 +138,29 @@ def test_no_error_crosses_two_sites():
     plain = fx.grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, PARAMS, x)
     for name in PARAMS:
         np.testing.assert_allclose(got[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
+def contracted_on(jaxpr, shape):
+    """The axes on which the dots of a jaxpr contract operands of one shape."""
+    found = set()
+    for equation in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found |= contracted_on(getattr(inner, "jaxpr", inner), shape)
+        if equation.primitive.name == "dot_general":
+            axes = equation.params["dimension_numbers"][0]
+            found |= {a for v, own in zip(equation.invars, axes, strict=True) if v.aval.shape == shape for a in own}
+    return found
+
+
+@pytest.mark.parametrize("rule", [fx.ActivityPerturbation(), fx.ActivityPerturbation(memory="replay"), fx.Backprop()])
+def test_no_dot_takes_an_error_back_through_weights(rule):
+    """Forwards weights are contracted on their first axis; on the second one only an error would be."""
+    params = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 5), "o": normal(3, 5, 2)}
+    grad = fx.grad(mlp, rule, in_axes=(None, 0))
+    jaxpr = jax.make_jaxpr(grad)(KEY, params, normal(4, 7, 3))
+    backwards = isinstance(rule, fx.Backprop)
+    for shape in [(4, 5), (5, 2)]:
+        assert contracted_on(jaxpr.jaxpr, shape) == ({0, 1} if backwards else {0})
 
 
 def test_the_loss_is_traced_once():
