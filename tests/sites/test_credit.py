@@ -10,7 +10,7 @@ import pytest
 import forwax as fx
 from forwax._signature import Signature
 from forwax.sites.axes import Factor
-from forwax.sites.find import _tangent_program
+from forwax.sites.sources import tangent_program
 from sites.programs import PROGRAMS, Program, normal
 from sites.test_unbiased import KEY, basis_mean
 
@@ -160,7 +160,7 @@ def test_nothing_leaks(name):
 
 
 def leak(sites, problem):
-    program = _tangent_program(sites, sites.sources.starts)
+    program = tangent_program(sites, sites.sources.starts)
     mapped = [jnp.take(x, 0, axis=axis) for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)]
     leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]
     from forwax.sites.plan import Level

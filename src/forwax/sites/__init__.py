@@ -1,7 +1,7 @@
 """Sites: the places in a traced program where a parameter meets data. The only package that reads jaxprs."""
 
 from forwax.sites.credit import Credit
-from forwax.sites.find import Pass, Site, Sites, find_sites
+from forwax.sites.find import find_sites
 from forwax.sites.low_rank import LowRankPlan, plan_low_rank
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
@@ -10,6 +10,7 @@ from forwax.sites.program import Variable
 from forwax.sites.push import push_drawn
 from forwax.sites.replay import replay
 from forwax.sites.run import Values
+from forwax.sites.sites import Pass, Site, Sites
 
 __all__ = [
     "Credit",

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _tree
-from forwax.sites.find import Site, Sites
 from forwax.sites.program import Variable
 from forwax.sites.run import Values, forward
+from forwax.sites.sites import Site, Sites
 
 _ADDITIVE = {"add", "sub", "add_any"}
 

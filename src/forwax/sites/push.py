@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax.sites.find import Pass, Site, Sites
 from forwax.sites.noise import Drawn
 from forwax.sites.order import behind
 from forwax.sites.plan import Level, LoopPlan
 from forwax.sites.program import Variable
 from forwax.sites.regions import Region
 from forwax.sites.run import Values, inject
+from forwax.sites.sites import Pass, Site, Sites
 from forwax.sites.walk import Batch, scan, walk
 
 

@@ -17,7 +17,6 @@ from forwax import _mesh, _tree
 from forwax._tree import Tree
 from forwax.sites.chains import chains, has_sites, parameters_read
 from forwax.sites.classify import Kind
-from forwax.sites.find import Site, Sites
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.order import behind
 from forwax.sites.plan import Level, LoopPlan
@@ -25,6 +24,7 @@ from forwax.sites.program import Variable
 from forwax.sites.push import batch_of, inputs_of, like, table_of
 from forwax.sites.regions import Region
 from forwax.sites.run import Values, local
+from forwax.sites.sites import Site, Sites
 from forwax.sites.walk import Batch, scan, walk
 
 Error: TypeAlias = Callable[[Site, Array], Array]
