@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
+from cases import quick_jit
 from forwax.losses import info_nce, nt_xent, nt_xent_of_view, softmax_cross_entropy
 from losses.literal import numpy_nt_xent
 
@@ -42,7 +43,7 @@ def test_labels_that_do_not_fit_are_refused():
 
 def test_nt_xent_is_its_formula():
     x, y = jax.random.normal(KEY, (2, 5, 4))
-    np.testing.assert_allclose(jax.jit(nt_xent)(x, y, 0.3), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
+    np.testing.assert_allclose(quick_jit(nt_xent)(x, y, 0.3), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
 
 
 def test_the_loss_of_one_view_is_its_nt_xent():
@@ -52,8 +53,8 @@ def test_the_loss_of_one_view_is_its_nt_xent():
         views = jnp.concatenate([x, y])
         return jax.vmap(lambda query, index: nt_xent_of_view(query, index, views, 0.3))(views, jnp.arange(10))
 
-    both = jax.jit(lambda: [jax.jacrev(f, (0, 1))(x, y) for f in (one_by_one, lambda x, y: nt_xent(x, y, 0.3))])
-    np.testing.assert_allclose(jax.jit(one_by_one)(x, y), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
+    both = quick_jit(lambda: [jax.jacrev(f, (0, 1))(x, y) for f in (one_by_one, lambda x, y: nt_xent(x, y, 0.3))])
+    np.testing.assert_allclose(quick_jit(one_by_one)(x, y), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
     np.testing.assert_allclose(*both(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"expected a query \[K\] and views \[2N, K\], got shapes \(4,\) and \(5, 4\)"):
         nt_xent_of_view(x[0], 0, x)
@@ -63,7 +64,7 @@ def test_info_nce_is_its_formula():
     x, y = jax.random.normal(KEY, (2, 5, 4))
     u, v = (np.asarray(z, np.float64) / np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, y))
     s = u @ v.T / 0.3
-    np.testing.assert_allclose(jax.jit(info_nce)(x, y, 0.3), np.log(np.exp(s).sum(-1)) - np.diag(s), rtol=1e-5)
+    np.testing.assert_allclose(quick_jit(info_nce)(x, y, 0.3), np.log(np.exp(s).sum(-1)) - np.diag(s), rtol=1e-5)
 
 
 def test_keys_are_constants_unless_asked():
@@ -99,7 +100,7 @@ def test_negatives_come_from_all_devices(stop_gradient):
         return loss if axis_name is None else jax.lax.psum(loss, axis_name)
 
     spread = jax.shard_map(lambda x, y: total(x, y, "data"), mesh=mesh, in_specs=Spec("data"), out_specs=Spec())
-    value, grads = jax.jit(jax.value_and_grad(spread, (0, 1)))(x, y)
-    expected, truth = jax.jit(jax.value_and_grad(lambda x, y: total(x, y, None), (0, 1)))(x, y)
+    value, grads = quick_jit(jax.value_and_grad(spread, (0, 1)))(x, y)
+    expected, truth = quick_jit(jax.value_and_grad(lambda x, y: total(x, y, None), (0, 1)))(x, y)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(grads, truth, rtol=1e-4, atol=1e-5)

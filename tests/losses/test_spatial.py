@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
+from cases import quick_jit
 from forwax.losses import (
     nt_xent,
     spatial_average_group_linear,
@@ -49,8 +50,8 @@ def test_fused_is_literal_for_any_tangent_and_cotangent(name, dtype, tolerance):
     args, tangents = (tuple(x.astype(dtype) for x in arguments(name, seed)) for seed in (0, 1))
     exact, moved = (tuple(x.astype(jnp.float32) for x in part) for part in (args, tangents))
     (cotangent,) = normals(2, jax.eval_shape(plain, *exact).shape)
-    got = jax.jit(lambda: forwards_and_backwards(fused, args, tangents, cotangent))()
-    expected = jax.jit(lambda: forwards_and_backwards(plain, exact, moved, cotangent))()
+    got = quick_jit(lambda: forwards_and_backwards(fused, args, tangents, cotangent))()
+    expected = quick_jit(lambda: forwards_and_backwards(plain, exact, moved, cotangent))()
     assert [x.dtype for x in got[2]] == [dtype] * len(args)
     for mine, true in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         mine, true = np.asarray(mine, np.float64), np.asarray(true, np.float64)
@@ -61,7 +62,7 @@ def test_class_numbers_are_one_hot():
     x, w, b, _ = arguments("cross_entropy")
     labels = jnp.array([2, 0, 5])
     gradients = lambda y: jax.jacrev(spatial_average_group_linear_cross_entropy, (0, 1, 2))(x, w, b, y)
-    first, second = jax.jit(lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K))))()
+    first, second = quick_jit(lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K))))()
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
@@ -113,8 +114,8 @@ def test_contrastive_negatives_come_from_all_devices():
     specs = (Spec("data"), Spec("data"), Spec(), Spec(), Spec(None, "data"))
     spread = jax.shard_map(lambda *args: total(*args, "data"), mesh=mesh, in_specs=specs, out_specs=Spec())
     args, everything = (x, y, w, b, weights), (0, 1, 2, 3)
-    value, grads = jax.jit(jax.value_and_grad(spread, everything))(*args)
-    expected, truth = jax.jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(*args)
+    value, grads = quick_jit(jax.value_and_grad(spread, everything))(*args)
+    expected, truth = quick_jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(*args)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for mine, true in zip(grads, truth, strict=True):
         np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from cases import quick_jit
 from forwax._signature import Signature
 from forwax.losses import nt_xent, softmax_cross_entropy
 from forwax.models import LocalMixer, contrastive_losses, local, local_losses, ren2023
@@ -22,7 +23,7 @@ IN_AXES = (None, 0, 0)
 
 def quick(function):
     """Jitted, with less time spent on compiling than a program that runs once is worth."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    return quick_jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from cases import quick_jit
 from forwax._signature import Signature
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS, normal
@@ -70,7 +71,7 @@ def test_the_squared_error_of_a_layer_is_its_law():
 
     params = {"w": jnp.asarray(PARAMS["w"]), "o": jnp.asarray(out)}
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)["w"]
-    grad = jax.jit(
+    grad = quick_jit(
         jax.vmap(lambda key: fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(key, params, x)["w"])
     )
     errors = jnp.sum((grad(jax.random.split(KEY, k)) - each.mean(0)[None]) ** 2, axis=(1, 2))
@@ -170,7 +171,7 @@ def test_the_loss_is_traced_once():
         calls.append(1)
         return mlp(p, x)
 
-    grad = jax.jit(fx.grad(counted, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0)))
+    grad = quick_jit(fx.grad(counted, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0)))
     grad(KEY, PARAMS, normal(4, 5, 3))
     grad(jax.random.key(1), PARAMS, normal(5, 5, 3))
     assert len(calls) == 1
@@ -179,7 +180,7 @@ def test_the_loss_is_traced_once():
 def test_rules_are_arguments_of_jitted_functions():
     x = normal(4, 5, 3)
     rule = fx.ActivityPerturbation(num_tangents=2, where="w", memory="shared")
-    step = jax.jit(lambda rule, key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x))
+    step = quick_jit(lambda rule, key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x))
     for got, expected in zip(*map(jax.tree.leaves, (step(rule, KEY), step(rule, KEY))), strict=True):
         np.testing.assert_array_equal(got, expected)
 
@@ -277,9 +278,9 @@ def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
     for loss in (branch(lambda p, x: doubled(p["w"][:, 0])), loop):
         for rule in (fx.ActivityPerturbation(), fx.WeightPerturbation(num_tangents=2)):
             with pytest.raises(TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"):
-                jax.jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
+                quick_jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
     on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
-    assert bool(jnp.any(jax.jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]))
+    assert bool(jnp.any(quick_jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]))
 
 
 def test_fields_are_checked():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank
 from sites.programs import PROGRAMS, normal, squares
@@ -103,7 +104,7 @@ def test_it_saves_arithmetic_and_memory():
 def test_chunks_give_the_same_estimate():
     program = PROGRAMS["attention"]
     whole, cut = (
-        jax.jit(
+        quick_jit(
             fx.grad(program.loss, fx.WeightPerturbation(fx.tangents.LowRank(), 5, chunk_size=size), in_axes=(None, 0))
         )
         for size in (None, 2)
@@ -118,7 +119,7 @@ def test_the_squared_error_is_its_law(rank):
     g, draws = jnp.asarray(normal(0, 4, 5)), 8192
     rule = fx.WeightPerturbation(fx.tangents.LowRank(rank))
     loss = lambda w, x: jnp.sum(x @ w * g)
-    grads = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4))))(
+    grads = quick_jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4))))(
         jax.random.split(KEY, draws)
     )
     errors = jnp.sum((grads - g[None]) ** 2, axis=(1, 2)) / jnp.sum(g**2)
@@ -131,7 +132,7 @@ def test_examples_of_their_own_disagree_less():
     loss = lambda w, x: squares(x @ w)
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)
     rule = fx.WeightPerturbation(fx.tangents.LowRank(per_example=True))
-    grad = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule, in_axes=(None, 0))(key, params, x)))
+    grad = quick_jit(jax.vmap(lambda key: fx.grad(loss, rule, in_axes=(None, 0))(key, params, x)))
     errors = jnp.sum((grad(jax.random.split(KEY, 4096)) - each.mean(0)[None]) ** 2, axis=(1, 2))
     law = 11 * jnp.mean(jnp.sum(each**2, axis=(1, 2))) / 32
     assert float(errors.mean()) == pytest.approx(float(law), rel=0.1)
@@ -166,7 +167,7 @@ def test_the_loss_is_traced_once():
         calls.append(1)
         return mlp(params, x)
 
-    step = jax.jit(fx.grad(counted, fx.WeightPerturbation(fx.tangents.LowRank(), 3)))
+    step = quick_jit(fx.grad(counted, fx.WeightPerturbation(fx.tangents.LowRank(), 3)))
     step(KEY, [jnp.eye(3)] * 2, jnp.ones((2, 3)))
     step(jax.random.key(1), [jnp.eye(3)] * 2, jnp.ones((2, 3)))
     assert len(calls) == 1

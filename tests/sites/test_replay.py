@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import forwax as fx
+from cases import quick_jit
 from forwax._signature import Signature
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS
@@ -26,7 +27,7 @@ def kept(rule, program):
         out = sites.push(noise, rule.num_tangents)
         return sites.value(out.losses), rule._own(sites, noise, rule._slopes(sites, out), out.records)
 
-    return jax.jit(estimate)
+    return quick_jit(estimate)
 
 
 def assert_equal(got, expected):
@@ -38,7 +39,7 @@ def assert_equal(got, expected):
 def test_it_is_the_estimate_of_keep_for_the_same_noise(name):
     program = PROGRAMS[name]
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), num_tangents=2, memory="replay")
-    got = jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
+    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
     assert_equal(got, kept(rule, program)(KEY, *program.args))
 
 
@@ -46,7 +47,7 @@ def test_it_is_the_estimate_of_keep_for_the_same_noise(name):
 def test_signs_without_examples_and_of_complex_values(name):
     program = PROGRAMS[name]
     rule = fx.ActivityPerturbation(memory="replay")
-    got = jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
+    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
     assert_equal(got, kept(rule, program)(KEY, *program.args))
 
 
@@ -57,7 +58,7 @@ def test_noise_that_is_held_is_that_of_keep(name):
         fx.ActivityPerturbation(tangents=fx.tangents.Orthonormal(), num_tangents=2, memory=memory)
         for memory in ("keep", "replay")
     )
-    both = [jax.jit(fx.value_and_grad(program.loss, rule, **program.options)) for rule in (keep, replay)]
+    both = [quick_jit(fx.value_and_grad(program.loss, rule, **program.options)) for rule in (keep, replay)]
     assert_equal(*(f(KEY, *program.args) for f in both))
 
 
@@ -65,7 +66,7 @@ def test_noise_from_a_generator_that_cannot_be_mapped():
     """Under `jax.vmap` "rbg" takes the first key of the batch alone: both passes must do it alike."""
     program, key = PROGRAMS["tied"], jax.random.key(0, impl="rbg")
     rule = fx.ActivityPerturbation(num_tangents=3, memory="replay")
-    got = jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(key, *program.args)
+    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(key, *program.args)
     assert_equal(got, kept(rule, program)(key, *program.args))
 
 
@@ -73,7 +74,7 @@ def test_each_step_of_a_loop_has_noise_of_its_own():
     program = PROGRAMS["nested_scans"]
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), memory="replay")
     sites = rule.sites(Signature(program.loss, 0, False, program.in_axes).bind(program.args, {}))
-    noise = jax.jit(lambda key: noise_of(sites, rule._source(key, sites)))(KEY)
+    noise = quick_jit(lambda key: noise_of(sites, rule._source(key, sites)))(KEY)
     drawn = np.concatenate([u.ravel() for u in noise])
     assert len(np.unique(drawn)) == drawn.size == sum(site.size * 2 for site in sites.noisy)
 
@@ -121,7 +122,7 @@ def test_the_noise_of_shards_is_independent():
         params, xs = jax.tree.map(lambda x: lax.pcast(jnp.asarray(x), "d", to="varying"), (params, xs))
         return jax.tree.map(lambda x: x[None], fx.grad(program.loss, rule, **program.options)(key, params, xs))
 
-    grads = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(KEY, *program.args)
+    grads = quick_jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(KEY, *program.args)
     for leaf in jax.tree.leaves(grads):
         assert float(jnp.max(jnp.abs(leaf[0] - leaf[1]))) > 1e-3 * float(jnp.max(jnp.abs(leaf)))
 
