@@ -18,7 +18,7 @@ RULES = {
     "where": fx.ActivityPerturbation(where="w"),
 }
 
-SOME = ["tied", "weight_decay", "recurrent", "scan_over_layers", "local_losses", "conditional", "batch_loss"]
+SOME = ["tied", "weight_decay", "recurrent", "local_losses", "conditional"]
 FORWARD_ONLY = ["while_loop", "spectral_norm"]  # reverse mode rejects them
 
 
