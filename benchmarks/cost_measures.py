@@ -122,7 +122,7 @@ def torch_ratio(batch: int, widths: Sequence[int], rounds: int) -> float | None:
     def forward() -> Any:
         tangents = tuple(torch.randn_like(p) for p in params)
         _, slope = torch.func.jvp(loss, (params,), (tangents,))
-        return [slope * v for v in tangents][0].sum().item()
+        return next(slope * v for v in tangents).sum().item()
 
     def backprop() -> Any:
         return torch.func.grad(loss)(params)[0].sum().item()

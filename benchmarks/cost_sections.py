@@ -1,6 +1,7 @@
 """The sections of the cost benchmark: each yields the rows of the table and keeps the points of the plots."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,11 @@ from step_time import WIDTHS
 
 GOALS = {64: (0.75, 0.65, 1.9), 256: (0.63, 0.58, 2.0), 1024: (0.55, 0.52, 2.7)}
 SAMPLING_GOAL = 0.05
+DEEP = {
+    "tanh-RNN, batch 1024": recurrent,
+    "MLP by scan over layers, batch 1024": stacked,
+    "MLP by scan over layers, batch 8192": functools.partial(stacked, batch=8192),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +129,7 @@ def eight_layers(sizes: Sizes, points: Points) -> Iterator[Row]:
 def by_depth(sizes: Sizes, points: Points) -> Iterator[Row]:
     for depth in sizes.depths:
         scenario = deep(depth, 64)
-        found = step_times(scenario, {ONE: RULES[ONE]}, max(4, sizes.rounds * 5 // (depth + 5)))
+        found = step_times(scenario, {ONE: RULES[ONE]}, max(min(8, sizes.rounds), sizes.rounds * 5 // (depth + 5)))
         forward, backward = found[ONE] / found[FORWARD], found[BACKPROP] / found[FORWARD]
         for line, y in {"R_f, rank-1": forward, "R_b": backward, "R_f/R_b": forward / backward}.items():
             points.add("depth", line, depth, y)
@@ -146,7 +152,7 @@ def architectures(sizes: Sizes, points: Points) -> Iterator[Row]:
 
 def compilation(sizes: Sizes, points: Points) -> Iterator[Row]:
     scenario = language_model(sizes.compiled_layers, 8, 32, 64)
-    found = compile_times(scenario, {BACKPROP: None, ONE: RULES[ONE]}, 1 if sizes is QUICK else 3)
+    found = compile_times(scenario, {BACKPROP: None, ONE: RULES[ONE]}, max(1, sizes.rounds // 20))
     name = f"{sizes.compiled_layers}-layer transformer: trace and compile"
     yield Row(f"{name}, backprop", found[BACKPROP], "s")
     yield Row(f"{name}, rank-1", found[ONE] / found[BACKPROP], goal=1.8)
@@ -155,7 +161,7 @@ def compilation(sizes: Sizes, points: Points) -> Iterator[Row]:
 def memory(sizes: Sizes, points: Points) -> Iterator[Row]:
     rules: dict[str, Any] = {BACKPROP: None, SIGNS: RULES[SIGNS], ONE: RULES[ONE]}
     first, last = sizes.layers[0], sizes.layers[-1]
-    for name, make in {"tanh-RNN": recurrent, "MLP by scan over layers": stacked}.items():
+    for name, make in DEEP.items():
         found = {(each, n): temporaries(make(n), rule) for n in sizes.layers for each, rule in rules.items()}
         for (each, n), count in found.items():
             points.add(f"memory, {name}", each, n, count / MIB)
