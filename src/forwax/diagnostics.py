@@ -120,7 +120,7 @@ def _diagnose(
         try:
             programs[name] = prepare(step)
         except _REJECTIONS as error:
-            errors[name] = _first_sentence(error)
+            errors[name] = _shortened(error)
     calls = {name: lambda key, f=program: f(key, arrays) for name, program in programs.items()}
     reference, source = _reference(calls, errors, n, lambda: prepare(Exact().estimate)(key, arrays)[2])
     seconds = _interleaved(calls, key, rounds)
@@ -239,6 +239,6 @@ def _law(rule: Rule, n: int) -> float | None:
     return law if math.isfinite(law) else None
 
 
-def _first_sentence(error: Exception) -> str:
+def _shortened(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " ..."

@@ -8,6 +8,7 @@ import pytest
 import forwax as fx
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank
+from forwax.sites.low_rank import LowRankPlan
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
@@ -98,6 +99,19 @@ def test_it_saves_arithmetic_and_memory():
     thin, dense = (cost(fx.WeightPerturbation(t, 8)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
     assert thin[0] < 0.55 * dense[0]
     assert thin[1] < 0.7 * dense[1]
+
+
+def test_signs_are_unpacked_once(monkeypatch):
+    """Not anew for every entry of the products and the gradients that they enter."""
+
+    def unpacked():
+        params, x = [jnp.zeros((64, 64))] * 4, jnp.zeros((256, 64))
+        step = jax.jit(fx.grad(mlp, fx.WeightPerturbation(fx.tangents.LowRank())))
+        return step.lower(KEY, params, x).compile().as_text().count(" shift-left(")
+
+    once = unpacked()
+    monkeypatch.setattr(LowRankPlan, "settled", lambda plan, drawn: list(drawn))
+    assert once <= unpacked() - 4  # at least one fewer for each layer
 
 
 def test_chunks_give_the_same_estimate():
