@@ -5,6 +5,7 @@ from forwax import functions as functions
 from forwax import tangents as tangents
 from forwax import testing as testing
 from forwax._signature import LocalLosses
+from forwax.diagnostics import diagnose
 from forwax.explain import explain
 from forwax.learning_rate import suggest_learning_rate
 from forwax.rules import (
@@ -36,6 +37,7 @@ __all__ = [
     "Rule",
     "WeightPerturbation",
     "combine",
+    "diagnose",
     "explain",
     "functions",
     "grad",

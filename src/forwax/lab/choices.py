@@ -15,6 +15,7 @@ from forwax.lab.settings import Settings, UsageError
 
 TANGENTS: Mapping[str, Callable[[Settings, Any], Any]] = {
     "rademacher": lambda settings, guess: fx.tangents.Rademacher(),
+    "low-rank": lambda settings, guess: fx.tangents.LowRank(),
     "normal": lambda settings, guess: fx.tangents.Normal(),
     "sphere": lambda settings, guess: fx.tangents.Sphere(),
     "coordinate": lambda settings, guess: fx.tangents.Coordinate(),

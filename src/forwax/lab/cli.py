@@ -10,6 +10,7 @@ from typing import Any
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "train": ("forwax.lab.train", "TrainOptions", "train a model on real data, by default without backpropagation"),
     "compare": ("forwax.lab.compare", "CompareOptions", "train the same model by several rules, side by side"),
+    "diagnose": ("forwax.lab.diagnose", "DiagnoseOptions", "measure what rules give and cost, and say which to use"),
     "optimize": ("forwax.lab.optimize", "OptimizeOptions", "minimise a test function by backprop and without it"),
     "data": ("forwax.lab.data_command", "DataOptions", "fetch, verify and cache a data set, or say where it is"),
 }

@@ -44,6 +44,7 @@ LINES: Mapping[str, Line] = {
     "forward-normal": Line(
         "forward gradient, {k}, normal", {"rule": "weight", "tangents": "normal", "combine": "mean"}, 1, "value"
     ),
+    "low-rank": Line("rank-1 forward gradient, {k}", {"rule": "weight", "tangents": "low-rank", "combine": "mean"}, 1),
     "projection": Line("projection, {k}", {**_SIGNS, "combine": "projection"}, MANY),
     "shrinkage": Line("shrinkage, {k}", {**_SIGNS, "combine": "shrinkage"}, MANY),
     "orthonormal": Line("orthonormal, {k}", {"rule": "weight", "tangents": "orthonormal", "combine": "mean"}, MANY),

@@ -98,7 +98,7 @@ class WeightPerturbation(Rule):
 
         def chunk(first: Any, leaves: Sequence[Array]) -> tuple[Tree, tuple[Array, Tree]]:
             indices = first + jnp.arange(size)
-            drawn = draw(indices)
+            drawn = plan.settled(draw(indices))
             if num_chunks > 1:  # else the compiler takes the primal out of the loop and keeps every activation
                 leaves, drawn = lax.optimization_barrier((list(leaves), list(drawn)))
             here = plan.at(leaves)

@@ -65,6 +65,13 @@ class LowRankPlan:
                 found.append(Factored(tuple(pairs)))
         return found
 
+    def settled(self, drawn: Sequence[Array]) -> list[Array]:
+        """The drawn signs, made once: they are their own inverses, and no compiler repeats a division for each use.
+
+        Without it the bits of a factor's sign are unpacked anew for every entry of the products that it enters.
+        """
+        return [x if jnp.iscomplexobj(x) else 1 / x for x in drawn]
+
     def push(self, drawn: Sequence[Array], num_tangents: int, rank: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, examples]."""
         mapped, axes = (self.problem.mapped, self.problem.mapped_axes) if self.per_example else ((), ())

@@ -1,0 +1,131 @@
+"""What the cost benchmark measures: ratios of interleaved times, compiled temporaries, time to compile."""
+
+import functools
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import forwax as fx
+from cost_models import KEY, Scenario
+from timing import interleaved
+
+RANK_1 = fx.tangents.LowRank()
+FORWARD, BACKPROP, SIGNS, ONE, EIGHT = "forward pass", "backprop", "packed signs", "rank-1", "eight rank-1"
+RULES = {SIGNS: fx.WeightPerturbation(), ONE: fx.WeightPerturbation(RANK_1), EIGHT: fx.WeightPerturbation(RANK_1, 8)}
+MIB = 2**20
+
+
+def gradient(scenario: Scenario, rule: fx.Rule | None) -> Callable[..., Any]:
+    """A function of a key, the parameters and data; backprop without a rule."""
+    if rule is None:
+        both = jax.value_and_grad(scenario.loss)
+        return lambda key, *args: both(*args)
+    return fx.value_and_grad(scenario.loss, rule)
+
+
+def program(function: Callable[..., Any], scenario: Scenario, **options: Any) -> Any:
+    """The compiled function of a key, the parameters and data."""
+    return jax.jit(function, **options).lower(KEY, scenario.params, *scenario.data).compile()
+
+
+def gradients(scenario: Scenario, rules: Mapping[str, fx.Rule]) -> dict[str, Any]:
+    """Compiled: the loss, backprop and the rules."""
+    functions = {FORWARD: lambda key, *args: scenario.loss(*args), BACKPROP: gradient(scenario, None)}
+    functions |= {name: gradient(scenario, rule) for name, rule in rules.items()}
+    return {name: program(f, scenario) for name, f in functions.items()}
+
+
+def times(scenario: Scenario, programs: Mapping[str, Any], rounds: int) -> dict[str, float]:
+    """Median seconds of compiled functions of a key, the parameters and data."""
+    calls = {name: functools.partial(f, KEY, scenario.params, *scenario.data) for name, f in programs.items()}
+    return {name: float(np.median(seconds)) for name, seconds in interleaved(calls, rounds).items()}
+
+
+class Descent:
+    """Whole SGD steps, parameters donated, one after another; the rate is too small to move them far."""
+
+    def __init__(self, scenario: Scenario, rule: fx.Rule | None):
+        both = gradient(scenario, rule)
+
+        def step(key: Array, params: Any, *data: Any) -> tuple[Array, Any]:
+            value, grads = both(key, params, *data)
+            return value, jax.tree.map(lambda p, g: p - 1e-12 * g, params, grads)
+
+        self.program = program(step, scenario, donate_argnums=1)
+        self.params, self.data = jax.tree.map(jnp.copy, scenario.params), scenario.data
+
+    def __call__(self) -> Array:
+        value, self.params = self.program(KEY, self.params, *self.data)
+        jax.block_until_ready(self.params)
+        return value
+
+
+def step_times(scenario: Scenario, rules: Mapping[str, fx.Rule], rounds: int) -> dict[str, float]:
+    """Median seconds of one evaluation of the loss, of a whole SGD step by backprop, and by each rule."""
+    evaluate = program(lambda key, *args: scenario.loss(*args), scenario)
+    calls: dict[str, Callable[[], Any]] = {FORWARD: lambda: evaluate(KEY, scenario.params, *scenario.data)}
+    calls |= {name: Descent(scenario, rule) for name, rule in {BACKPROP: None, **rules}.items()}
+    return {name: float(np.median(seconds)) for name, seconds in interleaved(calls, rounds).items()}
+
+
+def sampling_time(scenario: Scenario, num_tangents: int, rounds: int) -> float:
+    """Median seconds of the draw of rank-1 factors alone: two vectors for a matrix, a layer's for a stack of them."""
+    specs = []
+    for leaf in jax.tree.leaves(scenario.params):
+        sides = [(int(np.prod(leaf.shape[:-1])),), (leaf.shape[-1],)] if leaf.ndim > 1 else [leaf.shape]
+        specs += [jax.ShapeDtypeStruct(side, leaf.dtype) for side in sides]
+    draw = jax.jit(lambda key: fx.tangents.Rademacher().draw(key, specs, num_tangents))
+    return float(np.median(interleaved({"draw": lambda: draw(KEY)}, rounds)["draw"]))
+
+
+def temporaries(scenario: Scenario, rule: fx.Rule | None) -> int:
+    """Bytes that the compiled gradient needs beside its arguments and results."""
+    return program(gradient(scenario, rule), scenario).memory_analysis().temp_size_in_bytes
+
+
+def compile_times(scenario: Scenario, rules: Mapping[str, fx.Rule | None], repeats: int) -> dict[str, float]:
+    """Median seconds to trace and compile a gradient, from an empty cache, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in rules}
+    for _ in range(repeats):
+        for name, rule in rules.items():
+            jax.clear_caches()
+            start = time.perf_counter()
+            program(gradient(scenario, rule), scenario)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(each)) for name, each in seconds.items()}
+
+
+def torch_ratio(batch: int, widths: Sequence[int], rounds: int) -> float | None:
+    """`torch.func.jvp` as its users write it, normal tangents, over torch's own backprop; None without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    shapes = [shape for pair in itertools.pairwise(widths) for shape in (pair, pair[1:])]
+    params = tuple(torch.randn(shape) / shape[0] ** 0.5 for shape in shapes)
+    x, y = torch.randn(batch, widths[0]), torch.randint(0, widths[-1], (batch,))
+
+    def loss(params: Any) -> Any:
+        h = x
+        for i in range(0, len(params), 2):
+            h = h @ params[i] + params[i + 1]
+            h = torch.relu(h) if i < len(params) - 2 else h
+        return torch.nn.functional.cross_entropy(h, y)
+
+    def forward() -> Any:
+        tangents = tuple(torch.randn_like(p) for p in params)
+        _, slope = torch.func.jvp(loss, (params,), (tangents,))
+        return next(slope * v for v in tangents).sum().item()
+
+    def backprop() -> Any:
+        return torch.func.grad(loss)(params)[0].sum().item()
+
+    seconds = interleaved({"forward": forward, BACKPROP: backprop}, rounds)
+    return float(np.median(seconds["forward"]) / np.median(seconds[BACKPROP]))

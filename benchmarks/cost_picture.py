@@ -1,0 +1,35 @@
+"""The plots of the cost benchmark: one panel for each picture's lines."""
+
+from matplotlib.figure import Figure
+
+from cost_sections import Points
+from forwax.lab import style
+
+AXES = {
+    "batch": ("batch", "time over backprop's"),
+    "width": ("width", "time over backprop's"),
+    "tangents": ("rank-1 tangents", "time over backprop's"),
+    "depth": ("layers", "time over one evaluation's"),
+}
+COLOURS = {"backprop": "backprop", "rank-1": "forward", "R_f, rank-1": "forward", "R_b": "backprop"}
+
+
+@style.styled
+def draw(points: Points) -> Figure:
+    """All pictures that have points, side by side in rows of three."""
+    names = list(points.lines)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = style.new_figure(4.4 * columns, 3.4 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for name, panel in zip(names, panels, strict=False):
+        for i, (line, found) in enumerate(points.lines[name].items()):
+            x, y = zip(*found, strict=True)
+            panel.plot(x, y, marker="o", markersize=4, label=line, color=style.colour(COLOURS.get(line, line), i + 1))
+        memory = name.startswith("memory")
+        across, up = AXES.get(name, ("depth", "temporaries, MiB"))
+        panel.set(title=name.capitalize(), xlabel=across, ylabel=up, xscale="log", yscale="log" if memory else "linear")
+        panel.legend()
+    for panel in list(panels)[len(names) :]:
+        panel.set_axis_off()
+    return figure
