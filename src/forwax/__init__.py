@@ -6,6 +6,7 @@ from forwax import tangents as tangents
 from forwax import testing as testing
 from forwax._signature import LocalLosses
 from forwax.explain import explain
+from forwax.fused import update
 from forwax.learning_rate import suggest_learning_rate
 from forwax.rules import (
     FDFA,
@@ -19,6 +20,7 @@ from forwax.rules import (
     WeightPerturbation,
     random_feedback,
 )
+from forwax.safety import Safe
 from forwax.sites import noise_point
 from forwax.transforms import grad, value_and_grad
 
@@ -34,6 +36,7 @@ __all__ = [
     "FiniteDifference",
     "LocalLosses",
     "Rule",
+    "Safe",
     "WeightPerturbation",
     "combine",
     "explain",
@@ -44,5 +47,6 @@ __all__ = [
     "suggest_learning_rate",
     "tangents",
     "testing",
+    "update",
     "value_and_grad",
 ]
