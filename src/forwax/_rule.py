@@ -44,9 +44,7 @@ class Rule(abc.ABC):
             the parameters.
         """
 
-    def guarded(
-        self, key: Array, problem: Problem, guard: Callable[[Array], Array]
-    ) -> tuple[Array, Tree, Tree, Array]:
+    def guarded(self, key: Array, problem: Problem, guard: Callable[[Array], Array]) -> tuple[Array, Tree, Tree, Array]:
         """An estimate of which the slopes are guarded; see `forwax.Safe`.
 
         Args:

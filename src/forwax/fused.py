@@ -121,14 +121,20 @@ def _after(slopes: Array, key: Array) -> tuple[Array, Array]:
     return slopes, jax.random.wrap_key_data(data, impl=str(jax.random.key_impl(key)))
 
 
-def _in_turn(make: Callable, add_one: Callable, coefficients: Array, params: Tree) -> Tree:
-    """Add to one leaf after the other: `make` gives all summands, of which each call's others are dead code."""
+def _in_turn(make: Callable[[Array], Tree], coefficients: Array, params: Tree) -> Tree:
+    """Add to one leaf after the other: `make` gives all summands, of which all but one are dead code in each call.
+
+    What the next leaf needs is made to depend on the last one, or the compiler would make all summands at once; it
+    takes optimisation barriers out before it orders its work, but it cannot know that no parameter is not a number.
+    """
     leaves, structure = jax.tree.flatten(params)
     done = []
     for i, leaf in enumerate(leaves):
-        new = add_one(leaf, jax.tree.leaves(make(coefficients))[i])
-        new, coefficients = lax.optimization_barrier((new, coefficients))  # the next leaf waits for this one
-        done.append(new)
+        summand = jax.tree.leaves(make(coefficients))[i]
+        done.append((leaf.astype(summand.dtype) + summand).astype(leaf.dtype))
+        if leaf.size:
+            first = jnp.real(done[-1].reshape(-1)[0])
+            coefficients = jnp.where(jnp.isnan(first), jnp.nan, coefficients)
     return structure.unflatten(done)
 
 
@@ -158,6 +164,7 @@ def _dense(weight: WeightPerturbation, key: Array, problem: Problem) -> tuple[Ar
 def _low_rank(weight: WeightPerturbation, key: Array, problem: Problem) -> tuple[Array, Tree, Array, Callable]:
     """The factors are thin, so that they are kept."""
     tangents, k = weight.tangents, weight.num_tangents
+    weight.thin(problem)  # raises where examples are missing
     plan = plan_low_rank(problem, tangents.per_example)  # type: ignore[attr-defined]
     rank = tangents.rank  # type: ignore[attr-defined]
     drawn = sampler(Rademacher(), key, plan.specs(rank), k)(jnp.arange(k))
@@ -179,7 +186,6 @@ def _low_rank(weight: WeightPerturbation, key: Array, problem: Problem) -> tuple
 
     def add(coefficients: Array) -> Tree:
         coefficients = coefficients / (problem.num_examples if tangents.per_example else 1)  # type: ignore[attr-defined]
-        add_one = lambda leaf, x: (leaf.astype(x.dtype) + x).astype(leaf.dtype)  # noqa: E731
-        return _in_turn(lambda c: plan.assemble(c, drawn, rank), add_one, coefficients, problem.params)
+        return _in_turn(lambda c: plan.assemble(c, drawn, rank), coefficients, problem.params)
 
     return value, aux, slopes, add

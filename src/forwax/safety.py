@@ -112,7 +112,8 @@ class Safe(Rule):
     Attributes:
         rule: the rule to guard.
         clip: the largest slope, in medians; None to clip nothing.
-        skip: whether slopes that are not finite count as zero.
+        skip: whether slopes that are not finite count as zero. If not, infinite ones are clipped, and those that are
+            not a number make the estimate so.
         window: how many steps are remembered.
         warm_up: how many steps are made before the first slope is clipped.
         history: what is remembered, or None until `init` or the first step makes it.
@@ -175,8 +176,8 @@ class Safe(Rule):
 
     def after(self, slopes: Array) -> "Safe":
         """The rule that has seen the slopes of one more step."""
-        rule = self if self.history is not None else self.init()
-        return dataclasses.replace(rule, history=rule.history.add(slopes, self.bound()))
+        history = History.empty(self.window) if self.history is None else self.history
+        return dataclasses.replace(self, history=history.add(slopes, self.bound()))
 
     def step(
         self,

@@ -100,7 +100,9 @@ _LOCAL = "No error crossed two layers: reverse mode was used inside single layer
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 RULES: Mapping[str, RuleChoice] = {
-    "weight": RuleChoice(_weight, (*_DRAWN, "chunk_size", "clip_slopes"), "slopes along random weight tangents, by forward mode"),
+    "weight": RuleChoice(
+        _weight, (*_DRAWN, "chunk_size", "clip_slopes"), "slopes along random weight tangents, by forward mode"
+    ),
     "exact": RuleChoice(_exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"),
     "finite-difference": RuleChoice(_finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"),
     "activity": RuleChoice(

@@ -68,9 +68,7 @@ class WeightPerturbation(Rule):
         """One estimate; see `Rule.estimate`."""
         return self._estimate(key, problem, None)[:3]
 
-    def guarded(
-        self, key: Array, problem: Problem, guard: Callable[[Array], Array]
-    ) -> tuple[Array, Tree, Tree, Array]:
+    def guarded(self, key: Array, problem: Problem, guard: Callable[[Array], Array]) -> tuple[Array, Tree, Tree, Array]:
         """An estimate with guarded slopes; see `Rule.guarded`."""
         check_replicated("WeightPerturbation", problem.params, _mesh.axes(key))
         return self._estimate(key, problem, guard)
@@ -78,7 +76,7 @@ class WeightPerturbation(Rule):
     def _estimate(
         self, key: Array, problem: Problem, guard: Callable[[Array], Array] | None
     ) -> tuple[Array, Tree, Tree, Array]:
-        if isinstance(self.tangents, LowRank) and self._thin(problem):
+        if isinstance(self.tangents, LowRank) and self.thin(problem):
             return self._low_rank(key, problem, self.tangents, guard)
         k, key_axes = self.num_tangents, _mesh.axes(key)
         assembly = Assembly(self.tangents, self.combine, problem.params, key_axes, guard)
@@ -94,7 +92,7 @@ class WeightPerturbation(Rule):
             slopes = _mesh.total(slopes, _mesh.axes(slopes) - key_axes)
         return value, aux, assembly.finish(total, k), slopes
 
-    def _thin(self, problem: Problem) -> bool:
+    def thin(self, problem: Problem) -> bool:
         """Whether low-rank directions can stay factors: not where the combination or a mesh needs them in full."""
         if self.tangents.per_example and problem.num_examples is None:  # type: ignore[attr-defined]
             raise ValueError(
