@@ -214,7 +214,7 @@ def test_clipping_normal_slopes_shortens_the_mean_by_the_share_that_is_not_clipp
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="expected clip of at least 1, or None to clip nothing, got 0.5"):
+    with pytest.raises(ValueError, match=r"expected clip of at least 1, or None to clip nothing, got 0\.5"):
         fx.Safe(fx.WeightPerturbation(), clip=0.5)
     with pytest.raises(ValueError, match="expected window to be a positive integer, got 0"):
         fx.Safe(fx.WeightPerturbation(), window=0)

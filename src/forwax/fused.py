@@ -1,7 +1,7 @@
 """A training step that never holds a gradient: tangents are drawn again from the key and added to the parameters.
 
-The idea of drawing a direction twice instead of keeping it is that of MeZO (Malladi et al. 2023, arXiv 2305.17333), here
-with exact slopes.
+The idea of drawing a direction twice instead of keeping it is that of MeZO (Malladi et al. 2023, arXiv 2305.17333),
+here with exact slopes.
 """
 
 from collections.abc import Callable

@@ -85,7 +85,7 @@ def test_clipped_slopes_are_remembered(data):
 
 
 def test_slopes_are_clipped_at_one_median_or_more():
-    with pytest.raises(UsageError, match="--clip-slopes must be at least 1, got 0.5"):
+    with pytest.raises(UsageError, match=r"--clip-slopes must be at least 1, got 0\.5"):
         digits(clip_slopes=0.5)
     with pytest.raises(UsageError, match="--clip-slopes does not apply to --rule exact; it belongs to: weight"):
         digits(rule="exact", clip_slopes=2.0)
