@@ -7,6 +7,7 @@ from forwax import testing as testing
 from forwax._signature import LocalLosses
 from forwax.diagnostics import diagnose
 from forwax.explain import explain
+from forwax.fused import update
 from forwax.learning_rate import suggest_learning_rate
 from forwax.rules import (
     FDFA,
@@ -20,6 +21,7 @@ from forwax.rules import (
     WeightPerturbation,
     random_feedback,
 )
+from forwax.safety import Safe
 from forwax.sites import noise_point
 from forwax.transforms import grad, value_and_grad
 
@@ -35,6 +37,7 @@ __all__ = [
     "FiniteDifference",
     "LocalLosses",
     "Rule",
+    "Safe",
     "WeightPerturbation",
     "combine",
     "diagnose",
@@ -46,5 +49,6 @@ __all__ = [
     "suggest_learning_rate",
     "tangents",
     "testing",
+    "update",
     "value_and_grad",
 ]

@@ -1,10 +1,14 @@
 """What a rule is: a frozen value that says where the error signal comes from."""
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
+from forwax import _mesh, _tree
 from forwax._signature import Problem
 from forwax._tree import Tree
 
@@ -18,6 +22,9 @@ class Rule(abc.ABC):
 
     reverse_mode: ClassVar[bool] = False
     """Whether the rule runs reverse mode."""
+
+    has_slopes: ClassVar[bool] = False
+    """Whether scalar slopes of the loss scale the whole estimate, so that `guarded` acts on them."""
 
     @property
     def unbiased(self) -> bool:
@@ -37,6 +44,26 @@ class Rule(abc.ABC):
             the parameters.
         """
 
+    def guarded(self, key: Array, problem: Problem, guard: Callable[[Array], Array]) -> tuple[Array, Tree, Tree, Array]:
+        """An estimate of which the slopes are guarded; see `forwax.Safe`.
+
+        Args:
+            key: a typed PRNG key.
+            problem: the parameters and the objective as a function of them.
+            guard: takes slopes to the slopes to use, elementwise.
+
+        Returns:
+            `(value, aux, grads, slopes)`, with the slopes before the guard. A rule without slopes guards the norm of
+            its estimate instead, and gives this norm [1].
+        """
+        check_replicated(type(self).__name__, problem.params, _mesh.axes(key))
+        value, aux, grads = self.estimate(key, problem)
+        norm = jnp.sqrt(_tree.inner(grads, grads))
+        used = guard(norm[None])[0]
+        scale = jnp.where(norm == used, 1, used / jnp.where(norm == 0, 1, norm))
+        cut = lambda x: jnp.where(used == 0, 0, x * scale.astype(jnp.finfo(x.dtype).dtype))  # noqa: E731
+        return value, aux, jax.tree.map(cut, grads), norm[None]
+
     @abc.abstractmethod
     def relative_mse(self, n: int) -> float:
         """The law E|ĝ - g|² / |g|² for n real coordinates."""
@@ -50,3 +77,13 @@ def check_count(name: str, field: str, value: object) -> None:
     """Raise a ValueError unless a static count is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected {field} to be a positive integer, got {value!r}.")
+
+
+def check_replicated(name: str, params: Tree, key_axes: frozenset[str]) -> None:
+    """Raise a ValueError where parameters are sharded: no device then knows a whole slope."""
+    sharded = sorted({axis for over in _mesh.tree_axes(params) for axis in over - key_axes})
+    if sharded:
+        raise ValueError(
+            f"{name}: slopes can be guarded where every device holds all parameters, but inside shard_map they vary "
+            f"over {sharded}. Replicate the parameters, or leave forwax.Safe out."
+        )

@@ -6,6 +6,7 @@ an estimate of its own, and nothing is summed there.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,14 @@ class Assembly:
         combine: how slopes become coefficients.
         params: the parameters, for structure, dtypes and mesh axes.
         key_axes: the mesh axes over which the key varies.
+        guard: what is done to the slopes first, or None.
     """
 
     tangents: Tangents
     combine: Combine
     params: Tree
     key_axes: _mesh.Axes
+    guard: Callable[[Array], Array] | None = None
 
     def start(self) -> Tree:
         """The empty sum: zeros in at least float32."""
@@ -51,6 +54,7 @@ class Assembly:
             over = self._axes(leaf)
             if over not in coefficients:
                 summed = _mesh.total(slopes, _mesh.axes(slopes) - over)
+                summed = summed if self.guard is None else self.guard(summed)
                 coefficients[over] = self.combine.coefficients(summed, tangents)
             return total + weighted_sum(coefficients[over], tangent)
 

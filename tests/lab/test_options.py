@@ -77,6 +77,20 @@ def test_every_combination_takes_a_step(data, combine):
     assert (after.guess is None) == (combine != "control-variate")
 
 
+def test_clipped_slopes_are_remembered(data):
+    state, after = one_step(data, clip_slopes=2.0)
+    assert moved(state, after)
+    assert int(after.slopes.num_steps) == 1
+    assert one_step(data)[1].slopes is None
+
+
+def test_slopes_are_clipped_at_one_median_or_more():
+    with pytest.raises(UsageError, match=r"--clip-slopes must be at least 1, got 0\.5"):
+        digits(clip_slopes=0.5)
+    with pytest.raises(UsageError, match="--clip-slopes does not apply to --rule exact; it belongs to: weight"):
+        digits(rule="exact", clip_slopes=2.0)
+
+
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_every_optimizer_lowers_a_bowl(optimizer):
     params = {"x": jnp.array([1.0, -2.0])}

@@ -262,6 +262,21 @@ def test_feedback_is_drawn_once_and_follows_the_seed():
     assert not np.array_equal(jax.tree.leaves(before)[0], other[0])
 
 
+def test_remembered_slopes_are_checkpointed_bit_for_bit(tmp_path):
+    one = trainer(clip_slopes=1.0)
+    one.run(15)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(one.state, seconds=1.0)
+    state = checkpoints.restore(jax.eval_shape(lambda: init_state(one.problem, one.settings))).state
+    checkpoints.close()
+    assert int(state.slopes.num_steps) == 15
+    assert int(state.slopes.num_clipped) > 0
+    again = build_trainer(one.problem, one.settings, state)
+    for each in (one, again):
+        each.run(10)
+    jax.tree.map(np.testing.assert_array_equal, again.state, one.state)
+
+
 def test_a_block_has_limits():
     one = trainer()
     for count in (0, MAX_BLOCK + 1):

@@ -101,7 +101,9 @@ _LOCAL = "No error crossed two layers: reverse mode was used inside single layer
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 RULES: Mapping[str, RuleChoice] = {
-    "weight": RuleChoice(_weight, (*_DRAWN, "chunk_size"), "slopes along random weight tangents, by forward mode"),
+    "weight": RuleChoice(
+        _weight, (*_DRAWN, "chunk_size", "clip_slopes"), "slopes along random weight tangents, by forward mode"
+    ),
     "exact": RuleChoice(_exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"),
     "finite-difference": RuleChoice(_finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"),
     "activity": RuleChoice(
@@ -117,7 +119,7 @@ RULES: Mapping[str, RuleChoice] = {
 }
 """Every rule of the command line."""
 
-RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon")
+RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon", "clip_slopes")
 """The settings that only some rules take."""
 
 
@@ -129,6 +131,19 @@ def needs_guess(settings: Settings) -> bool:
     """
     takes = RULES[settings.rule].takes
     return "tangents" in takes and (settings.tangents == "guided" or settings.combine == "control-variate")
+
+
+def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
+    """Wrap a rule in `forwax.Safe` where the settings say how far slopes are clipped; see `forwax.lab.loop`.
+
+    A step whose loss or gradient is not finite is not skipped: the loop stops before it, and keeps a checkpoint.
+
+    >>> guard_rule(Settings(), fx.WeightPerturbation()) == fx.WeightPerturbation()
+    True
+    """
+    if settings.clip_slopes is None:
+        return rule
+    return fx.Safe(rule, clip=settings.clip_slopes, skip=False, history=history)
 
 
 def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:

@@ -34,6 +34,8 @@ class TrainState(NamedTuple):
     opt_state: Any
     guess: Any
     step: jax.Array
+    slopes: Any = None
+    """What `forwax.Safe` remembers of them, or None."""
 
 
 class Keys(NamedTuple):
@@ -89,7 +91,9 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
     def init() -> TrainState:
         params = problem.init(split_seed(settings.seed).init)
         guess = choices.initial_guess(settings, params, jax.random.fold_in(split_seed(settings.seed).init, 1))
-        return TrainState(params, optimizer.init(params), guess, jnp.int32(0))
+        rule = choices.guard_rule(settings, choices.build_rule(settings, guess))
+        slopes = rule.init().history if isinstance(rule, fx.Safe) else None
+        return TrainState(params, optimizer.init(params), guess, jnp.int32(0), slopes)
 
     # one program instead of one for each operation
     return jax.jit(init)()
@@ -117,13 +121,20 @@ def make_step(problem: Problem, settings: Settings) -> Any:
     optimizer, noise_key = _optimizer(settings), split_seed(settings.seed).noise
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
-        rule = choices.build_rule(settings, state.guess)
-        gradient = fx.value_and_grad(problem.loss, rule, has_aux=True, in_axes=(None, 0, 0))
         key = jax.random.fold_in(noise_key, state.step)
-        (loss, correct), grads = gradient(key, state.params, images, labels)
+        rule = choices.guard_rule(settings, choices.build_rule(settings, state.guess), state.slopes)
+        if isinstance(rule, fx.Safe):
+            gradient = rule.step(problem.loss, has_aux=True, in_axes=(None, 0, 0))
+            (loss, correct), grads, rule = gradient(key, state.params, images, labels)
+            slopes = rule.history
+        else:
+            gradient = fx.value_and_grad(problem.loss, rule, has_aux=True, in_axes=(None, 0, 0))
+            (loss, correct), grads = gradient(key, state.params, images, labels)
+            slopes = None
         finite = jnp.isfinite(loss) & jnp.isfinite(_squared_norm(grads))
         # a branch, not a select: a select would copy all parameters at every step
-        state = jax.lax.cond(finite, lambda s: _advance(s, grads, optimizer, settings), lambda s: s, state)
+        advance = lambda s: _advance(s, grads, optimizer, settings)._replace(slopes=slopes)  # noqa: E731
+        state = jax.lax.cond(finite, advance, lambda s: s, state)
         return state, loss, jnp.mean(correct, dtype=jnp.float32), finite
 
     return step

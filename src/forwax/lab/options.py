@@ -50,6 +50,9 @@ class SettingOptions:
     """The step of finite differences (0.001)."""
     guess_decay: float | None = None
     """Guided tangents and control variates use an exponential mean of past estimates; this share is kept (0.9)."""
+    clip_slopes: float | None = None
+    """The largest slope, in running medians of all slopes so far, at least 1; nothing is clipped by default. 1 stops
+    explosions."""
     optimizer: OptimizerName | None = None
     """The optimizer."""
     learning_rate: float | None = None
@@ -201,6 +204,7 @@ def check_ranges(settings: Settings, num_examples: int) -> None:
         (_POSITIVE, lambda x: 0 < x < float("inf"), "a positive number"),
         (_NOT_NEGATIVE, lambda x: 0 <= x < float("inf"), "zero or more"),
         (("density",), lambda x: x <= 1, "at most 1"),
+        (("clip_slopes",), lambda x: 1 <= x < float("inf"), "at least 1"),
         (("guess_decay",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ):
         for name in names:

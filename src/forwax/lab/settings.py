@@ -29,6 +29,7 @@ class Settings:
         density: the share of non-zero entries of sparse tangents.
         chunk_size: how many tangents are pushed forward at once; None means all.
         epsilon: the step of finite differences.
+        clip_slopes: the largest slope, in running medians of all slopes; None clips nothing.
         guess_decay: how slowly the guess, an exponential mean of past estimates, forgets.
         optimizer: a name of `forwax.lab.optimizers.OPTIMIZERS`.
         learning_rate: the rate at the start of the schedule (its peak, with a warm-up).
@@ -55,6 +56,7 @@ class Settings:
     chunk_size: int | None = None
     epsilon: float | None = 1e-3
     guess_decay: float | None = 0.9
+    clip_slopes: float | None = None
     optimizer: str = "sgd"
     learning_rate: float | None = None
     backprop_rate: float = 0.1

@@ -296,6 +296,8 @@ def advice(session: Session, loss: float) -> str:
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")
+        clips = "clip_slopes" in choices.RULES[settings.rule].takes and settings.clip_slopes != 1
+        tries += ["--clip-slopes 1"] if clips else []
         tries += [] if settings.combine == "projection" else ["--combine projection"]
     what = "loss" if loss != loss or loss in (float("inf"), float("-inf")) else "gradient"
     return (
@@ -364,6 +366,8 @@ def _print_start(run: Run, settings: Settings, problem: Problem) -> None:
     if settings.num_tangents is not None:
         how += f", {settings.num_tangents} {settings.tangents} tangents a step, combined by {settings.combine}"
     print(f"{run.config['experiment']}: {problem.num_parameters:,} parameters, {len(problem.train[0]):,} examples.")
+    if settings.clip_slopes is not None:
+        how += f", clipped at {settings.clip_slopes:g} running medians"
     print(f"Rule: {how}. Optimizer: {settings.optimizer}, learning rate {settings.learning_rate:.3g}.")
     print(f"Run: {run.path}", flush=True)
 

@@ -1,15 +1,15 @@
 """Weight perturbation: the forward gradient of Baydin et al. 2022, "Gradients without Backpropagation"."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax._rule import Rule, check_count
+from forwax._rule import Rule, check_count, check_replicated
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.assemble import Assembly
@@ -52,6 +52,8 @@ class WeightPerturbation(Rule):
     combine: Combine = Mean()  # noqa: RUF009
     chunk_size: int | None = dataclasses.field(default=None, metadata={"static": True})
 
+    has_slopes: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_count("WeightPerturbation", "num_tangents", self.num_tangents)
         if self.chunk_size is not None:
@@ -64,10 +66,20 @@ class WeightPerturbation(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
-        if isinstance(self.tangents, LowRank) and self._thin(problem):
-            return self._low_rank(key, problem, self.tangents)
+        return self._estimate(key, problem, None)[:3]
+
+    def guarded(self, key: Array, problem: Problem, guard: Callable[[Array], Array]) -> tuple[Array, Tree, Tree, Array]:
+        """An estimate with guarded slopes; see `Rule.guarded`."""
+        check_replicated("WeightPerturbation", problem.params, _mesh.axes(key))
+        return self._estimate(key, problem, guard)
+
+    def _estimate(
+        self, key: Array, problem: Problem, guard: Callable[[Array], Array] | None
+    ) -> tuple[Array, Tree, Tree, Array]:
+        if isinstance(self.tangents, LowRank) and self.thin(problem):
+            return self._low_rank(key, problem, self.tangents, guard)
         k, key_axes = self.num_tangents, _mesh.axes(key)
-        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
+        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes, guard)
         draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
         fold = None if self.combine.joint else assembly.add
@@ -76,9 +88,11 @@ class WeightPerturbation(Rule):
         )
         if self.combine.joint:
             total = assembly.add(total, slopes, draw(jnp.arange(k)))
-        return value, aux, assembly.finish(total, k)
+        if guard is not None:
+            slopes = _mesh.total(slopes, _mesh.axes(slopes) - key_axes)
+        return value, aux, assembly.finish(total, k), slopes
 
-    def _thin(self, problem: Problem) -> bool:
+    def thin(self, problem: Problem) -> bool:
         """Whether low-rank directions can stay factors: not where the combination or a mesh needs them in full."""
         if self.tangents.per_example and problem.num_examples is None:  # type: ignore[attr-defined]
             raise ValueError(
@@ -87,7 +101,9 @@ class WeightPerturbation(Rule):
             )
         return self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params))
 
-    def _low_rank(self, key: Array, problem: Problem, tangents: LowRank) -> tuple[Array, Tree, Tree]:
+    def _low_rank(
+        self, key: Array, problem: Problem, tangents: LowRank, guard: Callable[[Array], Array] | None
+    ) -> tuple[Array, Tree, Tree, Array]:
         """The slopes along factors, pushed through the traced loss."""
         plan, k = plan_low_rank(problem, tangents.per_example), self.num_tangents
         draw = sampler(Rademacher(), key, plan.specs(tangents.rank), k)
@@ -96,23 +112,29 @@ class WeightPerturbation(Rule):
         law = tangents.relative_mse(_tree.num_coordinates(problem.params), k)
         scale = self.combine.finish(1.0, k, law) / (problem.num_examples if tangents.per_example else 1)
 
-        def chunk(first: Any, leaves: Sequence[Array]) -> tuple[Tree, tuple[Array, Tree]]:
+        def chunk(first: Any, leaves: Sequence[Array]) -> tuple[Tree, tuple[Array, Tree, Array]]:
             indices = first + jnp.arange(size)
             drawn = plan.settled(draw(indices))
             if num_chunks > 1:  # else the compiler takes the primal out of the loop and keeps every activation
                 leaves, drawn = lax.optimization_barrier((list(leaves), list(drawn)))
             here = plan.at(leaves)
             value, aux, slopes = here.push(drawn, size, tangents.rank)
-            slopes = _mesh.total(slopes, _mesh.axes(slopes) - _mesh.axes(key)) * scale
+            found = _mesh.total(slopes, _mesh.axes(slopes) - _mesh.axes(key))
+            slopes = (found if guard is None else guard(found)) * scale
             if num_chunks * size > k:
                 slopes = jnp.where((indices < k).reshape(size, *[1] * (slopes.ndim - 1)), slopes, 0)
-            return here.assemble(slopes, drawn, tangents.rank), (value, aux)
+            return here.assemble(slopes, drawn, tangents.rank), (value, aux, found)
 
-        total, (value, aux) = chunk(0, plan.leaves)
+        total, (value, aux, slopes) = chunk(0, plan.leaves)
         if num_chunks > 1:
-            add = lambda total, first: (jax.tree.map(jnp.add, total, chunk(first, plan.leaves)[0]), None)  # noqa: E731
-            total, _ = lax.scan(add, total, jnp.arange(1, num_chunks) * size)
-        return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, problem.params)
+
+            def add(total: Tree, first: Array) -> tuple[Tree, Array]:
+                more, (_, _, found) = chunk(first, plan.leaves)
+                return jax.tree.map(jnp.add, total, more), found
+
+            total, others = lax.scan(add, total, jnp.arange(1, num_chunks) * size)
+            slopes = jnp.concatenate([slopes, others.reshape(-1, *slopes.shape[1:])])[:k]
+        return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, problem.params), slopes
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates."""

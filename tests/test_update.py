@@ -1,0 +1,155 @@
+"""The update that never holds a gradient: the same step, and its memory. Compiled programs only, no timing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import forwax as fx
+from cases import QUICK, assert_trees_close, normal, quick_jit
+
+T = fx.tangents
+KEY = jax.random.key(0)
+W = fx.WeightPerturbation
+
+
+def stack(params, x):
+    """An MLP that is a scan over its layers."""
+    h, _ = jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), x, params)
+    return jnp.mean(h**2)
+
+
+def recurrent(w, x):
+    """A tanh-RNN."""
+    h, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=32)
+    return jnp.mean(h**2)
+
+
+def mlp(params, x):
+    """An MLP whose every layer is a parameter of its own."""
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return jnp.mean(x**2)
+
+
+PARAMS = {"w": normal(1, 3, 6, 6), "b": normal(2, 3, 1, 6)}
+X = normal(3, 4, 6)
+RULES = {
+    "one": W(),
+    "normal": W(T.Normal()),
+    "several": W(T.Sparse(0.5), 3, chunk_size=1),
+    "low-rank": W(T.LowRank(2), 5, fx.combine.Shrinkage(), chunk_size=2),
+    "safe": fx.Safe(W(num_tangents=2), clip=1.0).init(),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_is_the_step_of_the_gradient(name):
+    rule = RULES[name]
+
+    def both(key, params):
+        value, grads = fx.value_and_grad(stack, rule)(key, params, X)
+        expected = value, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+        return fx.update(stack, rule, learning_rate=0.1)(key, params, X)[:2], expected
+
+    assert_trees_close(*quick_jit(both)(KEY, PARAMS), rtol=1e-5, atol=1e-6)
+
+
+def test_examples_aux_and_dtypes():
+    loss = lambda w, x: (jnp.sum(jnp.tanh(x @ w)), x)
+    w, axes = PARAMS["w"][0].astype(jnp.bfloat16), (None, 0)
+    rule = W(T.LowRank(per_example=True), 2)
+
+    def both(key, w):
+        value, grads = fx.value_and_grad(loss, rule, has_aux=True, in_axes=axes)(key, w, X)
+        got = fx.update(loss, rule, learning_rate=0.1, has_aux=True, in_axes=axes)(key, w, X)
+        return got, (value, (w.astype(jnp.float32) - 0.1 * grads.astype(jnp.float32)))
+
+    (value, new), (expected, expected_new) = quick_jit(both)(KEY, w)
+    assert_trees_close(value, expected, rtol=1e-5)
+    assert new.dtype == jnp.bfloat16
+    np.testing.assert_allclose(new.astype(jnp.float32), expected_new, rtol=0.02, atol=0.02)
+
+
+def test_complex_parameters_eagerly():
+    z = jnp.array([1 + 2j, 3 - 1j])
+    loss = lambda z: jnp.sum(jnp.abs(z) ** 2)
+    expected = z - 0.1 * fx.grad(loss)(KEY, z)
+    assert_trees_close(fx.update(loss, learning_rate=0.1)(KEY, z)[1], expected, rtol=1e-5)
+
+
+def test_a_safe_rule_remembers():
+    step = quick_jit(lambda rule: fx.update(stack, rule, learning_rate=0.1)(KEY, PARAMS, X))
+    *_, rule = step(RULES["safe"])
+    assert int(rule.history.num_steps) == 1
+
+
+# --- memory ---
+
+
+def temporaries(function, *args, **options) -> int:
+    """Bytes."""
+    return jax.jit(function, **options).lower(*args).compile(QUICK).memory_analysis().temp_size_in_bytes
+
+
+def of_update(loss, rule, params, x):
+    """Bytes, with donated parameters."""
+    step = lambda key, params, x: fx.update(loss, rule, learning_rate=0.1)(key, params, x)
+    return temporaries(step, KEY, params, x, donate_argnums=1)
+
+
+def inputs(width=64, depth=24, batch=8):
+    params = {"w": jnp.zeros((depth, width, width)), "b": jnp.zeros((depth, 1, width))}
+    return params, jnp.zeros((batch, width))
+
+
+def test_a_stack_takes_what_inference_takes_and_one_leaf():
+    params, x = inputs()
+    assert (
+        of_update(stack, fx.Safe(W(T.LowRank())).init(), params, x)
+        <= 1.1 * temporaries(stack, params, x) + params["w"].nbytes
+    )
+
+
+def test_a_recurrent_network_takes_what_inference_takes_and_one_leaf():
+    w, x = jnp.zeros((256, 256)), jnp.zeros((8, 256))
+    assert of_update(recurrent, W(T.LowRank()), w, x) <= 1.1 * temporaries(recurrent, w, x) + w.nbytes
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+def test_dense_signs_take_one_tangent_and_a_few_layers(num_tangents):
+    params, x = inputs()
+    limit = 3 * temporaries(stack, params, x) + 1.25 * params["w"].nbytes
+    assert of_update(stack, W(num_tangents=num_tangents, chunk_size=1), params, x) <= limit
+
+
+def test_leaves_are_updated_one_after_the_other():
+    """With several tangents each summand is a dense array; held at once they would be as large as all parameters."""
+    params, x = [jnp.zeros((128, 128)) for _ in range(12)], jnp.zeros((4, 128))
+    assert of_update(mlp, W(T.LowRank(), 4), params, x) < 4 * params[0].nbytes
+    rule = W(T.LowRank(), 4)
+    step = lambda key, p, x: jax.tree.map(lambda w, g: w - g, p, fx.grad(mlp, rule)(key, p, x))
+    assert temporaries(step, KEY, params, x, donate_argnums=1) > 11 * params[0].nbytes
+
+
+# --- errors ---
+
+
+def test_other_rules_are_refused():
+    with pytest.raises(TypeError, match=r"expected forwax.WeightPerturbation, .* got ActivityPerturbation"):
+        fx.update(stack, fx.ActivityPerturbation(), learning_rate=0.1)
+    with pytest.raises(TypeError, match=r"one of tangents.Rademacher\(\), .* got Orthonormal"):
+        fx.update(stack, fx.Safe(W(T.Orthonormal())), learning_rate=0.1)
+    with pytest.raises(ValueError, match=r"expected combine.Mean\(\) or combine.Shrinkage\(\), got Projection"):
+        fx.update(stack, W(combine=fx.combine.Projection()), learning_rate=0.1)
+    with pytest.raises(ValueError, match="needs examples: expected in_axes"):
+        fx.update(stack, W(T.LowRank(per_example=True)), learning_rate=0.1)(KEY, PARAMS, X)
+
+
+def test_sharded_parameters_are_refused():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = jax.sharding.PartitionSpec("data")
+    step = fx.update(lambda w: jnp.sum(w**2), learning_rate=0.1)
+    run = jax.shard_map(lambda w: step(KEY, w)[1], mesh=mesh, in_specs=data, out_specs=data)
+    with pytest.raises(ValueError, match=r"do not vary over mesh axes, got \['data'\]"):
+        run(jnp.ones(4))
