@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import forwax as fx
 from forwax.lab import choices
 from forwax.lab.optimizers import build_optimizer
 from forwax.lab.problem import Problem
@@ -118,9 +117,8 @@ def make_step(problem: Problem, settings: Settings) -> Any:
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
         rule = choices.build_rule(settings, state.guess)
-        gradient = fx.value_and_grad(problem.loss, rule, has_aux=True, in_axes=(None, 0, 0))
         key = jax.random.fold_in(noise_key, state.step)
-        (loss, correct), grads = gradient(key, state.params, images, labels)
+        (loss, correct), grads = problem.gradient(rule)(key, state.params, images, labels)
         finite = jnp.isfinite(loss) & jnp.isfinite(_squared_norm(grads))
         # a branch, not a select: a select would copy all parameters at every step
         state = jax.lax.cond(finite, lambda s: _advance(s, grads, optimizer, settings), lambda s: s, state)
