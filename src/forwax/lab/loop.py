@@ -7,6 +7,7 @@ depend on how the steps are cut into blocks.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from forwax.lab import choices
 from forwax.lab.optimizers import build_optimizer
@@ -148,6 +150,7 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data
     looped, num_examples, batch = loops_well(problem), len(problem.train[0]), settings.batch_size
+    spread = placement(settings)[1]
     per_epoch, numbers = num_examples // batch, jnp.arange(num_examples, dtype=jnp.int32)
 
     def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
@@ -158,7 +161,7 @@ def make_block(problem: Problem, settings: Settings) -> Any:
             lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
         )
         chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
-        state, loss, accuracy, finite = step(carry.state, images[chosen], labels[chosen])
+        state, loss, accuracy, finite = step(carry.state, *spread((images[chosen], labels[chosen])))
         loss = loss.astype(jnp.float32)
         return _Carry(
             state=state,
@@ -181,6 +184,32 @@ def make_block(problem: Problem, settings: Settings) -> Any:
         )
 
     return block
+
+
+def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any], Any]]:
+    """Say where a run's arrays lie, and spread a batch over the devices where the settings say so.
+
+    Args:
+        settings: the run's settings.
+
+    Returns:
+        A sharding that copies an array to every local device, or None for the one default device; and a function that
+        spreads the leading axis of arrays inside a compiled program.
+
+    Raises:
+        ValueError: when a batch cannot be spread evenly.
+
+    >>> placement(Settings())[0] is None
+    True
+    """
+    devices = jax.local_devices()
+    if not settings.data_parallel or len(devices) == 1:
+        return None, lambda batch: batch
+    if settings.batch_size % len(devices):
+        raise ValueError(f"expected a batch that {len(devices)} devices share evenly, got {settings.batch_size}")
+    mesh = jax.make_mesh((len(devices),), ("examples",), (AxisType.Auto,), devices=devices)
+    rows = NamedSharding(mesh, PartitionSpec("examples"))
+    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(batch, rows)
 
 
 def loops_well(problem: Problem) -> bool:
@@ -308,10 +337,13 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
     ((3,), 3)
     """
     state = init_state(problem, settings) if state is None else state
-    data, test = jax.device_put(problem.train), jax.device_put(in_batches(*problem.test))
+    everywhere = placement(settings)[0]
     epoch, order = jnp.int32(-1), jnp.zeros(len(problem.train[0]), jnp.int32)
+    parts = problem.train, in_batches(*problem.test), state, epoch, order
+    data, test, state, epoch, order = jax.device_put(parts, everywhere)
     started = time.perf_counter()
-    block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2))
+    options: dict[str, Any] = {"out_shardings": everywhere} if everywhere else {}
+    block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2), **options)
     compiled = block.lower(state, epoch, order, np.int32(1), *data).compile()
     evaluate = jax.jit(make_evaluator(problem)).lower(state.params, *test).compile()
     seconds = time.perf_counter() - started

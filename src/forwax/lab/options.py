@@ -86,6 +86,8 @@ class SettingOptions:
     """The data set of local-mixer (mnist)."""
     objective: Literal["supervised", "contrastive"] | None = None
     """What local-mixer learns from: labels, or two views of each image, with a linear readout (supervised)."""
+    parts: bool | None = None
+    """Whether forward gradients of local-mixer get a slope for each patch and group, not one for each block (True)."""
     augment: bool | None = None
     """Whether supervised training images of local-mixer are shifted by up to 2 pixels, and flipped where coloured."""
     data_parallel: bool | None = None
@@ -210,7 +212,7 @@ def check_open_choices(experiment: Experiment, settings: Settings, given: dict[s
     """
     is_open = experiment.specialise is not None
     published = choices.RULES[settings.rule].published
-    for name in ("size", "data", "objective", "augment"):
+    for name in ("size", "data", "objective", "parts", "augment"):
         if name in given and not is_open:
             raise UsageError(f"--{name} belongs to local-mixer, but the experiment is {experiment.name}.")
     if published and not is_open:

@@ -45,6 +45,7 @@ class Settings:
         size: LocalMixer's, a name of `forwax.lab.ren2023.columns.SIZES`; None for other models.
         data: the data set, where the experiment leaves it open.
         objective: "supervised" or "contrastive", where the experiment leaves it open.
+        parts: whether local losses come in one part for each patch and group, where noise is on activities or weights.
         augment: whether supervised training images are shifted and flipped, see `forwax.lab.augment.shifted`.
         data_parallel: whether each batch is spread over all local devices.
 
@@ -75,6 +76,7 @@ class Settings:
     size: str | None = None
     data: str | None = None
     objective: str | None = None
+    parts: bool = True
     augment: bool = False
     data_parallel: bool = False
 

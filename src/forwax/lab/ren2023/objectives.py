@@ -42,7 +42,8 @@ def supervised(static: Any, scale: Callable[[Array], Array], settings: Settings)
     Returns:
         A function of a rule, see `forwax.lab.problem.Problem.gradient`.
     """
-    dtype, place, parts = jnp.dtype(settings.dtype), where_losses_sit(settings.rule), "FG" in settings.rule
+    dtype, place = jnp.dtype(settings.dtype), where_losses_sit(settings.rule)
+    parts = settings.parts and "FG" in settings.rule
 
     def loss(params: Any, x: Array, label: Array) -> Any:
         model = eqx.combine(cast(params, dtype), static)
@@ -80,7 +81,8 @@ def contrastive(static: Any, scale: Callable[[Array], Array], settings: Settings
 
     The accuracy is the readout's on the first view.
     """
-    dtype, place, parts = jnp.dtype(settings.dtype), where_losses_sit(settings.rule), "FG" in settings.rule
+    dtype, place = jnp.dtype(settings.dtype), where_losses_sit(settings.rule)
+    parts = settings.parts and "FG" in settings.rule
 
     def gradient(rule: Any) -> Callable[..., Any]:
         of_batch = ren2023.contrastive(ren2023.Method(settings.rule, place, parts, rule), static)
