@@ -109,9 +109,9 @@ def _published(name: str) -> RuleChoice:
     """A method of Ren et al. 2023 by its name in the paper."""
 
     def build(settings: Settings, feedback: Any) -> Any:
-        if name.endswith("-A") or name.endswith("-W"):
-            noise = TANGENTS[settings.tangents or "rademacher"](settings, None)
-            return ren2023.method(name, None, None, tangents=noise, num_tangents=settings.num_tangents or 1).rule
+        if "FG" in name:
+            noise, key = TANGENTS[settings.tangents or "rademacher"](settings, None), jax.random.key(settings.seed)
+            return ren2023.method(name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1).rule
         return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[name.split("-")[-1]](settings, feedback)
 
     drawn = ("tangents", "num_tangents") if "FG" in name else ()
@@ -138,7 +138,11 @@ RULES: Mapping[str, RuleChoice] = {
     "feedback": RuleChoice(
         _feedback,
         (),
-        "errors cross layers through fixed random matrices", "", True, needs_data=True, keeps_feedback=True
+        "errors cross layers through fixed random matrices",
+        "",
+        True,
+        needs_data=True,
+        keeps_feedback=True,
     ),
     "direct-feedback": RuleChoice(
         _direct_feedback, (), "the output error reaches every layer by a fixed random map", _LOCAL, needs_data=True

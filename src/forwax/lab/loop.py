@@ -339,8 +339,9 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
     state = init_state(problem, settings) if state is None else state
     everywhere = placement(settings)[0]
     epoch, order = jnp.int32(-1), jnp.zeros(len(problem.train[0]), jnp.int32)
-    parts = problem.train, in_batches(*problem.test), state, epoch, order
-    data, test, state, epoch, order = jax.device_put(parts, everywhere)
+    data, test = jax.device_put((problem.train, in_batches(*problem.test)), everywhere)
+    if everywhere is not None:
+        state, epoch, order = (jax.device_put(each, everywhere) for each in (state, epoch, order))
     started = time.perf_counter()
     options: dict[str, Any] = {"out_shardings": everywhere} if everywhere else {}
     block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2), **options)

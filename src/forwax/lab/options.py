@@ -16,6 +16,7 @@ from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     ExperimentName = RuleName = TangentsName = CombineName = OptimizerName = ScheduleName = str
+    SizeName = DataName = str
 else:
     # the names come from the tables, so that a new line there is a new choice here
     ExperimentName = Literal[tuple(EXPERIMENTS)]
@@ -219,6 +220,10 @@ def check_open_choices(experiment: Experiment, settings: Settings, given: dict[s
         raise UsageError(
             f"--rule {settings.rule} says where local losses sit; it belongs to local-mixer, but the experiment is "
             f"{experiment.name}."
+        )
+    if published and settings.tangents == "guided":
+        raise UsageError(
+            f"--tangents guided needs a guess of the gradient, which --rule {settings.rule} does not keep."
         )
     if is_open and not published:
         methods = ", ".join(name for name, choice in choices.RULES.items() if choice.published)

@@ -156,7 +156,9 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
         if not 0 < options.holdout < len(train[0]):
             raise UsageError(f"--holdout must leave images to train on; there are {len(train[0])} in all.")
         train, test = [x[: -options.holdout] for x in train], [x[-options.holdout :] for x in train]
-    (train_images, train_labels), (test_images, test_labels) = ([x[: options.examples] for x in y] for y in (train, test))
+    (train_images, train_labels), (test_images, test_labels) = (
+        [x[: options.examples] for x in y] for y in (train, test)
+    )
     return dataclasses.replace(
         data, train_images=train_images, train_labels=train_labels, test_images=test_images, test_labels=test_labels
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forwax.lab import choices
-from forwax.lab.ren2023.columns import COLUMNS, RULES, Column
+from forwax.lab.ren2023.columns import RULES, Column
 from forwax.lab.settings import Settings, UsageError
 
 

@@ -17,13 +17,13 @@ class Figures(NamedTuple):
     train: float | None = None
 
 
-def _column(names: str, rows: str) -> dict[str, Mapping[str, Figures]]:
+def _column(names: str, rows: str) -> Mapping[str, Mapping[str, Figures]]:
     columns: dict[str, dict[str, Figures]] = {name: {} for name in names.split()}
     for row in rows.strip().splitlines():
         rule, *cells = row.split()
         for column, cell in zip(columns.values(), cells, strict=True):
             column[rule] = Figures(*(float(number) for number in cell.split("/")))
-    return {name: column for name, column in columns.items()}
+    return dict(columns)
 
 
 TABLE_3 = _column(

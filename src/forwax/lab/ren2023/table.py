@@ -12,7 +12,16 @@ from forwax.lab.ren2023.columns import Column
 from forwax.lab.ren2023.entries import Entry
 from forwax.lab.ren2023.paper import reported
 
-HEADINGS = ("method", "test error %", "training error %", "paper: test", "paper: training", "rate", "s an epoch", "seeds")
+HEADINGS = (
+    "method",
+    "test error %",
+    "training error %",
+    "paper: test",
+    "paper: training",
+    "rate",
+    "s an epoch",
+    "seeds",
+)
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """From the name of a row to the summaries of its seeds; rows that are not run yet are missing."""
