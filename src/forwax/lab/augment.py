@@ -165,7 +165,7 @@ def _sometimes(key: Array, probability: float, change: Callable[[Array, Array], 
 
 
 def _grey(image: Array) -> Array:
-    return jnp.sum(image * jnp.array(GREY, image.dtype), axis=-1, keepdims=True)
+    return (image @ jnp.array(GREY, image.dtype))[..., None]
 
 
 def _away(image: Array, centre: Array, amount: Array) -> Array:
