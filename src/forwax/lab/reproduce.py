@@ -194,8 +194,7 @@ def _teller() -> Callable[[str], None]:
 
 def _facts(column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, summary: dict[str, Any]) -> str:
     settings = settings_of(column, entry, len(data.train_images), options, 0)
-    epochs = settings.steps * settings.batch_size / len(data.train_images)
-    told = table.facts(column, settings, round(epochs, 1), summary, os.cpu_count())
+    told = table.facts(column, settings, summary, os.cpu_count())
     if options.holdout:
         told += f" Errors are on {options.holdout} training images that were held out, not on the test set."
     return told

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import equinox as eqx
@@ -43,7 +43,8 @@ class Column:
         title: for people.
         epochs: the passes over the training set.
         settings: those that all methods share; `steps` are filled in from the epochs.
-        rates: each method's learning rate.
+        rates: each method's learning rate, or that of a row such as "LG-FG-A:4".
+        longer: the epochs of methods or rows that train for more or fewer than the others.
 
     >>> COLUMNS["mnist-m"].settings.size
     'M/1/16'
@@ -54,6 +55,15 @@ class Column:
     epochs: int
     settings: Settings
     rates: Mapping[str, float]
+    longer: Mapping[str, int] = field(default_factory=dict)
+
+    def epochs_of(self, row: str) -> int:
+        """The epochs of a row, such as "LG-FG-A:4", else of its method, else of the column.
+
+        >>> COLUMNS["cifar-m"].epochs_of("LG-FG-A:4")
+        200
+        """
+        return self.longer.get(row, self.longer.get(row.split(":")[0], self.epochs))
 
     @property
     def one_block(self) -> bool:
@@ -87,6 +97,8 @@ _CONTRASTIVE = dataclasses.replace(
     _LARGE, objective="contrastive", optimizer="lars", batch_size=1024, learning_rate=None
 )
 
+_NOISY = {rule: 60 for rule in RULES if "FG" in rule}
+
 COLUMNS: Mapping[str, Column] = {
     column.name: column
     for column in (
@@ -96,6 +108,7 @@ COLUMNS: Mapping[str, Column] = {
             30,
             dataclasses.replace(_MNIST, size="S/1/1"),
             _rates(0.1, 0.1, 0.05, 0.01, 0.01) | {"FG-A:8": 0.03, "LG-FG-A:4": 0.03},
+            {**_NOISY, "FG-A:8": 30},
         ),
         Column(
             "mnist-m",
@@ -106,6 +119,7 @@ COLUMNS: Mapping[str, Column] = {
             | dict.fromkeys(("L-FG-W", "LG-FG-W"), 0.02)
             | dict.fromkeys(("L-FG-A", "LG-FG-A"), 0.05)
             | {"LG-FG-A:4": 0.1},
+            {**_NOISY, "LG-FG-A:4": 30},
         ),
         Column(
             "cifar-small",

@@ -87,7 +87,7 @@ class Entry:
             num_examples: the size of the training set.
             changes: settings to change, and `epochs`, for those of the column.
         """
-        epochs = changes.pop("epochs", None) or column.epochs
+        epochs = changes.pop("epochs", None) or column.epochs_of(self.name)
         settings = dataclasses.replace(
             column.settings,
             rule=self.rule,

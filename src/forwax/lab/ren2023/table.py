@@ -50,6 +50,7 @@ def _row(column: Column, entry: Entry, runs: Sequence[Mapping[str, Any]]) -> tup
         "-" if paper is None else f"{paper.test:.2f}",
         "-" if paper is None or paper.train is None else f"{paper.train:.2f}",
         f"{runs[0]['learning_rate']:g}" if runs else "-",
+        f"{kept[0]['epochs'][-1]:g}" if kept else "-",
         f"{statistics.median(pace):.1f}" if pace else "-",
         str(len(runs)),
     )
@@ -91,13 +92,12 @@ def markdown(column: Column, entries: Sequence[Entry], results: Results, facts: 
     return "\n".join([*lines, "", facts, ""])
 
 
-def facts(column: Column, settings: Any, epochs: float, summary: Mapping[str, Any], cores: int | None) -> str:
+def facts(column: Column, settings: Any, summary: Mapping[str, Any], cores: int | None) -> str:
     """Give one line on what a table rests on.
 
     Args:
         column: the column.
         settings: those of one of its runs.
-        epochs: how long it was.
         summary: of one of its runs.
         cores: of the machine.
     """
@@ -105,7 +105,7 @@ def facts(column: Column, settings: Any, epochs: float, summary: Mapping[str, An
     shifts = "images shifted by up to 2 pixels" if settings.augment else "no augmentation"
     shown = shifts if settings.objective == "supervised" else "two views of each image"
     return (
-        f"{epochs:g} epochs of batch {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to zero, "
+        f"Batches of {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to zero, "
         f"weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over seeds. Paper: Ren et al. "
         f"2023, arXiv 2210.03310.{same} {summary['device']}, {summary['num_devices']} device, {cores} cores, jax "
         f"{summary['versions']['jax']}."
