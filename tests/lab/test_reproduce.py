@@ -1,4 +1,4 @@
-"""`forwax reproduce`: a column over rules and seeds on tiny files, what it leaves, and that it goes on where it stopped."""
+"""`forwax reproduce`: a column over rules and seeds on tiny files, what it leaves, and how it goes on."""
 
 import dataclasses
 import json
@@ -94,7 +94,9 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch):
 
 def test_contrastive_by_lars_in_half_precision(tmp_path, capsys):
     asked = words(tmp_path, "--column", "cifar-m-contrastive", "--rules", "LG-FG-A", "--seeds", "1", "--steps", "2")
-    asked[3] = "32"  # shared by eight devices
+    assert cli.main(asked) == 2
+    assert "--batch-size must be a multiple of the 8 local devices that share it, got 30." in capsys.readouterr().err
+    asked[3] = "32"
     assert cli.main(asked) == 0
     assert "32.88" in capsys.readouterr().out
     summary = json.loads((tmp_path / "cifar-m-contrastive" / "LG-FG-A-0" / "summary.json").read_text())

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from forwax.lab import choices
 from forwax.lab.optimizers import build_optimizer
 from forwax.lab.problem import Problem
-from forwax.lab.settings import Settings
+from forwax.lab.settings import Settings, UsageError
 
 MAX_BLOCK = 4096
 """The most steps of one block: the size of the buffers of losses and accuracies."""
@@ -197,7 +197,7 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
         spreads the leading axis of arrays inside a compiled program.
 
     Raises:
-        ValueError: when a batch cannot be spread evenly.
+        UsageError: when a batch cannot be spread evenly.
 
     >>> placement(Settings())[0] is None
     True
@@ -206,7 +206,10 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
     if not settings.data_parallel or len(devices) == 1:
         return None, lambda batch: batch
     if settings.batch_size % len(devices):
-        raise ValueError(f"expected a batch that {len(devices)} devices share evenly, got {settings.batch_size}")
+        raise UsageError(
+            f"--batch-size must be a multiple of the {len(devices)} local devices that share it, got "
+            f"{settings.batch_size}."
+        )
     mesh = jax.make_mesh((len(devices),), ("examples",), (AxisType.Auto,), devices=devices)
     rows = NamedSharding(mesh, PartitionSpec("examples"))
     return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(batch, rows)
