@@ -92,17 +92,22 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch):
     assert stopped["test_errors"] == whole["test_errors"]
 
 
-def test_contrastive_by_lars_in_half_precision(tmp_path, capsys):
-    asked = words(tmp_path, "--column", "cifar-m-contrastive", "--rules", "LG-FG-A", "--seeds", "1", "--steps", "2")
+def test_contrastive_by_lars_in_half_precision_on_two_devices(tmp_path, capsys, monkeypatch):
+    two = jax.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: two)
+    asked = words(tmp_path, "--column", "cifar-m-contrastive", "--rules", "LG-BP", "--seeds", "1", "--steps", "2")
+    asked[3] = "31"
     assert cli.main(asked) == 2
-    assert "--batch-size must be a multiple of the 8 local devices that share it, got 30." in capsys.readouterr().err
-    asked[3] = "32"
+    assert "--batch-size must be a multiple of the 2 local devices that share it, got 31." in capsys.readouterr().err
+    asked[3:6:2] = "32", str(tmp_path / "again")
     assert cli.main(asked) == 0
-    assert "32.88" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "cifar-m-contrastive" / "LG-FG-A-0" / "summary.json").read_text())
+    assert "29.63" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "summary.json").read_text())
     assert summary["finite"]
+    assert summary["num_devices"] == 2
     assert (
-        json.loads((tmp_path / "cifar-m-contrastive" / "LG-FG-A-0" / "config.json").read_text())["dtype"] == "bfloat16"
+        json.loads((tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "config.json").read_text())["dtype"]
+        == "bfloat16"
     )
 
 
