@@ -185,6 +185,8 @@ def test_the_table_leaves_out_what_is_not_run():
     assert cells[0][:6] == ("LG-BP", "2.50 ± 0.71 (1 not finite)", "0.50 ± 0.00", "2.81", "0.00", "0.1")
     assert cells[1][1:4] == ("2.50 ± 0.71 (1 not finite)", "0.50 ± 0.00", "2.16")
     assert cells[2][1] == "-"
+    assert {len(row) for row in cells} == {len(table.HEADINGS)}
+    assert dict(zip(table.HEADINGS, cells[0], strict=True))["epochs"] == "1"
 
 
 def test_the_picture_has_a_line_for_each_computation():

@@ -19,6 +19,7 @@ HEADINGS = (
     "paper: test",
     "paper: training",
     "rate",
+    "epochs",
     "s an epoch",
     "seeds",
 )
