@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import forwax as fx
 from forwax.lab.settings import Settings, UsageError
+from forwax.models import ren2023
 
 TANGENTS: Mapping[str, Callable[[Settings, Any], Any]] = {
     "rademacher": lambda settings, guess: fx.tangents.Rademacher(),
@@ -46,6 +47,8 @@ class RuleChoice:
         backward: what it does backwards, in one sentence for the end of a run.
         reverse_mode: whether errors cross layers backwards.
         needs_data: whether it only works on a loss with data.
+        published: whether it is a method of Ren et al. 2023, which also says where losses sit.
+        keeps_feedback: whether it keeps fixed feedback matrices between steps.
 
     >>> RULES["exact"].takes
     ('chunk_size',)
@@ -57,6 +60,8 @@ class RuleChoice:
     backward: str = "No reverse mode was used: no backward pass, and nothing kept for one."
     reverse_mode: bool = False
     needs_data: bool = False
+    published: bool = False
+    keeps_feedback: bool = False
 
 
 def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
@@ -100,6 +105,30 @@ _LOCAL = "No error crossed two layers: reverse mode was used inside single layer
 
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
+
+def _published(name: str) -> RuleChoice:
+    """A method of Ren et al. 2023 by its name in the paper."""
+
+    def build(settings: Settings, feedback: Any) -> Any:
+        if "FG" in name:
+            noise, key = TANGENTS[settings.tangents or "rademacher"](settings, None), jax.random.key(settings.seed)
+            return ren2023.method(name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1).rule
+        return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[name.split("-")[-1]](settings, feedback)
+
+    drawn = ("tangents", "num_tangents") if "FG" in name else ()
+    aligned = name.endswith("FA") and name != "DFA"
+    return RuleChoice(
+        build,
+        drawn,
+        "as in Ren et al. 2023",
+        "" if aligned or name.endswith("BP") else _LOCAL,
+        reverse_mode=aligned or name.endswith("BP"),
+        needs_data=True,
+        published=True,
+        keeps_feedback=aligned,
+    )
+
+
 RULES: Mapping[str, RuleChoice] = {
     "weight": RuleChoice(
         _weight, (*_DRAWN, "chunk_size", "clip_slopes"), "slopes along random weight tangents, by forward mode"
@@ -110,12 +139,19 @@ RULES: Mapping[str, RuleChoice] = {
         _activity, _DRAWN, "slopes along noise on the activities, one for each example", _LOCAL, needs_data=True
     ),
     "feedback": RuleChoice(
-        _feedback, (), "errors cross layers through fixed random matrices", "", reverse_mode=True, needs_data=True
+        _feedback,
+        (),
+        "errors cross layers through fixed random matrices",
+        "",
+        True,
+        needs_data=True,
+        keeps_feedback=True,
     ),
     "direct-feedback": RuleChoice(
         _direct_feedback, (), "the output error reaches every layer by a fixed random map", _LOCAL, needs_data=True
     ),
     "backprop": RuleChoice(_backprop, (), "reverse mode, the reference", "", reverse_mode=True),
+    **{name: _published(name) for name in ren2023.NAMES},
 }
 """Every rule of the command line."""
 
@@ -157,7 +193,7 @@ def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
     >>> initial_guess(Settings(), {}, jax.random.key(0)) is None
     True
     """
-    if settings.rule == "feedback":
+    if RULES[settings.rule].keeps_feedback:
         return fx.random_feedback(key, params)
     return jax.tree.map(jnp.zeros_like, params) if needs_guess(settings) else None
 

@@ -12,6 +12,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "compare": ("forwax.lab.compare", "CompareOptions", "train the same model by several rules, side by side"),
     "diagnose": ("forwax.lab.diagnose", "DiagnoseOptions", "measure what rules give and cost, and say which to use"),
     "optimize": ("forwax.lab.optimize", "OptimizeOptions", "minimise a test function by backprop and without it"),
+    "reproduce": ("forwax.lab.reproduce", "ReproduceOptions", "run a paper's experiments, ours beside the paper's"),
     "data": ("forwax.lab.data_command", "DataOptions", "fetch, verify and cache a data set, or say where it is"),
 }
 """Each subcommand: its module, its options there, and one line about it."""
@@ -23,7 +24,7 @@ def usage() -> str:
     >>> print(usage().splitlines()[0])
     usage: forwax COMMAND [OPTIONS]
     """
-    lines = [f"  {name:<10}{about}" for name, (_, _, about) in COMMANDS.items()]
+    lines = [f"  {name:<11}{about}" for name, (_, _, about) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: forwax COMMAND [OPTIONS]",

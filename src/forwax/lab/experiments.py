@@ -8,15 +8,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import equinox as eqx
 import jax
 
+from forwax.lab.ren2023 import columns
 from forwax.lab.settings import Settings
 from forwax.models import MLP, ConvNet, logistic_regression
 
 ModelFactory = Callable[[tuple[int, int, int], int, jax.Array], eqx.Module]
 """From (the shape of one image, the number of classes, a key) to a model of one example."""
+
+Gradient = Callable[[Any], Callable[..., Any]]
+"""From a rule to a function of (key, params, images, labels) that gives ((loss, correct), grads) of a batch."""
 
 
 def _logistic(shape: tuple[int, int, int], classes: int, key: jax.Array) -> eqx.Module:
@@ -47,6 +52,11 @@ class Experiment:
         effective_dimension: along how many directions the loss curves, for the suggested rate of rules with tangents;
             found by tuning the rate of a single tangent, None where the number of parameters serves.
         description: what to run, and what to expect on which device.
+        notes: why there is no configuration of a name.
+        specialise: gives the experiment for the settings' size, data, objective and rule, where these are open.
+        suggested_rate: the learning rate for settings that name none; None where it follows from the rule's law.
+        gradient: from the model's static half, the map of pixels to inputs, and the settings to a function of a rule,
+            see `forwax.lab.problem.Problem.gradient`; None for softmax cross-entropy by `forwax.value_and_grad`.
 
     >>> EXPERIMENTS["digits"].data_set
     'digits'
@@ -59,6 +69,13 @@ class Experiment:
     description: str
     effective_dimension: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
+    specialise: Callable[[Experiment, Settings], Experiment] | None = None
+    suggested_rate: Callable[[Settings], float] | None = None
+    gradient: Callable[[Any, Callable[[jax.Array], jax.Array], Settings], Gradient] | None = None
+
+    def of(self, settings: Settings) -> Experiment:
+        """This experiment with all that the settings decide."""
+        return self if self.specialise is None else self.specialise(self, settings)
 
 
 def _paper(learning_rate: float, steps: int) -> Settings:
@@ -119,6 +136,15 @@ CONVOLUTION = Settings(num_tangents=1, backprop_rate=0.01, schedule="cosine", st
 
 # the backprop rate over the best rate of one sign tangent, both tuned on MNIST, rounded
 LOGISTIC_DIMENSION, DENSE_DIMENSION, CONVOLUTION_DIMENSION = 330, 3000, 200
+
+_LOCAL_MIXER = columns.configurations()
+_LOCAL_MIXER = {"default": _LOCAL_MIXER[columns.DEFAULT], **_LOCAL_MIXER}
+
+
+def _of_local_mixer(experiment: Experiment, settings: Settings) -> Experiment:
+    """Give the experiment for a size and an objective."""
+    return dataclasses.replace(experiment, model=columns.build_model(settings), gradient=columns.build_gradient)
+
 
 _ALL = (
     Experiment(
@@ -184,6 +210,18 @@ _ALL = (
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
         "The convolutional network on CIFAR-10. Rates as on MNIST; the score is not measured yet.",
+    ),
+    Experiment(
+        name="local-mixer",
+        data_set="mnist",
+        model=columns.build_model(columns.COLUMNS[columns.DEFAULT].settings),
+        configurations=_LOCAL_MIXER,
+        description=(
+            "LocalMixer of Ren et al. 2023 by any of its thirteen methods, see `forwax reproduce --help`; --size, "
+            "--data and --objective choose what is trained."
+        ),
+        specialise=_of_local_mixer,
+        suggested_rate=columns.learning_rate,
     ),
 )
 

@@ -7,6 +7,7 @@ depend on how the steps are cut into blocks.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import forwax as fx
 from forwax.lab import choices
 from forwax.lab.optimizers import build_optimizer
 from forwax.lab.problem import Problem
-from forwax.lab.settings import Settings
+from forwax.lab.settings import Settings, UsageError
 
 MAX_BLOCK = 4096
 """The most steps of one block: the size of the buffers of losses and accuracies."""
@@ -121,16 +122,14 @@ def make_step(problem: Problem, settings: Settings) -> Any:
     optimizer, noise_key = _optimizer(settings), split_seed(settings.seed).noise
 
     def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
-        key = jax.random.fold_in(noise_key, state.step)
-        rule = choices.guard_rule(settings, choices.build_rule(settings, state.guess), state.slopes)
-        if isinstance(rule, fx.Safe):
+        key, slopes = jax.random.fold_in(noise_key, state.step), state.slopes
+        rule = choices.guard_rule(settings, choices.build_rule(settings, state.guess), slopes)
+        if isinstance(rule, fx.Safe) and problem.custom_gradient is None:
             gradient = rule.step(problem.loss, has_aux=True, in_axes=(None, 0, 0))
             (loss, correct), grads, rule = gradient(key, state.params, images, labels)
             slopes = rule.history
         else:
-            gradient = fx.value_and_grad(problem.loss, rule, has_aux=True, in_axes=(None, 0, 0))
-            (loss, correct), grads = gradient(key, state.params, images, labels)
-            slopes = None
+            (loss, correct), grads = problem.gradient(rule)(key, state.params, images, labels)
         finite = jnp.isfinite(loss) & jnp.isfinite(_squared_norm(grads))
         # a branch, not a select: a select would copy all parameters at every step
         advance = lambda s: _advance(s, grads, optimizer, settings)._replace(slopes=slopes)  # noqa: E731
@@ -161,6 +160,7 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data
     looped, num_examples, batch = loops_well(problem), len(problem.train[0]), settings.batch_size
+    spread = placement(settings)[1]
     per_epoch, numbers = num_examples // batch, jnp.arange(num_examples, dtype=jnp.int32)
 
     def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
@@ -171,7 +171,7 @@ def make_block(problem: Problem, settings: Settings) -> Any:
             lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
         )
         chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
-        state, loss, accuracy, finite = step(carry.state, images[chosen], labels[chosen])
+        state, loss, accuracy, finite = step(carry.state, *spread((images[chosen], labels[chosen])))
         loss = loss.astype(jnp.float32)
         return _Carry(
             state=state,
@@ -194,6 +194,35 @@ def make_block(problem: Problem, settings: Settings) -> Any:
         )
 
     return block
+
+
+def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any], Any]]:
+    """Say where a run's arrays lie, and spread a batch over the devices where the settings say so.
+
+    Args:
+        settings: the run's settings.
+
+    Returns:
+        A sharding that copies an array to every local device, or None for the one default device; and a function that
+        spreads the leading axis of arrays inside a compiled program.
+
+    Raises:
+        UsageError: when a batch cannot be spread evenly.
+
+    >>> placement(Settings())[0] is None
+    True
+    """
+    devices = jax.local_devices()
+    if not settings.data_parallel or len(devices) == 1:
+        return None, lambda batch: batch
+    if settings.batch_size % len(devices):
+        raise UsageError(
+            f"--batch-size must be a multiple of the {len(devices)} local devices that share it, got "
+            f"{settings.batch_size}."
+        )
+    mesh = jax.make_mesh((len(devices),), ("examples",), (AxisType.Auto,), devices=devices)
+    rows = NamedSharding(mesh, PartitionSpec("examples"))
+    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(batch, rows)
 
 
 def loops_well(problem: Problem) -> bool:
@@ -321,10 +350,14 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
     ((3,), 3)
     """
     state = init_state(problem, settings) if state is None else state
-    data, test = jax.device_put(problem.train), jax.device_put(in_batches(*problem.test))
+    everywhere = placement(settings)[0]
     epoch, order = jnp.int32(-1), jnp.zeros(len(problem.train[0]), jnp.int32)
+    data, test = jax.device_put((problem.train, in_batches(*problem.test)), everywhere)
+    if everywhere is not None:
+        state, (epoch, order) = jax.device_put(state, everywhere), jax.device_put((epoch, order), everywhere)
     started = time.perf_counter()
-    block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2))
+    options: dict[str, Any] = {"out_shardings": everywhere} if everywhere else {}
+    block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2), **options)
     compiled = block.lower(state, epoch, order, np.int32(1), *data).compile()
     evaluate = jax.jit(make_evaluator(problem)).lower(state.params, *test).compile()
     seconds = time.perf_counter() - started

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from forwax.lab import choices, optimizers
 from forwax.lab.experiments import EXPERIMENTS, Experiment
+from forwax.lab.ren2023 import columns
 from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     ExperimentName = RuleName = TangentsName = CombineName = OptimizerName = ScheduleName = str
+    SizeName = DataName = str
 else:
     # the names come from the tables, so that a new line there is a new choice here
     ExperimentName = Literal[tuple(EXPERIMENTS)]
@@ -23,6 +25,8 @@ else:
     CombineName = Literal[tuple(choices.COMBINES)]
     OptimizerName = Literal[tuple(optimizers.OPTIMIZERS)]
     ScheduleName = Literal[tuple(optimizers.SCHEDULES)]
+    SizeName = Literal[tuple(columns.SIZES)]
+    DataName = Literal["digits", "mnist", "fashion-mnist", "cifar10"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,8 @@ class SettingOptions:
 
     rule: RuleName | None = None
     """How the gradient is found: slopes along random weight tangents, the exact gradient by forward mode, finite
-    differences, slopes along noise on activities, feedback alignment, direct feedback alignment, or backprop."""
+    differences, slopes along noise on activities, feedback alignment, direct feedback alignment, or backprop; or, for
+    local-mixer, a method of Ren et al. 2023 by its name there."""
     tangents: TangentsName | None = None
     """The distribution of the tangents."""
     num_tangents: int | None = None
@@ -79,6 +84,18 @@ class SettingOptions:
     """The seed of the initial parameters, the data order and the tangents."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     """The floating type that the model computes in; half precision keeps its parameters in float32."""
+    size: SizeName | None = None
+    """The size of local-mixer: size, patches along a side, groups (M/1/16)."""
+    data: DataName | None = None
+    """The data set of local-mixer (mnist)."""
+    objective: Literal["supervised", "contrastive"] | None = None
+    """What local-mixer learns from: labels, or two views of each image, with a linear readout (supervised)."""
+    parts: bool | None = None
+    """Whether forward gradients of local-mixer get a slope for each patch and group, not one for each block (True)."""
+    augment: bool | None = None
+    """Whether supervised training images of local-mixer are shifted by up to 2 pixels, and flipped where coloured."""
+    data_parallel: bool | None = None
+    """Whether each batch is spread over all local devices."""
 
     def given(self) -> dict[str, Any]:
         """Give what the user named, by field; fields of subclasses are left out."""
@@ -147,6 +164,7 @@ def resolve(
     base = find_configuration(experiment, configuration)
     named = {name: value for name, value in given.items() if name != "epochs"}
     settings = dataclasses.replace(base, **named)
+    check_open_choices(experiment, settings, given)
     check_ranges(settings, num_examples)
     if settings.schedule != "exponential" and "decay_rate" in given:
         raise UsageError(f"--decay-rate belongs to --schedule exponential, but the schedule is {settings.schedule}.")
@@ -167,6 +185,8 @@ def _learning_rate(
 ) -> float:
     if settings.learning_rate is not None:
         return settings.learning_rate
+    if experiment.suggested_rate is not None:
+        return experiment.suggested_rate(settings)
     rule = choices.build_rule(settings, jnp.zeros(num_parameters))
     return optimizers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension, noise(rule))
 
@@ -181,6 +201,36 @@ def _with_steps(settings: Settings, given: dict[str, Any], num_examples: int) ->
     if steps < 1:
         raise UsageError(f"--epochs {given['epochs']:g} gives no step; each epoch has {num_examples} examples.")
     return dataclasses.replace(settings, steps=steps)
+
+
+def check_open_choices(experiment: Experiment, settings: Settings, given: dict[str, Any]) -> None:
+    """Refuse a size, data set, objective or published method where the experiment leaves none open.
+
+    Raises:
+        UsageError: naming the option.
+
+    >>> check_open_choices(find_experiment("digits"), Settings(size="M/1/16"), {"size": "M/1/16"})
+    Traceback (most recent call last):
+        ...
+    forwax.lab.settings.UsageError: --size belongs to local-mixer, but the experiment is digits.
+    """
+    is_open = experiment.specialise is not None
+    published = choices.RULES[settings.rule].published
+    for name in ("size", "data", "objective", "parts", "augment"):
+        if name in given and not is_open:
+            raise UsageError(f"--{name} belongs to local-mixer, but the experiment is {experiment.name}.")
+    if published and not is_open:
+        raise UsageError(
+            f"--rule {settings.rule} says where local losses sit; it belongs to local-mixer, but the experiment is "
+            f"{experiment.name}."
+        )
+    if published and settings.tangents == "guided":
+        raise UsageError(
+            f"--tangents guided needs a guess of the gradient, which --rule {settings.rule} does not keep."
+        )
+    if is_open and not published:
+        methods = ", ".join(name for name, choice in choices.RULES.items() if choice.published)
+        raise UsageError(f"{experiment.name} takes the methods of Ren et al. 2023: --rule {methods}.")
 
 
 _AT_LEAST_ONE = ("steps", "batch_size", "num_tangents", "chunk_size", "eval_every")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -15,8 +15,10 @@ import numpy as np
 
 import forwax as fx
 from forwax.lab.data import DataSet, load
-from forwax.lab.experiments import Experiment
 from forwax.lab.settings import Settings
+
+if TYPE_CHECKING:
+    from forwax.lab.experiments import Experiment, Gradient
 
 Loss = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -32,6 +34,7 @@ class Problem:
         test: the same of the test set.
         num_parameters: how many real parameters there are.
         checksum: the SHA-256 of all images and labels, by which a resumed run knows its data again.
+        custom_gradient: takes the place of `forwax.value_and_grad` of the loss, where training has another loss.
     """
 
     init: Callable[[jax.Array], Any]
@@ -40,6 +43,13 @@ class Problem:
     test: tuple[np.ndarray, np.ndarray]
     num_parameters: int
     checksum: str
+    custom_gradient: Gradient | None = None
+
+    def gradient(self, rule: Any) -> Callable[..., Any]:
+        """From (key, parameters, images, labels) to ((loss, correct), estimated gradient) of a batch, by a rule."""
+        if self.custom_gradient is not None:
+            return self.custom_gradient(rule)
+        return fx.value_and_grad(self.loss, rule, has_aux=True, in_axes=(None, 0, 0))
 
     def noise(self, rule: Any) -> int | None:
         """The number of noise coordinates of one example, for a rule that puts noise on activities; else None."""
@@ -56,7 +66,7 @@ def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | N
 
     Args:
         experiment: one of `EXPERIMENTS`.
-        settings: the run's settings; only `dtype` is read.
+        settings: the run's settings; `dtype` is read, and all that the experiment leaves open.
         data_dir: a folder to look for the data in first.
 
     Raises:
@@ -66,24 +76,25 @@ def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | N
     >>> build_problem(EXPERIMENTS["digits"], Settings()).num_parameters
     2410
     """
-    return problem_of(load(experiment.data_set, data_dir), experiment, settings)
+    return problem_of(load(settings.data or experiment.data_set, data_dir), experiment, settings)
 
 
 def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Problem:
     """Make the problem of a data set that is in memory already; see `build_problem`."""
-    shape = data.train_images.shape[1:]
+    experiment, shape = experiment.of(settings), data.train_images.shape[1:]
     make = lambda key: eqx.partition(experiment.model(shape, data.num_classes, key), eqx.is_inexact_array)  # noqa: E731
     # the part that is not parameters holds no arrays, so an abstract key serves to build it
     static = eqx.filter_eval_shape(make, jax.random.key(0))[1]
-    init = lambda key: _cast(make(key)[0], _parameter_dtype(settings.dtype))  # noqa: E731
-    abstract = jax.eval_shape(init, jax.random.key(0))
+    init = lambda key: cast(make(key)[0], _parameter_dtype(settings.dtype))  # noqa: E731
+    abstract, scale = jax.eval_shape(init, jax.random.key(0)), standardiser(data.train_images)
     return Problem(
         init=init,
-        loss=_cross_entropy(static, standardiser(data.train_images), jnp.dtype(settings.dtype)),
+        loss=_cross_entropy(static, scale, jnp.dtype(settings.dtype)),
         train=(data.train_images, data.train_labels.astype(np.int32)),
         test=(data.test_images, data.test_labels.astype(np.int32)),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract)),
         checksum=_checksum(data),
+        custom_gradient=experiment.gradient and experiment.gradient(static, scale, settings),
     )
 
 
@@ -103,7 +114,12 @@ def _parameter_dtype(dtype: str) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+def cast(tree: Any, dtype: Any) -> Any:
+    """All leaves in another floating type.
+
+    >>> cast({"w": jnp.ones(2)}, jnp.bfloat16)["w"].dtype
+    dtype(bfloat16)
+    """
     return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
@@ -111,7 +127,7 @@ def _cross_entropy(static: Any, scale: Callable[[jax.Array], jax.Array], dtype: 
     """Softmax cross-entropy of one example, with the accuracy as a second output; logits in at least float32."""
 
     def loss(params: Any, image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = eqx.combine(_cast(params, dtype), static)
+        model = eqx.combine(cast(params, dtype), static)
         logits = model(scale(image).astype(dtype)).astype(jnp.promote_types(dtype, jnp.float32))
         return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
 

@@ -43,6 +43,12 @@ class Settings:
         eval_every: the number of steps between two evaluations on the test set.
         seed: the seed of the initial parameters, the data order and the tangents.
         dtype: the floating type that the model computes in.
+        size: LocalMixer's, a name of `forwax.lab.ren2023.columns.SIZES`; None for other models.
+        data: the data set, where the experiment leaves it open.
+        objective: "supervised" or "contrastive", where the experiment leaves it open.
+        parts: whether local losses come in one part for each patch and group, where noise is on activities or weights.
+        augment: whether supervised training images are shifted and flipped, see `forwax.lab.augment.shifted`.
+        data_parallel: whether each batch is spread over all local devices.
 
     >>> Settings(rule="weight", num_tangents=8).num_tangents
     8
@@ -69,6 +75,12 @@ class Settings:
     eval_every: int | None = None
     seed: int = 0
     dtype: str = "float32"
+    size: str | None = None
+    data: str | None = None
+    objective: str | None = None
+    parts: bool = True
+    augment: bool = False
+    data_parallel: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Give the settings as a dictionary that JSON can hold.

@@ -44,6 +44,7 @@ class TrainOptions(SettingOptions):
         forwax train mnist-mlp --num-tangents 16         # the paper's MLP on MNIST
         forwax train mnist-mlp --config paper-fast       # as in Baydin et al. 2022
         forwax train digits --rule backprop              # the reference
+        forwax train local-mixer --size M/1/16 --rule LG-FG-A  # as in Ren et al. 2023
         forwax train --resume runs/digits-20250101-120000
         ```
     """
@@ -364,7 +365,8 @@ def versions() -> dict[str, str]:
 def _print_start(run: Run, settings: Settings, problem: Problem) -> None:
     how = settings.rule
     if settings.num_tangents is not None:
-        how += f", {settings.num_tangents} {settings.tangents} tangents a step, combined by {settings.combine}"
+        how += f", {settings.num_tangents} {settings.tangents} tangents a step"
+        how += f", combined by {settings.combine}" if settings.combine else ""
     print(f"{run.config['experiment']}: {problem.num_parameters:,} parameters, {len(problem.train[0]):,} examples.")
     if settings.clip_slopes is not None:
         how += f", clipped at {settings.clip_slopes:g} running medians"

@@ -1,0 +1,101 @@
+"""Rows of a reproduction: a method of the paper, and how many noises of which kind it draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from forwax.lab import choices
+from forwax.lab.ren2023.columns import RULES, Column
+from forwax.lab.settings import Settings, UsageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row.
+
+    Attributes:
+        rule: a method of the paper.
+        num_tangents: how many noises each step draws; None for a rule without noise.
+        tangents: their distribution.
+        parts: whether each patch and group has its own slope.
+
+    >>> Entry.parse("LG-FG-A:4:normal")
+    Entry(rule='LG-FG-A', num_tangents=4, tangents='normal', parts=True)
+    """
+
+    rule: str
+    num_tangents: int | None = None
+    tangents: str | None = None
+    parts: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """Read "RULE", or a forward gradient as "RULE:NUMBER", "RULE:DISTRIBUTION", "RULE:one-slope" or all of them.
+
+        Raises:
+            UsageError: when the rule or one of the words is unknown.
+        """
+        rule, *words = text.split(":")
+        if rule not in RULES:
+            raise UsageError(f"There is no rule {rule!r} in Ren et al. 2023; choose from: {', '.join(RULES)}.")
+        if "FG" not in rule:
+            if words:
+                raise UsageError(f"{rule} draws no noise, so that {text!r} means nothing; write {rule}.")
+            return cls(rule)
+        given: dict[str, Any] = {"num_tangents": 1, "tangents": "rademacher"}
+        known = [name for name in choices.TANGENTS if name not in ("guided", "sparse")]
+        for word in words:
+            if word.isdigit() and int(word):
+                given["num_tangents"] = int(word)
+            elif word == "one-slope":
+                given["parts"] = False
+            elif word in known:
+                given["tangents"] = word
+            else:
+                raise UsageError(f"{text!r}: expected a number of noises, one-slope or one of {', '.join(known)}.")
+        return cls(rule, **given)
+
+    @property
+    def name(self) -> str:
+        """The row's name, which `parse` reads.
+
+        >>> Entry.parse("LG-FG-A:normal").name, Entry.parse("FG-A:8").name
+        ('LG-FG-A:normal', 'FG-A:8')
+        """
+        words = [self.rule]
+        words += [str(self.num_tangents)] if (self.num_tangents or 1) > 1 else []
+        words += [self.tangents] if self.tangents not in (None, "rademacher") else []
+        return ":".join(words + ([] if self.parts else ["one-slope"]))
+
+    def computed_as(self, column: Column) -> Entry:
+        """The entry that is run: in a model with one block, `L-` is the same computation as `LG-`.
+
+        >>> Entry("L-BP").computed_as(COLUMNS["mnist-m"]).rule, Entry("L-BP").computed_as(COLUMNS["cifar-m"]).rule
+        ('LG-BP', 'L-BP')
+        """
+        if column.one_block and self.rule.startswith("L-"):
+            return dataclasses.replace(self, rule="LG-" + self.rule.removeprefix("L-"))
+        return self
+
+    def settings(self, column: Column, num_examples: int, **changes: Any) -> Settings:
+        """The settings of this row in a column.
+
+        Args:
+            column: the column.
+            num_examples: the size of the training set.
+            changes: settings to change, and `epochs`, for those of the column.
+        """
+        epochs = changes.pop("epochs", None) or column.epochs_of(self.name)
+        settings = dataclasses.replace(
+            column.settings,
+            rule=self.rule,
+            num_tangents=self.num_tangents,
+            tangents=self.tangents,
+            parts=self.parts,
+            learning_rate=column.rates.get(self.name, column.rates[self.rule]),
+        )
+        settings = dataclasses.replace(settings, **changes)
+        per_epoch = max(1, num_examples // settings.batch_size)
+        return settings if "steps" in changes else dataclasses.replace(settings, steps=epochs * per_epoch)

@@ -1,0 +1,101 @@
+"""How a batch trains a LocalMixer: supervised or contrastive, by a method of Ren et al. 2023."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import forwax as fx
+from forwax.lab import augment
+from forwax.lab.problem import cast
+from forwax.lab.settings import Settings
+from forwax.models import local_losses, ren2023
+from forwax.models.local_losses import Where
+
+PIXEL = 255.0
+
+
+def where_losses_sit(rule: str) -> Where:
+    """Give the losses' place that a method's name says.
+
+    >>> where_losses_sit("LG-FG-A"), where_losses_sit("L-BP"), where_losses_sit("DFA")
+    ('greedy', 'local', 'global')
+    """
+    if rule.startswith("LG-"):
+        return "greedy"
+    return "local" if rule.startswith("L-") else "global"
+
+
+def supervised(static: Any, scale: Callable[[Array], Array], settings: Settings) -> Callable[[Any], Any]:
+    """Local cross-entropies, see `forwax.models.local_losses`.
+
+    Args:
+        static: the model's half that holds no parameters.
+        scale: from pixels to inputs.
+        settings: the run's settings.
+
+    Returns:
+        A function of a rule, see `forwax.lab.problem.Problem.gradient`.
+    """
+    dtype, place = jnp.dtype(settings.dtype), where_losses_sit(settings.rule)
+    parts = settings.parts and "FG" in settings.rule
+
+    def loss(params: Any, x: Array, label: Array) -> Any:
+        model = eqx.combine(cast(params, dtype), static)
+        losses = local_losses(model, x, label, place, parts=parts)
+        # the same forward pass again, which XLA merges with the first; no rule sees parameters in it
+        logits = lax.stop_gradient(eqx.combine(cast(lax.stop_gradient(params), dtype), static)(x))
+        return losses, jnp.argmax(logits) == label
+
+    def gradient(rule: Any) -> Callable[..., Any]:
+        of_batch = fx.value_and_grad(loss, rule, has_aux=True, in_axes=(None, 0, 0))
+
+        def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
+            if settings.augment:
+                images = shifted(jax.random.fold_in(key, 1), images)
+            return of_batch(key, params, scale(images).astype(dtype), labels)
+
+        return estimate
+
+    return gradient
+
+
+def shifted(key: Array, images: Array) -> Array:
+    """A batch for supervised training: shifts by up to 2 pixels, and flips of coloured images.
+
+    >>> shifted(jax.random.key(0), jnp.ones((3, 8, 8, 1), jnp.uint8)).shape
+    (3, 8, 8, 1)
+    """
+    first, second = (jax.random.split(each, len(images)) for each in jax.random.split(key))
+    moved = jax.vmap(augment.shift)(first, images)
+    return jax.vmap(augment.flip)(second, moved) if images.shape[-1] == 3 else moved
+
+
+def contrastive(static: Any, scale: Callable[[Array], Array], settings: Settings) -> Callable[[Any], Any]:
+    """NT-Xent between two views of each image, the readout trained along; as `supervised`.
+
+    The accuracy is the readout's on the first view.
+    """
+    dtype, place = jnp.dtype(settings.dtype), where_losses_sit(settings.rule)
+    parts = settings.parts and "FG" in settings.rule
+
+    def gradient(rule: Any) -> Callable[..., Any]:
+        of_batch = ren2023.contrastive(ren2023.Method(settings.rule, place, parts, rule), static)
+
+        def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
+            views = augment.two_views(jax.random.fold_in(key, 1), images / PIXEL)
+            x, y = (scale(PIXEL * view).astype(dtype) for view in views)
+            low = cast(params, dtype)
+            loss, grads = of_batch(key, low, x, y, labels)
+            logits = jax.vmap(eqx.combine(low, static))(x)
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+            return (loss, jnp.argmax(logits, axis=-1) == labels), grads
+
+        return estimate
+
+    return gradient

@@ -1,0 +1,57 @@
+"""The picture of a reproduced column: test error against epochs, one line a method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from forwax.lab import style
+from forwax.lab.ren2023.columns import Column
+from forwax.lab.ren2023.entries import Entry
+from forwax.lab.ren2023.table import Results
+
+_COLOURS = {"BP": "backprop", "FA": "finite-difference", "FG-W": "forward-16", "FG-A": "forward"}
+_DASHES = {"": ":", "L-": "--", "LG-": "-"}
+
+
+@style.styled
+def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
+    """Draw the mean over seeds of each finished row; colours tell the rule, dashes where the losses sit.
+
+    Args:
+        column: the column.
+        entries: its rows.
+        results: what is finished.
+
+    Returns:
+        A figure; `style.save` writes it.
+    """
+    figure = style.new_figure(8, 5)
+    axes = figure.subplots()
+    for entry in dict.fromkeys(entry.computed_as(column) for entry in entries):
+        runs = [run for run in results.get(entry.name, ()) if run["finite"]]
+        if runs:
+            axes.plot(*_mean_curve(runs), label=entry.name, **_look(entry))
+    axes.set(xlabel="epochs", ylabel="test error, %", yscale="log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right center")
+    figure.suptitle(column.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
+def _mean_curve(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    count = min(len(run["epochs"]) for run in runs)
+    return np.array(runs[0]["epochs"][:count]), np.mean([run["test_errors"][:count] for run in runs], axis=0)
+
+
+def _look(entry: Entry) -> dict[str, Any]:
+    place = next(place for place in ("LG-", "L-", "") if entry.rule.startswith(place))
+    kind = entry.rule.removeprefix(place)
+    colour = style.PALETTE[_COLOURS.get(kind, "activity")]
+    several = (entry.num_tangents or 1) > 1
+    return {"color": colour, "linestyle": _DASHES[place], "linewidth": 2.6 if several else 1.5}

@@ -1,0 +1,212 @@
+"""`forwax reproduce`: run the experiments of a paper and set our figures beside the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from forwax.lab.data import DataSet, load
+from forwax.lab.experiments import EXPERIMENTS
+from forwax.lab.options import check_ranges
+from forwax.lab.problem import problem_of
+from forwax.lab.ren2023 import runs, table
+from forwax.lab.ren2023.columns import COLUMNS, RULES, Column
+from forwax.lab.ren2023.entries import Entry
+from forwax.lab.settings import Settings, UsageError
+
+if TYPE_CHECKING:
+    ColumnName = str
+else:
+    ColumnName = Literal[tuple(COLUMNS)]
+
+TABLE, FIGURE = "table.md", "curves.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """Run a column of a paper's tables over its methods and seeds.
+
+    Example:
+        ```sh
+        forwax reproduce ren2023                                   # LocalMixer M/1/16 on MNIST, all 13 methods
+        forwax reproduce ren2023 --column mnist-s --seeds 3
+        forwax reproduce ren2023 --rules BP LG-FG-A LG-FG-A:4      # one noise a step, and four
+        forwax reproduce ren2023 --column cifar-m --rules LG-FG-A  # for a GPU
+        ```
+    """
+
+    paper: Annotated[Literal["ren2023"], tyro.conf.Positional] = "ren2023"
+    """Whose experiments: Ren, Kornblith, Liao, Hinton 2023, "Scaling Forward Gradient With Local Losses"."""
+    column: ColumnName = "mnist-m"
+    """The model and the data set: S/1/1 or M/1/16 on MNIST; on CIFAR-10 a small mixer for two CPU cores, or M/8/16 and
+    L/8/64, supervised and contrastive, for GPUs (all local devices, bfloat16)."""
+    rules: tuple[str, ...] = ()
+    """Methods by the paper's names, all 13 by default. A forward gradient takes a number of noises, their distribution
+    and one-slope (instead of one for each patch and group) after colons: LG-FG-A:4, LG-FG-A:normal,
+    LG-FG-A:one-slope."""
+    seeds: int = 3
+    """How many seeds; the first is 0."""
+    epochs: int | None = None
+    """Passes over the training set, instead of the column's."""
+    steps: int | None = None
+    """Training steps, instead of epochs."""
+    batch_size: int | None = None
+    """The number of examples of a step, instead of the column's."""
+    learning_rate: float | None = None
+    """One rate for all methods, instead of the column's own for each."""
+    augment: bool | None = None
+    """Whether supervised training images are shifted by up to 2 pixels, and flipped where coloured."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """The floating type that the model computes in, instead of the column's."""
+    examples: int | None = None
+    """Use only so many training and test images, to try a command out."""
+    holdout: int = 0
+    """Hold out so many of the last training images and report errors on them, to choose settings by."""
+    out: Path = Path("runs/ren2023")
+    """The folder of results; each finished method and seed is kept there, so that the same command goes on where it
+    stopped."""
+    data_dir: Path | None = None
+    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
+
+
+DESCRIPTION = "\n".join(
+    [
+        "Run the experiments of a paper, and set our figures beside the paper's.",
+        "",
+        f"Methods: {', '.join(RULES)}.",
+        "",
+        "Columns:",
+        *(f"- {column.name}: {column.title}, {column.epochs} epochs" for column in COLUMNS.values()),
+    ]
+)
+"""What `forwax reproduce --help` says first."""
+
+
+def run(options: ReproduceOptions) -> int:
+    """Run what is missing, seed by seed, then print and save the table and the curves.
+
+    Args:
+        options: the command's options.
+
+    Returns:
+        The exit code: 0 when done, 130 after Ctrl-C.
+
+    Raises:
+        UsageError: when the options do not go together.
+        DataError: when the data cannot be loaded.
+
+    Example:
+        ```sh
+        forwax reproduce ren2023 --rules BP LG-BP LG-FG-A --seeds 1
+        ```
+    """
+    column, entries = COLUMNS[options.column], parse_entries(options)
+    data = prepared(load(column.settings.data or "", options.data_dir), options)
+    folder = options.out / column.name
+    results: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for seed in range(options.seeds):
+            for entry in dict.fromkeys(each.computed_as(column) for each in entries):
+                summary = run_one(folder, column, entry, seed, data, options)
+                results.setdefault(entry.name, []).append(summary)
+                save(folder, column, entries, results, _facts(column, entries[0], data, options, summary))
+    except KeyboardInterrupt:
+        print(f"\nStopped; what is finished is kept in {folder}. The same command goes on.")
+        return 130
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    console.print(table.make_table(column, entries, results))
+    print(f"Table, curves and runs: {folder}")
+    return 0
+
+
+def parse_entries(options: ReproduceOptions) -> list[Entry]:
+    """Read the rows that the options ask for.
+
+    Raises:
+        UsageError: when a name is unknown or a number out of range.
+
+    >>> [entry.name for entry in parse_entries(ReproduceOptions(rules=("BP", "LG-FG-A:4")))]
+    ['BP', 'LG-FG-A:4']
+    """
+    for name in ("seeds", "epochs", "examples", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}.")
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError("--steps and --epochs both say how long to train; give one of them.")
+    return [Entry.parse(text) for text in options.rules or RULES]
+
+
+def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
+    """Cut the data down to what the options ask for: fewer examples, or a part held out in place of the test set.
+
+    Raises:
+        UsageError: when nothing would be left to train on.
+    """
+    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    if options.holdout:
+        if not 0 < options.holdout < len(train[0]):
+            raise UsageError(f"--holdout must leave images to train on; there are {len(train[0])} in all.")
+        train, test = [x[: -options.holdout] for x in train], [x[-options.holdout :] for x in train]
+    (train_images, train_labels), (test_images, test_labels) = (
+        [x[: options.examples] for x in y] for y in (train, test)
+    )
+    return dataclasses.replace(
+        data, train_images=train_images, train_labels=train_labels, test_images=test_images, test_labels=test_labels
+    )
+
+
+def settings_of(column: Column, entry: Entry, num_examples: int, options: ReproduceOptions, seed: int) -> Settings:
+    """Give the settings of one run.
+
+    Raises:
+        UsageError: when one is out of range.
+    """
+    names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = entry.settings(column, num_examples, seed=seed, **changes)
+    check_ranges(settings, num_examples)
+    return settings
+
+
+def run_one(
+    folder: Path, column: Column, entry: Entry, seed: int, data: DataSet, options: ReproduceOptions
+) -> dict[str, Any]:
+    """Train one method with one seed, or read what an earlier sitting finished."""
+    settings = settings_of(column, entry, len(data.train_images), options, seed)
+    problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
+    print(f"{column.title}: {entry.name}, seed {seed}, learning rate {settings.learning_rate:g}", flush=True)
+    summary = runs.train(folder / f"{entry.name.replace(':', '_')}-{seed}", problem, settings, _teller())
+    return summary | {"learning_rate": settings.learning_rate}
+
+
+def _teller() -> Callable[[str], None]:
+    return lambda line: print(f"  {line}", flush=True)
+
+
+def _facts(column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, summary: dict[str, Any]) -> str:
+    settings = settings_of(column, entry, len(data.train_images), options, 0)
+    told = table.facts(column, settings, summary, os.cpu_count())
+    if options.holdout:
+        told += f" Errors are on {options.holdout} training images that were held out, not on the test set."
+    return told
+
+
+def save(
+    folder: Path, column: Column, entries: list[Entry], results: dict[str, list[dict[str, Any]]], facts: str
+) -> None:
+    """Write the table and the curves of what is finished."""
+    # imported here: matplotlib takes a second that `forwax reproduce --help` need not wait for
+    from forwax.lab import style
+    from forwax.lab.ren2023 import picture
+
+    (folder / TABLE).write_text(table.markdown(column, entries, results, facts))
+    style.save(picture.draw(column, entries, results), folder / FIGURE, dpi=120)

@@ -1,0 +1,208 @@
+"""`forwax reproduce`: a column over rules and seeds on tiny files, what it leaves, and how it goes on."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from forwax.lab import cli, reproduce
+from forwax.lab.data import load
+from forwax.lab.problem import problem_of
+from forwax.lab.ren2023 import columns, runs, table
+from forwax.lab.ren2023.columns import COLUMNS
+from forwax.lab.ren2023.entries import Entry
+from forwax.lab.reproduce import ReproduceOptions
+from forwax.lab.settings import UsageError
+
+SIZE = {"blocks": 1, "patches": 1, "channels": 8, "groups": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Share compiled programs between runs: most of them are the same one."""
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch, tiny_data):
+    """Small models in place of the columns' own, on 60 images."""
+    for name in columns.SIZES:
+        monkeypatch.setitem(columns.SIZES, name, SIZE)
+    # the picture has a test of its own
+    monkeypatch.setattr("forwax.lab.style.save", lambda figure, path, **_: path.write_bytes(b"picture"))
+
+
+def words(out, *more):
+    return ["reproduce", "ren2023", "--batch-size", "30", "--out", str(out), *more]
+
+
+def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch):
+    asked = words(tmp_path, "--rules", "L-BP", "DFA", "--seeds", "2", "--epochs", "1")
+    assert cli.main(asked) == 0
+    told = capsys.readouterr().out
+    assert "M/1/16: LG-BP, seed 0" in told  # with one block the same as L-BP
+    assert "DFA, seed 1" in told
+    folder = tmp_path / "mnist-m"
+    summary = json.loads((folder / "DFA-1" / "summary.json").read_text())
+    assert len(summary["test_errors"]) == 1
+    assert 0 <= summary["train_error"] <= 100
+    rows = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith(("| L", "| D"))]
+    assert [row.split(" | ")[0] for row in rows] == ["| L-BP", "| DFA"]
+    assert rows[0].split(" | ")[3:5] == ["2.16", "0.00"]
+    assert rows[1].split(" | ")[3:5] == ["3.17", "0.00"]
+    assert (folder / "curves.png").exists()
+    monkeypatch.setattr(runs, "build_trainer", lambda *_: pytest.fail("it trained again"))
+    assert cli.main(asked) == 0
+    assert cli.main(words(tmp_path, "--rules", "L-BP", "--seeds", "1", "--epochs", "2")) == 2
+    assert "holds a run whose steps is another; choose another --out" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
+    column = COLUMNS["mnist-m"]
+    settings = Entry.parse("LG-FG-A:2").settings(column, 60, batch_size=30, epochs=3)
+    problem = problem_of(load("mnist"), reproduce.EXPERIMENTS["local-mixer"], settings)
+
+    def stop(line):
+        if line.startswith("epoch 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(tmp_path / "stopped", problem, settings, stop)
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+    lines = []
+    stopped = runs.train(tmp_path / "stopped", problem, settings, lines.append)
+    assert [line.split(":")[0] for line in lines] == ["epoch 3"]
+    whole = runs.train(tmp_path / "whole", problem, settings, lines.append)
+    assert stopped["losses"] == whole["losses"]
+    assert stopped["test_errors"] == whole["test_errors"]
+
+
+def test_contrastive_by_lars_in_half_precision_on_two_devices(tmp_path, capsys, monkeypatch):
+    two = jax.local_devices()[:2]
+    monkeypatch.setattr(jax, "local_devices", lambda: two)
+    asked = words(tmp_path, "--column", "cifar-m-contrastive", "--rules", "LG-BP", "--seeds", "1", "--steps", "2")
+    asked[3] = "31"
+    assert cli.main(asked) == 2
+    assert "--batch-size must be a multiple of the 2 local devices that share it, got 31." in capsys.readouterr().err
+    asked[3:6:2] = "32", str(tmp_path / "again")
+    assert cli.main(asked) == 0
+    assert "29.63" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "summary.json").read_text())
+    assert summary["finite"]
+    assert summary["num_devices"] == 2
+    assert (
+        json.loads((tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "config.json").read_text())["dtype"]
+        == "bfloat16"
+    )
+
+
+def test_a_loss_that_is_not_finite_is_counted(tmp_path, capsys):
+    asked = words(tmp_path, "--rules", "BP", "--seeds", "1", "--epochs", "3", "--learning-rate", "1e30")
+    assert cli.main(asked) == 0
+    assert "(1 not finite)" in capsys.readouterr().out
+
+
+def test_every_method_has_a_place_a_rule_and_a_rate():
+    for column in COLUMNS.values():
+        for name in columns.RULES:
+            assert column.rates[name] > 0
+            assert Entry.parse(name).settings(column, 60_000).rule == name
+    places = [columns.objectives.where_losses_sit(rule) for rule in ("FG-A", "L-FG-A", "LG-FG-A", "DFA")]
+    assert places == ["global", "local", "greedy", "global"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rules": ("BQ",)}, r"There is no rule 'BQ' in Ren et al\. 2023; choose from: BP, L-BP"),
+        ({"rules": ("BP:4",)}, r"BP draws no noise, so that 'BP:4' means nothing; write BP\."),
+        ({"rules": ("FG-A:cauchy",)}, r"'FG-A:cauchy': expected a number of noises, one-slope or one of rademacher"),
+        ({"seeds": 0}, r"--seeds must be at least 1, got 0\."),
+        ({"epochs": 1, "steps": 1}, r"--steps and --epochs both say how long"),
+    ],
+)
+def test_mistakes(options, message):
+    with pytest.raises(UsageError, match=message):
+        reproduce.parse_entries(ReproduceOptions(**options))
+
+
+def test_an_unknown_column_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "ren2023", "--column", "mnist-xl"])
+    assert "cifar-m-contrastive" in capsys.readouterr().err
+
+
+def test_methods_belong_to_local_mixer_and_other_rules_do_not(capsys):
+    assert cli.main(["train", "digits", "--rule", "LG-FG-A"]) == 2
+    assert "--rule LG-FG-A says where local losses sit; it belongs to local-mixer" in capsys.readouterr().err
+    assert cli.main(["train", "local-mixer", "--rule", "backprop"]) == 2
+    assert "local-mixer takes the methods of Ren et al. 2023: --rule BP, L-BP" in capsys.readouterr().err
+    assert cli.main(["train", "digits", "--size", "M/1/16"]) == 2
+    assert "--size belongs to local-mixer, but the experiment is digits." in capsys.readouterr().err
+    assert cli.main(["train", "local-mixer", "--tangents", "guided"]) == 2
+    assert "--tangents guided needs a guess of the gradient" in capsys.readouterr().err
+
+
+def test_held_out_images_stand_in_for_the_test_set():
+    data = load("mnist")
+    cut = reproduce.prepared(data, ReproduceOptions(holdout=10))
+    assert (cut.test_images == data.train_images[-10:]).all()
+    assert len(cut.train_images) == 50
+    few = reproduce.prepared(data, ReproduceOptions(examples=7))
+    assert (len(few.train_images), len(few.test_labels)) == (7, 7)
+    with pytest.raises(UsageError, match="--holdout must leave images to train on; there are 60 in all"):
+        reproduce.prepared(data, ReproduceOptions(holdout=60))
+
+
+def test_the_table_leaves_out_what_is_not_run():
+    column = COLUMNS["mnist-m"]
+    summary = {
+        "finite": True,
+        "test_error": 2.0,
+        "train_error": 0.5,
+        "seconds_per_epoch": 1.2,
+        "learning_rate": 0.1,
+        "epochs": [1.0],
+    }
+    lost = {**summary, "finite": False}
+    results = {"LG-BP": [summary, {**summary, "test_error": 3.0}, lost]}
+    cells = table.rows(column, [Entry("LG-BP"), Entry("L-BP"), Entry("BP")], results)
+    assert cells[0][:6] == ("LG-BP", "2.50 ± 0.71 (1 not finite)", "0.50 ± 0.00", "2.81", "0.00", "0.1")
+    assert cells[1][1:4] == ("2.50 ± 0.71 (1 not finite)", "0.50 ± 0.00", "2.16")
+    assert cells[2][1] == "-"
+    assert {len(row) for row in cells} == {len(table.HEADINGS)}
+    assert dict(zip(table.HEADINGS, cells[0], strict=True))["epochs"] == "1"
+
+
+def test_the_picture_has_a_line_for_each_computation():
+    from forwax.lab.ren2023 import picture
+
+    summary = {"finite": True, "epochs": [1.0, 2.0], "test_errors": [9.0, 5.0]}
+    entries = [Entry("BP"), Entry("L-BP"), Entry("LG-BP"), Entry.parse("FG-A:4")]
+    figure = picture.draw(COLUMNS["mnist-m"], entries, {"BP": [summary], "LG-BP": [summary, summary]})
+    assert [line.get_label() for line in figure.axes[0].get_lines()] == ["BP", "LG-BP"]
+
+
+def test_settings_follow_size_data_and_objective():
+    settings = COLUMNS["mnist-s"].settings
+    assert columns.learning_rate(dataclasses.replace(settings, rule="BP")) == COLUMNS["mnist-s"].rates["BP"]
+    large = dataclasses.replace(settings, size="L/8/64", data="cifar10", objective="contrastive")
+    assert columns.column_of(large).name == "cifar-l-contrastive"
+    assert columns.column_of(dataclasses.replace(settings, data="fashion-mnist")).name == "mnist-s"
+    make = columns.build_model(large)
+    assert jax.eval_shape(lambda key: make((4, 4, 1), 10, key).heads[0].weight, jax.random.key(0)).shape == (8, 128)
