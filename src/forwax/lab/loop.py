@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import forwax as fx
 from forwax.lab import choices
 from forwax.lab.optimizers import build_optimizer
 from forwax.lab.problem import Problem
@@ -349,23 +350,23 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
     >>> trainer.run(3).losses.shape, trainer.step
     ((3,), 3)
     """
-    state = init_state(problem, settings) if state is None else state
+    start: Any = init_state(problem, settings) if state is None else state
     everywhere = placement(settings)[0]
     epoch, order = jnp.int32(-1), jnp.zeros(len(problem.train[0]), jnp.int32)
     data, test = jax.device_put((problem.train, in_batches(*problem.test)), everywhere)
     if everywhere is not None:
-        state, (epoch, order) = jax.device_put(state, everywhere), jax.device_put((epoch, order), everywhere)
+        start, (epoch, order) = jax.device_put(start, everywhere), jax.device_put((epoch, order), everywhere)
     started = time.perf_counter()
     options: dict[str, Any] = {"out_shardings": everywhere} if everywhere else {}
     block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2), **options)
-    compiled = block.lower(state, epoch, order, np.int32(1), *data).compile()
-    evaluate = jax.jit(make_evaluator(problem)).lower(state.params, *test).compile()
+    compiled = block.lower(start, epoch, order, np.int32(1), *data).compile()
+    evaluate = jax.jit(make_evaluator(problem)).lower(start.params, *test).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     return Trainer(
         problem=problem,
         settings=settings,
-        state=state,
+        state=start,
         compile_seconds=seconds,
         temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
         _block=compiled,
