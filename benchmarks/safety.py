@@ -62,8 +62,7 @@ def main() -> None:
     runs = sorted((read(pathlib.Path(p)) for p in sys.argv[2:]), key=lambda r: r[0].get("clip_slopes") or 0)
     figure, axes = plt.subplots(figsize=(7, 4))
     names = set()
-    print(f"| {' | '.join(COLUMNS)} |
-|{' ---: |' * len(COLUMNS)}")
+    print(f"| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
     for config, losses, tests in runs:
         print(line(config, losses, tests))
         clipped = config.get("clip_slopes") is not None
