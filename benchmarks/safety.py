@@ -9,6 +9,16 @@ import numpy as np
 from forwax.lab.style import PALETTE
 
 MEAN_OF = 100
+COLUMNS = (
+    "clip, in medians",
+    "seed",
+    "steps made",
+    "best batch",
+    "best mean of 100",
+    "last mean of 100",
+    "best test loss",
+    "last test accuracy",
+)
 
 
 def read(path: pathlib.Path) -> tuple[dict, np.ndarray, list[dict]]:
@@ -52,9 +62,7 @@ def main() -> None:
     runs = sorted((read(pathlib.Path(p)) for p in sys.argv[2:]), key=lambda r: r[0].get("clip_slopes") or 0)
     figure, axes = plt.subplots(figsize=(7, 4))
     names = set()
-    print(
-        "| clip, in medians | seed | steps made | best batch | best mean of 100 | last mean of 100 | best test loss |"
-    )
+    print(f"| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
     for config, losses, tests in runs:
         print(line(config, losses, tests))
         clipped = config.get("clip_slopes") is not None
