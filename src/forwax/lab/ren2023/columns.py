@@ -1,7 +1,7 @@
 """The columns of the tables of Ren et al. 2023, and one small one: a model, a data set, and settings for each method.
 
-The settings on MNIST are ours, since the paper's were not found: docs/results/ren2023.md says which rates were searched,
-on held-out training images, and which were set without a search. Those on CIFAR-10 are not tuned.
+The settings on MNIST are ours, since the paper's were not found: docs/results/ren2023.md says which rates were
+searched, on held-out training images, and which were set without a search. Those on CIFAR-10 are not tuned.
 """
 
 from __future__ import annotations
