@@ -72,6 +72,7 @@ class Entry:
     def computed_as(self, column: Column) -> Entry:
         """The entry that is run: in a model with one block, `L-` is the same computation as `LG-`.
 
+        >>> from forwax.lab.ren2023.columns import COLUMNS
         >>> Entry("L-BP").computed_as(COLUMNS["mnist-m"]).rule, Entry("L-BP").computed_as(COLUMNS["cifar-m"]).rule
         ('LG-BP', 'L-BP')
         """
