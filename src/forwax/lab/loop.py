@@ -355,12 +355,8 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
     epoch, order = jnp.int32(-1), jnp.zeros(len(problem.train[0]), jnp.int32)
     data, test = jax.device_put((problem.train, in_batches(*problem.test)), everywhere)
     if everywhere is not None:
-<<<<<<< HEAD
-        start, (epoch, order) = jax.device_put(start, everywhere), jax.device_put((epoch, order), everywhere)
-=======
-        state = TrainState(*jax.device_put(tuple(state), everywhere))
+        start = TrainState(*jax.device_put(tuple(start), everywhere))
         epoch, order = jax.device_put((epoch, order), everywhere)
->>>>>>> w4
     started = time.perf_counter()
     options: dict[str, Any] = {"out_shardings": everywhere} if everywhere else {}
     block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2), **options)
