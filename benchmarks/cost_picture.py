@@ -21,15 +21,25 @@ def draw(points: Points) -> Figure:
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = style.new_figure(4.4 * columns, 3.4 * rows)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for name, panel in zip(names, panels, strict=False):
         for i, (line, found) in enumerate(points.lines[name].items()):
             x, y = zip(*found, strict=True)
             panel.plot(x, y, marker="o", markersize=4, label=line, color=style.colour(COLOURS.get(line, line), i + 1))
+        ticks = sorted({x for found in points.lines[name].values() for x, _ in found})
         memory = name.startswith("memory")
         across, up = AXES.get(name, ("depth", "temporaries, MiB"))
-        panel.set(title=name.capitalize(), xlabel=across, ylabel=up, xscale="log", yscale="log" if memory else "linear")
+        panel.set(
+            title=name[0].upper() + name[1:],
+            xlabel=across,
+            ylabel=up,
+            xscale="log",
+            yscale="log" if memory else "linear",
+        )
+        panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=None if memory else 0)
         panel.legend()
-    for panel in list(panels)[len(names) :]:
+    for panel in panels[len(names) :]:
         panel.set_axis_off()
     return figure
