@@ -21,11 +21,6 @@ TINY = {"blocks": 2, "patches": 2, "channels": 8, "groups": 2}
 IN_AXES = (None, 0, 0)
 
 
-def quick(function):
-    """Jitted, with less time spent on compiling than a program that runs once is worth."""
-    return quick_jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def mixer(**options):
     return eqx.filter_jit(lambda: LocalMixer((4, 4, 1), 3, **TINY, **options, key=KEY))()
@@ -64,8 +59,8 @@ def test_the_mean_forward_gradient_is_the_gradient_of_backprop(name, objective):
     loss = objective(method.losses, method.parts)
     rule = method.rule.basis(Signature(loss, 0, False, in_axes).bind((model, *args), {}))
     whole = fx.value_and_grad(objective(exact.losses, exact.parts), exact.rule, in_axes=in_axes)
-    value, grads = quick(fx.value_and_grad(loss, rule, in_axes=in_axes))(KEY, model, *args)
-    true_value, truth = quick(whole)(KEY, model, *args)
+    value, grads = quick_jit(fx.value_and_grad(loss, rule, in_axes=in_axes))(KEY, model, *args)
+    true_value, truth = quick_jit(whole)(KEY, model, *args)
     assert float(value) == pytest.approx(float(true_value), rel=1e-5)
     assert_same(grads, truth)
 
@@ -103,7 +98,7 @@ def test_the_variance_is_that_of_the_algorithm_written_by_hand():
         grads = fx.grad(supervised("greedy", True), method.rule)(key, model, x, label).blocks[0]
         return grads.dense.weight, grads.groups.weight
 
-    @quick
+    @quick_jit
     def squared_errors(key):
         both = lambda key: (ours(key), written_by_hand(model, x, label, key))
         error = lambda pair: [jnp.sum((a - b) ** 2) for a, b in zip(pair, layers, strict=True)]
@@ -126,7 +121,7 @@ def test_heads_get_no_noise():
         found = fx.grad(loss, method.rule, in_axes=IN_AXES)(KEY, model, x, y)
         return found.heads, found.readout
 
-    exact, *noisy = quick(lambda: [grads(name) for name in names])()
+    exact, *noisy = quick_jit(lambda: [grads(name) for name in names])()
     for mine in noisy:
         assert_same(mine, exact, 1e-6)
 
@@ -139,7 +134,7 @@ def test_feedback_alignment_sees_the_heads():
         loss = supervised(method.losses, method.parts)
         return fx.grad(loss, method.rule, in_axes=IN_AXES)(KEY, model, x, y)
 
-    plain, aligned = quick(lambda: (first("LG-BP"), first("LG-FA")))()
+    plain, aligned = quick_jit(lambda: (first("LG-BP"), first("LG-FA")))()
     assert_same(aligned.heads, plain.heads, 1e-6)
     grouped = [grads.blocks[1].groups.weight.ravel() for grads in (plain, aligned)]
     cosine = grouped[0] @ grouped[1] / jnp.linalg.norm(grouped[0]) / jnp.linalg.norm(grouped[1])
@@ -155,7 +150,7 @@ def test_feedback_rules_train_what_stands_last_exactly(name, objective):
         both = lambda: [ren2023.supervised(each)(KEY, model, x, y) for each in (method, backprop)]
     else:
         both = lambda: [ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y) for each in (method, backprop)]
-    (value, grads), (expected, exact) = quick(both)()
+    (value, grads), (expected, exact) = quick_jit(both)()
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert_same((grads.readout, grads.heads), (exact.readout, exact.heads), 1e-5)
     assert np.any(grads.blocks[0].dense.weight)
@@ -164,7 +159,7 @@ def test_feedback_rules_train_what_stands_last_exactly(name, objective):
 
 def test_the_parts_add_up_to_the_losses():
     model, (x, y) = mixer(), batch()
-    trees = quick(lambda: [local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)])()
+    trees = quick_jit(lambda: [local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)])()
     parts, whole = trees
     assert [part.shape for part in parts["blocks"]] == [(4, 2), (4, 2)]
     for part, loss in zip(parts["blocks"], whole["blocks"], strict=True):
@@ -189,7 +184,7 @@ def test_where_the_losses_sit():
 def test_the_contrastive_losses_are_nt_xent_of_the_projections():
     model, (x, y) = mixer(projection=5), batch()
 
-    @quick
+    @quick_jit
     def both():
         found = [contrastive_losses(model, x, x + 1, y, where).tree["blocks"] for where in ("greedy", "global")]
         features = [jax.vmap(model.features)(view)[-1] for view in (x, x + 1)]
@@ -249,7 +244,7 @@ def test_any_blocks_get_local_losses(build, shapes):
     assert jax.tree.map(jnp.shape, estimate) == jax.tree.map(jnp.shape, params)
     if build is vit:  # the others are quicker, and nothing new
         basis = rule.basis(Signature(loss, 0, False, IN_AXES).bind(args, {}))
-        both = quick(lambda: [fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (basis, fx.Backprop())])
+        both = quick_jit(lambda: [fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (basis, fx.Backprop())])
         assert_same(*both())
 
 
@@ -269,7 +264,7 @@ def test_methods_take_a_partitioned_model():
     blocks = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(16, 4, key=KEY)]
     params, static = eqx.partition(local(blocks, x[0], 3, groups=2, key=KEY), eqx.is_inexact_array)
     methods = [ren2023.method(name, params, KEY) for name in ("LG-FA", "LG-BP")]
-    (_, grads), (_, exact) = quick(lambda: [ren2023.supervised(m, static)(KEY, params, x, y) for m in methods])()
+    (_, grads), (_, exact) = quick_jit(lambda: [ren2023.supervised(m, static)(KEY, params, x, y) for m in methods])()
     assert_same(grads.heads, exact.heads, 1e-6)
     assert np.any(grads.blocks[1].weight)
 
