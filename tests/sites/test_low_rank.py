@@ -45,7 +45,7 @@ def test_a_slope_is_that_of_the_direction_in_full(name):
     problem, plan, drawn = planned(name, rank=2, k=2)
     assert [None if split is None else tuple(map(set, split)) for split in plan.splits] == SPLITS[name]
 
-    @jax.jit
+    @quick_jit
     def both(drawn):
         full = plan.dense(drawn, 2)
         exact = jax.vmap(lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1])(full)

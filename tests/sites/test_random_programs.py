@@ -21,7 +21,7 @@ RULES = {
     "replay": fx.ActivityPerturbation(memory="replay"),
     "where": fx.ActivityPerturbation(where="p0|p2"),
 }
-COUNT = int(os.environ.get("FORWAX_PROGRAMS", "8"))
+COUNT = int(os.environ.get("FORWAX_PROGRAMS", "5"))
 
 
 @hypothesis.settings(
