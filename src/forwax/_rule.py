@@ -1,16 +1,17 @@
 """What a rule is: a frozen value that says where the error signal comes from."""
 
 import abc
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._signature import Problem
+from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
+from forwax.tangents._base import typed_key
 
 
 class Rule(abc.ABC):
@@ -71,6 +72,50 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def learning_rate_scale(self, n: int) -> float:
         """E<ĝ, g> / E|ĝ|²: the part of a learning rate tuned for the exact gradient that suits this estimate."""
+
+
+class LearningRule(Rule):
+    """A rule that changes from step to step; being a frozen value, it hands out its successor.
+
+    A subclass says in `advance` what a step is; `forwax.value_and_grad` takes the rule as it is and changes nothing.
+    """
+
+    @abc.abstractmethod
+    def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, Self]:
+        """One estimate and what was learnt from it.
+
+        Args:
+            key: a typed PRNG key.
+            problem: the parameters and the objective as a function of them.
+
+        Returns:
+            `(value, aux, grads, rule)`: those of `estimate`, and the rule of the next step.
+        """
+
+    def step(
+        self,
+        loss: Callable[..., Any],
+        *,
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        in_axes: Any = None,
+    ) -> Callable[..., tuple[Any, Tree, Self]]:
+        """Estimate, and learn from it.
+
+        Takes the arguments of `forwax.value_and_grad`.
+
+        Returns:
+            A function `f(key, *args, **kwargs)` that returns `(value, grads, rule)`, with `has_aux`
+            `((value, aux), grads, rule)`. Jit it with the rule as an argument.
+        """
+        signature = Signature(loss, argnums, has_aux, in_axes)
+
+        def step_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Tree, Self]:
+            key, problem = typed_key(check_key(key, f"{type(self).__name__}.step")), signature.bind(args, kwargs)
+            value, aux, grads, rule = self.advance(key, problem)
+            return ((value, problem.restore(aux)) if has_aux else value), grads, rule
+
+        return step_of_loss
 
 
 def check_count(name: str, field: str, value: object) -> None:

@@ -6,18 +6,17 @@ the norm |c| √n, so that clipping one scalar is clipping the norm of the estim
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from forwax import _tree
-from forwax._rule import Rule, check_count
-from forwax._signature import Problem, Signature, check_key
+from forwax._rule import LearningRule, Rule, check_count
+from forwax._signature import Problem
 from forwax._tree import Tree
-from forwax.tangents._base import typed_key
 
 
 class Monitor(NamedTuple):
@@ -88,7 +87,7 @@ class History:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Safe(Rule):
+class Safe(LearningRule):
     """A rule whose slopes are clipped by their running median, and skipped where they are not finite.
 
     A slope beyond `clip` times the median of |c| over the last `window` steps is cut to that bound. With normal
@@ -179,30 +178,10 @@ class Safe(Rule):
         history = History.empty(self.window) if self.history is None else self.history
         return dataclasses.replace(self, history=history.add(slopes, self.bound()))
 
-    def step(
-        self,
-        loss: Callable[..., Any],
-        *,
-        argnums: int | Sequence[int] = 0,
-        has_aux: bool = False,
-        in_axes: Any = None,
-    ) -> Callable[..., tuple[Any, Tree, "Safe"]]:
-        """Estimate, and remember the slopes.
-
-        Takes the arguments of `forwax.value_and_grad`.
-
-        Returns:
-            A function `f(key, *args, **kwargs)` that returns `(value, grads, rule)`, with `has_aux`
-            `((value, aux), grads, rule)`. Jit it with the rule as an argument.
-        """
-        signature = Signature(loss, argnums, has_aux, in_axes)
-
-        def step_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Tree, Safe]:
-            key, problem = typed_key(check_key(key, "Safe.step")), signature.bind(args, kwargs)
-            value, aux, grads, slopes = self.rule.guarded(key, problem, self.guard())
-            return ((value, problem.restore(aux)) if has_aux else value), grads, self.after(slopes)
-
-        return step_of_loss
+    def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "Safe"]:
+        """The estimate, and the rule that remembers its slopes; see `LearningRule.advance`."""
+        value, aux, grads, slopes = self.rule.guarded(key, problem, self.guard())
+        return value, aux, grads, self.after(slopes)
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The estimate, clipped by what is remembered; see `Rule.estimate`."""

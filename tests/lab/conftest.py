@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pooch
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from forwax.lab.data.sources import SOURCES
 
@@ -90,3 +92,23 @@ def serve(monkeypatch):
         monkeypatch.setattr(pooch.HTTPDownloader, "__call__", answer)
 
     return start
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Share compiled programs between a file's tests and the processes that they start; most runs are the same one."""
+    names = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name.upper(), str(value))
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from forwax.lab import experiments, train
 from forwax.lab.checkpoints import Checkpoints
@@ -28,6 +27,7 @@ from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train import TrainOptions
 from forwax.models import MLP, Conv
 
+pytestmark = pytest.mark.usefixtures("compile_once")
 STEPS = 60
 TINY = Experiment(
     name="tiny",
@@ -48,27 +48,6 @@ def tiny_data(seed=0):
     labels = (np.arange(31) % 3).astype(np.int32)
     images = (draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]).astype(np.uint8)
     return DataSet("tiny", images[:22], labels[:22], images[22:], labels[22:], 3, ("a", "b", "c"), 255)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Share compiled programs between these tests and the processes that they start; most runs are the same one."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name.upper(), str(value))
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from forwax.models.layers import standardize
 KEY = jax.random.key(0)
 TINY = {"blocks": 2, "patches": 2, "channels": 8, "groups": 2}
 IN_AXES = (None, 0, 0)
+WHERE = ("global", "local", "greedy")
 
 
 @functools.cache
@@ -46,7 +47,7 @@ def assert_same(got, expected, tolerance=5e-5):
         assert np.linalg.norm((mine - true).ravel()) <= tolerance * scale, jax.tree_util.keystr(path)
 
 
-FORWARD = ["FG-A", "L-FG-A", "LG-FG-A", "LG-FG-W"]
+FORWARD = ["FG-A", "L-FG-A", "LG-FG-A", "L-FG-W", "LG-FG-W"]
 
 
 @pytest.mark.parametrize(("name", "objective"), [*((name, supervised) for name in FORWARD), ("LG-FG-A", contrastive)])
@@ -164,7 +165,7 @@ def test_the_parts_add_up_to_the_losses():
     assert [part.shape for part in parts["blocks"]] == [(4, 2), (4, 2)]
     for part, loss in zip(parts["blocks"], whole["blocks"], strict=True):
         np.testing.assert_allclose(part, jnp.full((4, 2), loss / 8), rtol=1e-5)
-    assert parts["readout"] == whole["readout"]
+    np.testing.assert_allclose(parts["readout"], jnp.full((4, 2), whole["readout"] / 8), rtol=1e-5)
 
 
 def test_where_the_losses_sit():
@@ -174,6 +175,12 @@ def test_where_the_losses_sit():
     def tree(losses):
         return local_losses(model, x[0], y[0], losses).tree
 
+    def readout(model, where):
+        return jnp.sum(local_losses(model, x[0], y[0], where).tree["readout"])
+
+    to_global, to_local, to_greedy = quick_jit(lambda: [jax.grad(readout)(model, w) for w in WHERE])()
+    assert_same(to_local, to_global)  # the paper's L-BP sends the final loss through the blocks too
+    assert not np.any(to_greedy.blocks[-1].dense.weight)
     assert set(tree("global")) == {"readout"}
     assert set(tree("greedy")) == {"readout", "blocks"}
     assert float(tree("global")["readout"]) == pytest.approx(float(softmax_cross_entropy(logits, y[0])), rel=1e-5)

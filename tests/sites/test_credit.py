@@ -144,7 +144,10 @@ def test_the_mean_over_all_noise_is_the_gradient(memory, name):
         np.testing.assert_allclose(grads[name], truth[name], rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*CASES, *(f"program {name}" for name in PROGRAMS)])
+LINKED = ["batched_dot", "embedding", "attention", "residual_with_shared_gain", "parameters_in_carries"]
+
+
+@pytest.mark.parametrize("name", [*(name for _, name in APART), *(f"program {name}" for name in LINKED)])
 def test_nothing_leaks(name):
     """The Jacobian of the sources by the noises is zero wherever the credit says so; a probe, not a proof."""
     if name in CASES:
@@ -155,12 +158,22 @@ def test_nothing_leaks(name):
         loss, args, in_axes, rule = program.loss, program.args, program.in_axes, KEEP
     problem = Signature(loss, 0, False, in_axes).bind(args, {})
     sites = rule.sites(problem)
-    if not sites.credit:
-        return
+    assert sites.credit
     assert leak(sites, problem) < 1e-6
 
 
+def test_a_wrong_link_leaks():
+    """Patch 0's noise is said to reach one position of axis 0 alone, while it reaches all of them by the mixing."""
+    problem = problem_of(*CASES["patches"][:3])
+    sites = KEEP.sites(problem)
+    first = sites.noisy[0].variable
+    mixed, own = sites.credit[first]
+    wrong = dataclasses.replace(mixed, links=own.links)
+    assert leak(dataclasses.replace(sites, credit={**sites.credit, first: [wrong, own]}), problem) > 1e-3
+
+
 def leak(sites, problem):
+    """The largest derivative that the credit calls zero."""
     program = tangent_program(sites, sites.sources.starts)
     mapped = [jnp.take(x, 0, axis=axis) for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)]
     leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]
@@ -219,10 +232,16 @@ def test_slopes_of_examples_in_a_mean_are_those_of_in_axes():
 
 
 def test_patches_and_groups_hear_less():
-    together = lambda p, x: sum(jnp.sum(part) for part in patches_and_groups(p, x).tree)
+    """Both rules have a slope for each example; only the first tells apart its patches and groups."""
     x = normal(8, 2, 6, 3)
-    apart = spread(patches_and_groups, x, KEEP, in_axes=(None, 0))
-    joined = spread(lambda p, x: together(p, x) ** 1, x, fx.ActivityPerturbation(memory="shared"), in_axes=(None, 0))
+    mixture = np.linalg.qr(np.random.default_rng(0).normal(size=(24, 24)))[0].astype(np.float32)
+
+    def together(p, x):
+        """The same losses, each a mixture of mixtures: every noise then seems to reach every loss."""
+        parts = jnp.concatenate([part.ravel() for part in patches_and_groups(p, x).tree])
+        return fx.LocalLosses(mixture.T @ (mixture @ parts))
+
+    apart, joined = (spread(loss, x, SUMS, in_axes=(None, 0)) for loss in (patches_and_groups, together))
     assert apart < 0.5 * joined
 
 

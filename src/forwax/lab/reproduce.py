@@ -114,7 +114,7 @@ def run(options: ReproduceOptions) -> int:
     results: dict[str, list[dict[str, Any]]] = {}
     try:
         for seed in range(options.seeds):
-            for entry in dict.fromkeys(each.computed_as(column) for each in entries):
+            for entry in dict.fromkeys(entries):
                 summary = run_one(folder, column, entry, seed, data, options)
                 results.setdefault(entry.name, []).append(summary)
                 save(folder, column, entries, results, _facts(column, entries[0], data, options, summary))

@@ -54,14 +54,15 @@ def local_losses(
         model: `forwax.models.LocalMixer`, or what `forwax.models.local` returns.
         x: one example.
         label: its class number, or one-hot label [K].
-        losses: "global", the readout's loss alone, which trains all blocks; "local", a loss behind each block that
-            trains this block and those before; "greedy", a loss behind each block that trains this block alone. When
-            blocks have losses, the readout's loss trains the readout only.
-        parts: whether a block's loss comes in one part for each patch and group, for credit; or as one number, through
-            an ordinary dot, so that feedback alignment sees the heads' weights. The gradient is the same.
+        losses: "global", the readout's loss alone, which trains all blocks; "local", a loss behind each block as well,
+            each of which trains this block and those before; "greedy", a loss behind each block that trains this block
+            alone, and the readout's, which then trains the readout only.
+        parts: whether a loss comes in one part for each patch and group, for credit; or as one number, through an
+            ordinary dot, so that feedback alignment sees the heads' weights. The gradient is the same.
 
     Returns:
-        `forwax.LocalLosses`: "readout" [] and "blocks", a tuple of [P, G], or of [] without parts.
+        `forwax.LocalLosses`: "blocks", a tuple of [P, G], or of [] without parts; "readout" the same for "local", [] for
+        the others.
 
     Raises:
         ValueError: when `losses` is none of these.
@@ -75,8 +76,8 @@ def local_losses(
         [(4, 3), (4, 3)]
     """
     features = _features(model, x, losses)
-    logits = model.readout(_seen_by_readout(features[-1], losses))
-    tree: dict[str, Any] = {"readout": softmax_cross_entropy(logits, label)}
+    seen = lax.stop_gradient(features[-1]) if losses == "greedy" else features[-1]
+    tree: dict[str, Any] = {"readout": _cross_entropy(seen, model.readout, label, parts and losses == "local")}
     if losses != "global":
         pairs = zip(features, model.heads, strict=True)
         tree["blocks"] = tuple(_cross_entropy(h, head, label, parts) for h, head in pairs)
@@ -104,7 +105,8 @@ def contrastive_losses(
         x: one view of each example [N, ...].
         y: the other view [N, ...].
         labels: class numbers [N], or one-hot labels [N, K], for the readout, which trains nothing but itself.
-        losses: as for `local_losses`; "global" is the last block's contrastive loss alone.
+        losses: as for `local_losses`, but that the last block's contrastive loss takes the place of the readout's:
+            "global" is this loss alone.
         temperature: of NT-Xent.
         parts: as for `local_losses`.
         axis_name: the mesh axis of `jax.shard_map` over which examples are spread: negatives come from all devices.
@@ -174,10 +176,6 @@ def _features(model: LocalModel, x: Array, losses: Where) -> Sequence[Array]:
     if losses not in ("global", "local", "greedy"):
         raise ValueError(f'expected losses to be "global", "local" or "greedy", got {losses!r}.')
     return model.features(x, stop_gradients=losses == "greedy")
-
-
-def _seen_by_readout(features: Array, losses: Where) -> Array:
-    return pooled(features if losses == "global" else lax.stop_gradient(features))
 
 
 def _cross_entropy(features: Array, head: ChannelDense, label: Any, parts: bool) -> Array:

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._rule import Rule, check_count
-from forwax._signature import Problem, Signature, check_key
+from forwax._rule import LearningRule, check_count
+from forwax._signature import Problem, Signature
 from forwax._tree import Tree
 from forwax.sites import Sites, direct, find_sites
 from forwax.tangents import Rademacher, Tangents
-from forwax.tangents._base import sampler, typed_key
+from forwax.tangents._base import sampler
 
 Maps = tuple[Array, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class FDFA(Rule):
+class FDFA(LearningRule):
     """Forward direct feedback alignment: the output error through maps that forward gradients learn.
 
     As in `forwax.DirectFeedbackAlignment` a site z gets the error e·M in place of its own, where e is the exact
@@ -102,33 +102,12 @@ class FDFA(Rule):
 
         return init_for
 
-    def step(
-        self,
-        loss: Callable[..., Any],
-        *,
-        argnums: int | Sequence[int] = 0,
-        has_aux: bool = False,
-        in_axes: Any = None,
-    ) -> Callable[..., tuple[Any, Tree, "FDFA"]]:
-        """Learn the maps by one noise, then estimate by them.
-
-        Takes the arguments of `forwax.value_and_grad`.
-
-        Returns:
-            A function `f(key, *args, **kwargs)` that returns `(value, grads, rule)`, with `has_aux`
-            `((value, aux), grads, rule)`. Jit it with the rule as an argument.
-        """
-        signature = Signature(loss, argnums, has_aux, in_axes)
-
-        def step_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Tree, FDFA]:
-            key, problem = typed_key(check_key(key, "FDFA.step")), signature.bind(args, kwargs)
-            own = lambda leaf: _mesh.vary(leaf, _mesh.axes(key))  # noqa: E731 (a key of its own: nothing is shared)
-            sites = self.sites(dataclasses.replace(problem, params=jax.tree.map(own, problem.params)))
-            rule = dataclasses.replace(self, maps=self._learnt(key, sites))
-            value, aux, grads = rule._sent(sites)
-            return ((value, problem.restore(aux)) if has_aux else value), grads, rule
-
-        return step_of_loss
+    def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "FDFA"]:
+        """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""
+        own = lambda leaf: _mesh.vary(leaf, _mesh.axes(key))  # noqa: E731 (a key of its own: nothing is shared)
+        sites = self.sites(dataclasses.replace(problem, params=jax.tree.map(own, problem.params)))
+        rule = dataclasses.replace(self, maps=self._learnt(key, sites))
+        return *rule._sent(sites), rule
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient by the maps as they are; see `Rule.estimate`."""

@@ -65,11 +65,6 @@ class Column:
         """
         return self.longer.get(row, self.longer.get(row.split(":")[0], self.epochs))
 
-    @property
-    def one_block(self) -> bool:
-        """Whether the model has one block, so that `L-` and `LG-` are the same."""
-        return SIZES[self.settings.size or ""]["blocks"] == 1
-
 
 def _rates(backprop: float, feedback: float, direct: float, weight: float, activity: float) -> dict[str, float]:
     """Give the methods of one kind the same rate."""

@@ -69,17 +69,6 @@ class Entry:
         words += [self.tangents] if self.tangents not in (None, "rademacher") else []
         return ":".join(words + ([] if self.parts else ["one-slope"]))
 
-    def computed_as(self, column: Column) -> Entry:
-        """The entry that is run: in a model with one block, `L-` is the same computation as `LG-`.
-
-        >>> from forwax.lab.ren2023.columns import COLUMNS
-        >>> Entry("L-BP").computed_as(COLUMNS["mnist-m"]).rule, Entry("L-BP").computed_as(COLUMNS["cifar-m"]).rule
-        ('LG-BP', 'L-BP')
-        """
-        if column.one_block and self.rule.startswith("L-"):
-            return dataclasses.replace(self, rule="LG-" + self.rule.removeprefix("L-"))
-        return self
-
     def settings(self, column: Column, num_examples: int, **changes: Any) -> Settings:
         """The settings of this row in a column.
 

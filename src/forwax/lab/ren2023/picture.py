@@ -31,7 +31,7 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     """
     figure = style.new_figure(8, 5)
     axes = figure.subplots()
-    for entry in dict.fromkeys(entry.computed_as(column) for entry in entries):
+    for entry in dict.fromkeys(entries):
         runs = [run for run in results.get(entry.name, ()) if run["finite"]]
         if runs:
             axes.plot(*_mean_curve(runs), label=entry.name, **_look(entry))

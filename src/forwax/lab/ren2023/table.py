@@ -36,7 +36,7 @@ def rows(column: Column, entries: Sequence[Entry], results: Results) -> list[tup
         entries: its rows.
         results: what is finished.
     """
-    return [_row(column, entry, results.get(entry.computed_as(column).name, ())) for entry in entries]
+    return [_row(column, entry, results.get(entry.name, ())) for entry in entries]
 
 
 def _row(column: Column, entry: Entry, runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -102,12 +102,11 @@ def facts(column: Column, settings: Any, summary: Mapping[str, Any], cores: int 
         summary: of one of its runs.
         cores: of the machine.
     """
-    same = " L- and LG- are one computation in a model of one block, run once." if column.one_block else ""
     shifts = "images shifted by up to 2 pixels" if settings.augment else "no augmentation"
     shown = shifts if settings.objective == "supervised" else "two views of each image"
     return (
         f"Batches of {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to zero, "
         f"weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over seeds. Paper: Ren et al. "
-        f"2023, arXiv 2210.03310.{same} {summary['device']}, {summary['num_devices']} device, {cores} cores, jax "
+        f"2023, arXiv 2210.03310. {summary['device']}, {summary['num_devices']} device, {cores} cores, jax "
         f"{summary['versions']['jax']}."
     )
