@@ -4,6 +4,7 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXi
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from forwax.sites import (
 from forwax.tangents import Coordinate, Rademacher, Tangents
 from forwax.tangents._base import IndependentTangents, sampler, typed_key
 
+_UNROLLED = 16
 _MEMORY = ("keep", "replay", "shared")
 
 
@@ -258,7 +260,10 @@ def _weighted(slopes: Array, noise: Array) -> Array:
     shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
     wide = (jnp.conj(noise) if _tree.is_complex(noise) else noise).astype(_tree.accumulation_dtype(noise.dtype))
     slopes = slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape)
-    return slopes[0] * wide[0] if noise.shape[0] == 1 else jnp.sum(slopes * wide, axis=0)
+    if noise.shape[0] > _UNROLLED:
+        return jnp.sum(slopes * wide, axis=0)
+    # term by term: a sum over the leading axis of a product runs many times slower on CPU
+    return functools.reduce(jnp.add, (slopes[j] * wide[j] for j in range(noise.shape[0])))
 
 
 def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
