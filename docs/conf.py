@@ -51,6 +51,8 @@ public_names_modules = [
     "forwax.testing",
     "forwax.functions",
     "forwax.losses",
+    "forwax.models",
+    "forwax.models.ren2023",
 ]
 
 # Pages

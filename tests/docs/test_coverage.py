@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-MODULES = ["forwax", "forwax.tangents", "forwax.combine", "forwax.testing", "forwax.functions", "forwax.losses"]
+MODULES = [
+    "forwax",
+    "forwax.tangents",
+    "forwax.combine",
+    "forwax.testing",
+    "forwax.functions",
+    "forwax.losses",
+    "forwax.models",
+    "forwax.models.ren2023",
+]
 
 
 def extension(name: str):

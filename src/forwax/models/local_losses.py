@@ -61,8 +61,8 @@ def local_losses(
             ordinary dot, so that feedback alignment sees the heads' weights. The gradient is the same.
 
     Returns:
-        `forwax.LocalLosses`: "blocks", a tuple of [P, G], or of [] without parts; "readout" the same for "local", [] for
-        the others.
+        `forwax.LocalLosses`: "blocks", a tuple of [P, G], or of [] without parts; "readout", for "local" of the same
+        shape, for the others [].
 
     Raises:
         ValueError: when `losses` is none of these.

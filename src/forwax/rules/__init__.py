@@ -1,6 +1,6 @@
 """Rules: how a gradient is estimated, one rule a file. Rules never import one another."""
 
-from forwax._rule import Rule
+from forwax._rule import LearningRule, Rule
 from forwax.rules.activity import ActivityPerturbation
 from forwax.rules.backprop import Backprop
 from forwax.rules.direct_feedback import DirectFeedbackAlignment
@@ -18,6 +18,7 @@ __all__ = [
     "Exact",
     "FeedbackAlignment",
     "FiniteDifference",
+    "LearningRule",
     "Rule",
     "WeightPerturbation",
     "random_feedback",

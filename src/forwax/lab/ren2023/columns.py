@@ -92,7 +92,11 @@ _CONTRASTIVE = dataclasses.replace(
     _LARGE, objective="contrastive", optimizer="lars", batch_size=512, learning_rate=None
 )
 
-_NOISY = {rule: 60 for rule in RULES if "FG" in rule}
+_NOISY = {
+    **{rule: 40 for rule in RULES if "FG" in rule},
+    **dict.fromkeys(("L-FG-A", "LG-FG-A"), 60),
+    **dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 30),
+}
 
 COLUMNS: Mapping[str, Column] = {
     column.name: column
@@ -100,21 +104,20 @@ COLUMNS: Mapping[str, Column] = {
         Column(
             "mnist-s",
             "MNIST, S/1/1",
-            30,
+            20,
             dataclasses.replace(_MNIST, size="S/1/1"),
-            _rates(0.1, 0.1, 0.05, 0.01, 0.01) | {"FG-A:8": 0.03, "LG-FG-A:4": 0.03},
-            {**_NOISY, "FG-A:8": 30},
+            _rates(0.1, 0.1, 0.2, 0.02, 0.01) | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
+            _NOISY,
         ),
         Column(
             "mnist-m",
             "MNIST, M/1/16",
-            30,
+            20,
             dataclasses.replace(_MNIST, size="M/1/16"),
-            _rates(0.1, 0.1, 0.05, 0.01, 0.03)
-            | dict.fromkeys(("L-FG-W", "LG-FG-W"), 0.02)
-            | dict.fromkeys(("L-FG-A", "LG-FG-A"), 0.05)
-            | {"LG-FG-A:4": 0.1},
-            {**_NOISY, "LG-FG-A:4": 30},
+            _rates(0.1, 0.1, 0.2, 0.02, 0.05)
+            | dict.fromkeys(("L-FG-W", "LG-FG-W"), 0.04)
+            | {"LG-BP": 0.2, "LG-FA": 0.2, "LG-FG-A:8": 0.1},
+            _NOISY,
         ),
         Column(
             "cifar-small",
@@ -122,6 +125,13 @@ COLUMNS: Mapping[str, Column] = {
             5,
             dataclasses.replace(_CIFAR, size="S/4/8"),
             _rates(0.05, 0.05, 0.02, 0.005, 0.02),
+        ),
+        Column(
+            "cifar-small-contrastive",
+            "CIFAR-10, S/4/8, contrastive (not in the paper)",
+            3,
+            dataclasses.replace(_CIFAR, size="S/4/8", objective="contrastive", batch_size=256),
+            _rates(0.1, 0.1, 0.1, 0.02, 0.05),
         ),
         Column("cifar-m", "CIFAR-10, M/8/16", 200, _LARGE, _rates(0.1, 0.05, 0.02, 0.005, 0.02)),
         Column(
