@@ -92,12 +92,6 @@ _CONTRASTIVE = dataclasses.replace(
     _LARGE, objective="contrastive", optimizer="lars", batch_size=512, learning_rate=None
 )
 
-_NOISY = {
-    **{rule: 40 for rule in RULES if "FG" in rule},
-    **dict.fromkeys(("L-FG-A", "LG-FG-A"), 60),
-    **dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 30),
-}
-
 COLUMNS: Mapping[str, Column] = {
     column.name: column
     for column in (
@@ -106,18 +100,21 @@ COLUMNS: Mapping[str, Column] = {
             "MNIST, S/1/1",
             20,
             dataclasses.replace(_MNIST, size="S/1/1"),
-            _rates(0.1, 0.1, 0.2, 0.02, 0.01) | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
-            _NOISY,
+            _rates(0.1, 0.1, 0.2, 0.04, 0.005)
+            | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
+            {**{rule: 60 for rule in RULES if "FG" in rule}, "FG-A:8": 30, "LG-FG-A:8": 30},
         ),
         Column(
             "mnist-m",
             "MNIST, M/1/16",
             20,
             dataclasses.replace(_MNIST, size="M/1/16"),
-            _rates(0.1, 0.1, 0.2, 0.02, 0.05)
-            | dict.fromkeys(("L-FG-W", "LG-FG-W"), 0.04)
-            | {"LG-BP": 0.2, "LG-FA": 0.2, "LG-FG-A:8": 0.1},
-            _NOISY,
+            _rates(0.1, 0.1, 0.2, 0.04, 0.05) | {"LG-BP": 0.2, "LG-FA": 0.2, "LG-FG-A:8": 0.1},
+            {
+                **{rule: 40 for rule in RULES if "FG" in rule},
+                **dict.fromkeys(("L-FG-A", "LG-FG-A"), 60),
+                "LG-FG-A:8": 30,
+            },
         ),
         Column(
             "cifar-small",
