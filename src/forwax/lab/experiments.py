@@ -55,6 +55,7 @@ class Experiment:
         notes: why there is no configuration of a name.
         specialise: gives the experiment for the settings' size, data, objective and rule, where these are open.
         suggested_rate: the learning rate for settings that name none; None where it follows from the rule's law.
+        suggested_epochs: how long settings train that say neither steps nor epochs; None for the configuration's steps.
         gradient: from the model's static half, the map of pixels to inputs, and the settings to a function of a rule,
             see `forwax.lab.problem.Problem.gradient`; None for softmax cross-entropy by `forwax.value_and_grad`.
 
@@ -71,6 +72,7 @@ class Experiment:
     notes: Mapping[str, str] = field(default_factory=dict)
     specialise: Callable[[Experiment, Settings], Experiment] | None = None
     suggested_rate: Callable[[Settings], float] | None = None
+    suggested_epochs: Callable[[Settings], float] | None = None
     gradient: Callable[[Any, Callable[[jax.Array], jax.Array], Settings], Gradient] | None = None
 
     def of(self, settings: Settings) -> Experiment:
@@ -222,6 +224,7 @@ _ALL = (
         ),
         specialise=_of_local_mixer,
         suggested_rate=columns.learning_rate,
+        suggested_epochs=columns.epochs,
     ),
 )
 

@@ -169,7 +169,7 @@ def resolve(
     if settings.schedule != "exponential" and "decay_rate" in given:
         raise UsageError(f"--decay-rate belongs to --schedule exponential, but the schedule is {settings.schedule}.")
     settings = choices.check_rule(settings, given)
-    settings = _with_steps(settings, given, num_examples)
+    settings = _with_steps(settings, experiment, given, num_examples)
     check_against_parameters(settings, num_parameters)
     decay_rate = settings.decay_rate if settings.schedule == "exponential" else None
     return dataclasses.replace(
@@ -191,15 +191,18 @@ def _learning_rate(
     return optimizers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension, noise(rule))
 
 
-def _with_steps(settings: Settings, given: dict[str, Any], num_examples: int) -> Settings:
+def _with_steps(settings: Settings, experiment: Experiment, given: dict[str, Any], num_examples: int) -> Settings:
     """Turn epochs into steps; an unfinished batch at an epoch's end is left out."""
-    if "epochs" not in given:
-        return settings
-    if "steps" in given:
+    if "steps" in given and "epochs" in given:
         raise UsageError("--steps and --epochs both say how long to train; give one of them.")
-    steps = round(given["epochs"] * (num_examples // settings.batch_size))
+    epochs = given.get("epochs")
+    if epochs is None and "steps" not in given and experiment.suggested_epochs is not None:
+        epochs = experiment.suggested_epochs(settings)
+    if epochs is None:
+        return settings
+    steps = round(epochs * (num_examples // settings.batch_size))
     if steps < 1:
-        raise UsageError(f"--epochs {given['epochs']:g} gives no step; each epoch has {num_examples} examples.")
+        raise UsageError(f"--epochs {epochs:g} gives no step; each epoch has {num_examples} examples.")
     return dataclasses.replace(settings, steps=steps)
 
 

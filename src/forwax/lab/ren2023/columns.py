@@ -100,7 +100,7 @@ COLUMNS: Mapping[str, Column] = {
             "MNIST, S/1/1",
             20,
             dataclasses.replace(_MNIST, size="S/1/1"),
-            _rates(0.1, 0.1, 0.2, 0.04, 0.005)
+            _rates(0.1, 0.1, 0.2, 0.02, 0.005)
             | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
             {**{rule: 60 for rule in RULES if "FG" in rule}, "FG-A:8": 30, "LG-FG-A:8": 30},
         ),
@@ -166,26 +166,46 @@ def column_of(settings: Settings) -> Column:
     return COLUMNS[DEFAULT]
 
 
+def row_of(settings: Settings) -> str:
+    """Give the name of the settings' row, in which several noises show.
+
+    >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=8))
+    'LG-FG-A:8'
+    """
+    several = settings.num_tangents is not None and settings.num_tangents > 1
+    return f"{settings.rule}:{settings.num_tangents}" if several else settings.rule
+
+
 def learning_rate(settings: Settings) -> float:
-    """Give the rate of the settings' method in the column nearest to the settings.
+    """Give the rate of the settings' row in the column nearest to the settings.
 
     >>> learning_rate(COLUMNS["mnist-m"].settings) == COLUMNS["mnist-m"].rates["LG-FG-A"]
     True
     """
-    return column_of(settings).rates[settings.rule]
+    rates = column_of(settings).rates
+    return rates.get(row_of(settings), rates[settings.rule])
+
+
+def epochs(settings: Settings) -> int:
+    """Give the epochs of the settings' row in the column nearest to the settings.
+
+    >>> epochs(COLUMNS["mnist-m"].settings) == COLUMNS["mnist-m"].epochs_of("LG-FG-A")
+    True
+    """
+    return column_of(settings).epochs_of(row_of(settings))
 
 
 def configurations() -> dict[str, Settings]:
     """Give every column's settings by its name, with steps for the whole data set.
 
     >>> configurations()["mnist-m"].steps
-    14040
+    28080
     """
     sizes = {"mnist": 60_000, "cifar10": 50_000}
     return {
         name: dataclasses.replace(
             column.settings,
-            steps=column.epochs * (sizes[column.settings.data or ""] // column.settings.batch_size),
+            steps=epochs(column.settings) * (sizes[column.settings.data or ""] // column.settings.batch_size),
         )
         for name, column in COLUMNS.items()
     }
