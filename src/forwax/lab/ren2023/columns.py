@@ -109,10 +109,10 @@ COLUMNS: Mapping[str, Column] = {
             "MNIST, M/1/16",
             20,
             dataclasses.replace(_MNIST, size="M/1/16"),
-            _rates(0.1, 0.1, 0.2, 0.04, 0.05) | {"LG-BP": 0.2, "LG-FA": 0.2, "LG-FG-A:8": 0.1},
+            _rates(0.1, 0.1, 0.2, 0.04, 0.05) | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "LG-FG-A:8": 0.1},
             {
                 **{rule: 40 for rule in RULES if "FG" in rule},
-                **dict.fromkeys(("L-FG-A", "LG-FG-A"), 60),
+                **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 60),
                 "LG-FG-A:8": 30,
             },
         ),
