@@ -9,6 +9,7 @@ from forwax.diagnostics import diagnose
 from forwax.explain import explain
 from forwax.fused import update
 from forwax.learning_rate import suggest_learning_rate
+from forwax.momentum import Momentum
 from forwax.rules import (
     FDFA,
     ActivityPerturbation,
@@ -36,6 +37,7 @@ __all__ = [
     "FeedbackAlignment",
     "FiniteDifference",
     "LocalLosses",
+    "Momentum",
     "Rule",
     "Safe",
     "WeightPerturbation",

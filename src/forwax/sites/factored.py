@@ -36,6 +36,15 @@ class Factored:
         return jnp.broadcast_to(total, shape)
 
 
+_MOVES = {"copy", "name", "reduce_precision", "sharding_constraint", "convert_element_type", "transpose", "squeeze"}
+_MOVES |= {"reshape", "broadcast_in_dim", "slice", "dynamic_slice"}
+
+
+def is_move(equation: Equation) -> bool:
+    """Whether an operation only moves or casts the entries of its first operand."""
+    return equation.name in _MOVES
+
+
 def moved(equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape) -> Factored | None:
     """The tangent behind an operation that only moves entries; None when the operation is another or they would mix."""
     pairs = []
