@@ -45,7 +45,9 @@ def main() -> None:
     methods["LG-FG-A, four noises"] = ren2023.method("LG-FG-A", model, key, num_tangents=4)
     steps = {name: step(method) for name, method in methods.items()}
     momentum = jax.tree.map(jnp.zeros_like, model)
-    seconds = interleaved({name: (lambda f=f: f(key, model, momentum, x, labels)) for name, f in steps.items()}, options.rounds)
+    seconds = interleaved(
+        {name: (lambda f=f: f(key, model, momentum, x, labels)) for name, f in steps.items()}, options.rounds
+    )
     over = ratios(seconds, "LG-BP")
     print(f"{options.size}, batch {options.batch}; medians of {options.rounds} interleaved rounds; {machine()}.\n")
     print("| method | step over LG-BP's | ms |")

@@ -10,8 +10,9 @@ import forwax as fx
 from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank
-from forwax.sites.factored import _one_feature
+from forwax.sites.convolution import _one_feature, in_pieces
 from forwax.sites.low_rank import LowRankPlan
+from forwax.sites.program import trace
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
@@ -119,6 +120,22 @@ def test_a_convolution_with_one_feature(name):
         expected = convolve(x, kernel)
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("HWNC", "HWIO", "HNWC")])
+def test_a_large_convolution_piece_by_piece(layout, monkeypatch):
+    sizes = {"N": 6, "H": 5, "W": 4, "C": 3, "I": 3, "O": 2}
+    x, kernel = (jnp.asarray(normal(i, *(sizes[axis] for axis in each))) for i, each in enumerate(layout[:2]))
+    convolve = lambda x, kernel: lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    equation = trace(convolve, x, kernel).program.equations[-1]
+    expected = convolve(x, kernel)
+    monkeypatch.setattr("forwax.sites.convolution._PATCHES", 3000)  # fits two examples
+    pieces = jax.jit(lambda x, kernel: in_pieces(equation, [x, kernel]))
+    assert (
+        f"tensor<{'x'.join(str(2 if a == 'N' else sizes[a]) for a in layout[0])}xf32>"
+        in pieces.lower(x, kernel).as_text()
+    )
+    np.testing.assert_allclose(pieces(x, kernel), expected, rtol=1e-5, atol=1e-5)
 
 
 def mlp(params, x):

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import primitives
 
+from forwax.sites.convolution import in_pieces
 from forwax.sites.factored import Factored, is_move, look_up, moved, product
 from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind
 from forwax.sites.run import inject
@@ -44,7 +46,9 @@ class Push:
             noise = look_up(equation, tangent, values, out) if position == 0 else None
             noise = product(equation, position, tangent, values) if noise is None else noise
             if noise is not None:
-                return [inject(bind(equation, values)[0], noise, self.time)]
+                large = equation.primitive is primitives.conv_general_dilated_p and position == 1
+                value = in_pieces(equation, values) if large else bind(equation, values)[0]
+                return [inject(value, noise, self.time)]
         for position in positions:
             values[position] = self.formed(equation.inputs[position], values[position], factored)
         return bind(equation, values)
