@@ -144,9 +144,9 @@ class _Way:
     """
 
     weight: WeightPerturbation
-    slopes: Callable[[Array], tuple[Array, Tree, Array, list[Array] | None]]
-    draw: Callable[[Array, Array], list[Array]]
-    add: Callable[[Tree, Array, list[Array]], Tree]
+    slopes: Callable[[Array], tuple[Array, Tree, Array, list[Any] | None]]
+    draw: Callable[[Array, Array], list[Any]]
+    add: Callable[[Tree, Array, list[Any]], Tree]
     together: int
 
     def add_steps(self, params: Tree, keys: Array, coefficients: Array, num_steps: Array | int) -> Tree:
@@ -154,14 +154,14 @@ class _Way:
         steps, k = coefficients.shape[:2]
         size, flat = min(self.together, steps * k), coefficients.reshape(-1, *coefficients.shape[2:])
 
-        def one(term: Array) -> list[Array]:
-            return [x[0] for x in self.draw(keys[term // k], (term % k)[None])]
+        def one(term: Array) -> list[Any]:
+            return jax.tree.map(lambda x: x[0], self.draw(keys[term // k], (term % k)[None]))
 
         def add(i: Array, params: Tree) -> Tree:
             terms = i * size + jnp.arange(size)
             used = (terms < num_steps * k).reshape(size, *[1] * (flat.ndim - 1))
             terms = jnp.minimum(terms, steps * k - 1)
-            drawn = lax.map(one, terms) if size > 1 else [x[None] for x in one(terms[0])]
+            drawn = lax.map(one, terms) if size > 1 else jax.tree.map(lambda x: x[None], one(terms[0]))
             return self.add(params, jnp.where(used, flat[terms], 0), drawn)
 
         return lax.fori_loop(0, -(-(num_steps * k) // size), add, params)
@@ -176,16 +176,16 @@ def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
     k, structure = weight.num_tangents, jax.tree.structure(problem.params)
     held = k <= min(weight.chunk_size or k, FEW)
 
-    def draw(key: Array, indices: Array) -> list[Array]:
+    def draw(key: Array, indices: Array) -> list[Any]:
         return jax.tree.leaves(sampler(weight.tangents, key, problem.params, k)(indices))
 
-    def slopes(key: Array) -> tuple[Array, Tree, Array, list[Array] | None]:
+    def slopes(key: Array) -> tuple[Array, Tree, Array, list[Any] | None]:
         drawn = draw(key, jnp.arange(k)) if held else None
         at = lambda indices: structure.unflatten(drawn or draw(key, indices))  # noqa: E731
         value, aux, slopes, _ = pushforward(problem.objective, problem.params, at, k, chunk_size=weight.chunk_size)
         return value, aux, slopes, drawn
 
-    def add(params: Tree, coefficients: Array, drawn: list[Array]) -> Tree:
+    def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
         leaves = zip(jax.tree.leaves(params), drawn, strict=True)
         return structure.unflatten([add_outer(leaf, coefficients, whole(v)) for leaf, v in leaves])
 
@@ -201,10 +201,10 @@ def _low_rank(weight: WeightPerturbation, problem: Problem) -> _Way:
     num_chunks = -(-k // (weight.chunk_size or k))
     size = -(-k // num_chunks)
 
-    def draw(key: Array, indices: Array) -> list[Array]:
-        return plan.settled(sampler(Rademacher(), key, plan.specs(rank), k)(indices))
+    def draw(key: Array, indices: Array) -> list[Any]:
+        return plan.draw(key, indices, rank)
 
-    def slopes(key: Array) -> tuple[Array, Tree, Array, list[Array] | None]:
+    def slopes(key: Array) -> tuple[Array, Tree, Array, list[Any] | None]:
         if num_chunks == 1:
             drawn = draw(key, jnp.arange(k))
             return *plan.push(drawn, k, rank), drawn
@@ -218,7 +218,7 @@ def _low_rank(weight: WeightPerturbation, problem: Problem) -> _Way:
         value, aux = jax.tree.map(lambda x: x[0], (values, auxs))
         return value, aux, slopes.reshape(-1, *slopes.shape[2:])[:k], None
 
-    def add(params: Tree, coefficients: Array, drawn: list[Array]) -> Tree:
+    def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
         return plan.add(params, coefficients / examples, drawn, rank)
 
     return _Way(weight, slopes, draw, add, max(1, FEW // (rank * examples)))

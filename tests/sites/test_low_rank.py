@@ -11,8 +11,8 @@ from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank
 from forwax.sites.convolution import _one_feature, in_pieces
-from forwax.sites.low_rank import LowRankPlan
 from forwax.sites.program import trace
+from forwax.sites.signs import Signs
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
@@ -169,8 +169,40 @@ def test_signs_are_unpacked_once(monkeypatch):
         return step.lower(KEY, params, x).compile().as_text().count(" shift-left(")
 
     once = unpacked()
-    monkeypatch.setattr(LowRankPlan, "settled", lambda plan, drawn: list(drawn))
+    monkeypatch.setattr("forwax.sites.signs.settled", lambda signs: signs)
     assert once <= unpacked() - 4  # at least one fewer for each layer
+
+
+def nested(params, x):
+    """Scans within scans; one parameter's signs fill whole words in each slice, one's do not, one has one layer."""
+
+    def block(h, layers):
+        h, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), h, layers)
+        return h, None
+
+    h, _ = lax.scan(block, x, params["blocks"])
+    h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["one"])
+    return squares(h @ params["last"][0]) + squares(params["last"])
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_packed_signs_are_the_signs(rank):
+    """What a scan slices before it is unpacked gives what signs that are unpacked at once give."""
+    blocks = {"w": jnp.asarray(normal(0, 2, 3, 32, 32)), "b": jnp.asarray(normal(1, 2, 3, 1, 32))}
+    params = {"blocks": blocks, "one": jnp.asarray(normal(2, 1, 32, 32)), "last": jnp.asarray(normal(3, 2, 32, 5))}
+    problem = Signature(nested, 0, False, None).bind((params, jnp.asarray(normal(4, 2, 32)) / 32), {})
+    plan = plan_low_rank(problem, False)
+
+    @quick_jit
+    def found(key):
+        drawn = plan.draw(key, jnp.arange(2), rank)
+        assert sum(isinstance(x, Signs) for x in drawn) == 1 + 4 * rank
+        signs = fx.tangents.Rademacher().sample(key, plan.specs(rank), 2)
+        return [(plan.push(x, 2, rank), plan.assemble(jnp.ones(2), x, rank)) for x in (drawn, signs)]
+
+    got, expected = found(KEY)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_chunks_give_the_same_estimate():

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from forwax import _tree
 from forwax._signature import Problem
@@ -14,11 +14,12 @@ from forwax._tree import Spec, Tree
 from forwax.sites.factored import Factored
 from forwax.sites.low_rank_push import Push
 from forwax.sites.outer import add_outer, outer, whole
-from forwax.sites.program import Traced, Variable, trace
-from forwax.sites.run import inject
-from forwax.sites.splits import Split, find_splits
+from forwax.sites.program import Traced, trace
+from forwax.sites.signs import Signs, after, draw_signs, unpacked
+from forwax.sites.splits import Split, find_splits, sliced_only
 
-Tangent: TypeAlias = Factored | Array
+Drawn: TypeAlias = Array | Signs
+Tangent: TypeAlias = Factored | Drawn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +52,29 @@ class LowRankPlan:
             specs += [Spec((*lead, *shape), leaf.dtype) for shape in shapes]
         return specs
 
-    def tangents(self, drawn: Sequence[Array], rank: int) -> list[Tangent]:
+    def draw(self, key: Array, indices: Array, rank: int) -> list[Drawn]:
+        """The signs of the tangents of the given indices [c], with a leading axis c: packed for what a scan slices."""
+        specs = self.specs(rank)
+        signs = draw_signs(key, _tree.real_specs(specs), indices)
+        found: list[Drawn] = []
+        for each, spec, packed in zip(signs, specs, self.packed(rank), strict=True):
+            if _tree.is_complex(spec):
+                found.append(jax.vmap(lambda x: lax.complex(x[0], x[1]))(each.unpack()))
+            else:
+                found.append(each if packed and each.has_rows else each.unpack())
+        return found
+
+    def packed(self, rank: int) -> list[bool]:
+        """For each spec whether its signs can stay packed until a scan slices them."""
+        start = len(self.traced.closed)
+        pairs = zip(self.traced.program.inputs[start:], self.splits, strict=False)
+        return [
+            not self.per_example and sliced_only(self.traced.program, name)
+            for name, split in pairs
+            for _ in range(1 if split is None else 2 * rank)
+        ]
+
+    def tangents(self, drawn: Sequence[Drawn], rank: int) -> list[Tangent]:
         """The drawn signs as one tangent for each leaf."""
         remaining, found = iter(drawn), []
         for split in self.splits:
@@ -59,62 +82,51 @@ class LowRankPlan:
                 found.append(next(remaining))
             else:
                 pairs = [(next(remaining) * rank**-0.5, next(remaining)) for _ in range(rank)]
-                found.append(Factored(tuple(pairs)))
+                found.append(Factored(tuple(pairs)))  # type: ignore[arg-type]
         return found
 
-    def settled(self, drawn: Sequence[Array]) -> list[Array]:
-        """The drawn signs, made once: they are their own inverses, and no compiler repeats a division for each use.
-
-        Without it the bits of a factor's sign are unpacked anew for every entry of the products that it enters.
-        """
-        return [x if jnp.iscomplexobj(x) else 1 / x for x in drawn]
-
-    def push(self, drawn: Sequence[Array], num_tangents: int, rank: int) -> tuple[Array, Tree, Array]:
+    def push(self, drawn: Sequence[Drawn], num_tangents: int, rank: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, examples]."""
         mapped, axes = (self.problem.mapped, self.problem.mapped_axes) if self.per_example else ((), ())
 
-        def slope(mapped: Sequence[Array], drawn: Sequence[Array]) -> tuple[Array, Array, Tree]:
+        def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
             time = jnp.zeros((), jnp.float32)
             return jax.jvp(lambda t: self._evaluate(mapped, drawn, rank, t), (time,), (time + 1,), has_aux=True)
 
-        def slopes(drawn: Sequence[Array]) -> tuple[Array, Array, Tree]:
+        def slopes(drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
             if not self.per_example:
                 return slope((), drawn)
             # mapped outside of the JVP: JAX sums what a custom rule gives when only its tangent is mapped inside a scan
             return jax.vmap(slope, (list(axes), 0), axis_size=self.problem.num_examples)(list(mapped), drawn)
 
         if num_tangents == 1:
-            values, found, aux = slopes([x[0] for x in drawn])
+            values, found, aux = slopes(jax.tree.map(lambda x: x[0], list(drawn)))
             found = found[None]
         else:
             values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None))(list(drawn))
         return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
 
-    def _evaluate(self, mapped: Sequence[Array], drawn: Sequence[Array], rank: int, time: Array) -> tuple[Array, Tree]:
+    def _evaluate(self, mapped: Sequence[Array], drawn: Sequence[Drawn], rank: int, time: Array) -> tuple[Array, Tree]:
         program = self.traced.program
         env = dict(zip(program.inputs, [*self.traced.closed, *self.leaves, *mapped], strict=True))
-        factored: dict[Variable, Factored] = {}
-        names = program.inputs[len(self.traced.closed) :]
-        for name, tangent in zip(names, self.tangents(drawn, rank), strict=False):
-            if isinstance(tangent, Factored):
-                factored[name] = tangent
-            else:
-                env[name] = inject(env[name], tangent, time)
-        outputs = Push(self.traced.types, time).run(program, env, factored)
+        tangents = dict(zip(program.inputs[len(self.traced.closed) :], self.tangents(drawn, rank), strict=False))
+        outputs = Push(self.traced.types, time).run(program, env, tangents)
         losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
         parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
         return sum(parts[1:], start=parts[0]), aux
 
-    def assemble(self, coefficients: Array, drawn: Sequence[Array], rank: int) -> Tree:
+    def assemble(self, coefficients: Array, drawn: Sequence[Drawn], rank: int) -> Tree:
         """Σ c v in at least float32, over tangents and, where each has its own, examples: `coefficients` [k(, N)]."""
-        tangents = zip(self.leaves, self.tangents(drawn, rank), strict=True)
+        ready = unpacked(after(drawn, coefficients))
+        tangents = zip(self.leaves, self.tangents(ready, rank), strict=True)
         grads = [outer(coefficients, _pairs(tangent), leaf) for leaf, tangent in tangents]
         return jax.tree.unflatten(jax.tree.structure(self.problem.params), grads)
 
-    def add(self, params: Tree, coefficients: Array, drawn: Sequence[Array], rank: int) -> Tree:
+    def add(self, params: Tree, coefficients: Array, drawn: Sequence[Drawn], rank: int) -> Tree:
         """Parameters + Σ c v, in place where they are donated: no summand is held; see `assemble`."""
         leaves, structure = jax.tree.flatten(params)
-        tangents = zip(leaves, self.tangents(drawn, rank), strict=True)
+        ready = unpacked(after(drawn, coefficients))
+        tangents = zip(leaves, self.tangents(ready, rank), strict=True)
         return structure.unflatten([add_outer(leaf, coefficients, _pairs(tangent)) for leaf, tangent in tangents])
 
     def at(self, leaves: Sequence[Array]) -> "LowRankPlan":
@@ -127,7 +139,7 @@ class LowRankPlan:
 
         def one(drawn: Sequence[Array]) -> list[Array]:
             pairs = zip(self.leaves, self.tangents(drawn, rank), strict=True)
-            return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]
+            return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]  # type: ignore[misc]
 
         return jax.tree.unflatten(jax.tree.structure(self.problem.params), jax.vmap(one)(list(drawn)))
 
@@ -149,4 +161,4 @@ def _factor_shape(shape: tuple[int, ...], axes: frozenset[int]) -> tuple[int, ..
 
 
 def _pairs(tangent: Tangent) -> Sequence[tuple[Array, Array]]:
-    return tangent.pairs if isinstance(tangent, Factored) else whole(tangent)
+    return tangent.pairs if isinstance(tangent, Factored) else whole(tangent)  # type: ignore[arg-type]

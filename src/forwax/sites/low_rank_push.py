@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,8 +10,11 @@ from jax.extend.core import primitives
 
 from forwax.sites.convolution import in_pieces
 from forwax.sites.factored import Factored, is_move, look_up, moved, product
-from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind
+from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind, variables
 from forwax.sites.run import inject
+from forwax.sites.signs import Signs, unpacked
+
+Tangent: TypeAlias = Factored | Signs | Array
 
 
 class Push:
@@ -20,17 +23,33 @@ class Push:
     def __init__(self, types: Sequence[Any], time: Array) -> None:
         self.types, self.time = types, time
 
-    def run(self, program: Program, env: dict[Variable, Any], factored: dict[Variable, Factored]) -> list[Any]:
-        """The program's outputs, from its inputs in `env` and the factored tangents of some of them."""
+    def run(self, program: Program, env: dict[Variable, Any], tangents: Mapping[Variable, Tangent]) -> list[Any]:
+        """The program's outputs, from its inputs in `env` and what is drawn as tangents of some of them."""
+        packed, factored = dict(tangents), {}
         for equation in program.equations:
+            loop = equation.loop
+            sliced = len(equation.inputs) if loop is None else loop.num_consts + loop.num_carry
+            self.open(equation.inputs[:sliced], env, factored, packed)
             values = [_read(atom, env) for atom in equation.inputs]
             positions = [i for i, a in enumerate(equation.inputs) if not isinstance(a, Constant) and a in factored]
-            if equation.loop is not None and positions:
-                outputs = self.loop(equation, equation.loop, values, factored)
+            if loop is not None and (positions or any(a in packed for a in variables(equation.inputs))):
+                outputs = self.loop(equation, loop, values, factored, packed)
             else:
                 outputs = self.apply(equation, values, positions, factored)
             env.update(zip(equation.outputs, outputs, strict=True))
+        self.open(program.outputs, env, factored, packed)
         return [self.formed(atom, _read(atom, env), factored) for atom in program.outputs]
+
+    def open(self, atoms: Sequence[Atom], env: dict[Variable, Any], factored: dict, packed: dict) -> None:
+        """Unpack the tangents of atoms that are used: factors are kept as such, and others enter the atom's value."""
+        for atom in variables(atoms):
+            if atom not in packed:
+                continue
+            tangent = packed.pop(atom)
+            if isinstance(tangent, Factored):
+                factored[atom] = Factored(tuple((a, b) for a, b in (unpacked(pair) for pair in tangent.pairs)))
+            else:
+                env[atom] = inject(env[atom], *unpacked([tangent]), self.time)
 
     def apply(self, equation: Equation, values: list[Any], positions: list[int], factored: dict) -> list[Any]:
         """One equation's outputs."""
@@ -59,44 +78,59 @@ class Push:
             return value
         return inject(value, factored[atom].dense(jnp.shape(value)), self.time)
 
-    def loop(self, equation: Equation, loop: Loop, values: list[Any], factored: dict) -> list[Any]:
+    def loop(self, equation: Equation, loop: Loop, values: list[Any], factored: dict, packed: dict) -> list[Any]:
         """A scan's outputs: factors of what it runs over are scanned with it, and those of constants pass through."""
         body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
         fixed: dict[Variable, Factored] = {}
-        slices: dict[Variable, list[list[Array | None]]] = {}
+        slices: dict[Variable, Slices] = {}
         for i, (atom, v) in enumerate(zip(equation.inputs, body.inputs, strict=True)):
-            if isinstance(atom, Constant) or atom not in factored:
+            tangent = None if isinstance(atom, Constant) else factored.get(atom, packed.get(atom))
+            if tangent is None:
                 continue
             if i >= last:
-                slices[v] = [[x if x.shape[0] > 1 else None for x in pair] for pair in factored[atom].pairs]
-                fixed[v] = Factored(tuple((a[0], b[0]) for a, b in factored[atom].pairs))
+                slices[v] = _slices(tangent)
             elif i < first or body.outputs[i - first] == v:
-                fixed[v] = factored[atom]
+                fixed[v] = tangent
                 if i >= first:
-                    factored[equation.outputs[i - first]] = factored[atom]
+                    factored[equation.outputs[i - first]] = tangent
             else:
                 values[i] = self.formed(atom, values[i], factored)
+        scanned = {v: of for v, (of, _) in slices.items()}
 
         def step(carry: list[Any], xs: tuple[list[Any], dict[Variable, Any]]) -> tuple[list[Any], list[Any]]:
-            own = dict(fixed)
-            for v, pairs in xs[1].items():
-                old = fixed[v].pairs
-                own[v] = Factored(
-                    tuple(
-                        tuple(x if y is None else y for x, y in zip(a, b, strict=True))  # type: ignore[misc]
-                        for a, b in zip(old, pairs, strict=True)
-                    )
-                )
+            own = {**fixed, **{v: _joined(of, slices[v][1]) for v, of in xs[1].items()}}
             env = dict(zip(body.inputs, [*values[:first], *carry, *xs[0]], strict=True))
-            kept = {v for v in body.inputs[first:last] if v in own}
+            kept = {v for v in body.inputs[first:last] if v in fixed}
             outputs = self.run(dataclasses.replace(body, outputs=_without(body.outputs, kept)), env, own)
             pairs = zip(body.outputs, outputs, strict=True)
             outputs = [env[a] if not isinstance(a, Constant) and a in kept else x for a, x in pairs]
             return outputs[: loop.num_carry], outputs[loop.num_carry :]
 
         starts = list(values[first:last])
-        carry, ys = lax.scan(step, starts, (list(values[last:]), slices), loop.length, loop.reverse, loop.unroll)
+        carry, ys = lax.scan(step, starts, (list(values[last:]), scanned), loop.length, loop.reverse, loop.unroll)
         return [*carry, *ys]
+
+
+Slices: TypeAlias = tuple[list[Any], list[Any]]
+"""Of a tangent that a scan runs over, its one array or those of its pairs in order: what is sliced, and what is not."""
+
+
+def _slices(tangent: Tangent) -> Slices:
+    parts = [x for pair in tangent.pairs for x in pair] if isinstance(tangent, Factored) else [tangent]
+    sliced = [_rows(x) for x in parts]
+    rest = [None if row is not None else unpacked([x])[0][0] for x, row in zip(parts, sliced, strict=True)]
+    return sliced, rest
+
+
+def _rows(x: Array | Signs) -> Array | Signs | None:
+    if isinstance(x, Signs):
+        return x.rows() if x.spec.shape[0] > 1 else None
+    return x if x.shape[0] > 1 else None
+
+
+def _joined(sliced: list[Any], rest: list[Any]) -> Tangent:
+    parts = [b if a is None else a for a, b in zip(sliced, rest, strict=True)]
+    return parts[0] if len(parts) == 1 else Factored(tuple(zip(parts[::2], parts[1::2], strict=True)))
 
 
 def _without(outputs: Sequence[Atom], kept: set[Variable]) -> tuple[Atom, ...]:

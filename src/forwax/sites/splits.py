@@ -26,6 +26,14 @@ def find_splits(program: Program, types: Sequence[Any], names: Sequence[Variable
     return tuple(_split(finder.uses.get(n, []), x) for n, x in zip(names, leaves, strict=True))
 
 
+def sliced_only(program: Program, name: Variable) -> bool:
+    """Whether scans that run over it are all that uses a variable."""
+    uses = [(e, i) for e in program.equations for i, atom in enumerate(e.inputs) if atom == name]
+    return name not in program.outputs and all(
+        e.loop is not None and i >= e.loop.num_consts + e.loop.num_carry for e, i in uses
+    )
+
+
 def default_split(shape: tuple[int, ...]) -> Split | None:
     """All axes but the last, and the last; None when a side has one entry, so that dense signs cost no more."""
     return _checked((frozenset(range(len(shape) - 1)), frozenset([len(shape) - 1])), shape)
