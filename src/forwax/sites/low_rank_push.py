@@ -4,17 +4,33 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 
 from forwax.sites.convolution import in_pieces
 from forwax.sites.factored import Factored, is_move, look_up, moved, product
+from forwax.sites.order import behind
 from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind, variables
 from forwax.sites.run import inject
 from forwax.sites.signs import Signs, unpacked
 
 Tangent: TypeAlias = Factored | Signs | Array
+
+
+@jax.custom_jvp
+def in_step(value: Array) -> Array:
+    """The value itself; with a tangent it is known only when that is, so that layers are pushed one by one.
+
+    Else a compiler may evaluate all layers before their tangents, and hold what every one of them made.
+    """
+    return value
+
+
+@in_step.defjvp
+def _in_step_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return behind(primals[0], tangents), tangents[0]
 
 
 class Push:
@@ -67,7 +83,7 @@ class Push:
             if noise is not None:
                 large = equation.primitive is primitives.conv_general_dilated_p and position == 1
                 value = in_pieces(equation, values) if large else bind(equation, values)[0]
-                return [inject(value, noise, self.time)]
+                return [in_step(inject(value, noise, self.time))]
         for position in positions:
             values[position] = self.formed(equation.inputs[position], values[position], factored)
         return bind(equation, values)
