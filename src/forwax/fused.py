@@ -16,10 +16,10 @@ from forwax import _mesh, _tree
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.momentum import Momentum
-from forwax.pushforward import pushforward
+from forwax.pushforward import is_concrete, pushforward
 from forwax.rules import Rule, WeightPerturbation
 from forwax.safety import Safe
-from forwax.sites import custom_vjp, plan_low_rank
+from forwax.sites import LowRankPlan, custom_vjp, plan_low_rank, plan_signs
 from forwax.sites.outer import FEW, add_outer, whole
 from forwax.tangents import LowRank, Normal, Rademacher, Sparse
 from forwax.tangents._base import sampler, typed_key
@@ -76,7 +76,7 @@ def update(
         key, problem = typed_key(check_key(key, "update")), signature.bind(args, kwargs)
         _check_mesh(problem, key)
         try:
-            way = (_low_rank if isinstance(weight.tangents, LowRank) else _dense)(weight, problem)
+            way = _way(weight, problem)
             value, aux, slopes, drawn = way.slopes(key)
         except TypeError as error:
             raise custom_vjp.named(error, problem) from error
@@ -172,6 +172,14 @@ def _add_momentum(way: _Way, params: Tree, momentum: Momentum, key: Array, rate:
     return way.add_steps(params, keys, rate * weights, num_steps)
 
 
+def _way(weight: WeightPerturbation, problem: Problem) -> _Way:
+    if isinstance(weight.tangents, LowRank):
+        return _low_rank(weight, problem)
+    if isinstance(weight.tangents, Rademacher) and not is_concrete(problem.params):
+        return _planned(weight, plan_signs(problem), 1, 1)
+    return _dense(weight, problem)  # the loss may branch on concrete values
+
+
 def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
     k, structure = weight.num_tangents, jax.tree.structure(problem.params)
     held = k <= min(weight.chunk_size or k, FEW)
@@ -193,11 +201,16 @@ def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
 
 
 def _low_rank(weight: WeightPerturbation, problem: Problem) -> _Way:
-    tangents, k = weight.tangents, weight.num_tangents
+    tangents = weight.tangents
     weight.thin(problem)  # raises where examples are missing
     rank = tangents.rank  # type: ignore[attr-defined]
-    examples: int = problem.num_examples if tangents.per_example else 1  # type: ignore[attr-defined]
     plan = plan_low_rank(problem, tangents.per_example)  # type: ignore[attr-defined]
+    return _planned(weight, plan, rank, problem.num_examples if tangents.per_example else 1)  # type: ignore[attr-defined]
+
+
+def _planned(weight: WeightPerturbation, plan: LowRankPlan, rank: int, examples: Any) -> _Way:
+    """Signs that are unpacked in the traced loss where they are used."""
+    k = weight.num_tangents
     num_chunks = -(-k // (weight.chunk_size or k))
     size = -(-k // num_chunks)
 

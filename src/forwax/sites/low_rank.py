@@ -31,12 +31,14 @@ class LowRankPlan:
         traced: the loss of the whole batch, or of one example.
         splits: for each leaf of the parameters the axes of its two factors, or None for dense signs.
         per_example: whether each example has tangents of its own.
+        lazy: whether all signs stay packed until they are used first, so that few leaves' are held at a time.
     """
 
     problem: Problem
     traced: Traced
     splits: tuple[Split | None, ...]
     per_example: bool
+    lazy: bool = False
 
     @property
     def leaves(self) -> list[Array]:
@@ -61,15 +63,15 @@ class LowRankPlan:
             if _tree.is_complex(spec):
                 found.append(jax.vmap(lambda x: lax.complex(x[0], x[1]))(each.unpack()))
             else:
-                found.append(each if packed and each.has_rows else each.unpack())
+                found.append(each if packed else each.unpack())
         return found
 
     def packed(self, rank: int) -> list[bool]:
-        """For each spec whether its signs can stay packed until a scan slices them."""
+        """For each spec whether its signs stay packed until a scan slices them, or something else uses them."""
         start = len(self.traced.closed)
         pairs = zip(self.traced.program.inputs[start:], self.splits, strict=False)
         return [
-            not self.per_example and sliced_only(self.traced.program, name)
+            self.lazy or (not self.per_example and sliced_only(self.traced.program, name))
             for name, split in pairs
             for _ in range(1 if split is None else 2 * rank)
         ]
@@ -117,7 +119,7 @@ class LowRankPlan:
 
     def assemble(self, coefficients: Array, drawn: Sequence[Drawn], rank: int) -> Tree:
         """Σ c v in at least float32, over tangents and, where each has its own, examples: `coefficients` [k(, N)]."""
-        ready = unpacked(after(drawn, coefficients))
+        ready = unpacked(after(drawn, [coefficients]))
         tangents = zip(self.leaves, self.tangents(ready, rank), strict=True)
         grads = [outer(coefficients, _pairs(tangent), leaf) for leaf, tangent in tangents]
         return jax.tree.unflatten(jax.tree.structure(self.problem.params), grads)
@@ -125,7 +127,7 @@ class LowRankPlan:
     def add(self, params: Tree, coefficients: Array, drawn: Sequence[Drawn], rank: int) -> Tree:
         """Parameters + Σ c v, in place where they are donated: no summand is held; see `assemble`."""
         leaves, structure = jax.tree.flatten(params)
-        ready = unpacked(after(drawn, coefficients))
+        ready = unpacked(after(drawn, [coefficients]))
         tangents = zip(leaves, self.tangents(ready, rank), strict=True)
         return structure.unflatten([add_outer(leaf, coefficients, _pairs(tangent)) for leaf, tangent in tangents])
 
@@ -154,6 +156,12 @@ def plan_low_rank(problem: Problem, per_example: bool) -> LowRankPlan:
     start = len(traced.closed)
     names = traced.program.inputs[start : start + len(leaves)]
     return LowRankPlan(problem, traced, find_splits(traced.program, traced.types, names, leaves), per_example)
+
+
+def plan_signs(problem: Problem) -> LowRankPlan:
+    """Dense signs for all parameters, those of `tangents.Rademacher`, but each unpacked where it is used."""
+    traced = trace(problem.objective, problem.params)
+    return LowRankPlan(problem, traced, (None,) * len(jax.tree.leaves(problem.params)), False, lazy=True)
 
 
 def _factor_shape(shape: tuple[int, ...], axes: frozenset[int]) -> tuple[int, ...]:

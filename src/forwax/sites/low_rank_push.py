@@ -14,9 +14,12 @@ from forwax.sites.factored import Factored, is_move, look_up, moved, product
 from forwax.sites.order import behind
 from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind, variables
 from forwax.sites.run import inject
-from forwax.sites.signs import Signs, unpacked
+from forwax.sites.signs import Signs, after, unpacked
 
 Tangent: TypeAlias = Factored | Signs | Array
+
+
+_LAYERS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
 
 @jax.custom_jvp
@@ -42,30 +45,37 @@ class Push:
     def run(self, program: Program, env: dict[Variable, Any], tangents: Mapping[Variable, Tangent]) -> list[Any]:
         """The program's outputs, from its inputs in `env` and what is drawn as tangents of some of them."""
         packed, factored = dict(tangents), {}
+        last: list[Array] = []  # what layer was evaluated last
         for equation in program.equations:
             loop = equation.loop
             sliced = len(equation.inputs) if loop is None else loop.num_consts + loop.num_carry
-            self.open(equation.inputs[:sliced], env, factored, packed)
+            self.open(equation.inputs[:sliced], env, factored, packed, last)
             values = [_read(atom, env) for atom in equation.inputs]
             positions = [i for i, a in enumerate(equation.inputs) if not isinstance(a, Constant) and a in factored]
             if loop is not None and (positions or any(a in packed for a in variables(equation.inputs))):
                 outputs = self.loop(equation, loop, values, factored, packed)
             else:
                 outputs = self.apply(equation, values, positions, factored)
+                if equation.primitive in _LAYERS:
+                    last = outputs = [in_step(outputs[0])]
             env.update(zip(equation.outputs, outputs, strict=True))
-        self.open(program.outputs, env, factored, packed)
+        self.open(program.outputs, env, factored, packed, last)
         return [self.formed(atom, _read(atom, env), factored) for atom in program.outputs]
 
-    def open(self, atoms: Sequence[Atom], env: dict[Variable, Any], factored: dict, packed: dict) -> None:
-        """Unpack the tangents of atoms that are used: factors are kept as such, and others enter the atom's value."""
+    def open(
+        self, atoms: Sequence[Atom], env: dict[Variable, Any], factored: dict, packed: dict, last: Sequence[Array]
+    ) -> None:
+        """Unpack tangents of used atoms after what came last: factors stay such, and others enter the atom's value."""
         for atom in variables(atoms):
             if atom not in packed:
                 continue
             tangent = packed.pop(atom)
             if isinstance(tangent, Factored):
-                factored[atom] = Factored(tuple((a, b) for a, b in (unpacked(pair) for pair in tangent.pairs)))
+                factored[atom] = Factored(
+                    tuple((a, b) for a, b in (unpacked(after(pair, last)) for pair in tangent.pairs))
+                )
             else:
-                env[atom] = inject(env[atom], *unpacked([tangent]), self.time)
+                env[atom] = inject(env[atom], *unpacked(after([tangent], last)), self.time)
 
     def apply(self, equation: Equation, values: list[Any], positions: list[int], factored: dict) -> list[Any]:
         """One equation's outputs."""
@@ -83,7 +93,7 @@ class Push:
             if noise is not None:
                 large = equation.primitive is primitives.conv_general_dilated_p and position == 1
                 value = in_pieces(equation, values) if large else bind(equation, values)[0]
-                return [in_step(inject(value, noise, self.time))]
+                return [inject(value, noise, self.time)]
         for position in positions:
             values[position] = self.formed(equation.inputs[position], values[position], factored)
         return bind(equation, values)
@@ -139,6 +149,8 @@ def _slices(tangent: Tangent) -> Slices:
 
 
 def _rows(x: Array | Signs) -> Array | Signs | None:
+    if isinstance(x, Signs) and not x.has_rows:
+        x = x.unpack()
     if isinstance(x, Signs):
         return x.rows() if x.spec.shape[0] > 1 else None
     return x if x.shape[0] > 1 else None

@@ -80,6 +80,6 @@ def unpacked(drawn: Sequence[Array | Signs]) -> list[Array]:
     return [x.unpack() if isinstance(x, Signs) else jnp.asarray(x) for x in drawn]
 
 
-def after(drawn: Sequence[Array | Signs], known: Array) -> list[Array | Signs]:
+def after(drawn: Sequence[Array | Signs], known: Sequence[Array]) -> list[Array | Signs]:
     """What was drawn, its words known only when something else is: else signs are unpacked before they are needed."""
-    return [dataclasses.replace(x, words=behind(x.words, [known])) if isinstance(x, Signs) else x for x in drawn]
+    return [dataclasses.replace(x, words=behind(x.words, known)) if isinstance(x, Signs) else x for x in drawn]
