@@ -80,7 +80,7 @@ def test_complex_parameters_traced_and_eagerly():
 
 
 def test_an_eager_loss_may_branch_on_values():
-    loss = lambda w: jnp.sum(w**2) if float(w[0]) > 0 else jnp.sum(w)
+    loss = lambda w: jnp.sum(w**2) if w[0] > 0 else jnp.sum(w)
     w = jnp.array([1.0, 2.0])
     assert_trees_close(fx.update(loss, learning_rate=0.1)(KEY, w)[1], w - 0.1 * fx.grad(loss)(KEY, w), rtol=1e-5)
 
