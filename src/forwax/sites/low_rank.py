@@ -112,7 +112,7 @@ class LowRankPlan:
         program = self.traced.program
         env = dict(zip(program.inputs, [*self.traced.closed, *self.leaves, *mapped], strict=True))
         tangents = dict(zip(program.inputs[len(self.traced.closed) :], self.tangents(drawn, rank), strict=False))
-        outputs = Push(self.traced.types, time).run(program, env, tangents)
+        outputs = Push(self.traced.types, time, self.lazy).run(program, env, tangents)
         losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
         parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
         return sum(parts[1:], start=parts[0]), aux

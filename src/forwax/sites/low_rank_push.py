@@ -37,10 +37,16 @@ def _in_step_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 
 
 class Push:
-    """An interpreter in which some variables have a factored tangent; all other tangents are those of `jax.jvp`."""
+    """An interpreter in which some variables have a factored tangent; all other tangents are those of `jax.jvp`.
 
-    def __init__(self, types: Sequence[Any], time: Array) -> None:
-        self.types, self.time = types, time
+    Attributes:
+        types: the abstract value of each variable.
+        time: the scalar whose tangent scales those of the parameters.
+        lazy: whether signs are unpacked after the layer before the one that uses them.
+    """
+
+    def __init__(self, types: Sequence[Any], time: Array, lazy: bool) -> None:
+        self.types, self.time, self.lazy = types, time, lazy
 
     def run(self, program: Program, env: dict[Variable, Any], tangents: Mapping[Variable, Tangent]) -> list[Any]:
         """The program's outputs, from its inputs in `env` and what is drawn as tangents of some of them."""
@@ -57,7 +63,8 @@ class Push:
             else:
                 outputs = self.apply(equation, values, positions, factored)
                 if equation.primitive in _LAYERS:
-                    last = outputs = [in_step(outputs[0])]
+                    outputs = [in_step(outputs[0])]
+                    last = outputs if self.lazy else []
             env.update(zip(equation.outputs, outputs, strict=True))
         self.open(program.outputs, env, factored, packed, last)
         return [self.formed(atom, _read(atom, env), factored) for atom in program.outputs]
