@@ -70,11 +70,11 @@ class Sizes:
     tangents: tuple[int, ...] = (1, 2, 4, 8, 16)
     depths: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)
     layers: tuple[int, ...] = (8, 64, 512)
-    images: int = 64
+    images: tuple[int, ...] = (64, 256)
     compiled_layers: int = 24
 
 
-QUICK = Sizes(4, (64,), (128, 256), (1, 4), (1, 5), (8, 64), 8, 4)
+QUICK = Sizes(4, (64,), (128, 256), (1, 4), (1, 5), (8, 64), (8,), 4)
 
 
 def sampling(name: str, scenario: Scenario, k: int, seconds: float, sizes: Sizes) -> Row:
@@ -140,10 +140,8 @@ def by_depth(sizes: Sizes, points: Points) -> Iterator[Row]:
 
 
 def architectures(sizes: Sizes, points: Points) -> Iterator[Row]:
-    cases = {
-        f"CNN of Baydin et al., batch {sizes.images}": convolutional(sizes.images),
-        "6-layer transformer, sequence 128, batch 8": language_model(6, 8, 128, 256),
-    }
+    cases = {f"CNN of Baydin et al., batch {images}": convolutional(images) for images in sizes.images}
+    cases["6-layer transformer, sequence 128, batch 8"] = language_model(6, 8, 128, 256)
     for name, scenario in cases.items():
         found = step_times(scenario, {ONE: RULES[ONE]}, max(4, sizes.rounds // 4))
         yield Row(f"{name}: SGD step, rank-1", found[ONE] / found[BACKPROP], goal=0.75)

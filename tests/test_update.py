@@ -71,17 +71,73 @@ def test_examples_aux_and_dtypes():
     np.testing.assert_allclose(new.astype(jnp.float32), expected_new, rtol=0.02, atol=0.02)
 
 
-def test_complex_parameters_eagerly():
+def test_complex_parameters_traced_and_eagerly():
     z = jnp.array([1 + 2j, 3 - 1j])
     loss = lambda z: jnp.sum(jnp.abs(z) ** 2)
-    expected = z - 0.1 * fx.grad(loss)(KEY, z)
-    assert_trees_close(fx.update(loss, learning_rate=0.1)(KEY, z)[1], expected, rtol=1e-5)
+    expected, step = z - 0.1 * fx.grad(loss)(KEY, z), fx.update(loss, learning_rate=0.1)
+    assert_trees_close(step(KEY, z)[1], expected, rtol=1e-5)
+    assert_trees_close(quick_jit(step)(KEY, z)[1], expected, rtol=1e-5)
+
+
+def test_an_eager_loss_may_branch_on_values():
+    loss = lambda w: jnp.sum(w**2) if w[0] > 0 else jnp.sum(w)
+    w = jnp.array([1.0, 2.0])
+    assert_trees_close(fx.update(loss, learning_rate=0.1)(KEY, w)[1], w - 0.1 * fx.grad(loss)(KEY, w), rtol=1e-5)
 
 
 def test_a_safe_rule_remembers():
     step = quick_jit(lambda rule: fx.update(stack, rule, learning_rate=0.1)(KEY, PARAMS, X))
     *_, rule = step(RULES["safe"])
     assert int(rule.history.num_steps) == 1
+
+
+# --- momentum ---
+
+MOMENTA = {
+    "signs": W(),
+    "several": W(T.Normal(), 3, chunk_size=2),
+    "low-rank": W(T.LowRank(2), 3),
+    "safe": fx.Safe(W(T.LowRank(), 2), clip=1.0, window=5, warm_up=1).init(),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTA)
+def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
+    """In a ring of 4 that is not yet full, and then full: what is left out is exactly what is older."""
+    rule, decay, window, safe = MOMENTA[name], 0.7, 4, name == "safe"
+
+    @quick_jit
+    def step(key, params, rule, momentum):
+        _, grads, *_ = rule.step(stack)(key, params, X) if safe else fx.value_and_grad(stack, rule)(key, params, X)
+        _, params, *state = fx.update(stack, rule, learning_rate=0.1, momentum=momentum)(key, params, X)
+        return grads, params, *(state if safe else [rule, *state])
+
+    params, held, last, momentum = PARAMS, PARAMS, [], fx.Momentum(decay, window).init(KEY, rule)
+    for key in jax.random.split(KEY, 7):
+        grads, params, rule, momentum = step(key, params, rule, momentum)
+        last = [*last, grads][-window:]
+        total = jax.tree.map(lambda *each: sum(decay**s * g for s, g in enumerate(reversed(each))), *last)
+        held = jax.tree.map(lambda w, m: w - 0.1 * m, held, total)
+        assert_trees_close(params, held, rtol=1e-4, atol=1e-5)
+    assert int(momentum.num_steps) == 7
+
+
+def test_momentum_with_examples_needs_no_init():
+    """A window as long as the run is the momentum of any optimiser."""
+    loss, axes, rule = (lambda w, x: jnp.sum(jnp.tanh(x @ w))), (None, 0), W(T.LowRank(per_example=True), 2)
+    w, total, momentum = PARAMS["w"][0], 0.0, fx.Momentum(0.5, 3)
+    assert momentum.init(KEY, rule, len(X)).coefficients.shape == (3, 2, 4)
+
+    @quick_jit
+    def step(key, w, momentum):
+        grads = fx.grad(loss, rule, in_axes=axes)(key, w, X)
+        return grads, *fx.update(loss, rule, learning_rate=0.1, momentum=momentum, in_axes=axes)(key, w, X)[1:]
+
+    for i in range(3):
+        grads, new, momentum = step(jax.random.key(i), w, momentum)
+        total = 0.5 * total + grads
+        assert_trees_close(new, w - 0.1 * total, rtol=1e-4, atol=1e-5)
+        w = new
 
 
 # --- memory ---
@@ -103,31 +159,55 @@ def inputs(width=64, depth=24, batch=8):
     return params, jnp.zeros((batch, width))
 
 
-def test_a_stack_takes_what_inference_takes_and_one_leaf():
+def bound(loss, params, x):
+    """What inference takes, a tenth more, and the largest parameter."""
+    return 1.1 * temporaries(loss, params, x) + max(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+FRUGAL = {
+    "signs": W(),
+    "several-signs": W(num_tangents=3, chunk_size=1),
+    "safe": fx.Safe(W(T.LowRank())).init(),
+    "several": W(T.LowRank(), 4),
+    "chunks": W(T.LowRank(2), 4, chunk_size=1),
+    "many": W(T.LowRank(), 12, chunk_size=2),
+}
+
+
+@pytest.mark.parametrize("name", FRUGAL)
+def test_a_stack_takes_what_inference_takes_and_one_leaf(name):
     params, x = inputs()
-    assert (
-        of_update(stack, fx.Safe(W(T.LowRank())).init(), params, x)
-        <= 1.1 * temporaries(stack, params, x) + params["w"].nbytes
-    )
+    assert of_update(stack, FRUGAL[name], params, x) <= bound(stack, params, x)
 
 
-def test_a_recurrent_network_takes_what_inference_takes_and_one_leaf():
+@pytest.mark.parametrize("name", ["safe", "several"])
+def test_a_recurrent_network_takes_what_inference_takes_and_one_leaf(name):
     w, x = jnp.zeros((256, 256)), jnp.zeros((8, 256))
-    assert of_update(recurrent, W(T.LowRank()), w, x) <= 1.1 * temporaries(recurrent, w, x) + w.nbytes
+    assert of_update(recurrent, FRUGAL[name], w, x) <= 0.5 * bound(recurrent, w, x)
 
 
-@pytest.mark.parametrize("num_tangents", [1, 3])
-def test_dense_signs_take_one_tangent_and_a_few_layers(num_tangents):
+def test_momentum_takes_no_copy_of_the_parameters():
+    """Neither in its state nor beside it."""
     params, x = inputs()
-    limit = 3 * temporaries(stack, params, x) + 1.25 * params["w"].nbytes
-    assert of_update(stack, W(num_tangents=num_tangents, chunk_size=1), params, x) <= limit
+    momentum = fx.Momentum().init(KEY, W(T.LowRank()))
+    assert sum(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(momentum)) < 1000
+    step = lambda key, params, momentum, x: fx.update(stack, W(T.LowRank()), learning_rate=0.1, momentum=momentum)(
+        key, params, x
+    )
+    assert temporaries(step, KEY, params, momentum, x, donate_argnums=(1, 2)) <= bound(stack, params, x)
+
+
+def test_dense_signs_are_unpacked_where_they_are_used():
+    """Until then they are a 32nd of the parameters, as words and as what is cut from these."""
+    params, x = [jnp.zeros((128, 128)) for _ in range(12)], jnp.zeros((4, 128))
+    words = sum(w.nbytes for w in params) / 32
+    assert of_update(mlp, W(), params, x) <= bound(mlp, params, x) + 2.5 * words
 
 
 def test_leaves_are_updated_one_after_the_other():
-    """With several tangents each summand is a dense array; held at once they would be as large as all parameters."""
-    params, x = [jnp.zeros((128, 128)) for _ in range(12)], jnp.zeros((4, 128))
-    assert of_update(mlp, W(T.LowRank(), 4), params, x) < 4 * params[0].nbytes
-    rule = W(T.LowRank(), 4)
+    """No summand is held; a gradient is as large as all parameters."""
+    params, x, rule = [jnp.zeros((128, 128)) for _ in range(12)], jnp.zeros((4, 128)), W(T.LowRank(), 4)
+    assert of_update(mlp, rule, params, x) < 1.5 * params[0].nbytes
     step = lambda key, p, x: jax.tree.map(lambda w, g: w - g, p, fx.grad(mlp, rule)(key, p, x))
     assert temporaries(step, KEY, params, x, donate_argnums=1) > 11 * params[0].nbytes
 
@@ -144,6 +224,18 @@ def test_other_rules_are_refused():
         fx.update(stack, W(combine=fx.combine.Projection()), learning_rate=0.1)
     with pytest.raises(ValueError, match="needs examples: expected in_axes"):
         fx.update(stack, W(T.LowRank(per_example=True)), learning_rate=0.1)(KEY, PARAMS, X)
+
+
+def test_momenta_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"expected decay from 0 to below 1, got 1\.0"):
+        fx.Momentum(1.0)
+    with pytest.raises(ValueError, match="expected window to be a positive integer, got 0"):
+        fx.Momentum(window=0)
+    with pytest.raises(ValueError, match="expected num_examples, got None"):
+        fx.Momentum().init(KEY, W(T.LowRank(per_example=True)))
+    momentum = fx.Momentum().init(KEY, W(num_tangents=2))
+    with pytest.raises(ValueError, match=r"expected a key of \(2,\) words and slopes \[2\] in each step, got .* \[1\]"):
+        fx.update(stack, learning_rate=0.1, momentum=momentum)(KEY, PARAMS, X)
 
 
 def test_sharded_parameters_are_refused():

@@ -9,6 +9,7 @@ from forwax.diagnostics import diagnose
 from forwax.explain import explain
 from forwax.fused import update
 from forwax.learning_rate import suggest_learning_rate
+from forwax.momentum import Momentum
 from forwax.rules import (
     FDFA,
     ActivityPerturbation,
@@ -38,6 +39,7 @@ __all__ = [
     "FiniteDifference",
     "LearningRule",
     "LocalLosses",
+    "Momentum",
     "Rule",
     "Safe",
     "WeightPerturbation",

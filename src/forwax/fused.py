@@ -4,6 +4,7 @@ The idea of drawing a direction twice instead of keeping it is that of MeZO (Mal
 here with exact slopes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,12 @@ from jax import Array, lax
 from forwax import _mesh, _tree
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
-from forwax.pushforward import pushforward
+from forwax.momentum import Momentum
+from forwax.pushforward import is_concrete, pushforward
 from forwax.rules import Rule, WeightPerturbation
 from forwax.safety import Safe
-from forwax.sites import custom_vjp, plan_low_rank
+from forwax.sites import LowRankPlan, custom_vjp, plan_low_rank, plan_signs
+from forwax.sites.outer import FEW, add_outer, whole
 from forwax.tangents import LowRank, Normal, Rademacher, Sparse
 from forwax.tangents._base import sampler, typed_key
 
@@ -29,6 +32,7 @@ def update(
     rule: Rule = WeightPerturbation(),  # noqa: B008 (a frozen value)
     *,
     learning_rate: float | Array,
+    momentum: Momentum | None = None,
     has_aux: bool = False,
     in_axes: Any = None,
 ) -> Callable[..., Any]:
@@ -44,12 +48,14 @@ def update(
             `Mean` or `Shrinkage`, any number of tangents; with several, `chunk_size=1` holds one at a time. Or
             `forwax.Safe` around such a rule.
         learning_rate: the rate of the step; an array where it changes.
+        momentum: what is remembered of the last steps; the step is then w - learning_rate · m with their decaying sum
+            m, and still no array like the parameters is held.
         has_aux: whether the loss returns `(loss, aux)`.
         in_axes: as in `forwax.value_and_grad`.
 
     Returns:
         A function `f(key, params, *args, **kwargs)` that returns `(value, params)`, with `has_aux`
-        `((value, aux), params)`. With `forwax.Safe` the next rule comes third.
+        `((value, aux), params)`. With `forwax.Safe` the next rule follows, and with momentum the next momentum.
 
     Raises:
         TypeError: when the rule is another one, or the tangents cannot be drawn twice one by one.
@@ -69,17 +75,27 @@ def update(
     def update_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
         key, problem = typed_key(check_key(key, "update")), signature.bind(args, kwargs)
         _check_mesh(problem, key)
-        find = _low_rank if isinstance(weight.tangents, LowRank) else _dense
         try:
-            value, aux, slopes, add = find(weight, key, problem)
+            way = _way(weight, problem)
+            value, aux, slopes, drawn = way.slopes(key)
         except TypeError as error:
             raise custom_vjp.named(error, problem) from error
+        slopes = _mesh.total(slopes, _mesh.axes(slopes))
         used = rule.guard()(slopes) if isinstance(rule, Safe) else slopes
         n, k = _tree.num_coordinates(problem.params), weight.num_tangents
-        scale = weight.combine.finish(1.0, k, weight.tangents.relative_mse(n, k))
-        params = add(-jnp.asarray(learning_rate, used.dtype) * scale * used)
+        used = used * weight.combine.finish(1.0, k, weight.tangents.relative_mse(n, k))
+        rate = -jnp.asarray(learning_rate, used.dtype)
+        state: list[Any] = [rule.after(slopes)] if isinstance(rule, Safe) else []
+        if momentum is not None:
+            new = momentum.add(key, used)
+            params = _add_momentum(way, problem.params, new, key, rate)
+            state.append(new)
+        elif drawn is not None:
+            params = way.add(problem.params, rate * used, drawn)
+        else:
+            params = way.add_steps(problem.params, key[None], rate * used[None], 1)
         value = (value, problem.restore(aux)) if has_aux else value
-        return (value, params, rule.after(slopes)) if isinstance(rule, Safe) else (value, params)
+        return (value, params, *state)
 
     return update_of_loss
 
@@ -115,77 +131,107 @@ def _check_mesh(problem: Problem, key: Array) -> None:
         )
 
 
-def _after(slopes: Array, key: Array) -> tuple[Array, Array]:
-    """The same key, but known only when the slopes are: else the compiler would keep the tangents instead."""
-    data, slopes = lax.optimization_barrier((jax.random.key_data(key), slopes))
-    return slopes, jax.random.wrap_key_data(data, impl=str(jax.random.key_impl(key)))
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Way:
+    """How one kind of tangents is used.
 
-
-def _in_turn(make: Callable[[Array], Tree], coefficients: Array, params: Tree) -> Tree:
-    """Add to one leaf after the other: `make` gives all summands, of which all but one are dead code in each call.
-
-    What the next leaf needs is made to depend on the last one, or the compiler would make all summands at once; it
-    takes optimisation barriers out before it orders its work, but it cannot know that no parameter is not a number.
+    Attributes:
+        weight: the rule.
+        slopes: takes a key to `(value, aux, slopes, drawn)`, where `drawn` is what was drawn, or None if not held.
+        draw: takes a key and indices [c] to what is drawn for them: arrays with a leading axis c.
+        add: takes parameters, coefficients [c(, examples)] and what was drawn to the parameters + Σ c v.
+        together: how many tangents are added at a time.
     """
-    leaves, structure = jax.tree.flatten(params)
-    done = []
-    for i, leaf in enumerate(leaves):
-        summand = jax.tree.leaves(make(coefficients))[i]
-        done.append((leaf.astype(summand.dtype) + summand).astype(leaf.dtype))
-        if leaf.size:
-            first = jnp.real(done[-1].reshape(-1)[0])
-            coefficients = jnp.where(jnp.isnan(first), jnp.nan, coefficients)
-    return structure.unflatten(done)
+
+    weight: WeightPerturbation
+    slopes: Callable[[Array], tuple[Array, Tree, Array, list[Any] | None]]
+    draw: Callable[[Array, Array], list[Any]]
+    add: Callable[[Tree, Array, list[Any]], Tree]
+    together: int
+
+    def add_steps(self, params: Tree, keys: Array, coefficients: Array, num_steps: Array | int) -> Tree:
+        """Add the tangents of the first steps of several: keys [steps], coefficients [steps, k(, examples)]."""
+        steps, k = coefficients.shape[:2]
+        size, flat = min(self.together, steps * k), coefficients.reshape(-1, *coefficients.shape[2:])
+
+        def one(term: Array) -> list[Any]:
+            return jax.tree.map(lambda x: x[0], self.draw(keys[term // k], (term % k)[None]))
+
+        def add(i: Array, params: Tree) -> Tree:
+            terms = i * size + jnp.arange(size)
+            used = (terms < num_steps * k).reshape(size, *[1] * (flat.ndim - 1))
+            terms = jnp.minimum(terms, steps * k - 1)
+            drawn = lax.map(one, terms) if size > 1 else jax.tree.map(lambda x: x[None], one(terms[0]))
+            return self.add(params, jnp.where(used, flat[terms], 0), drawn)
+
+        return lax.fori_loop(0, -(-(num_steps * k) // size), add, params)
 
 
-def _dense(weight: WeightPerturbation, key: Array, problem: Problem) -> tuple[Array, Tree, Array, Callable]:
-    k, params = weight.num_tangents, problem.params
-    draw = sampler(weight.tangents, key, params, k)
-    value, aux, slopes, _ = pushforward(problem.objective, params, draw, k, chunk_size=weight.chunk_size)
-    slopes = _mesh.total(slopes, _mesh.axes(slopes))
-
-    def add(coefficients: Array) -> Tree:
-        ready, again = _after(coefficients, key)
-        draw = sampler(weight.tangents, again, params, k)
-
-        def add_one(leaf: Array, tangent: Array, coefficient: Array) -> Array:
-            wide = _tree.accumulation_dtype(leaf.dtype)
-            step = coefficient.astype(jnp.finfo(wide).dtype) * jnp.conj(tangent[0]).astype(wide)
-            return (leaf.astype(wide) + step).astype(leaf.dtype)
-
-        def body(j: Array, params: Tree) -> Tree:
-            return jax.tree.map(lambda leaf, t: add_one(leaf, t, ready[j]), params, draw(jnp.asarray(j)[None]))
-
-        return body(jnp.int32(0), params) if k == 1 else lax.fori_loop(0, k, body, params)
-
-    return value, aux, slopes, add
+def _add_momentum(way: _Way, params: Tree, momentum: Momentum, key: Array, rate: Array) -> Tree:
+    keys, weights, num_steps = momentum.last(str(jax.random.key_impl(key)))
+    return way.add_steps(params, keys, rate * weights, num_steps)
 
 
-def _low_rank(weight: WeightPerturbation, key: Array, problem: Problem) -> tuple[Array, Tree, Array, Callable]:
-    """The factors are thin, so that they are kept."""
-    tangents, k = weight.tangents, weight.num_tangents
+def _way(weight: WeightPerturbation, problem: Problem) -> _Way:
+    if isinstance(weight.tangents, LowRank):
+        return _low_rank(weight, problem)
+    if isinstance(weight.tangents, Rademacher) and not is_concrete(problem.params):
+        return _planned(weight, plan_signs(problem), 1, 1)
+    return _dense(weight, problem)  # the loss may branch on concrete values
+
+
+def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
+    k, structure = weight.num_tangents, jax.tree.structure(problem.params)
+    held = k <= min(weight.chunk_size or k, FEW)
+
+    def draw(key: Array, indices: Array) -> list[Any]:
+        return jax.tree.leaves(sampler(weight.tangents, key, problem.params, k)(indices))
+
+    def slopes(key: Array) -> tuple[Array, Tree, Array, list[Any] | None]:
+        drawn = draw(key, jnp.arange(k)) if held else None
+        at = lambda indices: structure.unflatten(drawn or draw(key, indices))  # noqa: E731
+        value, aux, slopes, _ = pushforward(problem.objective, problem.params, at, k, chunk_size=weight.chunk_size)
+        return value, aux, slopes, drawn
+
+    def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
+        leaves = zip(jax.tree.leaves(params), drawn, strict=True)
+        return structure.unflatten([add_outer(leaf, coefficients, whole(v)) for leaf, v in leaves])
+
+    return _Way(weight, slopes, draw, add, 1)
+
+
+def _low_rank(weight: WeightPerturbation, problem: Problem) -> _Way:
+    tangents = weight.tangents
     weight.thin(problem)  # raises where examples are missing
-    plan = plan_low_rank(problem, tangents.per_example)  # type: ignore[attr-defined]
     rank = tangents.rank  # type: ignore[attr-defined]
-    drawn = sampler(Rademacher(), key, plan.specs(rank), k)(jnp.arange(k))
+    plan = plan_low_rank(problem, tangents.per_example)  # type: ignore[attr-defined]
+    return _planned(weight, plan, rank, problem.num_examples if tangents.per_example else 1)  # type: ignore[attr-defined]
+
+
+def _planned(weight: WeightPerturbation, plan: LowRankPlan, rank: int, examples: Any) -> _Way:
+    """Signs that are unpacked in the traced loss where they are used."""
+    k = weight.num_tangents
     num_chunks = -(-k // (weight.chunk_size or k))
     size = -(-k // num_chunks)
 
-    def chunk(first: Array) -> tuple[Array, Tree, Array]:
-        part = [jnp.take(x, jnp.minimum(first + jnp.arange(size), k - 1), axis=0) for x in drawn]
-        leaves, part = lax.optimization_barrier((plan.leaves, part))
-        return plan.at(leaves).push(part, size, rank)
+    def draw(key: Array, indices: Array) -> list[Any]:
+        return plan.draw(key, indices, rank)
 
-    if num_chunks == 1:
-        value, aux, slopes = plan.push(drawn, k, rank)
-    else:
+    def slopes(key: Array) -> tuple[Array, Tree, Array, list[Any] | None]:
+        if num_chunks == 1:
+            drawn = draw(key, jnp.arange(k))
+            return *plan.push(drawn, k, rank), drawn
+
+        def chunk(first: Array) -> tuple[Array, Tree, Array]:
+            part = draw(key, jnp.minimum(first + jnp.arange(size), k - 1))
+            leaves, part = lax.optimization_barrier((plan.leaves, part))
+            return plan.at(leaves).push(part, size, rank)
+
         values, auxs, slopes = lax.map(chunk, jnp.arange(num_chunks) * size)
         value, aux = jax.tree.map(lambda x: x[0], (values, auxs))
-        slopes = slopes.reshape(-1, *slopes.shape[2:])[:k]
-    slopes = _mesh.total(slopes, _mesh.axes(slopes))
+        return value, aux, slopes.reshape(-1, *slopes.shape[2:])[:k], None
 
-    def add(coefficients: Array) -> Tree:
-        coefficients = coefficients / (problem.num_examples if tangents.per_example else 1)  # type: ignore[attr-defined]
-        return _in_turn(lambda c: plan.assemble(c, drawn, rank), coefficients, problem.params)
+    def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
+        return plan.add(params, coefficients / examples, drawn, rank)
 
-    return value, aux, slopes, add
+    return _Way(weight, slopes, draw, add, max(1, FEW // (rank * examples)))

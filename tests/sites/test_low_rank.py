@@ -10,8 +10,9 @@ import forwax as fx
 from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank
-from forwax.sites.factored import _one_feature
-from forwax.sites.low_rank import LowRankPlan
+from forwax.sites.convolution import _one_feature, in_pieces
+from forwax.sites.program import trace
+from forwax.sites.signs import Signs
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
@@ -121,6 +122,22 @@ def test_a_convolution_with_one_feature(name):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("HWNC", "HWIO", "HNWC")])
+def test_a_large_convolution_piece_by_piece(layout, monkeypatch):
+    sizes = {"N": 6, "H": 5, "W": 4, "C": 3, "I": 3, "O": 2}
+    x, kernel = (jnp.asarray(normal(i, *(sizes[axis] for axis in each))) for i, each in enumerate(layout[:2]))
+    convolve = lambda x, kernel: lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    equation = trace(convolve, x, kernel).program.equations[-1]
+    expected = convolve(x, kernel)
+    monkeypatch.setattr("forwax.sites.convolution._PATCHES", 3000)  # fits two examples
+    pieces = jax.jit(lambda x, kernel: in_pieces(equation, [x, kernel]))
+    assert (
+        f"tensor<{'x'.join(str(2 if a == 'N' else sizes[a]) for a in layout[0])}xf32>"
+        in pieces.lower(x, kernel).as_text()
+    )
+    np.testing.assert_allclose(pieces(x, kernel), expected, rtol=1e-5, atol=1e-5)
+
+
 def mlp(params, x):
     for w in params[:-1]:
         x = jnp.tanh(x @ w)
@@ -152,8 +169,40 @@ def test_signs_are_unpacked_once(monkeypatch):
         return step.lower(KEY, params, x).compile().as_text().count(" shift-left(")
 
     once = unpacked()
-    monkeypatch.setattr(LowRankPlan, "settled", lambda plan, drawn: list(drawn))
+    monkeypatch.setattr("forwax.sites.signs.settled", lambda signs: signs)
     assert once <= unpacked() - 4  # at least one fewer for each layer
+
+
+def nested(params, x):
+    """Scans within scans; one parameter's signs fill whole words in each slice, one's do not, one has one layer."""
+
+    def block(h, layers):
+        h, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), h, layers)
+        return h, None
+
+    h, _ = lax.scan(block, x, params["blocks"])
+    h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["one"])
+    return squares(h @ params["last"][0]) + squares(params["last"])
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_packed_signs_are_the_signs(rank):
+    """What a scan slices before it is unpacked gives what signs that are unpacked at once give."""
+    blocks = {"w": jnp.asarray(normal(0, 2, 3, 32, 32)), "b": jnp.asarray(normal(1, 2, 3, 1, 32))}
+    params = {"blocks": blocks, "one": jnp.asarray(normal(2, 1, 32, 32)), "last": jnp.asarray(normal(3, 2, 32, 5))}
+    problem = Signature(nested, 0, False, None).bind((params, jnp.asarray(normal(4, 2, 32)) / 32), {})
+    plan = plan_low_rank(problem, False)
+
+    @quick_jit
+    def found(key):
+        drawn = plan.draw(key, jnp.arange(2), rank)
+        assert sum(isinstance(x, Signs) for x in drawn) == 1 + 4 * rank
+        signs = fx.tangents.Rademacher().sample(key, plan.specs(rank), 2)
+        return [(plan.push(x, 2, rank), plan.assemble(jnp.ones(2), x, rank)) for x in (drawn, signs)]
+
+    got, expected = found(KEY)
+    for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_chunks_give_the_same_estimate():

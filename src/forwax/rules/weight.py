@@ -106,7 +106,6 @@ class WeightPerturbation(Rule):
     ) -> tuple[Array, Tree, Tree, Array]:
         """The slopes along factors, pushed through the traced loss."""
         plan, k = plan_low_rank(problem, tangents.per_example), self.num_tangents
-        draw = sampler(Rademacher(), key, plan.specs(tangents.rank), k)
         num_chunks = -(-k // (self.chunk_size or k))
         size = -(-k // num_chunks)
         law = tangents.relative_mse(_tree.num_coordinates(problem.params), k)
@@ -114,9 +113,9 @@ class WeightPerturbation(Rule):
 
         def chunk(first: Any, leaves: Sequence[Array]) -> tuple[Tree, tuple[Array, Tree, Array]]:
             indices = first + jnp.arange(size)
-            drawn = plan.settled(draw(indices))
+            drawn = plan.draw(key, indices, tangents.rank)
             if num_chunks > 1:  # else the compiler takes the primal out of the loop and keeps every activation
-                leaves, drawn = lax.optimization_barrier((list(leaves), list(drawn)))
+                leaves, drawn = lax.optimization_barrier((list(leaves), drawn))
             here = plan.at(leaves)
             value, aux, slopes = here.push(drawn, size, tangents.rank)
             found = _mesh.total(slopes, _mesh.axes(slopes) - _mesh.axes(key))

@@ -2,7 +2,7 @@
 
 from forwax.sites.credit import Credit
 from forwax.sites.find import find_sites
-from forwax.sites.low_rank import LowRankPlan, plan_low_rank
+from forwax.sites.low_rank import LowRankPlan, plan_low_rank, plan_signs
 from forwax.sites.noise import Drawn, Held
 from forwax.sites.noise_point import noise_point
 from forwax.sites.order import behind
@@ -26,6 +26,7 @@ __all__ = [
     "find_sites",
     "noise_point",
     "plan_low_rank",
+    "plan_signs",
     "push_drawn",
     "replay",
 ]

@@ -5,7 +5,6 @@ depend. Moves of axes act on both factors; a dot or a convolution contracts one 
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 
+from forwax.sites.convolution import Pair, convolution, ordered
 from forwax.sites.program import Equation
 
-Pair: TypeAlias = tuple[Array, Array]
 Shape: TypeAlias = tuple[int, ...]
 
 
@@ -34,6 +33,15 @@ class Factored:
         """The tangent itself."""
         total = sum((left * right for left, right in self.pairs[1:]), start=self.pairs[0][0] * self.pairs[0][1])
         return jnp.broadcast_to(total, shape)
+
+
+_MOVES = {"copy", "name", "reduce_precision", "sharding_constraint", "convert_element_type", "transpose", "squeeze"}
+_MOVES |= {"reshape", "broadcast_in_dim", "slice", "dynamic_slice"}
+
+
+def is_move(equation: Equation) -> bool:
+    """Whether an operation only moves or casts the entries of its first operand."""
+    return equation.name in _MOVES
 
 
 def moved(equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape) -> Factored | None:
@@ -116,7 +124,7 @@ def product(equation: Equation, position: int, tangent: Factored, values: Sequen
     if equation.primitive is primitives.dot_general_p:
         contract = _dot_product
     elif equation.primitive is primitives.conv_general_dilated_p and position == 1:
-        contract = _convolution
+        contract = convolution
     else:
         return None
     total = None
@@ -128,24 +136,12 @@ def product(equation: Equation, position: int, tangent: Factored, values: Sequen
     return total
 
 
-def _ordered(left: Array, right: Array, contracted: Sequence[int], free: Sequence[int]) -> Pair | None:
-    """The factor on the contracted axes, and the other, which must be one on them."""
-
-    def depends(x: Array, axes: Sequence[int]) -> bool:
-        return any(x.shape[axis] > 1 for axis in axes)
-
-    for inner, outer in ((left, right), (right, left)):
-        if not depends(outer, contracted) and not depends(inner, free):
-            return inner, outer
-    return None
-
-
 def _dot_product(equation: Equation, position: int, left: Array, right: Array, values: Sequence[Any]) -> Array | None:
     contracted, batch = equation.params["dimension_numbers"]
     other = lax.stop_gradient(values[1 - position])
     shape, own, mixed = values[position].shape, contracted[position], batch[position]
     free = [axis for axis in range(len(shape)) if axis not in own and axis not in mixed]
-    pair = _ordered(left, right, own, free)
+    pair = ordered(left, right, own, free)
     if pair is None:
         return None
     inner, outer = pair
@@ -169,65 +165,6 @@ def _dot_product(equation: Equation, position: int, left: Array, right: Array, v
     return thin * outer.astype(thin.dtype)
 
 
-def _convolution(equation: Equation, position: int, left: Array, right: Array, values: Sequence[Any]) -> Array | None:
-    params = equation.params
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        return None
-    numbers, kernel = params["dimension_numbers"], values[1]
-    out_axis = numbers.rhs_spec[0]
-    own = [axis for axis in range(kernel.ndim) if axis != out_axis]
-    pair = _ordered(left, right, own, [out_axis])
-    if pair is None:
-        return None
-    inner, outer = pair
-    inner = jnp.broadcast_to(inner, [1 if axis == out_axis else n for axis, n in enumerate(kernel.shape)])
-    x = lax.stop_gradient(values[0])
-    thin = _one_feature(x, inner, outer.size, params)
-    thin = equation.primitive.bind(x, inner, **params) if thin is None else thin
-    shape = [1] * thin.ndim
-    shape[numbers.out_spec[1]] = outer.size
-    return thin * outer.reshape(shape).astype(thin.dtype)
-
-
-_MOST_TAPS = 64
-
-
-def _one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array | None:
-    """A convolution with one output feature: the taps' dots with the input's features, then their shifted sum.
-
-    Compilers have no fast convolution for a single feature: on CPU it took a third of the time of 64 of them. None for
-    large kernels and strides, for which the taps would need more memory than the layer itself.
-    """
-    lhs, rhs, out = params["dimension_numbers"]
-    taps, sizes = [kernel.shape[axis] for axis in rhs[2:]], [x.shape[axis] for axis in lhs[2:]]
-    spans = [(k - 1) * d + 1 for k, d in zip(taps, params["rhs_dilation"], strict=True)]
-    pads = [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"], strict=True)]
-    strides = params["window_strides"]
-    padded = [low + high + (n - 1) * (inner + 1) + 1 for n, (low, high, inner) in zip(sizes, pads, strict=True)]
-    shape = [(n - span) // stride + 1 for n, span, stride in zip(padded, spans, strides, strict=True)]
-    held = math.prod(taps) * math.prod(padded)
-    largest = max(x.shape[lhs[1]] * math.prod(sizes), features * math.prod(shape))
-    if math.prod(taps) > _MOST_TAPS or held > largest or min([*shape, *sizes]) < 1:
-        return None
-    dtype = params["preferred_element_type"] or x.dtype
-    rows = lax.transpose(kernel, (rhs[1], *rhs[2:], rhs[0])).reshape(kernel.shape[rhs[1]], -1)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    numbers = (((lhs[1],), (0,)), ((), ()))
-    each = lax.dot_general(x, rows, numbers, params["precision"], preferred_element_type=wide)
-    rest = [axis for axis in range(x.ndim) if axis != lhs[1]]
-    each = lax.transpose(each, [*(rest.index(axis) for axis in (lhs[0], *lhs[2:])), each.ndim - 1])
-    each = lax.pad(each, jnp.zeros((), wide), [(0, 0, 0), *pads, (0, 0, 0)])
-    total: Any = 0
-    for i, place in enumerate(itertools.product(*map(range, taps))):
-        starts = [j * d for j, d in zip(place, params["rhs_dilation"], strict=True)]
-        ends = [a + (n - 1) * stride + 1 for a, n, stride in zip(starts, shape, strides, strict=True)]
-        window = lax.slice(each, [0, *starts, i], [each.shape[0], *ends, i + 1], [1, *strides, 1])
-        total = total + window
-    # from batch, positions, feature to the order of the result's axes
-    order = [out[0], *out[2:], out[1]]
-    return lax.transpose(total, [order.index(axis) for axis in range(len(order))]).astype(dtype)
-
-
 def look_up(equation: Equation, tangent: Factored, values: Sequence[Any], out: Shape) -> Array | None:
     """The tangent of a look-up of rows: one factor is looked up, the other, the same for all rows, is not."""
     if equation.primitive is not primitives.gather_p:
@@ -239,7 +176,7 @@ def look_up(equation: Equation, tangent: Factored, values: Sequence[Any], out: S
     kept = [axis for axis in range(len(sizes)) if axis not in numbers.collapsed_slice_dims]
     total = None
     for left, right in tangent.pairs:
-        pair = _ordered(left, right, indexed, [])
+        pair = ordered(left, right, indexed, [])
         if pair is None:
             return None
         rows, rest = pair

@@ -12,7 +12,7 @@ from jax import Array
 from forwax._tree import Spec
 from forwax.tangents._base import IndependentTangents
 
-_WORD = 32
+WORD = 32
 _ROW = 128
 
 
@@ -37,17 +37,22 @@ class Rademacher(IndependentTangents):
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: ±1 in each leaf's shape and dtype."""
-        counts = [-(-math.prod(spec.shape) // _WORD) for spec in specs]
-        words = jax.random.bits(key, (_padded(sum(counts)),), jnp.uint32)  # one draw for all leaves
-        leaves, start = [], 0
-        for spec, count in zip(specs, counts, strict=True):
-            leaves.append(unpack_signs(words[start : start + count], spec))
-            start += count
-        return leaves
+        return [unpack_signs(words, spec) for words, spec in zip(draw_words(key, specs), specs, strict=True)]
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
         """(n - 1) / k."""
         return (n - 1) / num_tangents
+
+
+def draw_words(key: Array, specs: Sequence[Spec]) -> list[Array]:
+    """Random words for each leaf's signs [ceil(size / 32)], in one draw for all leaves."""
+    counts = [-(-math.prod(spec.shape) // WORD) for spec in specs]
+    words = jax.random.bits(key, (_padded(sum(counts)),), jnp.uint32)
+    leaves, start = [], 0
+    for count in counts:
+        leaves.append(words[start : start + count])
+        start += count
+    return leaves
 
 
 def _padded(num_words: int) -> int:
@@ -58,7 +63,7 @@ def _padded(num_words: int) -> int:
 
 def unpack_signs(words: Array, spec: Spec) -> Array:
     """Signs ±1 of the given shape and dtype from the bits of uint32 words [ceil(size / 32)]."""
-    shifts = jnp.arange(_WORD, dtype=jnp.uint32)
+    shifts = jnp.arange(WORD, dtype=jnp.uint32)
     bits = jnp.left_shift(words[:, None], shifts[None, :]) & jnp.uint32(0x80000000)
     signs = jax.lax.bitcast_convert_type(bits | jnp.uint32(0x3F800000), jnp.float32)  # the bits of 1.0 with this sign
     return signs.astype(spec.dtype).reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape)
