@@ -18,6 +18,7 @@ from forwax import combine, tangents
 
 Tree = Any
 
+
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those compiler options that this version of XLA has."""
 

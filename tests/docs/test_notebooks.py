@@ -13,7 +13,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if "{code-cell}" in path.read_text(encoding="utf-8"))
 
 # Programs that are compiled once and run once compile faster this way; the tests' eight devices are not for readers.
-FLAGS = " ".join(f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in QUICK.items())
+FLAGS = " ".join(
+    f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in QUICK.items()
+)
 
 
 def execute(page: str):

@@ -93,6 +93,7 @@ def serve(monkeypatch):
 
     return start
 
+
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory):
     """Share compiled programs between a file's tests and the processes that they start; most runs are the same one."""

@@ -89,6 +89,9 @@ def test_slopes_are_clipped_at_one_median_or_more():
         digits(clip_slopes=0.5)
     with pytest.raises(UsageError, match="--clip-slopes does not apply to --rule exact; it belongs to: weight"):
         digits(rule="exact", clip_slopes=2.0)
+    with pytest.raises(UsageError, match="--skip-bad-slopes does not apply to --rule backprop; it belongs to: weight"):
+        digits(rule="backprop", skip_bad_slopes=True)
+    assert digits(rule="backprop").skip_bad_slopes is None
 
 
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)

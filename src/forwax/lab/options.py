@@ -58,6 +58,9 @@ class SettingOptions:
     clip_slopes: float | None = None
     """The largest slope, in running medians of all slopes so far, at least 1; nothing is clipped by default. 1 stops
     explosions."""
+    skip_bad_slopes: bool | None = None
+    """Whether slopes that are not finite count as zero; otherwise they stop the run. A loss that is not finite always
+    stops it."""
     optimizer: OptimizerName | None = None
     """The optimizer."""
     learning_rate: float | None = None
