@@ -5,7 +5,6 @@ import pytest
 from sites import models
 from sites.interop import check
 
-
 MODELS = {
     "vision-transformer": models.vision_transformer,
     "mlp-mixer": models.mlp_mixer,
