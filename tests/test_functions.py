@@ -7,6 +7,8 @@ import pytest
 
 from forwax import functions
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 CASES = [
     functions.beale,
     functions.himmelblau,

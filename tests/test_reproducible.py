@@ -10,6 +10,8 @@ import pytest
 import forwax as fx
 from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, quadratic, quick_jit, tree_loss
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(3)
 PARAMS = {"a": normal(1, 4), "z": normal(2, 2, dtype=jnp.complex64), "s": jnp.asarray(0.5)}
 VECTOR = normal(4, 6)

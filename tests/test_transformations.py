@@ -8,6 +8,8 @@ from jax import lax
 import forwax as fx
 from cases import CASES, RULES, assert_trees_close, normal, quick_jit, regression
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 3)
 PARAMS = {"w": normal(1, 3, 2), "b": normal(2, 2)}

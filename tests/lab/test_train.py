@@ -465,7 +465,7 @@ checkpoints.Checkpoints.save = save
 
 
 def child(options, extra="", **keywords):
-    code = CHILD.format(folder=str(Path(__file__).parent), file=__file__, extra=extra, options=options)
+    code = CHILD.format(folder=str(Path(__file__).parents[1]), file=__file__, extra=extra, options=options)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **keywords)
 
 

@@ -49,6 +49,7 @@ class RuleChoice:
         needs_data: whether it only works on a loss with data.
         published: whether it is a method of Ren et al. 2023, which also says where losses sit.
         keeps_feedback: whether it keeps fixed feedback matrices between steps.
+        tangents: the tangents that it takes by default, a name of `TANGENTS`.
 
     >>> RULES["exact"].takes
     ('chunk_size',)
@@ -62,12 +63,13 @@ class RuleChoice:
     needs_data: bool = False
     published: bool = False
     keeps_feedback: bool = False
+    tangents: str = "rademacher"
 
 
 def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
     """Build what all rules with tangents share."""
     return {
-        "tangents": TANGENTS[settings.tangents or "rademacher"](settings, guess),
+        "tangents": TANGENTS[settings.tangents or RULES[settings.rule].tangents](settings, guess),
         "num_tangents": settings.num_tangents or 1,
         "combine": COMBINES[settings.combine or "mean"](guess),
     }
@@ -133,7 +135,10 @@ def _published(name: str) -> RuleChoice:
 
 RULES: Mapping[str, RuleChoice] = {
     "weight": RuleChoice(
-        _weight, (*_DRAWN, "chunk_size", *_SAFETY), "slopes along random weight tangents, by forward mode"
+        _weight,
+        (*_DRAWN, "chunk_size", *_SAFETY),
+        "slopes along random weight tangents, by forward mode",
+        tangents="low-rank",
     ),
     "exact": RuleChoice(_exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"),
     "finite-difference": RuleChoice(_finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"),
@@ -240,6 +245,7 @@ def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
     True
     """
     takes = set(RULES[settings.rule].takes)
+    settings = dataclasses.replace(settings, tangents=settings.tangents or RULES[settings.rule].tangents)
     if settings.tangents != "sparse":
         takes.discard("density")
     if not needs_guess(settings):

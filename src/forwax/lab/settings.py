@@ -23,7 +23,7 @@ class Settings:
 
     Attributes:
         rule: how the gradient is found, a name of `forwax.lab.choices.RULES`.
-        tangents: the distribution of the tangents, a name of `forwax.lab.choices.TANGENTS`.
+        tangents: the distribution of the tangents, a name of `forwax.lab.choices.TANGENTS`; None for the rule's own.
         num_tangents: how many tangents a step draws.
         combine: how slopes and tangents become one estimate, a name of `forwax.lab.choices.COMBINES`.
         density: the share of non-zero entries of sparse tangents.
@@ -56,7 +56,7 @@ class Settings:
     """
 
     rule: str = "weight"
-    tangents: str | None = "rademacher"
+    tangents: str | None = None
     num_tangents: int | None = 1
     combine: str | None = "mean"
     density: float | None = 0.1
