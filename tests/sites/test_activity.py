@@ -60,7 +60,7 @@ def test_it_is_the_rule_written_by_hand(memory):
             expected["b"] += slope * u[j, i] / (5 * k)
             expected["v"] += np.outer(first, slope * t[j, i]) / (5 * k)
         expected["o"] += np.outer(out, np.cos(out @ PARAMS["o"])) / 5
-    assert float(value) == pytest.approx(np.mean(quick_jit(jax.vmap(mlp, (None, 0)))(PARAMS, x)), rel=1e-5)
+    assert float(value) == pytest.approx(float(quick_jit(jax.vmap(mlp, (None, 0)))(PARAMS, x).mean()), rel=1e-5)
     for name in PARAMS:
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)
 

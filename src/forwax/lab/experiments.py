@@ -124,7 +124,7 @@ def _with_rate(configuration: Settings, default: Settings) -> Settings:
 
 
 DIGITS = Settings(
-    num_tangents=32,
+    num_tangents=64,
     backprop_rate=0.5,
     schedule="cosine",
     steps=10_000,

@@ -42,7 +42,7 @@ class SettingOptions:
     differences, slopes along noise on activities, feedback alignment, direct feedback alignment, or backprop; or, for
     local-mixer, a method of Ren et al. 2023 by its name there."""
     tangents: TangentsName | None = None
-    """The distribution of the tangents; low-rank by default for weight tangents, whose directions are then never formed,
+    """The distribution of the tangents; low-rank by default for weight tangents, whose directions are then never made,
     and rademacher for all other rules."""
     num_tangents: int | None = None
     """How many tangents each step draws; more cost more and are less noisy."""

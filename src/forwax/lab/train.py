@@ -42,8 +42,8 @@ class TrainOptions(SettingOptions):
 
     Example:
         ```sh
-        forwax train                                     # digits, 32 random tangents a step
-        forwax train mnist-mlp --num-tangents 16         # the paper's MLP on MNIST
+        forwax train                                     # digits, 64 random tangents a step
+        forwax train mnist-mlp                           # the paper's MLP on MNIST, by activity noise
         forwax train mnist-mlp --config paper-fast       # as in Baydin et al. 2022
         forwax train digits --rule backprop              # the reference
         forwax train local-mixer --size M/1/16 --rule LG-FG-A  # as in Ren et al. 2023
