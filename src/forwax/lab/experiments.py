@@ -164,8 +164,8 @@ _ALL = (
         configurations={"default": DIGITS},
         effective_dimension=600,
         description=(
-            "An MLP 64-32-10 on scikit-learn's 8×8 digits. `forwax train`: 95.6 to 97.2 % on the test set over seeds "
-            "0 to 9, 6 to 9 s of training on 2 busy CPU cores."
+            "An MLP 64-32-10 on scikit-learn's 8×8 digits. `forwax train`: 96.1 to 97.8 % on the test set over seeds "
+            "0 to 9, 96.9 % in the mean, 5 to 26 s of training on one busy CPU core."
         ),
     ),
     _on(
@@ -181,7 +181,8 @@ _ALL = (
         "mlp",
         DENSE,
         DENSE_DIMENSION,
-        "The MLP 784-1024-1024-10 on MNIST, by activity noise. `forwax train mnist-mlp`: ACCURACY (seed 0), SECONDS.",
+        "The MLP 784-1024-1024-10 on MNIST, by activity noise. `forwax train mnist-mlp`: 93.2 % (seed 0), 510 s of "
+        "training on one CPU core shared with three other processes; 89.5 % after --steps 2000.",
     ),
     _on(
         "mnist",
