@@ -14,10 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # the other scripts of this folder import one another by name
 
 from cost_picture import draw
-from cost_sections import QUICK, SECTIONS, Points, Sizes
+from cost_sections import QUICK, Points, Sizes
+from cost_sections import SECTIONS as OTHERS
+from cost_sequence import by_length
 from forwax.lab import style
 from timing import machine
 
+SECTIONS = {**OTHERS, "sequence": by_length}
 HEADER = ["| what | measured | goal | met |", "|---|---:|---:|---|"]
 
 

@@ -10,6 +10,7 @@ AXES = {
     "width": ("width", "time over backprop's"),
     "tangents": ("rank-1 tangents", "time over backprop's"),
     "depth": ("layers", "time over one evaluation's"),
+    "memory, sequences": ("steps of a tanh-RNN", "temporaries, MiB"),
 }
 COLOURS = {"backprop": "backprop", "rank-1": "forward", "R_f, rank-1": "forward", "R_b": "backprop"}
 

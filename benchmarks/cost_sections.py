@@ -23,13 +23,12 @@ from cost_measures import (
     times,
     torch_ratio,
 )
-from cost_models import Scenario, convolutional, deep, language_model, perceptron, recurrent, stacked
+from cost_models import Scenario, convolutional, deep, language_model, perceptron, stacked
 from step_time import WIDTHS
 
 GOALS = {64: (0.75, 0.65, 1.9), 256: (0.63, 0.58, 2.0), 1024: (0.55, 0.52, 2.7)}
 SAMPLING_GOAL = 0.05
 DEEP = {
-    "tanh-RNN, batch 1024": recurrent,
     "MLP by scan over layers, batch 1024": stacked,
     "MLP by scan over layers, batch 8192": functools.partial(stacked, batch=8192),
 }

@@ -20,6 +20,8 @@ from cases import (
     quick_jit,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 def shapes(tree):
     return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)

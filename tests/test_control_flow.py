@@ -8,6 +8,8 @@ from jax import lax
 import forwax as fx
 from cases import RULES, assert_trees_close, eager, normal, quick_jit, while_loss
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 FORWARD_RULES = [name for name, rule in RULES.items() if not rule.reverse_mode]
 
 

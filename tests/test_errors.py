@@ -10,6 +10,8 @@ import pytest
 import forwax as fx
 from cases import quick_jit
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 W = jnp.array([1.0, 2.0, 3.0])
 

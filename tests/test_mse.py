@@ -15,6 +15,8 @@ import pytest
 import forwax as fx
 from cases import COMBINATIONS, TANGENTS, TangentCase, complex_loss, difference, inner, normal, quick_jit
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 NUM_KEYS = 8192
 NUM_TANGENTS = 3
 KEYS = jax.random.split(jax.random.key(2024), NUM_KEYS)

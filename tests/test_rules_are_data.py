@@ -9,6 +9,8 @@ import pytest
 import forwax as fx
 from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, quick_jit, tree_loss
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 KEY = jax.random.key(0)
 PARAMS = {"a": normal(1, 3), "b": normal(2, 2)}
 GUESS = jax.tree.map(lambda x: x + 1, PARAMS)

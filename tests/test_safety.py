@@ -11,6 +11,8 @@ import pytest
 import forwax as fx
 from cases import assert_trees_close, normal, quick_jit
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 T = fx.tangents
 KEY = jax.random.key(0)
 N = 48

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 import forwax as fx
 from cases import assert_trees_close, normal, quick_jit
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 KEY = jax.random.key(0)
 PARAMS = {"w": normal(1, 3, 2), "b": normal(2, 2)}

@@ -7,6 +7,8 @@ import pytest
 import forwax as fx
 from cases import RULES, normal
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
 
 class Counted:
     """A loss that counts how often Python runs it."""

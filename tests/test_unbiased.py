@@ -12,19 +12,12 @@ import pytest
 import forwax as fx
 from cases import COMBINATIONS, RULES, TANGENTS, TRACEABLE, assert_trees_close, eager, normal
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 POWER = {"tolerance": 0.05, "power": 0.99}
 RULE = fx.WeightPerturbation()
 CHUNKED = fx.WeightPerturbation(num_tangents=3, chunk_size=2)
 MIXED = (normal(1, 2), normal(2, 1, dtype=jnp.complex64), normal(3, 2, 1))
 GUESS = jax.tree.map(lambda x: 0.5 * x + 0.2, MIXED)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def mixed_loss(params):

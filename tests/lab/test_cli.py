@@ -85,7 +85,7 @@ def test_train_from_words_to_folder(capsys, tmp_path):
     assert main(["train", "--runs", str(tmp_path), "--steps", "20", "--num-tangents", "2", "--seed", "3"]) == 0
     out = capsys.readouterr().out
     (path,) = tmp_path.iterdir()
-    assert "Rule: weight, 2 rademacher tangents a step, combined by mean." in out
+    assert "Rule: weight, 2 low-rank tangents a step, combined by mean." in out
     assert "No reverse mode was used" in out
     assert "\x1b" not in out
     assert json.loads((path / "summary.json").read_text())["seed"] == 3

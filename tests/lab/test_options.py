@@ -1,6 +1,7 @@
 """Every option builds and trains; what does not go together is refused in one sentence."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,16 @@ def test_every_distribution_of_tangents_takes_a_step(data, tangents):
     assert (after.guess is None) == (tangents != "guided")
 
 
+def test_each_rule_has_tangents_of_its_own():
+    assert digits().tangents == digits(rule="weight").tangents == "low-rank"
+    assert digits(rule="activity").tangents == digits(rule="finite-difference").tangents == "rademacher"
+    assert digits(rule="backprop").tangents is None
+    mlp = functools.partial(resolve, find_experiment("mnist-mlp"), "default", num_examples=1000, num_parameters=1000)
+    by_default, by_weights = mlp({}, noise=lambda rule: 97), mlp({"rule": "weight"})
+    assert (by_default.rule, by_default.tangents) == ("activity", "rademacher")
+    assert (by_weights.rule, by_weights.tangents) == ("weight", "low-rank")
+
+
 @pytest.mark.parametrize("combine", choices.COMBINES)
 def test_every_combination_takes_a_step(data, combine):
     state, after = one_step(data, combine=combine)
@@ -89,6 +100,9 @@ def test_slopes_are_clipped_at_one_median_or_more():
         digits(clip_slopes=0.5)
     with pytest.raises(UsageError, match="--clip-slopes does not apply to --rule exact; it belongs to: weight"):
         digits(rule="exact", clip_slopes=2.0)
+    with pytest.raises(UsageError, match="--skip-bad-slopes does not apply to --rule backprop; it belongs to: weight"):
+        digits(rule="backprop", skip_bad_slopes=True)
+    assert digits(rule="backprop").skip_bad_slopes is None
 
 
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
@@ -172,7 +186,7 @@ def test_epochs_become_steps():
         ({"seed": -1}, "--seed must be zero or more, got -1."),
         ({"tangents": "sparse", "density": 1.5}, "--density must be at most 1, got 1.5."),
         ({"guess_decay": 1.0, "tangents": "guided"}, "--guess-decay must be at least 0 and below 1, got 1.0."),
-        ({"density": 0.5}, "--density belongs to --tangents sparse, but the tangents are rademacher."),
+        ({"density": 0.5}, "--density belongs to --tangents sparse, but the tangents are low-rank."),
         ({"guess_decay": 0.5}, "--guess-decay belongs to --tangents guided or --combine control-variate, and neither"),
         (
             {"rule": "backprop", "num_tangents": 4},

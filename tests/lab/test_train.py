@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forwax.lab import experiments, train
+import forwax as fx
+from cases import quick_jit
+from forwax.lab import choices, experiments, train
 from forwax.lab.checkpoints import Checkpoints
 from forwax.lab.data import DataSet
 from forwax.lab.experiments import Experiment
@@ -364,18 +366,48 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, capsys):
     assert int(final_state(run).step) == int(state.step)
 
 
+def step_of(loss, **given):
+    """The state before and after one step of another loss, and whether it was made."""
+    settings = resolve(TINY, "default", {"learning_rate": 0.1} | given, num_examples=22, num_parameters=55)
+    problem = dataclasses.replace(problem_of(tiny_data(), TINY, settings), loss=loss)
+    state = init_state(problem, settings)
+    after, _, _, finite = quick_jit(make_step(problem, settings))(state, problem.train[0][:4], problem.train[1][:4])
+    return state, after, bool(finite)
+
+
+def bad_slope(params, x, y):
+    """Its value is zero, its slope at zero infinite."""
+    return jnp.sqrt(0 * params.layers[0].bias[0]), y == 0
+
+
 def test_a_gradient_that_is_not_finite_stops_as_well():
-    one = trainer(learning_rate=0.1)
-    problem = one.problem
-    # its value is zero, its slope at zero infinite
-    bad = lambda params, x, y: (jnp.sqrt(0 * params.layers[0].bias[0]), y == 0)
-    settings = one.settings
-    object.__setattr__(problem, "loss", bad)
-    step = jax.jit(make_step(problem, settings))
-    state, loss, _, finite = step(one.state, problem.train[0][:4], problem.train[1][:4])
-    assert float(loss) == 0
-    assert not bool(finite)
-    assert jax.tree.all(jax.tree.map(np.array_equal, state, one.state))
+    before, after, made = step_of(bad_slope)
+    assert not made
+    assert jax.tree.all(jax.tree.map(np.array_equal, after, before))
+
+
+def test_a_slope_that_is_not_finite_can_be_skipped_a_loss_cannot():
+    before, after, made = step_of(bad_slope, skip_bad_slopes=True)
+    assert made
+    assert jax.tree.all(jax.tree.map(np.array_equal, after.params, before.params))
+    assert (int(after.step), int(after.slopes.num_skipped), int(after.slopes.num_steps)) == (1, 4, 0)
+    *_, made = step_of(lambda params, x, y: (jnp.nan * params.layers[0].bias[0], y == 0), skip_bad_slopes=True)
+    assert not made
+
+
+def test_what_slopes_tell_is_in_the_metrics(tmp_path, capsys):
+    assert start(tmp_path, clip_slopes=1.0, skip_bad_slopes=True, steps=30, eval_every=15) == 0
+    assert "clipped at 1 running medians, skipped where they are not finite." in capsys.readouterr().out
+    run = only_run(tmp_path)
+    tests = [row for row in run.metrics() if "test_loss" in row]
+    assert [row["step"] for row in tests] == [15, 30]
+    settings, state = Settings.from_dict(run.config), final_state(run)
+    found = fx.Safe(choices.build_rule(settings), history=state.slopes).monitor(55)
+    for name in ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped"):
+        assert tests[-1][name] == pytest.approx(float(getattr(found, name)))
+    assert tests[-1]["gradient_norm"] > 0
+    assert tests[-1]["relative_mse"] == pytest.approx(54 / 4)
+    assert tests[-1]["num_clipped"] > 0
 
 
 def test_float64_runs_in_float64(tmp_path, capsys):
@@ -433,7 +465,7 @@ checkpoints.Checkpoints.save = save
 
 
 def child(options, extra="", **keywords):
-    code = CHILD.format(folder=str(Path(__file__).parent), file=__file__, extra=extra, options=options)
+    code = CHILD.format(folder=str(Path(__file__).parents[1]), file=__file__, extra=extra, options=options)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **keywords)
 
 

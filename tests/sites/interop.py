@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import Array
 
 import forwax as fx
 from cases import quick_jit
 from forwax._signature import Signature
+from sites.programs import normal
 
 KEY = jax.random.key(0)
 EACH = (None, 0)
@@ -46,6 +48,23 @@ class Model:
     @property
     def options(self) -> dict[str, Any]:
         return {"in_axes": self.in_axes, "has_aux": self.has_aux}
+
+
+def filled(shapes: Any) -> Any:
+    """Fixed numbers in the shapes that a library's initialiser would fill: it would compile dozens of programs."""
+
+    def fill(spec: jax.ShapeDtypeStruct, seed: int) -> Array:
+        if jnp.issubdtype(spec.dtype, jnp.inexact):
+            return jnp.asarray(0.5 * normal(seed, *spec.shape), spec.dtype)
+        return KEY if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) else jnp.asarray(np.zeros(spec.shape, spec.dtype))
+
+    leaves, structure = jax.tree.flatten(shapes)
+    return structure.unflatten([fill(spec, seed) for seed, spec in enumerate(leaves)])
+
+
+def ones(shapes: Any) -> Any:
+    """The same with ones, for variances among them."""
+    return jax.tree.map(lambda spec: jnp.asarray(np.ones(spec.shape, spec.dtype)), shapes)
 
 
 def wave(y: Array) -> Array:

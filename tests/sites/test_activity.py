@@ -32,7 +32,7 @@ def test_it_is_the_rule_written_by_hand(memory):
     """With the same noise: a slope per example times its noise, through the last step of each layer alone."""
     x, k = normal(4, 5, 3), 3
     rule = fx.ActivityPerturbation(num_tangents=k, memory=memory)
-    value, grads = fx.value_and_grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x)
+    value, grads = quick_jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
     if memory == "keep":
         noise = fx.tangents.Rademacher().sample(KEY, jnp.zeros((2, 5, 4)), k)
         u, t = noise[:, 0], noise[:, 1]
@@ -45,19 +45,22 @@ def test_it_is_the_rule_written_by_hand(memory):
         second = jnp.tanh(first) @ PARAMS["v"] + noise[1]
         return jnp.sum(jnp.sin(jnp.tanh(second) @ PARAMS["o"])), (first, second)
 
-    expected = jax.tree.map(jnp.zeros_like, {**PARAMS})
-    for i in range(5):
+    @quick_jit
+    def slope_of(noise, x):
         zeros = [jnp.zeros(4)] * 2
+        _, slope, (first, second) = jax.jvp(lambda e: tapped(e, x), (zeros,), (noise,), has_aux=True)
+        return slope, jnp.tanh(first), jnp.tanh(second)
+
+    u, t = np.asarray(u), np.asarray(t)
+    expected = jax.tree.map(np.zeros_like, {**PARAMS})
+    for i in range(5):
         for j in range(k):
-            _, slope, (first, second) = jax.jvp(
-                lambda e, i=i: tapped(e, x[i]), (zeros,), ([u[j, i], t[j, i]],), has_aux=True
-            )
-            expected["w"] += jnp.outer(x[i], slope * u[j, i]) / (5 * k)
+            slope, first, out = map(np.asarray, slope_of([u[j, i], t[j, i]], x[i]))
+            expected["w"] += np.outer(x[i], slope * u[j, i]) / (5 * k)
             expected["b"] += slope * u[j, i] / (5 * k)
-            expected["v"] += jnp.outer(jnp.tanh(first), slope * t[j, i]) / (5 * k)
-        out = jnp.tanh(second)
-        expected["o"] += jnp.outer(out, jnp.cos(out @ PARAMS["o"])) / 5
-    assert value == pytest.approx(np.mean([mlp(PARAMS, row) for row in x]), rel=1e-5)
+            expected["v"] += np.outer(first, slope * t[j, i]) / (5 * k)
+        expected["o"] += np.outer(out, np.cos(out @ PARAMS["o"])) / 5
+    assert float(value) == pytest.approx(float(quick_jit(jax.vmap(mlp, (None, 0)))(PARAMS, x).mean()), rel=1e-5)
     for name in PARAMS:
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)
 
@@ -82,7 +85,9 @@ def test_the_squared_error_of_a_layer_is_its_law():
 def test_an_example_hears_nothing_of_the_others():
     x, more = normal(4, 2, 3), normal(5, 3)
     rule, options = fx.ActivityPerturbation(), {"in_axes": (None, 0)}
-    first = fx.grad(lambda p, x: mlp(p, x) * (x[0] == 7), rule, **options)(KEY, PARAMS, np.stack([x[0], more]))
+    first = quick_jit(fx.grad(lambda p, x: mlp(p, x) * (x[0] == 7), rule, **options))(
+        KEY, PARAMS, np.stack([x[0], more])
+    )
     assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(first))
 
 
@@ -90,7 +95,8 @@ def test_a_site_hears_only_of_the_losses_that_it_reaches():
     program = PROGRAMS["local_losses"]
     louder = lambda p, x: fx.LocalLosses({**program.loss(p, x).tree, "b": 1e3 * program.loss(p, x).tree["b"]})
     quiet, loud = (
-        fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, *program.args) for f in (program.loss, louder)
+        quick_jit(fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0)))(KEY, *program.args)
+        for f in (program.loss, louder)
     )
     np.testing.assert_allclose(quiet["w"], loud["w"], rtol=1e-5)
     assert float(jnp.abs(loud["v"]).max()) > 100 * float(jnp.abs(quiet["v"]).max())
@@ -100,18 +106,16 @@ def test_one_slope_for_the_batch_is_noisier():
     x = jnp.asarray(normal(4, 32, 3))
 
     def error(rule):
-        grads = jax.vmap(lambda key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x)["w"])(
-            jax.random.split(KEY, 256)
-        )
-        return float(jnp.sum(jnp.var(grads, axis=0)))
+        grad = jax.vmap(lambda key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x)["w"])
+        return float(jnp.sum(jnp.var(quick_jit(grad)(jax.random.split(KEY, 256)), axis=0)))
 
     assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(fx.ActivityPerturbation())
 
 
 def test_shrinkage_scales_every_slope():
     x = normal(4, 5, 3)
-    mean = fx.grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, PARAMS, x)
-    shrunk = fx.grad(mlp, fx.ActivityPerturbation(combine=fx.combine.Shrinkage()), in_axes=(None, 0))(KEY, PARAMS, x)
+    rules = fx.ActivityPerturbation(), fx.ActivityPerturbation(combine=fx.combine.Shrinkage())
+    mean, shrunk = quick_jit(lambda: [fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules])()
     np.testing.assert_allclose(shrunk["w"], mean["w"] / 8, rtol=1e-5)  # eight coordinates: 1 + M = 8
     np.testing.assert_allclose(shrunk["o"], mean["o"], rtol=1e-5)  # exact
 
@@ -200,7 +204,8 @@ def test_aux_keywords_and_argnums():
 def test_low_precision_keeps_its_dtypes():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     x = jnp.asarray(normal(4, 5, 3), jnp.bfloat16)
-    value, grads = fx.value_and_grad(mlp, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0))(KEY, half, x)
+    rule = fx.ActivityPerturbation(num_tangents=2)
+    value, grads = quick_jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, half, x)
     assert {value.dtype, *(g.dtype for g in grads.values())} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -295,14 +300,14 @@ def test_fields_are_checked():
 @pytest.mark.parametrize("tangents", [fx.tangents.Normal(), fx.tangents.Sphere(), fx.tangents.Orthonormal()])
 def test_any_tangents_serve(tangents):
     rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=2)
-    assert bool(jnp.any(fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, normal(4, 2, 3))["w"]))
+    assert bool(jnp.any(quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))["w"]))
 
 
 def test_losses_that_are_not_finite_propagate():
     for memory in ("keep", "replay", "shared"):
         rule = fx.ActivityPerturbation(memory=memory)
         loss = lambda p, x: mlp(p, x) * jnp.log(x[0] * 0 - 1)
-        value, grads = fx.value_and_grad(loss, rule, in_axes=(None, 0))(KEY, PARAMS, normal(4, 2, 3))
+        value, grads = quick_jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))
         assert math.isnan(value)
         assert all(bool(jnp.all(jnp.isnan(grads[name]))) for name in "wbv")
 

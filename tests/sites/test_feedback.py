@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from cases import quick_jit
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
@@ -15,8 +16,13 @@ REVERSIBLE = ["dense_from_either_side", "convolutions", "embedding", "weight_sta
 REVERSIBLE += ["scan_over_layers", "nested_scans", "parameters_in_carries", "conditional", "local_losses"]
 
 
-def grads(rule, program):
-    return jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
+def grads(program, *rules):
+    """Value and gradients by each rule, as one program."""
+
+    def every(*args):
+        return [fx.value_and_grad(program.loss, rule, **program.options)(KEY, *args) for rule in rules]
+
+    return quick_jit(every)(*program.args)
 
 
 def assert_close(got, expected, rtol=1e-5):
@@ -27,7 +33,7 @@ def assert_close(got, expected, rtol=1e-5):
 @pytest.mark.parametrize("name", REVERSIBLE)
 def test_with_the_true_weights_it_is_backprop(name):
     program = PROGRAMS[name]
-    assert_close(grads(fx.FeedbackAlignment(program.params), program), grads(fx.Backprop(), program))
+    assert_close(*grads(program, fx.FeedbackAlignment(program.params), fx.Backprop()))
 
 
 def mlp(p, x):
@@ -47,7 +53,8 @@ def test_errors_cross_a_layer_through_the_feedback():
 
 
 def test_random_feedback_keeps_the_scale_of_the_weights():
-    feedback = fx.random_feedback(KEY, {"w": 3 * jnp.ones((50, 40)), "zero": jnp.zeros((50, 25)), "b": jnp.ones(4)})
+    params = {"w": 3 * jnp.ones((50, 40)), "zero": jnp.zeros((50, 25)), "b": jnp.ones(4)}
+    feedback = quick_jit(fx.random_feedback)(KEY, params)
     assert feedback["b"] is None
     assert float(jnp.std(feedback["w"])) == pytest.approx(3, rel=0.05)
     assert float(jnp.std(feedback["zero"])) == pytest.approx(0.2, rel=0.05)
@@ -75,14 +82,18 @@ def test_direct_feedback_sends_the_output_error_to_every_site():
 )
 def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
     program = PROGRAMS[name]
-    rule = fx.DirectFeedbackAlignment(jax.random.key(3))
-    first = grads(rule, program)
-    again = jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(jax.random.key(9), *program.args)
+    rule, exact = fx.DirectFeedbackAlignment(jax.random.key(3)), fx.Exact() if name == "while_loop" else fx.Backprop()
+
+    @quick_jit
+    def both(key, *args):
+        return [fx.value_and_grad(program.loss, each, **program.options)(key, *args) for each in (rule, exact)]
+
+    first, true = both(KEY, *program.args)
+    again, _ = both(jax.random.key(9), *program.args)
     assert_close(first, again, rtol=0)
     last = {"recurrent": "o", "convolutions": "o", "weight_decay": "v", "local_losses": "heads", "while_loop": "v"}
     if name in last:
-        exact = fx.Exact() if name == "while_loop" else fx.Backprop()
-        assert_close(first[1][last[name]], grads(exact, program)[1][last[name]])
+        assert_close(first[1][last[name]], true[1][last[name]])
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(first[1]))
 
 

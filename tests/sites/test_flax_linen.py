@@ -1,8 +1,11 @@
 """Flax Linen models, unmodified."""
 
+import functools
+
+import jax
 import pytest
 
-from sites.interop import KEY, Model, check, wave
+from sites.interop import KEY, Model, check, filled, ones, wave
 from sites.programs import normal
 
 nn = pytest.importorskip("flax.linen")
@@ -41,12 +44,12 @@ class Convolutional(nn.Module):
 
 
 def of(model, x):
-    return Model(lambda p, x: wave(model.apply(p, x)), model.init(KEY, x[0]), (x,))
+    return Model(lambda p, x: wave(model.apply(p, x)), filled(jax.eval_shape(model.init, KEY, x[0])), (x,))
 
 
 def convolutional(train):
     model, x = Convolutional(), normal(4, 3, 4, 4, 1)
-    state = model.init(KEY, x, train=False)
+    state = jax.eval_shape(functools.partial(model.init, train=False), KEY, x)
 
     def loss(params, stats, x):
         if not train:
@@ -54,8 +57,8 @@ def convolutional(train):
         out, new = model.apply({"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"])
         return wave(out), new
 
-    data = (state["batch_stats"], x)
-    return Model(loss, state["params"], data, None if train else (None, None, 0), has_aux=train)
+    data = (ones(state["batch_stats"]), x)
+    return Model(loss, filled(state["params"]), data, None if train else (None, None, 0), has_aux=train)
 
 
 MODELS = {

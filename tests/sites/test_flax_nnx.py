@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from sites.interop import Model, check, wave
+from sites.interop import Model, check, filled, ones, wave
 from sites.programs import normal
 
 nnx = pytest.importorskip("flax.nnx")
@@ -58,12 +58,14 @@ class Convolutional(nnx.Module):
 
 
 def of(kind, x):
-    graph, params, rest = nnx.split(kind(nnx.Rngs(0)), nnx.Param, ...)
+    graph, params, rest = nnx.split(nnx.eval_shape(lambda: kind(nnx.Rngs(0))), nnx.Param, ...)
+    params, rest = filled(params), filled(rest)
     return Model(lambda p, x: wave(nnx.merge(graph, p, rest, copy=True)(x)), params, (x,))
 
 
 def convolutional(train):
-    graph, params, stats = nnx.split(Convolutional(nnx.Rngs(0)), nnx.Param, ...)
+    graph, params, stats = nnx.split(nnx.eval_shape(lambda: Convolutional(nnx.Rngs(0))), nnx.Param, ...)
+    params, stats = filled(params), ones(stats)
 
     def loss(p, x):
         model = nnx.merge(graph, p, stats, copy=True)

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import quick_jit
+from cases import QUICK, quick_jit
 from forwax._signature import Signature
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS
@@ -99,7 +99,7 @@ def temporaries(loss, rule, depth):
     if loss is by_loop:
         params = [[spec(x.shape[1:], x.dtype)] * depth for x in params]
     grad = jax.jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))
-    compiled = grad.lower(KEY, params, spec((BATCH, WIDTH), jnp.float32)).compile()
+    compiled = grad.lower(KEY, params, spec((BATCH, WIDTH), jnp.float32)).compile(QUICK)
     return compiled.memory_analysis().temp_size_in_bytes
 
 

@@ -49,6 +49,7 @@ class RuleChoice:
         needs_data: whether it only works on a loss with data.
         published: whether it is a method of Ren et al. 2023, which also says where losses sit.
         keeps_feedback: whether it keeps fixed feedback matrices between steps.
+        tangents: the tangents that it takes by default, a name of `TANGENTS`.
 
     >>> RULES["exact"].takes
     ('chunk_size',)
@@ -62,12 +63,13 @@ class RuleChoice:
     needs_data: bool = False
     published: bool = False
     keeps_feedback: bool = False
+    tangents: str = "rademacher"
 
 
 def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
     """Build what all rules with tangents share."""
     return {
-        "tangents": TANGENTS[settings.tangents or "rademacher"](settings, guess),
+        "tangents": TANGENTS[settings.tangents or RULES[settings.rule].tangents](settings, guess),
         "num_tangents": settings.num_tangents or 1,
         "combine": COMBINES[settings.combine or "mean"](guess),
     }
@@ -103,6 +105,8 @@ def _direct_feedback(settings: Settings, guess: Any) -> Any:
 
 _LOCAL = "No error crossed two layers: reverse mode was used inside single layers and behind the last one alone."
 
+_SAFETY = ("clip_slopes", "skip_bad_slopes")
+
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 
@@ -131,7 +135,10 @@ def _published(name: str) -> RuleChoice:
 
 RULES: Mapping[str, RuleChoice] = {
     "weight": RuleChoice(
-        _weight, (*_DRAWN, "chunk_size", "clip_slopes"), "slopes along random weight tangents, by forward mode"
+        _weight,
+        (*_DRAWN, "chunk_size", *_SAFETY),
+        "slopes along random weight tangents, by forward mode",
+        tangents="low-rank",
     ),
     "exact": RuleChoice(_exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"),
     "finite-difference": RuleChoice(_finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"),
@@ -155,7 +162,7 @@ RULES: Mapping[str, RuleChoice] = {
 }
 """Every rule of the command line."""
 
-RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon", "clip_slopes")
+RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon", *_SAFETY)
 """The settings that only some rules take."""
 
 
@@ -170,16 +177,17 @@ def needs_guess(settings: Settings) -> bool:
 
 
 def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
-    """Wrap a rule in `forwax.Safe` where the settings say how far slopes are clipped; see `forwax.lab.loop`.
+    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.loop`.
 
-    A step whose loss or gradient is not finite is not skipped: the loop stops before it, and keeps a checkpoint.
+    A step whose loss is not finite is not skipped: the loop stops before it, and keeps a checkpoint. So it does where a
+    slope that is not skipped makes the gradient so.
 
     >>> guard_rule(Settings(), fx.WeightPerturbation()) == fx.WeightPerturbation()
     True
     """
-    if settings.clip_slopes is None:
+    if settings.clip_slopes is None and not settings.skip_bad_slopes:
         return rule
-    return fx.Safe(rule, clip=settings.clip_slopes, skip=False, history=history)
+    return fx.Safe(rule, clip=settings.clip_slopes, skip=bool(settings.skip_bad_slopes), history=history)
 
 
 def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
@@ -237,6 +245,7 @@ def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
     True
     """
     takes = set(RULES[settings.rule].takes)
+    settings = dataclasses.replace(settings, tangents=settings.tangents or RULES[settings.rule].tangents)
     if settings.tangents != "sparse":
         takes.discard("density")
     if not needs_guess(settings):

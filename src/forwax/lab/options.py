@@ -42,7 +42,8 @@ class SettingOptions:
     differences, slopes along noise on activities, feedback alignment, direct feedback alignment, or backprop; or, for
     local-mixer, a method of Ren et al. 2023 by its name there."""
     tangents: TangentsName | None = None
-    """The distribution of the tangents."""
+    """The distribution of the tangents; low-rank by default for weight tangents, whose directions are then never made,
+    and rademacher for all other rules."""
     num_tangents: int | None = None
     """How many tangents each step draws; more cost more and are less noisy."""
     combine: CombineName | None = None
@@ -58,6 +59,9 @@ class SettingOptions:
     clip_slopes: float | None = None
     """The largest slope, in running medians of all slopes so far, at least 1; nothing is clipped by default. 1 stops
     explosions."""
+    skip_bad_slopes: bool | None = None
+    """Whether slopes that are not finite count as zero; otherwise they stop the run. A loss that is not finite always
+    stops it."""
     optimizer: OptimizerName | None = None
     """The optimizer."""
     learning_rate: float | None = None

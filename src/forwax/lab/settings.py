@@ -23,13 +23,14 @@ class Settings:
 
     Attributes:
         rule: how the gradient is found, a name of `forwax.lab.choices.RULES`.
-        tangents: the distribution of the tangents, a name of `forwax.lab.choices.TANGENTS`.
+        tangents: the distribution of the tangents, a name of `forwax.lab.choices.TANGENTS`; None for the rule's own.
         num_tangents: how many tangents a step draws.
         combine: how slopes and tangents become one estimate, a name of `forwax.lab.choices.COMBINES`.
         density: the share of non-zero entries of sparse tangents.
         chunk_size: how many tangents are pushed forward at once; None means all.
         epsilon: the step of finite differences.
         clip_slopes: the largest slope, in running medians of all slopes; None clips nothing.
+        skip_bad_slopes: whether slopes that are not finite count as zero, instead of stopping the run.
         guess_decay: how slowly the guess, an exponential mean of past estimates, forgets.
         optimizer: a name of `forwax.lab.optimizers.OPTIMIZERS`.
         learning_rate: the rate at the start of the schedule (its peak, with a warm-up).
@@ -55,7 +56,7 @@ class Settings:
     """
 
     rule: str = "weight"
-    tangents: str | None = "rademacher"
+    tangents: str | None = None
     num_tangents: int | None = 1
     combine: str | None = "mean"
     density: float | None = 0.1
@@ -63,6 +64,7 @@ class Settings:
     epsilon: float | None = 1e-3
     guess_decay: float | None = 0.9
     clip_slopes: float | None = None
+    skip_bad_slopes: bool | None = False
     optimizer: str = "sgd"
     learning_rate: float | None = None
     backprop_rate: float = 0.1

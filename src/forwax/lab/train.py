@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import platform
 import signal
 import threading
@@ -21,6 +22,7 @@ from forwax.lab import choices, optimizers
 from forwax.lab.checkpoints import Checkpoint, Checkpoints
 from forwax.lab.experiments import EXPERIMENTS, describe
 from forwax.lab.loop import MAX_BLOCK, Block, Trainer, build_trainer, init_state
+from forwax.lab.monitor import monitored
 from forwax.lab.options import ExperimentName, SettingOptions, find_configuration, find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.progress import Reporter, make_reporter
@@ -40,8 +42,8 @@ class TrainOptions(SettingOptions):
 
     Example:
         ```sh
-        forwax train                                     # digits, 32 random tangents a step
-        forwax train mnist-mlp --num-tangents 16         # the paper's MLP on MNIST
+        forwax train                                     # digits, 64 random tangents a step
+        forwax train mnist-mlp                           # the paper's MLP on MNIST, by activity noise
         forwax train mnist-mlp --config paper-fast       # as in Baydin et al. 2022
         forwax train digits --rule backprop              # the reference
         forwax train local-mixer --size M/1/16 --rule LG-FG-A  # as in Ren et al. 2023
@@ -283,6 +285,7 @@ def _record(session: Session, block: Block, before: int, seconds: float) -> None
     if block.stopped_by is None and trainer.step == _next_evaluation(before, session.settings):
         loss, accuracy = trainer.evaluate()
         row = {"step": trainer.step, "test_loss": loss, "test_accuracy": accuracy}
+        row |= monitored(session.settings, trainer.state, trainer.problem.num_parameters)
         session.metrics.append([row | {"seconds": round(session.seconds, 6)}])
 
 
@@ -297,10 +300,11 @@ def advice(session: Session, loss: float) -> str:
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")
-        clips = "clip_slopes" in choices.RULES[settings.rule].takes and settings.clip_slopes != 1
-        tries += ["--clip-slopes 1"] if clips else []
+        guarded = "clip_slopes" in choices.RULES[settings.rule].takes
+        tries += ["--clip-slopes 1"] if guarded and settings.clip_slopes != 1 else []
+        tries += ["--skip-bad-slopes"] if guarded and math.isfinite(loss) and not settings.skip_bad_slopes else []
         tries += [] if settings.combine == "projection" else ["--combine projection"]
-    what = "loss" if loss != loss or loss in (float("inf"), float("-inf")) else "gradient"
+    what = "gradient" if math.isfinite(loss) else "loss"
     return (
         f"Step {session.trainer.step + 1} was not made because its {what} is not finite (loss {loss:g}); the last "
         f"finite state is kept in {session.run.path}: try {' or '.join(tries)}."
@@ -370,6 +374,8 @@ def _print_start(run: Run, settings: Settings, problem: Problem) -> None:
     print(f"{run.config['experiment']}: {problem.num_parameters:,} parameters, {len(problem.train[0]):,} examples.")
     if settings.clip_slopes is not None:
         how += f", clipped at {settings.clip_slopes:g} running medians"
+    if settings.skip_bad_slopes:
+        how += ", skipped where they are not finite"
     print(f"Rule: {how}. Optimizer: {settings.optimizer}, learning rate {settings.learning_rate:.3g}.")
     print(f"Run: {run.path}", flush=True)
 
