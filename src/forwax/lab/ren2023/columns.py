@@ -101,19 +101,19 @@ COLUMNS: Mapping[str, Column] = {
             20,
             dataclasses.replace(_MNIST, size="S/1/1"),
             _rates(0.1, 0.1, 0.2, 0.02, 0.005)
-            | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
-            {**{rule: 60 for rule in RULES if "FG" in rule}, "FG-A:8": 30, "LG-FG-A:8": 30},
+            | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03},
+            {**{rule: 60 for rule in RULES if "FG" in rule}, "FG-A:8": 30},
         ),
         Column(
             "mnist-m",
             "MNIST, M/1/16",
             20,
             dataclasses.replace(_MNIST, size="M/1/16"),
-            _rates(0.1, 0.1, 0.2, 0.04, 0.05) | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "LG-FG-A:8": 0.1},
+            _rates(0.1, 0.1, 0.2, 0.04, 0.05) | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "LG-FG-A:16": 0.2},
             {
                 **{rule: 40 for rule in RULES if "FG" in rule},
                 **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 60),
-                "LG-FG-A:8": 30,
+                "LG-FG-A:16": 20,
             },
         ),
         Column(
@@ -169,8 +169,8 @@ def column_of(settings: Settings) -> Column:
 def row_of(settings: Settings) -> str:
     """Give the name of the settings' row, in which several noises show.
 
-    >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=8))
-    'LG-FG-A:8'
+    >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
+    'LG-FG-A:16'
     """
     several = settings.num_tangents is not None and settings.num_tangents > 1
     return f"{settings.rule}:{settings.num_tangents}" if several else settings.rule
