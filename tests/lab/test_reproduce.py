@@ -48,6 +48,9 @@ def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch)
     assert rows[1].split(" | ")[3:5] == ["3.17", "0.00"]
     assert (folder / "curves.png").exists()
     monkeypatch.setattr(runs, "build_trainer", lambda *_: pytest.fail("it trained again"))
+    config = json.loads((folder / "DFA-1" / "config.json").read_text())
+    del config["skip_bad_slopes"]  # as from a version without this setting
+    (folder / "DFA-1" / "config.json").write_text(json.dumps(config))
     assert cli.main(asked) == 0
     assert cli.main(words(tmp_path, "--rules", "L-BP", "--seeds", "1", "--epochs", "2")) == 2
     assert "holds a run whose steps is another; choose another --out" in capsys.readouterr().err

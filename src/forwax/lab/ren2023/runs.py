@@ -61,7 +61,8 @@ def _open(folder: Path, problem: Problem, settings: Settings) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, config)
     run = Run.open(folder)
-    changed = [name for name, value in config.items() if run.config.get(name) != value]
+    kept = Settings().as_dict() | run.config  # a setting that is newer than the run had its default value
+    changed = [name for name, value in config.items() if kept.get(name) != value]
     if changed:
         raise UsageError(
             f"{folder} holds a run whose {', '.join(changed)} is another; choose another --out, or remove that folder."
