@@ -29,9 +29,9 @@ def draw(points: Points) -> Figure:
             panel.plot(x, y, marker="o", markersize=4, label=line, color=style.colour(COLOURS.get(line, line), i + 1))
         ticks = sorted({x for found in points.lines[name].values() for x, _ in found})
         memory = name.startswith("memory")
-        across, up = AXES.get(name, ("depth", "temporaries, MiB"))
+        across, up = AXES.get(name, ("layers", "temporaries, MiB"))
         panel.set(
-            title=name[0].upper() + name[1:],
+            title=(name[0].upper() + name[1:]).replace("MLP by scan over layers", "layers by scan"),
             xlabel=across,
             ylabel=up,
             xscale="log",
