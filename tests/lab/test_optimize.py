@@ -22,6 +22,11 @@ KEYS = jax.random.split(jax.random.key(0), 10)
 SHORT = Plan(fx.functions.beale, (0.0, 0.5), iterations=7, learning_rate=0.02, decay=0.1)
 
 
+@pytest.fixture(scope="module")
+def quickly():
+    """Compile as users do: thousands of steps carry the last digits on to the paper's figures."""
+
+
 def _lost(runs=3):
     """Runs of which the second leaves the numbers after two steps."""
     values = np.tile(np.array([4.0, 3.0, 2.0, 1.0]), (runs, 1)) * np.arange(1, runs + 1)[:, None]

@@ -110,7 +110,9 @@ def test_stop_gradients_cut_each_block_from_the_next():
     cut, whole = both(model)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(cut.blocks[0]))
     assert np.any(whole.blocks[0].dense.weight)
-    jax.tree.map(np.testing.assert_array_equal, cut.blocks[1], whole.blocks[1])
+    size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole))
+    for mine, same in zip(jax.tree.leaves(cut.blocks[1]), jax.tree.leaves(whole.blocks[1]), strict=True):
+        np.testing.assert_allclose(mine, same, atol=1e-6 * size, rtol=1e-5)
 
 
 def test_the_slope_of_a_dead_group_is_bounded():
