@@ -101,8 +101,8 @@ COLUMNS: Mapping[str, Column] = {
             20,
             dataclasses.replace(_MNIST, size="S/1/1"),
             _rates(0.1, 0.1, 0.2, 0.02, 0.005)
-            | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03},
-            {**{rule: 60 for rule in RULES if "FG" in rule}, "FG-A:8": 30},
+            | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
+            {**{rule: 60 for rule in RULES if "FG" in rule}, "FG-A:8": 30, "LG-FG-A:8": 30},
         ),
         Column(
             "mnist-m",
