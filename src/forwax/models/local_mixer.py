@@ -91,7 +91,7 @@ class LocalMixer(eqx.Module):
         key: a JAX random key for the He-normal weights; biases start at zero.
 
     Attributes:
-        blocks: `MixerBlock`s.
+        blocks: one `MixerBlock` each.
         heads: one linear head for each block.
         readout: the linear classifier on the last block's features.
         patches: the number of patches along each side.
