@@ -42,7 +42,8 @@ def main() -> None:
     x = jax.random.normal(key, (options.batch, *shape))
     labels = jax.random.randint(key, (options.batch,), 0, 10)
     methods = {name: ren2023.method(name, model, key) for name in ren2023.NAMES}
-    methods["LG-FG-A, four noises"] = ren2023.method("LG-FG-A", model, key, num_tangents=4)
+    for k in (4, 8, 16):
+        methods[f"LG-FG-A, {k} noises"] = ren2023.method("LG-FG-A", model, key, num_tangents=k)
     steps = {name: step(method) for name, method in methods.items()}
     momentum = jax.tree.map(jnp.zeros_like, model)
     calls = {name: (lambda f=f: f(key, model, momentum, x, labels)) for name, f in steps.items()}
