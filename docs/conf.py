@@ -44,16 +44,6 @@ python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 80
-public_names_modules = [
-    "forwax",
-    "forwax.tangents",
-    "forwax.combine",
-    "forwax.testing",
-    "forwax.functions",
-    "forwax.losses",
-    "forwax.models",
-    "forwax.models.ren2023",
-]
 
 # Pages
 html_theme = "furo"

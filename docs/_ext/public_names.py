@@ -10,6 +10,18 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
+MODULES = (
+    "forwax",
+    "forwax.tangents",
+    "forwax.combine",
+    "forwax.testing",
+    "forwax.functions",
+    "forwax.losses",
+    "forwax.models",
+    "forwax.models.ren2023",
+)
+"""Where public names are looked for."""
+
 
 def public_names(modules: Iterable[str]) -> set[str]:
     """Full names, as a user writes them, of everything public in the modules, submodules aside."""
@@ -32,6 +44,6 @@ def warn_of_missing(app: Sphinx, env: BuildEnvironment) -> None:
 
 
 def setup(app: Sphinx) -> dict:
-    app.add_config_value("public_names_modules", [], "env", types=[list])
+    app.add_config_value("public_names_modules", list(MODULES), "env", types=[list])
     app.connect("env-check-consistency", warn_of_missing)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

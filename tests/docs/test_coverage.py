@@ -8,16 +8,6 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
-MODULES = [
-    "forwax",
-    "forwax.tangents",
-    "forwax.combine",
-    "forwax.testing",
-    "forwax.functions",
-    "forwax.losses",
-    "forwax.models",
-    "forwax.models.ren2023",
-]
 
 
 def extension(name: str):
@@ -25,6 +15,9 @@ def extension(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+MODULES = extension("public_names").MODULES
 
 
 def documented(page: str) -> set[str]:

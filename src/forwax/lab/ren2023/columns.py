@@ -110,11 +110,12 @@ COLUMNS: Mapping[str, Column] = {
             20,
             dataclasses.replace(_MNIST, size="M/1/16"),
             _rates(0.1, 0.1, 0.2, 0.04, 0.05)
-            | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "FG-A:4": 0.06, "LG-FG-A:16": 0.2},
+            | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "FG-A:4": 0.06}
+            | {"LG-FG-A:4": 0.1, "LG-FG-A:8": 0.1, "LG-FG-A:16": 0.2},
             {
                 **{rule: 40 for rule in RULES if "FG" in rule},
                 **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 60),
-                "FG-A:4": 30,
+                **dict.fromkeys(("FG-A:4", "LG-FG-A:4", "LG-FG-A:8"), 30),
                 "LG-FG-A:16": 20,
             },
         ),
