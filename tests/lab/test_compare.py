@@ -262,7 +262,7 @@ def test_the_papers_ratios():
         ("2.00", "1.000", "1.00"),
         ("4.00", "2.000", "4.00"),
     ]
-    assert results["target_loss"] == 0.4
+    assert results["target_loss"] == 0.5
 
 
 def test_without_backprop_there_is_nothing_to_compare_with():

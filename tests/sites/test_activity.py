@@ -303,6 +303,37 @@ def test_any_tangents_serve(tangents):
     assert bool(jnp.any(quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))["w"]))
 
 
+def shifted(p, x):
+    """The noise is the parameter's own, so that its law is that of the estimate."""
+    return jnp.tanh((p["b"] + x) @ x[::-1])
+
+
+@pytest.mark.parametrize(
+    "tangents",
+    [fx.tangents.Sphere(), fx.tangents.Coordinate(), fx.tangents.Coordinate(replace=False), fx.tangents.Orthonormal()],
+)
+def test_each_example_draws_a_direction_of_its_own(tangents):
+    examples, n, k, draws = 4, 6, 2, 4000
+    rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=k, exact_outputs=False)
+    params, x = {"b": jnp.zeros(n)}, normal(4, examples, n)
+    estimate = quick_jit(jax.vmap(fx.grad(shifted, rule, in_axes=(None, 0)), (0, None, None)))
+    true = jax.vmap(jax.grad(shifted), (None, 0))(params, x)["b"]
+    errors = estimate(jax.random.split(KEY, draws), params, x)["b"] - true.mean(0, keepdims=True)
+    errors = jnp.sum(errors**2, axis=1)
+    law = tangents.relative_mse(n, k) * float(jnp.sum(true**2)) / examples**2
+    assert abs(float(errors.mean()) - law) <= 4 * float(errors.std()) / draws**0.5
+
+
+def test_as_many_orthonormal_directions_as_noise_of_an_example_are_exact():
+    rule = fx.ActivityPerturbation(tangents=fx.tangents.Orthonormal(), num_tangents=8)
+    x = normal(4, 5, 3)
+    got = quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
+    noisy = [row for row in rows(mlp, PARAMS, x, rule=rule, in_axes=(None, 0)) if row.credit != "exact error"]
+    assert sum(row.activity_noise for row in noisy) == rule.num_tangents
+    for name, true in quick_jit(fx.grad(mlp, fx.Backprop(), in_axes=(None, 0)))(KEY, PARAMS, x).items():
+        assert jnp.allclose(got[name], true, atol=1e-4), name
+
+
 def test_losses_that_are_not_finite_propagate():
     for memory in ("keep", "replay", "shared"):
         rule = fx.ActivityPerturbation(memory=memory)

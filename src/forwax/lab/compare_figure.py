@@ -41,10 +41,11 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
     for run in each["runs"] if len(each["runs"]) > 1 else []:
-        axes.plot(*_points(run, scale), color=each["colour"], alpha=0.35, linewidth=0.7)
+        axes.plot(*_points(run, scale), color=each["colour"], linestyle=each["dashes"], alpha=0.35, linewidth=0.7)
     lost = f" ({each['non_finite']} of {len(each['runs'])} not finite)" if each["non_finite"] else ""
     label = f"{each['about']}: {compare_table.accuracy(each)} test accuracy{lost}"
-    axes.plot(*_points(each["curve"], scale), color=each["colour"], linewidth=2.2, label=label)
+    look = {"color": each["colour"], "linestyle": each["dashes"], "linewidth": 2.2}
+    axes.plot(*_points(each["curve"], scale), **look, label=label)
 
 
 def _points(curve: dict[str, Any], scale: float) -> tuple[np.ndarray, np.ndarray]:

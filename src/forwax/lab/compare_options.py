@@ -53,7 +53,7 @@ class CompareOptions:
     """For how many steps each rate is tried; as many as --steps by default: what survives a short trial may
     explode in a longer run."""
     target_loss: float | None = None
-    """The validation loss to reach; by default the one that the slowest rule that stays finite reaches."""
+    """The validation loss to reach; by default the one that the slowest rule that stays finite ends at."""
     evaluations: int = 48
     """How often the validation loss is taken."""
     validation_examples: int | None = None

@@ -1,6 +1,7 @@
 """What a comparison found, as one dictionary for results.json; table and figure read nothing else.
 
-All losses that are reached or not are validation losses, the median over the seeds. Seconds are steps times the median
+All losses that are reached or not are validation losses, the median over the seeds. The target is reached once the
+loss stays at or below it: a curve that touches it on its way up again has not reached it. Seconds are steps times the median
 time of a step, measured in turns with the other rules, so that what else the machine did meets all of them alike.
 The ratios are those of Baydin et al. 2022: R is the time of a step over that of evaluating the loss once; T_f/T_b
 compares the times to reach backprop's best validation loss.
@@ -34,7 +35,7 @@ def gather(
         timing: the timing part: seconds by rule and round, and temporary bytes by rule.
         searches: the candidates of each rule; empty where the rate was given.
         runs: the runs of each rule, one a seed.
-        target_loss: the validation loss to reach; by default what every rule that stayed finite reaches.
+        target_loss: the validation loss to reach; by default the one that the slowest rule that stayed finite ends at.
 
     Returns:
         A dictionary that JSON can hold: no infinities, and "not reached" in place of a number.
@@ -47,14 +48,14 @@ def gather(
     target = default_target(found) if target_loss is None else target_loss
     reference = found.get("backprop")
     for each in found.values():
-        each |= _reached(each, target, "target")
+        each |= _reached(each, None if target is None else settled_step(each["curve"], target), "target")
         each |= _against(each, reference)
     return {
         "loss_seconds": seconds[LOSS],
         "target_loss": target,
         "target_is": "given"
         if target_loss is not None
-        else "the loss that the slowest rule that stayed finite reaches",
+        else "the loss that the slowest rule that stayed finite ends at",
         "rules": found,
     }
 
@@ -73,6 +74,7 @@ def _of_rule(
     return {
         "about": rule.about,
         "colour": rule.colour,
+        "dashes": rule.dashes,
         "learning_rate": runs[0]["learning_rate"],
         "search": candidates,
         "edge": edge_note(candidates) if candidates else None,
@@ -107,35 +109,47 @@ def median_curve(runs: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
 
 
 def default_target(found: dict[str, dict[str, Any]]) -> float | None:
-    """Give the largest of the rules' best validation losses, rounded up to three digits: all finite rules reach it.
+    """Give the largest of the rules' last validation losses, rounded up to three digits: all finite rules end there.
 
-    >>> default_target({"a": {"best_validation_loss": 0.12341, "non_finite": 0}})
+    >>> default_target({"a": {"curve": {"validation_losses": [0.1, 0.12341]}, "non_finite": 0}})
     0.124
     """
-    best = [each["best_validation_loss"] for each in found.values() if not each["non_finite"]]
-    best = [loss for loss in best if loss is not None and loss > 0]
-    if not best:
+    last = [each["curve"]["validation_losses"][-1] for each in found.values() if not each["non_finite"]]
+    last = [loss for loss in last if loss is not None and loss > 0]
+    if not last:
         return None
-    unit = 10.0 ** (math.floor(math.log10(max(best))) - 2)
-    return float(f"{math.ceil(max(best) / unit) * unit:.6g}")
+    unit = 10.0 ** (math.floor(math.log10(max(last))) - 2)
+    return float(f"{math.ceil(max(last) / unit) * unit:.6g}")
 
 
-def first_step(curve: dict[str, Any], target: float | None) -> int | None:
+def first_touch(curve: dict[str, Any], target: float) -> int | None:
     """Give the first evaluated step at which the loss is at most the target, or None.
 
-    >>> first_step({"steps": [0, 5, 10], "validation_losses": [2.0, 1.0, 0.5]}, 1.0)
+    >>> first_touch({"steps": [0, 5, 10], "validation_losses": [2.0, 1.0, 1.5]}, 1.0)
     5
     """
-    if target is None:
-        return None
-    for step, loss in zip(curve["steps"], curve["validation_losses"], strict=True):
-        if loss is not None and loss <= target:
-            return step
-    return None
+    return next((step for step, loss in _points(curve) if loss is not None and loss <= target), None)
 
 
-def _reached(each: dict[str, Any], target: float | None, what: str) -> dict[str, float | str]:
-    step = first_step(each["curve"], target)
+def settled_step(curve: dict[str, Any], target: float) -> int | None:
+    """Give the first evaluated step from which on the loss stays at most the target, or None.
+
+    >>> settled_step({"steps": [0, 5, 10, 15], "validation_losses": [2.0, 1.0, 1.5, 0.9]}, 1.0)
+    15
+    """
+    settled = None
+    for step, loss in reversed(_points(curve)):
+        if loss is None or loss > target:
+            break
+        settled = step
+    return settled
+
+
+def _points(curve: dict[str, Any]) -> list[tuple[int, float | None]]:
+    return list(zip(curve["steps"], curve["validation_losses"], strict=True))
+
+
+def _reached(each: dict[str, Any], step: int | None, what: str) -> dict[str, float | str]:
     if step is None:
         return {f"steps_to_{what}": NOT_REACHED, f"seconds_to_{what}": NOT_REACHED}
     return {f"steps_to_{what}": step, f"seconds_to_{what}": step * each["seconds_per_step"]}
@@ -145,8 +159,10 @@ def _against(each: dict[str, Any], reference: dict[str, Any] | None) -> dict[str
     """Compare with backprop; without it there is nothing to compare with."""
     if reference is None:
         return {"time_ratio": None, "T_ratio": None}
-    reached = _reached(each, reference["best_validation_loss"], "backprops_best")
-    own = _reached(reference, reference["best_validation_loss"], "backprops_best")
+    best = reference["best_validation_loss"]
+    touch = lambda rule: None if best is None else first_touch(rule["curve"], best)  # noqa: E731
+    reached = _reached(each, touch(each), "backprops_best")
+    own = _reached(reference, touch(reference), "backprops_best")
     ours, theirs = reached["seconds_to_backprops_best"], own["seconds_to_backprops_best"]
     ratio = NOT_REACHED if isinstance(ours, str) or isinstance(theirs, str) or not theirs else ours / theirs
     return {

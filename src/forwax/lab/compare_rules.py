@@ -64,12 +64,13 @@ PAPER_RULES = ("backprop", "forward-normal", "forward")
 
 @dataclass(frozen=True)
 class NamedRule:
-    """One rule of a comparison: its name on the command line, what it is, its settings and its colour."""
+    """One rule of a comparison: its name on the command line, what it is, its settings, its colour and its dashes."""
 
     name: str
     about: str
     given: Mapping[str, Any]
     colour: str
+    dashes: str
 
 
 def parse(name: str, index: int = 0) -> NamedRule:
@@ -102,7 +103,8 @@ def parse(name: str, index: int = 0) -> NamedRule:
             given["chunk_size"] = CHUNK
     tangents = f"{count} tangent" + ("" if count == 1 else "s")
     colour = line.colour or ("forward-16" if base == "forward" and count != 1 else base)
-    return NamedRule(name, line.about.format(k=tangents), given, style.colour(colour, index))
+    dashes = "--" if count is not None and count != line.tangents and colour == base else "-"
+    return NamedRule(name, line.about.format(k=tangents), given, style.colour(colour, index), dashes)
 
 
 def parse_all(names: tuple[str, ...]) -> list[NamedRule]:

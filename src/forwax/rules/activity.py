@@ -29,12 +29,14 @@ from forwax.sites import (
     Values,
     Variable,
     behind,
+    draw_noise,
     find_sites,
+    num_coordinates,
     push_drawn,
     replay,
 )
 from forwax.tangents import Coordinate, Rademacher, Tangents
-from forwax.tangents._base import IndependentTangents, sampler, typed_key
+from forwax.tangents._base import IndependentTangents, typed_key
 
 _UNROLLED = 16
 _MEMORY = ("keep", "replay", "shared")
@@ -57,7 +59,8 @@ class ActivityPerturbation(Rule):
     estimate is unbiased all the same; `forwax.explain` shows which is which.
 
     Attributes:
-        tangents: the distribution of the noise.
+        tangents: the distribution of the noise; where its coordinates depend on one another (`Orthonormal`, `Sphere`,
+            `Coordinate`) each example of `in_axes` draws its own.
         num_tangents: the number k of noises.
         combine: `Mean`, or `Shrinkage` for each slope by itself.
         where: which parameters get activity noise: a regular expression searched in a parameter's path such as
@@ -114,8 +117,9 @@ class ActivityPerturbation(Rule):
 
     def basis(self, problem: Problem) -> "ActivityPerturbation":
         """This rule with each coordinate of its noise once: its estimate is the mean over all noise."""
-        n = max(1, _tree.num_coordinates(self.sites(problem).specs()))
-        return dataclasses.replace(self, tangents=Coordinate(replace=False), num_tangents=n)
+        tangents = Coordinate(replace=False)
+        n = num_coordinates(self.sites(problem), tangents, own_slopes=self.memory != "shared")
+        return dataclasses.replace(self, tangents=tangents, num_tangents=max(1, n))
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
@@ -133,17 +137,8 @@ class ActivityPerturbation(Rule):
         return value, out.aux, self._own(sites, noise, slopes, out.records)
 
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
-        """The noise [k, ...] of all noisy sites, in one draw; sites of one shape are stacked, which compiles faster."""
-        specs = sites.specs()
-        if not specs:
-            return []
-        members: dict[Any, list[int]] = {}
-        for i, (spec, site) in enumerate(zip(specs, sites.noisy, strict=True)):
-            members.setdefault((spec.shape, spec.dtype, site.axes), []).append(i)
-        stacked = [_mesh.like((len(part), *shape), dtype, over) for (shape, dtype, over), part in members.items()]
-        drawn = sampler(self.tangents, key, stacked, self.num_tangents, hold=True)(jnp.arange(self.num_tangents))
-        noise = {i: x[:, j] for x, part in zip(drawn, members.values(), strict=True) for j, i in enumerate(part)}
-        return [noise[i] for i in range(len(specs))]
+        """The noise [k, ...] of all noisy sites."""
+        return draw_noise(sites, self.tangents, key, self.num_tangents, own_slopes=self.memory != "shared")
 
     def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
         """For each noisy site what multiplies its noise: [k, ...], with axes that broadcast to it."""

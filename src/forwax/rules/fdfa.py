@@ -16,9 +16,8 @@ from forwax import _mesh, _tree
 from forwax._rule import LearningRule, check_count
 from forwax._signature import Problem, Signature
 from forwax._tree import Tree
-from forwax.sites import Sites, direct, find_sites
+from forwax.sites import Sites, direct, draw_noise, find_sites
 from forwax.tangents import Rademacher, Tangents
-from forwax.tangents._base import sampler
 
 Maps = tuple[Array, ...]
 
@@ -127,8 +126,7 @@ class FDFA(LearningRule):
         maps = self._zeros(sites) if self.maps is None else self._checked(sites)
         if not maps:
             return ()
-        specs = [_mesh.like(spec.shape, spec.dtype, s.axes) for spec, s in zip(sites.specs(), sites.noisy, strict=True)]
-        noise = sampler(self.tangents, key, specs, self.num_tangents, hold=True)(jnp.arange(self.num_tangents))
+        noise = draw_noise(sites, self.tangents, key, self.num_tangents)
         outputs = [site.variable for site in direct.output_sites(sites)]
         slopes = dict(zip(outputs, direct.push_outputs(sites, noise, self.num_tangents), strict=True))
         samples = []

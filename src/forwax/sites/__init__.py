@@ -1,6 +1,7 @@
 """Sites: the places in a traced program where a parameter meets data. The only package that reads jaxprs."""
 
 from forwax.sites.credit import Credit
+from forwax.sites.draw import draw_noise, num_coordinates
 from forwax.sites.find import find_sites
 from forwax.sites.low_rank import LowRankPlan, plan_low_rank, plan_signs
 from forwax.sites.noise import Drawn, Held
@@ -23,8 +24,10 @@ __all__ = [
     "Values",
     "Variable",
     "behind",
+    "draw_noise",
     "find_sites",
     "noise_point",
+    "num_coordinates",
     "plan_low_rank",
     "plan_signs",
     "push_drawn",

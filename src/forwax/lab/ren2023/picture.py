@@ -19,7 +19,9 @@ _DASHES = {"": ":", "L-": "--", "LG-": "-"}
 
 @style.styled
 def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
-    """Draw the mean over seeds of each finished row; colours tell the rule, dashes where the losses sit.
+    """Draw the mean over seeds of each finished row.
+
+    Colours tell the rule, dashes where the losses sit, width and marks how many noises.
 
     Args:
         column: the column.
@@ -53,5 +55,6 @@ def _look(entry: Entry) -> dict[str, Any]:
     place = next(place for place in ("LG-", "L-", "") if entry.rule.startswith(place))
     kind = entry.rule.removeprefix(place)
     colour = style.PALETTE[_COLOURS.get(kind, "activity")]
-    several = (entry.num_tangents or 1) > 1
-    return {"color": colour, "linestyle": _DASHES[place], "linewidth": 2.6 if several else 1.5}
+    number = entry.num_tangents or 1
+    look = {"color": colour, "linestyle": _DASHES[place], "linewidth": 2.2 if number > 1 else 1.5}
+    return look | ({"marker": f"${number}$", "markersize": 8, "markevery": 0.2} if number > 1 else {})
