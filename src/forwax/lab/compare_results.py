@@ -1,10 +1,10 @@
 """What a comparison found, as one dictionary for results.json; table and figure read nothing else.
 
 All losses that are reached or not are validation losses, the median over the seeds. The target is reached once the
-loss stays at or below it: a curve that touches it on its way up again has not reached it. Seconds are steps times the median
-time of a step, measured in turns with the other rules, so that what else the machine did meets all of them alike.
-The ratios are those of Baydin et al. 2022: R is the time of a step over that of evaluating the loss once; T_f/T_b
-compares the times to reach backprop's best validation loss.
+loss stays at or below it: a curve that touches it on its way up again has not reached it. Seconds are steps times the
+median time of a step, measured in turns with the other rules, so that what else the machine did meets all of them
+alike. The ratios are those of Baydin et al. 2022: R is the time of a step over that of evaluating the loss once;
+T_f/T_b compares the times to touch backprop's best validation loss.
 """
 
 from __future__ import annotations
