@@ -348,3 +348,10 @@ def test_every_named_rule_can_be_built():
         assert settings.learning_rate is not None
         assert settings.rule == rule.given["rule"]
         assert "{k}" not in rule.about
+
+
+def test_the_help_names_every_rule(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in compare_rules.LINES)

@@ -35,8 +35,8 @@ class CompareOptions:
     """What to train on what."""
     rules: tuple[str, ...] = ()
     """The rules: backprop, forward, forward-normal, low-rank, projection, shrinkage, orthonormal, finite-difference,
-    exact; followed by a number of tangents where wanted. By default backprop forward forward-16 projection; with
-    --paper backprop forward-normal forward."""
+    activity, feedback, direct-feedback, exact; followed by a number of tangents where wanted. By default backprop
+    forward forward-16 projection; with --paper backprop forward-normal forward."""
     config: str = "default"
     """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
     paper: bool = False

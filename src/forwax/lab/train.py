@@ -54,7 +54,8 @@ class TrainOptions(SettingOptions):
     experiment: Annotated[ExperimentName, tyro.conf.Positional] = "digits"
     """What to train on what."""
     config: str = "default"
-    """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
+    """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022); for local-mixer a
+    column of `forwax reproduce`."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Go on with the run in this folder, bit for bit as if it had never stopped."""
     runs: Path = Path("runs")
