@@ -13,7 +13,8 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
 
     Args:
         rule: the rule that will give the gradients.
-        n: the number of real coordinates of the parameters.
+        n: the number of real coordinates of the parameters; for `ActivityPerturbation` of the noise that shares a
+            slope, which `explain` lists for each site. Rules without a law, those of feedback, give the rate back.
         backprop_rate: the learning rate of plain gradient descent (or momentum) tuned for exact gradients.
 
     Returns:
