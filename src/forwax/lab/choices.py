@@ -177,7 +177,7 @@ def needs_guess(settings: Settings) -> bool:
 
 
 def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
-    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.loop`.
+    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.train.loop`.
 
     A step whose loss is not finite is not skipped: the loop stops before it, and keeps a checkpoint. So it does where a
     slope that is not skipped makes the gradient so.

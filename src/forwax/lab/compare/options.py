@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from forwax.lab.options import ExperimentName
-from forwax.lab.runs import CONFIG, Run, write_json
 from forwax.lab.settings import UsageError
-from forwax.lab.train import versions
+from forwax.lab.train.command import versions
+from forwax.lab.train.runs import CONFIG, Run, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import forwax as fx
-from forwax.lab import drawing, style
+from forwax.lab import style
+from forwax.lab.diagrams import drawing
 
 __all__ = ["forward_gradient"]
 
