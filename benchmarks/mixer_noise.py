@@ -88,8 +88,10 @@ def kinds(model: LocalMixer) -> dict[str, Gradient]:
         "a slope for each group, signs": build(),
         "four signs": build(4),
         "eight signs": build(8),
-        "eight orthonormal noises": build(8, fx.tangents.Orthonormal()),
+        "eight, orthonormal over all of an example": build(8, fx.tangents.Orthonormal()),
+        "eight orthogonal signs": build(8, fx.tangents.Hadamard()),
         "sixteen signs": build(16),
+        "sixteen orthogonal signs": build(16, fx.tangents.Hadamard()),
     }
 
 

@@ -21,6 +21,7 @@ TANGENTS: Mapping[str, Callable[[Settings, Any], Any]] = {
     "sphere": lambda settings, guess: fx.tangents.Sphere(),
     "coordinate": lambda settings, guess: fx.tangents.Coordinate(),
     "coordinate-without-replacement": lambda settings, guess: fx.tangents.Coordinate(replace=False),
+    "hadamard": lambda settings, guess: fx.tangents.Hadamard(),
     "orthonormal": lambda settings, guess: fx.tangents.Orthonormal(),
     "sparse": lambda settings, guess: fx.tangents.Sparse(settings.density or 0.1),
     "guided": lambda settings, guess: fx.tangents.Guided(guess),

@@ -183,7 +183,7 @@ class ActivityPerturbation(Rule):
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
         tangents = self.tangents
-        if not (isinstance(tangents, IndependentTangents) and tangents.coordinatewise):
+        if not isinstance(tangents, IndependentTangents) or tangents.joint or not tangents.coordinatewise:
             lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
             return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
 

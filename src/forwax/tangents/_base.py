@@ -65,6 +65,9 @@ class Tangents(abc.ABC):
 class IndependentTangents(Tangents):
     """Directions that can be drawn one by one: direction j of a call depends on the key and on j alone."""
 
+    joint: ClassVar[bool] = False
+    """Whether the directions of one call depend on one another, so that each needs the same key and its own index."""
+
     @abc.abstractmethod
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: an array of shape and dtype `spec` per leaf."""
