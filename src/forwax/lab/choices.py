@@ -116,7 +116,7 @@ def _published(name: str) -> RuleChoice:
 
     def build(settings: Settings, feedback: Any) -> Any:
         if "FG" in name:
-            noise, key = TANGENTS[settings.tangents or "rademacher"](settings, None), jax.random.key(settings.seed)
+            noise, key = TANGENTS[settings.tangents or "hadamard"](settings, None), jax.random.key(settings.seed)
             return ren2023.method(name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1).rule
         return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[name.split("-")[-1]](settings, feedback)
 
@@ -127,6 +127,7 @@ def _published(name: str) -> RuleChoice:
         drawn,
         "as in Ren et al. 2023",
         "" if aligned or name.endswith("BP") else _LOCAL,
+        tangents="hadamard",
         reverse_mode=aligned or name.endswith("BP"),
         needs_data=True,
         published=True,
