@@ -78,8 +78,8 @@ def method(
         name: one of `NAMES`, such as "LG-FG-A".
         params: the model, or its floating arrays as `equinox.partition` gives them; feedback matrices are drawn to it.
         key: a JAX random key for the fixed feedback of FA, L-FA, LG-FA and DFA; keep it for all steps.
-        tangents: the noise of forward gradients, by default signs, orthogonal to each other where there are several; the
-            paper's is `forwax.tangents.Normal()`.
+        tangents: the noise of forward gradients, by default signs, orthogonal to each other where there are several;
+            the paper's is `forwax.tangents.Normal()`.
         num_tangents: how many noises a step.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Signs that are orthogonal to each other: rows of a Walsh-Hadamard matrix under one random sign for each coordinate."""
+"""Signs that are orthogonal to each other: rows of a Walsh-Hadamard matrix times one random sign a coordinate."""
 
 import dataclasses
 import math
