@@ -18,6 +18,7 @@ from sites.test_unbiased import KEY
 
 SPLITS = {  # of each parameter in the order of its name: the axes of both factors; None for dense signs
     "batched_dot": [({0, 1}, {2}), ({0, 1}, {0, 2})],
+    "casts_to_integers": [({0}, {1}), ({0}, {1})],
     "complex_activities": [None, ({0, 2}, {1, 2})],
     "conditional_inside_a_scan": [None, ({0}, {1})],
     "convolutions": [None, ({0, 1, 2}, {3}), ({0, 1, 2}, {3}), ({0}, {1})],
@@ -27,6 +28,7 @@ SPLITS = {  # of each parameter in the order of its name: the axes of both facto
     "gated_recurrent": [None, ({0}, {1}), ({0}, {1}), ({0}, {1})],
     "local_losses": [({0, 1}, {0, 2}), ({0}, {1}), ({0}, {1})],
     "parameters_in_carries": [None, ({0}, {1})],
+    "rows_that_are_not_there": [({0}, {1}), ({0}, {1})],
     "scan_over_layers": [None, ({0}, {1}), ({0, 1}, {0, 2})],
     "tied": [({0}, {1})],
     "weight_decay": [({0}, {1}), ({0}, {1})],

@@ -40,8 +40,9 @@ _MOVES |= {"reshape", "broadcast_in_dim", "slice", "dynamic_slice"}
 
 
 def is_move(equation: Equation) -> bool:
-    """Whether an operation only moves or casts the entries of its first operand."""
-    return equation.name in _MOVES
+    """Whether an operation only moves or casts the entries of its first operand, and their tangents with them."""
+    cut = equation.name == "convert_element_type" and not jnp.issubdtype(equation.params["new_dtype"], jnp.inexact)
+    return equation.name in _MOVES and not cut
 
 
 def moved(equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape) -> Factored | None:
@@ -183,7 +184,8 @@ def look_up(equation: Equation, tangent: Factored, values: Sequence[Any], out: S
         if any(rows.shape[axis] != values[0].shape[axis] for axis in indexed):
             return None
         own = tuple(n if axis in indexed else min(n, rows.shape[axis]) for axis, n in enumerate(sizes))
-        looked = primitives.gather_p.bind(rows, values[1], **{**equation.params, "slice_sizes": own})
+        params = {**equation.params, "slice_sizes": own, "fill_value": 0}  # a row that is not there has no tangent
+        looked = primitives.gather_p.bind(rows, values[1], **params)
         shape = [1] * len(out)
         for place, axis in zip(numbers.offset_dims, kept, strict=True):
             shape[place] = rest.shape[axis]
