@@ -148,7 +148,7 @@ def _function(equation: Equation, parts: _Parts) -> Callable[..., list[Any]]:
 
 
 def _added(start: Any, steps: Any) -> Any:
-    return jnp.asarray(start, steps.dtype) + jnp.sum(steps, axis=0)
+    return jnp.asarray(start, steps.dtype) + jnp.sum(steps, axis=0, dtype=steps.dtype)
 
 
 def _stacked(behind: dict[Variable, Any], variable: Variable, fixed: dict[Variable, Any], loop: Loop) -> Any:
