@@ -1,5 +1,6 @@
 """Activity perturbation beyond its mean: credit, places of noise, what crosses what, laws, and errors."""
 
+import dataclasses
 import math
 
 import jax
@@ -112,12 +113,27 @@ def test_one_slope_for_the_batch_is_noisier():
     assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(fx.ActivityPerturbation())
 
 
-def test_shrinkage_scales_every_slope():
+SHRUNK = {  # of five examples of 4 + 4 noisy coordinates, and 2 in the output: 1 + M for each parameter
+    "keep": ({}, {"w": 8, "v": 8, "o": 1}),  # the last is exact
+    "replay": ({"memory": "replay"}, {"w": 8, "v": 8, "o": 1}),
+    "shared": ({"memory": "shared"}, {"w": 40, "v": 40, "o": 1}),
+    "weight noise": ({"where": "v"}, {"w": 12 + 4 + 5 * 4 + 8, "v": 12 + 4 + 4 + 8, "o": 12 + 4 + 5 * 4 + 4}),
+    "jointly drawn": (
+        {"tangents": fx.tangents.Orthonormal(), "num_tangents": 10, "exact_outputs": False},
+        {"w": 1, "v": 1, "o": 1},  # ten directions, of which the last site's slopes hear nine coordinates
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_shrinkage_scales_every_slope(name):
+    options, expected = SHRUNK[name]
+    rule = fx.ActivityPerturbation(**options)
+    rules = rule, dataclasses.replace(rule, combine=fx.combine.Shrinkage())
     x = normal(4, 5, 3)
-    rules = fx.ActivityPerturbation(), fx.ActivityPerturbation(combine=fx.combine.Shrinkage())
     mean, shrunk = quick_jit(lambda: [fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules])()
-    np.testing.assert_allclose(shrunk["w"], mean["w"] / 8, rtol=1e-5)  # eight coordinates: 1 + M = 8
-    np.testing.assert_allclose(shrunk["o"], mean["o"], rtol=1e-5)  # exact
+    for parameter, factor in expected.items():
+        np.testing.assert_allclose(shrunk[parameter], mean[parameter] / factor, rtol=1e-4, atol=1e-6)
 
 
 def test_no_error_crosses_two_sites():

@@ -150,13 +150,18 @@ class Sites:
         lead = slopes.ndim - len(site.shape)
         return jnp.squeeze(slopes, tuple(range(lead, lead + self.num_loops(site)))) if self.credit else slopes
 
-    def shared_noise(self, site: Site, other: Site) -> float:
-        """How many coordinates of another site's noise one slope of this site hears, on average."""
+    def shared_noise(self, site: Site, other: Site, own_slopes: bool = True) -> float:
+        """How many coordinates of another site's noise one slope of this site hears, on average.
+
+        Unless examples have slopes of their own and the site a value of its own for each, it hears all examples'.
+        """
+        examples = 1 if self.num_examples is None or (own_slopes and site.mapped) else self.num_examples
+        size = other.size * (examples if other.mapped else 1)
         if not self.credit:
-            return other.size if other.reach & site.reach else 0
+            return size if other.reach & site.reach else 0
         theirs = {credit.source: credit for credit in self.credit[other.variable]}
         heard = [(mine, theirs[mine.source]) for mine in self.credit[site.variable] if mine.source in theirs]
-        return max((other.size / mine.common(their) for mine, their in heard), default=0)
+        return max((size / mine.common(their) for mine, their in heard), default=0)
 
     def push(self, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
         """Evaluate the loss, and its slopes along k noises [k, *spec]; with no noise there are no slopes."""
