@@ -198,11 +198,15 @@ def test_the_loss_is_traced_once():
 
 
 def test_rules_are_arguments_of_jitted_functions():
+    """Given as an argument and captured as a constant, in one program."""
     x = normal(4, 5, 3)
     rule = fx.ActivityPerturbation(num_tangents=2, where="w", memory="shared")
-    step = quick_jit(lambda rule, key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x))
-    for got, expected in zip(*map(jax.tree.leaves, (step(rule, KEY), step(rule, KEY))), strict=True):
-        np.testing.assert_array_equal(got, expected)
+
+    def both(given, key):
+        return [fx.grad(mlp, each, in_axes=(None, 0))(key, PARAMS, x) for each in (given, rule)]
+
+    for got, expected in zip(*map(jax.tree.leaves, quick_jit(both)(rule, KEY)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_aux_keywords_and_argnums():
@@ -302,6 +306,12 @@ def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
                 quick_jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
     on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
     assert bool(jnp.any(quick_jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]))
+
+
+def test_a_selection_of_nothing_is_refused():
+    for where in ("kernal", lambda path: False):
+        with pytest.raises(ValueError, match=r"expected where to select a parameter, got .*\['b'\], \['o'\], \['v'\]"):
+            fx.grad(mlp, fx.ActivityPerturbation(where=where))(KEY, PARAMS, normal(4, 3))
 
 
 def test_fields_are_checked():
