@@ -209,6 +209,20 @@ def test_packed_signs_are_the_signs(rank):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
+def test_a_scan_over_no_layers():
+    params = {"none": jnp.ones((0, 3, 3)), "no words": jnp.ones((0, 32, 32)), "w": jnp.ones((3, 3))}
+
+    def deep(h, layers):
+        return lax.scan(lambda h, w: (h @ w, None), h, layers)[0]
+
+    def loss(p, x):
+        return squares(deep(x, p["none"]) @ p["w"]) + squares(deep(jnp.ones((2, 32)), p["no words"]))
+
+    grads = quick_jit(fx.grad(loss, fx.WeightPerturbation(fx.tangents.LowRank())))(KEY, params, jnp.ones((2, 3)))
+    assert grads["none"].shape == (0, 3, 3)
+    assert bool(jnp.any(grads["w"]))
+
+
 def test_chunks_give_the_same_estimate():
     program = PROGRAMS["attention"]
     whole, cut = (

@@ -95,9 +95,9 @@ def _paths(params: Tree) -> list[str]:
 def _check_selection(paths: Sequence[str], num_unselected: int, name: str) -> None:
     if 0 < num_unselected == len(paths):
         raise ValueError(
-            f"{name}: expected where to select a parameter, got one that selects none of {', '.join(paths)}. It is a "
-            "regular expression searched in these paths, or a function of them; use forwax.WeightPerturbation for weight "
-            "noise alone."
+            f"{name}: expected where to select a parameter, got one that selects none of {', '.join(paths)}. Pass a "
+            "regular expression that is found in one of these paths, or a function of them that is true for one; for "
+            "weight noise alone use forwax.WeightPerturbation."
         )
 
 

@@ -159,8 +159,8 @@ def _rows(x: Array | Signs) -> Array | Signs | None:
     if isinstance(x, Signs) and not x.has_rows:
         x = x.unpack()
     if isinstance(x, Signs):
-        return x.rows() if x.spec.shape[0] > 1 else None
-    return x if x.shape[0] > 1 else None
+        return x.rows() if x.spec.shape[0] != 1 else None
+    return x if x.shape[0] != 1 else None
 
 
 def _joined(sliced: list[Any], rest: list[Any]) -> Tangent:

@@ -57,7 +57,7 @@ class Signs:
 
     def rows(self) -> "Signs":
         """The same, of which one row each is a slice along the first axis: for words without further axes."""
-        words = self.words.reshape(self.spec.shape[0], -1)
+        words = self.words.reshape(self.spec.shape[0], math.prod(self.spec.shape[1:]) // WORD)
         return Signs(words, Spec(self.spec.shape[1:], self.spec.dtype), self.scale)
 
 
