@@ -73,8 +73,8 @@ class DirectFeedbackAlignment(Rule):
     def _check_count(self, expected: int) -> None:
         if isinstance(self.feedback, tuple | list) and len(self.feedback) != expected:
             raise ValueError(
-                f"DirectFeedbackAlignment: expected one map for each site that is not a last one, {expected} in all, got "
-                f"{len(self.feedback)}. forwax.explain lists the sites; pass a PRNG key to have the maps drawn."
+                f"DirectFeedbackAlignment: expected one map for each site that is not a last one, {expected} in all, "
+                f"got {len(self.feedback)}. forwax.explain lists the sites; pass a PRNG key to have the maps drawn."
             )
 
     def _map(self, index: int, rows: int, columns: int) -> Array:

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _tree
+from forwax.sites.operations import ADDITIVE
 from forwax.sites.program import Variable
 from forwax.sites.run import Values, forward
 from forwax.sites.sites import Site, Sites
-
-_ADDITIVE = {"add", "sub", "add_any"}
 
 
 def output_sites(sites: Sites) -> list[Site]:
@@ -22,7 +21,7 @@ def output_sites(sites: Sites) -> list[Site]:
         for site in sites.sites
         if site.exact
         and not site.region.promoted
-        and not all(equation.name in _ADDITIVE for equation in site.region.equations)
+        and not all(equation.name in ADDITIVE for equation in site.region.equations)
         and (site.mapped or sites.num_examples is None)
     ]
 
