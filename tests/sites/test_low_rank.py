@@ -13,6 +13,7 @@ from forwax.sites import plan_low_rank
 from forwax.sites.convolution import _one_feature, in_pieces
 from forwax.sites.program import trace
 from forwax.sites.signs import Signs
+from sites.drawn import dense
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
@@ -50,7 +51,7 @@ def test_a_slope_is_that_of_the_direction_in_full(name):
 
     @quick_jit
     def both(drawn):
-        full = plan.dense(drawn, 2)
+        full = dense(plan, drawn, 2)
         exact = jax.vmap(lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1])(full)
         value, _, slopes = plan.push(drawn, 2, 2)
         sums = jax.tree.map(lambda x: jnp.tensordot(slopes, jnp.conj(x), axes=1), full)
@@ -68,7 +69,7 @@ def test_each_example_with_its_own_factors(name):
     problem, plan, drawn = planned(name, rank=1, k=2, per_example=True)
 
     def one(own, mapped):
-        full = jax.tree.map(lambda x: x[0], plan.dense([x[None] for x in own], 1))
+        full = jax.tree.map(lambda x: x[0], dense(plan, [x[None] for x in own], 1))
         loss = lambda p: sum(map(jnp.sum, problem.example(p, *mapped)[0]))
         slope = jax.jvp(loss, (problem.params,), (full,))[1]
         return slope, jax.tree.map(lambda x: slope * x, full)
