@@ -71,7 +71,7 @@ class ActivityPerturbation(Rule):
             through the loss.
 
     Raises:
-        ValueError: when a field has no such value, or the loss has no data.
+        ValueError: when a field has no such value, `where` selects no parameter, or the loss has no data.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
