@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import pytest
@@ -57,25 +58,45 @@ def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch)
     assert "holds a run whose steps is another; choose another --out" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0.0)
+class After:
+    """Signals of which one comes after so many looks."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    @property
+    def received(self):
+        self.looks -= 1
+        return signal.SIGINT if self.looks < 0 else None
+
+
+def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
     column = COLUMNS["mnist-m"]
-    settings = Entry.parse("LG-FG-A:2").settings(column, 60, batch_size=30, epochs=3)
+    settings = Entry.parse("FG-A").settings(column, 60, batch_size=30, epochs=2)
     problem = problem_of(load("mnist"), reproduce.EXPERIMENTS["local-mixer"], settings)
-
-    def stop(line):
-        if line.startswith("epoch 2"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runs.train(tmp_path / "stopped", problem, settings, stop)
-    assert not (tmp_path / "stopped" / "summary.json").exists()
-    lines = []
-    stopped = runs.train(tmp_path / "stopped", problem, settings, lines.append)
-    assert [line.split(":")[0] for line in lines] == ["epoch 3"]
+    stopped, lines = tmp_path / "stopped", []
+    for _ in ("inside the first epoch", "at its end"):
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(stopped, problem, settings, lines.append, After(1))
+    assert [line.split(":")[0] for line in lines] == ["epoch 1"]
+    assert not (stopped / "summary.json").exists()
+    ours = runs.train(stopped, problem, settings, lines.append)
+    assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     whole = runs.train(tmp_path / "whole", problem, settings, lines.append)
-    assert stopped["losses"] == whole["losses"]
-    assert stopped["test_errors"] == whole["test_errors"]
+    for name in ("losses", "test_errors", "epochs"):
+        assert ours[name] == whole[name]
+
+
+def test_a_termination_is_answered_between_two_blocks(tmp_path, capsys, monkeypatch):
+    asked = words(tmp_path, "--rules", "DFA", "--seeds", "1", "--epochs", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "_teller", lambda: lambda line: signal.raise_signal(signal.SIGTERM))
+        assert cli.main(asked) == 143
+    assert "Stopped; what was done is kept in" in capsys.readouterr().out
+    assert cli.main(asked) == 0
+    told = capsys.readouterr().out
+    assert "epoch 2:" in told
+    assert "epoch 1:" not in told
 
 
 def test_contrastive_by_lars_in_half_precision_on_two_devices(tmp_path, capsys, monkeypatch):

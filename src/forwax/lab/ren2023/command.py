@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.columns import COLUMNS, RULES, Column
 from forwax.lab.ren2023.entries import Entry
 from forwax.lab.settings import Settings, UsageError
+from forwax.lab.train.command import INTERRUPTED, Signals
 
 if TYPE_CHECKING:
     ColumnName = str
@@ -97,7 +99,7 @@ def run(options: ReproduceOptions) -> int:
         options: the command's options.
 
     Returns:
-        The exit code: 0 when done, 130 after Ctrl-C.
+        The exit code: 0 when done, 130 after Ctrl-C, 143 after a termination.
 
     Raises:
         UsageError: when the options do not go together.
@@ -112,15 +114,16 @@ def run(options: ReproduceOptions) -> int:
     data = prepared(load(column.settings.data or "", options.data_dir), options)
     folder = options.out / column.name
     results: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for seed in range(options.seeds):
-            for entry in dict.fromkeys(entries):
-                summary = run_one(folder, column, entry, seed, data, options)
-                results.setdefault(entry.name, []).append(summary)
-                save(folder, column, entries, results, _facts(column, entries[0], data, options, summary))
-    except KeyboardInterrupt:
-        print(f"\nStopped; what is finished is kept in {folder}. The same command goes on.")
-        return 130
+    with Signals().watch() as signals:
+        try:
+            for seed in range(options.seeds):
+                for entry in dict.fromkeys(entries):
+                    summary = run_one(folder, column, entry, seed, data, options, signals)
+                    results.setdefault(entry.name, []).append(summary)
+                    save(folder, column, entries, results, _facts(column, entries[0], data, options, summary))
+        except KeyboardInterrupt:
+            print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
+            return 143 if signals.received == signal.SIGTERM else INTERRUPTED
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table.make_table(column, entries, results))
     print(f"Table, curves and runs: {folder}")
@@ -178,13 +181,19 @@ def settings_of(column: Column, entry: Entry, num_examples: int, options: Reprod
 
 
 def run_one(
-    folder: Path, column: Column, entry: Entry, seed: int, data: DataSet, options: ReproduceOptions
+    folder: Path, column: Column, entry: Entry, seed: int, data: DataSet, options: ReproduceOptions, signals: Signals
 ) -> dict[str, Any]:
-    """Train one method with one seed, or read what an earlier sitting finished."""
+    """Train one method with one seed, or read what an earlier sitting finished.
+
+    Raises:
+        KeyboardInterrupt: after a signal.
+    """
+    if signals.received is not None:
+        raise KeyboardInterrupt
     settings = settings_of(column, entry, len(data.train_images), options, seed)
     problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
     print(f"{column.title}: {entry.name}, seed {seed}, learning rate {settings.learning_rate:g}", flush=True)
-    summary = runs.train(folder / f"{entry.name.replace(':', '_')}-{seed}", problem, settings, _teller())
+    summary = runs.train(folder / f"{entry.name.replace(':', '_')}-{seed}", problem, settings, _teller(), signals)
     return summary | {"learning_rate": settings.learning_rate}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,21 @@ import numpy as np
 from forwax.lab.problem import Problem
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.command import versions
+from forwax.lab.train.command import BLOCK_SECONDS, Signals, versions
 from forwax.lab.train.loop import MAX_BLOCK, Trainer, build_trainer, in_batches, init_state, make_evaluator
 from forwax.lab.train.runs import CHECKPOINTS, CONFIG, SUMMARY, Metrics, Run, write_json
 
 CHECKPOINT_SECONDS = 60.0
-"""The least time between two checkpoints, which are written at ends of epochs."""
+"""The least time between two checkpoints; one is written at a stop too."""
 
 
-def train(folder: Path, problem: Problem, settings: Settings, tell: Callable[[str], None] = print) -> dict[str, Any]:
+def train(
+    folder: Path,
+    problem: Problem,
+    settings: Settings,
+    tell: Callable[[str], None] = print,
+    signals: Signals | None = None,
+) -> dict[str, Any]:
     """Train from the start, or from the folder's last checkpoint; a finished run is only read.
 
     Args:
@@ -30,12 +37,14 @@ def train(folder: Path, problem: Problem, settings: Settings, tell: Callable[[st
         problem: the experiment made ready.
         settings: the run's settings, with a learning rate.
         tell: gets a line an epoch.
+        signals: what stops the run between two blocks of steps.
 
     Returns:
         What summary.json holds: errors in percent, the curve, seconds.
 
     Raises:
         UsageError: when the folder holds a run with other settings or data.
+        KeyboardInterrupt: after a signal and a checkpoint; the same call goes on from there.
     """
     run = _open(folder, problem, settings)
     if run.finished:
@@ -45,11 +54,12 @@ def train(folder: Path, problem: Problem, settings: Settings, tell: Callable[[st
         found = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings)))
         trainer = build_trainer(problem, settings, found.state if found else None)
         run.cut_metrics(trainer.step)
-        seconds, finite = _epochs(trainer, found.seconds if found else 0.0, metrics, checkpoints, tell)
+        sitting = _Sitting(trainer, metrics, checkpoints, found.seconds if found else 0.0, _begun(run.metrics()))
+        finite = _epochs(sitting, tell, signals or Signals())
     finally:
         metrics.close()
         checkpoints.close()
-    summary = _summary(run, trainer, seconds, finite)
+    summary = _summary(run, trainer, sitting.seconds, finite)
     write_json(folder / SUMMARY, summary)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return summary
@@ -70,44 +80,83 @@ def _open(folder: Path, problem: Problem, settings: Settings) -> Run:
     return run
 
 
-def _epochs(
-    trainer: Trainer, seconds: float, metrics: Metrics, checkpoints: Checkpoints, tell: Callable[[str], None]
-) -> tuple[float, bool]:
-    """Train to the end, epoch by epoch; gives the seconds of training and whether all losses were finite."""
-    settings = trainer.settings
-    per_epoch = max(1, len(trainer.problem.train[0]) // settings.batch_size)
-    saved = time.monotonic()
-    while trainer.step < settings.steps:
-        end = min((trainer.step // per_epoch + 1) * per_epoch, settings.steps)
-        losses, accuracies, started = [], [], time.perf_counter()
-        while trainer.step < end:
-            block = trainer.run(min(MAX_BLOCK, end - trainer.step))
-            losses.append(block.losses)
-            accuracies.append(block.accuracies)
-            if block.stopped_by is not None:
-                return seconds, False
-        seconds += time.perf_counter() - started
-        test_loss, test_accuracy = trainer.evaluate()
+@dataclass(eq=False)
+class _Sitting:
+    """What training changes: the trainer, its files, the seconds of training, and the epoch so far, step by step."""
+
+    trainer: Trainer
+    metrics: Metrics
+    checkpoints: Checkpoints
+    seconds: float
+    epoch: dict[str, list[float]]
+
+    def run(self, count: int) -> tuple[float, bool]:
+        """Run a block of steps; gives its seconds and whether all losses were finite."""
+        started = time.perf_counter()
+        block = self.trainer.run(count)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.epoch["losses"] += block.losses.tolist()
+        self.epoch["accuracies"] += block.accuracies.tolist()
+        return seconds, block.stopped_by is None
+
+    def end_epoch(self, per_epoch: int) -> str:
+        """Evaluate and write the epoch's line; gives one for people."""
+        test_loss, test_accuracy = self.trainer.evaluate()
+        means = {name: float(np.array(values, np.float32).mean()) for name, values in self.epoch.items()}
         row = {
-            "step": trainer.step,
-            "epoch": trainer.step / per_epoch,
-            "loss": float(np.concatenate(losses).mean()),
-            "accuracy": float(np.concatenate(accuracies).mean()),
+            "step": self.trainer.step,
+            "epoch": self.trainer.step / per_epoch,
+            "loss": means["losses"],
+            "accuracy": means["accuracies"],
             "test_loss": test_loss,
             "test_error": 100 * (1 - test_accuracy),
-            "seconds": round(seconds, 3),
+            "seconds": round(self.seconds, 3),
         }
-        metrics.append([row])
+        self.metrics.append([row])
+        self.epoch = _begun([])
+        errors = f"loss {row['loss']:.4f}, test error {row['test_error']:.2f} %"
+        return f"epoch {row['epoch']:g}: {errors}, {self.seconds:.0f} s"
+
+    def save(self) -> None:
+        """Write a checkpoint, after the lines that it counts on; inside an epoch its steps so far are a line too."""
+        if self.epoch["losses"]:
+            self.metrics.append([{"step": self.trainer.step, "begun": self.epoch}])
+        self.metrics.sync()
+        self.checkpoints.save(self.trainer.state, self.seconds)
+
+
+def _begun(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The epoch that the last line is inside of, as far as it went."""
+    return rows[-1]["begun"] if rows and "begun" in rows[-1] else {"losses": [], "accuracies": []}
+
+
+def _epochs(sitting: _Sitting, tell: Callable[[str], None], signals: Signals) -> bool:
+    """Train to the end, block by block; gives whether all losses were finite."""
+    trainer, settings = sitting.trainer, sitting.trainer.settings
+    per_epoch = max(1, len(trainer.problem.train[0]) // settings.batch_size)
+    size, saved = 1, time.monotonic()
+    while trainer.step < settings.steps:
+        if signals.received is not None:
+            sitting.save()
+            raise KeyboardInterrupt
+        end = min((trainer.step // per_epoch + 1) * per_epoch, settings.steps)
+        count = min(size, MAX_BLOCK, end - trainer.step)
+        seconds, finite = sitting.run(count)
+        if not finite:
+            return False
+        # a block grows at most fourfold, since the first ones measure the pace poorly
+        size = max(1, min(int(BLOCK_SECONDS * count / seconds), 4 * size))
+        if trainer.step == end:
+            tell(sitting.end_epoch(per_epoch))
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:
-            metrics.sync()
-            checkpoints.save(trainer.state, seconds)
+            sitting.save()
             saved = time.monotonic()
-        tell(f"epoch {row['epoch']:g}: loss {row['loss']:.4f}, test error {row['test_error']:.2f} %, {seconds:.0f} s")
-    return seconds, True
+    return True
 
 
 def _summary(run: Run, trainer: Trainer, seconds: float, finite: bool) -> dict[str, Any]:
-    rows = run.metrics()
+    rows = [row for row in run.metrics() if "test_error" in row]
     return {
         "finite": finite,
         "test_error": rows[-1]["test_error"] if finite else None,
