@@ -28,8 +28,12 @@ def test_two_views_differ_and_follow_their_key():
     assert float(x.max()) <= 1 + 1e-6
 
 
-def test_an_image_without_colour_keeps_one_channel():
-    assert jax.eval_shape(augment.view, jax.random.key(0), image(1)).shape == (8, 8, 1)
+def test_an_image_without_colour_is_never_mirrored():
+    ramp = jnp.broadcast_to(jnp.linspace(0, 1, 8)[None, :, None], (8, 8, 1))
+    keys, plain = jax.random.split(jax.random.key(0), 16), Augmentation(blur=0.0)
+    views = jax.jit(jax.vmap(lambda key: augment.view(key, ramp, plain)))(keys)
+    assert views.shape == (16, 8, 8, 1)
+    assert bool(jnp.all(jnp.diff(views, axis=2) >= -1e-5))
 
 
 def test_a_crop_of_a_constant_is_constant_and_a_whole_one_changes_nothing():
@@ -59,6 +63,12 @@ def test_shift_moves_by_at_most_the_given_pixels():
         (place,) = np.argwhere(moved[..., 0] == 1)
         places.add(tuple(place.tolist()))
     assert places == {(i, j) for i in (3, 4, 5) for j in (3, 4, 5)}
+
+
+def test_a_shift_brings_in_the_least_value_of_the_whole_image():
+    x = image().at[2, 3, 1].set(-1.0)
+    moved = jax.jit(jax.vmap(lambda key: augment.shift(key, x, 2)))(jax.random.split(jax.random.key(0), 20))
+    assert int((moved == -1).sum(axis=(1, 2, 3)).max()) >= 2 * 8 * 3  # two rows or columns and more
 
 
 def test_blur_keeps_the_mean_of_each_inner_pixel_and_lowers_contrast():

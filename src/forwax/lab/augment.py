@@ -72,14 +72,17 @@ def two_views(key: Array, images: Array) -> tuple[Array, Array]:
 
 
 def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> Array:
-    """One random view: crop, flip, colour jitter, greyscale, blur, solarise; an image without colour skips the colours.
+    """One random view: crop, flip, colour jitter, greyscale, blur, solarise.
+
+    An image without colour is not flipped, since it may be a digit, and skips what changes colours.
 
     >>> view(jax.random.key(0), jnp.full((8, 8, 1), 0.5)).shape
     (8, 8, 1)
     """
     keys = jax.random.split(key, 6)
-    x = flip(keys[0], crop(keys[1], image, augmentation.least_area))
+    x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
+        x = flip(keys[0], x)
         x = _sometimes(keys[2], augmentation.jitter, functools.partial(jitter, augmentation=augmentation), x)
         x = _sometimes(keys[3], augmentation.greyscale, lambda _, x: jnp.broadcast_to(_grey(x), x.shape), x)
     x = _sometimes(keys[4], augmentation.blur, blur, x)
@@ -101,7 +104,7 @@ def shift(key: Array, image: Array, pixels: int = 2) -> Array:
     >>> shift(jax.random.key(0), jnp.ones((4, 4, 1)), 1).shape
     (4, 4, 1)
     """
-    wide = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode="minimum")
+    wide = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), constant_values=image.min())
     top, left = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
     return jax.lax.dynamic_slice(wide, (top, left, 0), image.shape)
 
