@@ -7,7 +7,7 @@ import signal
 import jax
 import pytest
 
-from forwax.lab import cli
+from forwax.lab import choices, cli
 from forwax.lab.data import load
 from forwax.lab.problem import problem_of
 from forwax.lab.ren2023 import columns, runs, table
@@ -15,7 +15,8 @@ from forwax.lab.ren2023 import command as reproduce
 from forwax.lab.ren2023.columns import COLUMNS
 from forwax.lab.ren2023.command import ReproduceOptions
 from forwax.lab.ren2023.entries import Entry
-from forwax.lab.settings import UsageError
+from forwax.lab.settings import Settings, UsageError
+from forwax.lab.train.loop import split_seed
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 SIZE = {"blocks": 1, "patches": 1, "channels": 8, "groups": 2}
@@ -116,6 +117,35 @@ def test_contrastive_by_lars_in_half_precision_on_two_devices(tmp_path, capsys, 
         json.loads((tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "config.json").read_text())["dtype"]
         == "bfloat16"
     )
+
+
+def test_views_are_of_values_up_to_one_and_have_keys_of_their_own(monkeypatch):
+    seen = []
+
+    def of_batch(key, *_):
+        seen.append(key)
+        raise StopIteration
+
+    monkeypatch.setattr("forwax.models.ren2023.contrastive", lambda *_: of_batch)
+    settings = dataclasses.replace(COLUMNS["mnist-s"].settings, objective="contrastive")
+    problem = problem_of(load("digits"), reproduce.EXPERIMENTS["local-mixer"], settings)
+    monkeypatch.setattr("forwax.lab.augment.two_views", lambda key, images: seen.extend((key, images)) or (images,) * 2)
+    with pytest.raises(StopIteration):
+        problem.gradient(None)(jax.random.key(0), problem.init(jax.random.key(0)), *(x[:60] for x in problem.train))
+    shown, images, key = seen
+    assert float(images.max()) == 1.0
+    assert drawn_from(shown).isdisjoint(drawn_from(key))
+
+
+def test_fixed_feedback_has_a_key_of_its_own():
+    rule = choices.build_rule(Settings(rule="direct-feedback", seed=3))
+    others = [drawn_from(key) for key in split_seed(3)]
+    assert drawn_from(rule.feedback).isdisjoint(set.union(*others))
+
+
+def drawn_from(key):
+    """A key, and those that its first splits give."""
+    return {jax.random.key_data(each).tobytes() for each in [key, *jax.random.split(key, 8)]}
 
 
 def test_a_loss_that_is_not_finite_is_counted(tmp_path, capsys):

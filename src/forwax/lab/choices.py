@@ -37,6 +37,10 @@ COMBINES: Mapping[str, Callable[[Any], Any]] = {
 """How to build each combination from the guess."""
 
 
+FEEDBACK = 0xFEED
+"""Folded into a seed's key for fixed feedback: the small numbers give the run's other keys."""
+
+
 @dataclass(frozen=True)
 class RuleChoice:
     """A rule of the command line.
@@ -101,7 +105,7 @@ def _feedback(settings: Settings, feedback: Any) -> Any:
 
 
 def _direct_feedback(settings: Settings, guess: Any) -> Any:
-    return fx.DirectFeedbackAlignment(jax.random.key(settings.seed))
+    return fx.DirectFeedbackAlignment(jax.random.fold_in(jax.random.key(settings.seed), FEEDBACK))
 
 
 _LOCAL = "No error crossed two layers: reverse mode was used inside single layers and behind the last one alone."

@@ -56,8 +56,9 @@ class Experiment:
         specialise: gives the experiment for the settings' size, data, objective and rule, where these are open.
         suggested_rate: the learning rate for settings that name none; None where it follows from the rule's law.
         suggested_epochs: how long settings train that say neither steps nor epochs; None for the configuration's steps.
-        gradient: from the model's static half, the map of pixels to inputs, and the settings to a function of a rule,
-            see `forwax.lab.problem.Problem.gradient`; None for softmax cross-entropy by `forwax.value_and_grad`.
+        gradient: from the model's static half, the map of pixels to inputs, the settings and the largest pixel to a
+            function of a rule, see `forwax.lab.problem.Problem.gradient`; None for softmax cross-entropy by
+            `forwax.value_and_grad`.
 
     >>> EXPERIMENTS["digits"].data_set
     'digits'
@@ -73,7 +74,7 @@ class Experiment:
     specialise: Callable[[Experiment, Settings], Experiment] | None = None
     suggested_rate: Callable[[Settings], float] | None = None
     suggested_epochs: Callable[[Settings], float] | None = None
-    gradient: Callable[[Any, Callable[[jax.Array], jax.Array], Settings], Gradient] | None = None
+    gradient: Callable[[Any, Callable[[jax.Array], jax.Array], Settings, int], Gradient] | None = None
 
     def of(self, settings: Settings) -> Experiment:
         """This experiment with all that the settings decide."""

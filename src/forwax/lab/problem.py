@@ -94,7 +94,7 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
         test=(data.test_images, data.test_labels.astype(np.int32)),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract)),
         checksum=_checksum(data),
-        custom_gradient=experiment.gradient and experiment.gradient(static, scale, settings),
+        custom_gradient=experiment.gradient and experiment.gradient(static, scale, settings, data.scale),
     )
 
 

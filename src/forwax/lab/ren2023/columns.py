@@ -229,7 +229,10 @@ def build_model(
     return lambda shape, classes, key: LocalMixer(shape, classes, **options, key=key)
 
 
-def build_gradient(static: Any, scale: Callable[[jax.Array], jax.Array], settings: Settings) -> Callable[[Any], Any]:
+def build_gradient(
+    static: Any, scale: Callable[[jax.Array], jax.Array], settings: Settings, largest_pixel: int
+) -> Callable[[Any], Any]:
     """Give the gradient of the settings' objective; see `forwax.lab.ren2023.objectives`."""
-    make = objectives.contrastive if settings.objective == "contrastive" else objectives.supervised
-    return make(static, scale, settings)
+    if settings.objective == "contrastive":
+        return objectives.contrastive(static, scale, settings, largest_pixel)
+    return objectives.supervised(static, scale, settings)

@@ -17,8 +17,6 @@ from forwax.lab.settings import Settings
 from forwax.models import local_losses, ren2023
 from forwax.models.local_losses import Where
 
-PIXEL = 255.0
-
 
 def where_losses_sit(rule: str) -> Where:
     """Give the losses' place that a method's name says.
@@ -57,7 +55,8 @@ def supervised(static: Any, scale: Callable[[Array], Array], settings: Settings)
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
             if settings.augment:
-                images = shifted(jax.random.fold_in(key, 1), images)
+                key, shown = jax.random.split(key)
+                images = shifted(shown, images)
             return of_batch(key, params, scale(images).astype(dtype), labels)
 
         return estimate
@@ -76,10 +75,19 @@ def shifted(key: Array, images: Array) -> Array:
     return jax.vmap(augment.flip)(second, moved) if images.shape[-1] == 3 else moved
 
 
-def contrastive(static: Any, scale: Callable[[Array], Array], settings: Settings) -> Callable[[Any], Any]:
-    """NT-Xent between two views of each image, the readout trained along; as `supervised`.
+def contrastive(
+    static: Any, scale: Callable[[Array], Array], settings: Settings, largest_pixel: int
+) -> Callable[[Any], Any]:
+    """NT-Xent between two views of each image, the readout trained along; the accuracy is its own on the first view.
 
-    The accuracy is the readout's on the first view.
+    Args:
+        static: as for `supervised`.
+        scale: likewise.
+        settings: likewise.
+        largest_pixel: of the data set, see `forwax.lab.data.DataSet.scale`.
+
+    Returns:
+        As `supervised`.
     """
     dtype, place = jnp.dtype(settings.dtype), where_losses_sit(settings.rule)
     parts = settings.parts and "FG" in settings.rule
@@ -88,8 +96,9 @@ def contrastive(static: Any, scale: Callable[[Array], Array], settings: Settings
         of_batch = ren2023.contrastive(ren2023.Method(settings.rule, place, parts, rule), static)
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
-            views = augment.two_views(jax.random.fold_in(key, 1), images / PIXEL)
-            x, y = (scale(PIXEL * view).astype(dtype) for view in views)
+            key, shown = jax.random.split(key)
+            views = augment.two_views(shown, images / jnp.float32(largest_pixel))
+            x, y = (scale(largest_pixel * view).astype(dtype) for view in views)
             low = cast(params, dtype)
             loss, grads = of_batch(key, low, x, y, labels)
             logits = jax.vmap(eqx.combine(low, static))(x)

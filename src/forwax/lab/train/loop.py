@@ -92,7 +92,9 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
 
     def init() -> TrainState:
         params = problem.init(split_seed(settings.seed).init)
-        guess = choices.initial_guess(settings, params, jax.random.fold_in(split_seed(settings.seed).init, 1))
+        guess = choices.initial_guess(
+            settings, params, jax.random.fold_in(split_seed(settings.seed).init, choices.FEEDBACK)
+        )
         rule = choices.guard_rule(settings, choices.build_rule(settings, guess))
         slopes = rule.init().history if isinstance(rule, fx.Safe) else None
         return TrainState(params, optimizer.init(params), guess, jnp.int32(0), slopes)
