@@ -91,10 +91,9 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
     optimizer = _optimizer(settings)
 
     def init() -> TrainState:
-        params = problem.init(split_seed(settings.seed).init)
-        guess = choices.initial_guess(
-            settings, params, jax.random.fold_in(split_seed(settings.seed).init, choices.FEEDBACK)
-        )
+        key = split_seed(settings.seed).init
+        params = problem.init(key)
+        guess = choices.initial_guess(settings, params, jax.random.fold_in(key, choices.FEEDBACK))
         rule = choices.guard_rule(settings, choices.build_rule(settings, guess))
         slopes = rule.init().history if isinstance(rule, fx.Safe) else None
         return TrainState(params, optimizer.init(params), guess, jnp.int32(0), slopes)
