@@ -150,8 +150,12 @@ def drawn_from(key):
 
 def test_a_loss_that_is_not_finite_is_counted(tmp_path, capsys):
     asked = words(tmp_path, "--rules", "BP", "--seeds", "1", "--epochs", "3", "--learning-rate", "1e30")
-    assert cli.main(asked) == 0
-    assert "(1 not finite)" in capsys.readouterr().out
+    assert cli.main(asked) == 3
+    told = capsys.readouterr().out
+    assert "the loss or its gradient is not finite at step" in told
+    assert "(1 not finite)" in told
+    assert cli.main(asked) == 3
+    assert f"not finite in an earlier sitting; to train it again, remove {tmp_path}" in capsys.readouterr().out
 
 
 def test_every_method_has_a_place_a_rule_and_a_rate():
@@ -169,6 +173,12 @@ def test_every_method_has_a_place_a_rule_and_a_rate():
         ({"rules": ("BQ",)}, r"There is no rule 'BQ' in Ren et al\. 2023; choose from: BP, L-BP"),
         ({"rules": ("BP:4",)}, r"BP draws no noise, so that 'BP:4' means nothing; write BP\."),
         ({"rules": ("FG-A:cauchy",)}, r"'FG-A:cauchy': expected a number of noises, one-slope or one of rademacher"),
+        (
+            {"rules": ("LG-FG-A:4:8",)},
+            r"'LG-FG-A:4:8' says twice how many noises, of which kind or",
+        ),
+        ({"rules": ()}, r"--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run\."),
+        ({"holdout": -5}, r"--holdout must be zero or more, got -5\."),
         ({"seeds": 0}, r"--seeds must be at least 1, got 0\."),
         ({"epochs": 1, "steps": 1}, r"--steps and --epochs both say how long"),
     ],

@@ -22,7 +22,7 @@ from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.columns import COLUMNS, RULES, Column
 from forwax.lab.ren2023.entries import Entry
 from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.command import INTERRUPTED, Signals
+from forwax.lab.train.command import INTERRUPTED, NOT_FINITE, Signals
 
 if TYPE_CHECKING:
     ColumnName = str
@@ -50,10 +50,9 @@ class ReproduceOptions:
     column: ColumnName = "mnist-m"
     """The model and the data set: S/1/1 or M/1/16 on MNIST; on CIFAR-10 a small mixer for two CPU cores, or M/8/16 and
     L/8/64, supervised and contrastive, for GPUs (all local devices, bfloat16)."""
-    rules: tuple[str, ...] = ()
-    """Methods by the paper's names, all 13 by default. A forward gradient takes a number of noises, their distribution
-    and one-slope (instead of one for each patch and group) after colons: LG-FG-A:4, LG-FG-A:normal,
-    LG-FG-A:one-slope."""
+    rules: tuple[str, ...] = RULES
+    """Methods by the paper's names. A forward gradient takes a number of noises, their distribution and one-slope
+    (instead of one for each patch and group) after colons: LG-FG-A:4, LG-FG-A:normal, LG-FG-A:one-slope."""
     seeds: int = 3
     """How many seeds; the first is 0."""
     epochs: int | None = None
@@ -99,7 +98,8 @@ def run(options: ReproduceOptions) -> int:
         options: the command's options.
 
     Returns:
-        The exit code: 0 when done, 130 after Ctrl-C, 143 after a termination.
+        The exit code: 0 when done, 3 when done but for runs whose loss was not finite, 130 after Ctrl-C, 143 after a
+        termination.
 
     Raises:
         UsageError: when the options do not go together.
@@ -127,7 +127,7 @@ def run(options: ReproduceOptions) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table.make_table(column, entries, results))
     print(f"Table, curves and runs: {folder}")
-    return 0
+    return 0 if all(run["finite"] for of_entry in results.values() for run in of_entry) else NOT_FINITE
 
 
 def parse_entries(options: ReproduceOptions) -> list[Entry]:
@@ -145,7 +145,11 @@ def parse_entries(options: ReproduceOptions) -> list[Entry]:
             raise UsageError(f"--{name} must be at least 1, got {value}.")
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--steps and --epochs both say how long to train; give one of them.")
-    return [Entry.parse(text) for text in options.rules or RULES]
+    if not options.rules:
+        raise UsageError("--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run.")
+    if options.holdout < 0:
+        raise UsageError(f"--holdout must be zero or more, got {options.holdout}.")
+    return [Entry.parse(text) for text in options.rules]
 
 
 def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
@@ -156,7 +160,7 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     """
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     if options.holdout:
-        if not 0 < options.holdout < len(train[0]):
+        if options.holdout >= len(train[0]):
             raise UsageError(f"--holdout must leave images to train on; there are {len(train[0])} in all.")
         train, test = [x[: -options.holdout] for x in train], [x[-options.holdout :] for x in train]
     (train_images, train_labels), (test_images, test_labels) = (

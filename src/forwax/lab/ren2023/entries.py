@@ -35,7 +35,7 @@ class Entry:
         """Read "RULE", or a forward gradient as "RULE:NUMBER", "RULE:DISTRIBUTION", "RULE:one-slope" or all of them.
 
         Raises:
-            UsageError: when the rule or one of the words is unknown.
+            UsageError: when the rule or one of the words is unknown, or two words say the same thing.
         """
         rule, *words = text.split(":")
         if rule not in RULES:
@@ -44,17 +44,13 @@ class Entry:
             if words:
                 raise UsageError(f"{rule} draws no noise, so that {text!r} means nothing; write {rule}.")
             return cls(rule)
-        given: dict[str, Any] = {"num_tangents": 1}
-        known = [name for name in choices.TANGENTS if name not in ("guided", "sparse")]
+        given: dict[str, Any] = {}
         for word in words:
-            if word.isdigit() and int(word):
-                given["num_tangents"] = int(word)
-            elif word == "one-slope":
-                given["parts"] = False
-            elif word in known:
-                given["tangents"] = word
-            else:
-                raise UsageError(f"{text!r}: expected a number of noises, one-slope or one of {', '.join(known)}.")
+            name, value = _read(word, text)
+            if name in given:
+                raise UsageError(f"{text!r} says twice how many noises, of which kind or one-slope; say each once.")
+            given[name] = value
+        given = {"num_tangents": 1} | given
         given.setdefault("tangents", _signs(given["num_tangents"]))
         return cls(rule, **given)
 
@@ -98,6 +94,18 @@ class Entry:
         settings = dataclasses.replace(settings, **changes)
         per_epoch = max(1, num_examples // settings.batch_size)
         return settings if "steps" in changes else dataclasses.replace(settings, steps=epochs * per_epoch)
+
+
+def _read(word: str, text: str) -> tuple[str, Any]:
+    """What a word after a rule sets, and to what."""
+    known = [name for name in choices.TANGENTS if name not in ("guided", "sparse")]
+    if word.isdigit() and int(word):
+        return "num_tangents", int(word)
+    if word == "one-slope":
+        return "parts", False
+    if word in known:
+        return "tangents", word
+    raise UsageError(f"{text!r}: expected a number of noises, one-slope or one of {', '.join(known)}.")
 
 
 def _signs(num_tangents: int) -> str:

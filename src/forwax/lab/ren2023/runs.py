@@ -36,7 +36,7 @@ def train(
         folder: the run's own.
         problem: the experiment made ready.
         settings: the run's settings, with a learning rate.
-        tell: gets a line an epoch.
+        tell: gets a line an epoch, and one about a loss that is not finite.
         signals: what stops the run between two blocks of steps.
 
     Returns:
@@ -48,6 +48,8 @@ def train(
     """
     run = _open(folder, problem, settings)
     if run.finished:
+        if not run.summary()["finite"]:
+            tell(f"not finite in an earlier sitting; to train it again, remove {folder}")
         return run.summary()
     checkpoints, metrics = Checkpoints(folder / CHECKPOINTS), Metrics(folder)
     try:
@@ -144,6 +146,7 @@ def _epochs(sitting: _Sitting, tell: Callable[[str], None], signals: Signals) ->
         count = min(size, MAX_BLOCK, end - trainer.step)
         seconds, finite = sitting.run(count)
         if not finite:
+            tell(f"the loss or its gradient is not finite at step {trainer.step + 1}: given up")
             return False
         # a block grows at most fourfold, since the first ones measure the pace poorly
         size = max(1, min(int(BLOCK_SECONDS * count / seconds), 4 * size))
