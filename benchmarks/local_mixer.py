@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from forwax.models import LocalMixer, ren2023
+from forwax.models.local_mixer import SIZES
 from timing import interleaved, machine, ratios
 
 
@@ -32,15 +33,15 @@ def step(method: ren2023.Method):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="M/1/16")
+    parser.add_argument("--size", default="M/1/16", choices=tuple(SIZES))
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
     key = jax.random.key(0)
     model = eqx.filter_jit(lambda: LocalMixer.named(options.size, key=key))()
-    shape = (32, 32, 3) if "/8/" in options.size else (28, 28, 1)
-    x = jax.random.normal(key, (options.batch, *shape))
-    labels = jax.random.randint(key, (options.batch,), 0, 10)
+    size = SIZES[options.size]
+    x = jax.random.normal(key, (options.batch, *size.in_shape))
+    labels = jax.random.randint(key, (options.batch,), 0, size.out_size)
     methods = {name: ren2023.method(name, model, key) for name in ren2023.NAMES}
     for k in (4, 8, 16):
         methods[f"LG-FG-A, {k} noises"] = ren2023.method("LG-FG-A", model, key, num_tangents=k)

@@ -26,7 +26,7 @@ SIZE = {"blocks": 1, "patches": 1, "channels": 8, "groups": 2}
 def tiny(monkeypatch, tiny_data):
     """Small models in place of the columns' own, on 60 images."""
     for name in columns.SIZES:
-        monkeypatch.setitem(columns.SIZES, name, SIZE)
+        monkeypatch.setitem(columns.SIZES, name, columns.SIZES[name]._replace(options=SIZE))
     # the picture has a test of its own
     monkeypatch.setattr("forwax.lab.style.save", lambda figure, path, **_: path.write_bytes(b"picture"))
 

@@ -9,7 +9,7 @@ import pytest
 from cases import quick_jit
 from forwax.models import LocalMixer
 from forwax.models.layers import standardize
-from forwax.models.local_mixer import noisy_relu
+from forwax.models.local_mixer import SIZES, noisy_relu
 
 KEY = jax.random.key(0)
 TINY = {"blocks": 2, "patches": 2, "channels": 8, "groups": 2}
@@ -28,6 +28,7 @@ def num_parameters(model):
     [
         ("S/1/1", 271_892, 1),
         ("M/1/16", 429_076, 16),
+        ("S/4/8", 49_710, 256),
         ("M/8/16", 918_770, 4_096),
         ("L/8/64", 13_074_674, 16_384),
         ("L/32/64", 16_311_296 + 5 * 2_049_000, 262_144),
@@ -36,8 +37,8 @@ def num_parameters(model):
 def test_sizes_are_the_papers(name, expected, losses):
     model = shapes_of(name)
     assert num_parameters(model) == expected
-    shape = {"1": (28, 28, 1), "8": (32, 32, 3), "32": (224, 224, 3)}[name.split("/")[1]]
-    features = eqx.filter_eval_shape(lambda model, x: model.features(x), model, jnp.ones(shape))
+    image = jax.ShapeDtypeStruct(SIZES[name].in_shape, jnp.float32)
+    features = eqx.filter_eval_shape(lambda model, x: model.features(x), model, image)
     assert sum(h.shape[0] * h.shape[1] for h in features) == losses
 
 
@@ -149,5 +150,5 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="expected one of S/1/1, M/1/16, M/8/16, L/8/64, L/32/64, got 'XL'"):
+    with pytest.raises(ValueError, match="expected one of S/1/1, M/1/16, S/4/8, M/8/16, L/8/64, L/32/64, got 'XL'"):
         LocalMixer.named("XL", key=KEY)

@@ -44,7 +44,7 @@ class Settings:
         eval_every: the number of steps between two evaluations on the test set.
         seed: the seed of the initial parameters, the data order and the tangents.
         dtype: the floating type that the model computes in.
-        size: LocalMixer's, a name of `forwax.lab.ren2023.columns.SIZES`; None for other models.
+        size: LocalMixer's, a name of `forwax.models.local_mixer.SIZES`; None for other models.
         data: the data set, where the experiment leaves it open.
         objective: "supervised" or "contrastive", where the experiment leaves it open.
         parts: whether local losses come in one part for each patch and group, where noise is on activities or weights.

@@ -5,7 +5,8 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -25,13 +26,34 @@ _AXES = {  # of [P, C] and, after grouping, of [P, G, C]
     "space": ((0, 1), (0, 1, 2)),
 }
 
-_NAMED: dict[str, tuple[tuple[int, int, int], int, dict[str, Any]]] = {
-    "S/1/1": ((28, 28, 1), 10, {"blocks": 1, "patches": 1, "channels": 256, "groups": 1}),
-    "M/1/16": ((28, 28, 1), 10, {"blocks": 1, "patches": 1, "channels": 512, "groups": 16}),
-    "M/8/16": ((32, 32, 3), 10, {"blocks": 4, "patches": 8, "channels": 512, "groups": 16}),
-    "L/8/64": ((32, 32, 3), 10, {"blocks": 4, "patches": 8, "channels": 2048, "groups": 64}),
-    "L/32/64": ((224, 224, 3), 1000, {"blocks": 4, "patches": 32, "channels": 2048, "groups": 64}),
+
+class Size(NamedTuple):
+    """A model of the paper's tables, and the images that it is for there.
+
+    Attributes:
+        in_shape: (height, width, channels) of one image.
+        out_size: the number of classes.
+        options: the blocks, patches, channels and groups of `LocalMixer`.
+    """
+
+    in_shape: tuple[int, int, int]
+    out_size: int
+    options: Mapping[str, int]
+
+
+def _size(in_shape: tuple[int, int, int], out_size: int, **options: int) -> Size:
+    return Size(in_shape, out_size, options)
+
+
+SIZES: Mapping[str, Size] = {
+    "S/1/1": _size((28, 28, 1), 10, blocks=1, patches=1, channels=256, groups=1),
+    "M/1/16": _size((28, 28, 1), 10, blocks=1, patches=1, channels=512, groups=16),
+    "S/4/8": _size((32, 32, 3), 10, blocks=2, patches=4, channels=128, groups=8),
+    "M/8/16": _size((32, 32, 3), 10, blocks=4, patches=8, channels=512, groups=16),
+    "L/8/64": _size((32, 32, 3), 10, blocks=4, patches=8, channels=2048, groups=64),
+    "L/32/64": _size((224, 224, 3), 1000, blocks=4, patches=32, channels=2048, groups=64),
 }
+"""The models by size, patches along a side and groups. S/4/8 is not the paper's but ours, for two CPU cores."""
 
 
 class MixerBlock(eqx.Module):
@@ -164,7 +186,8 @@ class LocalMixer(eqx.Module):
         """Build a model of the paper's table: size, patches along a side, groups.
 
         Args:
-            name: "S/1/1" or "M/1/16" (28×28×1), "M/8/16" or "L/8/64" (32×32×3), "L/32/64" (224×224×3, 1000 classes).
+            name: "S/1/1" or "M/1/16" (28×28×1), "M/8/16" or "L/8/64" (32×32×3), "L/32/64" (224×224×3, 1000 classes);
+                or "S/4/8" (32×32×3), a small one that is not the paper's.
             in_shape: another shape of the images.
             out_size: another number of classes.
             key: a JAX random key.
@@ -173,10 +196,10 @@ class LocalMixer(eqx.Module):
         Raises:
             ValueError: when there is no model of this name.
         """
-        if name not in _NAMED:
-            raise ValueError(f"LocalMixer.named: expected one of {', '.join(_NAMED)}, got {name!r}.")
-        shape, classes, sizes = _NAMED[name]
-        return cls(in_shape or shape, out_size or classes, **(sizes | options), key=key)
+        if name not in SIZES:
+            raise ValueError(f"LocalMixer.named: expected one of {', '.join(SIZES)}, got {name!r}.")
+        size = SIZES[name]
+        return cls(in_shape or size.in_shape, out_size or size.out_size, **{**size.options, **options}, key=key)
 
     def features(self, x: jax.Array, *, stop_gradients: bool = False) -> tuple[jax.Array, ...]:
         """Each block's features [P, G, C] of one example; blocks are cut from one another by `stop_gradients`."""

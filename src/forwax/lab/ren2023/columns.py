@@ -17,18 +17,10 @@ import jax
 from forwax.lab.ren2023 import objectives
 from forwax.lab.settings import Settings
 from forwax.models import LocalMixer, ren2023
+from forwax.models.local_mixer import SIZES
 
 PROJECTION = 128
 """The size of contrastive projectors."""
-
-SIZES: Mapping[str, Mapping[str, int]] = {
-    "S/1/1": {"blocks": 1, "patches": 1, "channels": 256, "groups": 1},
-    "M/1/16": {"blocks": 1, "patches": 1, "channels": 512, "groups": 16},
-    "S/4/8": {"blocks": 2, "patches": 4, "channels": 128, "groups": 8},
-    "M/8/16": {"blocks": 4, "patches": 8, "channels": 512, "groups": 16},
-    "L/8/64": {"blocks": 4, "patches": 8, "channels": 2048, "groups": 64},
-}
-"""The models: size, patches along a side, groups. S/4/8 is ours, for two CPU cores."""
 
 RULES = ren2023.NAMES
 """The methods, in the paper's names."""
@@ -223,7 +215,7 @@ def build_model(
     >>> sum(leaf.size for leaf in jax.tree.leaves(model))
     429076
     """
-    options: dict[str, Any] = dict(SIZES[settings.size or COLUMNS[DEFAULT].settings.size or ""])
+    options: dict[str, Any] = dict(SIZES[settings.size or COLUMNS[DEFAULT].settings.size or ""].options)
     if settings.objective == "contrastive":
         options["projection"] = PROJECTION
     return lambda shape, classes, key: LocalMixer(shape, classes, **options, key=key)
