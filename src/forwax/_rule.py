@@ -69,7 +69,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def relative_mse(self, n: int) -> float:
-        """The law E|ĝ - g|² / |g|² for n real coordinates of what the noise enters: here the parameters."""
+        """The law E|ĝ - g|² / |g|² for n real coordinates of what the noise enters, in most rules the parameters."""
 
     @abc.abstractmethod
     def learning_rate_scale(self, n: int) -> float:
@@ -147,11 +147,11 @@ def check_directions(name: str, tangents: object, combine: object = None) -> Non
 
 
 def check_shared(name: str, tangents: Tangents) -> None:
-    """Raise a ValueError for tangents that each example draws for itself, which this rule cannot follow."""
+    """Raise a ValueError for directions of each example's own, which weight perturbation alone can follow."""
     if isinstance(tangents, LowRank) and tangents.per_example:
         raise ValueError(
-            f"{name}: all examples share a direction here, so tangents.LowRank(per_example=True) has no meaning. Use "
-            "forwax.WeightPerturbation, or per_example=False."
+            f"{name}: expected tangents without per_example=True, which forwax.WeightPerturbation alone can follow, "
+            f"got {tangents}. Use that rule, or per_example=False."
         )
 
 
