@@ -2,7 +2,7 @@
 
 Prints one markdown table, a line for each figure beside its goal where there is one, and saves it with plots and raw
 points in a folder. Times are medians; all functions of a line run once per round, interleaved, so that a busy machine
-slows all of them alike. About twenty minutes on two cores, one with --quick.
+slows all of them alike. A few minutes on a quiet machine, one with --quick.
 """
 
 import argparse

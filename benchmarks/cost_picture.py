@@ -39,8 +39,9 @@ def draw(points: Points) -> Figure:
         )
         panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
         panel.minorticks_off()
-        panel.set_ylim(bottom=None if memory else 0)
-        panel.legend()
+        if not memory:
+            panel.set_ylim(0, 1.4 * panel.get_ylim()[1])  # the legend has room above the lines
+        panel.legend(loc="upper left")
     for panel in panels[len(names) :]:
         panel.set_axis_off()
     return figure

@@ -5,8 +5,9 @@ import pathlib
 import sys
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from forwax.lab.style import PALETTE
+from forwax.lab import style
 
 MEAN_OF = 100
 COLUMNS = (
@@ -52,30 +53,34 @@ def line(config: dict, losses: np.ndarray, tests: list[dict]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    """Print the table and save the picture."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    runs = sorted((read(pathlib.Path(p)) for p in sys.argv[2:]), key=lambda r: r[0].get("clip_slopes") or 0)
-    figure, axes = plt.subplots(figsize=(7, 4))
+@style.styled
+def draw(runs: list[tuple[dict, np.ndarray, list[dict]]]) -> Figure:
+    """The mean training loss of all runs against steps."""
+    figure = style.new_figure(7, 4)
+    axes = figure.subplots()
     names = set()
-    print(f"| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
-    for config, losses, tests in runs:
-        print(line(config, losses, tests))
+    for config, losses, _ in runs:
         clipped = config.get("clip_slopes") is not None
         name = "slopes clipped at their running median" if clipped else "plain"
+        colour = style.PALETTE["forward" if clipped else "muted"]
         means = running_mean(losses)
         steps = np.arange(MEAN_OF, MEAN_OF + len(means))
-        colour = PALETTE["forward" if clipped else "backprop"]
         axes.plot(steps, np.minimum(means, 20), color=colour, label=None if name in names else name, linewidth=1)
         names.add(name)
     axes.set(xlabel="steps", ylabel=f"training loss, mean of {MEAN_OF} steps", yscale="log", ylim=(0.6, 20))
+    axes.minorticks_off()
+    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(sys.argv[1], dpi=110)
+    return figure
+
+
+def main() -> None:
+    """Print the table and save the picture."""
+    runs = sorted((read(pathlib.Path(p)) for p in sys.argv[2:]), key=lambda r: r[0].get("clip_slopes") or 0)
+    print(f"| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
+    for run in runs:
+        print(line(*run))
+    style.save(draw(runs), sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -286,6 +286,7 @@ TANGENTS = [
     ),
     TangentCase("coordinates", lambda h: tangents.Coordinate(replace=False), lambda n, k, c: n / k - 1),
     TangentCase("orthonormal", lambda h: tangents.Orthonormal(), lambda n, k, c: n / k - 1),
+    TangentCase("hadamard", lambda h: tangents.Hadamard(), lambda n, k, c: n / k - 1, coordinatewise=True),
     TangentCase("sparse", lambda h: tangents.Sparse(0.5), lambda n, k, c: (n + 2 - 2) / k, coordinatewise=True),
     TangentCase(
         "guided",

@@ -247,10 +247,11 @@ class TestDirections:
         ("tangents", "name"),
         [
             (fx.tangents.Orthonormal(), "Orthonormal()"),
+            (fx.tangents.Hadamard(), "Hadamard()"),
             (fx.tangents.Coordinate(replace=False), "Coordinate(replace=False)"),
             (fx.tangents.Guided(W), "Guided(guess)"),
         ],
-        ids=["orthonormal", "coordinates", "guided"],
+        ids=["orthonormal", "hadamard", "coordinates", "guided"],
     )
     def test_more_directions_than_coordinates(self, rule, tangents, name):
         what = f"tangents.{name} draws at most n = 3 directions for 3 real coordinates, got num_tangents=4"

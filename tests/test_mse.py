@@ -23,7 +23,7 @@ KEYS = jax.random.split(jax.random.key(2024), NUM_KEYS)
 
 
 def loss(params):
-    """Ten real coordinates: a matrix, a complex vector, a scalar and a vector."""
+    """Twelve real coordinates: a matrix, a complex vector, a scalar and a vector."""
     a, z, s = params["a"], params["z"], params["s"]
     return jnp.sum(jnp.sin(a)) + complex_loss(z) + s**2 * jnp.sum(params["v"])
 
@@ -32,9 +32,9 @@ PARAMS = {
     "a": normal(1, 2, 2),
     "z": normal(2, 2, dtype=jnp.complex64),
     "s": jnp.asarray(1.5),
-    "v": jnp.asarray([0.5]),
+    "v": jnp.asarray([0.5, -1.0, 0.2]),
 }
-N = 10
+N = 12
 GRADIENT = jax.grad(loss)(PARAMS)
 GUESS = jax.tree.map(lambda g, x: 0.7 * g + 0.4 * x, GRADIENT, PARAMS)
 MISSED = difference(GRADIENT, GUESS)
@@ -114,6 +114,7 @@ def test_the_measured_error_meets_its_law(measured, case, combination):
         ("sparse", "mean", (N - 1) / NUM_TANGENTS),
         ("coordinates", "mean", (N - 1) / NUM_TANGENTS),
         ("orthonormal", "mean", (N - 1) / NUM_TANGENTS),
+        ("hadamard", "mean", (N - 1) / NUM_TANGENTS),
         ("coordinate", "projection", 1 - NUM_TANGENTS / N),
         ("guided", "mean", (N / NUM_TANGENTS - 1) * (1 - cos2(GUESS, GRADIENT))),
         ("guided", "projection", 1 - NUM_TANGENTS / N),

@@ -133,3 +133,16 @@ def test_replacing_a_field_gives_a_new_rule_and_keeps_the_old():
     assert rule.num_tangents == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.num_tangents = 2
+
+
+def test_orthogonal_signs_are_so_in_every_aligned_block_of_all_leaves():
+    like = [jnp.zeros(3), jnp.zeros((2, 4)), jnp.zeros(5)]
+    drawn = fx.tangents.Hadamard().sample(KEY, like, num_tangents=4)
+    blocks = jnp.concatenate([x.reshape(4, -1) for x in drawn], axis=1).reshape(4, 4, 4)
+    grams = jnp.einsum("jbi,lbi->bjl", blocks, blocks)
+    assert grams.tolist() == jnp.broadcast_to(4 * jnp.eye(4), (4, 4, 4)).tolist()
+
+
+def test_one_orthogonal_sign_vector_is_that_of_independent_signs():
+    one, other = (tangents.sample(KEY, jnp.zeros(9)) for tangents in (fx.tangents.Hadamard(), fx.tangents.Rademacher()))
+    assert one.tolist() == other.tolist()

@@ -48,14 +48,16 @@ def to_real(tree: Tree) -> list[Array]:
     return [jnp.stack([x.real, x.imag]) if is_complex(x) else x for x in jax.tree.leaves(tree)]
 
 
-def from_real(leaves: Sequence[Array], like: Tree) -> Tree:
-    """Real arrays, in the order of `real_specs(like)`, as a tree of the structure of `like`."""
+def from_real(leaves: Sequence[Array], like: Tree, lead: int = 0) -> Tree:
+    """Real arrays, in the order of `real_specs(like)` behind `lead` axes, as a tree of the structure of `like`."""
     old, structure = jax.tree.flatten(like)
-    return structure.unflatten([_join(x, leaf) for x, leaf in zip(leaves, old, strict=True)])
+    return structure.unflatten([_join(x, leaf, lead) for x, leaf in zip(leaves, old, strict=True)])
 
 
-def _join(real: Array, like: Any) -> Array:
-    return jax.lax.complex(real[0], real[1]) if is_complex(like) else real
+def _join(real: Array, like: Any, axis: int) -> Array:
+    if not is_complex(like):
+        return real
+    return jax.lax.complex(*(jax.lax.index_in_dim(real, i, axis, keepdims=False) for i in (0, 1)))
 
 
 def accumulation_dtype(dtype: Any) -> np.dtype:
@@ -77,10 +79,10 @@ def split_flat(flat: Array, specs: Sequence[Spec]) -> list[Array]:
     return [part.reshape(lead + spec.shape).astype(spec.dtype) for part, spec in zip(parts, specs, strict=True)]
 
 
-def join_flat(leaves: Sequence[Array], lead: int = 0) -> Array:
-    """Concatenate leaves [..., *shape] to one array [..., n] in the common dtype; `lead` axes are kept."""
+def join_flat(leaves: Sequence[Array]) -> Array:
+    """Concatenate leaves to one array [n] in the common dtype."""
     dtype = common_dtype([Spec(x.shape, x.dtype) for x in leaves])
-    return jnp.concatenate([x.astype(dtype).reshape((*x.shape[:lead], -1)) for x in leaves], axis=-1)
+    return jnp.concatenate([x.astype(dtype).reshape(-1) for x in leaves])
 
 
 def basis(index: Array, specs: Sequence[Spec], scale: float = 1.0) -> list[Array]:

@@ -113,8 +113,8 @@ class Shrinkage(Combine):
 class Projection(Combine):
     """ĝ = V (VᵀV)⁻¹ Vᵀ g, the gradient projected on the span of the tangents (FROG, Flügel et al. 2024).
 
-    Relative MSE 1 - k/n for tangents in general position; the mean is (k/n) g, and no learning rate has to shrink.
-    Holds all k tangents.
+    Relative MSE 1 - k/n for tangents in general position; the mean is (k/n) g, and the estimate is never longer
+    than g, so that backprop's learning rate serves as it is. Holds all k tangents.
 
     The k × k Gram matrix of the tangents, scaled to unit length, is factored by Cholesky after 8 k ε is added to its
     diagonal, with ε the rounding unit of its dtype. The guard changes an estimate from well separated tangents by a

@@ -17,16 +17,16 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
         rule: the rule that will give the gradients.
         n: the number of real coordinates that the noise of one slope enters: all parameters for
             `forwax.WeightPerturbation` and `forwax.FiniteDifference`; for `forwax.ActivityPerturbation` the activities
-            whose noise shares a slope, of one example where it has its own, which `forwax.explain` lists. In
-            `forwax.Safe` as for the rule inside.
+            whose noise shares a slope, of one example where it has its own, which `forwax.explain` lists for each site;
+            in `forwax.Safe` as for the rule inside. Rules without a law, those of feedback, give the rate back.
         backprop_rate: the learning rate of plain gradient descent (or momentum) tuned for exact gradients.
 
     Returns:
         The suggested learning rate.
 
     Raises:
-        ValueError: when n is not positive, the tangents do not exist for n coordinates, or the rule has no law, as
-            with `tangents.LowRank(per_example=True)`.
+        ValueError: when n is not positive, the tangents do not exist for n coordinates, or the error follows from more
+            than n, as with `tangents.LowRank(per_example=True)`.
 
     Example:
         >>> import forwax as fx

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from forwax.lab import cli, progress
+from forwax.lab import cli
 from forwax.lab.cli import COMMANDS, main
+from forwax.lab.train import progress
 
 
 def test_help_names_every_command(capsys):

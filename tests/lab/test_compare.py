@@ -10,21 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from forwax.lab import (
-    cli,
-    compare,
-    compare_figure,
-    compare_results,
-    compare_rules,
-    compare_search,
-    compare_setup,
-    compare_table,
-    compare_timing,
-)
-from forwax.lab.compare_options import CompareOptions
-from forwax.lab.compare_train import Scorer, build_program, evaluation_steps, train
-from forwax.lab.loop import build_trainer
+from forwax.lab import cli
+from forwax.lab.compare import command as compare
+from forwax.lab.compare import findings, named_rules, picture, rates, setup, tables, timing
+from forwax.lab.compare.options import CompareOptions
+from forwax.lab.compare.training import Scorer, build_program, evaluation_steps, train
 from forwax.lab.settings import Settings, UsageError
+from forwax.lab.train.loop import build_trainer
 
 RULES = ("backprop", "forward", "projection-4")
 TINY = CompareOptions(
@@ -37,7 +29,7 @@ def finished(tmp_path_factory):
     """A tiny comparison, run once: its folder and its results."""
     folder = tmp_path_factory.mktemp("compare") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+        patch.setattr(timing, "BLOCK_SECONDS", 1e-3)
         assert compare.run(dataclasses.replace(TINY, out=folder)) == 0
     return folder, json.loads((folder / "results.json").read_text())
 
@@ -66,18 +58,18 @@ def test_every_rule_searches_on_the_same_budget(finished):
     _, results = finished
     for each in results["rules"].values():
         assert [candidate["steps"] for candidate in each["search"]] == [12] * 4
-        tried = compare_search.pairs(each["search"])
+        tried = rates.pairs(each["search"])
         assert len({rate for rate, _ in tried}) == 4
-        assert each["learning_rate"] == compare_search.best_rate(tried)
+        assert each["learning_rate"] == rates.best_rate(tried)
         assert {run["learning_rate"] for run in each["runs"]} == {each["learning_rate"]}
-        told = next(note for note in compare_table.notes(results) if note.startswith(f"{each['about']} tried"))
-        assert all(compare_table.number(rate) in told for rate, _ in tried)
+        told = next(note for note in tables.notes(results) if note.startswith(f"{each['about']} tried"))
+        assert all(tables.number(rate) in told for rate, _ in tried)
 
 
 def test_the_table_tells_the_figures_of_the_results(finished):
     folder, results = finished
     cells = _cells((folder / "table.md").read_text())
-    assert tuple(cells[0]) == compare_table.COLUMNS
+    assert tuple(cells[0]) == tables.COLUMNS
     reference = results["rules"]["backprop"]["seconds_per_step"]
     for row, each in zip(cells[1:4], results["rules"].values(), strict=True):
         accuracies = [run["test_accuracy"] for run in each["runs"]]
@@ -90,8 +82,8 @@ def test_the_table_tells_the_figures_of_the_results(finished):
         assert float(row[4]) == pytest.approx(1000 * each["seconds_per_step"], rel=5e-3)
         assert float(row[5]) == pytest.approx(each["seconds_per_step"] / reference, abs=5.1e-3)
         assert float(row[6]) == pytest.approx(each["temporary_bytes"] / 2**20, abs=0.051)
-        assert row[7] == compare_table.number(each["steps_to_target"])
-    assert tuple(cells[4]) == compare_table.RATIO_COLUMNS
+        assert row[7] == tables.number(each["steps_to_target"])
+    assert tuple(cells[4]) == tables.RATIO_COLUMNS
     for row, each in zip(cells[5:], results["rules"].values(), strict=True):
         assert float(row[1]) == pytest.approx(each["seconds_per_step"] / results["loss_seconds"], abs=5.1e-3)
 
@@ -119,7 +111,7 @@ def test_a_rerun_skips_what_is_finished(finished, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished part was done again")
 
-    monkeypatch.setattr("forwax.lab.compare_bench.build_program", refuse)
+    monkeypatch.setattr("forwax.lab.compare.bench.build_program", refuse)
     assert compare.run(CompareOptions(resume=folder)) == 0
     again = json.loads((folder / "results.json").read_text())
     assert again == results
@@ -151,8 +143,8 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(finished, tmp_pa
 @pytest.fixture(scope="module")
 def program():
     """The compiled program of a forward-gradient rule on digits, its settings and its validation part."""
-    problem = compare_setup.build_problem(compare_setup.find_experiment("digits"), Settings())
-    problem, validation = compare_setup.hold_out(problem, None)
+    problem = setup.build_problem(setup.find_experiment("digits"), Settings())
+    problem, validation = setup.hold_out(problem, None)
     settings = Settings(num_tangents=2, learning_rate=1.0, schedule="cosine", steps=20, batch_size=64)
     return build_program(problem, settings, jax.device_put(problem.train)), Scorer(problem, validation)
 
@@ -169,14 +161,14 @@ def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them(p
 
 def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_result(program, monkeypatch):
     made, score = program
-    monkeypatch.setattr("forwax.lab.loop.loops_well", lambda problem: False)
-    monkeypatch.setattr(compare_timing, "loops_well", lambda problem: False)
-    monkeypatch.setattr(compare_timing, "BLOCK_SECONDS", 1e-3)
+    monkeypatch.setattr("forwax.lab.train.loop.loops_well", lambda problem: False)
+    monkeypatch.setattr(timing, "loops_well", lambda problem: False)
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-3)
     single = build_program(made.problem, made.settings, made._data)
     ours, theirs = (train(each, 0.01, 3, score, [0, 5], 1e-3)[0] for each in (single, made))
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-4)
     assert len(ours.losses) == 5
-    assert set(compare_timing.measure({"forward": single}, rounds=1)) == {"loss", "forward"}
+    assert set(timing.measure({"forward": single}, rounds=1)) == {"loss", "forward"}
 
 
 def test_a_run_that_explodes_ends_at_its_last_finite_step(program):
@@ -189,13 +181,13 @@ def test_a_run_that_explodes_ends_at_its_last_finite_step(program):
 
 def test_the_search_extends_beyond_an_edge_and_then_refines():
     optimum = 40.0
-    found = compare_search.search(
+    found = rates.search(
         1.0, 7, lambda i, rate: {"learning_rate": rate, "validation_loss": abs(math.log(rate / optimum)), "steps": 1}
     )
-    rates = [each["learning_rate"] for each in found]
-    np.testing.assert_allclose(rates[:5], [1, 10**0.5, 10, 10**1.5, 100], rtol=1e-6)
-    assert abs(math.log(compare_search.best_rate(compare_search.pairs(found)) / optimum)) < 0.3
-    assert compare_search.edge_note(found) is None
+    tried = [each["learning_rate"] for each in found]
+    np.testing.assert_allclose(tried[:5], [1, 10**0.5, 10, 10**1.5, 100], rtol=1e-6)
+    assert abs(math.log(rates.best_rate(rates.pairs(found)) / optimum)) < 0.3
+    assert rates.edge_note(found) is None
 
 
 @pytest.mark.parametrize(("losses", "note"), [
@@ -209,18 +201,18 @@ def test_a_choice_at_an_edge_is_told(losses, note):
         {"learning_rate": rate, "validation_loss": loss, "steps": 1}
         for rate, loss in zip((1.0, 3.0, 10.0), losses, strict=True)
     ]
-    assert compare_search.edge_note(found) == note
+    assert rates.edge_note(found) == note
 
 
 def test_a_rate_that_turns_non_finite_loses_and_smaller_ones_are_tried():
     limit = 0.05
-    found = compare_search.search(
+    found = rates.search(
         1.0,
         5,
         lambda i, rate: {"learning_rate": rate, "validation_loss": None if rate > limit else 1 / rate, "steps": 1},
     )
     assert found[-1]["learning_rate"] == pytest.approx(0.1**1.5)
-    assert compare_search.best_rate([(1.0, math.inf), (0.3, 5.0)]) == 0.3
+    assert rates.best_rate([(1.0, math.inf), (0.3, 5.0)]) == 0.3
 
 
 def _run(losses, steps=(0, 5, 10), finite=True, accuracy=0.9):
@@ -235,10 +227,10 @@ def _run(losses, steps=(0, 5, 10), finite=True, accuracy=0.9):
 
 
 def _gathered(runs, target_loss=None):
-    rules = compare_rules.parse_all(tuple(runs))
+    rules = named_rules.parse_all(tuple(runs))
     seconds = {"loss": [0.5, 1.0, 1.5], "backprop": [2.0] * 3, "forward": [4.0] * 3}
     timing = {"seconds": seconds, "temporary_bytes": {"backprop": 2**20, "forward": None}}
-    results = compare_results.gather(rules, timing, {}, runs, target_loss)
+    results = findings.gather(rules, timing, {}, runs, target_loss)
     facts = {"experiment": "digits", "num_parameters": 10, "steps": 10, "batch_size": 1, "seeds": [0], "search": None}
     return facts | results
 
@@ -249,7 +241,7 @@ def test_what_is_not_reached_gets_no_number():
     assert (reference["steps_to_target"], reference["seconds_to_target"]) == (5, 10.0)
     assert (forward["steps_to_target"], forward["seconds_to_target"]) == ("not reached", "not reached")
     assert (reference["T_ratio"], forward["T_ratio"]) == (1.0, "not reached")
-    assert "not reached" in compare_table.markdown(results)
+    assert "not reached" in tables.markdown(results)
 
 
 def test_the_papers_ratios():
@@ -258,7 +250,7 @@ def test_the_papers_ratios():
     assert (reference["R"], forward["R"]) == (2.0, 4.0)
     # backprop is at its best, 0.4, after 5 steps of 2 s; the forward gradient is there after 10 steps of 4 s
     assert forward["T_ratio"] == 4.0
-    assert [row[1:] for row in compare_table.ratio_rows(results)] == [
+    assert [row[1:] for row in tables.ratio_rows(results)] == [
         ("2.00", "1.000", "1.00"),
         ("4.00", "2.000", "4.00"),
     ]
@@ -268,7 +260,7 @@ def test_the_papers_ratios():
 def test_without_backprop_there_is_nothing_to_compare_with():
     results = _gathered({"forward": [_run([2.0, 1.5, 0.9])]})
     assert results["rules"]["forward"]["time_ratio"] is None
-    assert compare_table.ratio_rows(results)[0][2:] == ("-", "-")
+    assert tables.ratio_rows(results)[0][2:] == ("-", "-")
 
 
 def test_a_run_that_is_not_finite_neither_sets_the_target_nor_hides():
@@ -276,17 +268,17 @@ def test_a_run_that_is_not_finite_neither_sets_the_target_nor_hides():
     results = _gathered({"backprop": [_run([2.0, 0.4, 0.3])] * 2, "forward": runs})
     assert results["target_loss"] == 0.3
     assert results["rules"]["forward"]["curve"]["validation_losses"] == [2.0, None, None]
-    assert "1 of 2 runs turned non-finite" in compare_table.markdown(results)
-    assert "0.500 (1 not finite)" in compare_table.markdown(results)
-    figure = compare_figure.draw(results)
+    assert "1 of 2 runs turned non-finite" in tables.markdown(results)
+    assert "0.500 (1 not finite)" in tables.markdown(results)
+    figure = picture.draw(results)
     assert len(figure.axes) == 2
     assert "(1 of 2 not finite)" in figure.axes[0].get_legend_handles_labels()[1][1]
 
 
 def test_losses_that_lie_close_get_a_linear_axis():
     close, far = [_run([2.0, 1.5, 1.0])], [_run([2.0, 0.4, 0.1])]
-    assert compare_figure.draw(_gathered({"forward": close})).axes[0].get_yscale() == "linear"
-    assert compare_figure.draw(_gathered({"forward": far})).axes[0].get_yscale() == "log"
+    assert picture.draw(_gathered({"forward": close})).axes[0].get_yscale() == "linear"
+    assert picture.draw(_gathered({"forward": far})).axes[0].get_yscale() == "log"
 
 
 def test_evaluations_begin_at_the_start_and_end_at_the_last_step():
@@ -340,11 +332,18 @@ def test_another_comparison_is_not_overwritten(finished, capsys):
 
 
 def test_every_named_rule_can_be_built():
-    experiment = compare_setup.find_experiment("digits")
-    problem = compare_setup.build_problem(experiment, Settings())
-    for name in compare_rules.LINES:
-        rule = compare_rules.parse(name)
-        settings = compare_setup._settings(CompareOptions(), experiment, rule, problem)
+    experiment = setup.find_experiment("digits")
+    problem = setup.build_problem(experiment, Settings())
+    for name in named_rules.LINES:
+        rule = named_rules.parse(name)
+        settings = setup._settings(CompareOptions(), experiment, rule, problem)
         assert settings.learning_rate is not None
         assert settings.rule == rule.given["rule"]
         assert "{k}" not in rule.about
+
+
+def test_the_help_names_every_rule(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in named_rules.LINES)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from forwax.lab import diagrams, gradient_diagram, style
+from forwax.lab import diagrams, style
+from forwax.lab.diagrams import gradient
 
 DIAGRAMS = [diagrams.forward_step, diagrams.backward_step, diagrams.forward_gradient]
 
@@ -44,13 +45,13 @@ def test_backward_step_shows_the_gradient():
 
 
 def test_forward_gradient_is_computed():
-    gradient, estimates = gradient_diagram._estimates(jax.random.key(3))
-    np.testing.assert_allclose(gradient, [0.9, 1.5], rtol=1e-6)
-    assert np.all(estimates @ gradient >= 0)
+    true, estimates = gradient._estimates(jax.random.key(3))
+    np.testing.assert_allclose(true, [0.9, 1.5], rtol=1e-6)
+    assert np.all(estimates @ true >= 0)
     # The standard error of the mean is |g| √(3 / 4096), 0.05; five of them.
-    assert np.linalg.norm(estimates.mean(axis=0) - gradient) < 0.25
-    direction, slope = gradient_diagram._legible(gradient, estimates)
-    np.testing.assert_allclose(direction @ gradient, slope, rtol=1e-5)
+    assert np.linalg.norm(estimates.mean(axis=0) - true) < 0.25
+    direction, slope = gradient._legible(true, estimates)
+    np.testing.assert_allclose(direction @ true, slope, rtol=1e-5)
 
 
 def test_forward_gradient_depends_on_its_key():

@@ -12,9 +12,10 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.lab import descent, optimize, optimize_numbers, optimize_picture
-from forwax.lab.descent import Descent, Plan, Timing
-from forwax.lab.optimize import OptimizeOptions
+from forwax.lab.optimize import command as optimize
+from forwax.lab.optimize import descent, numbers, picture
+from forwax.lab.optimize.command import OptimizeOptions
+from forwax.lab.optimize.descent import Descent, Plan, Timing
 from forwax.lab.settings import UsageError
 
 NORMAL = fx.WeightPerturbation(tangents=fx.tangents.Normal())
@@ -116,22 +117,22 @@ def test_lost_runs_are_told_in_the_table_the_numbers_and_the_picture():
     rules = {"backprop": fx.Backprop(), "forward": NORMAL}
     whole = dataclasses.replace(_lost(), values=np.ones((3, 4)))
     descents, timings = {"backprop": whole, "forward": _lost()}, {name: Timing(1.0, 0.0) for name in rules}
-    numbers = optimize_numbers.summarise(plan, rules, descents, timings, seed=0)
-    assert numbers["methods"]["forward"]["final"] == [1.0, None, 3.0]
-    assert numbers["methods"]["forward"]["median"] == 3.0
+    found = numbers.summarise(plan, rules, descents, timings, seed=0)
+    assert found["methods"]["forward"]["final"] == [1.0, None, 3.0]
+    assert found["methods"]["forward"]["median"] == 3.0
     paper = io.StringIO()
-    Console(width=100, file=paper).print(optimize_numbers.make_table(numbers))
+    Console(width=100, file=paper).print(numbers.make_table(found))
     lines = [" ".join(line.split()) for line in paper.getvalue().splitlines()]
     assert "│ runs not finite │ 0 of 3 │ 1 of 3 │" in lines
     assert "│ final f, range │ 1 │ 1 to not finite │" in lines
-    figure = optimize_picture.draw(plan, descents, timings)
+    figure = picture.draw(plan, descents, timings)
     labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert labels == ["backprop", "forward gradient\n1 of 3 runs not finite"]
 
 
 def test_median_run_is_thick():
     lines = (
-        optimize_picture.draw(
+        picture.draw(
             SHORT,
             {"backprop": _shifted(5), "forward": _shifted(4)},
             {"backprop": Timing(1, 0), "forward": Timing(2, 1)},
@@ -151,7 +152,7 @@ def _shifted(runs):
 
 def test_seconds_axis_ends_at_the_seconds_of_a_run():
     timings = {"backprop": Timing(0.25, 0), "forward": Timing(2.0, 1)}
-    figure = optimize_picture.draw(SHORT, {"backprop": _shifted(3), "forward": _shifted(3)}, timings)
+    figure = picture.draw(SHORT, {"backprop": _shifted(3), "forward": _shifted(3)}, timings)
     thick = [line.get_xdata() for line in figure.axes[2].lines if line.get_linewidth() > 2]
     assert [float(x[-1]) for x in thick] == [0.25, 2.0]
 
@@ -160,7 +161,7 @@ def test_seconds_axis_ends_at_the_seconds_of_a_run():
 def test_contours_are_for_two_variables(n, panels):
     plan = optimize.make_plan(OptimizeOptions(function="rosenbrock", n=n, iterations=SHORT.iterations))
     runs = {name: _shifted(3) for name in ("backprop", "forward")}
-    figure = optimize_picture.draw(plan, runs, dict.fromkeys(runs, Timing(1.0, 0.5)))
+    figure = picture.draw(plan, runs, dict.fromkeys(runs, Timing(1.0, 0.5)))
     assert len(figure.axes) == panels
 
 

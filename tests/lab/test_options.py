@@ -11,10 +11,10 @@ import pytest
 from forwax.lab import choices, optimizers
 from forwax.lab.data import DataSet
 from forwax.lab.experiments import EXPERIMENTS, Experiment
-from forwax.lab.loop import init_state, make_step
 from forwax.lab.options import SettingOptions, find_configuration, find_experiment, resolve
 from forwax.lab.problem import problem_of
 from forwax.lab.settings import Settings, UsageError
+from forwax.lab.train.loop import init_state, make_step
 from forwax.models import logistic_regression, ren2023
 
 DIGITS = EXPERIMENTS["digits"]

@@ -6,13 +6,14 @@ import json
 import jax
 import pytest
 
-from forwax.lab import cli, reproduce
+from forwax.lab import cli
 from forwax.lab.data import load
 from forwax.lab.problem import problem_of
 from forwax.lab.ren2023 import columns, runs, table
+from forwax.lab.ren2023 import command as reproduce
 from forwax.lab.ren2023.columns import COLUMNS
+from forwax.lab.ren2023.command import ReproduceOptions
 from forwax.lab.ren2023.entries import Entry
-from forwax.lab.reproduce import ReproduceOptions
 from forwax.lab.settings import UsageError
 
 pytestmark = pytest.mark.usefixtures("compile_once")

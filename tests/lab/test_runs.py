@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from forwax.lab import runs
-from forwax.lab.checkpoints import Checkpoints
-from forwax.lab.curves import draw_curves, smooth
-from forwax.lab.loop import TrainState
-from forwax.lab.runs import METRICS, Metrics, Run, write_json
 from forwax.lab.settings import UsageError
+from forwax.lab.train import runs
+from forwax.lab.train.checkpoints import Checkpoints
+from forwax.lab.train.curves import draw_curves, smooth
+from forwax.lab.train.loop import TrainState
+from forwax.lab.train.runs import METRICS, Metrics, Run, write_json
 
 
 def test_a_folder_appears_with_its_config(tmp_path):

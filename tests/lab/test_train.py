@@ -17,16 +17,17 @@ import pytest
 
 import forwax as fx
 from cases import quick_jit
-from forwax.lab import choices, experiments, train
-from forwax.lab.checkpoints import Checkpoints
+from forwax.lab import choices, experiments
 from forwax.lab.data import DataSet
 from forwax.lab.experiments import Experiment
-from forwax.lab.loop import MAX_BLOCK, Trainer, build_trainer, init_state, loops_well, make_step
 from forwax.lab.options import resolve
 from forwax.lab.problem import problem_of
-from forwax.lab.runs import CHECKPOINTS, CONFIG, METRICS, Run, write_json
 from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train import TrainOptions
+from forwax.lab.train import command as train
+from forwax.lab.train.checkpoints import Checkpoints
+from forwax.lab.train.command import TrainOptions
+from forwax.lab.train.loop import MAX_BLOCK, Trainer, build_trainer, init_state, loops_well, make_step
+from forwax.lab.train.runs import CHECKPOINTS, CONFIG, METRICS, Run, write_json
 from forwax.models import MLP, Conv
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -57,7 +58,9 @@ def tiny_experiment(monkeypatch):
     monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data())
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
     # the picture has tests of its own, and takes longer than these runs
-    monkeypatch.setattr("forwax.lab.curves.save_curves", lambda rows, title, path, colour: path.write_bytes(b"curves"))
+    monkeypatch.setattr(
+        "forwax.lab.train.curves.save_curves", lambda rows, title, path, colour: path.write_bytes(b"curves")
+    )
 
 
 def trainer(**given):
@@ -183,7 +186,7 @@ def test_an_epoch_sees_every_example_once_and_the_next_in_another_order(monkeypa
 
         return step
 
-    monkeypatch.setattr("forwax.lab.loop.make_step", spy)
+    monkeypatch.setattr("forwax.lab.train.loop.make_step", spy)
     data = tiny_data()
     data.train_images[:, 0, 0, 0] = np.arange(22)
     settings = resolve(TINY, "default", {}, num_examples=22, num_parameters=55)
@@ -198,7 +201,7 @@ def test_steps_outside_a_loop_are_the_same(monkeypatch):
     """Networks with convolutions run step by step on a CPU."""
     looped = trainer()
     expected = looped.run(12)
-    monkeypatch.setattr("forwax.lab.loop.loops_well", lambda problem: False)
+    monkeypatch.setattr("forwax.lab.train.loop.loops_well", lambda problem: False)
     single = trainer()
     assert single._call(12).losses.shape == (1,)
     got = single.run(11)
@@ -266,7 +269,7 @@ def test_a_block_has_limits():
 
 
 def test_the_evaluation_counts_every_test_example_once(monkeypatch):
-    monkeypatch.setattr("forwax.lab.loop.EVALUATION_BATCH", 4)
+    monkeypatch.setattr("forwax.lab.train.loop.EVALUATION_BATCH", 4)
     one = trainer()
     loss, accuracy = one.evaluate()
     images, labels = one.problem.test
@@ -423,7 +426,8 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("tiny_child", {file!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-from forwax.lab import checkpoints, cli, experiments, progress, runs, train
+from forwax.lab import cli, experiments
+from forwax.lab.train import checkpoints, progress, runs, command as train
 import forwax.lab.problem
 forwax.lab.problem.load = lambda name, data_dir: tests.tiny_data()
 experiments.EXPERIMENTS["tiny"] = tests.TINY

@@ -1,8 +1,9 @@
-"""The noise that the sites of `memory="replay"` draw one by one, gathered."""
+"""What is never held in full, gathered: the noise that sites draw one by one, and tangents in factors."""
 
 import jax
 import jax.numpy as jnp
 
+from forwax.sites.factored import Factored
 from forwax.sites.plan import LoopPlan
 from forwax.sites.push import like
 from forwax.sites.regions import Region
@@ -28,3 +29,13 @@ def noise_of(sites, source):
 
     visit(sites.level, source.at_level(sites.level), lambda f, site: f)
     return [found[site.variable] for site in sites.noisy]
+
+
+def dense(plan, drawn, rank):
+    """The tangents [k, ...] that a `LowRankPlan` never forms, as a tree of the parameters' structure."""
+
+    def one(drawn):
+        pairs = zip(plan.leaves, plan.tangents(drawn, rank), strict=True)
+        return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]
+
+    return jax.tree.unflatten(jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn)))

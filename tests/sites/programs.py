@@ -309,3 +309,17 @@ def scatter_and_slices(p, x, i):
     w = p["w"].at[i].add(x)
     h = jnp.tanh(lax.dynamic_index_in_dim(w, i, keepdims=False) + x @ p["w"])
     return squares(jnp.sort(h)[1:] * p["w"][0, 1:])
+
+
+@program({"w": 2 * normal(0, 3, 4), "v": normal(1, 4, 2)}, normal(2, N, 3))
+def casts_to_integers(p, x):
+    whole = p["w"].astype(jnp.int32)
+    h = jnp.tanh(x @ p["w"] + x @ whole.astype(jnp.float32) + jnp.sum(whole @ whole.T))
+    return squares(h @ p["v"]) + 0.1 * jnp.sum(p["v"].astype(bool))
+
+
+@program({"table": normal(0, 5, 3), "w": normal(1, 3, 3)}, np.array([[1, 7, 4], [9, 0, 1]]))
+def rows_that_are_not_there(p, tokens):
+    ones = jnp.take(p["table"], tokens, axis=0, mode="fill", fill_value=1.0)
+    nans = jnp.take(p["table"], tokens, axis=0, mode="fill")
+    return squares(jnp.tanh(ones @ p["w"]) + jnp.where(jnp.isnan(nans), 0.5, nans))

@@ -1,5 +1,6 @@
 """Activity perturbation beyond its mean: credit, places of noise, what crosses what, laws, and errors."""
 
+import dataclasses
 import math
 
 import jax
@@ -112,12 +113,27 @@ def test_one_slope_for_the_batch_is_noisier():
     assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(fx.ActivityPerturbation())
 
 
-def test_shrinkage_scales_every_slope():
+SHRUNK = {  # of five examples of 4 + 4 noisy coordinates, and 2 in the output: 1 + M for each parameter
+    "keep": ({}, {"w": 8, "v": 8, "o": 1}),  # the last is exact
+    "replay": ({"memory": "replay"}, {"w": 8, "v": 8, "o": 1}),
+    "shared": ({"memory": "shared"}, {"w": 40, "v": 40, "o": 1}),
+    "weight noise": ({"where": "v"}, {"w": 12 + 4 + 5 * 4 + 8, "v": 12 + 4 + 4 + 8, "o": 12 + 4 + 5 * 4 + 4}),
+    "jointly drawn": (
+        {"tangents": fx.tangents.Orthonormal(), "num_tangents": 10, "exact_outputs": False},
+        {"w": 1, "v": 1, "o": 1},  # ten directions, of which the last site's slopes hear nine coordinates
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_shrinkage_scales_every_slope(name):
+    options, expected = SHRUNK[name]
+    rule = fx.ActivityPerturbation(**options)
+    rules = rule, dataclasses.replace(rule, combine=fx.combine.Shrinkage())
     x = normal(4, 5, 3)
-    rules = fx.ActivityPerturbation(), fx.ActivityPerturbation(combine=fx.combine.Shrinkage())
     mean, shrunk = quick_jit(lambda: [fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules])()
-    np.testing.assert_allclose(shrunk["w"], mean["w"] / 8, rtol=1e-5)  # eight coordinates: 1 + M = 8
-    np.testing.assert_allclose(shrunk["o"], mean["o"], rtol=1e-5)  # exact
+    for parameter, factor in expected.items():
+        np.testing.assert_allclose(shrunk[parameter], mean[parameter] / factor, rtol=1e-4, atol=1e-6)
 
 
 def test_no_error_crosses_two_sites():
@@ -182,11 +198,15 @@ def test_the_loss_is_traced_once():
 
 
 def test_rules_are_arguments_of_jitted_functions():
+    """Given as an argument and captured as a constant, in one program."""
     x = normal(4, 5, 3)
     rule = fx.ActivityPerturbation(num_tangents=2, where="w", memory="shared")
-    step = quick_jit(lambda rule, key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x))
-    for got, expected in zip(*map(jax.tree.leaves, (step(rule, KEY), step(rule, KEY))), strict=True):
-        np.testing.assert_array_equal(got, expected)
+
+    def both(given, key):
+        return [fx.grad(mlp, each, in_axes=(None, 0))(key, PARAMS, x) for each in (given, rule)]
+
+    for got, expected in zip(*map(jax.tree.leaves, quick_jit(both)(rule, KEY)), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_aux_keywords_and_argnums():
@@ -286,6 +306,12 @@ def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
                 quick_jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
     on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
     assert bool(jnp.any(quick_jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]))
+
+
+def test_a_selection_of_nothing_is_refused():
+    for where in ("kernal", lambda path: False):
+        with pytest.raises(ValueError, match=r"expected where to select a parameter, got .*\['b'\], \['o'\], \['v'\]"):
+            fx.grad(mlp, fx.ActivityPerturbation(where=where))(KEY, PARAMS, normal(4, 3))
 
 
 def test_fields_are_checked():

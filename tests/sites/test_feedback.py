@@ -53,9 +53,10 @@ def test_errors_cross_a_layer_through_the_feedback():
 
 
 def test_random_feedback_keeps_the_scale_of_the_weights():
-    params = {"w": 3 * jnp.ones((50, 40)), "zero": jnp.zeros((50, 25)), "b": jnp.ones(4)}
+    params = {"w": 3 * jnp.ones((50, 40)), "zero": jnp.zeros((50, 25)), "b": jnp.ones(4), "none": jnp.zeros((3, 0))}
     feedback = quick_jit(fx.random_feedback)(KEY, params)
     assert feedback["b"] is None
+    assert feedback["none"].shape == (3, 0)
     assert float(jnp.std(feedback["w"])) == pytest.approx(3, rel=0.05)
     assert float(jnp.std(feedback["zero"])) == pytest.approx(0.2, rel=0.05)
 
@@ -98,6 +99,9 @@ def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
 
 
 def test_direct_feedback_refuses_maps_that_do_not_fit():
+    maps = (jnp.ones((2, 4)), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="expected one map for each site that is not a last one, 1 in all, got 2"):
+        fx.grad(mlp, fx.DirectFeedbackAlignment(maps))(KEY, PARAMS, normal(3, 3))
     with pytest.raises(ValueError, match=r"expected map 0 of shape \(2, 4\).*got \(3, 4\)"):
         fx.grad(mlp, fx.DirectFeedbackAlignment((jnp.ones((3, 4)),)))(KEY, PARAMS, normal(3, 3))
 

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import forwax as fx
+from cases import quick_jit
 from forwax._signature import Signature
 from sites.programs import PROGRAMS, normal, squares
 
@@ -72,7 +73,25 @@ def test_the_value_is_that_of_the_loop():
 def test_direct_feedback_reaches_the_loop_from_its_readout():
     rule = fx.DirectFeedbackAlignment(jax.random.key(0))
     program = PROGRAMS["readout_and_loss_in_a_scan"]
-    got = fx.grad(program.loss, rule, in_axes=program.in_axes)(jax.random.key(1), *program.args)
-    exact = fx.grad(program.loss, fx.Backprop(), in_axes=program.in_axes)(jax.random.key(1), *program.args)
+    both = lambda *args: [fx.grad(program.loss, r, **program.options)(*args) for r in (rule, fx.Backprop())]
+    got, exact = quick_jit(both)(jax.random.key(1), *program.args)
     np.testing.assert_allclose(got["o"], exact["o"], rtol=1e-4, atol=1e-5)
     assert bool(jnp.any(got["h"]))
+
+
+def test_what_adds_up_keeps_its_dtype():
+    """A counter of 16 bits beside a readout: `jnp.sum` would give it 32."""
+
+    def loss(p, xs):
+        def step(carry, x):
+            h, steps, total = carry
+            h = jnp.tanh(x @ p["i"] + h)
+            return (h, steps + (x[0] > 0).astype(jnp.int16), total + jnp.sum(h @ p["o"])), None
+
+        start = jnp.zeros(3), jnp.int16(3), 0.0
+        _, steps, total = lax.scan(step, start, xs)[0]
+        return total, lax.mul(steps, jnp.int16(1))
+
+    value = quick_jit(fx.value_and_grad(loss, fx.ActivityPerturbation(), has_aux=True))
+    (_, steps), _ = value(jax.random.key(0), P, XS)
+    assert (steps.dtype, int(steps)) == (jnp.int16, 3 + int((XS[:, 0] > 0).sum()))

@@ -13,11 +13,13 @@ from forwax.sites import plan_low_rank
 from forwax.sites.convolution import _one_feature, in_pieces
 from forwax.sites.program import trace
 from forwax.sites.signs import Signs
+from sites.drawn import dense
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
 SPLITS = {  # of each parameter in the order of its name: the axes of both factors; None for dense signs
     "batched_dot": [({0, 1}, {2}), ({0, 1}, {0, 2})],
+    "casts_to_integers": [({0}, {1}), ({0}, {1})],
     "complex_activities": [None, ({0, 2}, {1, 2})],
     "conditional_inside_a_scan": [None, ({0}, {1})],
     "convolutions": [None, ({0, 1, 2}, {3}), ({0, 1, 2}, {3}), ({0}, {1})],
@@ -27,6 +29,7 @@ SPLITS = {  # of each parameter in the order of its name: the axes of both facto
     "gated_recurrent": [None, ({0}, {1}), ({0}, {1}), ({0}, {1})],
     "local_losses": [({0, 1}, {0, 2}), ({0}, {1}), ({0}, {1})],
     "parameters_in_carries": [None, ({0}, {1})],
+    "rows_that_are_not_there": [({0}, {1}), ({0}, {1})],
     "scan_over_layers": [None, ({0}, {1}), ({0, 1}, {0, 2})],
     "tied": [({0}, {1})],
     "weight_decay": [({0}, {1}), ({0}, {1})],
@@ -48,7 +51,7 @@ def test_a_slope_is_that_of_the_direction_in_full(name):
 
     @quick_jit
     def both(drawn):
-        full = plan.dense(drawn, 2)
+        full = dense(plan, drawn, 2)
         exact = jax.vmap(lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1])(full)
         value, _, slopes = plan.push(drawn, 2, 2)
         sums = jax.tree.map(lambda x: jnp.tensordot(slopes, jnp.conj(x), axes=1), full)
@@ -66,7 +69,7 @@ def test_each_example_with_its_own_factors(name):
     problem, plan, drawn = planned(name, rank=1, k=2, per_example=True)
 
     def one(own, mapped):
-        full = jax.tree.map(lambda x: x[0], plan.dense([x[None] for x in own], 1))
+        full = jax.tree.map(lambda x: x[0], dense(plan, [x[None] for x in own], 1))
         loss = lambda p: sum(map(jnp.sum, problem.example(p, *mapped)[0]))
         slope = jax.jvp(loss, (problem.params,), (full,))[1]
         return slope, jax.tree.map(lambda x: slope * x, full)
@@ -205,6 +208,20 @@ def test_packed_signs_are_the_signs(rank):
     got, expected = found(KEY)
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_a_scan_over_no_layers():
+    params = {"none": jnp.ones((0, 3, 3)), "no words": jnp.ones((0, 32, 32)), "w": jnp.ones((3, 3))}
+
+    def deep(h, layers):
+        return lax.scan(lambda h, w: (h @ w, None), h, layers)[0]
+
+    def loss(p, x):
+        return squares(deep(x, p["none"]) @ p["w"]) + squares(deep(jnp.ones((2, 32)), p["no words"]))
+
+    grads = quick_jit(fx.grad(loss, fx.WeightPerturbation(fx.tangents.LowRank())))(KEY, params, jnp.ones((2, 3)))
+    assert grads["none"].shape == (0, 3, 3)
+    assert bool(jnp.any(grads["w"]))
 
 
 def test_chunks_give_the_same_estimate():

@@ -10,6 +10,7 @@ import forwax as fx
 from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank
+from sites.drawn import dense
 from sites.interop import KEY
 
 LIBRARIES = ("plain_jax", "equinox", "flax_linen", "flax_nnx")
@@ -50,7 +51,7 @@ def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
         def both(leaves):
             here = plan.at(leaves)
             params, drawn = here.problem.params, fx.tangents.Normal().sample(KEY, here.specs(1), 1)
-            full = jax.tree.map(lambda v: v[0], here.dense(drawn, 1))
+            full = jax.tree.map(lambda v: v[0], dense(here, drawn, 1))
             expected, exact = jax.jvp(lambda p: problem.objective(p)[0], (params,), (full,))
             value, _, slopes = here.push(drawn, 1, 1)
             estimate = jax.tree.map(lambda v: exact * v, full)

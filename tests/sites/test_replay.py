@@ -51,12 +51,18 @@ def test_signs_without_examples_and_of_complex_values(name):
     assert_equal(got, kept(rule, program)(KEY, *program.args))
 
 
-@pytest.mark.parametrize("name", ["nested_scans", "parameters_in_carries"])
-def test_noise_that_is_held_is_that_of_keep(name):
+@pytest.mark.parametrize(
+    ("name", "tangents"),
+    [
+        ("nested_scans", fx.tangents.Orthonormal()),
+        ("parameters_in_carries", fx.tangents.Orthonormal()),
+        ("tied", fx.tangents.Hadamard()),
+    ],
+)
+def test_noise_that_is_held_is_that_of_keep(name, tangents):
     program = PROGRAMS[name]
     keep, replay = (
-        fx.ActivityPerturbation(tangents=fx.tangents.Orthonormal(), num_tangents=2, memory=memory)
-        for memory in ("keep", "replay")
+        fx.ActivityPerturbation(tangents=tangents, num_tangents=2, memory=memory) for memory in ("keep", "replay")
     )
     both = [quick_jit(fx.value_and_grad(program.loss, rule, **program.options)) for rule in (keep, replay)]
     assert_equal(*(f(KEY, *program.args) for f in both))

@@ -15,7 +15,7 @@ RULES = {
     "no-exact-outputs": fx.ActivityPerturbation(exact_outputs=False),
     "replay": fx.ActivityPerturbation(memory="replay"),
     "shared": fx.ActivityPerturbation(memory="shared"),
-    "where": fx.ActivityPerturbation(where="w"),
+    "where": fx.ActivityPerturbation(where="'[wh]'"),
 }
 
 SOME = ["tied", "weight_decay", "recurrent", "local_losses", "conditional"]

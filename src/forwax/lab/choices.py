@@ -21,6 +21,7 @@ TANGENTS: Mapping[str, Callable[[Settings, Any], Any]] = {
     "sphere": lambda settings, guess: fx.tangents.Sphere(),
     "coordinate": lambda settings, guess: fx.tangents.Coordinate(),
     "coordinate-without-replacement": lambda settings, guess: fx.tangents.Coordinate(replace=False),
+    "hadamard": lambda settings, guess: fx.tangents.Hadamard(),
     "orthonormal": lambda settings, guess: fx.tangents.Orthonormal(),
     "sparse": lambda settings, guess: fx.tangents.Sparse(settings.density or 0.1),
     "guided": lambda settings, guess: fx.tangents.Guided(guess),
@@ -115,7 +116,7 @@ def _published(name: str) -> RuleChoice:
 
     def build(settings: Settings, feedback: Any) -> Any:
         if "FG" in name:
-            noise, key = TANGENTS[settings.tangents or "rademacher"](settings, None), jax.random.key(settings.seed)
+            noise, key = TANGENTS[settings.tangents or "hadamard"](settings, None), jax.random.key(settings.seed)
             return ren2023.method(name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1).rule
         return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[name.split("-")[-1]](settings, feedback)
 
@@ -126,6 +127,7 @@ def _published(name: str) -> RuleChoice:
         drawn,
         "as in Ren et al. 2023",
         "" if aligned or name.endswith("BP") else _LOCAL,
+        tangents="hadamard",
         reverse_mode=aligned or name.endswith("BP"),
         needs_data=True,
         published=True,
@@ -177,7 +179,7 @@ def needs_guess(settings: Settings) -> bool:
 
 
 def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
-    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.loop`.
+    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.train.loop`.
 
     A step whose loss is not finite is not skipped: the loop stops before it, and keeps a checkpoint. So it does where a
     slope that is not skipped makes the gradient so.

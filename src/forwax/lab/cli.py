@@ -8,12 +8,24 @@ from importlib import import_module
 from typing import Any
 
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
-    "train": ("forwax.lab.train", "TrainOptions", "train a model on real data, by default without backpropagation"),
-    "compare": ("forwax.lab.compare", "CompareOptions", "train the same model by several rules, side by side"),
+    "train": (
+        "forwax.lab.train.command",
+        "TrainOptions",
+        "train a model on real data, by default without backpropagation",
+    ),
+    "compare": ("forwax.lab.compare.command", "CompareOptions", "train the same model by several rules, side by side"),
     "diagnose": ("forwax.lab.diagnose", "DiagnoseOptions", "measure what rules give and cost, and say which to use"),
-    "optimize": ("forwax.lab.optimize", "OptimizeOptions", "minimise a test function by backprop and without it"),
-    "reproduce": ("forwax.lab.reproduce", "ReproduceOptions", "run a paper's experiments, ours beside the paper's"),
-    "data": ("forwax.lab.data_command", "DataOptions", "fetch, verify and cache a data set, or say where it is"),
+    "optimize": (
+        "forwax.lab.optimize.command",
+        "OptimizeOptions",
+        "minimise a test function by backprop and without it",
+    ),
+    "reproduce": (
+        "forwax.lab.ren2023.command",
+        "ReproduceOptions",
+        "run a paper's experiments, ours beside the paper's",
+    ),
+    "data": ("forwax.lab.data.command", "DataOptions", "fetch, verify and cache a data set, or say where it is"),
 }
 """Each subcommand: its module, its options there, and one line about it."""
 

@@ -14,8 +14,9 @@ from rich.console import Console
 
 import forwax as fx
 from forwax.diagnosis import Diagnosis
-from forwax.lab import choices, compare_rules
-from forwax.lab.compare_rules import NamedRule
+from forwax.lab import choices
+from forwax.lab.compare import named_rules
+from forwax.lab.compare.named_rules import NamedRule
 from forwax.lab.options import ExperimentName, find_configuration, find_experiment
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.settings import Settings, UsageError
@@ -68,7 +69,7 @@ def run(options: DiagnoseOptions) -> int:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    named = compare_rules.parse_all(options.rules)
+    named = named_rules.parse_all(options.rules)
     experiment = find_experiment(options.experiment)
     problem = build_problem(experiment, Settings(), options.data_dir)
     size = options.batch_size or find_configuration(experiment, "default").batch_size

@@ -229,8 +229,8 @@ _ALL = (
         model=columns.build_model(columns.COLUMNS[columns.DEFAULT].settings),
         configurations=_LOCAL_MIXER,
         description=(
-            "LocalMixer of Ren et al. 2023 by any of its thirteen methods, see `forwax reproduce --help`; --size, "
-            "--data and --objective choose what is trained."
+            "LocalMixer of Ren et al. 2023 by any of thirteen methods, eleven of its tables and two more, see `forwax "
+            "reproduce --help`; --size, --data and --objective choose what is trained."
         ),
         specialise=_of_local_mixer,
         suggested_rate=columns.learning_rate,

@@ -43,7 +43,7 @@ class SettingOptions:
     local-mixer, a method of Ren et al. 2023 by its name there."""
     tangents: TangentsName | None = None
     """The distribution of the tangents; low-rank by default for weight tangents, whose directions are then never made,
-    and rademacher for all other rules."""
+    hadamard for the methods of Ren et al., and rademacher for all other rules."""
     num_tangents: int | None = None
     """How many tangents each step draws; more cost more and are less noisy."""
     combine: CombineName | None = None

@@ -69,7 +69,7 @@ def method(
     params: Any,
     key: jax.Array,
     *,
-    tangents: tangents.Tangents = tangents.Rademacher(),  # noqa: B008 (a frozen value)
+    tangents: tangents.Tangents = tangents.Hadamard(),  # noqa: B008 (a frozen value)
     num_tangents: int = 1,
 ) -> Method:
     """The method of a name of the paper's tables.
@@ -78,7 +78,8 @@ def method(
         name: one of `NAMES`, such as "LG-FG-A".
         params: the model, or its floating arrays as `equinox.partition` gives them; feedback matrices are drawn to it.
         key: a JAX random key for the fixed feedback of FA, L-FA, LG-FA and DFA; keep it for all steps.
-        tangents: the noise of forward gradients; the paper's is `forwax.tangents.Normal()`.
+        tangents: the noise of forward gradients, by default signs, orthogonal to each other where there are several;
+            the paper's is `forwax.tangents.Normal()`.
         num_tangents: how many noises a step.
 
     Raises:

@@ -71,7 +71,7 @@ class ActivityPerturbation(Rule):
             through the loss.
 
     Raises:
-        ValueError: when a field has no such value, or the loss has no data.
+        ValueError: when a field has no such value, `where` selects no parameter, or the loss has no data.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -185,7 +185,7 @@ class ActivityPerturbation(Rule):
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
         tangents = self.tangents
-        if not (isinstance(tangents, IndependentTangents) and tangents.coordinatewise):
+        if not isinstance(tangents, IndependentTangents) or tangents.joint or not tangents.coordinatewise:
             lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
             return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
 
@@ -209,8 +209,10 @@ class ActivityPerturbation(Rule):
         """1/k, and for `Shrinkage` the factor that suits the noise that shares a slope with this site."""
         if not isinstance(self.combine, Shrinkage):
             return 1 / self.num_tangents
-        n = math.ceil(sum(sites.shared_noise(site, other) for other in sites.noisy))
-        return 1 / (self.num_tangents * (1 + self.tangents.relative_mse(max(n, 1), self.num_tangents)))
+        own = self.memory != "shared"
+        n = math.ceil(sum(sites.shared_noise(site, other, own) for other in sites.noisy))
+        law = self.tangents.relative_mse(max(n, 1), self.num_tangents)
+        return 1 / (self.num_tangents * (1 + max(law, 0)))  # a slope may hear fewer coordinates than were drawn jointly
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents for n noise coordinates that share a slope (not parameters)."""

@@ -60,6 +60,7 @@ class DirectFeedbackAlignment(Rule):
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The directly aligned gradient; see `Rule.estimate`."""
         sites = self.sites(problem)
+        self._check_count(len(sites.noisy))
         out = sites.push()
         exact = sites.output_errors(out.records)
         errors = dict(exact)
@@ -69,13 +70,20 @@ class DirectFeedbackAlignment(Rule):
             errors[site.variable] = direct.sent(site, sites, heard, exact, through)
         return sites.value(out.losses), out.aux, sites.assemble(out.records, errors)
 
+    def _check_count(self, expected: int) -> None:
+        if isinstance(self.feedback, tuple | list) and len(self.feedback) != expected:
+            raise ValueError(
+                f"DirectFeedbackAlignment: expected one map for each site that is not a last one, {expected} in all, "
+                f"got {len(self.feedback)}. forwax.explain lists the sites; pass a PRNG key to have the maps drawn."
+            )
+
     def _map(self, index: int, rows: int, columns: int) -> Array:
         if isinstance(self.feedback, tuple | list):
-            got = self.feedback[index].shape if index < len(self.feedback) else None
-            if got != (rows, columns):
+            if self.feedback[index].shape != (rows, columns):
                 raise ValueError(
                     f"DirectFeedbackAlignment: expected map {index} of shape {(rows, columns)} (size of the output "
-                    f"error, size of the site), got {got}. Pass a PRNG key to have the maps drawn."
+                    f"error, size of the site), got {self.feedback[index].shape}. Pass a PRNG key to have the maps "
+                    "drawn."
                 )
             return self.feedback[index]
         advice = "Pass jax.random.key(0), or the maps as a tuple."

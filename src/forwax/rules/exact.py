@@ -49,7 +49,7 @@ class Exact(Rule):
 
         def tangents(indices: Array) -> Tree:
             rows = jax.vmap(lambda index: _tree.basis(index, specs))(indices)
-            return jax.tree.map(_mesh.vary, _complex_rows(rows, params), _axes_tree(params))
+            return jax.tree.map(_mesh.vary, _tree.from_real(rows, params, lead=1), _axes_tree(params))
 
         value, aux, slopes, _ = pushforward(problem.objective, params, tangents, n, chunk_size=self.chunk_size)
         return value, aux, _gradient(slopes, params)
@@ -65,16 +65,6 @@ class Exact(Rule):
 
 def _axes_tree(params: Tree) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(params), _mesh.tree_axes(params))
-
-
-def _complex_rows(rows: list[Array], params: Tree) -> Tree:
-    leaves, structure = jax.tree.flatten(params)
-    return structure.unflatten(
-        [
-            jax.lax.complex(x[:, 0], x[:, 1]) if _tree.is_complex(leaf) else x
-            for x, leaf in zip(rows, leaves, strict=True)
-        ]
-    )
 
 
 def _gradient(slopes: Array, params: Tree) -> Tree:

@@ -98,6 +98,8 @@ def random_feedback(key: Any, params: Tree) -> Tree:
 
 
 def _like(key: Array, leaf: Array) -> Array:
+    if leaf.size == 0:
+        return leaf
     scale = jnp.sqrt(jnp.mean(jnp.abs(leaf) ** 2))
     return jax.random.normal(key, leaf.shape, leaf.dtype) * jnp.where(scale > 0, scale, leaf.shape[-1] ** -0.5)
 

@@ -1,18 +1,16 @@
 """The output sites' exact error, sent straight to every other site by maps; and what maps must be like to be right."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from forwax import _tree
+from forwax.sites.operations import ADDITIVE
 from forwax.sites.program import Variable
 from forwax.sites.run import Values, forward
 from forwax.sites.sites import Site, Sites
-
-_ADDITIVE = {"add", "sub", "add_any"}
 
 
 def output_sites(sites: Sites) -> list[Site]:
@@ -22,7 +20,7 @@ def output_sites(sites: Sites) -> list[Site]:
         for site in sites.sites
         if site.exact
         and not site.region.promoted
-        and not all(equation.name in _ADDITIVE for equation in site.region.equations)
+        and not all(equation.name in ADDITIVE for equation in site.region.equations)
         and (site.mapped or sites.num_examples is None)
     ]
 
@@ -84,21 +82,16 @@ def sent(site: Site, sites: Sites, heard: Sequence[Site], errors: Mapping[Variab
     own = sites.own_shape(site)
     whole = error.shape[-1] == site.size
     shape = site.shape if whole else (*[1] * (len(site.shape) - len(own)), *own)
-    return jnp.broadcast_to(jnp.conj(_values(error, lead, shape, site.dtype)), (*lead, *site.shape))
+    spec = _tree.Spec(shape, site.dtype)
+    parts = error.reshape(*lead, *_tree.real_specs(spec)[0].shape)
+    value = _tree.from_real([parts], spec, len(lead))
+    return jnp.broadcast_to(jnp.conj(value), (*lead, *site.shape))
 
 
 def coordinates(x: Array, lead: int) -> Array:
     """The real coordinates [*lead, n] of values, after a number of leading axes."""
     parts = jnp.stack([x.real, x.imag], axis=lead) if _tree.is_complex(x) else x
     return parts.reshape(*x.shape[:lead], -1)
-
-
-def _values(flat: Array, lead: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> Array:
-    if not jnp.issubdtype(dtype, jnp.complexfloating):
-        return flat.reshape(*lead, *shape)
-    parts = flat.reshape(*lead, 2, *shape)
-    real, imag = (jax.lax.index_in_dim(parts, i, len(lead), keepdims=False) for i in (0, 1))
-    return jax.lax.complex(real, imag)
 
 
 def step_size(site: Site, sites: Sites) -> int:

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.extend.core import primitives
 
 from forwax.sites.convolution import Pair, convolution, ordered
+from forwax.sites.operations import MOVES
 from forwax.sites.program import Equation
 
 Shape: TypeAlias = tuple[int, ...]
@@ -35,13 +36,14 @@ class Factored:
         return jnp.broadcast_to(total, shape)
 
 
-_MOVES = {"copy", "name", "reduce_precision", "sharding_constraint", "convert_element_type", "transpose", "squeeze"}
-_MOVES |= {"reshape", "broadcast_in_dim", "slice", "dynamic_slice"}
+_UNCHANGED = {"copy", "name", "reduce_precision", "sharding_constraint"}
+_MOVES = MOVES | _UNCHANGED | {"slice", "dynamic_slice"}
 
 
 def is_move(equation: Equation) -> bool:
-    """Whether an operation only moves or casts the entries of its first operand."""
-    return equation.name in _MOVES
+    """Whether an operation only moves or casts the entries of its first operand, and their tangents with them."""
+    cut = equation.name == "convert_element_type" and not jnp.issubdtype(equation.params["new_dtype"], jnp.inexact)
+    return equation.name in _MOVES and not cut
 
 
 def moved(equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape) -> Factored | None:
@@ -57,7 +59,7 @@ def moved(equation: Equation, tangent: Factored, values: Sequence[Any], shape: S
 
 def _moved(equation: Equation, factor: Array, values: Sequence[Any], shape: Shape, out: Shape) -> Array | None:
     name, params = equation.name, equation.params
-    if name in ("copy", "name", "reduce_precision", "sharding_constraint"):
+    if name in _UNCHANGED:
         return factor
     if name == "convert_element_type":
         return factor.astype(params["new_dtype"])
@@ -121,9 +123,9 @@ def _blocks(shape: Shape, out: Shape) -> list[tuple[slice, slice]]:
 
 def product(equation: Equation, position: int, tangent: Factored, values: Sequence[Any]) -> Array | None:
     """The tangent of a dot or convolution whose operand `position` alone has a factored tangent; None if it is none."""
-    if equation.primitive is primitives.dot_general_p:
+    if equation.name == "dot_general":
         contract = _dot_product
-    elif equation.primitive is primitives.conv_general_dilated_p and position == 1:
+    elif equation.name == "conv_general_dilated" and position == 1:
         contract = convolution
     else:
         return None
@@ -183,7 +185,8 @@ def look_up(equation: Equation, tangent: Factored, values: Sequence[Any], out: S
         if any(rows.shape[axis] != values[0].shape[axis] for axis in indexed):
             return None
         own = tuple(n if axis in indexed else min(n, rows.shape[axis]) for axis, n in enumerate(sizes))
-        looked = primitives.gather_p.bind(rows, values[1], **{**equation.params, "slice_sizes": own})
+        params = {**equation.params, "slice_sizes": own, "fill_value": 0}  # a row that is not there has no tangent
+        looked = primitives.gather_p.bind(rows, values[1], **params)
         shape = [1] * len(out)
         for place, axis in zip(numbers.offset_dims, kept, strict=True):
             shape[place] = rest.shape[axis]

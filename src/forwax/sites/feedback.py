@@ -7,10 +7,9 @@ import jax
 from jax import lax
 
 from forwax.sites.classify import Kind
+from forwax.sites.operations import BILINEAR
 from forwax.sites.plan import Kinds, Level, LoopPlan
-from forwax.sites.program import Atom, Constant, Equation, Variable, bind, variables
-
-_BILINEAR = ("dot_general", "conv_general_dilated")
+from forwax.sites.program import Atom, Constant, Equation, Variable, bind, read, variables
 
 Values = dict[Variable, Any]
 
@@ -30,19 +29,19 @@ def forward_with_feedback(level: Level, kinds: Kinds, inputs: Sequence[Any], fee
     """
     env: Values = dict(zip(level.program.inputs, inputs, strict=True))
     for equation in level.program.equations:
-        values = [_read(atom, env) for atom in equation.inputs]
+        values = [read(atom, env) for atom in equation.inputs]
         twins = [feedback.get(a, v) if not isinstance(a, Constant) else v for a, v in zip(equation.inputs, values)]  # noqa: B905
         plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
         if plan is not None:
             outputs = _loop(plan, kinds, values, feedback)
-        elif equation.name in _BILINEAR and variables(equation.inputs) and _is_site(equation, kinds):
+        elif equation.name in BILINEAR and variables(equation.inputs) and _is_site(equation, kinds):
             outputs = [_aligned(equation, values, twins)]
         else:
             outputs = bind(equation, values)
             if _is_chain(equation, kinds):
                 feedback.update(zip(equation.outputs, bind(equation, twins), strict=True))
         env.update(zip(equation.outputs, outputs, strict=True))
-    return [_read(atom, env) for atom in level.program.outputs]
+    return [read(atom, env) for atom in level.program.outputs]
 
 
 def _aligned(equation: Equation, values: Sequence[Any], twins: Sequence[Any]) -> Any:
@@ -102,7 +101,3 @@ def _is_chain(equation: Equation, kinds: Kinds) -> bool:
 
 def _is_parameter(atom: Atom, kinds: Kinds) -> bool:
     return not isinstance(atom, Constant) and kinds[atom] is Kind.PARAMETER
-
-
-def _read(atom: Atom, env: Values) -> Any:
-    return atom.value if isinstance(atom, Constant) else env[atom]

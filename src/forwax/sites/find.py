@@ -39,6 +39,7 @@ def find_sites(
     inputs = traced.program.inputs
     given = [Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))]
     unselected = [inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)]
+    _check_selection(paths, len(unselected), name)
     if exact_outputs:
         traced = _with_split_loops(traced, given, count)
     types, masks = traced.types, reach(traced.program, traced.types, count)
@@ -89,6 +90,15 @@ def _with_split_loops(traced: Traced, given: Sequence[Kind], count: int) -> Trac
 
 def _paths(params: Tree) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _check_selection(paths: Sequence[str], num_unselected: int, name: str) -> None:
+    if 0 < num_unselected == len(paths):
+        raise ValueError(
+            f"{name}: expected where to select a parameter, got one that selects none of {', '.join(paths)}. Pass a "
+            "regular expression that is found in one of these paths, or a function of them that is true for one; for "
+            "weight noise alone use forwax.WeightPerturbation."
+        )
 
 
 def _check_data(traced: Traced, classifier: Classifier, count: int, name: str) -> None:

@@ -5,13 +5,14 @@ the recurrent rest, which now puts out what the other part reads, and that part 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from forwax.sites.operations import ADDITIVE
 from forwax.sites.program import (
     Atom,
     Constant,
@@ -20,13 +21,14 @@ from forwax.sites.program import (
     Program,
     Traced,
     Variable,
-    bind,
+    evaluate,
+    read,
     renamed_inputs,
     retrace,
     variables,
 )
 
-_ADDITIVE = {"add", "add_any"}
+_SUMS = ADDITIVE - {"sub"}
 
 
 def split_loops(traced: Traced, is_site: Callable[[Equation], bool]) -> Traced:
@@ -99,7 +101,7 @@ def _sums(loop: Loop) -> tuple[dict[int, Variable], list[Equation]]:
             if equation.name != "convert_element_type":  # a weak type becomes a strong one
                 break
             carry = equation.outputs[0]
-        if chain and chain[-1].name in _ADDITIVE and chain[-1].outputs[0] == body.outputs[i]:
+        if chain and chain[-1].name in _SUMS and chain[-1].outputs[0] == body.outputs[i]:
             others = [v for v in chain[-1].variables if v != carry]
             if len(others) == 1 and outputs.count(chain[-1].outputs[0]) == 1 and body.outputs[i] not in readers:
                 sums[i] = others[0]
@@ -126,15 +128,15 @@ def _function(equation: Equation, parts: _Parts) -> Callable[..., list[Any]]:
 
         def step(carry: list[Any], slices: dict[Variable, Any]) -> tuple[list[Any], list[Any]]:
             env = {**fixed, **slices, **{body.inputs[first + i]: x for i, x in zip(carries, carry, strict=True)}}
-            _evaluate(parts.kept, env)
-            return [_read(body.outputs[i], env) for i in carries], [_read(a, env) for a in [*early, *handed]]
+            evaluate(parts.kept, env)
+            return [read(body.outputs[i], env) for i in carries], [read(a, env) for a in [*early, *handed]]
 
         starts = [values[first + i] for i in carries]
         ends, ys = lax.scan(step, starts, slices, loop.length, loop.reverse, loop.unroll)
 
         def after(mapped: dict[Variable, Any]) -> dict[Variable, Any]:
             env = {**fixed, **mapped}
-            _evaluate(parts.taken, env)
+            evaluate(parts.taken, env)
             return {v: env[v] for v in [*variables(stacked), *parts.sums.values()] if v in made or v in mapped}
 
         behind = jax.vmap(after, axis_size=loop.length)({**slices, **dict(zip(handed, ys[len(early) :], strict=True))})
@@ -148,7 +150,7 @@ def _function(equation: Equation, parts: _Parts) -> Callable[..., list[Any]]:
 
 
 def _added(start: Any, steps: Any) -> Any:
-    return jnp.asarray(start, steps.dtype) + jnp.sum(steps, axis=0)
+    return jnp.asarray(start, steps.dtype) + jnp.sum(steps, axis=0, dtype=steps.dtype)
 
 
 def _stacked(behind: dict[Variable, Any], variable: Variable, fixed: dict[Variable, Any], loop: Loop) -> Any:
@@ -156,13 +158,3 @@ def _stacked(behind: dict[Variable, Any], variable: Variable, fixed: dict[Variab
     if variable in behind:
         return behind[variable]
     return jnp.broadcast_to(fixed[variable], (loop.length, *jnp.shape(fixed[variable])))
-
-
-def _evaluate(equations: Sequence[Equation], env: dict[Variable, Any]) -> None:
-    for equation in equations:
-        outputs = bind(equation, [_read(atom, env) for atom in equation.inputs])
-        env.update(zip(equation.outputs, outputs, strict=True))
-
-
-def _read(atom: Atom, env: dict[Variable, Any]) -> Any:
-    return atom.value if isinstance(atom, Constant) else env[atom]

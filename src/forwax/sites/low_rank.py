@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from forwax import _tree
 from forwax._signature import Problem
@@ -58,13 +58,10 @@ class LowRankPlan:
         """The signs of the tangents of the given indices [c], with a leading axis c: packed for what a scan slices."""
         specs = self.specs(rank)
         signs = draw_signs(key, _tree.real_specs(specs), indices)
-        found: list[Drawn] = []
-        for each, spec, packed in zip(signs, specs, self.packed(rank), strict=True):
-            if _tree.is_complex(spec):
-                found.append(jax.vmap(lambda x: lax.complex(x[0], x[1]))(each.unpack()))
-            else:
-                found.append(each if packed else each.unpack())
-        return found
+        return [
+            each if packed and not _tree.is_complex(spec) else _tree.from_real([each.unpack()], [spec], lead=1)[0]
+            for each, spec, packed in zip(signs, specs, self.packed(rank), strict=True)
+        ]
 
     def packed(self, rank: int) -> list[bool]:
         """For each spec whether its signs stay packed until a scan slices them, or something else uses them."""
@@ -135,15 +132,6 @@ class LowRankPlan:
         """The same plan with other values of the parameters."""
         params = jax.tree.unflatten(jax.tree.structure(self.problem.params), list(leaves))
         return dataclasses.replace(self, problem=dataclasses.replace(self.problem, params=params))
-
-    def dense(self, drawn: Sequence[Array], rank: int) -> Tree:
-        """The tangents themselves [k, ...], as a tree of the parameters' structure."""
-
-        def one(drawn: Sequence[Array]) -> list[Array]:
-            pairs = zip(self.leaves, self.tangents(drawn, rank), strict=True)
-            return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]  # type: ignore[misc]
-
-        return jax.tree.unflatten(jax.tree.structure(self.problem.params), jax.vmap(one)(list(drawn)))
 
 
 def plan_low_rank(problem: Problem, per_example: bool) -> LowRankPlan:

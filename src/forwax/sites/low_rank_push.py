@@ -7,19 +7,16 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import primitives
 
 from forwax.sites.convolution import in_pieces
 from forwax.sites.factored import Factored, is_move, look_up, moved, product
+from forwax.sites.operations import BILINEAR
 from forwax.sites.order import behind
-from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind, variables
+from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind, read, variables
 from forwax.sites.run import inject
 from forwax.sites.signs import Signs, after, unpacked
 
 Tangent: TypeAlias = Factored | Signs | Array
-
-
-_LAYERS = (primitives.dot_general_p, primitives.conv_general_dilated_p)
 
 
 @jax.custom_jvp
@@ -56,18 +53,18 @@ class Push:
             loop = equation.loop
             sliced = len(equation.inputs) if loop is None else loop.num_consts + loop.num_carry
             self.open(equation.inputs[:sliced], env, factored, packed, last)
-            values = [_read(atom, env) for atom in equation.inputs]
+            values = [read(atom, env) for atom in equation.inputs]
             positions = [i for i, a in enumerate(equation.inputs) if not isinstance(a, Constant) and a in factored]
             if loop is not None and (positions or any(a in packed for a in variables(equation.inputs))):
                 outputs = self.loop(equation, loop, values, factored, packed)
             else:
                 outputs = self.apply(equation, values, positions, factored)
-                if equation.primitive in _LAYERS:
+                if equation.name in BILINEAR:
                     outputs = [in_step(outputs[0])]
                     last = outputs if self.lazy else []
             env.update(zip(equation.outputs, outputs, strict=True))
         self.open(program.outputs, env, factored, packed, last)
-        return [self.formed(atom, _read(atom, env), factored) for atom in program.outputs]
+        return [self.formed(atom, read(atom, env), factored) for atom in program.outputs]
 
     def open(
         self, atoms: Sequence[Atom], env: dict[Variable, Any], factored: dict, packed: dict, last: Sequence[Array]
@@ -98,7 +95,7 @@ class Push:
             noise = look_up(equation, tangent, values, out) if position == 0 else None
             noise = product(equation, position, tangent, values) if noise is None else noise
             if noise is not None:
-                large = equation.primitive is primitives.conv_general_dilated_p and position == 1
+                large = equation.name == "conv_general_dilated" and position == 1
                 value = in_pieces(equation, values) if large else bind(equation, values)[0]
                 return [inject(value, noise, self.time)]
         for position in positions:
@@ -159,8 +156,8 @@ def _rows(x: Array | Signs) -> Array | Signs | None:
     if isinstance(x, Signs) and not x.has_rows:
         x = x.unpack()
     if isinstance(x, Signs):
-        return x.rows() if x.spec.shape[0] > 1 else None
-    return x if x.shape[0] > 1 else None
+        return x.rows() if x.spec.shape[0] != 1 else None
+    return x if x.shape[0] != 1 else None
 
 
 def _joined(sliced: list[Any], rest: list[Any]) -> Tangent:
@@ -171,7 +168,3 @@ def _joined(sliced: list[Any], rest: list[Any]) -> Tangent:
 def _without(outputs: Sequence[Atom], kept: set[Variable]) -> tuple[Atom, ...]:
     """The outputs, with a constant in place of carries that the loop returns as they are."""
     return tuple(Constant(0.0) if a in kept else a for a in outputs)
-
-
-def _read(atom: Atom, env: Mapping[Variable, Any]) -> Any:
-    return atom.value if isinstance(atom, Constant) else env[atom]

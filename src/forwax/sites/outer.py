@@ -96,6 +96,6 @@ def _by_blocks(leaf: Array, lead: int, add: Callable[[Array, Callable[[Array], A
         part = add(lax.dynamic_slice_in_dim(leaf, start, size, axis), cut)
         return lax.dynamic_update_slice_in_dim(leaf, part, start, axis)
 
-    whole, rest = divmod(leaf.shape[axis], size)
-    leaf = lax.fori_loop(0, whole, lambda i, leaf: at(leaf, i * size, size), leaf)
-    return at(leaf, whole * size, rest) if rest else leaf
+    full, rest = divmod(leaf.shape[axis], size)
+    leaf = lax.fori_loop(0, full, lambda i, leaf: at(leaf, i * size, size), leaf)
+    return at(leaf, full * size, rest) if rest else leaf

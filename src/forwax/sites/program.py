@@ -205,6 +205,22 @@ def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
     return list(out) if equation.primitive.multiple_results else [out]
 
 
+def read(atom: Atom, env: Mapping[Variable, Any]) -> Any:
+    """The value of an atom."""
+    return atom.value if isinstance(atom, Constant) else env[atom]
+
+
+def evaluate(
+    equations: Iterable[Equation],
+    env: dict[Variable, Any],
+    apply: Callable[[Equation, list[Any]], list[Any]] = bind,
+) -> None:
+    """Compute equations in order; their outputs are added to `env`."""
+    for equation in equations:
+        outputs = apply(equation, [read(atom, env) for atom in equation.inputs])
+        env.update(zip(equation.outputs, outputs, strict=True))
+
+
 def _convert(jaxpr: Any, types: list[Any], consts: Sequence[Any] | None = None) -> Program:
     """A jaxpr as a program with variables of its own; without values for its constvars, they become inputs too."""
     env: dict[Any, Atom] = {}
@@ -218,12 +234,12 @@ def _convert(jaxpr: Any, types: list[Any], consts: Sequence[Any] | None = None) 
     inputs = tuple(map(define, [*(jaxpr.constvars if consts is None else ()), *jaxpr.invars]))
     equations: list[Equation] = []
     _convert_equations(jaxpr, types, env, equations)
-    return Program(inputs, tuple(equations), tuple(_read(env, atom) for atom in jaxpr.outvars))
+    return Program(inputs, tuple(equations), tuple(_atom(env, var) for var in jaxpr.outvars))
 
 
 def _convert_equations(jaxpr: Any, types: list[Any], env: dict[Any, Atom], equations: list[Equation]) -> None:
     for eqn in jaxpr.eqns:
-        inputs = tuple(_read(env, atom) for atom in eqn.invars)
+        inputs = tuple(_atom(env, var) for var in eqn.invars)
         if eqn.primitive in _INLINED:
             outputs = _inline(eqn, inputs, types, equations)
             env.update(zip(eqn.outvars, outputs, strict=True))
@@ -240,7 +256,7 @@ def _inline(eqn: Any, inputs: tuple[Atom, ...], types: list[Any], equations: lis
     env: dict[Any, Atom] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
     _convert_equations(jaxpr, types, env, equations)
-    return [_read(env, atom) for atom in jaxpr.outvars]
+    return [_atom(env, var) for var in jaxpr.outvars]
 
 
 def _loop(eqn: Any, types: list[Any]) -> Loop:
@@ -257,8 +273,8 @@ def _open(jaxpr: Any) -> tuple[Any, list[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
-def _read(env: dict[Any, Atom], atom: Any) -> Atom:
-    return Constant(atom.val) if isinstance(atom, jex.Literal) else env[atom]
+def _atom(env: dict[Any, Atom], var: Any) -> Atom:
+    return Constant(var.val) if isinstance(var, jex.Literal) else env[var]
 
 
 def _contains(jaxpr: Any, names: tuple[str, ...]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from forwax import _mesh, _tree
@@ -16,7 +17,7 @@ from forwax.sites.plan import Level, LoopPlan
 from forwax.sites.program import Variable
 from forwax.sites.regions import Region
 from forwax.sites.run import Values, inject
-from forwax.sites.sites import Pass, Site, Sites
+from forwax.sites.sites import Pass, Site, Sites, push_along
 from forwax.sites.walk import Batch, scan, walk
 
 
@@ -45,18 +46,8 @@ def table_of(sites: Sites) -> dict[Variable, Site]:
 
 def push_drawn(sites: Sites, noise: Drawn) -> Pass:
     """As `Sites.push`, with noise that is drawn at each site; of the records only those of the tail."""
-
-    def slopes(index: Any) -> tuple[list[Array], list[Array], list[Array], Any]:
-        run, time = functools.partial(_evaluate, sites, noise, index), jnp.zeros((), jnp.float32)
-        primal, tangent, rest = jax.jvp(run, (time,), (time + 1,), has_aux=True)
-        return primal[0], tangent[1], tangent[2], rest
-
-    if noise.num_tangents == 1:
-        losses, sums, taps, rest = slopes(0)
-        sums, taps = [x[None] for x in sums], [x[None] for x in taps]
-    else:
-        losses, sums, taps, rest = jax.vmap(slopes, out_axes=(None, 0, 0, None))(jnp.arange(noise.num_tangents))
-    return Pass(losses, rest[0], sums, taps, rest[1])
+    run = functools.partial(_evaluate, sites, noise)
+    return push_along(run, np.arange(noise.num_tangents), noise.num_tangents)  # NumPy's: a single index is a constant
 
 
 def _evaluate(sites: Sites, noise: Drawn, index: Any, time: Array) -> tuple[Any, Any]:

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from forwax.sites.classify import Kind
+from forwax.sites.operations import ADDITIVE, BILINEAR, MOVES
 from forwax.sites.program import NOISE_POINT, Atom, Constant, Equation, Program, Variable, is_inexact, variables
 from forwax.sites.reach import Reach, equation_reach
 
-_ADDITIVE = {"add", "sub", "add_any"}
 _SCALING = {"mul", "div"}
-_MOVES = {"reshape", "transpose", "squeeze", "expand_dims", "convert_element_type", "neg", "copy", "broadcast_in_dim"}
-_ELEMENTWISE = _ADDITIVE | _SCALING | {"pow", "max", "min", "select_n"}
-_JOINING = {"dot_general", "conv_general_dilated"}
+_PASSED = ADDITIVE | MOVES | {"expand_dims", "neg", "copy"}
+_ELEMENTWISE = ADDITIVE | _SCALING | {"pow", "max", "min", "select_n"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,7 +136,7 @@ def _may_join(equation: Equation, reader: _Reader, carried: list[Variable]) -> b
     if equation.name in _SCALING:  # a gain: the other factor is a parameter
         first = equation.name == "mul" or equation.inputs[0] in carried
         return len(carried) == 1 and first and reader.takes_parameter(equation)
-    return equation.name in _ADDITIVE or equation.name in _MOVES
+    return equation.name in _PASSED
 
 
 def _marked_regions(program: Program, reader: _Reader) -> list[Region]:
@@ -163,7 +162,7 @@ def _before_mark(mark: Equation, program: Program, reader: _Reader) -> list[Equa
         site = reader.is_site(equation)
         if equation.primitive is None or _is_mark(equation) or equation.contains("while"):
             continue
-        if not site and equation.name in _JOINING:
+        if not site and equation.name in BILINEAR:
             continue
         chosen.append(equation)
         if not site or equation.name in _ELEMENTWISE:  # beyond an operation such as a dot the error must not go

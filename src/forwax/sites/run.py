@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from forwax import _mesh
 from forwax.sites.plan import Level, LoopPlan
-from forwax.sites.program import Atom, Constant, Equation, Variable, bind
+from forwax.sites.program import Equation, Variable, bind, evaluate, read
 from forwax.sites.regions import Region
 
 Values: TypeAlias = dict[Variable, Any]
@@ -55,7 +55,7 @@ def forward(
     env: Values = dict(zip(level.program.inputs, inputs, strict=True))
     records: Values = {}
     for equation in level.program.equations:
-        values = [_read(atom, env) for atom in equation.inputs]
+        values = [read(atom, env) for atom in equation.inputs]
         plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
         if plan is None:
             outputs = bind(equation, values)
@@ -65,7 +65,7 @@ def forward(
         for v, value in zip(equation.outputs, outputs, strict=True):
             env[v] = value if v not in noise else inject(value, noise[v], time)
     records.update({v: lax.stop_gradient(env[v]) for v in level.records | extra})
-    return [_read(atom, env) for atom in (*level.program.outputs, *taps)], records
+    return [read(atom, env) for atom in (*level.program.outputs, *taps)], records
 
 
 def _forward_loop(plan: LoopPlan, values: Sequence[Any], noise: Mapping[Variable, Array], time: Array | None):
@@ -107,23 +107,20 @@ def local(
         elif isinstance(step, LoopPlan):
             outputs.update(_local_loop(step, env, apply))
         else:
-            values = apply(step, [_read(atom, env) for atom in step.inputs])
-            env.update(zip(step.outputs, values, strict=True))
+            evaluate([step], env, apply)
     return outputs
 
 
 def _local_region(region: Region, env: Values, apply: Callable) -> Values:
     scope = {v: env[v] for v in region.inputs}
-    for equation in region.equations:
-        values = apply(equation, [_read(atom, scope) for atom in equation.inputs])
-        scope.update(zip(equation.outputs, values, strict=True))
+    evaluate(region.equations, scope, apply)
     return {v: scope[v] for v in region.outputs}
 
 
 def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
     """The steps do not depend on one another any more: a vmap over recorded time."""
-    fixed = {v: _read(atom, env) for v, atom in plan.fixed.items()}
-    mapped = {v: _read(atom, env) for v, atom in plan.scanned.items()}
+    fixed = {v: read(atom, env) for v, atom in plan.fixed.items()}
+    mapped = {v: read(atom, env) for v, atom in plan.scanned.items()}
     mapped |= {v: env[v] for v in plan.level.all_records()}
 
     def step(mapped: Values) -> tuple[Values, Values]:
@@ -133,9 +130,5 @@ def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
 
     outputs, stacked = jax.vmap(step, axis_size=plan.loop.length)(mapped)
     env.update(stacked)
-    env.update({outer: _read(atom, env) for outer, atom in plan.kept.items()})
+    env.update({outer: read(atom, env) for outer, atom in plan.kept.items()})
     return outputs
-
-
-def _read(atom: Atom, env: Values) -> Any:
-    return atom.value if isinstance(atom, Constant) else env[atom]

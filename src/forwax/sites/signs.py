@@ -10,16 +10,8 @@ from jax import Array
 
 from forwax._tree import Spec
 from forwax.sites.order import behind
-from forwax.tangents import Rademacher
-from forwax.tangents._base import sampler
+from forwax.tangents._base import draw_each, typed_key
 from forwax.tangents.rademacher import WORD, draw_words, unpack_signs
-
-
-class _Words(Rademacher):
-    """The words of `Rademacher`'s signs."""
-
-    def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
-        return draw_words(key, specs)
 
 
 @jax.tree_util.register_dataclass
@@ -57,13 +49,13 @@ class Signs:
 
     def rows(self) -> "Signs":
         """The same, of which one row each is a slice along the first axis: for words without further axes."""
-        words = self.words.reshape(self.spec.shape[0], -1)
+        words = self.words.reshape(self.spec.shape[0], math.prod(self.spec.shape[1:]) // WORD)
         return Signs(words, Spec(self.spec.shape[1:], self.spec.dtype), self.scale)
 
 
 def draw_signs(key: Array, specs: Sequence[Spec], indices: Array) -> list[Signs]:
     """The signs of the tangents of the given indices [c], as `Rademacher` draws them; words with a leading axis c."""
-    words = sampler(_Words(), key, list(specs), 1)(indices)
+    words = draw_each(draw_words, typed_key(key), specs, indices)
     return [Signs(each, spec) for each, spec in zip(words, specs, strict=True)]
 
 

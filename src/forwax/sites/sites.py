@@ -150,32 +150,26 @@ class Sites:
         lead = slopes.ndim - len(site.shape)
         return jnp.squeeze(slopes, tuple(range(lead, lead + self.num_loops(site)))) if self.credit else slopes
 
-    def shared_noise(self, site: Site, other: Site) -> float:
-        """How many coordinates of another site's noise one slope of this site hears, on average."""
+    def shared_noise(self, site: Site, other: Site, own_slopes: bool = True) -> float:
+        """How many coordinates of another site's noise one slope of this site hears, on average.
+
+        Unless examples have slopes of their own and the site a value of its own for each, it hears all examples'.
+        """
+        examples = 1 if self.num_examples is None or (own_slopes and site.mapped) else self.num_examples
+        size = other.size * (examples if other.mapped else 1)
         if not self.credit:
-            return other.size if other.reach & site.reach else 0
+            return size if other.reach & site.reach else 0
         theirs = {credit.source: credit for credit in self.credit[other.variable]}
         heard = [(mine, theirs[mine.source]) for mine in self.credit[site.variable] if mine.source in theirs]
-        return max((other.size / mine.common(their) for mine, their in heard), default=0)
+        return max((size / mine.common(their) for mine, their in heard), default=0)
 
     def push(self, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
         """Evaluate the loss, and its slopes along k noises [k, *spec]; with no noise there are no slopes."""
         table = dict(zip([site.variable for site in self.noisy], noise, strict=False))
-        time = jnp.zeros((), jnp.float32)
         if not table:
             (losses, *_), (aux, records) = self._run({}, None)
             return Pass(losses, aux, [], [], records)
-
-        def slopes(noise: Values) -> tuple[list[Array], list[Array], list[Array], Any]:
-            primal, tangent, rest = jax.jvp(lambda t: self._run(noise, t), (time,), (time + 1,), has_aux=True)
-            return primal[0], tangent[1], tangent[2], rest
-
-        if num_tangents == 1:
-            losses, sums, taps, rest = slopes({v: x[0] for v, x in table.items()})
-            sums, taps = [x[None] for x in sums], [x[None] for x in taps]
-        else:
-            losses, sums, taps, rest = jax.vmap(slopes, out_axes=(None, 0, 0, None))(table)
-        return Pass(losses, rest[0], sums, taps, rest[1])
+        return push_along(self._run, table, num_tangents)
 
     def _run(self, noise: Values, time: Array | None) -> tuple[Any, Any]:
         """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
@@ -293,6 +287,29 @@ class Sites:
         """The objective of the losses: their sum, and the mean over the examples."""
         sums = [jnp.sum(x) if self.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1) for x in losses]
         return jnp.mean(sum(sums[1:], start=sums[0]))
+
+
+def push_along(run: Callable[[Any, Array], tuple[Any, Any]], noise: Any, num_tangents: int) -> Pass:
+    """Evaluate the loss and its slopes along k noises.
+
+    Args:
+        run: takes one noise and the time, of which the tangent scales it, to `((losses, sums of losses, sources),
+            (aux, records))`.
+        noise: a tree with a leading axis k.
+        num_tangents: the number k.
+    """
+    time = jnp.zeros((), jnp.float32)
+
+    def slopes(noise: Any) -> tuple[list[Array], list[Array], list[Array], Any]:
+        primal, tangent, rest = jax.jvp(lambda t: run(noise, t), (time,), (time + 1,), has_aux=True)
+        return primal[0], tangent[1], tangent[2], rest
+
+    if num_tangents == 1:
+        losses, sums, taps, rest = slopes(jax.tree.map(lambda x: x[0], noise))
+        sums, taps = [x[None] for x in sums], [x[None] for x in taps]
+    else:
+        losses, sums, taps, rest = jax.vmap(slopes, out_axes=(None, 0, 0, None))(noise)
+    return Pass(losses, rest[0], sums, taps, rest[1])
 
 
 def _product(error: Array, tangent: Array) -> Array:

@@ -12,6 +12,7 @@ from forwax._tree import Tree
 from forwax.sites.axes import Factor, back
 from forwax.sites.classify import Kind
 from forwax.sites.credit import credits_of
+from forwax.sites.operations import BILINEAR
 from forwax.sites.program import Constant, Traced, Variable, trace
 from forwax.sites.run import forward
 from forwax.sites.sites import Sites
@@ -42,7 +43,7 @@ def _may_gain(sites: Sites, source: Variable) -> bool:
     if region is None:
         return bool(links)
     equation, *more = region.equations
-    if more or equation.name not in ("dot_general", "conv_general_dilated"):
+    if more or equation.name not in BILINEAR:
         return bool(links)
     shapes = [tuple(sites.traced.types[v].shape) for v in equation.inputs if not isinstance(v, Constant)]
     mixed = [i for i, v in enumerate(equation.variables) if sites.kinds[v] is Kind.MIXED]

@@ -11,9 +11,9 @@ from jax import Array
 from forwax import _tree
 from forwax.sites.axes import Factor, back
 from forwax.sites.factored import is_move
+from forwax.sites.operations import BILINEAR
 from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable
 
-_MATRIX = ("dot_general", "conv_general_dilated")
 _LOOKED_UP = "gather"
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
 """The axes of a parameter that its two factors depend on; those that are in both have a pair of factors each."""
@@ -71,7 +71,7 @@ class _Finder:
                 continue
             for position, atom in known:
                 leaf, steps = origins[atom]
-                if equation.name in _MATRIX:
+                if equation.name in BILINEAR:
                     self.uses.setdefault(leaf, []).append(self.split(equation, position, leaf, steps))
                 elif equation.name == _LOOKED_UP and position == 0:
                     self.uses.setdefault(leaf, []).append(default_split(self.shape(leaf)))

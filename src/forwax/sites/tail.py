@@ -1,5 +1,6 @@
 """The parameter-free rest of the loss behind its last sites, whose error reverse mode takes exactly."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,14 +8,13 @@ from typing import Any
 from jax import Array
 
 from forwax.sites.classify import Kind
+from forwax.sites.operations import ADDITIVE, MOVES
 from forwax.sites.plan import Kinds, Level
-from forwax.sites.program import Atom, Constant, Equation, Program, Variable, bind, variables
+from forwax.sites.program import Atom, Constant, Equation, Program, Variable, bind, read, variables
 from forwax.sites.reach import Reach, equation_reach
 from forwax.sites.regions import Region
 
-_ADDITIVE = {"add", "sub", "add_any"}
-_MOVES = {"reshape", "squeeze", "transpose", "broadcast_in_dim", "concatenate", "stack", "convert_element_type"}
-_SUMS = _ADDITIVE | _MOVES | {"reduce_sum", "neg"}
+_SUMS = ADDITIVE | MOVES | {"concatenate", "stack", "reduce_sum", "neg"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,14 +35,11 @@ class Tail:
 
     def run(self, shifts: Mapping[Variable, Array], records: Mapping[Variable, Array]) -> list[Any]:
         """The losses that the starts reach, as a function of shifts added to the starts."""
-        env: dict[Variable, Any] = {}
-
-        def read(atom: Atom) -> Any:
-            return atom.value if isinstance(atom, Constant) else env[atom] if atom in env else records[atom]
-
-        env |= {v: records[v] + shifts[v] for v in self.starts if v in records}
+        env: dict[Variable, Any] = {v: records[v] + shifts[v] for v in self.starts if v in records}
+        known = collections.ChainMap(env, dict(records))
         for equation in self.equations:
-            for v, value in zip(equation.outputs, bind(equation, [read(a) for a in equation.inputs]), strict=True):
+            values = bind(equation, [read(atom, known) for atom in equation.inputs])
+            for v, value in zip(equation.outputs, values, strict=True):
                 env[v] = value + shifts[v] if v in shifts else value
         return [env[atom] for atom in self.losses if not isinstance(atom, Constant) and atom in env]
 
@@ -133,7 +130,7 @@ def _is_barrier(equation: Equation, kinds: Kinds, noised: set[Variable]) -> bool
     weights = [v for v in inputs if kinds[v] is Kind.PARAMETER or v in noised]
     if equation.loop is not None or equation.contains("while"):
         return True
-    if equation.primitive is None or equation.name in _ADDITIVE or not weights:
+    if equation.primitive is None or equation.name in ADDITIVE or not weights:
         return False
     return _meets_data(equation.inputs, kinds, noised)
 

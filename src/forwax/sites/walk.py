@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from forwax.sites.plan import Level, LoopPlan
-from forwax.sites.program import Atom, Constant, Equation, Variable, bind
+from forwax.sites.program import Atom, Constant, Equation, Variable, evaluate, read
 from forwax.sites.regions import Region
 from forwax.sites.run import Values
 
@@ -41,9 +41,7 @@ class Batch:
 
         def one(slices: Values) -> Values:
             scope = {**env, **slices}
-            for equation in equations:
-                values = bind(equation, [read(atom, scope) for atom in equation.inputs])
-                scope.update(zip(equation.outputs, values, strict=True))
+            evaluate(equations, scope)
             return {v: scope[v] for v in made}
 
         return jax.vmap(one, out_axes=made, axis_size=self.size)(slices) if slices else one({})
@@ -132,8 +130,3 @@ def scan(
     (carry, state), (ys, stacked) = lax.scan(body_step, start, (xs, slices), loop.length, loop.reverse, loop.unroll)
     ys = [jnp.moveaxis(y, 0, 1) if batch.has(o) else y for y, o in zip(ys, body.outputs[loop.num_carry :], strict=True)]
     return [*carry, *ys], state, stacked
-
-
-def read(atom: Atom, env: Values) -> Any:
-    """The value of an atom."""
-    return atom.value if isinstance(atom, Constant) else env[atom]

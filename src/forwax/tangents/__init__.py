@@ -3,6 +3,7 @@
 from forwax.tangents._base import IndependentTangents, Tangents
 from forwax.tangents.coordinate import Coordinate
 from forwax.tangents.guided import Guided
+from forwax.tangents.hadamard import Hadamard
 from forwax.tangents.low_rank import LowRank
 from forwax.tangents.normal import Normal
 from forwax.tangents.orthonormal import Orthonormal
@@ -13,6 +14,7 @@ from forwax.tangents.sphere import Sphere
 __all__ = [
     "Coordinate",
     "Guided",
+    "Hadamard",
     "IndependentTangents",
     "LowRank",
     "Normal",

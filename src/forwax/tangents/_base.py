@@ -67,6 +67,9 @@ class Tangents(abc.ABC):
 class IndependentTangents(Tangents):
     """Directions that can be drawn one by one: direction j of a call depends on the key and on j alone."""
 
+    joint: ClassVar[bool] = False
+    """Whether the directions of one call depend on one another, so that each needs the same key and its own index."""
+
     @abc.abstractmethod
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: an array of shape and dtype `spec` per leaf."""
@@ -77,15 +80,22 @@ class IndependentTangents(Tangents):
 
     def draw_at(self, key: Array, specs: Sequence[Spec], indices: Array) -> list[Array]:
         """Draw the directions of the given indices [c] alone: the same ones for every cut into chunks."""
+        return draw_each(self.draw_one, key, specs, indices)
 
-        def one(index: Array) -> list[Array]:
-            return self.draw_one(jax.random.fold_in(key, index), specs)
 
-        if indices.shape[0] == 1:
-            return [x[None] for x in one(indices[0])]
-        if "rbg" in str(jax.random.key_impl(key)):  # under vmap this generator uses the first key of the batch alone
-            return jax.lax.map(one, indices)
-        return jax.vmap(one)(indices)
+def draw_each(
+    draw_one: Callable[[Array, Sequence[Spec]], list[Array]], key: Array, specs: Sequence[Spec], indices: Array
+) -> list[Array]:
+    """What `draw_one` draws for each of the indices [c], from a key of its own."""
+
+    def one(index: Array) -> list[Array]:
+        return draw_one(jax.random.fold_in(key, index), specs)
+
+    if indices.shape[0] == 1:
+        return [x[None] for x in one(indices[0])]
+    if "rbg" in str(jax.random.key_impl(key)):  # under vmap this generator uses the first key of the batch alone
+        return jax.lax.map(one, indices)
+    return jax.vmap(one)(indices)
 
 
 def typed_key(key: Array) -> Array:
@@ -112,13 +122,7 @@ def sampler(
             drawn = draw(own, [specs[i] for i in members], indices)
             for i, x in zip(members, drawn, strict=True):
                 leaves[i] = x
-        return jax.tree.unflatten(
-            jax.tree.structure(like),
-            [
-                jax.lax.complex(x[:, 0], x[:, 1]) if _tree.is_complex(leaf) else x
-                for x, leaf in zip(leaves, jax.tree.leaves(like), strict=True)
-            ],
-        )
+        return _tree.from_real(leaves, like, lead=1)
 
     def draw(own: Array, part: Sequence[Spec], indices: Array) -> list[Array]:
         if isinstance(tangents, IndependentTangents):

@@ -18,7 +18,7 @@ class Entry:
     Attributes:
         rule: a method of the paper.
         num_tangents: how many noises each step draws; None for a rule without noise.
-        tangents: their distribution.
+        tangents: their distribution; without another word signs, orthogonal to each other where there are several.
         parts: whether each patch and group has its own slope.
 
     >>> Entry.parse("LG-FG-A:4:normal")
@@ -44,7 +44,7 @@ class Entry:
             if words:
                 raise UsageError(f"{rule} draws no noise, so that {text!r} means nothing; write {rule}.")
             return cls(rule)
-        given: dict[str, Any] = {"num_tangents": 1, "tangents": "rademacher"}
+        given: dict[str, Any] = {"num_tangents": 1}
         known = [name for name in choices.TANGENTS if name not in ("guided", "sparse")]
         for word in words:
             if word.isdigit() and int(word):
@@ -55,6 +55,7 @@ class Entry:
                 given["tangents"] = word
             else:
                 raise UsageError(f"{text!r}: expected a number of noises, one-slope or one of {', '.join(known)}.")
+        given.setdefault("tangents", _signs(given["num_tangents"]))
         return cls(rule, **given)
 
     @property
@@ -64,10 +65,18 @@ class Entry:
         >>> Entry.parse("LG-FG-A:normal").name, Entry.parse("FG-A:8").name
         ('LG-FG-A:normal', 'FG-A:8')
         """
-        words = [self.rule]
-        words += [str(self.num_tangents)] if (self.num_tangents or 1) > 1 else []
-        words += [self.tangents] if self.tangents not in (None, "rademacher") else []
+        words = [self.row]
+        words += [self.tangents] if self.tangents not in (None, _signs(self.num_tangents or 1)) else []
         return ":".join(words + ([] if self.parts else ["one-slope"]))
+
+    @property
+    def row(self) -> str:
+        """The rule and the number of its noises, by which a column knows rates and epochs.
+
+        >>> Entry.parse("FG-A:8:normal").row
+        'FG-A:8'
+        """
+        return self.rule if (self.num_tangents or 1) == 1 else f"{self.rule}:{self.num_tangents}"
 
     def settings(self, column: Column, num_examples: int, **changes: Any) -> Settings:
         """The settings of this row in a column.
@@ -77,15 +86,20 @@ class Entry:
             num_examples: the size of the training set.
             changes: settings to change, and `epochs`, for those of the column.
         """
-        epochs = changes.pop("epochs", None) or column.epochs_of(self.name)
+        epochs = changes.pop("epochs", None) or column.epochs_of(self.row)
         settings = dataclasses.replace(
             column.settings,
             rule=self.rule,
             num_tangents=self.num_tangents,
             tangents=self.tangents,
             parts=self.parts,
-            learning_rate=column.rates.get(self.name, column.rates[self.rule]),
+            learning_rate=column.rates.get(self.row, column.rates[self.rule]),
         )
         settings = dataclasses.replace(settings, **changes)
         per_epoch = max(1, num_examples // settings.batch_size)
         return settings if "steps" in changes else dataclasses.replace(settings, steps=epochs * per_epoch)
+
+
+def _signs(num_tangents: int) -> str:
+    """The signs that a row draws by default."""
+    return "hadamard" if num_tangents > 1 else "rademacher"

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from forwax.lab.checkpoints import Checkpoints
-from forwax.lab.loop import MAX_BLOCK, Trainer, build_trainer, in_batches, init_state, make_evaluator
 from forwax.lab.problem import Problem
-from forwax.lab.runs import CHECKPOINTS, CONFIG, SUMMARY, Metrics, Run, write_json
 from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train import versions
+from forwax.lab.train.checkpoints import Checkpoints
+from forwax.lab.train.command import versions
+from forwax.lab.train.loop import MAX_BLOCK, Trainer, build_trainer, in_batches, init_state, make_evaluator
+from forwax.lab.train.runs import CHECKPOINTS, CONFIG, SUMMARY, Metrics, Run, write_json
 
 CHECKPOINT_SECONDS = 60.0
 """The least time between two checkpoints, which are written at ends of epochs."""

@@ -10,8 +10,9 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.lab import choices, optimize_numbers, optimize_picture, style
-from forwax.lab.descent import Plan, descend, measure
+from forwax.lab import choices, style
+from forwax.lab.optimize import numbers, picture
+from forwax.lab.optimize.descent import Plan, descend, measure
 from forwax.lab.settings import Settings, UsageError
 
 DEFAULTS: dict[str, tuple[float, int]] = {
@@ -106,19 +107,19 @@ def run(options: OptimizeOptions) -> int:
     """
     plan = make_plan(options)
     rule = make_rule(options, len(plan.start))
-    picture = options.out or Path("runs") / f"optimize-{options.function}.png"
-    if picture.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--out must end in .png, .svg or .pdf, got {str(picture)!r}.")
+    path = options.out or Path("runs") / f"optimize-{options.function}.png"
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--out must end in .png, .svg or .pdf, got {str(path)!r}.")
     rules = {"backprop": fx.Backprop(), "forward" if options.rule == "weight" else options.rule: rule}
     keys = jax.random.split(jax.random.key(options.seed), options.runs)
     descents = {name: descend(plan, rule, keys) for name, rule in rules.items()}
     timings = dict(zip(rules, measure(plan, list(rules.values()), keys[0]), strict=True))
-    numbers = optimize_numbers.summarise(plan, rules, descents, timings, options.seed)
+    found = numbers.summarise(plan, rules, descents, timings, options.seed)
     console = Console()
-    console.print(optimize_numbers.make_table(numbers))
-    style.save(optimize_picture.draw(plan, descents, timings), picture)
-    optimize_numbers.write(numbers, picture.with_suffix(".json"))
-    console.print(f"Picture: {picture}\nNumbers: {picture.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    console.print(numbers.make_table(found))
+    style.save(picture.draw(plan, descents, timings), path)
+    numbers.write(found, path.with_suffix(".json"))
+    console.print(f"Picture: {path}\nNumbers: {path.with_suffix('.json')}", highlight=False, soft_wrap=True)
     return 0
 
 

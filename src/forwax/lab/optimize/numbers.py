@@ -13,7 +13,7 @@ import numpy as np
 from rich.table import Table
 
 import forwax as fx
-from forwax.lab.descent import Descent, Plan, Timing
+from forwax.lab.optimize.descent import Descent, Plan, Timing
 
 __all__ = ["make_table", "summarise", "write"]
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from forwax.lab import compare_timing
-from forwax.lab.compare_setup import Comparison
-from forwax.lab.compare_train import Program, Scorer, build_program, evaluation_steps, train
+from forwax.lab.compare import timing
+from forwax.lab.compare.setup import Comparison
+from forwax.lab.compare.training import Program, Scorer, build_program, evaluation_steps, train
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -44,7 +44,7 @@ class Bench:
         """Measure the time of a step under every rule, and gather the compiled memory."""
         steps = self.comparison.steps
         programs = {rule.name: self._program(rule.name, steps) for rule in self.comparison.rules}
-        seconds = compare_timing.measure(programs)
+        seconds = timing.measure(programs)
         for name, values in seconds.items():
             print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
         return {"seconds": seconds, "temporary_bytes": {name: each.temporary_bytes for name, each in programs.items()}}

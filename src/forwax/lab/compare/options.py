@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import tyro
 
 from forwax.lab.options import ExperimentName
-from forwax.lab.runs import CONFIG, Run, write_json
 from forwax.lab.settings import UsageError
-from forwax.lab.train import versions
+from forwax.lab.train.command import versions
+from forwax.lab.train.runs import CONFIG, Run, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class CompareOptions:
     """What to train on what."""
     rules: tuple[str, ...] = ()
     """The rules: backprop, forward, forward-normal, low-rank, projection, shrinkage, orthonormal, finite-difference,
-    exact; followed by a number of tangents where wanted. By default backprop forward forward-16 projection; with
-    --paper backprop forward-normal forward."""
+    activity, feedback, direct-feedback, exact; followed by a number of tangents where wanted. By default backprop
+    forward forward-16 projection; with --paper backprop forward-normal forward."""
     config: str = "default"
     """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
     paper: bool = False

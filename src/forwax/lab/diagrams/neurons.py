@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from forwax.lab import drawing, style
+from forwax.lab import style
+from forwax.lab.diagrams import drawing
 
 __all__ = ["backward_step", "forward_step"]
 

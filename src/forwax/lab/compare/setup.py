@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from forwax.lab import choices, compare_rules
-from forwax.lab.compare_options import CompareOptions, check, make_folder, resumed
-from forwax.lab.compare_rules import NamedRule
+from forwax.lab import choices
+from forwax.lab.compare import named_rules
+from forwax.lab.compare.named_rules import NamedRule
+from forwax.lab.compare.options import CompareOptions, check, make_folder, resumed
 from forwax.lab.experiments import Experiment
 from forwax.lab.optimizers import suggest_rate
 from forwax.lab.options import find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
-from forwax.lab.runs import write_json
 from forwax.lab.settings import Settings, UsageError
+from forwax.lab.train.runs import write_json
 
 PARTS = "parts"
 """The folder of the finished parts, one JSON file each."""
@@ -73,8 +74,8 @@ def make_ready(options: CompareOptions) -> Comparison:
     options = resumed(options) if options.resume else options
     check(options)
     experiment = find_experiment(options.experiment)
-    rules = compare_rules.parse_all(
-        options.rules or (compare_rules.PAPER_RULES if options.paper else compare_rules.DEFAULT_RULES)
+    rules = named_rules.parse_all(
+        options.rules or (named_rules.PAPER_RULES if options.paper else named_rules.DEFAULT_RULES)
     )
     problem = build_problem(experiment, Settings(), options.data_dir)
     problem, validation = hold_out(problem, options.validation_examples)

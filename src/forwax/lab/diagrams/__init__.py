@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from forwax.lab import style
-from forwax.lab.gradient_diagram import forward_gradient
-from forwax.lab.neuron_diagrams import backward_step, forward_step
+from forwax.lab.diagrams.gradient import forward_gradient
+from forwax.lab.diagrams.neurons import backward_step, forward_step
 
 __all__ = ["backward_step", "forward_gradient", "forward_step", "save_all"]
 

@@ -19,15 +19,15 @@ import jax
 import tyro
 
 from forwax.lab import choices, optimizers
-from forwax.lab.checkpoints import Checkpoint, Checkpoints
 from forwax.lab.experiments import EXPERIMENTS, describe
-from forwax.lab.loop import MAX_BLOCK, Block, Trainer, build_trainer, init_state
-from forwax.lab.monitor import monitored
 from forwax.lab.options import ExperimentName, SettingOptions, find_configuration, find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
-from forwax.lab.progress import Reporter, make_reporter
-from forwax.lab.runs import CHECKPOINTS, CURVES, SUMMARY, Metrics, Run, write_json
 from forwax.lab.settings import Settings, UsageError
+from forwax.lab.train.checkpoints import Checkpoint, Checkpoints
+from forwax.lab.train.loop import MAX_BLOCK, Block, Trainer, build_trainer, init_state
+from forwax.lab.train.monitor import monitored
+from forwax.lab.train.progress import Reporter, make_reporter
+from forwax.lab.train.runs import CHECKPOINTS, CURVES, SUMMARY, Metrics, Run, write_json
 
 BLOCK_SECONDS = 0.25
 """How long a block of steps should take, so that Ctrl-C is answered within half a second."""
@@ -54,7 +54,8 @@ class TrainOptions(SettingOptions):
     experiment: Annotated[ExperimentName, tyro.conf.Positional] = "digits"
     """What to train on what."""
     config: str = "default"
-    """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
+    """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022); for local-mixer a
+    column of `forwax reproduce`."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
     """Go on with the run in this folder, bit for bit as if it had never stopped."""
     runs: Path = Path("runs")
@@ -314,7 +315,8 @@ def advice(session: Session, loss: float) -> str:
 def _finish(session: Session, started: float) -> None:
     """Draw the curves, write the summary (last, since it marks the run as finished), and tell the result."""
     # imported here: matplotlib takes a second that `forwax train --help` need not wait for
-    from forwax.lab import curves, style
+    from forwax.lab import style
+    from forwax.lab.train import curves
 
     run, rows = session.run, session.run.metrics()
     summary = make_summary(session, rows)

@@ -9,8 +9,8 @@ import jax
 
 import forwax as fx
 from forwax.lab import choices
-from forwax.lab.loop import TrainState
 from forwax.lab.settings import Settings
+from forwax.lab.train.loop import TrainState
 
 NAMES = ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped")
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from forwax.lab import style
-from forwax.lab.descent import Descent, Plan, Timing
+from forwax.lab.optimize.descent import Descent, Plan, Timing
 
 __all__ = ["draw"]
 

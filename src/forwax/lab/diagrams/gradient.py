@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import forwax as fx
-from forwax.lab import drawing, style
+from forwax.lab import style
+from forwax.lab.diagrams import drawing
 
 __all__ = ["forward_gradient"]
 
@@ -38,7 +39,7 @@ def forward_gradient(key: jax.Array | None = None) -> Figure:
         "The forward gradient", "One slope times its own random direction: noisy, but right on average."
     )
     left = figure.add_axes((0.038, 0.03, 0.43, 0.7), title="One direction, its slope, its estimate")
-    right = figure.add_axes((0.53, 0.03, 0.43, 0.7), title=f"{SHOWN} estimates around the gradient")
+    right = figure.add_axes((0.53, 0.03, 0.43, 0.7), title=f"{SHOWN} of {ESTIMATES:,} estimates around the gradient")
     for axes in (left, right):
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -107,7 +108,7 @@ def _many_estimates(axes: Axes, gradient: np.ndarray, estimates: np.ndarray) -> 
         *mean, "o", markerfacecolor="none", markeredgecolor=style.INK, markeredgewidth=1.4, markersize=12, zorder=6
     )
     _label(axes, 0.5 * gradient - 0.14 * size * across, "$g$", TRUE)
-    _label(axes, mean + 0.3 * size * unit, f"mean of {len(estimates):,}", style.INK)
+    _label(axes, mean + 0.3 * size * unit, "mean of all", style.INK)
     aside = 0.85 * size * across - 0.2 * size * unit
     _label(axes, aside, "no estimate on this side", style.MUTED, rotation=_angle(across), size=10.5)
 

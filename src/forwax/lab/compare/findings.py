@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from forwax.lab.compare_rules import NamedRule
-from forwax.lab.compare_search import edge_note
-from forwax.lab.compare_timing import LOSS
+from forwax.lab.compare.named_rules import NamedRule
+from forwax.lab.compare.rates import edge_note
+from forwax.lab.compare.timing import LOSS
 
 NOT_REACHED = "not reached"
 

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from forwax.lab import compare_results, compare_search, compare_table
-from forwax.lab.compare_bench import Bench
-from forwax.lab.compare_options import CompareOptions
-from forwax.lab.compare_setup import Comparison, make_ready
-from forwax.lab.runs import write_json
-from forwax.lab.train import versions
+from forwax.lab.compare import findings, rates, tables
+from forwax.lab.compare.bench import Bench
+from forwax.lab.compare.options import CompareOptions
+from forwax.lab.compare.setup import Comparison, make_ready
+from forwax.lab.train.command import versions
+from forwax.lab.train.runs import write_json
 
 __all__ = ["CompareOptions", "compare", "run"]
 
@@ -56,9 +56,9 @@ def run(options: CompareOptions) -> int:
     save(comparison, results)
     # a log has no width of its own; the tables need this much
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    for table in compare_table.make_tables(results):
+    for table in tables.make_tables(results):
         console.print(table)
-    for note in compare_table.notes(results):
+    for note in tables.notes(results):
         console.print(f"- {note}", highlight=False, soft_wrap=True)
     print(f"{time.perf_counter() - started:.0f} s. Results, table and figure: {comparison.folder}")
     return 0
@@ -85,7 +85,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         for name in names:
             make = lambda name=name, seed=seed: bench.run(name, rates[name], seed)  # noqa: E731
             runs[name].append(comparison.part(f"run-{name}-{seed}", make))
-    return _facts(comparison) | compare_results.gather(comparison.rules, timing, searches, runs, options.target_loss)
+    return _facts(comparison) | findings.gather(comparison.rules, timing, searches, runs, options.target_loss)
 
 
 def _search(bench: Bench, name: str) -> list[dict[str, Any]]:
@@ -97,9 +97,9 @@ def _search(bench: Bench, name: str) -> list[dict[str, Any]]:
 
     suggested = comparison.settings[name].learning_rate
     assert suggested is not None
-    candidates = compare_search.search(suggested, comparison.options.search_rates, candidate)
-    note = compare_search.edge_note(candidates)
-    best = compare_search.best_rate(compare_search.pairs(candidates))
+    candidates = rates.search(suggested, comparison.options.search_rates, candidate)
+    note = rates.edge_note(candidates)
+    best = rates.best_rate(rates.pairs(candidates))
     print(f"{name}: learning rate {best:.3g}" + (f" ({note})" if note else ""), flush=True)
     return candidates
 
@@ -107,7 +107,7 @@ def _search(bench: Bench, name: str) -> list[dict[str, Any]]:
 def _rate(comparison: Comparison, name: str, candidates: list[dict[str, Any]]) -> float:
     rate = comparison.settings[name].learning_rate
     assert rate is not None
-    return compare_search.best_rate(compare_search.pairs(candidates)) if candidates else rate
+    return rates.best_rate(rates.pairs(candidates)) if candidates else rate
 
 
 def _facts(comparison: Comparison) -> dict[str, Any]:
@@ -136,8 +136,9 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
 def save(comparison: Comparison, results: dict[str, Any]) -> None:
     """Write the figure, the tables in markdown, and results.json last, since it marks the comparison as finished."""
     # imported here: matplotlib takes a second that `forwax compare --help` need not wait for
-    from forwax.lab import compare_figure, style
+    from forwax.lab import style
+    from forwax.lab.compare import picture
 
-    style.save(compare_figure.draw(results), comparison.folder / FIGURE, dpi=120)
-    (comparison.folder / TABLE).write_text(compare_table.markdown(results))
+    style.save(picture.draw(results), comparison.folder / FIGURE, dpi=120)
+    (comparison.folder / TABLE).write_text(tables.markdown(results))
     write_json(comparison.folder / RESULTS, results)

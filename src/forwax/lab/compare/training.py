@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from forwax.lab.loop import MAX_BLOCK, TrainState, in_batches, init_state, make_block, make_evaluator
 from forwax.lab.problem import Problem
 from forwax.lab.settings import Settings
+from forwax.lab.train.loop import MAX_BLOCK, TrainState, in_batches, init_state, make_block, make_evaluator
 
 BINS = 200
 """How many means the training losses of a run are stored as."""

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from forwax.lab import compare_table, style
+from forwax.lab import style
+from forwax.lab.compare import tables
 
 
 @style.styled
@@ -43,7 +44,7 @@ def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
     for run in each["runs"] if len(each["runs"]) > 1 else []:
         axes.plot(*_points(run, scale), color=each["colour"], linestyle=each["dashes"], alpha=0.35, linewidth=0.7)
     lost = f" ({each['non_finite']} of {len(each['runs'])} not finite)" if each["non_finite"] else ""
-    label = f"{each['about']}: {compare_table.accuracy(each)} test accuracy{lost}"
+    label = f"{each['about']}: {tables.accuracy(each)} test accuracy{lost}"
     look = {"color": each["colour"], "linestyle": each["dashes"], "linewidth": 2.2}
     axes.plot(*_points(each["curve"], scale), **look, label=label)
 

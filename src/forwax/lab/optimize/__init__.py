@@ -1,0 +1,1 @@
+"""`forwax optimize`: descent on test functions, by backprop and by forward gradients."""

@@ -1,0 +1,1 @@
+"""`forwax train`: the loop, and the folder of a run that any interruption leaves resumable."""
