@@ -66,6 +66,7 @@ class Case:
         options: `argnums`, `has_aux` and `in_axes` of `forwax.value_and_grad`.
         reverse: whether reverse mode accepts the loss.
         traceable: whether the loss runs under a trace.
+        data: whether parameters meet data, as rules on sites need it.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     reverse: bool = True
     traceable: bool = True
+    data: bool = False
 
     @property
     def args(self) -> tuple:
@@ -208,23 +210,30 @@ def keyword_loss(w: Array, *, scale: Array, power: int = 2) -> Array:
 
 CASES = [
     Case("vector", quadratic, lambda: (normal(0, 5),)),
-    Case("dict", regression, lambda: ({"w": normal(1, 3, 2), "b": normal(2, 2)}, normal(3, 4, 3))),
+    Case("dict", regression, lambda: ({"w": normal(1, 3, 2), "b": normal(2, 2)}, normal(3, 4, 3)), data=True),
     Case("nested-tuple", tree_loss, lambda: (((normal(1, 2), (normal(2, 1, 2),)), normal(3, 1)),)),
     Case("mixed-dtypes", tree_loss, lambda: ({"a": normal(1, 3), "b": normal(2, 2, dtype=jnp.bfloat16)},)),
     Case("complex", complex_loss, lambda: (normal(1, 3, dtype=jnp.complex64),)),
     Case("real-and-complex", tree_loss, lambda: ((normal(1, 2), normal(2, 2, dtype=jnp.complex64)),)),
     Case("scalar", scalar_loss, lambda: (jnp.asarray(0.7, jnp.float32),)),
-    Case("per-example", mlp, lambda: (mlp_params(), normal(4, 4, 3), normal(5, 4)), options={"in_axes": (None, 0, 0)}),
+    Case(
+        "per-example",
+        mlp,
+        lambda: (mlp_params(), normal(4, 4, 3), normal(5, 4)),
+        options={"in_axes": (None, 0, 0)},
+        data=True,
+    ),
     Case(
         "per-example-aux",
         mlp_with_aux,
         lambda: (mlp_params(), normal(4, 4, 3), normal(5, 4)),
         options={"in_axes": (None, 0, 0), "has_aux": True},
+        data=True,
     ),
     Case("local-losses", local_losses, lambda: ({"first": normal(1, 3), "second": normal(2, 3)},)),
-    Case("has-aux", with_aux, lambda: (normal(1, 4), normal(2, 4)), options={"has_aux": True}),
+    Case("has-aux", with_aux, lambda: (normal(1, 4), normal(2, 4)), options={"has_aux": True}, data=True),
     Case("while-loop", while_loss, lambda: (jnp.abs(normal(1, 3)) + 0.5,), reverse=False),
-    Case("scan", rnn, lambda: (normal(1, 2, 2), normal(2, 5, 2))),
+    Case("scan", rnn, lambda: (normal(1, 2, 2), normal(2, 5, 2)), data=True),
     Case("remat", remat, lambda: (normal(1, 4),)),
     Case("eager", eager, lambda: (jnp.abs(normal(1, 4)) + 0.5,), traceable=False),
     Case(
@@ -232,6 +241,7 @@ CASES = [
         two_arguments,
         lambda: (normal(1, 3), normal(2, 3), (normal(3, 2), normal(4))),
         options={"argnums": (2, 0)},
+        data=True,
     ),
     Case("keywords", keyword_loss, lambda: (normal(1, 3),), kwargs={"scale": normal(2, 3), "power": 3}),
     Case("numpy", quadratic, lambda: (np.array([1.0, -2.0, 3.0], np.float32),)),
@@ -301,21 +311,28 @@ RULES: dict[str, fx.Rule] = {
     "weight": fx.WeightPerturbation(),
     "weight-chunked": fx.WeightPerturbation(num_tangents=3, chunk_size=2),
     "weight-projection": fx.WeightPerturbation(tangents.Normal(), 2, combine.Projection()),
+    "low-rank": fx.WeightPerturbation(tangents.LowRank(), 2),
+    "safe": fx.Safe(fx.WeightPerturbation()),
     "exact": fx.Exact(),
     "exact-chunked": fx.Exact(chunk_size=2),
-    "finite-difference": fx.FiniteDifference(),
+    "finite-difference": fx.FiniteDifference(epsilon=1e-2),  # large enough for bfloat16
     "finite-differences": fx.FiniteDifference(tangents.Normal(), 3, combine.Shrinkage(), epsilon=1e-2),
     "backprop": fx.Backprop(),
 }
+SITE_RULES: dict[str, fx.Rule] = {"activity": fx.ActivityPerturbation()}
+"""Rules that need data."""
 
 
 def rules_for(case: Case) -> dict[str, fx.Rule]:
     """The rules that can estimate a case's gradient."""
-    return {name: rule for name, rule in RULES.items() if case.reverse or not rule.reverse_mode}
+    rules = {name: rule for name, rule in RULES.items() if case.reverse or not rule.reverse_mode}
+    if not case.traceable:
+        del rules["low-rank"]  # which traces the loss
+    return rules | (SITE_RULES if case.data else {})
 
 
-CASE_RULES = [(case, rule) for case in CASES for rule in rules_for(case)]
-CASE_RULE_IDS = [f"{case.name}-{rule}" for case, rule in CASE_RULES]
+CASE_RULES = [(case, name) for case in CASES for name in rules_for(case)]
+CASE_RULE_IDS = [f"{case.name}-{name}" for case, name in CASE_RULES]
 
 
 # --- arithmetic on trees ---

@@ -12,6 +12,7 @@ from cases import (
     CASE_RULES,
     CASES,
     RULES,
+    SITE_RULES,
     Case,
     assert_trees_close,
     complex_loss,
@@ -21,6 +22,7 @@ from cases import (
 )
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+ALL_RULES = RULES | SITE_RULES
 
 
 def shapes(tree):
@@ -44,7 +46,7 @@ def test_the_form_is_that_of_jax(case, rule):
     reference = form(case.name)
 
     def estimate():
-        return split(case, case.estimate(RULES[rule], jax.random.key(0)))
+        return split(case, case.estimate(ALL_RULES[rule], jax.random.key(0)))
 
     output = jax.eval_shape(estimate) if case.traceable else estimate()
     assert shapes(output) == reference
@@ -72,6 +74,23 @@ def test_the_value_of_a_finite_difference_is_close(name):
     case = next(case for case in CASES if case.name == name)
     (value, _), _ = split(case, case.estimate(fx.FiniteDifference(epsilon=1e-3), jax.random.key(0)))
     assert_trees_close(value, case.reference()[0][0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_finite_differences_in_low_precision(dtype):
+    """A step that the floats around a parameter can take gives the slope to their rounding."""
+    rule = fx.FiniteDifference(fx.tangents.Coordinate(replace=False), 3, epsilon=float(jnp.finfo(dtype).eps) ** 0.5)
+    loss = lambda w: jnp.sum(jnp.arange(1.0, 4.0) * w.astype(jnp.float32))
+    grads = quick_jit(fx.grad(loss, rule))(jax.random.key(0), jnp.array([1.0, 2.0, -0.5], dtype))
+    assert_trees_close(grads, jnp.arange(1.0, 4.0).astype(dtype), rtol=0.1)
+
+
+@pytest.mark.parametrize("params", [{}, (jnp.zeros((0, 3)), jnp.zeros(0))], ids=["none", "empty"])
+def test_parameters_without_coordinates(params):
+    for rule in (fx.Exact(), fx.WeightPerturbation(), fx.FiniteDifference()):
+        value, grads = fx.value_and_grad(lambda p: jnp.ones(()), rule)(jax.random.key(0), params)
+        assert float(value) == 1.0
+        assert shapes(grads) == shapes(params)
 
 
 DTYPES = ["bfloat16", "float16", "float32", "complex64", "float64", "complex128"]
@@ -118,6 +137,11 @@ def test_many_half_precision_tangents_are_summed_in_float32():
         return jnp.sum((curvature * w).astype(jnp.float32))
 
     assert_trees_close(quick_jit(fx.grad(loss, rule))(jax.random.key(0), params), curvature, rtol=1e-2)
+
+
+def test_the_function_says_what_it_is():
+    function = fx.value_and_grad(quadratic, fx.WeightPerturbation(combine=fx.combine.ControlVariate(normal(0, 3))))
+    assert function.__doc__ == "Value and estimated gradient of quadratic, by WeightPerturbation."
 
 
 def test_grad_is_value_and_grad_without_the_value():

@@ -85,7 +85,7 @@ def test_a_loss_that_reverse_mode_rejects():
     assert found.reference == "forward mode"
     assert found.rules[1].mse == (0.0, 0.0)
     assert found.rules[2].error.startswith("Reverse-mode differentiation does not work for lax.while_loop")
-    assert found.advice.startswith("Reverse mode rejects this loss, so use ")
+    assert found.advice.startswith("Backprop does not run here, so use ")
     assert "jax.value_and_grad does not run: Reverse-mode differentiation does not work" in str(found)
 
 
@@ -132,7 +132,43 @@ def test_the_default_rules():
     assert list(named_rules(None, None)) == names[:3]
 
 
+def test_equal_labels_are_numbered():
+    guess = lambda x: fx.WeightPerturbation(combine=fx.combine.ControlVariate(x * jnp.ones(3)))
+    names = list(named_rules([guess(1), fx.Exact(), guess(2)], None))
+    same = "WeightPerturbation(combine=ControlVariate())"
+    assert names == [f"{same} #1", "Exact()", f"{same} #2"]
+
+
+def test_keys_of_another_kind():
+    found = fx.diagnose(lambda x: jnp.sum(x**2), [fx.WeightPerturbation()], draws=1, rounds=1)
+    assert found(jax.random.key(0, impl="rbg"), jnp.ones(3)).reference == "backprop"
+
+
+def test_a_rule_that_fails_when_it_runs_is_a_row_that_says_why():
+    """As one does that needs more memory than there is; and one whose tangents do not exist has no law."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class TooLarge(fx.Backprop):
+        def estimate(self, key, problem):
+            value, _, grads = super().estimate(key, problem)
+            return value, jnp.broadcast_to(value, (2**24, 2**24)), grads
+
+    rules = {"too large": TooLarge(), "too many": fx.WeightPerturbation(fx.tangents.Orthonormal(), 4)}
+    found = fx.diagnose(lambda x: jnp.sum(x**2), rules, draws=1, rounds=1)(KEY, jnp.ones(3))
+    assert "RESOURCE_EXHAUSTED" in found.rules[0].error
+    assert "draws at most n = 3 directions" in found.rules[1].error
+    assert found.rules[1].predicted_mse is None
+    assert "too large does not run: " in str(found)
+
+
 def test_mistakes():
+    with pytest.raises(ValueError, match=r"expected one or more rules, such as .*, got WeightPerturbation\("):
+        fx.diagnose(loss, fx.WeightPerturbation())
+    with pytest.raises(ValueError, match=r"\['jax.value_and_grad', 'the loss alone'\] name rows that are always there"):
+        fx.diagnose(loss, {"the loss alone": fx.Exact(), "jax.value_and_grad": fx.Exact()})
+    with pytest.raises(TypeError, match="diagnose: expected a function as the loss, got int"):
+        fx.diagnose(3)
     with pytest.raises(ValueError, match="expected draws to be a positive integer, got 0"):
         fx.diagnose(loss, draws=0)
     with pytest.raises(ValueError, match=r"expected one or more rules, such as .*, got \[\]"):
@@ -195,22 +231,22 @@ ADVICE = {
     ),
     "rejected": (
         built(row("signs", 9.0, 0.1), row("forward mode", 0.0, 0.5), backprop=REJECTED),
-        "Reverse mode rejects this loss, so use forward mode: its gradient is exact, and of the rules that run it "
+        "Backprop does not run here, so use forward mode: its gradient is exact, and of the rules that run it "
         "takes the least time for the progress of one exact step, 500 ms.",
     ),
     "rejected, many parameters": (
         built(row("signs", 99.0, 1e-4), row("forward mode", 0.0, 0.5), backprop=REJECTED),
-        "Reverse mode rejects this loss, so use signs: its relative MSE is 99, and of the rules that run it takes the "
+        "Backprop does not run here, so use signs: its relative MSE is 99, and of the rules that run it takes the "
         "least time for the progress of one exact step, 10 ms.",
     ),
     "rejected, nothing known": (
         built(row("mine", None), backprop=REJECTED),
-        "Reverse mode rejects this loss, and without a law or a reference the rules cannot be ranked: start with mine, "
+        "Backprop does not run here, and without a law or a reference the rules cannot be ranked: start with mine, "
         "the quickest that runs.",
     ),
     "nothing runs": (
         built(row(error="no."), backprop=REJECTED),
-        "Reverse mode rejects this loss and none of the rules runs: try forwax.FiniteDifference().",
+        "Backprop does not run here and none of the rules runs: try forwax.FiniteDifference().",
     ),
 }
 

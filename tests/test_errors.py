@@ -42,6 +42,20 @@ def test_what_is_not_a_key_is_refused(bad):
         fx.value_and_grad(square)(bad, W)
 
 
+def test_keys_of_other_functions_are_named():
+    with says(TypeError, "random_feedback: the first argument must be a PRNG key, got dict", "(jax.random.key(0), pa"):
+        fx.random_feedback({"w": W}, KEY)
+    with says(
+        TypeError, "Tangents.sample: the first argument must be a PRNG key, got int", "(jax.random.key(0), like)"
+    ):
+        fx.tangents.Rademacher().sample(0, W)
+    with says(TypeError, "Momentum.init: the first argument must be a PRNG key, got WeightPerturbation"):
+        fx.Momentum().init(fx.WeightPerturbation(), KEY)
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)
+    with says(TypeError, "DirectFeedbackAlignment: feedback must be a PRNG key, got float32[3]", "maps as a tuple"):
+        fx.grad(loss, fx.DirectFeedbackAlignment(W))(KEY, jnp.eye(3), W)
+
+
 def test_an_array_of_keys_is_refused():
     with says(TypeError, "expected one PRNG key", "an array of keys of shape (2,)", "jax.vmap"):
         fx.grad(square)(jax.random.split(KEY, 2), W)
@@ -60,6 +74,30 @@ def test_what_is_not_a_rule_is_refused(bad):
     """Such as `argnums`, which JAX takes in this place."""
     with says(TypeError, "expected a rule, such as forwax.WeightPerturbation(), got", "are keyword arguments"):
         fx.value_and_grad(square, bad)
+
+
+def test_other_verbs_check_them_too_and_say_their_own_name():
+    for verb in (lambda f: fx.update(f, learning_rate=1.0), fx.explain, fx.FDFA().init, fx.Safe(fx.Exact()).step):
+        with says(TypeError, "expected a function as the loss, got int"):
+            verb(3)
+    with says(TypeError, "explain: expected a rule, such as", "got (None, 0)", "are keyword arguments"):
+        fx.explain(square, (None, 0))
+    with says(TypeError, "update: argnums=0 needs at least 1 positional arguments after the key", "f(key, *args)"):
+        fx.update(square, learning_rate=1.0)(KEY)
+    with says(TypeError, "explain: argnums=0 needs at least 1 positional arguments, got 0", "f(*args)"):
+        fx.explain(square)()
+    with says(TypeError, "FDFA.init: argnums=0 needs at least 1 positional arguments, got 0", "f(*args)"):
+        fx.FDFA().init(square)()
+
+
+@pytest.mark.parametrize("verb", [fx.grad, lambda f: fx.update(f, learning_rate=1.0)], ids=["grad", "update"])
+def test_an_error_of_the_loss_is_not_its_own_cause(verb):
+    def wrong(w):
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine") as found:
+        verb(wrong)(KEY, W)
+    assert found.value.__cause__ is None
 
 
 @pytest.mark.parametrize("rule", [fx.WeightPerturbation(), fx.Exact(), fx.FiniteDifference(), fx.Backprop()], ids=repr)
@@ -140,6 +178,12 @@ def test_argnums_out_of_range(argnums, needed):
         fx.grad(square, argnums=argnums)(KEY, W, W)
 
 
+@pytest.mark.parametrize("argnums", [(0, 0), (0, 1, -2)])
+def test_argnums_that_name_an_argument_twice(argnums):
+    with says(ValueError, "expected each argument once in argnums", f"got {argnums} for 2 arguments"):
+        fx.grad(square, argnums=argnums)(KEY, W, W)
+
+
 def test_no_arguments():
     with says(TypeError, "argnums=0 needs at least 1 positional arguments after the key, got 0"):
         fx.grad(square)(KEY)
@@ -178,6 +222,13 @@ def test_in_axes_that_map_nothing():
 def test_an_empty_batch(in_axes, batch, what):
     with says(ValueError, "expected at least one example, got an empty batch", what):
         fx.grad(square, in_axes=in_axes)(KEY, W, batch)
+
+
+@pytest.mark.parametrize("rule", [fx.WeightPerturbation(), fx.ActivityPerturbation()], ids=["weight", "activity"])
+@pytest.mark.parametrize(("axis", "arg"), [(0, 2.0), (1, W), (-2, W)])
+def test_an_axis_that_an_argument_does_not_have(rule, axis, arg):
+    with says(ValueError, f"have the axis {axis} along which", f"of shape {jnp.shape(arg)}", "Write None"):
+        fx.grad(square, rule, in_axes=(None, axis))(KEY, W, arg)
 
 
 def test_a_batch_of_unequal_lengths_gets_jaxs_own_error():
@@ -219,6 +270,67 @@ class TestDirections:
             fx.grad(square, rule(fx.tangents.Guided(guess), 2))(KEY, W)
         with says(ValueError, "combine.ControlVariate: the guess must have the parameters' structure", "[(3,)]", "got"):
             fx.grad(square, rule(combine=fx.combine.ControlVariate(guess)))(KEY, W)
+
+
+DRAWING = [fx.WeightPerturbation, fx.FiniteDifference, fx.ActivityPerturbation]
+
+
+@pytest.mark.parametrize("rule", DRAWING, ids=lambda rule: rule.__name__)
+def test_fields_of_another_kind(rule):
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)
+    for bad in (8, fx.tangents.Rademacher):
+        with says(TypeError, f"{rule.__name__}: expected tangents such as forwax.tangents.Rademacher(), got {bad!r}"):
+            fx.grad(loss, rule(bad))(KEY, jnp.eye(3), W)
+    with says(TypeError, f"{rule.__name__}: expected combine such as forwax.combine.Mean(), got {fx.combine.Mean!r}"):
+        fx.grad(loss, rule(combine=fx.combine.Mean))(KEY, jnp.eye(3), W)
+
+
+OWN = fx.tangents.LowRank(per_example=True)
+
+
+@pytest.mark.parametrize(
+    "rule", [fx.FiniteDifference(OWN), fx.ActivityPerturbation(OWN), fx.FDFA(tangents=OWN)], ids=str
+)
+def test_directions_of_single_examples_in_other_rules(rule):
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)
+    call = rule.step(loss, in_axes=(None, 0)) if isinstance(rule, fx.FDFA) else fx.grad(loss, rule, in_axes=(None, 0))
+    with says(ValueError, f"{type(rule).__name__}: expected tangents without per_example=True", "or per_example=False"):
+        call(KEY, jnp.eye(3), jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("combination", [fx.combine.Projection(), fx.combine.Shrinkage()], ids=str)
+def test_directions_of_single_examples_that_are_combined(combination):
+    rule = fx.WeightPerturbation(OWN, 2, combination)
+    name = type(combination).__name__
+    with says(ValueError, "gives each example its own slopes: expected combine.Mean()", f"got {name}"):
+        fx.grad(lambda w, x: jnp.sum(x @ w), rule, in_axes=(None, 0))(KEY, jnp.eye(3), jnp.ones((2, 3)))
+
+
+def test_directions_of_single_examples_of_sharded_parameters():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data = jax.sharding.PartitionSpec("data")
+    grad = fx.grad(lambda w, x: jnp.sum(x @ w), fx.WeightPerturbation(OWN), in_axes=(None, 0))
+    run = jax.shard_map(lambda w: grad(KEY, w, jnp.ones((2, 2))), mesh=mesh, in_specs=data, out_specs=data)
+    with says(ValueError, "needs whole parameters on every device", "per_example=False"):
+        run(jnp.ones((4, 3)))
+
+
+def test_laws_that_do_not_exist():
+    with says(ValueError, "Orthonormal() draws at most n = 100 directions", "got num_tangents=200"):
+        fx.suggest_learning_rate(fx.FiniteDifference(fx.tangents.Orthonormal(), 200), 100, 1.0)
+    with says(ValueError, "Orthonormal() draws at most n = 100 directions", "got num_tangents=200"):
+        fx.WeightPerturbation(fx.tangents.Orthonormal(), 200).relative_mse(100)
+    with says(ValueError, "expected a rule whose law follows from n alone, got WeightPerturbation(", "forwax.diagnose"):
+        fx.suggest_learning_rate(fx.WeightPerturbation(OWN), 100, 1.0)
+
+
+@pytest.mark.parametrize(("dtype", "epsilon"), [("bfloat16", 5e-3), ("float16", 5e-4)])
+def test_steps_that_parameters_would_not_take(dtype, epsilon):
+    params = [jnp.ones(2), jnp.ones(3, dtype)]
+    least = float(jnp.finfo(dtype).eps)
+    text = (f"expected epsilon of at least {least} for parameters in {dtype}", f"got {epsilon}", "in float32")
+    with says(ValueError, *text):
+        fx.grad(lambda p: jnp.sum(p[0]), fx.FiniteDifference(epsilon=epsilon))(KEY, params)
 
 
 def test_as_many_directions_as_coordinates_are_exact():

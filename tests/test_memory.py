@@ -103,6 +103,35 @@ def test_without_the_barrier_every_activity_is_stored(name, monkeypatch):
     assert deep > shallow + 20 * ACTIVATION
 
 
+CHUNKS_WITH_AUX = {
+    "chunked": fx.WeightPerturbation(num_tangents=16, chunk_size=1),
+    "exact": fx.Exact(chunk_size=4),
+    "finite-difference": fx.FiniteDifference(num_tangents=16),
+    "update": None,
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS_WITH_AUX)
+def test_aux_is_held_once(name):
+    """Not once a chunk or evaluation."""
+    loss = lambda w, x: (jnp.sum(x @ w), {"large": jnp.tanh(x @ w), "key": jax.random.key(0)})
+    if name == "update":
+        step = fx.update(loss, CHUNKS_WITH_AUX["chunked"], learning_rate=0.1, has_aux=True)
+    else:
+        step = fx.value_and_grad(loss, CHUNKS_WITH_AUX[name], has_aux=True)
+    args = jax.random.key(0), jnp.zeros((4, 16)), jnp.zeros((1024, 4))
+    held = jax.jit(step).lower(*args).compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
+    assert held < 4.5 * 4 * 16 * 1024
+
+
+def test_the_aux_of_a_finite_difference_is_that_of_the_first_evaluation():
+    rule, key, w = fx.FiniteDifference(num_tangents=2, epsilon=0.25), jax.random.key(0), jnp.zeros(3)
+    estimate = fx.grad(lambda w: (jnp.sum(w), w), rule, has_aux=True)
+    first = 0.25 * rule.tangents.sample(key, w, 2)[0]
+    for aux in (estimate(key, w)[1], jax.jit(estimate)(key, w)[1]):
+        assert aux.tolist() == first.tolist()
+
+
 def test_independent_tangents_hold_one_chunk():
     """Many tangents of many parameters: what is held is a chunk's, not all k."""
     n, k = 1 << 16, 32

@@ -228,5 +228,5 @@ def test_learning_rate_scales_follow_the_laws():
         k / (n + k + 1)
     )
     assert fx.suggest_learning_rate(fx.FiniteDifference(num_tangents=k), n, 1.0) == pytest.approx(k / (n + k - 1))
-    with pytest.raises(ValueError, match="expected the number of parameters n >= 1, got 0"):
+    with pytest.raises(ValueError, match="expected the number of coordinates n >= 1, got 0"):
         fx.suggest_learning_rate(fx.Exact(), 0, 1.0)

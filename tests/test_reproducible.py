@@ -14,16 +14,21 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 KEY = jax.random.key(3)
 PARAMS = {"a": normal(1, 4), "z": normal(2, 2, dtype=jnp.complex64), "s": jnp.asarray(0.5)}
-VECTOR = normal(4, 6)
+MATRIX = normal(4, 2, 3)  # two axes, so that low-rank directions have two sides
 NUM_TANGENTS = 5
 CHUNKS = (1, 2, 4, 7)
 
 
+def of_a_product(w):
+    """A matrix that data meet in a product, so that low-rank directions stay factors."""
+    return quadratic(normal(5, 2, 2) @ w)
+
+
 def estimate(case, combination, chunk_size):
     rule = fx.WeightPerturbation(
-        case.make(VECTOR), NUM_TANGENTS, COMBINATIONS[combination](VECTOR), chunk_size=chunk_size
+        case.make(MATRIX), NUM_TANGENTS, COMBINATIONS[combination](MATRIX), chunk_size=chunk_size
     )
-    return fx.value_and_grad(quadratic, rule)(KEY, VECTOR)
+    return fx.value_and_grad(of_a_product, rule)(KEY, MATRIX)
 
 
 @pytest.mark.parametrize("case", TANGENTS, ids=lambda case: case.name)
@@ -58,9 +63,9 @@ def test_finite_differences_take_the_directions_of_weight_perturbation(case):
     """On a quadratic, where central differences are exact to rounding."""
 
     def both(combination):
-        made = case.make(VECTOR), NUM_TANGENTS, COMBINATIONS[combination](VECTOR)
-        slopes = fx.grad(quadratic, fx.WeightPerturbation(*made))(KEY, VECTOR)
-        return fx.grad(quadratic, fx.FiniteDifference(*made, epsilon=0.1))(KEY, VECTOR), slopes
+        made = case.make(MATRIX), NUM_TANGENTS, COMBINATIONS[combination](MATRIX)
+        slopes = fx.grad(of_a_product, fx.WeightPerturbation(*made))(KEY, MATRIX)
+        return fx.grad(of_a_product, fx.FiniteDifference(*made, epsilon=0.1))(KEY, MATRIX), slopes
 
     for got, expected in quick_jit(lambda: [both("mean"), both("projection")])():
         assert_trees_close(got, expected, rtol=1e-3, atol=2e-3)

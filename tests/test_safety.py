@@ -223,6 +223,44 @@ def test_errors():
         fx.Safe(fx.WeightPerturbation()).monitor(3)
 
 
+@pytest.mark.parametrize("rule", [fx.FDFA(), fx.Safe(fx.WeightPerturbation())], ids=["fdfa", "safe"])
+def test_a_rule_that_learns_is_refused(rule):
+    with pytest.raises(
+        TypeError, match=f"stays the same from step to step, .* got {type(rule).__name__}, which learns"
+    ):
+        fx.Safe(rule)
+
+
+def test_it_has_the_rules_own_properties():
+    """In what a diagnosis and an explanation say of it, too."""
+    assert fx.Safe(fx.Backprop()).reverse_mode
+    assert not fx.Safe(fx.WeightPerturbation()).reverse_mode
+    w, x = PARAMS["w"], normal(5, 3, 8)
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2)
+    safe = fx.Safe(fx.ActivityPerturbation(memory="shared", exact_outputs=False))
+    (found,) = fx.explain(loss, safe, in_axes=(None, 0))(w, x).rows
+    assert found.credit == "one slope for all examples"
+    rules = [fx.Safe(fx.ActivityPerturbation()), fx.Safe(fx.Backprop())]
+    noisy, exact = fx.diagnose(loss, rules, in_axes=(None, 0), draws=1, rounds=1)(KEY, w, x).rules
+    assert noisy.predicted_mse is None
+    assert exact.reverse_mode
+
+
+def test_a_norm_that_overflows_is_skipped():
+    safe = fx.Safe(fx.Exact())
+    assert fx.grad(lambda w: 1e30 * jnp.sum(w), safe)(KEY, jnp.ones(3)).tolist() == [0, 0, 0]
+
+
+def test_without_skipping_an_infinite_estimate_is_not_a_number():
+    safe = dataclasses.replace(filled(fx.WeightPerturbation(), clip=1.0), rule=fx.Exact(), skip=False)
+    assert jnp.isnan(fx.grad(lambda w: jnp.inf * jnp.sum(w), safe)(KEY, jnp.ones(3))).all()
+
+
+def test_num_steps_counts_beyond_the_window():
+    found = filled(fx.WeightPerturbation(), steps=9, window=5).monitor(PARAMS)
+    assert int(found.num_steps) == 9
+
+
 def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()

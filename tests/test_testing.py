@@ -98,6 +98,11 @@ def test_basis_sum_finds_a_biased_twin_at_once():
         fx.testing.assert_unbiased(BiasedWeight(), loss, (PARAMS, X))
 
 
+def test_no_basis_sum_without_the_rules_own_code():
+    rule = fx.WeightPerturbation(fx.tangents.LowRank(), 4)
+    assert not fx.testing.assert_unbiased(rule, loss, (PARAMS, X), tolerance=0.1).basis_sum
+
+
 def test_swapped_coordinates_fail():
     class Swapped(Twin):
         def estimate(self, key, problem):

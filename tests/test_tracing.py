@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from cases import RULES, normal
+from cases import RULES, SITE_RULES, normal
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+ALL_RULES = RULES | SITE_RULES
 
 
 class Counted:
@@ -24,10 +25,10 @@ class Counted:
 ARGS = (normal(0, 3, 2), normal(1, 4, 3))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ALL_RULES)
 def test_the_loss_is_traced_once_a_call_and_once_a_shape(rule):
     loss = Counted()
-    estimate = jax.jit(fx.value_and_grad(loss, RULES[rule]))
+    estimate = jax.jit(fx.value_and_grad(loss, ALL_RULES[rule]))
     estimate(jax.random.key(0), *ARGS)
     assert loss.calls == 1
     estimate(jax.random.key(1), *(2 * x for x in ARGS))

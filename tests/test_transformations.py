@@ -6,9 +6,10 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import CASES, RULES, assert_trees_close, normal, quick_jit, regression
+from cases import CASES, RULES, SITE_RULES, assert_trees_close, normal, quick_jit, regression
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
+ALL_RULES = RULES | SITE_RULES
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 3)
@@ -35,10 +36,10 @@ def test_jit_changes_nothing(case):
 
 
 @pytest.mark.parametrize(
-    "name", ["weight-chunked", "weight-projection", "exact-chunked", "finite-differences", "backprop"]
+    "name", ["weight-chunked", "weight-projection", "low-rank", "activity", "exact-chunked", "finite-differences"]
 )
 def test_vmap_over_keys_and_parameters(name):
-    estimate = fx.value_and_grad(regression, RULES[name])
+    estimate = fx.value_and_grad(regression, ALL_RULES[name])
     batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), PARAMS)
     over_both, over_keys, over_params = quick_jit(
         lambda: (
@@ -114,10 +115,10 @@ def test_a_closed_over_tracer_is_not_differentiated_twice():
     assert float(got) == 1.0
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ALL_RULES)
 def test_training_inside_scan(name):
     """One compiled loop trains; the same steps one by one give the same parameters."""
-    estimate = fx.value_and_grad(regression, RULES[name])
+    estimate = fx.value_and_grad(regression, ALL_RULES[name])
 
     def step(params, key):
         value, grads = estimate(key, params, X)

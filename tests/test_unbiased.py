@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 POWER = {"tolerance": 0.05, "power": 0.99}
 RULE = fx.WeightPerturbation()
 CHUNKED = fx.WeightPerturbation(num_tangents=3, chunk_size=2)
-MIXED = (normal(1, 2), normal(2, 1, dtype=jnp.complex64), normal(3, 2, 1))
+MIXED = (normal(1, 2), normal(2, 1, dtype=jnp.complex64), normal(3, 2, 3))  # a matrix for low-rank directions
 GUESS = jax.tree.map(lambda x: 0.5 * x + 0.2, MIXED)
 
 
 def mixed_loss(params):
     """Real and complex leaves, none of whose gradients vanishes, coupled."""
     a, z, b = params
-    return jnp.sum(jnp.sin(a)) * jnp.sum(b**2) + jnp.sum(jnp.abs(z) ** 2) + jnp.sum(z**2).imag
+    return jnp.sum(jnp.sin(a)) * jnp.sum((jnp.ones(2) @ b) ** 2) + jnp.sum(jnp.abs(z) ** 2) + jnp.sum(z**2).imag
 
 
 @pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
@@ -52,6 +52,19 @@ def test_every_distribution_is_unbiased(case):
 def test_every_distribution_is_isotropic(case):
     """In the mean over the k directions of a call; the first of guided ones is fixed."""
     fx.testing.assert_isotropic(case.make(GUESS), MIXED, 3, tolerance=0.05)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3, 1e-6, 1e-9])
+def test_sparse_signs_are_isotropic_at_every_density(density, monkeypatch):
+    """Of all 2³² words those at the edges: as many are positive as negative, and E v² is 1 exactly."""
+    half = max(1, round(density * 2**31))
+    words = jnp.array([0, half - 1, half, 2 * half - 1, min(2 * half, 2**32 - 1)], jnp.uint32)
+    monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: words)
+    sparse = fx.tangents.Sparse(density)
+    v = sparse.draw_one(jax.random.key(0), [jax.ShapeDtypeStruct((5,), jnp.float32)])[0]
+    size = float(v[0])
+    assert jnp.sign(v).tolist() == [1, 1, -1, -1, -1 if density == 1 else 0]
+    assert 2 * half / 2**32 * size**2 == pytest.approx(1, rel=1e-6)
 
 
 def test_a_control_variate_is_unbiased():

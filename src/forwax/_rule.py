@@ -11,6 +11,8 @@ from jax import Array
 from forwax import _mesh, _tree
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
+from forwax.combine import Combine
+from forwax.tangents import LowRank, Tangents
 from forwax.tangents._base import typed_key
 
 
@@ -67,7 +69,7 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def relative_mse(self, n: int) -> float:
-        """The law E|ĝ - g|² / |g|² for n real coordinates."""
+        """The law E|ĝ - g|² / |g|² for n real coordinates of what the noise enters, in most rules the parameters."""
 
     @abc.abstractmethod
     def learning_rate_scale(self, n: int) -> float:
@@ -108,10 +110,11 @@ class LearningRule(Rule):
             A function `f(key, *args, **kwargs)` that returns `(value, grads, rule)`, with `has_aux`
             `((value, aux), grads, rule)`. Jit it with the rule as an argument.
         """
-        signature = Signature(loss, argnums, has_aux, in_axes)
+        name = f"{type(self).__name__}.step"
+        signature = Signature(loss, argnums, has_aux, in_axes, name)
 
         def step_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Tree, Self]:
-            key, problem = typed_key(check_key(key, f"{type(self).__name__}.step")), signature.bind(args, kwargs)
+            key, problem = typed_key(check_key(key, name)), signature.bind(args, kwargs)
             value, aux, grads, rule = self.advance(key, problem)
             return ((value, problem.restore(aux)) if has_aux else value), grads, rule
 
@@ -122,6 +125,34 @@ def check_count(name: str, field: str, value: object) -> None:
     """Raise a ValueError unless a static count is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected {field} to be a positive integer, got {value!r}.")
+
+
+def check_rule(name: str, rule: object) -> None:
+    """Raise a TypeError for what is no rule."""
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            f"{name}: expected a rule, such as forwax.WeightPerturbation(), got {rule!r}. argnums, has_aux and in_axes "
+            "are keyword arguments."
+        )
+
+
+def check_directions(name: str, tangents: object, combine: object = None) -> None:
+    """Raise a TypeError unless a rule's fields are values of the right kind."""
+    for field, value, kind, example in (
+        ("tangents", tangents, Tangents, "forwax.tangents.Rademacher()"),
+        ("combine", combine, Combine, "forwax.combine.Mean()"),
+    ):
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {field} such as {example}, got {value!r}.")
+
+
+def check_shared(name: str, tangents: Tangents) -> None:
+    """Raise a ValueError for directions of each example's own, which weight perturbation alone can follow."""
+    if isinstance(tangents, LowRank) and tangents.per_example:
+        raise ValueError(
+            f"{name}: expected tangents without per_example=True, which forwax.WeightPerturbation alone can follow, "
+            f"got {tangents}. Use that rule, or per_example=False."
+        )
 
 
 def check_replicated(name: str, params: Tree, key_axes: frozenset[str]) -> None:

@@ -78,12 +78,27 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """How the user's loss is called: the arguments of `forwax.value_and_grad` but for the rule."""
+    """How the user's loss is called: the arguments of `forwax.value_and_grad` but for the rule.
+
+    Attributes:
+        loss: the user's function.
+        argnums: which of its arguments are differentiated.
+        has_aux: whether it returns `(loss, aux)`.
+        in_axes: which of its arguments are mapped.
+        name: the function that the user called, for errors.
+        keyed: whether what that returned takes a key before the loss's arguments.
+    """
 
     loss: Callable[..., Any]
     argnums: int | Sequence[int]
     has_aux: bool
     in_axes: Any
+    name: str = "value_and_grad"
+    keyed: bool = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.loss):
+            raise TypeError(f"{self.name}: expected a function as the loss, got {type(self.loss).__name__}.")
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
         """Fix everything but the differentiated arguments; raises on a bad call before the loss is run."""
@@ -126,11 +141,17 @@ class Signature:
         for number in numbers:
             if not -num_args <= number < num_args:
                 raise TypeError(
-                    f"value_and_grad: argnums={self.argnums} needs at least {number + 1 if number >= 0 else -number} "
-                    f"positional arguments after the key, got {num_args}. argnums count the loss's own arguments: "
-                    "call f(key, *args)."
+                    f"{self.name}: argnums={self.argnums} needs at least {number + 1 if number >= 0 else -number} "
+                    f"positional arguments{' after the key' if self.keyed else ''}, got {num_args}. argnums count the "
+                    f"loss's own arguments: call f({'key, ' if self.keyed else ''}*args)."
                 )
-        return tuple(number % num_args for number in numbers)
+        numbers = tuple(number % num_args for number in numbers)
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(
+                f"{self.name}: expected each argument once in argnums, got {self.argnums} for {num_args} arguments. "
+                "The gradient of an argument that is named twice would be split between both."
+            )
+        return numbers
 
     def _in_axes(self, args: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:
         if self.in_axes is None:
@@ -259,7 +280,12 @@ def _check_batch(in_axes: tuple[Any, ...], args: tuple[Any, ...]) -> None:
             return
         for leaf in jax.tree.leaves(arg):
             shape = jnp.shape(leaf)
-            if len(shape) > axis >= -len(shape) and shape[axis] == 0:
+            if not len(shape) > axis >= -len(shape):
+                raise ValueError(
+                    f"in_axes: expected arrays that have the axis {axis} along which they are mapped, got an argument "
+                    f"of shape {shape}. Write None for what all examples share."
+                )
+            if shape[axis] == 0:
                 raise ValueError(
                     f"in_axes: expected at least one example, got an empty batch: an argument of shape {shape} mapped "
                     f"along axis {axis}. The mean over no example is undefined."
@@ -276,19 +302,19 @@ def _type_name(value: Any) -> str:
     return f"a tuple of length {len(value)}" if isinstance(value, tuple) else type(value).__name__
 
 
-def check_key(key: Any, name: str) -> Array:
-    """The leading PRNG key of a call, or an error that names it."""
+_FIRST = "The returned function takes one leading key before the loss's own arguments: f(jax.random.key(0), *args)."
+
+
+def check_key(key: Any, name: str, what: str = "the first argument", advice: str = _FIRST) -> Array:
+    """The PRNG key of a call, or an error that names what must be one and says what to do."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if shape == ():
             return key
         raise TypeError(
-            f"{name}: expected one PRNG key as the first argument, got an array of keys of shape {shape}. Take one of "
-            "them, or map over them with jax.vmap."
+            f"{name}: expected one PRNG key as {what}, got an array of keys of shape {shape}. Take one of them, or map "
+            "over them with jax.vmap."
         )
     if dtype == np.uint32 and shape in ((2,), (4,)):
         return key
-    raise TypeError(
-        f"{name}: the first argument must be a PRNG key, got {describe(key)}. The returned function takes one leading "
-        "key before the loss's own arguments: f(jax.random.key(0), *args)."
-    )
+    raise TypeError(f"{name}: {what} must be a PRNG key, got {describe(key)}. {advice}")

@@ -170,15 +170,15 @@ def _without_reverse_mode(running: Sequence[DiagnosisRow], ranked: Sequence[Diag
         error = ranked[0].error_of_estimate or 0.0
         kind = "its gradient is exact" if error == 0 else f"its relative MSE is {error:,.3g}"
         return (
-            f"Reverse mode rejects this loss, so use {ranked[0].name}: {kind}, and of the rules that run it takes the "
+            f"Backprop does not run here, so use {ranked[0].name}: {kind}, and of the rules that run it takes the "
             f"least time for the progress of one exact step, {with_prefix(_progress(ranked[0]), 's')}."
         )
     if running:
         return (
-            f"Reverse mode rejects this loss, and without a law or a reference the rules cannot be ranked: start with "
+            f"Backprop does not run here, and without a law or a reference the rules cannot be ranked: start with "
             f"{min(running, key=_seconds).name}, the quickest that runs."
         )
-    return "Reverse mode rejects this loss and none of the rules runs: try forwax.FiniteDifference()."
+    return "Backprop does not run here and none of the rules runs: try forwax.FiniteDifference()."
 
 
 def _use_backprop(quickest: DiagnosisRow, reference: DiagnosisRow) -> str:

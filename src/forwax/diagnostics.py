@@ -1,9 +1,10 @@
 """What each rule would give and cost on a user's own loss, beside backprop: error, arithmetic, memory and time."""
 
+import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,13 +18,14 @@ from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.diagnosis import Diagnosis, DiagnosisRow
 from forwax.rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
+from forwax.safety import Safe
 from forwax.tangents import LowRank
 from forwax.tangents._base import typed_key
 
 EXACT_LIMIT = 1024
 """The most parameters for which forward mode gives the reference where reverse mode does not run."""
-BACKPROP, CHECKPOINTED = "jax.value_and_grad", "the same with jax.checkpoint"
-_REJECTIONS = (TypeError, ValueError, NotImplementedError)
+ALONE, BACKPROP, CHECKPOINTED = "the loss alone", "jax.value_and_grad", "the same with jax.checkpoint"
+_REJECTIONS = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 Step = Callable[[Array, Problem], tuple[Array, Tree, Tree]]
 
 
@@ -56,8 +58,9 @@ def diagnose(
         are those of the compiled programs; XLA counts the body of a loop once, whatever its length.
 
     Raises:
-        ValueError: when a count is not a positive integer or there are no rules.
-        Exception: what the loss itself raises. A rule that does not run is a row that says why.
+        ValueError: when a count is not a positive integer, there are no rules, or one has the name of another row.
+        Exception: what the loss itself raises. A rule that does not run, or not within the memory, is a row that says
+            why.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -73,7 +76,7 @@ def diagnose(
     check_count("diagnose", "draws", draws)
     check_count("diagnose", "rounds", rounds)
     named = named_rules(rules, in_axes)
-    signature = Signature(loss, argnums, has_aux, in_axes)
+    signature = Signature(loss, argnums, has_aux, in_axes, "diagnose")
 
     def diagnose_loss(key: Any, /, *args: Any, **kwargs: Any) -> Diagnosis:
         return _diagnose(typed_key(check_key(key, "diagnose")), signature, named, args, kwargs, draws, rounds)
@@ -82,15 +85,30 @@ def diagnose(
 
 
 def named_rules(rules: Sequence[Rule] | Mapping[str, Rule] | None, in_axes: Any) -> dict[str, Rule]:
-    """The rules by name; a name that is not given tells what differs from the rule's defaults."""
+    """The rules by name; a name that is not given tells what differs from the rule's defaults, or counts."""
     if rules is None:
         low_rank = LowRank()
         rules = [WeightPerturbation(), WeightPerturbation(low_rank), WeightPerturbation(low_rank, 8)]
         rules += [] if in_axes is None else [ActivityPerturbation()]
-    named = dict(rules) if isinstance(rules, Mapping) else {label(rule): rule for rule in rules}
-    if not named or not all(isinstance(rule, Rule) for rule in named.values()):
+    values = rules.values() if isinstance(rules, Mapping) else rules
+    listed = list(values) if isinstance(values, Iterable) else []
+    if not listed or not all(isinstance(rule, Rule) for rule in listed):
         raise ValueError(f"diagnose: expected one or more rules, such as [forwax.WeightPerturbation()], got {rules!r}.")
+    named = dict(rules) if isinstance(rules, Mapping) else dict(zip(_labels(listed), listed, strict=True))
+    taken = sorted({ALONE, BACKPROP, CHECKPOINTED} & set(named))
+    if taken:
+        raise ValueError(f"diagnose: {taken} name rows that are always there. Give these rules other names.")
     return named
+
+
+def _labels(rules: Sequence[Rule]) -> list[str]:
+    """A label for each rule; equal ones are numbered."""
+    labels = [label(rule) for rule in rules]
+    total, seen = collections.Counter(labels), collections.Counter[str]()
+    for i, text in enumerate(labels):
+        seen[text] += 1
+        labels[i] = f"{text} #{seen[text]}" if total[text] > 1 else text
+    return labels
 
 
 def label(value: Any) -> str:
@@ -113,16 +131,20 @@ def _diagnose(
     n = _tree.num_coordinates(problem.params)
     arrays, rebuild = _split_arrays(args, kwargs)
     prepare = lambda step: _compiled(step, signature, rebuild, key, arrays)  # noqa: E731
-    programs: dict[str, Any] = {"the loss alone": prepare(_evaluate)}  # what the loss raises is the caller's
+    alone = prepare(_evaluate)
+    value = float(alone(key, arrays)[0])  # what the loss raises is the caller's
+    programs: dict[str, Any] = {ALONE: alone}
     errors: dict[str, str] = {}
     estimates = {name: rule.estimate for name, rule in rules.items()}
     for name, step in {BACKPROP: _backprop, CHECKPOINTED: _checkpointed, **estimates}.items():
         try:
-            programs[name] = prepare(step)
+            program = prepare(step)
+            jax.block_until_ready(program(key, arrays))  # what is too large may compile and not run
+            programs[name] = program
         except _REJECTIONS as error:
             errors[name] = _shortened(error)
     calls = {name: lambda key, f=program: f(key, arrays) for name, program in programs.items()}
-    reference, source = _reference(calls, errors, n, lambda: prepare(Exact().estimate)(key, arrays)[2])
+    reference, source = _reference(calls, key, n, lambda: prepare(Exact().estimate)(key, arrays)[2])
     seconds = _interleaved(calls, key, rounds)
 
     def row(name: str, **own: Any) -> DiagnosisRow:
@@ -131,20 +153,16 @@ def _diagnose(
         return DiagnosisRow(name, seconds=seconds[name], **_figures(programs[name]), **own)
 
     def rule_row(name: str, rule: Rule) -> DiagnosisRow:
-        own: dict[str, Any] = {
-            "predicted_mse": _law(rule, n),
-            "unbiased": rule.unbiased,
-            "reverse_mode": rule.reverse_mode,
-        }
-        if reference is not None and name in calls:
-            own |= _accuracy(calls[name], key, reference, draws)
+        own: dict[str, Any] = {"unbiased": rule.unbiased, "reverse_mode": rule.reverse_mode}
+        if name in calls:
+            own["predicted_mse"] = _law(rule, n)
+            own |= {} if reference is None else _accuracy(calls[name], key, reference, draws)
         return row(name, **own)
 
     exact: dict[str, Any] = {"predicted_mse": 0.0, "mse": (0.0, 0.0), "cosine": (1.0, 0.0)}
     rows = tuple(rule_row(name, rule) for name, rule in rules.items())
-    value = float(calls["the loss alone"](key)[0])
-    alone, backprop, checkpointed = row("the loss alone"), row(BACKPROP, **exact), row(CHECKPOINTED, **exact)
-    return Diagnosis(alone, backprop, checkpointed, rows, n, value, source, draws)
+    backprop, checkpointed = row(BACKPROP, **exact), row(CHECKPOINTED, **exact)
+    return Diagnosis(row(ALONE), backprop, checkpointed, rows, n, value, source, draws)
 
 
 def _evaluate(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
@@ -189,10 +207,10 @@ def _figures(program: Any) -> dict[str, Any]:
     return {"flops": flops, "temporary_bytes": getattr(memory, "temp_size_in_bytes", None)}
 
 
-def _reference(calls: Mapping[str, Callable], errors: Mapping[str, str], n: int, forward_mode: Callable) -> Any:
+def _reference(calls: Mapping[str, Callable], key: Array, n: int, forward_mode: Callable) -> Any:
     """The exact gradient and how it was found."""
-    if BACKPROP not in errors:
-        return calls[BACKPROP](jax.random.key(0))[2], "backprop"
+    if BACKPROP in calls:
+        return calls[BACKPROP](key)[2], "backprop"
     if n > EXACT_LIMIT:
         return None, None
     try:
@@ -202,9 +220,7 @@ def _reference(calls: Mapping[str, Callable], errors: Mapping[str, str], n: int,
 
 
 def _interleaved(calls: Mapping[str, Callable], key: Array, rounds: int) -> dict[str, float]:
-    """The median seconds of each program, warm; every round runs each of them once, in a turning order."""
-    for call in calls.values():
-        jax.block_until_ready(call(key))
+    """The median seconds of each program, each run before; every round runs all of them once, in a turning order."""
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
@@ -233,7 +249,7 @@ def _accuracy(call: Callable, key: Array, reference: Tree, draws: int) -> dict[s
 
 def _law(rule: Rule, n: int) -> float | None:
     """The predicted relative MSE for n parameters, None where the law counts something else or there is none."""
-    if isinstance(rule, ActivityPerturbation) or getattr(getattr(rule, "tangents", None), "per_example", False):
+    if isinstance(rule.rule if isinstance(rule, Safe) else rule, ActivityPerturbation):
         return None
     law = rule.relative_mse(n)
     return law if math.isfinite(law) else None

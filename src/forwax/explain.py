@@ -5,8 +5,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from forwax._rule import check_rule
 from forwax._signature import Signature
 from forwax.rules import ActivityPerturbation, Rule
+from forwax.safety import Safe
 from forwax.sites import Credit, Site, Sites
 
 _COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
@@ -92,12 +94,15 @@ def explain(
         >>> [(row.operation, row.weight_noise, row.activity_noise, row.credit) for row in table.rows]
         [('dot_general + add', 9, 3, 'one slope per example'), ('dot_general', 12, 4, 'exact error')]
     """
-    signature = Signature(loss, argnums, has_aux, in_axes)
+    signature = Signature(loss, argnums, has_aux, in_axes, "explain", keyed=False)
+    check_rule("explain", rule)
+
+    inner = rule.rule if isinstance(rule, Safe) else rule
 
     def explain_loss(*args: Any, **kwargs: Any) -> Explanation:
-        find = getattr(rule, "sites", ActivityPerturbation().sites)
+        find = getattr(inner, "sites", ActivityPerturbation().sites)
         sites = find(signature.bind(args, kwargs))
-        shared = getattr(rule, "memory", "keep") == "shared"
+        shared = getattr(inner, "memory", "keep") == "shared"
         return Explanation(tuple(_row(site, sites, shared) for site in sites.sites))
 
     return explain_loss

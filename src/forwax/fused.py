@@ -16,7 +16,7 @@ from forwax import _mesh, _tree
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.momentum import Momentum
-from forwax.pushforward import is_concrete, pushforward
+from forwax.pushforward import is_concrete, pushforward, scan_with_aux
 from forwax.rules import Rule, WeightPerturbation
 from forwax.safety import Safe
 from forwax.sites import LowRankPlan, custom_vjp, plan_low_rank, plan_signs
@@ -69,7 +69,7 @@ def update(
         >>> float(value), w.shape
         (1.0, (3,))
     """
-    signature = Signature(loss, 0, has_aux, in_axes)
+    signature = Signature(loss, 0, has_aux, in_axes, "update")
     weight = checked(rule)
 
     def update_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +79,10 @@ def update(
             way = _way(weight, problem)
             value, aux, slopes, drawn = way.slopes(key)
         except TypeError as error:
-            raise custom_vjp.named(error, problem) from error
+            better = custom_vjp.named(error, problem)
+            if better is error:
+                raise
+            raise better from error
         slopes = _mesh.total(slopes, _mesh.axes(slopes))
         used = rule.guard()(slopes) if isinstance(rule, Safe) else slopes
         n, k = _tree.num_coordinates(problem.params), weight.num_tangents
@@ -174,7 +177,7 @@ def _add_momentum(way: _Way, params: Tree, momentum: Momentum, key: Array, rate:
 
 def _way(weight: WeightPerturbation, problem: Problem) -> _Way:
     if isinstance(weight.tangents, LowRank):
-        return _low_rank(weight, problem)
+        return _low_rank(weight, problem, weight.tangents)
     if isinstance(weight.tangents, Rademacher) and not is_concrete(problem.params):
         return _planned(weight, plan_signs(problem), 1, 1)
     return _dense(weight, problem)  # the loss may branch on concrete values
@@ -200,12 +203,10 @@ def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
     return _Way(weight, slopes, draw, add, 1)
 
 
-def _low_rank(weight: WeightPerturbation, problem: Problem) -> _Way:
-    tangents = weight.tangents
-    weight.thin(problem)  # raises where examples are missing
-    rank = tangents.rank  # type: ignore[attr-defined]
-    plan = plan_low_rank(problem, tangents.per_example)  # type: ignore[attr-defined]
-    return _planned(weight, plan, rank, problem.num_examples if tangents.per_example else 1)  # type: ignore[attr-defined]
+def _low_rank(weight: WeightPerturbation, problem: Problem, tangents: LowRank) -> _Way:
+    weight.check_examples(problem, tangents)
+    plan = plan_low_rank(problem, tangents.per_example)
+    return _planned(weight, plan, tangents.rank, problem.num_examples if tangents.per_example else 1)
 
 
 def _planned(weight: WeightPerturbation, plan: LowRankPlan, rank: int, examples: Any) -> _Way:
@@ -222,14 +223,14 @@ def _planned(weight: WeightPerturbation, plan: LowRankPlan, rank: int, examples:
             drawn = draw(key, jnp.arange(k))
             return *plan.push(drawn, k, rank), drawn
 
-        def chunk(first: Array) -> tuple[Array, Tree, Array]:
+        def chunk(_: None, first: Array) -> tuple[None, tuple[Array, Array], Tree]:
             part = draw(key, jnp.minimum(first + jnp.arange(size), k - 1))
             leaves, part = lax.optimization_barrier((plan.leaves, part))
-            return plan.at(leaves).push(part, size, rank)
+            value, aux, slopes = plan.at(leaves).push(part, size, rank)
+            return None, (value, slopes), aux
 
-        values, auxs, slopes = lax.map(chunk, jnp.arange(num_chunks) * size)
-        value, aux = jax.tree.map(lambda x: x[0], (values, auxs))
-        return value, aux, slopes.reshape(-1, *slopes.shape[2:])[:k], None
+        _, (values, slopes), aux = scan_with_aux(chunk, None, jnp.arange(num_chunks) * size)
+        return values[0], aux, slopes.reshape(-1, *slopes.shape[2:])[:k], None
 
     def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
         return plan.add(params, coefficients / examples, drawn, rank)

@@ -1,5 +1,7 @@
 """From a learning rate tuned for backprop to one that suits a noisy estimate."""
 
+import math
+
 from forwax.rules import Rule
 
 
@@ -13,15 +15,18 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
 
     Args:
         rule: the rule that will give the gradients.
-        n: the number of real coordinates of the parameters; for `ActivityPerturbation` of the noise that shares a
-            slope, which `explain` lists for each site. Rules without a law, those of feedback, give the rate back.
+        n: the number of real coordinates that the noise of one slope enters: all parameters for
+            `forwax.WeightPerturbation` and `forwax.FiniteDifference`; for `forwax.ActivityPerturbation` the activities
+            whose noise shares a slope, of one example where it has its own, which `forwax.explain` lists for each site;
+            in `forwax.Safe` as for the rule inside. Rules without a law, those of feedback, give the rate back.
         backprop_rate: the learning rate of plain gradient descent (or momentum) tuned for exact gradients.
 
     Returns:
         The suggested learning rate.
 
     Raises:
-        ValueError: when n is not positive.
+        ValueError: when n is not positive, the tangents do not exist for n coordinates, or the error follows from more
+            than n, as with `tangents.LowRank(per_example=True)`.
 
     Example:
         >>> import forwax as fx
@@ -29,5 +34,11 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
         0.05
     """
     if n < 1:
-        raise ValueError(f"suggest_learning_rate: expected the number of parameters n >= 1, got {n}.")
-    return backprop_rate * rule.learning_rate_scale(n)
+        raise ValueError(f"suggest_learning_rate: expected the number of coordinates n >= 1, got {n}.")
+    scale = rule.learning_rate_scale(n)
+    if math.isnan(scale):
+        raise ValueError(
+            f"suggest_learning_rate: expected a rule whose law follows from n alone, got {rule!r}. Measure the "
+            "error of its estimates with forwax.diagnose."
+        )
+    return backprop_rate * scale

@@ -1,12 +1,14 @@
 """Momentum that remembers keys and slopes instead of a copy of the parameters."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from forwax._rule import check_count
+from forwax._signature import check_key
 from forwax.rules import WeightPerturbation
 from forwax.safety import Safe
 from forwax.tangents import LowRank
@@ -77,9 +79,10 @@ class Momentum:
         Raises:
             ValueError: when the number of examples is needed and missing.
         """
-        weight = rule.rule if isinstance(rule, Safe) else rule
-        shape: tuple[int, ...] = (weight.num_tangents,)  # type: ignore[attr-defined]
-        if isinstance(weight.tangents, LowRank) and weight.tangents.per_example:  # type: ignore[attr-defined]
+        key = check_key(key, "Momentum.init", advice="Pass any key of the kind that the steps will get.")
+        weight: Any = rule.rule if isinstance(rule, Safe) else rule
+        shape: tuple[int, ...] = (weight.num_tangents,)
+        if isinstance(weight.tangents, LowRank) and weight.tangents.per_example:
             if num_examples is None:
                 raise ValueError(
                     "Momentum.init: tangents.LowRank(per_example=True) has a slope for each example: expected "

@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import jaxpr_as_fun
 
-from forwax import _tree
+from forwax import _mesh, _tree
 from forwax._tree import Tree
 
 Objective = Callable[[Tree], tuple[Array, Tree]]
@@ -75,19 +76,43 @@ def pushforward(
         return value, aux, slopes, total
     if is_concrete(primals):
         return _loop(lambda total, first: chunk(total, first, primals), start, num_chunks, size, num_tangents)
-    firsts = jnp.arange(num_chunks) * size
-    total, (values, aux, slopes) = lax.scan(lambda total, first: chunk(total, first, primals), start, firsts)
-    value, aux = jax.tree.map(lambda x: x[0], (values, aux))
-    return value, aux, slopes.reshape(-1)[:num_tangents], total
+
+    def step(total: Tree, first: Array) -> tuple[Tree, tuple[Array, Array], Tree]:
+        total, (value, aux, slopes) = chunk(total, first, primals)
+        return total, (value, slopes), aux
+
+    total, (values, slopes), aux = scan_with_aux(step, start, jnp.arange(num_chunks) * size)
+    return values[0], aux, slopes.reshape(-1)[:num_tangents], total
+
+
+def scan_with_aux(
+    step: Callable[[Tree, Array], tuple[Tree, Tree, Tree]], start: Tree, xs: Array, *, reverse: bool = False
+) -> tuple[Tree, Tree, Tree]:
+    """`lax.scan` of a step to `(carry, out, aux)`, which keeps the aux of the step that comes last alone.
+
+    An aux may be as large as the activities: it is carried, not stacked. Its form is known once the step is traced,
+    and the loop runs that trace, so that the user's loss is not traced again.
+    """
+    traced, shapes = jax.make_jaxpr(step, return_shape=True)(start, xs[0])
+    run, structure = jaxpr_as_fun(traced), jax.tree.structure(shapes)
+    avals = traced.out_avals[structure.num_leaves - len(jax.tree.leaves(shapes[2])) :]
+    unset = [_mesh.vary(jnp.zeros(aval.shape, aval.dtype), _mesh.type_axes(aval)) for aval in avals]
+
+    def body(state: tuple[Tree, list[Array]], x: Array) -> tuple[tuple[Tree, list[Array]], Tree]:
+        carry, out, aux = structure.unflatten(run(*jax.tree.leaves((state[0], x))))
+        return (carry, jax.tree.leaves(aux)), out
+
+    (carry, leaves), outs = lax.scan(body, (start, unset), xs, reverse=reverse)
+    return carry, outs, jax.tree.unflatten(jax.tree.structure(shapes[2]), leaves)
 
 
 def _loop(chunk: Callable, total: Tree, num_chunks: int, size: int, k: int) -> tuple[Array, Tree, Array, Tree]:
-    outputs = []
-    for i in range(num_chunks):
-        total, output = chunk(total, i * size)
-        outputs.append(output)
-    value, aux, _ = outputs[0]
-    return value, aux, jnp.concatenate([slopes for *_, slopes in outputs])[:k], total
+    total, (value, aux, slopes) = chunk(total, 0)
+    found = [slopes]
+    for i in range(1, num_chunks):
+        total, (_, _, slopes) = chunk(total, i * size)
+        found.append(slopes)
+    return value, aux, jnp.concatenate(found)[:k], total
 
 
 def _slopes(objective: Objective, primals: Tree, tangents: Tree, size: int) -> tuple[Array, Tree, Array]:

@@ -28,7 +28,7 @@ class Monitor(NamedTuple):
         variance: E|ĝ - g|².
         cosine: the root mean square of cos(ĝ, g).
         error: the relative standard error of `gradient_norm`.
-        num_steps: how many steps went in.
+        num_steps: how many steps had a finite slope since the start; of these the last `window` went in.
         num_clipped: how many slopes were clipped since the start.
         num_skipped: how many slopes were skipped since the start, as they were not finite.
     """
@@ -105,19 +105,21 @@ class Safe(LearningRule):
     Supported: `forwax.WeightPerturbation` with any tangents, combination and number of tangents, each slope on its
     own, one for each example with `tangents.LowRank(per_example=True)`. Inside `jax.shard_map` the parameters must be
     replicated. All other rules, `forwax.ActivityPerturbation` with its slopes for each example among them, have no
-    slope that scales their estimate as a whole: there the norm |ĝ| takes the place of |c|, and an estimate that is not
-    finite is skipped as a whole.
+    slope that scales their estimate as a whole: there the norm |ĝ| takes the place of |c|, and an estimate whose norm
+    is not finite, or overflows when it is squared, is skipped as a whole. A rule that learns from step to step, such as
+    `forwax.FDFA`, is refused: `step` would hand out the guard's successor and not the rule's own.
 
     Attributes:
         rule: the rule to guard.
         clip: the largest slope, in medians; None to clip nothing.
         skip: whether slopes that are not finite count as zero. If not, infinite ones are clipped, and those that are
-            not a number make the estimate so.
+            not a number make the estimate so; for rules without slopes both make it so.
         window: how many steps are remembered.
         warm_up: how many steps are made before the first slope is clipped.
         history: what is remembered, or None until `init` or the first step makes it.
 
     Raises:
+        TypeError: when the rule is itself one that learns.
         ValueError: when a field has no such value, or where parameters are sharded.
 
     Example:
@@ -141,11 +143,22 @@ class Safe(LearningRule):
     def __post_init__(self) -> None:
         check_count("Safe", "window", self.window)
         check_count("Safe", "warm_up", self.warm_up)
+        if isinstance(self.rule, LearningRule):
+            raise TypeError(
+                "Safe: expected a rule that stays the same from step to step, such as forwax.WeightPerturbation(), got "
+                f"{type(self.rule).__name__}, which learns: Safe would never hand out what it has learnt. Use it as it "
+                "is."
+            )
         if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(
                 f"Safe: expected clip of at least 1, or None to clip nothing, got {self.clip}. Below 1 the bound, a "
                 "multiple of the median of slopes that were clipped by it, would fall to zero."
             )
+
+    @property
+    def reverse_mode(self) -> bool:  # type: ignore[override]
+        """Whether the rule runs reverse mode."""
+        return self.rule.reverse_mode
 
     @property
     def unbiased(self) -> bool:
@@ -198,7 +211,8 @@ class Safe(LearningRule):
 
         What this is not: the noise of the batch. Slopes of one batch are slopes of its own gradient, whose norm this
         is. With `tangents.LowRank(per_example=True)` the norm is the root mean square of the examples' own gradients,
-        and relative MSE, variance and cosine are those of one example's estimate. Slopes are taken before clipping.
+        and relative MSE, variance and cosine are not numbers: they depend on how far the examples agree. Slopes are
+        taken before clipping.
 
         Args:
             params: the parameters, or their number n of real coordinates.

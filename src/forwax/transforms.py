@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from forwax._rule import check_rule
 from forwax._signature import Signature, check_key
 from forwax.rules import Rule, WeightPerturbation
 from forwax.sites import custom_vjp
@@ -39,7 +40,8 @@ def value_and_grad(
     Raises:
         TypeError: when `f` is called without a key, with arguments that cannot be differentiated, or with a loss that
             is not a real scalar.
-        ValueError: when `in_axes` maps a differentiated argument, nothing, or an empty batch.
+        ValueError: when `argnums` names an argument twice, or `in_axes` maps a differentiated argument, nothing, an
+            axis that an argument does not have, or an empty batch.
 
     The estimate of the default rule is ĝ = <∇f, v> v with random signs v, after Baydin et al. 2022 (arXiv 2202.08587).
 
@@ -50,7 +52,8 @@ def value_and_grad(
         >>> float(value), grads.tolist()  # one parameter: exact
         (36.0, [24.0])
     """
-    signature = _checked(loss, rule, argnums, has_aux, in_axes)
+    signature = Signature(loss, argnums, has_aux, in_axes)
+    check_rule("value_and_grad", rule)
     name = getattr(loss, "__name__", type(loss).__name__)
 
     def value_and_grad_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -59,11 +62,14 @@ def value_and_grad(
         try:
             value, aux, grads = rule.estimate(key, problem)
         except TypeError as error:
-            raise custom_vjp.named(error, problem) from error
+            better = custom_vjp.named(error, problem)
+            if better is error:
+                raise
+            raise better from error
         return ((value, problem.restore(aux)), grads) if has_aux else (value, grads)
 
     value_and_grad_of_loss.__name__ = f"value_and_grad({name})"
-    value_and_grad_of_loss.__doc__ = f"Value and estimated gradient of {name}, by {rule}."
+    value_and_grad_of_loss.__doc__ = f"Value and estimated gradient of {name}, by {type(rule).__name__}."
     return value_and_grad_of_loss
 
 
@@ -95,14 +101,3 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return grad_of_loss
-
-
-def _checked(loss: Any, rule: Any, argnums: Any, has_aux: bool, in_axes: Any) -> Signature:
-    if not callable(loss):
-        raise TypeError(f"value_and_grad: expected a function as the loss, got {type(loss).__name__}.")
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            f"value_and_grad: expected a rule, such as forwax.WeightPerturbation(), got {rule!r}. argnums, has_aux and "
-            "in_axes are keyword arguments."
-        )
-    return Signature(loss, argnums, has_aux, in_axes)

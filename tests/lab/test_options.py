@@ -194,6 +194,8 @@ def test_epochs_become_steps():
         ),
         ({"epsilon": 0.1}, "--epsilon does not apply to --rule weight; it belongs to: finite-difference."),
         ({"steps": 5, "epochs": 1}, "--steps and --epochs both say how long to train; give one of them."),
+        ({"epochs": float("nan")}, "--epochs must be a positive number, got nan."),
+        ({"seed": 2**32}, "--seed must be below 2**32, got 4294967296."),
         ({"epochs": 0.01}, "--epochs 0.01 gives no step; each epoch has 1437 examples."),
         ({"decay_rate": 0.1}, "--decay-rate belongs to --schedule exponential, but the schedule is cosine."),
         ({"steps": 10, "warm_up": 10}, "--warm-up must be shorter than the 10 steps, got 10."),

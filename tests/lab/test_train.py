@@ -514,3 +514,22 @@ def test_a_config_of_another_experiment_is_told(reference, tmp_path):
     write_json(tmp_path / CONFIG, reference.config | {"experiment": "cats"})
     with pytest.raises(UsageError, match="There is no experiment 'cats'"):
         resume(tmp_path)
+
+
+def test_a_run_trains_the_model_and_the_loss_that_its_options_name(tmp_path):
+    named = {"size": "S/1/1", "rule": "BP", "steps": 1, "batch_size": 4}
+    assert train.run(TrainOptions(experiment="local-mixer", runs=tmp_path, **named)) == 0
+    run = only_run(tmp_path)
+    settings = Settings.from_dict(run.config)
+    problem = problem_of(tiny_data(), experiments.EXPERIMENTS["local-mixer"], settings)
+    assert run.config["num_parameters"] == problem.num_parameters == 9 * 256 + 256 + 256 * 256 + 256 + 2 * (256 * 3 + 3)
+    block = build_trainer(problem, settings).run(1)
+    assert run.metrics()[0]["loss"] == float(block.losses[0])
+    assert run.metrics()[0]["loss"] < 2 * np.log(3)  # one loss; LG-FG-A, the default, has one for the block as well
+
+
+def test_a_model_that_does_not_fit_its_data_is_refused(tmp_path):
+    refusal = r"local-mixer does not fit images of \(3, 3, 1\): .*8×8 patches\. Choose another --size or --data\."
+    with pytest.raises(UsageError, match=refusal):
+        train.run(TrainOptions(experiment="local-mixer", runs=tmp_path, size="M/8/16", steps=1))
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from forwax.diagnosis import Diagnosis
 from forwax.lab import choices
 from forwax.lab.compare import named_rules
 from forwax.lab.compare.named_rules import NamedRule
-from forwax.lab.options import ExperimentName, find_configuration, find_experiment
+from forwax.lab.options import OneLossName, find_configuration, find_experiment
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.settings import Settings, UsageError
 
@@ -35,7 +35,7 @@ class DiagnoseOptions:
         ```
     """
 
-    experiment: Annotated[ExperimentName, tyro.conf.Positional] = "digits"
+    experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
     """Whose loss, on what data."""
     rules: tuple[str, ...] = DEFAULT_RULES
     """The rules, by the names of `forwax compare`, followed by a number of tangents where wanted."""

@@ -15,11 +15,12 @@ from forwax.lab.ren2023 import columns
 from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
-    ExperimentName = RuleName = TangentsName = CombineName = OptimizerName = ScheduleName = str
+    ExperimentName = OneLossName = RuleName = TangentsName = CombineName = OptimizerName = ScheduleName = str
     SizeName = DataName = str
 else:
     # the names come from the tables, so that a new line there is a new choice here
     ExperimentName = Literal[tuple(EXPERIMENTS)]
+    OneLossName = Literal[tuple(name for name, each in EXPERIMENTS.items() if each.specialise is None)]
     RuleName = Literal[tuple(choices.RULES)]
     TangentsName = Literal[tuple(choices.TANGENTS)]
     CombineName = Literal[tuple(choices.COMBINES)]
@@ -137,6 +138,26 @@ def find_configuration(experiment: Experiment, name: str) -> Settings:
     raise UsageError(f"{reason} Choose --config from: {known}.")
 
 
+def asked(experiment: Experiment, configuration: str, given: dict[str, Any]) -> Settings:
+    """Give the configuration with what the user named: all that a model, its loss and its data depend on.
+
+    Args:
+        experiment: one of `EXPERIMENTS`.
+        configuration: the name of one of its configurations.
+        given: what the user named, see `SettingOptions.given`.
+
+    Raises:
+        UsageError: when the experiment leaves no such choice open.
+
+    >>> asked(find_experiment("local-mixer"), "default", {"size": "S/1/1", "epochs": 2}).size
+    'S/1/1'
+    """
+    named = {name: value for name, value in given.items() if name != "epochs"}
+    settings = dataclasses.replace(find_configuration(experiment, configuration), **named)
+    check_open_choices(experiment, settings, given)
+    return settings
+
+
 def resolve(
     experiment: Experiment,
     configuration: str,
@@ -165,10 +186,7 @@ def resolve(
     >>> settings.learning_rate, settings.steps, settings.tangents
     (0.5, 44, None)
     """
-    base = find_configuration(experiment, configuration)
-    named = {name: value for name, value in given.items() if name != "epochs"}
-    settings = dataclasses.replace(base, **named)
-    check_open_choices(experiment, settings, given)
+    settings = asked(experiment, configuration, given)
     check_ranges(settings, num_examples)
     if settings.schedule != "exponential" and "decay_rate" in given:
         raise UsageError(f"--decay-rate belongs to --schedule exponential, but the schedule is {settings.schedule}.")
@@ -200,6 +218,8 @@ def _with_steps(settings: Settings, experiment: Experiment, given: dict[str, Any
     if "steps" in given and "epochs" in given:
         raise UsageError("--steps and --epochs both say how long to train; give one of them.")
     epochs = given.get("epochs")
+    if epochs is not None and not 0 < epochs < float("inf"):
+        raise UsageError(f"--epochs must be a positive number, got {epochs}.")
     if epochs is None and "steps" not in given and experiment.suggested_epochs is not None:
         epochs = experiment.suggested_epochs(settings)
     if epochs is None:
@@ -261,6 +281,7 @@ def check_ranges(settings: Settings, num_examples: int) -> None:
         (_POSITIVE, lambda x: 0 < x < float("inf"), "a positive number"),
         (_NOT_NEGATIVE, lambda x: 0 <= x < float("inf"), "zero or more"),
         (("density",), lambda x: x <= 1, "at most 1"),
+        (("seed",), lambda x: x < 2**32, "below 2**32"),
         (("clip_slopes",), lambda x: 1 <= x < float("inf"), "at least 1"),
         (("guess_decay",), lambda x: 0 <= x < 1, "at least 0 and below 1"),
     ):

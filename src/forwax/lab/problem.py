@@ -15,7 +15,7 @@ import numpy as np
 
 import forwax as fx
 from forwax.lab.data import DataSet, load
-from forwax.lab.settings import Settings
+from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     from forwax.lab.experiments import Experiment, Gradient
@@ -71,6 +71,7 @@ def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | N
 
     Raises:
         DataError: when the data set cannot be loaded.
+        UsageError: when the model that the settings name does not fit the data.
 
     >>> from forwax.lab.experiments import EXPERIMENTS
     >>> build_problem(EXPERIMENTS["digits"], Settings()).num_parameters
@@ -83,8 +84,11 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
     """Make the problem of a data set that is in memory already; see `build_problem`."""
     experiment, shape = experiment.of(settings), data.train_images.shape[1:]
     make = lambda key: eqx.partition(experiment.model(shape, data.num_classes, key), eqx.is_inexact_array)  # noqa: E731
-    # the part that is not parameters holds no arrays, so an abstract key serves to build it
-    static = eqx.filter_eval_shape(make, jax.random.key(0))[1]
+    try:  # the part that is not parameters holds no arrays, so an abstract key serves to build it
+        static = eqx.filter_eval_shape(make, jax.random.key(0))[1]
+    except ValueError as error:
+        advice = " Choose another --size or --data." if experiment.gradient else ""
+        raise UsageError(f"{experiment.name} does not fit images of {shape}: {error}{advice}") from error
     init = lambda key: cast(make(key)[0], _parameter_dtype(settings.dtype))  # noqa: E731
     abstract, scale = jax.eval_shape(init, jax.random.key(0)), standardiser(data.train_images)
     return Problem(
@@ -93,7 +97,7 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
         train=(data.train_images, data.train_labels.astype(np.int32)),
         test=(data.test_images, data.test_labels.astype(np.int32)),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract)),
-        checksum=_checksum(data),
+        checksum=checksum_of(data),
         custom_gradient=experiment.gradient and experiment.gradient(static, scale, settings, data.scale),
     )
 
@@ -134,7 +138,8 @@ def _cross_entropy(static: Any, scale: Callable[[jax.Array], jax.Array], dtype: 
     return loss
 
 
-def _checksum(data: DataSet) -> str:
+def checksum_of(data: DataSet) -> str:
+    """The SHA-256 of a data set's shapes, types and values."""
     digest = hashlib.sha256()
     for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
         digest.update(repr((array.shape, array.dtype.str)).encode())

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._rule import Rule, check_count
+from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
@@ -123,6 +123,8 @@ class ActivityPerturbation(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
+        check_directions("ActivityPerturbation", self.tangents, self.combine)
+        check_shared("ActivityPerturbation", self.tangents)
         over = _mesh.axes(key)  # a key of its own gives each device an estimate of its own
         own = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
         sites = self.sites(dataclasses.replace(problem, params=own))

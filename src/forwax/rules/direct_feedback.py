@@ -11,7 +11,7 @@ import jax
 from jax import Array
 
 from forwax._rule import Rule
-from forwax._signature import Problem
+from forwax._signature import Problem, check_key
 from forwax._tree import Tree
 from forwax.sites import Sites, direct, find_sites
 from forwax.tangents._base import typed_key
@@ -86,7 +86,9 @@ class DirectFeedbackAlignment(Rule):
                     "drawn."
                 )
             return self.feedback[index]
-        key = jax.random.fold_in(typed_key(self.feedback), index)
+        advice = "Pass jax.random.key(0), or the maps as a tuple."
+        key = check_key(self.feedback, "DirectFeedbackAlignment", "feedback", advice)
+        key = jax.random.fold_in(typed_key(key), index)
         return jax.random.normal(key, (rows, columns)) / math.sqrt(max(columns, 1))
 
     def relative_mse(self, n: int) -> float:

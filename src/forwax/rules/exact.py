@@ -44,6 +44,8 @@ class Exact(Rule):
         """The gradient; see `Rule.estimate`."""
         params, specs = problem.params, _tree.real_specs(problem.params)
         n = _tree.count(specs)
+        if n == 0:
+            return *problem.objective(params), params
 
         def tangents(indices: Array) -> Tree:
             rows = jax.vmap(lambda index: _tree.basis(index, specs))(indices)

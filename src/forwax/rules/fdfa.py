@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._rule import LearningRule, check_count
+from forwax._rule import LearningRule, check_count, check_directions, check_shared
 from forwax._signature import Problem, Signature
 from forwax._tree import Tree
 from forwax.sites import Sites, direct, draw_noise, find_sites
@@ -94,7 +94,7 @@ class FDFA(LearningRule):
         Returns:
             A function of the loss's own arguments that returns the rule. Nothing is computed, the loss is only traced.
         """
-        signature = Signature(loss, argnums, has_aux, in_axes)
+        signature = Signature(loss, argnums, has_aux, in_axes, "FDFA.init", keyed=False)
 
         def init_for(*args: Any, **kwargs: Any) -> FDFA:
             return dataclasses.replace(self, maps=self._zeros(self.sites(signature.bind(args, kwargs))))
@@ -103,6 +103,8 @@ class FDFA(LearningRule):
 
     def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "FDFA"]:
         """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""
+        check_directions("FDFA", self.tangents)
+        check_shared("FDFA", self.tangents)
         own = lambda leaf: _mesh.vary(leaf, _mesh.axes(key))  # noqa: E731 (a key of its own: nothing is shared)
         sites = self.sites(dataclasses.replace(problem, params=jax.tree.map(own, problem.params)))
         rule = dataclasses.replace(self, maps=self._learnt(key, sites))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax._rule import Rule
-from forwax._signature import Problem
+from forwax._signature import Problem, check_key
 from forwax._tree import Tree
 from forwax.sites import find_sites
 from forwax.tangents._base import typed_key
@@ -91,6 +91,7 @@ def random_feedback(key: Any, params: Tree) -> Tree:
         ((3, 4), None)
     """
     leaves, structure = jax.tree.flatten(params)
+    key = check_key(key, "random_feedback", advice="Call random_feedback(jax.random.key(0), params).")
     keys = jax.random.split(typed_key(key), len(leaves))
     drawn = [_like(k, jnp.asarray(leaf)) if jnp.ndim(leaf) >= 2 else None for k, leaf in zip(keys, leaves, strict=True)]
     return structure.unflatten(drawn)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax._rule import Rule, check_count
+from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.assemble import Assembly
 from forwax.combine import Combine, Mean
-from forwax.pushforward import is_concrete
+from forwax.pushforward import is_concrete, scan_with_aux
 from forwax.tangents import IndependentTangents, Rademacher, Tangents
 from forwax.tangents._base import sampler
 
@@ -31,9 +31,11 @@ class FiniteDifference(Rule):
     directions are drawn anew from their seeds when the estimate is summed up, not stored, unless they are drawn jointly
     or the combination needs all of them.
 
-    The estimate is that of `WeightPerturbation` up to a bias of order ε² and rounding of order u|f|/ε, with u the
-    rounding unit of the loss (float32: 6e-8). `value` is the mean of all evaluations, the loss up to order ε²;
-    `aux` is that of the first evaluation.
+    The estimate is that of `WeightPerturbation` up to a bias of order ε² and two roundings: of order u|f|/ε, with u the
+    rounding unit of the loss (float32: 6e-8), and, relative to the slope, of order u|θ|/ε, with u that of a parameter θ
+    (bfloat16: 4e-3): a step below the spacing of the floats around θ moves nothing. So ε must grow with |θ|, and
+    parameters of low precision need a large one. `value` is the mean of all evaluations, the loss up to order ε²; `aux`
+    is that of the first evaluation.
 
     Attributes:
         tangents: the distribution of directions.
@@ -42,7 +44,9 @@ class FiniteDifference(Rule):
         epsilon: the step ε, in units of a direction's entries (1e-3 as in MeZO).
 
     Raises:
-        ValueError: when the count is not a positive integer.
+        TypeError: when tangents or combination are of another kind.
+        ValueError: when the count is not a positive integer, or a step that is a Python number is too small for the
+            dtype of a parameter near 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -66,6 +70,9 @@ class FiniteDifference(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
+        check_directions("FiniteDifference", self.tangents, self.combine)
+        check_shared("FiniteDifference", self.tangents)
+        self._check_step(problem.params)
         k, key_axes = self.num_tangents, _mesh.axes(key)
         assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
@@ -86,6 +93,16 @@ class FiniteDifference(Rule):
             total = _sum(lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])), k, assembly.start())
         return jnp.mean(values), aux, assembly.finish(total, k)
 
+    def _check_step(self, params: Tree) -> None:
+        for leaf in jax.tree.leaves(params) if isinstance(self.epsilon, int | float) else []:
+            least = float(jnp.finfo(leaf.dtype).eps)
+            if not self.epsilon >= least:
+                raise ValueError(
+                    f"FiniteDifference: expected epsilon of at least {least} for parameters in {leaf.dtype}, got "
+                    f"{self.epsilon}: a parameter of 1 would not move by it. Pass epsilon={8 * least:.2g}, or keep the "
+                    "parameters in float32."
+                )
+
     def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[tuple[Array, Array], Tree]:
         def side(sign: Array) -> tuple[Array, Tree]:
             step = sign * self.epsilon
@@ -99,12 +116,14 @@ class FiniteDifference(Rule):
         return (jnp.mean(values), slope), aux
 
     def relative_mse(self, n: int) -> float:
-        """The law of the tangents and their combination, for n real coordinates and ε → 0."""
+        """The law of the tangents and their combination, for n real coordinates of the parameters and ε → 0."""
+        self.tangents.check(n, self.num_tangents)
         mean = self.tangents.relative_mse(n, self.num_tangents)
         return self.combine.relative_mse(mean, n, self.num_tangents)
 
     def learning_rate_scale(self, n: int) -> float:
         """As for `WeightPerturbation`."""
+        self.tangents.check(n, self.num_tangents)
         return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
 
 
@@ -118,7 +137,8 @@ def _each(evaluate: Callable[[Array], tuple[Tree, Tree]], xs: Array, concrete: b
     Returns the stacked first outputs, and the second output of the first evaluation.
     """
     if concrete:
-        outputs = [evaluate(x) for x in xs]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[out for out, _ in outputs]), outputs[0][1]
-    stacked, aux = lax.map(evaluate, xs)
-    return stacked, jax.tree.map(lambda x: x[0], aux)
+        out, aux = evaluate(xs[0])
+        outputs = [out, *(evaluate(x)[0] for x in xs[1:])]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), aux
+    _, stacked, aux = scan_with_aux(lambda _, x: (None, *evaluate(x)), None, xs, reverse=True)  # the first comes last
+    return stacked, aux

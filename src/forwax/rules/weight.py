@@ -1,6 +1,7 @@
 """Weight perturbation: the forward gradient of Baydin et al. 2022, "Gradients without Backpropagation"."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax._rule import Rule, check_count, check_replicated
+from forwax._rule import Rule, check_count, check_directions, check_replicated
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.assemble import Assembly
@@ -37,7 +38,9 @@ class WeightPerturbation(Rule):
             primal is evaluated once per chunk.
 
     Raises:
-        ValueError: when a count is not a positive integer.
+        TypeError: when tangents or combination are of another kind.
+        ValueError: when a count is not a positive integer, or where `tangents.LowRank(per_example=True)` cannot be
+            followed: without `in_axes`, with a combination other than `Mean`, with sharded parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -76,8 +79,11 @@ class WeightPerturbation(Rule):
     def _estimate(
         self, key: Array, problem: Problem, guard: Callable[[Array], Array] | None
     ) -> tuple[Array, Tree, Tree, Array]:
-        if isinstance(self.tangents, LowRank) and self.thin(problem):
-            return self._low_rank(key, problem, self.tangents, guard)
+        check_directions("WeightPerturbation", self.tangents, self.combine)
+        if isinstance(self.tangents, LowRank):
+            self.check_examples(problem, self.tangents)
+            if self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params)):
+                return self._low_rank(key, problem, self.tangents, guard)
         k, key_axes = self.num_tangents, _mesh.axes(key)
         assembly = Assembly(self.tangents, self.combine, problem.params, key_axes, guard)
         draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
@@ -92,14 +98,26 @@ class WeightPerturbation(Rule):
             slopes = _mesh.total(slopes, _mesh.axes(slopes) - key_axes)
         return value, aux, assembly.finish(total, k), slopes
 
-    def thin(self, problem: Problem) -> bool:
-        """Whether low-rank directions can stay factors: not where the combination or a mesh needs them in full."""
-        if self.tangents.per_example and problem.num_examples is None:  # type: ignore[attr-defined]
+    def check_examples(self, problem: Problem, tangents: LowRank) -> None:
+        """Raise a ValueError where examples cannot have directions of their own, though the tangents ask for it."""
+        if not tangents.per_example:
+            return
+        if problem.num_examples is None:
             raise ValueError(
                 "tangents.LowRank(per_example=True) needs examples: expected in_axes, got None. Pass in_axes, as in "
                 "in_axes=(None, 0, 0), or per_example=False."
             )
-        return self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params))
+        if not isinstance(self.combine, Mean):
+            raise ValueError(
+                "tangents.LowRank(per_example=True) gives each example its own slopes: expected combine.Mean(), got "
+                f"{type(self.combine).__name__}, which needs the law of the whole estimate. Use combine.Mean(), or "
+                "per_example=False."
+            )
+        if any(_mesh.tree_axes(problem.params)):
+            raise ValueError(
+                "tangents.LowRank(per_example=True) needs whole parameters on every device, but inside shard_map they "
+                "vary over mesh axes. Replicate them, or use per_example=False."
+            )
 
     def _low_rank(
         self, key: Array, problem: Problem, tangents: LowRank, guard: Callable[[Array], Array] | None
@@ -136,10 +154,18 @@ class WeightPerturbation(Rule):
         return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, problem.params), slopes
 
     def relative_mse(self, n: int) -> float:
-        """The law of the tangents and their combination, for n real coordinates."""
-        mean = self.tangents.relative_mse(n, self.num_tangents)
-        return self.combine.relative_mse(mean, n, self.num_tangents)
+        """The law of the tangents and their combination, for n real coordinates of the parameters.
+
+        Not a number with `tangents.LowRank(per_example=True)`, where it depends on how far the examples agree.
+        """
+        return self.combine.relative_mse(self._mean_law(n), n, self.num_tangents)
 
     def learning_rate_scale(self, n: int) -> float:
         """1 / (1 + M) for the mean of relative MSE M: k / (n + k + 1) for normals, k / (n + k - 1) for signs."""
-        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
+        return self.combine.learning_rate_scale(self._mean_law(n))
+
+    def _mean_law(self, n: int) -> float:
+        self.tangents.check(n, self.num_tangents)
+        if isinstance(self.tangents, LowRank) and self.tangents.per_example:
+            return math.nan
+        return self.tangents.relative_mse(n, self.num_tangents)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._signature import check_key
 from forwax._tree import Spec, Tree
 
 
@@ -59,6 +60,7 @@ class Tangents(abc.ABC):
             >>> fx.tangents.Rademacher().sample(jax.random.key(0), {"w": jnp.zeros((2, 3))}, 4)["w"].shape
             (4, 2, 3)
         """
+        key = check_key(key, "Tangents.sample", advice="Call tangents.sample(jax.random.key(0), like).")
         return sampler(self, key, like, num_tangents, hold=True)(jnp.arange(num_tangents))
 
 

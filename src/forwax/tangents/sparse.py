@@ -16,7 +16,7 @@ from forwax.tangents._base import IndependentTangents
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sparse(IndependentTangents):
-    """Independent entries, ±1/√p with probability p and 0 otherwise.
+    """Independent entries, ±1/√p with probability p and 0 otherwise; p is rounded to a multiple of 2⁻³¹.
 
     Relative MSE of the mean over k tangents: (n + 1/p - 2) / k (kurtosis 1/p).
 
@@ -46,11 +46,16 @@ class Sparse(IndependentTangents):
         return [self._leaf(k, spec) for k, spec in zip(keys, specs, strict=True)]
 
     def _leaf(self, key: Array, spec: Spec) -> Array:
-        # One uniform serves both choices: u < p keeps the entry, and which half of [0, p) it fell into is its sign.
-        uniform = jax.random.uniform(key, spec.shape)
-        size = 1 / math.sqrt(self.density)
-        sign = jnp.where(uniform < self.density / 2, size, -size)
-        return jnp.where(uniform < self.density, sign, 0.0).astype(spec.dtype)
+        # One draw serves both choices: of 2³² words the first 2h keep the entry, and the first h make it positive.
+        bits = jax.random.bits(key, spec.shape, jnp.uint32)
+        half, size = self._half, math.sqrt(2**31 / self._half)
+        sign = jnp.where(bits < jnp.uint32(half), size, -size)
+        return jnp.where(bits <= jnp.uint32(2 * half - 1), sign, 0.0).astype(spec.dtype)
+
+    @property
+    def _half(self) -> int:
+        """Half of p · 2³²: what is drawn has exactly this density, so that E[v vᵀ] = I whatever p is."""
+        return max(1, round(self.density * 2**31))
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
         """(n + 1/p - 2) / k."""

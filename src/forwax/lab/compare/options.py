@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from forwax.lab.options import ExperimentName
+from forwax.lab.options import OneLossName
 from forwax.lab.settings import UsageError
 from forwax.lab.train.command import versions
 from forwax.lab.train.runs import CONFIG, Run, write_json
@@ -31,7 +31,7 @@ class CompareOptions:
         ```
     """
 
-    experiment: Annotated[ExperimentName, tyro.conf.Positional] = "digits"
+    experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
     """What to train on what."""
     rules: tuple[str, ...] = ()
     """The rules: backprop, forward, forward-normal, low-rank, projection, shrinkage, orthonormal, finite-difference,

@@ -17,12 +17,14 @@ from rich.console import Console
 from forwax.lab.data import DataSet, load
 from forwax.lab.experiments import EXPERIMENTS
 from forwax.lab.options import check_ranges
-from forwax.lab.problem import problem_of
+from forwax.lab.problem import checksum_of, problem_of
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.columns import COLUMNS, RULES, Column
 from forwax.lab.ren2023.entries import Entry
+from forwax.lab.ren2023.finished import finished, folder_of
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.command import INTERRUPTED, NOT_FINITE, Signals
+from forwax.lab.train.runs import write_text
 
 if TYPE_CHECKING:
     ColumnName = str
@@ -113,21 +115,25 @@ def run(options: ReproduceOptions) -> int:
     column, entries = COLUMNS[options.column], parse_entries(options)
     data = prepared(load(column.settings.data or "", options.data_dir), options)
     folder = options.out / column.name
-    results: dict[str, list[dict[str, Any]]] = {}
+    checksum, finite = checksum_of(data), True
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: the folder {folder} cannot be made ({error.strerror}); choose another.") from error
     with Signals().watch() as signals:
         try:
             for seed in range(options.seeds):
                 for entry in dict.fromkeys(entries):
                     summary = run_one(folder, column, entry, seed, data, options, signals)
-                    results.setdefault(entry.name, []).append(summary)
-                    save(folder, column, entries, results, _facts(column, entries[0], data, options, summary))
+                    finite &= summary["finite"]
+                    save(folder, column, checksum, _facts(column, entries[0], data, options, summary))
         except KeyboardInterrupt:
             print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
             return 143 if signals.received == signal.SIGTERM else INTERRUPTED
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table.make_table(column, entries, results))
+    console.print(table.make_table(column, *finished(folder, checksum)))
     print(f"Table, curves and runs: {folder}")
-    return 0 if all(run["finite"] for of_entry in results.values() for run in of_entry) else NOT_FINITE
+    return 0 if finite else NOT_FINITE
 
 
 def parse_entries(options: ReproduceOptions) -> list[Entry]:
@@ -139,10 +145,10 @@ def parse_entries(options: ReproduceOptions) -> list[Entry]:
     >>> [entry.name for entry in parse_entries(ReproduceOptions(rules=("BP", "LG-FG-A:4")))]
     ['BP', 'LG-FG-A:4']
     """
-    for name in ("seeds", "epochs", "examples", "steps"):
+    for name in ("seeds", "epochs", "examples", "steps", "batch_size"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}.")
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--steps and --epochs both say how long to train; give one of them.")
     if not options.rules:
@@ -197,8 +203,7 @@ def run_one(
     settings = settings_of(column, entry, len(data.train_images), options, seed)
     problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
     print(f"{column.title}: {entry.name}, seed {seed}, learning rate {settings.learning_rate:g}", flush=True)
-    summary = runs.train(folder / f"{entry.name.replace(':', '_')}-{seed}", problem, settings, _teller(), signals)
-    return summary | {"learning_rate": settings.learning_rate}
+    return runs.train(folder_of(folder, entry, seed), problem, settings, _teller(), signals)
 
 
 def _teller() -> Callable[[str], None]:
@@ -213,13 +218,12 @@ def _facts(column: Column, entry: Entry, data: DataSet, options: ReproduceOption
     return told
 
 
-def save(
-    folder: Path, column: Column, entries: list[Entry], results: dict[str, list[dict[str, Any]]], facts: str
-) -> None:
-    """Write the table and the curves of what is finished."""
+def save(folder: Path, column: Column, checksum: str, facts: str) -> None:
+    """Write the table and the curves of all that is finished on this data, by this call or another."""
     # imported here: matplotlib takes a second that `forwax reproduce --help` need not wait for
     from forwax.lab import style
     from forwax.lab.ren2023 import picture
 
-    (folder / TABLE).write_text(table.markdown(column, entries, results, facts))
+    entries, results = finished(folder, checksum)
+    write_text(folder / TABLE, table.markdown(column, entries, results, facts))
     style.save(picture.draw(column, entries, results), folder / FIGURE, dpi=120)

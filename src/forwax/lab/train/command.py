@@ -20,7 +20,7 @@ import tyro
 
 from forwax.lab import choices, optimizers
 from forwax.lab.experiments import EXPERIMENTS, describe
-from forwax.lab.options import ExperimentName, SettingOptions, find_configuration, find_experiment, resolve
+from forwax.lab.options import ExperimentName, SettingOptions, asked, find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.checkpoints import Checkpoint, Checkpoints
@@ -173,8 +173,7 @@ def _precision(dtype: str | None) -> contextlib.AbstractContextManager[Any]:
 def _start(options: TrainOptions) -> Session:
     """Check the options, load the data, make the folder, then compile."""
     experiment = find_experiment(options.experiment)
-    base = find_configuration(experiment, options.config)
-    problem = build_problem(experiment, dataclasses.replace(base, dtype=options.dtype or base.dtype), options.data_dir)
+    problem = build_problem(experiment, asked(experiment, options.config, options.given()), options.data_dir)
     settings = resolve(
         experiment, options.config, options.given(), len(problem.train[0]), problem.num_parameters, problem.noise
     )
@@ -297,19 +296,32 @@ def advice(session: Session, loss: float) -> str:
     rule = choices.build_rule(settings, jax.numpy.zeros(n))
     rate = settings.learning_rate or 0.0
     noise = session.trainer.problem.noise(rule)
-    smaller = min(optimizers.suggest_rate(settings, rule, n, experiment.effective_dimension, noise), rate / 3)
+    suggested = experiment.suggested_rate or (
+        lambda settings: optimizers.suggest_rate(settings, rule, n, experiment.effective_dimension, noise)
+    )
+    smaller = min(suggested(settings), rate / 3)
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")
         guarded = "clip_slopes" in choices.RULES[settings.rule].takes
         tries += ["--clip-slopes 1"] if guarded and settings.clip_slopes != 1 else []
         tries += ["--skip-bad-slopes"] if guarded and math.isfinite(loss) and not settings.skip_bad_slopes else []
-        tries += [] if settings.combine == "projection" else ["--combine projection"]
+        tries += ["--combine projection"] if _takes_projection(settings) else []
     what = "gradient" if math.isfinite(loss) else "loss"
     return (
         f"Step {session.trainer.step + 1} was not made because its {what} is not finite (loss {loss:g}); the last "
         f"finite state is kept in {session.run.path}: try {' or '.join(tries)}."
     )
+
+
+def _takes_projection(settings: Settings) -> bool:
+    if "combine" not in choices.RULES[settings.rule].takes or settings.combine == "projection":
+        return False
+    try:
+        choices.build_rule(dataclasses.replace(settings, combine="projection"))
+    except UsageError:
+        return False
+    return True
 
 
 def _finish(session: Session, started: float) -> None:

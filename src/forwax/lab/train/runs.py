@@ -133,7 +133,7 @@ class Metrics:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file in one move, so that a reader never sees half of it.
+    """Write a JSON file in one move.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.json"
@@ -141,10 +141,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     >>> json.loads(path.read_text())
     {'a': 1}
     """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one move, so that a reader never sees half of it."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     with draft.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
