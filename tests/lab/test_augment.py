@@ -71,6 +71,20 @@ def test_a_shift_brings_in_the_least_value_of_the_whole_image():
     assert int((moved == -1).sum(axis=(1, 2, 3)).max()) >= 2 * 8 * 3  # two rows or columns and more
 
 
+def test_crops_go_down_to_a_twelfth_of_the_area_by_default():
+    across = jnp.broadcast_to(jnp.linspace(0, 1, 32)[None, :, None], (32, 32, 1))
+    seen = jax.jit(jax.vmap(lambda key: jnp.ptp(augment.crop(key, across))))(jax.random.split(jax.random.key(0), 200))
+    assert float(seen.min()) < 0.35  # of the width; sides of 3:4 of a fifth of the area are 0.39
+
+
+def test_brightness_shifts_all_values():
+    x = image() / 4 + 0.4
+    only = Augmentation(brightness=0.2, contrast=0.0, saturation=0.0, hue=0.0)
+    change = jax.jit(augment.jitter, static_argnums=2)(jax.random.key(0), x, only) - x
+    assert 0.01 < abs(float(change.mean())) < 0.2
+    assert float(jnp.ptp(change)) < 2e-3
+
+
 def test_blur_keeps_the_mean_of_each_inner_pixel_and_lowers_contrast():
     x = image()
     blur = jax.jit(augment.blur)

@@ -7,8 +7,9 @@ import signal
 import jax
 import pytest
 
-from forwax.lab import choices, cli
+from forwax.lab import choices, cli, optimizers
 from forwax.lab.data import load
+from forwax.lab.options import resolve
 from forwax.lab.problem import problem_of
 from forwax.lab.ren2023 import columns, runs, table
 from forwax.lab.ren2023 import command as reproduce
@@ -131,7 +132,7 @@ def test_views_are_of_values_up_to_one_and_have_keys_of_their_own(monkeypatch):
     problem = problem_of(load("digits"), reproduce.EXPERIMENTS["local-mixer"], settings)
     monkeypatch.setattr("forwax.lab.augment.two_views", lambda key, images: seen.extend((key, images)) or (images,) * 2)
     with pytest.raises(StopIteration):
-        problem.gradient(None)(jax.random.key(0), problem.init(jax.random.key(0)), *(x[:60] for x in problem.train))
+        problem.gradient(None)(jax.random.key(0), {}, *(x[:60] for x in problem.train))
     shown, images, key = seen
     assert float(images.max()) == 1.0
     assert drawn_from(shown).isdisjoint(drawn_from(key))
@@ -242,6 +243,28 @@ def test_the_picture_has_a_line_for_each_computation():
     entries = [Entry("BP"), Entry("L-BP"), Entry("LG-BP"), Entry.parse("FG-A:4")]
     figure = picture.draw(COLUMNS["mnist-m"], entries, {"BP": [summary], "LG-BP": [summary, summary]})
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["BP", "LG-BP"]
+
+
+def test_contrastive_runs_warm_up_for_the_same_share_of_their_steps():
+    column = COLUMNS["cifar-m-contrastive"]
+    settings = [Entry("BP").settings(column, 50_000, **changes) for changes in ({}, {"epochs": 80}, {"steps": 2})]
+    assert [each.warm_up for each in settings] == [970, 97, 0]
+    assert Entry("BP").settings(COLUMNS["mnist-m"], 60_000).warm_up == 0
+    mixer = reproduce.EXPERIMENTS["local-mixer"]
+    for given, expected in (({}, 970), ({"steps": 800}, 10), ({"steps": 800, "warm_up": 3}, 3)):
+        assert resolve(mixer, column.name, given, 50_000, 100_000).warm_up == expected
+
+
+def test_lars_takes_decay_off_the_weights_of_the_backbone_alone():
+    make = columns.build_model(COLUMNS["cifar-m-contrastive"].settings)
+    params = jax.eval_shape(lambda key: make((4, 4, 1), 10, key), jax.random.key(0))
+    chosen = jax.tree.leaves_with_path(optimizers.decayed_by_lars(params))
+    decayed = [jax.tree_util.keystr(path) for path, decays in chosen if decays]
+    assert decayed == [".blocks[0].dense.weight", ".blocks[0].groups.weight"]
+    params = {"w": jax.numpy.ones((2, 2)), "b": jax.numpy.ones(2)}
+    optimizer = optimizers.build_optimizer(Settings(optimizer="lars", weight_decay=0.5), 1.0)
+    updates, _ = optimizer.update(jax.tree.map(jax.numpy.zeros_like, params), optimizer.init(params), params)
+    assert [bool(updates[name].any()) for name in params] == [True, False]
 
 
 def test_settings_follow_size_data_and_objective():

@@ -21,13 +21,13 @@ GREY = (0.299, 0.587, 0.114)
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How views are made; the defaults are BYOL's first view, but for the crop, which is milder on small images.
+    """How views are made; the defaults are BYOL's first view.
 
     Attributes:
         least_area: the smallest share of the image's area that a crop keeps.
         jitter: the probability of colour jitter.
-        brightness: by how much it may change the brightness, as a share.
-        contrast: the contrast.
+        brightness: by how much jitter may shift all values.
+        contrast: by what share it may change the contrast.
         saturation: the saturation.
         hue: the hue, as a share of the circle.
         greyscale: the probability of losing all colour.
@@ -38,7 +38,7 @@ class Augmentation:
     0.2
     """
 
-    least_area: float = 0.2
+    least_area: float = 0.08
     jitter: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -109,7 +109,7 @@ def shift(key: Array, image: Array, pixels: int = 2) -> Array:
     return jax.lax.dynamic_slice(wide, (top, left, 0), image.shape)
 
 
-def crop(key: Array, image: Array, least_area: float = 0.2) -> Array:
+def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
     """Cut out a random part, of sides 3:4 to 4:3, and stretch it to the whole.
 
     Args:
@@ -137,7 +137,7 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
     """
     strengths = jnp.array([augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue])
     amounts = jax.random.uniform(key, (4,), minval=-1.0) * strengths
-    x = image * (1 + amounts[0])
+    x = image + amounts[0]
     x = _away(x, jnp.mean(_grey(x)), amounts[1])
     x = _away(x, _grey(x), amounts[2])
     return jnp.clip(_turn(x, 2 * jnp.pi * amounts[3]), 0.0, 1.0)

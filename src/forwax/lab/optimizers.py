@@ -18,14 +18,17 @@ A rate tuned for true gradients makes forward gradients explode. Where the user 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import optax
 
 import forwax as fx
 from forwax.lab.settings import Settings
+from forwax.models.ren2023 import HEADS
 
 MOMENTUM = 0.9
 DISAGREEMENT = 4.0
@@ -63,6 +66,27 @@ def _decoupled(build: Callable[..., optax.GradientTransformation]) -> Callable[[
     return lambda rate, weight_decay: build(rate, weight_decay=weight_decay)
 
 
+def decayed_by_lars(params: Any) -> Any:
+    """Say of each leaf whether LARS takes decay off it: weights alone, neither biases nor heads and readouts.
+
+    So does the code of Ren et al. 2023; its trust ratio, as here, is on every leaf.
+
+    >>> from forwax.models import logistic_regression
+    >>> sum(jax.tree.leaves(decayed_by_lars(logistic_regression(4, 3, key=jax.random.key(0)))))
+    1
+    """
+
+    def decays(path: Any, leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path)
+        return leaf.ndim > 1 and not name.endswith(".bias") and re.search(HEADS, name) is None
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _lars(rate: Any, weight_decay: float) -> optax.GradientTransformation:
+    return optax.lars(rate, weight_decay, weight_decay_mask=decayed_by_lars)
+
+
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(_decayed(optax.sgd)),
     "momentum": OptimizerChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM),
@@ -77,7 +101,7 @@ OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "rmsprop": OptimizerChoice(_decayed(optax.rmsprop), base_rate=1e-3),
     "lion": OptimizerChoice(_decoupled(optax.lion), base_rate=1e-4),
     "lamb": OptimizerChoice(_decoupled(optax.lamb), base_rate=1e-3),
-    "lars": OptimizerChoice(_decoupled(optax.lars), base_rate=1e-1),
+    "lars": OptimizerChoice(_lars, base_rate=1e-1),
     "yogi": OptimizerChoice(_decayed(optax.yogi), base_rate=1e-2),
 }
 """Every optimizer of the command line."""

@@ -192,6 +192,9 @@ def resolve(
         raise UsageError(f"--decay-rate belongs to --schedule exponential, but the schedule is {settings.schedule}.")
     settings = choices.check_rule(settings, given)
     settings = _with_steps(settings, experiment, given, num_examples)
+    if "warm_up" not in given:  # the configuration's warm-up keeps its share of the steps
+        base = find_configuration(experiment, configuration)
+        settings = dataclasses.replace(settings, warm_up=base.warm_up * settings.steps // base.steps)
     check_against_parameters(settings, num_parameters)
     decay_rate = settings.decay_rate if settings.schedule == "exponential" else None
     return dataclasses.replace(

@@ -1,7 +1,8 @@
 """The columns of the tables of Ren et al. 2023, and one small one: a model, a data set, and settings for each method.
 
 The settings on MNIST are ours, since the paper's were not found: docs/results/ren2023.md says which rates were
-searched, on held-out training images, and which were set without a search. Those on CIFAR-10 are not tuned.
+searched, on held-out training images, and which were set without a search. Those on CIFAR-10 are not tuned; what the
+contrastive ones do otherwise than the paper's code is said in `forwax.lab.ren2023.objectives`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Column:
         settings: those that all methods share; `steps` are filled in from the epochs.
         rates: each method's learning rate, or that of a row such as "LG-FG-A:4".
         longer: the epochs of methods or rows that train for more or fewer than the others.
+        warm_up: the epochs of `epochs` over which the rate rises; a shorter run has the same share of them.
 
     >>> COLUMNS["mnist-m"].settings.size
     'M/1/16'
@@ -48,6 +50,7 @@ class Column:
     settings: Settings
     rates: Mapping[str, float]
     longer: Mapping[str, int] = field(default_factory=dict)
+    warm_up: int = 0
 
     def epochs_of(self, row: str) -> int:
         """The epochs of a row, such as "LG-FG-A:4", else of its method, else of the column.
@@ -56,6 +59,14 @@ class Column:
         200
         """
         return self.longer.get(row, self.longer.get(row.split(":")[0], self.epochs))
+
+    def warmed_up(self, settings: Settings) -> Settings:
+        """The settings with the warm-up that their steps imply.
+
+        >>> COLUMNS["cifar-m-contrastive"].warmed_up(Settings(steps=8000)).warm_up
+        100
+        """
+        return dataclasses.replace(settings, warm_up=settings.steps * self.warm_up // self.epochs)
 
 
 def _rates(backprop: float, feedback: float, direct: float, weight: float, activity: float) -> dict[str, float]:
@@ -132,6 +143,7 @@ COLUMNS: Mapping[str, Column] = {
             800,
             _CONTRASTIVE,
             _rates(0.2, 0.2, 0.2, 0.2, 0.2),
+            warm_up=10,
         ),
         Column(
             "cifar-l-contrastive",
@@ -139,6 +151,7 @@ COLUMNS: Mapping[str, Column] = {
             800,
             dataclasses.replace(_CONTRASTIVE, size="L/8/64"),
             _rates(0.2, 0.2, 0.2, 0.2, 0.2),
+            warm_up=10,
         ),
     )
 }
@@ -198,9 +211,11 @@ def configurations() -> dict[str, Settings]:
     """
     sizes = {"mnist": 60_000, "cifar10": 50_000}
     return {
-        name: dataclasses.replace(
-            column.settings,
-            steps=epochs(column.settings) * (sizes[column.settings.data or ""] // column.settings.batch_size),
+        name: column.warmed_up(
+            dataclasses.replace(
+                column.settings,
+                steps=epochs(column.settings) * (sizes[column.settings.data or ""] // column.settings.batch_size),
+            )
         )
         for name, column in COLUMNS.items()
     }

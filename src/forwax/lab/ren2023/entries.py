@@ -93,7 +93,9 @@ class Entry:
         )
         settings = dataclasses.replace(settings, **changes)
         per_epoch = max(1, num_examples // settings.batch_size)
-        return settings if "steps" in changes else dataclasses.replace(settings, steps=epochs * per_epoch)
+        if "steps" not in changes:
+            settings = dataclasses.replace(settings, steps=epochs * per_epoch)
+        return column.warmed_up(settings)
 
 
 def _read(word: str, text: str) -> tuple[str, Any]:

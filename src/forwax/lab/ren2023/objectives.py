@@ -1,4 +1,19 @@
-"""How a batch trains a LocalMixer: supervised or contrastive, by a method of Ren et al. 2023."""
+"""How a batch trains a LocalMixer: supervised or contrastive, by a method of Ren et al. 2023.
+
+The contrastive columns on GPUs follow the paper's code (local_forward_gradient in google-research): LARS at a rate of
+0.1 for 256 examples, ten epochs of warm-up, decay on the backbone's weights alone, crops of 8 % of the area and more.
+Still different are
+
+- the readout: here it learns along with the rest, by LARS without decay, from the augmented views and the pooled
+  features as they are; there by SGD at 0.01 without momentum, an epoch after each epoch, from images as they are and
+  normalised features;
+- colour jitter: here brightness, contrast, saturation and hue in this order, clipped once, contrast about the mean
+  grey, saturation and hue by linear maps of the colours; there in random order, clipped after each, contrast about each
+  channel's mean, saturation and hue in HSV;
+- crops: here of any real sides, stretched linearly; there of whole pixels, by cubic splines;
+- the batch of 512 images, 800 epochs on CIFAR-10 and bfloat16: the code gives settings for ImageNet only;
+- cifar-small-contrastive, which is not the paper's: SGD with momentum, decay on all parameters, no warm-up.
+"""
 
 from __future__ import annotations
 
