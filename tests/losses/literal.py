@@ -25,7 +25,7 @@ def cross_entropy(x, w, b, targets):
 
 
 def unit(z):
-    return z / jnp.sqrt(jnp.sum(z**2, -1, keepdims=True) + 1e-6)
+    return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
 
 
 def nt_xent(x, y, w, b, temperature):

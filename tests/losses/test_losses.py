@@ -31,6 +31,14 @@ def test_cross_entropy_of_half_precision_is_float32_and_a_label_outside_counts_n
     assert losses.tolist() == [pytest.approx(np.log(4)), 0.0]
 
 
+@pytest.mark.parametrize("labels", [0, np.float32([1, 0, 0])])
+def test_a_class_without_weight_may_be_impossible(labels):
+    value, grads = jax.value_and_grad(softmax_cross_entropy)(jnp.array([1.0, 0.0, -jnp.inf]), labels)
+    assert float(value) == pytest.approx(np.log1p(np.exp(-1)))
+    np.testing.assert_allclose(grads, [-jax.nn.sigmoid(-1.0), jax.nn.sigmoid(-1.0), 0], rtol=1e-5)
+    assert float(softmax_cross_entropy(jnp.array([1.0, 0.0, -jnp.inf]), 2)) == np.inf
+
+
 def test_labels_that_do_not_fit_are_refused():
     logits = jnp.ones((3, 5))
     with pytest.raises(ValueError, match=r"expected class numbers of shape \(3,\), got \(3, 5\)"):
@@ -58,6 +66,16 @@ def test_the_loss_of_one_view_is_its_nt_xent():
     np.testing.assert_allclose(*both(), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"expected a query \[K\] and views \[2N, K\], got shapes \(4,\) and \(5, 4\)"):
         nt_xent_of_view(x[0], 0, x)
+
+
+@pytest.mark.parametrize("loss", [nt_xent, info_nce])
+def test_the_length_of_a_view_counts_nothing_and_a_view_of_zeros_has_a_finite_slope(loss):
+    x, y = jax.random.normal(KEY, (2, 5, 4))
+    long, short, grads = quick_jit(
+        lambda: (loss(x, y), loss(1e-4 * x, 1e3 * y), jax.grad(lambda x: loss(x, y).sum())(0 * x))
+    )()
+    np.testing.assert_allclose(short, long, rtol=1e-5)
+    assert np.all(np.isfinite(grads))
 
 
 def test_info_nce_is_its_formula():

@@ -58,6 +58,66 @@ def test_fused_is_literal_for_any_tangent_and_cotangent(name, dtype, tolerance):
         assert np.linalg.norm(mine - true) <= tolerance * np.linalg.norm(true)
 
 
+def alone(operation, args, number, tangent):
+    """Value and slope where one argument moves."""
+    return jax.jvp(lambda x: operation(*args[:number], x, *args[number + 1 :]), (args[number],), (tangent,))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_slopes_along_one_argument_add_up_to_the_slope(name):
+    operation, args, tangents = OPERATIONS[name][0], arguments(name), arguments(name, 1)
+
+    @quick_jit
+    def ways():
+        apart = [alone(operation, args, i, tangent) for i, tangent in enumerate(tangents)]
+        return apart, jax.jvp(operation, args, tangents)
+
+    apart, (value, slope) = ways()
+    for each, _ in apart:
+        np.testing.assert_allclose(each, value, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sum(part for _, part in apart), slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_large_batch_is_right_when_optimised(name):
+    """With XLA's default options: a dot with zeros that are part of the program may then read memory not its own."""
+    n = 512
+    x, y, w, b, targets = normals(0, (n, 4, 4, 64), (n, 4, 4, 64), (256, 10), (10,), (n, 10))
+    args = {"linear": (x, w, b), "cross_entropy": (x, w, b, abs(targets)), "nt_xent": (x, y, w, b, 0.5)}[name]
+
+    def slope(args, tangent):
+        return alone(lambda *args: jnp.sum(OPERATIONS[name][0](*args) ** 2, -1), args, 0, tangent)
+
+    optimised = jax.jit(slope)
+    optimised(args, jnp.nan * y)  # leaves NaN behind in memory
+    for got, expected in zip(optimised(args, y), quick_jit(slope)(args, y), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max()))
+
+
+@pytest.mark.parametrize(("name", "head"), [("linear", 1), ("cross_entropy", 1), ("nt_xent", 2)])
+def test_a_head_that_does_not_move_has_no_dot(name, head):
+    operation, args, tangents = OPERATIONS[name][0], arguments(name), arguments(name, 1)
+
+    def both(dx, dw):
+        fun = lambda x, w: operation(x, *args[1:head], w, *args[head + 1 :])
+        return jax.jvp(fun, (args[0], args[head]), (dx, dw))
+
+    dots = lambda fun, *args: str(jax.make_jaxpr(fun)(*args)).count("dot_general[")
+    alone_dots = dots(lambda dx: alone(operation, args, 0, dx), tangents[0])
+    assert alone_dots == dots(both, tangents[0], tangents[head]) - 1
+
+
+def test_a_bias_may_move_alone_on_a_mesh():
+    x, w, b = arguments("linear", n=8)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+
+    def pushed(x, db):
+        return jax.jvp(lambda b: spatial_average_group_linear(x, w, b), (b,), (db,))[1]
+
+    spread = jax.shard_map(pushed, mesh=mesh, in_specs=(Spec("data"), Spec()), out_specs=Spec("data"))
+    np.testing.assert_array_equal(quick_jit(spread)(x, b), jnp.broadcast_to(b, (8, P, G, K)))
+
+
 def test_class_numbers_are_one_hot():
     x, w, b, _ = arguments("cross_entropy")
     labels = jnp.array([2, 0, 5])
@@ -65,6 +125,22 @@ def test_class_numbers_are_one_hot():
     first, second = quick_jit(lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K))))()
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_class_without_weight_may_be_impossible():
+    x, w, b, targets = arguments("cross_entropy")
+    b, targets = b.at[-1].set(-jnp.inf), targets.at[:, -1].set(0)
+    total = lambda *args: jnp.sum(spatial_average_group_linear_cross_entropy(*args))
+    both = lambda: [
+        jax.value_and_grad(total, (0, 1, 2))(x, w, b, targets),
+        jax.value_and_grad(total, (0, 1, 2))(x, w[:, :-1], b[:-1], targets[:, :-1]),
+    ]
+    (value, (dx, dw, db)), (true_value, (true_dx, *true_head)) = quick_jit(both)()
+    assert float(value) == pytest.approx(float(true_value), rel=1e-5)
+    np.testing.assert_allclose(dx, true_dx, rtol=1e-4, atol=1e-6)
+    for mine, true in zip((dw, db), true_head, strict=True):
+        np.testing.assert_allclose(mine[..., :-1], true, rtol=1e-4, atol=1e-6)
+        assert not np.any(mine[..., -1])
 
 
 def test_examples_may_be_mapped_or_have_any_leading_axes():

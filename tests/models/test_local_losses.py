@@ -127,6 +127,26 @@ def test_heads_get_no_noise():
         assert_same(mine, exact, 1e-6)
 
 
+class Headed(eqx.Module):
+    """A block with parameters named as a model's own heads and readout."""
+
+    heads: jax.Array
+    readout: jax.Array
+
+    def __call__(self, x):
+        return jnp.tanh((x @ self.heads) * self.readout)
+
+
+def test_weight_noise_is_for_all_but_the_models_own_heads():
+    blocks = [Headed(jnp.eye(4), jnp.ones(4)) for _ in range(2)]
+    model = local(blocks, jnp.ones(4), 3, key=KEY)
+    method = ren2023.method("LG-FG-W", model, KEY)
+    loss = supervised(method.losses, method.parts)
+    rows = fx.explain(loss, method.rule, in_axes=IN_AXES)(model, jnp.ones((2, 4)), jnp.array([0, 1])).rows
+    noisy = [(row.operation, row.shape) for row in rows if row.credit != "exact error"]
+    assert noisy == [("weight noise", (4, 4)), ("weight noise", (4,))] * 2
+
+
 def test_feedback_alignment_sees_the_heads():
     model, (x, y) = mixer(), batch()
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from forwax.losses.cross_entropy import at_least_float32
 
-_EPSILON = 1e-6  # of a squared length: a row of zeros stays a row of zeros, with a finite derivative
+_SHORTEST = 1e-12  # of a squared length: a row of zeros stays a row of zeros, with a finite derivative
 
 
 def info_nce(
@@ -135,8 +135,8 @@ def nt_xent_of(views: Array, keys: Array, temperature: Any, axis_name: Any) -> A
 
 
 def normalized(x: Array) -> Array:
-    """Rows of length one."""
-    return x * lax.rsqrt(jnp.sum(x**2, axis=-1, keepdims=True) + _EPSILON)
+    """Rows of length one; those shorter than 1e-6 stay shorter."""
+    return x * lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), _SHORTEST))
 
 
 def _pair(name: str, x: Any, y: Any) -> tuple[Array, Array]:

@@ -13,7 +13,7 @@ def softmax_cross_entropy(logits: Any, labels: Any) -> Array:
     Args:
         logits: [..., K], floating.
         labels: class numbers [...], integers in [0, K), or y [..., K], floating: one-hot, smoothed or any weights. A
-            class number outside [0, K) gives loss 0.
+            class number outside [0, K) gives loss 0. A class of weight 0 may have the logit -inf.
 
     Returns:
         The losses [...], in at least float32.
@@ -31,7 +31,13 @@ def softmax_cross_entropy(logits: Any, labels: Any) -> Array:
     """
     logits = at_least_float32(logits)
     targets = as_targets("softmax_cross_entropy", labels, logits.shape)
-    return -jnp.sum(targets.astype(logits.dtype) * jax.nn.log_softmax(logits), axis=-1)
+    return -jnp.sum(targets.astype(logits.dtype) * log_probabilities(logits, targets), axis=-1)
+
+
+def log_probabilities(logits: Array, targets: Array) -> Array:
+    """The logarithms of softmax(logits), finite for a class of weight 0, so that 0 log 0 = 0."""
+    logs = jax.nn.log_softmax(logits)
+    return jnp.where(targets == 0, jnp.maximum(logs, jnp.finfo(logs.dtype).min), logs)
 
 
 def as_targets(name: str, labels: Any, shape: tuple[int, ...]) -> Array:

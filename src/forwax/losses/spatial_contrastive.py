@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax.losses.contrastive import keys_of, nt_xent_of
-from forwax.losses.spatial import affine, checked_head, own_slope, pooled, spread
+from forwax.losses.spatial import added, affine, checked_head, head_slopes, moves, own_slope, pooled, spread
 
 
 def spatial_average_group_linear_nt_xent(
@@ -62,19 +62,28 @@ def _nt_xent(axis_name: Any, x: Array, y: Array, w: Array, b: Array, temperature
     return spread(nt_xent_of(views, keys_of(views), temperature, axis_name), x)
 
 
-@_nt_xent.defjvp
-def _nt_xent_jvp(axis_name: Any, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+@functools.partial(_nt_xent.defjvp, symbolic_zeros=True)
+def _nt_xent_jvp(axis_name: Any, primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     (x, y, w, b, temperature), (dx, dy, dw, db, dtemperature) = primals, tangents
-    features = _features(x, y)
+    features, n = _features(x, y), len(x)
     views = affine(features, w, b)
     losses = functools.partial(_losses, keys=keys_of(views), axis_name=axis_name)
     values, pull = jax.vjp(lambda views: losses(views, temperature), views)
     (error,) = pull(jnp.ones_like(values))  # keys are constants, so a row of views changes its own loss alone
-    _, by_temperature = jax.jvp(lambda t: losses(views, t), (temperature,), (jnp.ones_like(temperature),))
-    common = jnp.sum(error * affine(features, dw, db), axis=-1) + by_temperature * dtemperature
-    n = len(x)
-    own = jnp.concatenate([own_slope(dx, w, error[:n]), own_slope(dy, w, error[n:])])
-    return spread(values, x), own + spread(common, x)
+    common = [jnp.sum(error * part, axis=-1) for part in head_slopes(features, dw, db)]
+    if moves(dtemperature):
+        _, by_temperature = jax.jvp(lambda t: losses(views, t), (temperature,), (jnp.ones_like(temperature),))
+        common.append(by_temperature * dtemperature)
+    slopes = [spread(added(common), x)] if common else []
+    if moves(dx) or moves(dy):
+        halves = zip((dx, dy), (error[:n], error[n:]), strict=True)
+        slopes.append(jnp.concatenate([_own(d, x, w, half) for d, half in halves]))
+    return spread(values, x), added(slopes)
+
+
+def _own(dx: Any, x: Array, w: Array, error: Array) -> Array:
+    """The slopes of one view's losses along dx; zeros where the view does not move."""
+    return own_slope(dx, w, error) if moves(dx) else jnp.zeros_like(error, shape=x.shape[:-1])
 
 
 def _losses(views: Array, temperature: Array, keys: Array, axis_name: Any) -> Array:

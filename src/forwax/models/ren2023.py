@@ -43,8 +43,8 @@ _PLACES: dict[str, Where] = {"": "global", "L-": "local", "LG-": "greedy"}
 NAMES = (*(f"{place}{rule}" for rule in ("BP", "FA", "FG-W", "FG-A") for place in _PLACES), "DFA")
 """The names of all methods."""
 
-HEADS = r"\.(heads|readout)\b"
-"""A pattern of the paths of heads' and readouts' parameters."""
+HEADS = r"^\.(heads|readout)\b"
+"""A pattern of the paths of the parameters of a model's heads and readout."""
 
 
 @dataclasses.dataclass(frozen=True)
