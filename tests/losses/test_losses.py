@@ -107,17 +107,17 @@ def test_views_of_unlike_shapes_are_refused():
         nt_xent(jnp.ones((2, 3)), jnp.ones((2, 4)))
 
 
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_negatives_come_from_all_devices(stop_gradient):
+@pytest.mark.parametrize(("axis_name", "stop_gradient"), [("data", True), ("data", False), (("data", "more"), False)])
+def test_negatives_come_from_all_devices(axis_name, stop_gradient):
     x, y = jax.random.normal(KEY, (2, 8, 3))
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4, 2), ("data", "more"), axis_types=(AxisType.Auto,) * 2)
 
     def total(x, y, axis_name):
         losses = nt_xent(x, y, 0.3, axis_name=axis_name, stop_gradient=stop_gradient)
         loss = losses.sum() + info_nce(x, y, 0.3, axis_name=axis_name, stop_gradient=stop_gradient).sum()
         return loss if axis_name is None else jax.lax.psum(loss, axis_name)
 
-    spread = jax.shard_map(lambda x, y: total(x, y, "data"), mesh=mesh, in_specs=Spec("data"), out_specs=Spec())
+    spread = jax.shard_map(lambda x, y: total(x, y, axis_name), mesh=mesh, in_specs=Spec(axis_name), out_specs=Spec())
     value, grads = quick_jit(jax.value_and_grad(spread, (0, 1)))(x, y)
     expected, truth = quick_jit(jax.value_and_grad(lambda x, y: total(x, y, None), (0, 1)))(x, y)
     np.testing.assert_allclose(value, expected, rtol=1e-5)

@@ -177,9 +177,10 @@ def test_the_contrastive_value_is_nt_xent_of_the_projections(n):
     np.testing.assert_allclose(fused, jnp.broadcast_to(plain[:, None, None], fused.shape), rtol=1e-5, atol=1e-6)
 
 
-def test_contrastive_negatives_come_from_all_devices():
+@pytest.mark.parametrize("axis_name", ["data", ("data", "more")])
+def test_contrastive_negatives_come_from_all_devices(axis_name):
     x, y, w, b, temperature = arguments("nt_xent", n=8)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((4, 2), ("data", "more"), axis_types=(AxisType.Auto,) * 2)
     (weights,) = normals(3, (2, 8, P, G))
 
     def total(x, y, w, b, weights, axis_name):
@@ -187,8 +188,8 @@ def test_contrastive_negatives_come_from_all_devices():
         loss = jnp.sum(losses * weights.reshape(losses.shape))
         return loss if axis_name is None else jax.lax.psum(loss, axis_name)
 
-    specs = (Spec("data"), Spec("data"), Spec(), Spec(), Spec(None, "data"))
-    spread = jax.shard_map(lambda *args: total(*args, "data"), mesh=mesh, in_specs=specs, out_specs=Spec())
+    specs = (Spec(axis_name), Spec(axis_name), Spec(), Spec(), Spec(None, axis_name))
+    spread = jax.shard_map(lambda *args: total(*args, axis_name), mesh=mesh, in_specs=specs, out_specs=Spec())
     args, everything = (x, y, w, b, weights), (0, 1, 2, 3)
     value, grads = quick_jit(jax.value_and_grad(spread, everything))(*args)
     expected, truth = quick_jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(*args)
