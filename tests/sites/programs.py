@@ -224,6 +224,13 @@ def local_losses(p, x):
     return fx.LocalLosses({"a": jnp.sin(first @ p["heads"][0]) ** 2, "b": squares(second @ p["heads"][1])})
 
 
+@program({"w": normal(0, 3, 4), "v": normal(1, 4, 2)}, normal(2, N, 3))
+def comparison_behind_outputs(p, x):
+    hidden = jnp.tanh(x @ p["w"])
+    scores = hidden @ p["v"]
+    return fx.LocalLosses({"a": squares(hidden), "b": jnp.where(scores < -0.5, 0.0, scores)[0]})
+
+
 @program({"w": normal(0, 3, 4), "v": normal(1, 4, 2)}, normal(2, 5, 3), mapped=False)
 def batch_loss(p, x):
     h = jnp.tanh(x @ p["w"])

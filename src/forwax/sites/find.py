@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from forwax import _mesh
 from forwax._signature import Problem
@@ -70,7 +71,8 @@ def find_sites(
     found = Sites(problem, traced, level, tail, None, {}, sites, mapped, kinds)
     if not credit:
         return found
-    noisy = mapped_variables(program, [site.variable for site in found.noisy])
+    reached = mapped_variables(program, [site.variable for site in found.noisy])
+    noisy = {v for v in reached if jnp.issubdtype(types[v].dtype, jnp.inexact)}  # comparisons pass no noise on
     return with_credit(found, make_sources(level, kinds, masks, count, noisy, tail, exact_outputs))
 
 
