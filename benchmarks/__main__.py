@@ -1,14 +1,15 @@
 """What gradients cost: `python -m benchmarks [--quick] [--only SECTION ...] [--out FOLDER]`.
 
-Prints one markdown table, a line for each figure beside its goal where there is one, and saves it with plots and raw
-points in a folder. Times are medians; all functions of a line run once per round, interleaved, so that a busy machine
-slows all of them alike. A few minutes on a quiet machine, one with --quick.
+Prints a line for each figure, beside its goal where there is one, and saves a table of goals, a table of all other
+figures, plots and raw points in a folder. Times are medians; all functions of a line run once per round, interleaved,
+so that a busy machine slows all of them alike. A few minutes on a quiet machine, one with --quick.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other scripts of this folder import one another by name
@@ -21,7 +22,12 @@ from forwax.lab import style
 from timing import machine
 
 SECTIONS = {**OTHERS, "sequence": by_length}
-HEADER = ["| what | measured | goal | met |", "|---|---:|---:|---|"]
+GOALS = ["| what | measured | goal | met |", "|---|---:|---:|---|"]
+OTHER_FIGURES = ["| what | measured |", "|---|---:|"]
+
+
+def line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -33,14 +39,17 @@ def main() -> None:
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
     sizes = dataclasses.replace(sizes, rounds=options.rounds) if options.rounds else sizes
-    points, lines = Points(), [f"{machine()}; medians of interleaved rounds.", "", *HEADER]
-    print("\n".join(lines), flush=True)
+    points, rows, title = Points(), [], f"{machine()}; medians of interleaved rounds."
+    print("\n".join([title, "", *GOALS]), flush=True)
     for name in options.only:
         for row in SECTIONS[name](sizes, points):
-            lines.append("| " + " | ".join(row.cells()) + " |")
-            print(lines[-1], flush=True)
+            rows.append(row)
+            print(line(row.cells()), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "cost.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    goals = [line(row.cells()) for row in rows if row.goal is not None]
+    others = [line(row.cells()[:2]) for row in rows if row.goal is None]
+    text = "\n".join([title, "", *GOALS, *goals, "", *OTHER_FIGURES, *others, ""])
+    (options.out / "cost.md").write_text(text, encoding="utf-8")
     (options.out / "points.json").write_text(json.dumps(points.lines, indent=1), encoding="utf-8")
     if points.lines:
         style.save(draw(points), options.out / "cost.png")

@@ -132,7 +132,7 @@ def by_depth(sizes: Sizes, points: Points) -> Iterator[Row]:
         forward, backward = found[ONE] / found[FORWARD], found[BACKPROP] / found[FORWARD]
         for line, y in {"R_f, rank-1": forward, "R_b": backward, "R_f/R_b": forward / backward}.items():
             points.add("depth", line, depth, y)
-        name = f"{depth} layers 1024 wide, batch 64, SGD step"
+        name = f"{depth} layer{'' if depth == 1 else 's'} 1024 wide, batch 64, SGD step"
         yield Row(f"{name}: R_f", forward, "evaluations")
         yield Row(f"{name}: R_b", backward, "evaluations")
         yield Row(f"{name}: R_f/R_b", forward / backward, "", 0.85 if depth in (50, 100) else None)
