@@ -117,7 +117,7 @@ COLUMNS: Mapping[str, Column] = {
             | {"LG-FG-A:4": 0.1, "LG-FG-A:8": 0.1, "LG-FG-A:16": 0.2},
             {
                 **{rule: 40 for rule in RULES if "FG" in rule},
-                **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 60),
+                **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 120),
                 **dict.fromkeys(("FG-A:4", "LG-FG-A:4", "LG-FG-A:8"), 30),
                 "LG-FG-A:16": 20,
             },
@@ -207,7 +207,7 @@ def configurations() -> dict[str, Settings]:
     """Give every column's settings by its name, with steps for the whole data set.
 
     >>> configurations()["mnist-m"].steps
-    28080
+    56160
     """
     sizes = {"mnist": 60_000, "cifar10": 50_000}
     return {
