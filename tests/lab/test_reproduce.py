@@ -16,8 +16,10 @@ from forwax.lab.ren2023 import command as reproduce
 from forwax.lab.ren2023.columns import COLUMNS
 from forwax.lab.ren2023.command import ReproduceOptions
 from forwax.lab.ren2023.entries import Entry
+from forwax.lab.ren2023.finished import finished
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.loop import split_seed
+from forwax.lab.train.runs import write_json
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 SIZE = {"blocks": 1, "patches": 1, "channels": 8, "groups": 2}
@@ -275,3 +277,14 @@ def test_settings_follow_size_data_and_objective():
     assert columns.column_of(dataclasses.replace(settings, data="fashion-mnist")).name == "mnist-s"
     make = columns.build_model(large)
     assert jax.eval_shape(lambda key: make((4, 4, 1), 10, key).heads[0].weight, jax.random.key(0)).shape == (8, 128)
+
+
+def test_the_table_holds_what_other_calls_finished_on_the_same_data(tmp_path):
+    for name, checksum in (("LG-FG-A_4-0", "a"), ("BP-1", "a"), ("BP-0", "a"), ("FA-0", "held out"), ("notes-0", "a")):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "config.json", {"data_checksum": checksum, "learning_rate": 0.1})
+        write_json(tmp_path / name / "summary.json", {"test_error": float(name[-1])})
+    (tmp_path / "DFA-0").mkdir()  # begun
+    entries, results = finished(tmp_path, "a")
+    assert [entry.name for entry in entries] == ["BP", "LG-FG-A:4"]
+    assert [run["test_error"] for run in results["BP"]] == [0.0, 1.0]
