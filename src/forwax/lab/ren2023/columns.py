@@ -117,7 +117,8 @@ COLUMNS: Mapping[str, Column] = {
             | {"LG-FG-A:4": 0.1, "LG-FG-A:8": 0.1, "LG-FG-A:16": 0.2},
             {
                 **{rule: 40 for rule in RULES if "FG" in rule},
-                **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 120),
+                **dict.fromkeys(("FG-A", "LG-FG-A"), 120),
+                "L-FG-A": 60,
                 **dict.fromkeys(("FG-A:4", "LG-FG-A:4", "LG-FG-A:8"), 30),
                 "LG-FG-A:16": 20,
             },

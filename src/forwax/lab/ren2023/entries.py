@@ -101,7 +101,7 @@ class Entry:
 def _read(word: str, text: str) -> tuple[str, Any]:
     """What a word after a rule sets, and to what."""
     known = [name for name in choices.TANGENTS if name not in ("guided", "sparse")]
-    if word.isdigit() and int(word):
+    if word.isdecimal() and int(word):
         return "num_tangents", int(word)
     if word == "one-slope":
         return "parts", False
