@@ -21,7 +21,7 @@ _DASHES = {"": ":", "L-": "--", "LG-": "-"}
 def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     """Draw the mean over seeds of each finished row.
 
-    Colours tell the rule, dashes where the losses sit, width and marks how many noises.
+    Colours tell the rule, dashes where the losses sit, width and marks how many noises, paleness another kind of noise.
 
     Args:
         column: the column.
@@ -37,7 +37,8 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
         runs = [run for run in results.get(entry.name, ()) if run["finite"]]
         if runs:
             axes.plot(*_mean_curve(runs), label=entry.name, **_look(entry))
-    axes.set(xlabel="epochs", ylabel="test error, %", yscale="log")
+    axes.set(xlabel="epochs", ylabel="test error, %", xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
     if axes.get_legend_handles_labels()[0]:
@@ -56,5 +57,7 @@ def _look(entry: Entry) -> dict[str, Any]:
     kind = entry.rule.removeprefix(place)
     colour = style.PALETTE[_COLOURS.get(kind, "activity")]
     number = entry.num_tangents or 1
+    plain = entry.name == entry.row
     look = {"color": colour, "linestyle": _DASHES[place], "linewidth": 2.2 if number > 1 else 1.5}
+    look |= {} if plain else {"alpha": 0.4}
     return look | ({"marker": f"${number}$", "markersize": 8, "markevery": 0.2} if number > 1 else {})
