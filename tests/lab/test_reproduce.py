@@ -7,6 +7,7 @@ import signal
 import jax
 import pytest
 
+import forwax as fx
 from forwax.lab import choices, cli, optimizers
 from forwax.lab.data import load
 from forwax.lab.options import resolve
@@ -22,6 +23,7 @@ from forwax.lab.train.loop import split_seed
 from forwax.lab.train.runs import write_json
 
 pytestmark = pytest.mark.usefixtures("compile_once")
+KINDS = ("BP", "FA", "FG-W", "FG-A")
 SIZE = {"blocks": 1, "patches": 1, "channels": 8, "groups": 2}
 
 
@@ -161,13 +163,25 @@ def test_a_loss_that_is_not_finite_is_counted(tmp_path, capsys):
     assert f"not finite in an earlier sitting; to train it again, remove {tmp_path}" in capsys.readouterr().out
 
 
-def test_every_method_has_a_place_a_rule_and_a_rate():
-    for column in COLUMNS.values():
-        for name in columns.RULES:
-            assert column.rates[name] > 0
-            assert Entry.parse(name).settings(column, 60_000).rule == name
-    places = [columns.objectives.where_losses_sit(rule) for rule in ("FG-A", "L-FG-A", "LG-FG-A", "DFA")]
-    assert places == ["global", "local", "greedy", "global"]
+def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
+    asked = {}
+
+    def losses(model, x, label, where, *, parts):
+        asked[settings.rule] = where, parts
+        raise StopIteration
+
+    monkeypatch.setattr(columns.objectives, "local_losses", losses)
+    problem = problem_of(load("mnist"), reproduce.EXPERIMENTS["local-mixer"], COLUMNS["mnist-m"].settings)
+    for name in columns.RULES:
+        settings = Entry.parse(name).settings(COLUMNS["mnist-m"], 60_000)
+        assert settings.rule == name
+        assert all(column.rates[name] > 0 for column in COLUMNS.values())
+        gradient = columns.build_gradient({}, lambda x: x, settings, 255)(fx.Backprop())
+        with pytest.raises(StopIteration):
+            gradient(jax.random.key(0), {}, *(x[:2] for x in problem.train))
+    ways = {"": "global", "L-": "local", "LG-": "greedy"}
+    expected = {f"{place}{kind}": (where, "FG" in kind) for place, where in ways.items() for kind in KINDS}
+    assert asked == {**expected, "DFA": ("global", False)}
 
 
 @pytest.mark.parametrize(

@@ -427,12 +427,12 @@ spec = importlib.util.spec_from_file_location("tiny_child", {file!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
 from forwax.lab import cli, experiments
-from forwax.lab.train import checkpoints, progress, runs, command as train
+from forwax.lab.train import checkpoints, progress, runs, signals, command as train
 import forwax.lab.problem
 forwax.lab.problem.load = lambda name, data_dir: tests.tiny_data()
 experiments.EXPERIMENTS["tiny"] = tests.TINY
 progress.SECONDS_BETWEEN_LINES = 0.0
-train.BLOCK_SECONDS = 0.0
+signals.BLOCK_SECONDS = 0.0
 {extra}
 sys.exit(train.run(train.TrainOptions({options})))
 """

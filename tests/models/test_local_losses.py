@@ -16,6 +16,7 @@ from forwax.losses import nt_xent, softmax_cross_entropy
 from forwax.models import LocalMixer, contrastive_losses, local, local_losses, ren2023
 from forwax.models.layers import standardize
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 KEY = jax.random.key(0)
 TINY = {"blocks": 2, "patches": 2, "channels": 8, "groups": 2}
 IN_AXES = (None, 0, 0)

@@ -15,6 +15,7 @@ from forwax._signature import Signature
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS, normal
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 KEY = jax.random.key(0)
 PARAMS = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)}
 

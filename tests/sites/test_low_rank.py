@@ -17,6 +17,7 @@ from sites.drawn import dense
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 SPLITS = {  # of each parameter in the order of its name: the axes of both factors; None for dense signs
     "batched_dot": [({0, 1}, {2}), ({0, 1}, {0, 2})],
     "casts_to_integers": [({0}, {1}), ({0}, {1})],

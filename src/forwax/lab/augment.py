@@ -62,7 +62,7 @@ def two_views(key: Array, images: Array) -> tuple[Array, Array]:
         key: a JAX random key.
         images: values from 0 to 1, [N, height, width, channels].
 
-    >>> x, y = two_views(jax.random.key(0), jnp.full((2, 8, 8, 3), 0.5))
+    >>> x, y = jax.jit(two_views)(jax.random.key(0), jnp.full((2, 8, 8, 3), 0.5))
     >>> x.shape, y.shape
     ((2, 8, 8, 3), (2, 8, 8, 3))
     """
@@ -76,7 +76,7 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
 
     An image without colour is not flipped, since it may be a digit, and skips what changes colours.
 
-    >>> view(jax.random.key(0), jnp.full((8, 8, 1), 0.5)).shape
+    >>> jax.jit(view)(jax.random.key(0), jnp.full((8, 8, 1), 0.5)).shape
     (8, 8, 1)
     """
     keys = jax.random.split(key, 6)
@@ -117,7 +117,7 @@ def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
         image: one image.
         least_area: the smallest share of the area that is kept.
 
-    >>> crop(jax.random.key(0), jnp.ones((8, 8, 3))).shape
+    >>> jax.jit(crop)(jax.random.key(0), jnp.ones((8, 8, 3))).shape
     (8, 8, 3)
     """
     first, second, third = jax.random.split(key, 3)

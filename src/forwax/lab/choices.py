@@ -117,22 +117,22 @@ _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 def _published(name: str) -> RuleChoice:
     """A method of Ren et al. 2023 by its name in the paper."""
+    reading = ren2023.READINGS[name]
 
     def build(settings: Settings, feedback: Any) -> Any:
-        if "FG" in name:
+        if reading.draws_noise:
             noise, key = TANGENTS[settings.tangents or "hadamard"](settings, None), jax.random.key(settings.seed)
             return ren2023.method(name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1).rule
-        return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[name.split("-")[-1]](settings, feedback)
+        return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[reading.kind](settings, feedback)
 
-    drawn = ("tangents", "num_tangents") if "FG" in name else ()
-    aligned = name.endswith("FA") and name != "DFA"
+    aligned, crosses = reading.kind == "FA", reading.kind in ("BP", "FA")
     return RuleChoice(
         build,
-        drawn,
+        ("tangents", "num_tangents") if reading.draws_noise else (),
         "as in Ren et al. 2023",
-        "" if aligned or name.endswith("BP") else _LOCAL,
+        "" if crosses else _LOCAL,
         tangents="hadamard",
-        reverse_mode=aligned or name.endswith("BP"),
+        reverse_mode=crosses,
         needs_data=True,
         published=True,
         keeps_feedback=aligned,

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -38,9 +38,41 @@ from forwax.models.local_losses import (
     projections,
 )
 
-_PLACES: dict[str, Where] = {"": "global", "L-": "local", "LG-": "greedy"}
+Kind = Literal["BP", "FA", "DFA", "FG-W", "FG-A"]
+"""The rules of the paper, without where the losses sit."""
 
-NAMES = (*(f"{place}{rule}" for rule in ("BP", "FA", "FG-W", "FG-A") for place in _PLACES), "DFA")
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a method's name says.
+
+    Attributes:
+        losses: where they sit; an argument of `forwax.models.local_losses` and `forwax.models.contrastive_losses`.
+        kind: the rule.
+
+    >>> READINGS["LG-FG-A"], READINGS["L-FA"].draws_noise
+    (Reading(losses='greedy', kind='FG-A'), False)
+    """
+
+    losses: Where
+    kind: Kind
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether it is a forward gradient."""
+        return self.kind in ("FG-W", "FG-A")
+
+
+_PLACES: dict[str, Where] = {"": "global", "L-": "local", "LG-": "greedy"}
+_KINDS: tuple[Kind, ...] = ("BP", "FA", "FG-W", "FG-A")
+
+READINGS: Mapping[str, Reading] = {
+    **{f"{prefix}{kind}": Reading(place, kind) for kind in _KINDS for prefix, place in _PLACES.items()},
+    "DFA": Reading("global", "DFA"),
+}
+"""What each method's name says."""
+
+NAMES = tuple(READINGS)
 """The names of all methods."""
 
 HEADS = r"^\.(heads|readout)\b"
@@ -93,11 +125,10 @@ def method(
     >>> value_and_grad = jax.jit(fx.models.ren2023.supervised(greedy))
     >>> value, grads = value_and_grad(jax.random.key(2), model, jnp.ones((5, 4, 4, 1)), jnp.zeros(5, int))
     """
-    if name not in NAMES:
+    if name not in READINGS:
         raise ValueError(f"ren2023.method: expected one of {', '.join(NAMES)}, got {name!r}.")
-    place = next((place for place in ("LG-", "L-") if name.startswith(place)), "")
-    kind = name.removeprefix(place)
-    rules = {
+    reading = READINGS[name]
+    rules: dict[Kind, Callable[[], Rule]] = {
         "BP": lambda: Backprop(),
         "FA": lambda: FeedbackAlignment(random_feedback(key, params)),
         "DFA": lambda: DirectFeedbackAlignment(key),
@@ -105,7 +136,7 @@ def method(
         "FG-W": lambda: ActivityPerturbation(tangents, num_tangents, where=HEADS),
         "FG-A": lambda: ActivityPerturbation(tangents, num_tangents),
     }
-    return Method(name, _PLACES[place], kind.startswith("FG"), rules[kind]())
+    return Method(name, reading.losses, reading.draws_noise, rules[reading.kind]())
 
 
 def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array, Any]]:

@@ -83,7 +83,7 @@ class VisionTransformer(eqx.Module):
         ValueError: when an image cannot be cut into so many patches.
 
     >>> model = VisionTransformer((28, 28, 1), 10, blocks=2, patches=4, channels=16, heads=2, key=jax.random.key(0))
-    >>> model(jnp.ones((28, 28, 1))).shape
+    >>> jax.eval_shape(model, jnp.ones((28, 28, 1))).shape
     (10,)
     """
 

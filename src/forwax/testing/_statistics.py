@@ -28,14 +28,14 @@ class Moments:
 
 
 def sampler(statistic: Callable[[Array], Array], jit: bool = True) -> Callable[[Array, int], Moments]:
-    """How to draw a statistic [s] under keys split from a key: a function of the key and the number of draws.
+    """How to draw a statistic [s] under keys derived from a key: a function of the key and the number of draws.
 
     Compiled once for any number of draws, which is rounded up to whole chunks.
     """
 
     @jax.jit
-    def sums(chunk_key: Array) -> tuple[Array, Array]:
-        rows = jax.vmap(statistic)(jax.random.split(chunk_key, _CHUNK))
+    def sums(key: Array, index: np.uint32) -> tuple[Array, Array]:
+        rows = jax.vmap(statistic)(jax.random.split(jax.random.fold_in(key, index), _CHUNK))
         mean = jnp.mean(rows, 0)
         return mean, jnp.mean((rows - mean[None]) ** 2, 0)
 
@@ -45,7 +45,7 @@ def sampler(statistic: Callable[[Array], Array], jit: bool = True) -> Callable[[
 
     def in_chunks(key: Array, num_draws: int) -> Moments:
         num_chunks = -(-num_draws // _CHUNK)
-        parts = [sums(k) for k in jax.random.split(key, num_chunks)]
+        parts = [sums(key, np.uint32(index)) for index in range(num_chunks)]
         means, variances = (np.asarray(jax.device_get(part), np.float64) for part in zip(*parts, strict=True))
         # The variance of all draws: within the chunks plus between their means.
         return Moments(means.mean(0), np.sqrt(variances.mean(0) + means.var(0)), num_chunks * _CHUNK)

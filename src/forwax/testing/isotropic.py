@@ -54,7 +54,7 @@ def assert_isotropic(
         2048
     """
     key = jax.random.key(0) if key is None else key
-    _check_form(tangents.sample(key, like, num_tangents), like, num_tangents)
+    _check_form(jax.eval_shape(lambda key: tangents.sample(key, like, num_tangents), key), like, num_tangents)
     specs = _tree.real_specs(like)
     sizes, n = [math.prod(spec.shape) for spec in specs], _tree.count(specs)
 

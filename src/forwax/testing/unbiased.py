@@ -1,6 +1,7 @@
 """Is the mean of an estimate the gradient? Exactly where noise can be listed, and by draws with a stated power."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -89,7 +90,7 @@ def assert_unbiased(
         power: the probability with which it is found.
         false_alarm: the probability that an unbiased rule fails any check.
         max_draws: the most draws.
-        jit: whether to compile and batch the draws; False for a loss that branches on concrete values.
+        jit: whether to compile all estimates, and batch the draws; False for a loss that branches on concrete values.
 
     Returns:
         What was shown: the draws, and the biases that would have failed.
@@ -106,10 +107,10 @@ def assert_unbiased(
     """
     key = jax.random.key(0) if key is None else key
     options = {"argnums": argnums, "has_aux": has_aux, "in_axes": in_axes}
-    check = _Check(loss, tuple(args), kwargs or {}, options, key, reference)
+    check = _Check(loss, tuple(args), kwargs or {}, options, key, reference, jit)
     fail, detect = _statistics.thresholds(false_alarm, power, check.n + len(check.names) + 1)
     basis_sum = check.basis_sum(rule)
-    draw = check.sampler(rule, jit)
+    draw = check.sampler(rule)
     pilot = draw(jax.random.fold_in(key, 1), _PILOT)
     whole, leaves = pilot.deviation[0], pilot.deviation[1 : 1 + len(check.names)]
     wanted = (detect * max(whole / tolerance, leaves.max() / _LEAF_TOLERANCE)) ** 2
@@ -127,18 +128,22 @@ def assert_unbiased(
 class _Check:
     """The true gradient, and an estimate's statistics against it: projections first, then all coordinates."""
 
-    def __init__(self, loss, args, kwargs, options, key, reference) -> None:
-        def estimate(rule: Rule, key: Array) -> list[Array]:
-            return _tree.to_real(value_and_grad(loss, rule, **options)(key, *args, **kwargs)[1])
+    def __init__(self, loss, args, kwargs, options, key, reference, jit) -> None:
+        def gradient(rule: Rule, key: Array) -> Tree:
+            return value_and_grad(loss, rule, **options)(key, *args, **kwargs)[1]
 
-        truth = value_and_grad(loss, reference, **options)(key, *args, **kwargs)[1]
-        self.estimate, self.key = estimate, key
+        def once(rule: Rule) -> Tree:
+            estimate = functools.partial(gradient, rule)
+            return jax.device_get((jax.jit(estimate) if jit else estimate)(key))
+
+        truth = once(reference)
+        self.estimate, self.once, self.jit = gradient, once, jit
         self.problem = Signature(loss, options["argnums"], options["has_aux"], options["in_axes"]).bind(args, kwargs)
-        self.truth = [x.astype(_tree.accumulation_dtype(x.dtype)) for x in _tree.to_real(truth)]
+        self.truth = [np.asarray(x, _tree.accumulation_dtype(x.dtype)) for x in _tree.to_real(truth)]
         self.n = _tree.num_coordinates(truth)
         self.paths = [jax.tree_util.keystr(path) or "the gradient" for path, _ in _paths(truth)]
         self.rounding = _statistics.rounding([x.dtype for x in jax.tree.leaves(truth)])
-        self.squares = np.array([float(jnp.sum(x * x)) for x in self.truth])
+        self.squares = np.array([float(np.sum(np.square(x, dtype=np.float64))) for x in self.truth])
         if not 0 < self.squares.sum() < np.inf:
             raise ValueError(
                 f"assert_unbiased: expected a finite gradient other than zero, got squared norm {self.squares.sum()}. "
@@ -155,8 +160,8 @@ class _Check:
         each = [products[i] / self.squares[i] for i in self.seen]
         return jnp.concatenate([jnp.stack([whole, *each]), _tree.join_flat(wide)])
 
-    def sampler(self, rule: Rule, jit: bool) -> Callable[[Array, int], _statistics.Moments]:
-        return _statistics.sampler(lambda k: self.statistic(self.estimate(rule, k)), jit)
+    def sampler(self, rule: Rule) -> Callable[[Array, int], _statistics.Moments]:
+        return _statistics.sampler(lambda k: self.statistic(_tree.to_real(self.estimate(rule, k))), self.jit)
 
     def basis_sum(self, rule: Rule) -> bool:
         if not rule.unbiased:
@@ -167,9 +172,9 @@ class _Check:
             listed = rule.basis(self.problem)
         else:
             return False
-        mean = self.estimate(listed, self.key)
+        mean = _tree.to_real(self.once(listed))
         for name, got, true in zip(self.paths, mean, self.truth, strict=True):
-            error = float(jnp.linalg.norm((got.astype(true.dtype) - true).ravel()))
+            error = float(np.linalg.norm((np.asarray(got, true.dtype) - true).ravel()))
             if not error <= self.rounding * math.sqrt(self.squares.sum()):
                 raise AssertionError(
                     f"basis sum of {name}: the mean over all coordinate directions is off the gradient by {error:.3g}, "
@@ -192,7 +197,7 @@ class _Check:
         self._compare_coordinates(drawn.mean[split:], drawn.error[split:], fail, drawn.num_draws)
 
     def _compare_coordinates(self, mean: np.ndarray, error: np.ndarray, fail: float, num_draws: int) -> None:
-        truth = np.asarray(_tree.join_flat(self.truth), np.float64)
+        truth = np.concatenate([x.ravel() for x in self.truth]).astype(np.float64)
         excess = np.abs(mean - truth) - fail * error - self.rounding * np.abs(truth).max()
         worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
         if not excess[worst] <= 0:

@@ -20,8 +20,8 @@ from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
 from forwax.lab.compare.options import CompareOptions
 from forwax.lab.compare.setup import Comparison, make_ready
-from forwax.lab.train.command import versions
 from forwax.lab.train.runs import write_json
+from forwax.lab.train.sitting import versions
 
 __all__ = ["CompareOptions", "compare", "run"]
 

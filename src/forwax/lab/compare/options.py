@@ -11,8 +11,8 @@ import tyro
 
 from forwax.lab.options import OneLossName
 from forwax.lab.settings import UsageError
-from forwax.lab.train.command import versions
 from forwax.lab.train.runs import CONFIG, Run, write_json
+from forwax.lab.train.sitting import versions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,9 @@ PROJECTION = 128
 RULES = ren2023.NAMES
 """The methods, in the paper's names."""
 
+DRAWING = tuple(rule for rule, reading in ren2023.READINGS.items() if reading.draws_noise)
+"""Those that draw noise."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -72,8 +75,7 @@ class Column:
 def _rates(backprop: float, feedback: float, direct: float, weight: float, activity: float) -> dict[str, float]:
     """Give the methods of one kind the same rate."""
     kinds = {"BP": backprop, "FA": feedback, "DFA": direct, "FG-W": weight, "FG-A": activity}
-    kind = lambda rule: next(each for each in ("DFA", "FG-W", "FG-A", "BP", "FA") if rule.endswith(each))  # noqa: E731
-    return {rule: kinds[kind(rule)] for rule in RULES}
+    return {rule: kinds[reading.kind] for rule, reading in ren2023.READINGS.items()}
 
 
 _SUPERVISED = Settings(
@@ -105,7 +107,7 @@ COLUMNS: Mapping[str, Column] = {
             dataclasses.replace(_MNIST, size="S/1/1"),
             _rates(0.1, 0.1, 0.2, 0.02, 0.005)
             | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
-            {**{rule: 60 for rule in RULES if "FG" in rule}, "FG-A:8": 30, "LG-FG-A:8": 30},
+            {**dict.fromkeys(DRAWING, 60), "FG-A:8": 30, "LG-FG-A:8": 30},
         ),
         Column(
             "mnist-m",
@@ -116,7 +118,7 @@ COLUMNS: Mapping[str, Column] = {
             | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "FG-A:4": 0.06}
             | {"LG-FG-A:4": 0.1, "LG-FG-A:8": 0.1, "LG-FG-A:16": 0.2},
             {
-                **{rule: 40 for rule in RULES if "FG" in rule},
+                **dict.fromkeys(DRAWING, 40),
                 **dict.fromkeys(("FG-A", "LG-FG-A"), 120),
                 "L-FG-A": 60,
                 **dict.fromkeys(("FG-A:4", "LG-FG-A:4", "LG-FG-A:8"), 30),

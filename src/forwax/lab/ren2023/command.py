@@ -23,8 +23,8 @@ from forwax.lab.ren2023.columns import COLUMNS, RULES, Column
 from forwax.lab.ren2023.entries import Entry
 from forwax.lab.ren2023.finished import finished, folder_of
 from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.command import INTERRUPTED, NOT_FINITE, Signals
 from forwax.lab.train.runs import write_text
+from forwax.lab.train.signals import INTERRUPTED, NOT_FINITE, TERMINATED, Signals
 
 if TYPE_CHECKING:
     ColumnName = str
@@ -129,7 +129,7 @@ def run(options: ReproduceOptions) -> int:
                     save(folder, column, checksum, _facts(column, entries[0], data, options, summary))
         except KeyboardInterrupt:
             print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
-            return 143 if signals.received == signal.SIGTERM else INTERRUPTED
+            return TERMINATED if signals.received == signal.SIGTERM else INTERRUPTED
     console = Console() if sys.stdout.isatty() else Console(width=150)
     console.print(table.make_table(column, *finished(folder, checksum)))
     print(f"Table, curves and runs: {folder}")

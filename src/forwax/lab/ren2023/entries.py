@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forwax.lab import choices
-from forwax.lab.ren2023.columns import RULES, Column
+from forwax.lab.ren2023.columns import DRAWING, RULES, Column
 from forwax.lab.settings import Settings, UsageError
 
 
@@ -40,7 +40,7 @@ class Entry:
         rule, *words = text.split(":")
         if rule not in RULES:
             raise UsageError(f"There is no rule {rule!r} in Ren et al. 2023; choose from: {', '.join(RULES)}.")
-        if "FG" not in rule:
+        if rule not in DRAWING:
             if words:
                 raise UsageError(f"{rule} draws no noise, so that {text!r} means nothing; write {rule}.")
             return cls(rule)

@@ -30,18 +30,6 @@ from forwax.lab import augment
 from forwax.lab.problem import cast
 from forwax.lab.settings import Settings
 from forwax.models import local_losses, ren2023
-from forwax.models.local_losses import Where
-
-
-def where_losses_sit(rule: str) -> Where:
-    """Give the losses' place that a method's name says.
-
-    >>> where_losses_sit("LG-FG-A"), where_losses_sit("L-BP"), where_losses_sit("DFA")
-    ('greedy', 'local', 'global')
-    """
-    if rule.startswith("LG-"):
-        return "greedy"
-    return "local" if rule.startswith("L-") else "global"
 
 
 def supervised(static: Any, scale: Callable[[Array], Array], settings: Settings) -> Callable[[Any], Any]:
@@ -55,12 +43,12 @@ def supervised(static: Any, scale: Callable[[Array], Array], settings: Settings)
     Returns:
         A function of a rule, see `forwax.lab.problem.Problem.gradient`.
     """
-    dtype, place = jnp.dtype(settings.dtype), where_losses_sit(settings.rule)
-    parts = settings.parts and "FG" in settings.rule
+    dtype, reading = jnp.dtype(settings.dtype), ren2023.READINGS[settings.rule]
+    parts = settings.parts and reading.draws_noise
 
     def loss(params: Any, x: Array, label: Array) -> Any:
         model = eqx.combine(cast(params, dtype), static)
-        losses = local_losses(model, x, label, place, parts=parts)
+        losses = local_losses(model, x, label, reading.losses, parts=parts)
         # the same forward pass again, which XLA merges with the first; no rule sees parameters in it
         logits = lax.stop_gradient(eqx.combine(cast(lax.stop_gradient(params), dtype), static)(x))
         return losses, jnp.argmax(logits) == label
@@ -104,11 +92,11 @@ def contrastive(
     Returns:
         As `supervised`.
     """
-    dtype, place = jnp.dtype(settings.dtype), where_losses_sit(settings.rule)
-    parts = settings.parts and "FG" in settings.rule
+    dtype, reading = jnp.dtype(settings.dtype), ren2023.READINGS[settings.rule]
+    parts = settings.parts and reading.draws_noise
 
     def gradient(rule: Any) -> Callable[..., Any]:
-        of_batch = ren2023.contrastive(ren2023.Method(settings.rule, place, parts, rule), static)
+        of_batch = ren2023.contrastive(ren2023.Method(settings.rule, reading.losses, parts, rule), static)
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
             key, shown = jax.random.split(key)

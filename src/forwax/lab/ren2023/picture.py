@@ -12,9 +12,10 @@ from forwax.lab import style
 from forwax.lab.ren2023.columns import Column
 from forwax.lab.ren2023.entries import Entry
 from forwax.lab.ren2023.table import Results
+from forwax.models import ren2023
 
 _COLOURS = {"BP": "backprop", "FA": "finite-difference", "FG-W": "forward-16", "FG-A": "forward"}
-_DASHES = {"": ":", "L-": "--", "LG-": "-"}
+_DASHES = {"global": ":", "local": "--", "greedy": "-"}
 
 
 @style.styled
@@ -53,11 +54,10 @@ def _mean_curve(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _look(entry: Entry) -> dict[str, Any]:
-    place = next(place for place in ("LG-", "L-", "") if entry.rule.startswith(place))
-    kind = entry.rule.removeprefix(place)
-    colour = style.PALETTE[_COLOURS.get(kind, "activity")]
+    reading = ren2023.READINGS[entry.rule]
+    colour = style.PALETTE[_COLOURS.get(reading.kind, "activity")]
     number = entry.num_tangents or 1
     plain = entry.name == entry.row
-    look = {"color": colour, "linestyle": _DASHES[place], "linewidth": 2.2 if number > 1 else 1.5}
+    look = {"color": colour, "linestyle": _DASHES[reading.losses], "linewidth": 2.2 if number > 1 else 1.5}
     look |= {} if plain else {"alpha": 0.4}
     return look | ({"marker": f"${number}$", "markersize": 8, "markevery": 0.2} if number > 1 else {})

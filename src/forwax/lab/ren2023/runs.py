@@ -15,9 +15,10 @@ import numpy as np
 from forwax.lab.problem import Problem
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.command import BLOCK_SECONDS, Signals, versions
 from forwax.lab.train.loop import MAX_BLOCK, Trainer, build_trainer, in_batches, init_state, make_evaluator
 from forwax.lab.train.runs import CHECKPOINTS, CONFIG, SUMMARY, Metrics, Run, write_json
+from forwax.lab.train.signals import Signals, block_size
+from forwax.lab.train.sitting import versions
 
 CHECKPOINT_SECONDS = 60.0
 """The least time between two checkpoints; one is written at a stop too."""
@@ -148,8 +149,7 @@ def _epochs(sitting: _Sitting, tell: Callable[[str], None], signals: Signals) ->
         if not finite:
             tell(f"the loss or its gradient is not finite at step {trainer.step + 1}: given up")
             return False
-        # a block grows at most fourfold, since the first ones measure the pace poorly
-        size = max(1, min(int(BLOCK_SECONDS * count / seconds), 4 * size))
+        size = block_size(count / seconds, size)
         if trainer.step == end:
             tell(sitting.end_epoch(per_epoch))
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:
