@@ -42,9 +42,25 @@ def gradients(scenario: Scenario, rules: Mapping[str, fx.Rule]) -> dict[str, Any
     return {name: program(f, scenario) for name, f in functions.items()}
 
 
-def times(scenario: Scenario, programs: Mapping[str, Any], rounds: int) -> dict[str, float]:
-    """Median seconds of compiled functions of a key, the parameters and data."""
-    calls = {name: functools.partial(f, KEY, scenario.params, *scenario.data) for name, f in programs.items()}
+def wide_products(scenario: Scenario, num_tangents: int) -> Callable[[], Any]:
+    """What a gradient of `cost_models.perceptron` along rank-1 tangents cannot do without, by itself.
+
+    The wide layers' products for the values, and the second one's once more for each tangent.
+    """
+    (first, _), (second, _) = scenario.params[:2]
+    x = scenario.data[0]
+    hidden, tangents = (jnp.ones((rows * len(x), len(second))) for rows in (1, num_tangents))
+    multiply = jax.jit(lambda first, second, *left: [a @ b for a, b in zip(left, (first, second, second), strict=True)])
+    return functools.partial(
+        multiply.lower(first, second, x, hidden, tangents).compile(), first, second, x, hidden, tangents
+    )
+
+
+def times(
+    scenario: Scenario, programs: Mapping[str, Any], rounds: int, **others: Callable[[], Any]
+) -> dict[str, float]:
+    """Median seconds of compiled functions of a key, the parameters and data, and of other calls."""
+    calls = {name: functools.partial(f, KEY, scenario.params, *scenario.data) for name, f in programs.items()} | others
     return {name: float(np.median(seconds)) for name, seconds in interleaved(calls, rounds).items()}
 
 

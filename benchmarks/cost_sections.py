@@ -22,6 +22,7 @@ from cost_measures import (
     temporaries,
     times,
     torch_ratio,
+    wide_products,
 )
 from cost_models import Scenario, convolutional, deep, language_model, perceptron, stacked
 from step_time import WIDTHS
@@ -84,13 +85,16 @@ def sampling(name: str, scenario: Scenario, k: int, seconds: float, sizes: Sizes
 def by_batch(sizes: Sizes, points: Points) -> Iterator[Row]:
     for batch in sizes.batches:
         scenario, name = perceptron(batch), f"MLP 784-1024-1024-10, batch {batch}"
-        found = times(scenario, gradients(scenario, RULES), sizes.rounds)
+        floors = {f"the wide products of {each}": wide_products(scenario, k) for each, k in ((ONE, 1), (EIGHT, 8))}
+        found = times(scenario, gradients(scenario, RULES), sizes.rounds, **floors)
         one, step, eight = GOALS[batch]
         goals = {ONE: one, EIGHT: eight}
         for each in (FORWARD, SIGNS, ONE, EIGHT):
             ratio = found[each] / found[BACKPROP]
             points.add("batch", each, batch, ratio)
             yield Row(f"{name}: {each}", ratio, goal=goals.get(each))
+        for each in floors:
+            yield Row(f"{name}: {each} alone", found[each] / found[BACKPROP])
         steps = step_times(scenario, {ONE: RULES[ONE]}, sizes.rounds)
         yield Row(f"{name}: SGD step, donated, rank-1", steps[ONE] / steps[BACKPROP], goal=step)
         yield sampling(f"{name}, rank-1", scenario, 1, found[ONE], sizes)
