@@ -161,6 +161,23 @@ def test_suggested_rates():
     assert digits(learning_rate=0.25).learning_rate == 0.25
 
 
+def test_activity_noise_counts_the_coordinates_along_which_the_loss_curves():
+    experiment = find_experiment("mnist-cnn")
+    options = {"num_examples": 1000, "num_parameters": 10_000}
+    few, many = (
+        resolve(
+            experiment,
+            "default",
+            {"rule": "activity", "num_tangents": 1},
+            **options,
+            noise=lambda rule, noise=noise: noise,
+        )
+        for noise in (101, 90_000)
+    )
+    assert few.learning_rate == pytest.approx(0.01 / (1 + 100 * 4 / 64), rel=0.05)
+    assert many.learning_rate == pytest.approx(0.01 / (1 + 639 * 4 / 64), rel=0.05)
+
+
 def test_settings_that_do_not_apply_are_none():
     settings = digits(rule="backprop")
     assert [getattr(settings, name) for name in choices.RULE_SETTINGS] == [None] * len(choices.RULE_SETTINGS)

@@ -210,10 +210,8 @@ def _learning_rate(
 ) -> float:
     if settings.learning_rate is not None:
         return settings.learning_rate
-    if experiment.suggested_rate is not None:
-        return experiment.suggested_rate(settings)
     rule = choices.build_rule(settings, jnp.zeros(num_parameters))
-    return optimizers.suggest_rate(settings, rule, num_parameters, experiment.effective_dimension, noise(rule))
+    return experiment.suggest_rate(settings, rule, num_parameters, noise)
 
 
 def _with_steps(settings: Settings, experiment: Experiment, given: dict[str, Any], num_examples: int) -> Settings:

@@ -16,7 +16,6 @@ from forwax.lab.compare import named_rules
 from forwax.lab.compare.named_rules import NamedRule
 from forwax.lab.compare.options import CompareOptions, check, make_folder, resumed
 from forwax.lab.experiments import Experiment
-from forwax.lab.optimizers import suggest_rate
 from forwax.lab.options import find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.settings import Settings, UsageError
@@ -119,7 +118,7 @@ def _settings(options: CompareOptions, experiment: Experiment, rule: NamedRule, 
     if choices.needs_guess(settings):
         raise UsageError(f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know.")
     built = choices.build_rule(settings)
-    rate = suggest_rate(settings, built, problem.num_parameters, experiment.effective_dimension, problem.noise(built))
+    rate = experiment.suggest_rate(settings, built, problem.num_parameters, problem.noise)
     return dataclasses.replace(settings, learning_rate=rate)
 
 

@@ -7,7 +7,7 @@ import math
 
 import jax
 
-from forwax.lab import choices, optimizers
+from forwax.lab import choices
 from forwax.lab.options import find_experiment
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.sitting import Sitting
@@ -19,11 +19,7 @@ def advice(sitting: Sitting, loss: float) -> str:
     experiment = find_experiment(sitting.run.config["experiment"])
     rule = choices.build_rule(settings, jax.numpy.zeros(n))
     rate = settings.learning_rate or 0.0
-    noise = sitting.trainer.problem.noise(rule)
-    suggested = experiment.suggested_rate or (
-        lambda settings: optimizers.suggest_rate(settings, rule, n, experiment.effective_dimension, noise)
-    )
-    smaller = min(suggested(settings), rate / 3)
+    smaller = min(experiment.suggest_rate(settings, rule, n, sitting.trainer.problem.noise), rate / 3)
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")
