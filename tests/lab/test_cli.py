@@ -1,12 +1,14 @@
 """The command line: help, mistakes in one sentence with exit code 2, and a run from the words to the folder."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from forwax.lab import cli
+from forwax.lab import cli, options
 from forwax.lab.cli import COMMANDS, main
 from forwax.lab.train import progress
 
@@ -52,6 +54,20 @@ def test_train_help_shows_every_choice(capsys):
     out = capsys.readouterr().out
     for word in ("fashion-mnist-mlp", "finite-difference", "coordinate-without-replacement", "control-variate", "lion"):
         assert word in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert "--data-dir" in out or command == "optimize"
+    assert "(default: None)" not in out
+    assert "(default: )" not in out
+    source = Path(sys.modules[COMMANDS[command][0]].__file__ or "").parent
+    for file in [*source.glob("*.py"), Path(options.__file__)]:
+        assert not re.search(r'^    [a-z_]+: .+ = .+\n    """[^"]+\n', file.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("words", [["cats"], ["--rule", "magic"], ["--steps", "many"]])
@@ -107,9 +123,9 @@ def test_ctrl_c_before_training(monkeypatch, capsys, tmp_path):
 
 
 def test_every_command_has_its_module():
-    for module, options, about in COMMANDS.values():
+    for module, choices, about in COMMANDS.values():
         assert module.startswith("forwax.lab.")
-        assert options.endswith("Options")
+        assert choices.endswith("Options")
         assert about
     assert cli.usage().count("\n") >= len(COMMANDS)
 

@@ -17,6 +17,7 @@ from forwax.diagnosis import Diagnosis
 from forwax.lab import choices
 from forwax.lab.compare import named_rules
 from forwax.lab.compare.named_rules import NamedRule
+from forwax.lab.flags import Chosen
 from forwax.lab.options import OneLossName, find_configuration, find_experiment
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.settings import Settings, UsageError
@@ -39,7 +40,7 @@ class DiagnoseOptions:
     """Whose loss, on what data."""
     rules: tuple[str, ...] = DEFAULT_RULES
     """The rules, by the names of `forwax compare`, followed by a number of tangents where wanted."""
-    batch_size: int | None = None
+    batch_size: Chosen[int] = None
     """The number of examples; the default belongs to the experiment."""
     draws: int = 16
     """How many estimates of each rule are compared with the exact gradient."""
@@ -47,7 +48,7 @@ class DiagnoseOptions:
     """How often each program is timed, all of them in turn."""
     seed: int = 0
     """The seed of the initial parameters, the batch and the tangents."""
-    data_dir: Path | None = None
+    data_dir: Chosen[Path] = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from forwax.lab import choices, optimizers
 from forwax.lab.experiments import EXPERIMENTS, Experiment
+from forwax.lab.flags import Chosen
 from forwax.lab.ren2023 import columns
 from forwax.lab.settings import Settings, UsageError
 
@@ -38,68 +39,63 @@ class SettingOptions:
     {'steps': 10}
     """
 
-    rule: RuleName | None = None
-    """How the gradient is found: slopes along random weight tangents, the exact gradient by forward mode, finite
-    differences, slopes along noise on activities, feedback alignment, direct feedback alignment, or backprop; or, for
-    local-mixer, a method of Ren et al. 2023 by its name there."""
-    tangents: TangentsName | None = None
-    """The distribution of the tangents; low-rank by default for weight tangents, whose directions are then never made,
-    hadamard for the methods of Ren et al., and rademacher for all other rules."""
-    num_tangents: int | None = None
+    rule: Chosen[RuleName] = None
+    """How the gradient is found; for local-mixer a method of Ren et al. 2023 by its name there."""
+    tangents: Chosen[TangentsName] = None
+    """The distribution of the tangents, by default the rule's own: low-rank, hadamard or rademacher."""
+    num_tangents: Chosen[int] = None
     """How many tangents each step draws; more cost more and are less noisy."""
-    combine: CombineName | None = None
+    combine: Chosen[CombineName] = None
     """How slopes and tangents become one estimate."""
-    density: float | None = None
+    density: Chosen[float] = None
     """The share of non-zero entries of sparse tangents (0.1)."""
-    chunk_size: int | None = None
+    chunk_size: Chosen[int] = None
     """How many tangents are pushed forward at once; all of them by default."""
-    epsilon: float | None = None
+    epsilon: Chosen[float] = None
     """The step of finite differences (0.001)."""
-    guess_decay: float | None = None
+    guess_decay: Chosen[float] = None
     """Guided tangents and control variates use an exponential mean of past estimates; this share is kept (0.9)."""
-    clip_slopes: float | None = None
-    """The largest slope, in running medians of all slopes so far, at least 1; nothing is clipped by default. 1 stops
-    explosions."""
-    skip_bad_slopes: bool | None = None
-    """Whether slopes that are not finite count as zero; otherwise they stop the run. A loss that is not finite always
-    stops it."""
-    optimizer: OptimizerName | None = None
+    clip_slopes: Chosen[float] = None
+    """The largest slope, in running medians of all so far: 1 stops explosions; by default nothing is clipped."""
+    skip_bad_slopes: Chosen[bool] = None
+    """Whether a slope that is not finite counts as zero and does not stop the run, as such a loss always does."""
+    optimizer: Chosen[OptimizerName] = None
     """The optimizer."""
-    learning_rate: float | None = None
+    learning_rate: Chosen[float] = None
     """The learning rate; by default the one that the rule's law implies."""
-    backprop_rate: float | None = None
+    backprop_rate: Chosen[float] = None
     """The rate tuned for SGD by backprop, from which the default learning rate is found."""
-    schedule: ScheduleName | None = None
+    schedule: Chosen[ScheduleName] = None
     """How the learning rate changes over the steps."""
-    decay_rate: float | None = None
+    decay_rate: Chosen[float] = None
     """k of the exponential schedule: rate · exp(-k · step)."""
-    warm_up: int | None = None
+    warm_up: Chosen[int] = None
     """Over how many steps the rate rises from zero."""
-    weight_decay: float | None = None
+    weight_decay: Chosen[float] = None
     """The share of each parameter taken off per unit of learning rate."""
-    steps: int | None = None
+    steps: Chosen[int] = None
     """The number of training steps."""
-    epochs: float | None = None
+    epochs: Chosen[float] = None
     """The number of passes over the training set, instead of --steps."""
-    batch_size: int | None = None
+    batch_size: Chosen[int] = None
     """The number of examples of a step."""
-    eval_every: int | None = None
+    eval_every: Chosen[int] = None
     """The number of steps between two evaluations on the test set; a twentieth of all steps by default."""
-    seed: int | None = None
+    seed: Chosen[int] = None
     """The seed of the initial parameters, the data order and the tangents."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    dtype: Chosen[Literal["float32", "bfloat16", "float16", "float64"]] = None
     """The floating type that the model computes in; half precision keeps its parameters in float32."""
-    size: SizeName | None = None
+    size: Chosen[SizeName] = None
     """The size of local-mixer: size, patches along a side, groups (M/1/16)."""
-    data: DataName | None = None
+    data: Chosen[DataName] = None
     """The data set of local-mixer (mnist)."""
-    objective: Literal["supervised", "contrastive"] | None = None
+    objective: Chosen[Literal["supervised", "contrastive"]] = None
     """What local-mixer learns from: labels, or two views of each image, with a linear readout (supervised)."""
-    parts: bool | None = None
+    parts: Chosen[bool] = None
     """Whether forward gradients of local-mixer get a slope for each patch and group, not one for each block (True)."""
-    augment: bool | None = None
+    augment: Chosen[bool] = None
     """Whether supervised training images of local-mixer are shifted by up to 2 pixels, and flipped where coloured."""
-    data_parallel: bool | None = None
+    data_parallel: Chosen[bool] = None
     """Whether each batch is spread over all local devices."""
 
     def given(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from forwax.lab.flags import Chosen
 from forwax.lab.options import OneLossName
 from forwax.lab.settings import UsageError
 from forwax.lab.train.runs import CONFIG, Run, write_json
@@ -20,6 +21,9 @@ class CompareOptions:
     """Train the same model by several rules, from the same start on the same data, and tell what each cost and gained.
 
     Each rule first gets a learning rate, found on the same budget by the loss on a part held out of the training set.
+
+    Rules: backprop, forward, forward-normal, low-rank, projection, shrinkage, orthonormal, finite-difference, activity,
+    feedback, direct-feedback, exact. A number of tangents may follow: forward-16.
 
     Example:
         ```sh
@@ -33,38 +37,35 @@ class CompareOptions:
 
     experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
     """What to train on what."""
-    rules: tuple[str, ...] = ()
-    """The rules: backprop, forward, forward-normal, low-rank, projection, shrinkage, orthonormal, finite-difference,
-    activity, feedback, direct-feedback, exact; followed by a number of tangents where wanted. By default backprop
-    forward forward-16 projection; with --paper backprop forward-normal forward."""
+    rules: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """The rules; by default backprop forward forward-16 projection, with --paper backprop forward-normal forward."""
     config: str = "default"
     """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
     paper: bool = False
     """Use the configuration's own rate for every rule, without a search; --config is then paper by default."""
-    steps: int | None = None
+    steps: Chosen[int] = None
     """The number of training steps; the default belongs to the experiment."""
-    batch_size: int | None = None
+    batch_size: Chosen[int] = None
     """The number of examples of a step; the default belongs to the experiment."""
     seeds: int = 3
     """The number of seeds, each with its initial parameters, data order and tangents."""
     search_rates: int = 6
     """How many learning rates each rule may try."""
-    search_steps: int | None = None
-    """For how many steps each rate is tried; as many as --steps by default: what survives a short trial may
-    explode in a longer run."""
-    target_loss: float | None = None
+    search_steps: Chosen[int] = None
+    """For how many steps each rate is tried, all by default: what survives a short trial may explode later."""
+    target_loss: Chosen[float] = None
     """The validation loss to reach; by default the one that the slowest rule that stays finite ends at."""
     evaluations: int = 48
     """How often the validation loss is taken."""
-    validation_examples: int | None = None
+    validation_examples: Chosen[int] = None
     """How many training examples are held out; 2,000 by default, at most a fifth."""
-    test_examples: int | None = None
+    test_examples: Chosen[int] = None
     """How many test examples, from the first on, are used; all by default."""
-    data_dir: Path | None = None
+    data_dir: Chosen[Path] = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
-    out: Path | None = None
+    out: Chosen[Path] = None
     """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Go on with the comparison in this folder; finished parts are not done again."""
 
 

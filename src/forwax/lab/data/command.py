@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forwax.lab.data import DataError, DataSet, find_source, load, locate, names
+from forwax.lab.flags import Chosen
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class DataOptions:
         ```
     """
 
-    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SET")] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SET", help_behavior_hint="")] = None
     """The set: digits, mnist, fashion-mnist or cifar10. Without it, a table of all sets."""
 
-    data_dir: Path | None = None
+    data_dir: Chosen[Path] = None
     """A folder to look into first, before FORWAX_DATA and the cache."""
 
 

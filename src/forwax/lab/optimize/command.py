@@ -11,6 +11,7 @@ from rich.console import Console
 
 import forwax as fx
 from forwax.lab import choices, style
+from forwax.lab.flags import Chosen
 from forwax.lab.optimize import numbers, picture
 from forwax.lab.optimize.descent import Plan, descend, measure
 from forwax.lab.settings import Settings, UsageError
@@ -63,15 +64,15 @@ class OptimizeOptions:
 
     function: Annotated[FunctionName, tyro.conf.Positional] = "beale"
     """The function to descend."""
-    n: int | None = None
+    n: Chosen[int] = None
     """The number of variables; 2 by default, or as many as --start has."""
-    start: tuple[float, ...] | None = None
+    start: Chosen[tuple[float, ...]] = None
     """The first point; the function's usual start by default."""
     runs: int = 10
     """The number of runs of each method, each with its own key."""
-    iterations: int | None = None
+    iterations: Chosen[int] = None
     """The number of steps; the default belongs to the function."""
-    learning_rate: float | None = None
+    learning_rate: Chosen[float] = None
     """The learning rate of both methods; the default belongs to the function and shrinks like 4/(n + 2)."""
     decay: float = 0.0
     """k of the rate η exp(-k i) at step i. Baydin et al.'s results on Beale and Rosenbrock come with 0."""
@@ -87,7 +88,7 @@ class OptimizeOptions:
     """The condition number of the quadratic function."""
     seed: int = 0
     """The seed of all runs."""
-    out: Path | None = None
+    out: Chosen[Path] = None
     """Where the picture goes, .png, .svg or .pdf; runs/optimize-FUNCTION.png by default."""
 
 

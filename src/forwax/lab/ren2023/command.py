@@ -16,6 +16,7 @@ from rich.console import Console
 
 from forwax.lab.data import DataSet, load
 from forwax.lab.experiments import EXPERIMENTS
+from forwax.lab.flags import Chosen
 from forwax.lab.options import check_ranges
 from forwax.lab.problem import checksum_of, problem_of
 from forwax.lab.ren2023 import runs, table
@@ -50,33 +51,30 @@ class ReproduceOptions:
     paper: Annotated[Literal["ren2023"], tyro.conf.Positional] = "ren2023"
     """Whose experiments: Ren, Kornblith, Liao, Hinton 2023, "Scaling Forward Gradient With Local Losses"."""
     column: ColumnName = "mnist-m"
-    """The model and the data set: S/1/1 or M/1/16 on MNIST; on CIFAR-10 a small mixer for two CPU cores, or M/8/16 and
-    L/8/64, supervised and contrastive, for GPUs (all local devices, bfloat16)."""
+    """The model, the data set and the objective."""
     rules: tuple[str, ...] = RULES
-    """Methods by the paper's names. A forward gradient takes a number of noises, their distribution and one-slope
-    (instead of one for each patch and group) after colons: LG-FG-A:4, LG-FG-A:normal, LG-FG-A:one-slope."""
+    """Methods; of forward gradients also so many noises (LG-FG-A:4), of a kind (:normal), or :one-slope an example."""
     seeds: int = 3
     """How many seeds; the first is 0."""
-    epochs: int | None = None
+    epochs: Chosen[int] = None
     """Passes over the training set, instead of the column's."""
-    steps: int | None = None
+    steps: Chosen[int] = None
     """Training steps, instead of epochs."""
-    batch_size: int | None = None
+    batch_size: Chosen[int] = None
     """The number of examples of a step, instead of the column's."""
-    learning_rate: float | None = None
+    learning_rate: Chosen[float] = None
     """One rate for all methods, instead of the column's own for each."""
-    augment: bool | None = None
+    augment: Chosen[bool] = None
     """Whether supervised training images are shifted by up to 2 pixels, and flipped where coloured."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    dtype: Chosen[Literal["float32", "bfloat16"]] = None
     """The floating type that the model computes in, instead of the column's."""
-    examples: int | None = None
+    examples: Chosen[int] = None
     """Use only so many training and test images, to try a command out."""
     holdout: int = 0
     """Hold out so many of the last training images and report errors on them, to choose settings by."""
     out: Path = Path("runs/ren2023")
-    """The folder of results; each finished method and seed is kept there, so that the same command goes on where it
-    stopped."""
-    data_dir: Path | None = None
+    """The folder of results; what is finished is kept there, and the same command goes on where it stopped."""
+    data_dir: Chosen[Path] = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 

@@ -14,6 +14,7 @@ import tyro
 
 from forwax.lab import choices
 from forwax.lab.experiments import EXPERIMENTS, describe
+from forwax.lab.flags import Chosen
 from forwax.lab.options import ExperimentName, SettingOptions, asked, find_experiment, resolve
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.settings import Settings, UsageError
@@ -45,13 +46,12 @@ class TrainOptions(SettingOptions):
     experiment: Annotated[ExperimentName, tyro.conf.Positional] = "digits"
     """What to train on what."""
     config: str = "default"
-    """A named configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022); for local-mixer a
-    column of `forwax reproduce`."""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """A configuration: default, paper or paper-fast (Baydin et al. 2022); for local-mixer a column of reproduce."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None
     """Go on with the run in this folder, bit for bit as if it had never stopped."""
     runs: Path = Path("runs")
     """The folder that the run's folder is made in."""
-    data_dir: Path | None = None
+    data_dir: Chosen[Path] = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     checkpoint_seconds: float = 5.0
     """The time between two checkpoints."""
@@ -63,6 +63,11 @@ DESCRIPTION = "\n".join(
         "",
         "Experiments, with what their defaults reached where that was measured:",
         *(f"- {describe(experiment)}" for experiment in EXPERIMENTS.values()),
+        "",
+        "Rules:",
+        *(f"- {name}: {rule.about}" for name, rule in choices.RULES.items() if not rule.published),
+        "",
+        "Options that are left out are those of the experiment's configuration.",
     ]
 )
 """What `forwax train --help` says first."""
