@@ -60,7 +60,8 @@ class ActivityPerturbation(Rule):
 
     Attributes:
         tangents: the distribution of the noise; where its coordinates depend on one another (`Orthonormal`, `Sphere`,
-            `Coordinate`) each example of `in_axes` draws its own.
+            `Coordinate`) each example of `in_axes` draws its own, of which the slope of a patch or group hears a part:
+            their law there is about that of normals.
         num_tangents: the number k of noises.
         combine: `Mean`, or `Shrinkage` for each slope by itself.
         where: which parameters get activity noise: a regular expression searched in a parameter's path such as

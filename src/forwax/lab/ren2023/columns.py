@@ -107,7 +107,11 @@ COLUMNS: Mapping[str, Column] = {
             dataclasses.replace(_MNIST, size="S/1/1"),
             _rates(0.1, 0.1, 0.2, 0.02, 0.005)
             | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
-            {**dict.fromkeys(DRAWING, 60), "FG-A:8": 30, "LG-FG-A:8": 30},
+            {
+                **dict.fromkeys(DRAWING, 60),
+                **dict.fromkeys(("FG-A", "LG-FG-A"), 150),
+                **dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 30),
+            },
         ),
         Column(
             "mnist-m",
