@@ -175,7 +175,7 @@ def test_activity_noise_counts_the_coordinates_along_which_the_loss_curves():
         for noise in (101, 90_000)
     )
     assert few.learning_rate == pytest.approx(0.01 / (1 + 100 * 4 / 64), rel=0.05)
-    assert many.learning_rate == pytest.approx(0.01 / (1 + 639 * 4 / 64), rel=0.05)
+    assert many.learning_rate == pytest.approx(0.01 / (1 + 1999 * 4 / 64), rel=0.05)
 
 
 def test_settings_that_do_not_apply_are_none():
