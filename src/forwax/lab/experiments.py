@@ -157,8 +157,9 @@ DIGITS = Settings(
 LOGISTIC = Settings(num_tangents=16, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
 # on the large MLP activity noise ends far lower than weight noise
 DENSE = Settings(rule="activity", num_tangents=1, backprop_rate=0.3, schedule="cosine", steps=10_000, batch_size=64)
-# four rank-1 tangents cost little more than a step of backprop, and learn more than one or than activity noise
+# 500 steps on MNIST: 71.7 %, by four rank-1 weight tangents 39.2 %
 CONVOLUTION = Settings(
+    rule="activity",
     num_tangents=4,
     backprop_rate=0.01,
     schedule="cosine",
@@ -215,8 +216,8 @@ _ALL = (
         "cnn",
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
-        "The convolutional network on MNIST. `forwax train mnist-cnn`: 39.2 % (seed 0), 320 s of training on 2 "
-        "busy CPU cores; 500 steps are few for four tangents.",
+        "The convolutional network on MNIST, by activity noise. `forwax train mnist-cnn`: 71.7 % (seed 0), 387 s of "
+        "training on one CPU core; 500 steps are few.",
     ),
     _on(
         "fashion-mnist",

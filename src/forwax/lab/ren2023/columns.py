@@ -109,7 +109,7 @@ COLUMNS: Mapping[str, Column] = {
             | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
             {
                 **dict.fromkeys(DRAWING, 60),
-                **dict.fromkeys(("FG-A", "LG-FG-A"), 150),
+                **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 150),
                 **dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 30),
             },
         ),
