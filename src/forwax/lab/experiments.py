@@ -239,7 +239,8 @@ _ALL = (
         "cnn",
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
-        "The convolutional network on Fashion-MNIST. Rates as on MNIST; the score is not measured yet.",
+        "The convolutional network on Fashion-MNIST. `forwax train fashion-mnist-cnn`: 54.8 % (seed 0), 399 s of "
+        "training on one CPU core.",
     ),
     _on(
         "cifar10",
