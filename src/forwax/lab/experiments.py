@@ -170,8 +170,8 @@ CONVOLUTION = Settings(
 
 # the backprop rate over the best rate of one weight tangent, both tuned on MNIST, rounded
 LOGISTIC_DIMENSION, DENSE_DIMENSION, CONVOLUTION_DIMENSION = 330, 3000, 640
-# the same for noise on activities, of 91,648 coordinates an example: 150 steps on MNIST with four noises gave 12.5, 21.3,
-# 27.3, 27.0 % at 5e-5, 1e-4, 2e-4, 4e-4, and 9e-4 exploded
+# the same for noise on activities, of 91,648 coordinates an example: 150 steps on MNIST with four noises gave
+# 12.5, 21.3, 27.3, 27.0 % at 5e-5, 1e-4, 2e-4, 4e-4, and 9e-4 exploded
 CONVOLUTION_NOISE = 2000
 
 _LOCAL_MIXER = columns.configurations()
