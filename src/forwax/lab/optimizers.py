@@ -7,9 +7,10 @@ A rate tuned for true gradients makes forward gradients explode. Where the user 
   curves along far fewer; where an experiment names that number d (its *effective dimension*), s is multiplied by
   (n + k - 1)/(d + k - 1), which puts d in n's place. Momentum 0.9 multiplies a rate by ten in the long run, so that
   its rate is a tenth.
-- Activity noise: n is the number d of noise coordinates of one example, the slopes of a batch of N average, and what
-  the examples' own gradients G_i do not share adds to the noise: s = 1/(1 + M) for d' = 1 + (d - 1)·4/N coordinates,
-  where 4 stands for mean|G_i|² / |mean G|², found by tuning on MNIST's MLP for 1,800 steps.
+- Activity noise: n is the number d of noise coordinates of one example, or its *effective noise* where an experiment
+  names that. The slopes of a batch of N average, and what the examples' own gradients G_i do not share adds to the
+  noise: s = 1/(1 + M) for d' = 1 + (d - 1)·4/N coordinates, where 4 stands for mean|G_i|² / |mean G|², found by tuning
+  on MNIST's MLP for 1,800 steps.
 - Adaptive optimizers divide by the root of the estimate's second moment, which is 1 + M times that of the true
   gradient: they have scaled by √s already, and get the other √s here: base rate · √s, with the base rate of their
   papers.
