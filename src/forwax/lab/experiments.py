@@ -232,7 +232,8 @@ _ALL = (
         "mlp",
         DENSE,
         DENSE_DIMENSION,
-        "The MLP 784-1024-1024-10 on Fashion-MNIST. Rates as on MNIST; the score is not measured yet.",
+        "The MLP 784-1024-1024-10 on Fashion-MNIST, by activity noise. `forwax train fashion-mnist-mlp`: 81.3 % (seed "
+        "0), 93 s of training on one CPU core.",
     ),
     _on(
         "fashion-mnist",
