@@ -248,7 +248,8 @@ _ALL = (
         "cnn",
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
-        "The convolutional network on CIFAR-10. Rates as on MNIST; the score is not measured yet.",
+        "The convolutional network on CIFAR-10, by activity noise. `forwax train cifar10-cnn`: 17.0 % (seed 0), 526 s "
+        "of training on one CPU core; 500 steps are far too few.",
     ),
     Experiment(
         name="local-mixer",
