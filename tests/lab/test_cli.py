@@ -10,6 +10,7 @@ import pytest
 
 from forwax.lab import cli, options
 from forwax.lab.cli import COMMANDS, main
+from forwax.lab.compare.named_rules import LINES
 from forwax.lab.train import progress
 
 
@@ -68,6 +69,14 @@ def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypat
     source = Path(sys.modules[COMMANDS[command][0]].__file__ or "").parent
     for file in [*source.glob("*.py"), Path(options.__file__)]:
         assert not re.search(r'^    [a-z_]+: .+ = .+\n    """[^"]+\n', file.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_compare_help_names_every_rule(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    told = re.search(r"Rules: (.*?)\. A number", " ".join(capsys.readouterr().out.split()))
+    assert told is not None
+    assert set(told[1].split(", ")) == set(LINES)
 
 
 @pytest.mark.parametrize("words", [["cats"], ["--rule", "magic"], ["--steps", "many"]])
