@@ -18,10 +18,11 @@ from cost_picture import draw
 from cost_sections import QUICK, Points, Sizes
 from cost_sections import SECTIONS as OTHERS
 from cost_sequence import by_length
+from cost_update import fused_step
 from forwax.lab import style
 from timing import machine
 
-SECTIONS = {**OTHERS, "sequence": by_length}
+SECTIONS = {**OTHERS, "sequence": by_length, "fused-step": fused_step}
 GOALS = ["| what | measured | goal | met |", "|---|---:|---:|---|"]
 OTHER_FIGURES = ["| what | measured |", "|---|---:|"]
 

@@ -18,13 +18,15 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 KEY = jax.random.key(0)
-PARAMS = {"w": normal(1, 3, 2), "b": normal(2, 2)}
+PARAMS = {"w": normal(1, 3, 2), "b": normal(2, 2), "stack": normal(4, 2, 2, 2)}
 X = normal(3, 16, 3)
 
 
 def loss(params, x):
     """A sum over examples, so that the sum of the devices' losses is the loss of the whole batch."""
-    return jnp.sum(jnp.tanh(x @ params["w"] + params["b"][None]) ** 2)
+    h = jnp.tanh(x @ params["w"] + params["b"][None])
+    h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["stack"])
+    return jnp.sum(h**2)
 
 
 def sharded(function, in_specs, out_specs):
@@ -34,6 +36,9 @@ def sharded(function, in_specs, out_specs):
 DATA_PARALLEL = {
     "weight": fx.WeightPerturbation(num_tangents=3),
     "chunked": fx.WeightPerturbation(fx.tangents.Normal(), 5, chunk_size=2),
+    "signs-chunked": fx.WeightPerturbation(num_tangents=5, chunk_size=2),
+    "low-rank": fx.WeightPerturbation(fx.tangents.LowRank(), 2),
+    "low-rank-chunked": fx.WeightPerturbation(fx.tangents.LowRank(), 3, chunk_size=2),
     "projection": fx.WeightPerturbation(num_tangents=3, combine=fx.combine.Projection()),
     "projection-chunked": fx.WeightPerturbation(num_tangents=3, combine=fx.combine.Projection(), chunk_size=2),
     "shrinkage": fx.WeightPerturbation(fx.tangents.Sphere(), 2, fx.combine.Shrinkage()),
@@ -91,7 +96,9 @@ def test_each_device_takes_its_own_examples():
     assert_trees_close(got, quick_jit(estimate)(KEY, jnp.ones(3), X), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["weight", "chunked", "projection", "finite-difference"])
+@pytest.mark.parametrize(
+    "name", ["weight", "chunked", "signs-chunked", "low-rank", "low-rank-chunked", "projection", "finite-difference"]
+)
 def test_a_varying_key_gives_each_device_its_own_estimate(name):
     """That of its own batch by its own key, as if it were alone."""
     estimate = fx.grad(loss, DATA_PARALLEL[name])

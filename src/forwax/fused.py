@@ -16,10 +16,10 @@ from forwax import _mesh, _tree
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.momentum import Momentum
-from forwax.pushforward import is_concrete, pushforward, scan_with_aux
+from forwax.pushforward import pushforward, scan_with_aux
 from forwax.rules import Rule, WeightPerturbation
 from forwax.safety import Safe
-from forwax.sites import LowRankPlan, custom_vjp, plan_low_rank, plan_signs
+from forwax.sites import WeightPlan, custom_vjp
 from forwax.sites.outer import FEW, add_outer, whole
 from forwax.tangents import LowRank, Normal, Rademacher, Sparse
 from forwax.tangents._base import sampler, typed_key
@@ -176,11 +176,8 @@ def _add_momentum(way: _Way, params: Tree, momentum: Momentum, key: Array, rate:
 
 
 def _way(weight: WeightPerturbation, problem: Problem) -> _Way:
-    if isinstance(weight.tangents, LowRank):
-        return _low_rank(weight, problem, weight.tangents)
-    if isinstance(weight.tangents, Rademacher) and not is_concrete(problem.params):
-        return _planned(weight, plan_signs(problem), 1, 1)
-    return _dense(weight, problem)  # the loss may branch on concrete values
+    plan = weight.plan(problem)
+    return _dense(weight, problem) if plan is None else _planned(weight, plan)
 
 
 def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
@@ -203,36 +200,29 @@ def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
     return _Way(weight, slopes, draw, add, 1)
 
 
-def _low_rank(weight: WeightPerturbation, problem: Problem, tangents: LowRank) -> _Way:
-    weight.check_examples(problem, tangents)
-    plan = plan_low_rank(problem, tangents.per_example)
-    return _planned(weight, plan, tangents.rank, problem.num_examples if tangents.per_example else 1)
-
-
-def _planned(weight: WeightPerturbation, plan: LowRankPlan, rank: int, examples: Any) -> _Way:
+def _planned(weight: WeightPerturbation, plan: WeightPlan) -> _Way:
     """Signs that are unpacked in the traced loss where they are used."""
     k = weight.num_tangents
     num_chunks = -(-k // (weight.chunk_size or k))
     size = -(-k // num_chunks)
 
-    def draw(key: Array, indices: Array) -> list[Any]:
-        return plan.draw(key, indices, rank)
-
     def slopes(key: Array) -> tuple[Array, Tree, Array, list[Any] | None]:
         if num_chunks == 1:
-            drawn = draw(key, jnp.arange(k))
-            return *plan.push(drawn, k, rank), drawn
+            drawn = plan.draw(key, jnp.arange(k))
+            return *plan.push(drawn, k), drawn
 
         def chunk(_: None, first: Array) -> tuple[None, tuple[Array, Array], Tree]:
-            part = draw(key, jnp.minimum(first + jnp.arange(size), k - 1))
+            part = plan.draw(key, jnp.minimum(first + jnp.arange(size), k - 1))
             leaves, part = lax.optimization_barrier((plan.leaves, part))
-            value, aux, slopes = plan.at(leaves).push(part, size, rank)
+            value, aux, slopes = plan.at(leaves).push(part, size)
             return None, (value, slopes), aux
 
         _, (values, slopes), aux = scan_with_aux(chunk, None, jnp.arange(num_chunks) * size)
         return values[0], aux, slopes.reshape(-1, *slopes.shape[2:])[:k], None
 
     def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
-        return plan.add(params, coefficients / examples, drawn, rank)
+        return plan.add(params, coefficients / plan.num_examples, drawn)
 
-    return _Way(weight, slopes, draw, add, max(1, FEW // (rank * examples)))
+    # factors are thin, so that those of several tangents are added in one pass; dense signs are added one by one
+    together = 1 if plan.lazy else max(1, FEW // (plan.rank * plan.num_examples))
+    return _Way(weight, slopes, plan.draw, add, together)

@@ -144,10 +144,17 @@ def _cut(tangents: Array, used: Array) -> Array:
 
 def is_concrete(tree: Tree) -> bool:
     """Whether no leaf is abstract and no trace of a whole program, such as `jit`, is running."""
-    fresh = jnp.zeros(())  # abstract under jit even when every leaf of the tree is a captured constant
+    return not is_staged() and all(map(_is_concrete, jax.tree.leaves(tree)))
+
+
+def is_staged() -> bool:
+    """Whether a trace of a whole program, such as `jit`, is running; `vmap` and `jvp` alone are none."""
+    return not _is_concrete(jnp.zeros(()))  # abstract under jit even when every leaf is a captured constant
+
+
+def _is_concrete(leaf: Array) -> bool:
     try:
-        for leaf in [fresh, *jax.tree.leaves(tree)]:
-            leaf.addressable_data(0)
+        leaf.addressable_data(0)
     except jax.errors.ConcretizationTypeError:
         return False
     return True

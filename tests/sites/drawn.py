@@ -31,11 +31,11 @@ def noise_of(sites, source):
     return [found[site.variable] for site in sites.noisy]
 
 
-def dense(plan, drawn, rank):
-    """The tangents [k, ...] that a `LowRankPlan` never forms, as a tree of the parameters' structure."""
+def dense(plan, drawn):
+    """The tangents [k, ...] that a `WeightPlan` never forms, as a tree of the parameters' structure."""
 
     def one(drawn):
-        pairs = zip(plan.leaves, plan.tangents(drawn, rank), strict=True)
+        pairs = zip(plan.leaves, plan.tangents(drawn), strict=True)
         return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]
 
     return jax.tree.unflatten(jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn)))

@@ -40,8 +40,8 @@ SPLITS = {  # of each parameter in the order of its name: the axes of both facto
 def planned(name, rank, k, *, per_example=False):
     program = PROGRAMS[name]
     problem = Signature(program.loss, 0, False, program.in_axes).bind(program.args, {})
-    plan = plan_low_rank(problem, per_example)
-    return problem, plan, fx.tangents.Normal().sample(KEY, plan.specs(rank), k)
+    plan = plan_low_rank(problem, rank, per_example)
+    return problem, plan, fx.tangents.Normal().sample(KEY, plan.specs(), k)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -52,11 +52,11 @@ def test_a_slope_is_that_of_the_direction_in_full(name):
 
     @quick_jit
     def both(drawn):
-        full = dense(plan, drawn, 2)
+        full = dense(plan, drawn)
         exact = jax.vmap(lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1])(full)
-        value, _, slopes = plan.push(drawn, 2, 2)
+        value, _, slopes = plan.push(drawn, 2)
         sums = jax.tree.map(lambda x: jnp.tensordot(slopes, jnp.conj(x), axes=1), full)
-        return value, problem.objective(problem.params)[0], slopes, exact, plan.assemble(slopes, drawn, 2), sums
+        return value, problem.objective(problem.params)[0], slopes, exact, plan.assemble(slopes, drawn), sums
 
     value, expected, slopes, exact, grads, sums = both(drawn)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
@@ -70,17 +70,17 @@ def test_each_example_with_its_own_factors(name):
     problem, plan, drawn = planned(name, rank=1, k=2, per_example=True)
 
     def one(own, mapped):
-        full = jax.tree.map(lambda x: x[0], dense(plan, [x[None] for x in own], 1))
+        full = jax.tree.map(lambda x: x[0], dense(plan, [x[None] for x in own]))
         loss = lambda p: sum(map(jnp.sum, problem.example(p, *mapped)[0]))
         slope = jax.jvp(loss, (problem.params,), (full,))[1]
         return slope, jax.tree.map(lambda x: slope * x, full)
 
     @quick_jit
     def both(drawn):
-        slopes = plan.push(drawn, 2, 1)[2]
+        slopes = plan.push(drawn, 2)[2]
         every = jax.vmap(jax.vmap(one, (0, list(problem.mapped_axes))), (0, None))
         exact, parts = every(list(drawn), list(problem.mapped))
-        return slopes, exact, plan.assemble(slopes, drawn, 1), jax.tree.map(lambda x: jnp.sum(x, (0, 1)), parts)
+        return slopes, exact, plan.assemble(slopes, drawn), jax.tree.map(lambda x: jnp.sum(x, (0, 1)), parts)
 
     slopes, exact, grads, expected = both(drawn)
     assert slopes.shape == (2, problem.num_examples)
@@ -158,12 +158,13 @@ def cost(rule):
 
 
 def test_it_saves_arithmetic_and_memory():
-    """One tangent: 1 + (L - 1)/L forwards instead of 3; eight: 1 + 8 (L - 1)/L instead of 17."""
+    """One tangent: 1 + (L - 1)/L forwards instead of 3; eight: 1 + 8 (L - 1)/L instead of 17. Less than held ones."""
     thin, dense = (cost(fx.WeightPerturbation(t)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
     assert thin[0] < 0.7 * dense[0]
     thin, dense = (cost(fx.WeightPerturbation(t, 8)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
     assert thin[0] < 0.55 * dense[0]
-    assert thin[1] < 0.7 * dense[1]
+    held = cost(fx.WeightPerturbation(fx.tangents.Normal(), 8))
+    assert thin[1] < 0.7 * held[1]
 
 
 def test_signs_are_unpacked_once(monkeypatch):
@@ -197,14 +198,14 @@ def test_packed_signs_are_the_signs(rank):
     blocks = {"w": jnp.asarray(normal(0, 2, 3, 32, 32)), "b": jnp.asarray(normal(1, 2, 3, 1, 32))}
     params = {"blocks": blocks, "one": jnp.asarray(normal(2, 1, 32, 32)), "last": jnp.asarray(normal(3, 2, 32, 5))}
     problem = Signature(nested, 0, False, None).bind((params, jnp.asarray(normal(4, 2, 32)) / 32), {})
-    plan = plan_low_rank(problem, False)
+    plan = plan_low_rank(problem, rank)
 
     @quick_jit
     def found(key):
-        drawn = plan.draw(key, jnp.arange(2), rank)
+        drawn = plan.draw(key, jnp.arange(2))
         assert sum(isinstance(x, Signs) for x in drawn) == 1 + 4 * rank
-        signs = fx.tangents.Rademacher().sample(key, plan.specs(rank), 2)
-        return [(plan.push(x, 2, rank), plan.assemble(jnp.ones(2), x, rank)) for x in (drawn, signs)]
+        signs = fx.tangents.Rademacher().sample(key, plan.specs(), 2)
+        return [(plan.push(x, 2), plan.assemble(jnp.ones(2), x)) for x in (drawn, signs)]
 
     got, expected = found(KEY)
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):

@@ -44,18 +44,18 @@ def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
     with jax.numpy_rank_promotion("allow"):  # the libraries rely on it
         model = MODELS[name]()
         problem = Signature(model.loss, 0, model.has_aux, model.in_axes).bind(model.args, {})
-        plan = plan_low_rank(problem, per_example=False)
+        plan = plan_low_rank(problem)
         assert any(split is not None for split in plan.splits)
 
         @quick_jit
         def both(leaves):
             here = plan.at(leaves)
-            params, drawn = here.problem.params, fx.tangents.Normal().sample(KEY, here.specs(1), 1)
-            full = jax.tree.map(lambda v: v[0], dense(here, drawn, 1))
+            params, drawn = here.problem.params, fx.tangents.Normal().sample(KEY, here.specs(), 1)
+            full = jax.tree.map(lambda v: v[0], dense(here, drawn))
             expected, exact = jax.jvp(lambda p: problem.objective(p)[0], (params,), (full,))
-            value, _, slopes = here.push(drawn, 1, 1)
+            value, _, slopes = here.push(drawn, 1)
             estimate = jax.tree.map(lambda v: exact * v, full)
-            return (value, slopes[0], here.assemble(slopes, drawn, 1)), (expected, exact, estimate)
+            return (value, slopes[0], here.assemble(slopes, drawn)), (expected, exact, estimate)
 
         (value, slope, grads), (expected, exact, estimate) = both(plan.leaves)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.assemble import Assembly
 from forwax.combine import Combine, Mean
-from forwax.pushforward import pushforward
-from forwax.sites import plan_low_rank
+from forwax.pushforward import is_staged, pushforward, scan_with_aux
+from forwax.sites import WeightPlan, plan_low_rank, plan_signs
 from forwax.tangents import LowRank, Rademacher, Tangents
 from forwax.tangents._base import sampler
 
@@ -28,7 +28,8 @@ class WeightPerturbation(Rule):
 
     With slopes c_j = <g, v_j> from one Jacobian-vector product each, the estimate is mean_j c_j v_j, unbiased because
     E[v vᵀ] = I; see `forwax.combine` for other combinations. Cost: one forward pass and two more per tangent. Memory
-    does not grow with depth, since nothing is kept for a backward pass.
+    does not grow with depth, since nothing is kept for a backward pass. Inside a trace, such as that of `jax.jit`,
+    random signs are formed where the loss uses them, so that no more than a layer's is held.
 
     Attributes:
         tangents: the distribution of directions; random signs have the least variance.
@@ -80,10 +81,9 @@ class WeightPerturbation(Rule):
         self, key: Array, problem: Problem, guard: Callable[[Array], Array] | None
     ) -> tuple[Array, Tree, Tree, Array]:
         check_directions("WeightPerturbation", self.tangents, self.combine)
-        if isinstance(self.tangents, LowRank):
-            self.check_examples(problem, self.tangents)
-            if self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params)):
-                return self._low_rank(key, problem, self.tangents, guard)
+        plan = self.plan(problem, _mesh.axes(key))
+        if plan is not None:
+            return self._planned(key, plan, guard)
         k, key_axes = self.num_tangents, _mesh.axes(key)
         assembly = Assembly(self.tangents, self.combine, problem.params, key_axes, guard)
         draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
@@ -98,7 +98,24 @@ class WeightPerturbation(Rule):
             slopes = _mesh.total(slopes, _mesh.axes(slopes) - key_axes)
         return value, aux, assembly.finish(total, k), slopes
 
-    def check_examples(self, problem: Problem, tangents: LowRank) -> None:
+    def plan(self, problem: Problem, key_axes: _mesh.Axes = frozenset()) -> WeightPlan | None:
+        """How signs are formed where the traced loss uses them, or None where directions are held, for `jax.jvp`.
+
+        Dense signs are planned inside a trace alone: outside, the loss may branch on concrete values.
+
+        Raises:
+            ValueError: where examples cannot have directions of their own, though the tangents ask for it.
+        """
+        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
+        varied = dataclasses.replace(problem, params=point)
+        possible = self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params))
+        if isinstance(self.tangents, LowRank):
+            self._check_examples(problem, self.tangents)
+            return plan_low_rank(varied, self.tangents.rank, self.tangents.per_example) if possible else None
+        dense = isinstance(self.tangents, Rademacher) and possible and is_staged()
+        return plan_signs(varied) if dense else None
+
+    def _check_examples(self, problem: Problem, tangents: LowRank) -> None:
         """Raise a ValueError where examples cannot have directions of their own, though the tangents ask for it."""
         if not tangents.per_example:
             return
@@ -119,39 +136,41 @@ class WeightPerturbation(Rule):
                 "vary over mesh axes. Replicate them, or use per_example=False."
             )
 
-    def _low_rank(
-        self, key: Array, problem: Problem, tangents: LowRank, guard: Callable[[Array], Array] | None
+    def _planned(
+        self, key: Array, plan: WeightPlan, guard: Callable[[Array], Array] | None
     ) -> tuple[Array, Tree, Tree, Array]:
-        """The slopes along factors, pushed through the traced loss."""
-        plan, k = plan_low_rank(problem, tangents.per_example), self.num_tangents
+        """The slopes along signs that are pushed through the traced loss."""
+        k, params = self.num_tangents, plan.problem.params
         num_chunks = -(-k // (self.chunk_size or k))
         size = -(-k // num_chunks)
-        law = tangents.relative_mse(_tree.num_coordinates(problem.params), k)
-        scale = self.combine.finish(1.0, k, law) / (problem.num_examples if tangents.per_example else 1)
+        law = self.tangents.relative_mse(_tree.num_coordinates(params), k)
+        scale = self.combine.finish(1.0, k, law) / plan.num_examples
 
-        def chunk(first: Any, leaves: Sequence[Array]) -> tuple[Tree, tuple[Array, Tree, Array]]:
-            indices = first + jnp.arange(size)
-            drawn = plan.draw(key, indices, tangents.rank)
-            if num_chunks > 1:  # else the compiler takes the primal out of the loop and keeps every activation
-                leaves, drawn = lax.optimization_barrier((list(leaves), drawn))
-            here = plan.at(leaves)
-            value, aux, slopes = here.push(drawn, size, tangents.rank)
+        def used(slopes: Array, indices: Array) -> tuple[Array, Array]:
             found = _mesh.total(slopes, _mesh.axes(slopes) - _mesh.axes(key))
-            slopes = (found if guard is None else guard(found)) * scale
-            if num_chunks * size > k:
-                slopes = jnp.where((indices < k).reshape(size, *[1] * (slopes.ndim - 1)), slopes, 0)
-            return here.assemble(slopes, drawn, tangents.rank), (value, aux, found)
+            weights = (found if guard is None else guard(found)) * scale
+            return found, jnp.where((indices < k).reshape(-1, *[1] * (slopes.ndim - 1)), weights, 0)
 
-        total, (value, aux, slopes) = chunk(0, plan.leaves)
-        if num_chunks > 1:
+        def chunk(total: Tree, first: Array) -> tuple[Tree, tuple[Array, Array], Tree]:
+            drawn = plan.draw(key, first + jnp.arange(size))
+            # else the compiler takes the primal out of the loop and keeps every activation
+            leaves, drawn = lax.optimization_barrier((plan.leaves, drawn))
+            here = plan.at(leaves)
+            value, aux, slopes = here.push(drawn, size)
+            found, weights = used(slopes, first + jnp.arange(size))
+            return here.add(total, weights, drawn), (value, found), aux
 
-            def add(total: Tree, first: Array) -> tuple[Tree, Array]:
-                more, (_, _, found) = chunk(first, plan.leaves)
-                return jax.tree.map(jnp.add, total, more), found
-
-            total, others = lax.scan(add, total, jnp.arange(1, num_chunks) * size)
-            slopes = jnp.concatenate([slopes, others.reshape(-1, *slopes.shape[1:])])[:k]
-        return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, problem.params), slopes
+        if num_chunks == 1:
+            drawn = plan.draw(key, jnp.arange(k))
+            value, aux, slopes = plan.push(drawn, k)
+            found, weights = used(slopes, jnp.arange(k))
+            total = plan.assemble(weights, drawn)
+        else:
+            firsts = jnp.arange(num_chunks) * size
+            start = Assembly(self.tangents, self.combine, params, _mesh.axes(key)).start()
+            total, (values, found), aux = scan_with_aux(chunk, start, firsts)
+            value, found = values[0], found.reshape(-1, *found.shape[2:])[:k]
+        return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, params), found
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates of the parameters.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 
+from forwax import _mesh
 from forwax.sites.convolution import Pair, convolution, ordered
 from forwax.sites.operations import MOVES
 from forwax.sites.program import Equation
@@ -37,7 +38,8 @@ class Factored:
 
 
 _UNCHANGED = {"copy", "name", "reduce_precision", "sharding_constraint"}
-_MOVES = MOVES | _UNCHANGED | {"slice", "dynamic_slice"}
+_VARY = "pvary"
+_MOVES = MOVES | _UNCHANGED | {"slice", "dynamic_slice", _VARY}
 
 
 def is_move(equation: Equation) -> bool:
@@ -61,6 +63,8 @@ def _moved(equation: Equation, factor: Array, values: Sequence[Any], shape: Shap
     name, params = equation.name, equation.params
     if name in _UNCHANGED:
         return factor
+    if name == _VARY:
+        return _mesh.vary(factor, params["axes"])
     if name == "convert_element_type":
         return factor.astype(params["new_dtype"])
     if name == "transpose":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.lax import Precision
 
 from forwax import _tree
 from forwax.sites.factored import Pair
@@ -38,6 +39,9 @@ def _outer(coefficients: Array, left: Array, right: Array, leaf: Array) -> Array
     scaled = _scaled(coefficients, left, leaf)
     if math.prod(coefficients.shape) == 1:
         return (scaled * right.astype(wide)).reshape(jnp.broadcast_shapes(left.shape, right.shape)[lead:])
+    if math.prod(right.shape) == 1:  # an einsum would multiply by it, and then add up with a slow loop
+        total = jnp.tensordot(coefficients.astype(scaled.dtype), left.astype(wide), lead, precision=Precision.HIGHEST)
+        return total * right.reshape(()).astype(wide)
     names = "abcdefghijklmnopqrstuvwxyz"
     out, first = names[: leaf.ndim], names[leaf.ndim : leaf.ndim + lead]
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.random import threefry_2x32
 
 from forwax._tree import Spec
 from forwax.tangents._base import IndependentTangents
@@ -44,15 +45,36 @@ class Rademacher(IndependentTangents):
         return (n - 1) / num_tangents
 
 
+def num_words(spec: Spec) -> int:
+    """How many words one leaf's signs take."""
+    return -(-math.prod(spec.shape) // WORD)
+
+
 def draw_words(key: Array, specs: Sequence[Spec]) -> list[Array]:
     """Random words for each leaf's signs [ceil(size / 32)], in one draw for all leaves."""
-    counts = [-(-math.prod(spec.shape) // WORD) for spec in specs]
+    counts = list(map(num_words, specs))
     words = jax.random.bits(key, (_padded(sum(counts)),), jnp.uint32)
     leaves, start = [], 0
     for count in counts:
         leaves.append(words[start : start + count])
         start += count
     return leaves
+
+
+def draws_anywhere(key: Array) -> bool:
+    """Whether `words_at` knows the generator: JAX's default, which makes each word from the key and its place."""
+    return str(jax.random.key_impl(key)) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)  # type: ignore[attr-defined]
+
+
+def words_at(data: Array, places: Array) -> Array:
+    """Those of the words that `draw_words` draws which stand at the given places [c], uint32, without the others.
+
+    Args:
+        data: the key's own two words, as `jax.random.key_data` returns them.
+        places: uint32 [c].
+    """
+    high, low = jnp.split(threefry_2x32((data[0], data[1]), jnp.concatenate([jnp.zeros_like(places), places])), 2)
+    return high ^ low
 
 
 def _padded(num_words: int) -> int:

@@ -127,8 +127,8 @@ class Push:
                 values[i] = self.formed(atom, values[i], factored)
         scanned = {v: of for v, (of, _) in slices.items()}
 
-        def step(carry: list[Any], xs: tuple[list[Any], dict[Variable, Any]]) -> tuple[list[Any], list[Any]]:
-            own = {**fixed, **{v: _joined(of, slices[v][1]) for v, of in xs[1].items()}}
+        def step(carry: list[Any], xs: tuple[list[Any], dict[Variable, Any], Array]) -> tuple[list[Any], list[Any]]:
+            own = {**fixed, **{v: _joined(of, slices[v][1], xs[2]) for v, of in xs[1].items()}}
             env = dict(zip(body.inputs, [*values[:first], *carry, *xs[0]], strict=True))
             kept = {v for v in body.inputs[first:last] if v in fixed}
             outputs = self.run(dataclasses.replace(body, outputs=_without(body.outputs, kept)), env, own)
@@ -137,31 +137,32 @@ class Push:
             return outputs[: loop.num_carry], outputs[loop.num_carry :]
 
         starts = list(values[first:last])
-        carry, ys = lax.scan(step, starts, (list(values[last:]), scanned), loop.length, loop.reverse, loop.unroll)
+        xs = list(values[last:]), scanned, jnp.arange(loop.length)
+        carry, ys = lax.scan(step, starts, xs, loop.length, loop.reverse, loop.unroll)
         return [*carry, *ys]
 
 
 Slices: TypeAlias = tuple[list[Any], list[Any]]
-"""Of a tangent that a scan runs over, its one array or those of its pairs in order: what is sliced, and what is not."""
+"""Of a tangent that a scan runs over, its one array or those of its pairs in order: what is sliced, and what is not.
+
+Signs that have rows are not sliced: a step takes its own row of them.
+"""
 
 
 def _slices(tangent: Tangent) -> Slices:
     parts = [x for pair in tangent.pairs for x in pair] if isinstance(tangent, Factored) else [tangent]
-    sliced = [_rows(x) for x in parts]
-    rest = [None if row is not None else unpacked([x])[0][0] for x, row in zip(parts, sliced, strict=True)]
-    return sliced, rest
+    parts = [x if isinstance(x, Signs) and x.has_rows else unpacked([x])[0] for x in parts]
+    sliced = [None if isinstance(x, Signs) or x.shape[0] == 1 else x for x in parts]
+    return sliced, [x if row is None else None for x, row in zip(parts, sliced, strict=True)]
 
 
-def _rows(x: Array | Signs) -> Array | Signs | None:
-    if isinstance(x, Signs) and not x.has_rows:
-        x = x.unpack()
-    if isinstance(x, Signs):
-        return x.rows() if x.spec.shape[0] != 1 else None
-    return x if x.shape[0] != 1 else None
+def _joined(sliced: list[Any], rest: list[Any], index: Array) -> Tangent:
+    def part(own: Any, of: Any) -> Any:
+        if own is not None:
+            return own
+        return of.row(index) if isinstance(of, Signs) else of[0]
 
-
-def _joined(sliced: list[Any], rest: list[Any]) -> Tangent:
-    parts = [b if a is None else a for a, b in zip(sliced, rest, strict=True)]
+    parts = [part(own, of) for own, of in zip(sliced, rest, strict=True)]
     return parts[0] if len(parts) == 1 else Factored(tuple(zip(parts[::2], parts[1::2], strict=True)))
 
 
