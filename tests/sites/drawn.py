@@ -7,6 +7,7 @@ from forwax.sites.factored import Factored
 from forwax.sites.plan import LoopPlan
 from forwax.sites.push import like
 from forwax.sites.regions import Region
+from forwax.sites.signs import unpacked
 
 
 def noise_of(sites, source):
@@ -35,7 +36,7 @@ def dense(plan, drawn):
     """The tangents [k, ...] that a `WeightPlan` never forms, as a tree of the parameters' structure."""
 
     def one(drawn):
-        pairs = zip(plan.leaves, plan.tangents(drawn), strict=True)
+        pairs = zip(plan.leaves, plan.tangents(unpacked(drawn)), strict=True)
         return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]
 
     return jax.tree.unflatten(jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn)))

@@ -9,8 +9,10 @@ import pytest
 import forwax as fx
 from cases import quick_jit
 from forwax._signature import Signature
+from forwax.sites import plan_low_rank, plan_signs
 
 hypothesis = pytest.importorskip("hypothesis")
+from sites.drawn import dense  # noqa: E402
 from sites.random_programs import RECIPES, build, forward_only  # noqa: E402
 
 KEY = jax.random.key(0)
@@ -24,7 +26,8 @@ RULES = {
 COUNT = int(os.environ.get("FORWAX_PROGRAMS", "5"))
 
 
-@hypothesis.settings(
+PLANS = {"signs": plan_signs, "rank 1": plan_low_rank, "rank 2": lambda problem: plan_low_rank(problem, 2)}
+some_programs = hypothesis.settings(
     max_examples=COUNT,
     derandomize=True,
     database=None,
@@ -32,6 +35,9 @@ COUNT = int(os.environ.get("FORWAX_PROGRAMS", "5"))
     suppress_health_check=list(hypothesis.HealthCheck),
     print_blob=False,
 )
+
+
+@some_programs
 @hypothesis.given(RECIPES, hypothesis.strategies.sampled_from(list(RULES)))
 def test_no_random_program_is_biased(recipe, rule):
     with jax.enable_x64(True):  # so that rounding can hide nothing
@@ -49,3 +55,29 @@ def test_no_random_program_is_biased(recipe, rule):
         scale = 1 + jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(truth)))
         off = {name: float(jnp.linalg.norm((grads[name] - truth[name]).ravel()) / scale) for name in truth}
         assert max(off.values()) <= 1e-8, off
+
+
+@some_programs
+@hypothesis.given(RECIPES, hypothesis.strategies.sampled_from(list(PLANS)))
+def test_weight_tangents_give_the_slopes_of_their_directions_in_full(recipe, name):
+    with jax.enable_x64(True):
+        loss, params, data = build(recipe)
+        in_axes = (None, 0, 0, 0) if recipe.mapped else None
+        problem = Signature(loss, 0, False, in_axes).bind((params, *data), {})
+        plan = PLANS[name](problem)
+
+        @quick_jit
+        def both(key):
+            drawn = plan.draw(key, jnp.arange(2))
+            full = dense(plan, drawn)
+            slope = lambda v: jax.jvp(lambda p: problem.objective(p)[0], (params,), (v,))
+            value, exact = jax.vmap(slope, out_axes=(None, 0))(full)
+            sums = jax.tree.map(lambda x: jnp.tensordot(exact, x, axes=1), full)
+            got_value, _, slopes = plan.push(drawn, 2)
+            new = plan.add(params, slopes, drawn)
+            got = got_value, slopes, plan.assemble(slopes, drawn), jax.tree.map(jnp.subtract, new, params)
+            return got, (value, exact, sums, sums)
+
+        for got, expected in zip(*map(jax.tree.leaves, both(KEY)), strict=True):
+            assert jnp.isfinite(expected).all()
+            assert jnp.abs(got - expected).max() <= 1e-8 * (1 + jnp.abs(expected).max())
