@@ -49,6 +49,16 @@ class Problem:
             whole batch when nothing is mapped, as the list of its parts, whose sum it is.
         mapped: the arrays of all examples.
         mapped_axes: the axis of examples of each of them.
+
+    Example:
+        >>> import dataclasses, jax, jax.numpy as jnp, forwax as fx
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Doubled(fx.Exact):
+        ...     def estimate(self, key, problem):
+        ...         value, aux = problem.objective(problem.params)
+        ...         return value, aux, jax.tree.map(lambda x: 2 * x, problem.params)
+        >>> fx.grad(lambda x: jnp.sum(x**2), Doubled())(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
+        [2.0, 4.0]
     """
 
     params: Tree

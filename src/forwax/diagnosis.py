@@ -84,6 +84,12 @@ class Diagnosis:
         value: the loss.
         reference: where the exact gradient came from; None when there was none.
         draws: how many estimates of each rule were compared with it.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> found = fx.diagnose(lambda x: jnp.sum(x**2), [fx.WeightPerturbation()])(jax.random.key(0), jnp.ones(5))
+        >>> found.num_parameters, found.rules[0].predicted_mse
+        (5, 4.0)
     """
 
     loss: DiagnosisRow

@@ -46,6 +46,13 @@ class Explanation:
 
     Attributes:
         rows: the sites in the program's order.
+
+    Example:
+        >>> import jax.numpy as jnp, forwax as fx
+        >>> loss = lambda w, x: jnp.sum(jnp.tanh(w @ x))
+        >>> table = fx.explain(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(jnp.ones((2, 3)), jnp.ones((5, 3)))
+        >>> [row.shape for row in table.rows]
+        [(2,)]
     """
 
     rows: tuple[SiteRow, ...]

@@ -39,8 +39,10 @@ def update(
     """A step of gradient descent along weight tangents, w - learning_rate · ĝ, in which ĝ is never held.
 
     For the same key it gives what `forwax.value_and_grad` and a subtraction give, up to rounding. Jitted with donated
-    parameters it needs, besides these, what inference needs and about one tangent of the largest parameter: slopes come
-    first, then each tangent is drawn again, scaled, and subtracted in place, one parameter after the other.
+    parameters it needs, besides these, what inference needs and, with `tangents.Rademacher` or `LowRank`, about one
+    tangent of the largest parameter for each tangent of a chunk: slopes come first, then each tangent is drawn again,
+    scaled, and subtracted in place, one parameter after the other. Normals and sparse signs are drawn for all
+    parameters at once.
 
     Args:
         loss: as in `forwax.value_and_grad`; its first argument is the parameters.

@@ -31,6 +31,13 @@ class Monitor(NamedTuple):
         num_steps: how many steps had a finite slope since the start; of these the last `window` went in.
         num_clipped: how many slopes were clipped since the start.
         num_skipped: how many slopes were skipped since the start, as they were not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> safe = fx.Safe(fx.WeightPerturbation()).init()
+        >>> *_, safe = safe.step(lambda x: jnp.sum(x**2))(jax.random.key(0), jnp.ones(3))
+        >>> int(safe.monitor(jnp.ones(3)).num_steps)
+        1
     """
 
     gradient_norm: Array

@@ -1,6 +1,7 @@
-"""Every example runs with tiny settings, and the while-loop example finds the truth."""
+"""Every example runs with tiny settings, the while-loop example finds the truth, the README prints what it says."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ def load(name: str):
 
 def test_every_example_is_tested():
     assert sorted(TINY) == sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+def test_the_readme(capsys):
+    page = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(next(block for block in code if "print(" in block), {})
+    (said,) = re.findall(r"print\(params.*  # (.*)", page)
+    assert capsys.readouterr().out.replace("-0.", "0.").split() == said.split()
 
 
 def test_while_loop(capsys):

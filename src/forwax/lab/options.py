@@ -56,7 +56,7 @@ class SettingOptions:
     guess_decay: Chosen[float] = None
     """Guided tangents and control variates use an exponential mean of past estimates; this share is kept (0.9)."""
     clip_slopes: Chosen[float] = None
-    """The largest slope, in running medians of all so far: 1 stops explosions; by default nothing is clipped."""
+    """The largest slope, in medians of the last 1,001 steps': 1 stops explosions; by default nothing is clipped."""
     skip_bad_slopes: Chosen[bool] = None
     """Whether a slope that is not finite counts as zero and does not stop the run, as such a loss always does."""
     optimizer: Chosen[OptimizerName] = None

@@ -29,7 +29,7 @@ class Settings:
         density: the share of non-zero entries of sparse tangents.
         chunk_size: how many tangents are pushed forward at once; None means all.
         epsilon: the step of finite differences.
-        clip_slopes: the largest slope, in running medians of all slopes; None clips nothing.
+        clip_slopes: the largest slope, in medians of what the last 1,001 steps used; None clips nothing.
         skip_bad_slopes: whether slopes that are not finite count as zero, instead of stopping the run.
         guess_decay: how slowly the guess, an exponential mean of past estimates, forgets.
         optimizer: a name of `forwax.lab.optimizers.OPTIMIZERS`.

@@ -27,9 +27,10 @@ class WeightPerturbation(Rule):
     """The loss's slopes along k random directions of all parameters, times these directions.
 
     With slopes c_j = <g, v_j> from one Jacobian-vector product each, the estimate is mean_j c_j v_j, unbiased because
-    E[v vᵀ] = I; see `forwax.combine` for other combinations. Cost: one forward pass and two more per tangent. Memory
-    does not grow with depth, since nothing is kept for a backward pass. Inside a trace, such as that of `jax.jit`,
-    random signs are formed where the loss uses them, so that no more than a layer's is held.
+    E[v vᵀ] = I; see `forwax.combine` for other combinations. Cost: one forward pass and two more per tangent. No
+    activations are kept for a backward pass. Inside a trace, such as that of `jax.jit`, random signs are formed where
+    the loss uses them, with `Mean` or `Shrinkage` and parameters that are whole on every device: held are those of the
+    layer in use, for one chunk of tangents, and of the others at most a bit each. Other directions are held in full.
 
     Attributes:
         tangents: the distribution of directions; random signs have the least variance.

@@ -18,13 +18,14 @@ from forwax.tangents.rademacher import Rademacher
 class LowRank(IndependentTangents):
     """Directions E = A Bᵀ/√r with sign entries for matrices, plain signs for vectors.
 
-    `forwax.WeightPerturbation` never forms them: where a matrix W meets a layer's input h, the tangent of h W is ḣ W +
-    (h A) Bᵀ/√r, two thin products in place of one as large as the layer, so that a gradient costs about two forward
-    passes instead of three. It traces the loss to see how each parameter is used: a kernel is split into what is
-    contracted with the input and what is not, with one pair of factors for each batch index and each layer of a scan;
-    a parameter that is used in several ways, or looked up, into its last axis and the others. Every use shares the one
-    tangent. What is neither a matrix nor a kernel gets plain signs. Other rules draw directions in full, each leaf
-    split into its last axis and the others.
+    With `combine.Mean` or `Shrinkage`, and parameters that are whole on every device, `forwax.WeightPerturbation` never
+    forms them: where a matrix W meets a layer's input h, the tangent of h W is ḣ W + (h A) Bᵀ/√r, two thin products in
+    place of one as large as the layer, so that a gradient costs about two forward passes instead of three. It traces
+    the loss to see how each parameter is used: a kernel is split into what is contracted with the input and what is
+    not, with one pair of factors for each batch index and each layer of a scan; a parameter that is used in several
+    ways, or looked up, into its last axis and the others. Every use shares the one tangent. What is neither a matrix
+    nor a kernel gets plain signs. Other rules draw directions in full, each leaf split into its last axis and the
+    others.
 
     Relative MSE of the mean over k tangents: (n - 1) / k at rank 1, as good as independent signs, since |v|² = n holds
     here too; (n + 1 - 2/r) / k at rank r, when all of the gradient lies in matrices, and less otherwise.
