@@ -19,6 +19,7 @@ MODULES = (
     "forwax.losses",
     "forwax.models",
     "forwax.models.ren2023",
+    "forwax.types",
 )
 """Where public names are looked for."""
 

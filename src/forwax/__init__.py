@@ -4,10 +4,9 @@ from forwax import combine as combine
 from forwax import functions as functions
 from forwax import tangents as tangents
 from forwax import testing as testing
-from forwax._signature import LocalLosses, Problem
-from forwax.diagnosis import Diagnosis, DiagnosisRow
+from forwax._signature import LocalLosses
 from forwax.diagnostics import diagnose
-from forwax.explain import Explanation, SiteRow, explain
+from forwax.explain import explain
 from forwax.fused import update
 from forwax.learning_rate import suggest_learning_rate
 from forwax.momentum import Momentum
@@ -24,7 +23,7 @@ from forwax.rules import (
     WeightPerturbation,
     random_feedback,
 )
-from forwax.safety import Monitor, Safe
+from forwax.safety import Safe
 from forwax.sites import noise_point
 from forwax.transforms import grad, value_and_grad
 
@@ -34,21 +33,15 @@ __all__ = [
     "FDFA",
     "ActivityPerturbation",
     "Backprop",
-    "Diagnosis",
-    "DiagnosisRow",
     "DirectFeedbackAlignment",
     "Exact",
-    "Explanation",
     "FeedbackAlignment",
     "FiniteDifference",
     "LearningRule",
     "LocalLosses",
     "Momentum",
-    "Monitor",
-    "Problem",
     "Rule",
     "Safe",
-    "SiteRow",
     "WeightPerturbation",
     "combine",
     "diagnose",
