@@ -279,6 +279,30 @@ def test_jit_with_sharded_inputs_gives_the_same(name):
     assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
 
+EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+
+
+@pytest.mark.parametrize("name", ["weight", "signs-chunked", "chunked", "low-rank-chunked", "exact-chunked"])
+def test_explicit_mesh_axes_give_the_same(name):
+    """The types then say how arrays are split."""
+    estimate = quick_jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))
+    x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
+    params = jax.device_put(PARAMS, NamedSharding(EXPLICIT, P()))
+    assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+    step = quick_jit(fx.update(loss, fx.WeightPerturbation(), learning_rate=0.1))
+    assert_trees_close(step(KEY, params, x), step(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", [fx.ActivityPerturbation(), fx.DirectFeedbackAlignment(KEY)], ids=["activity", "dfa"])
+def test_sites_refuse_explicit_mesh_axes(rule):
+    x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
+    says = r"expected arrays that are not split over explicit mesh axes, got float32\[16@data,3\].*AxisType.Auto"
+    of_example = lambda params, x: loss(params, jnp.atleast_2d(x))
+    for in_axes in (None, (None, 0)):
+        with pytest.raises(ValueError, match=f"{type(rule).__name__}: {says}"):
+            jax.jit(fx.grad(of_example, rule, in_axes=in_axes))(KEY, PARAMS, x)
+
+
 def test_jit_with_sharded_parameters_gives_the_same():
     estimate = quick_jit(fx.value_and_grad(lambda w: jnp.sum(jnp.sin(w) ** 2), fx.WeightPerturbation(num_tangents=4)))
     w = normal(4, 64)

@@ -34,6 +34,11 @@ def tree_axes(tree: Any) -> list[Axes]:
     return [axes(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+def is_split(x: Any) -> bool:
+    """Whether a value's type says that it is split over explicit mesh axes, as `jax.make_mesh` makes them."""
+    return any(axes is not None for axes in getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
+
+
 def vary(x: Array, over: Iterable[str]) -> Array:
     """Cast a value to vary over further mesh axes."""
     missing = tuple(sorted(set(over) - axes(x)))

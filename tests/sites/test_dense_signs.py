@@ -97,3 +97,34 @@ def test_an_eager_loss_may_branch_on_values():
     assert float(grads(w) @ w) < 0
     assert_trees_close(jax.vmap(grads)(w[None])[0], grads(w))
     assert_trees_close(jax.jvp(grads, (w,), (w,))[0], grads(w))
+
+
+TANGENTS = {"signs": fx.tangents.Rademacher(), "low-rank": fx.tangents.LowRank()}
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_callbacks_without_a_result_run_once(name):
+    seen = []
+
+    def loss(w, x):
+        jax.debug.callback(lambda w: seen.append(w.shape), w)
+        return jnp.sum(jnp.tanh(x @ w) ** 2)
+
+    value, _ = jax.jit(fx.value_and_grad(loss, fx.WeightPerturbation(TANGENTS[name])))(
+        KEY, jnp.ones((3, 2)), jnp.eye(3)
+    )
+    jax.effects_barrier()
+    assert value > 0
+    assert seen == [(3, 2)]
+
+
+@pytest.mark.parametrize("name", TANGENTS)
+def test_parameters_without_entries(name):
+    params = {"none": jnp.ones((0, 4)), "w": jnp.ones((4, 2))}
+    loss = lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["none"] @ p["w"])
+    rule = fx.WeightPerturbation(TANGENTS[name], 3)
+    value, grads = quick_jit(fx.value_and_grad(loss, rule))(KEY, params)
+    _, new = quick_jit(fx.update(loss, rule, learning_rate=1.0))(KEY, params)
+    assert float(value) == 8
+    assert grads["none"].shape == new["none"].shape == (0, 4)
+    assert_trees_close(new["w"], params["w"] - grads["w"], rtol=1e-5)

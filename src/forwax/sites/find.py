@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from forwax import _mesh
 from forwax._signature import Problem
@@ -35,6 +36,7 @@ def find_sites(
         credit: whether to look for the axes along which slopes can be told apart.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
+    _check_split([*traced.closed, *jax.tree.leaves(problem.params), *problem.mapped], name)
     count = num_losses(traced)
     start, paths = len(traced.closed), _paths(problem.params)
     inputs = traced.program.inputs
@@ -92,6 +94,15 @@ def _with_split_loops(traced: Traced, given: Sequence[Kind], count: int) -> Trac
 
 def _paths(params: Tree) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _check_split(arrays: Sequence[Array], name: str) -> None:
+    for x in filter(_mesh.is_split, arrays):
+        raise ValueError(
+            f"{name}: expected arrays that are not split over explicit mesh axes, got {jax.typeof(x)}. Make the mesh "
+            "with axis_types=(jax.sharding.AxisType.Auto,), one for each axis, or call it inside "
+            "jax.sharding.auto_axes. forwax.WeightPerturbation takes such arrays."
+        )
 
 
 def _check_selection(paths: Sequence[str], num_unselected: int, name: str) -> None:

@@ -21,7 +21,7 @@ def behind(value: Any, others: Iterable[Array]) -> Array:
         return value
     over = _mesh.axes(value)
     for other in others:
-        if other.size and _mesh.axes(other) <= over:  # its type stays as it is
+        if other.size and _mesh.axes(other) <= over and not _mesh.is_split(other):  # its type stays as it is
             value = jnp.where(_any(_never(lax.stop_gradient(other))), jnp.zeros_like(value), value)
     return value
 

@@ -81,7 +81,9 @@ def _add_terms(leaf: Array, coefficients: Array, pairs: Sequence[Pair]) -> Array
     lead, wide = coefficients.ndim, _tree.accumulation_dtype(leaf.dtype)
     total = leaf.astype(wide)
     for left, right in pairs:
-        scaled, right = (x.reshape(-1, *x.shape[lead:]) for x in (_scaled(coefficients, left, leaf), right))
+        scaled, right = (
+            x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:]) for x in (_scaled(coefficients, left, leaf), right)
+        )
         for j in range(scaled.shape[0]):
             total = total + scaled[j] * (right[j] if right.shape[0] > 1 else right[0]).astype(wide)
     return total.astype(leaf.dtype)

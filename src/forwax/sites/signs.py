@@ -65,7 +65,7 @@ class Signs:
             found = settled(unpack_signs(words.reshape(-1), self.spec))
         else:
             one = lambda words: settled(unpack_signs(words, self.spec))  # noqa: E731
-            found = jax.vmap(one)(words.reshape(-1, words.shape[-1]))
+            found = jax.vmap(one)(words.reshape(math.prod(lead), words.shape[-1]))
         return found.reshape(*lead, *self.spec.shape) * self.scale
 
     def tangent(self, index: Array | int) -> "Signs":

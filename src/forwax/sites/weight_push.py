@@ -83,7 +83,7 @@ class Push:
 
     def apply(self, equation: Equation, values: list[Any], positions: list[int], factored: dict) -> list[Any]:
         """One equation's outputs."""
-        if len(positions) == 1:
+        if len(positions) == 1 and equation.outputs:  # a callback may have none
             position = positions[0]
             tangent = factored[equation.inputs[position]]
             shape, out = jnp.shape(values[position]), tuple(self.types[equation.outputs[0]].shape)
