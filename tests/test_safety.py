@@ -281,3 +281,20 @@ def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused
         jax.shard_map(
             lambda b: safe.step(lambda b: jnp.sum(b**2))(KEY, b)[0], mesh=mesh, in_specs=data, out_specs=data
         )(PARAMS["b"])
+
+
+def test_zero_slopes_do_not_stop_the_training():
+    """Steps without a gradient leave no median behind that would cut every later slope to zero."""
+    safe = fx.Safe(fx.WeightPerturbation()).init()
+    step = quick_jit(lambda safe, key, on: safe.step(lambda w: on * jnp.sum(w**2))(key, jnp.ones(21)))
+    for i in range(24):
+        _, grads, safe = step(safe, jax.random.key(i), jnp.float32(i >= 14))
+        assert bool(jnp.any(grads != 0)) == (i >= 14)
+    assert 0 < float(safe.bound()) < float("inf")
+
+
+def test_the_next_rule_has_the_same_types_in_double_precision():
+    with jax.enable_x64(True):
+        safe = fx.Safe(fx.WeightPerturbation()).init()
+        *_, after = quick_jit(lambda safe: safe.step(lambda w: jnp.sum(w**2))(jax.random.key(0), jnp.ones(3)))(safe)
+        assert [x.dtype for x in jax.tree.leaves(after.history)] == [x.dtype for x in jax.tree.leaves(safe.history)]

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import forwax as fx
-from cases import assert_trees_close, normal, quick_jit
+from cases import QUICK, assert_trees_close, normal, quick_jit
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -301,6 +302,26 @@ def test_sites_refuse_explicit_mesh_axes(rule):
     for in_axes in (None, (None, 0)):
         with pytest.raises(ValueError, match=f"{type(rule).__name__}: {says}"):
             jax.jit(fx.grad(of_example, rule, in_axes=in_axes))(KEY, PARAMS, x)
+
+
+def test_feedback_alignment_takes_explicit_mesh_axes():
+    rule = fx.FeedbackAlignment(fx.random_feedback(KEY, PARAMS))
+    x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
+    params, estimate = jax.device_put(PARAMS, NamedSharding(EXPLICIT, P())), quick_jit(fx.grad(loss, rule))
+    assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+
+
+def test_several_accelerators_talk_once_a_step(monkeypatch):
+    """The order of layers must not be a condition that every device has to hear of."""
+    monkeypatch.setattr("forwax.sites.order.has_several_accelerators", lambda: True)
+    x = jax.device_put(X, NamedSharding(MESH, P("data")))
+    params = jax.device_put(PARAMS, NamedSharding(MESH, P()))
+    estimate = jax.jit(fx.grad(loss, fx.WeightPerturbation()))
+    text = estimate.lower(KEY, params, x).compile(QUICK).as_text()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
+    got = estimate(KEY, params, x)
+    monkeypatch.undo()
+    assert_trees_close(got, quick_jit(fx.grad(loss))(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
 
 def test_jit_with_sharded_parameters_gives_the_same():

@@ -29,6 +29,13 @@ def like(shape: tuple[int, ...], dtype: Any, over: Axes) -> Any:
     return vary(jnp.zeros(shape, dtype), over) if over else jax.ShapeDtypeStruct(shape, dtype)
 
 
+def stand_in(aval: Any) -> Any:
+    """What stands for an array of an abstract type: the same as `like`, split as the type says over explicit axes."""
+    if _is_split(aval):
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
+    return like(tuple(aval.shape), aval.dtype, type_axes(aval))
+
+
 def tree_axes(tree: Any) -> list[Axes]:
     """The varying axes of every leaf."""
     return [axes(leaf) for leaf in jax.tree.leaves(tree)]
@@ -36,7 +43,14 @@ def tree_axes(tree: Any) -> list[Axes]:
 
 def is_split(x: Any) -> bool:
     """Whether a value's type says that it is split over explicit mesh axes, as `jax.make_mesh` makes them."""
-    return any(axes is not None for axes in getattr(getattr(jax.typeof(x), "sharding", None), "spec", ()))
+    return _is_split(jax.typeof(x))
+
+
+def _is_split(aval: Any) -> bool:
+    sharding = getattr(aval, "sharding", None)
+    named = [axes for axes in getattr(sharding, "spec", ()) if axes is not None]
+    names = [name for axes in named for name in (axes if isinstance(axes, tuple) else (axes,))]
+    return sharding is not None and any(sharding.mesh.shape[name] > 1 for name in names)
 
 
 def vary(x: Array, over: Iterable[str]) -> Array:

@@ -62,7 +62,7 @@ def _join(real: Array, like: Any, axis: int) -> Array:
 
 def accumulation_dtype(dtype: Any) -> np.dtype:
     """At least float32, so that sums over many tangents or coordinates do not drown in rounding."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return np.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
 
 
 def common_dtype(specs: Sequence[Spec]) -> np.dtype:

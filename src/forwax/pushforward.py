@@ -125,7 +125,7 @@ def _slopes(objective: Objective, primals: Tree, tangents: Tree, size: int) -> t
         value, slope, aux = push(jax.tree.map(lambda x: x[0], tangents))
         slopes = slope[None]
     else:
-        value, slopes, aux = jax.vmap(push, out_axes=(None, 0, None))(tangents)
+        value, slopes, aux = jax.vmap(push, out_axes=(None, 0, None), axis_size=size)(tangents)
     return value, aux, slopes.astype(_tree.accumulation_dtype(slopes.dtype))
 
 
@@ -144,17 +144,20 @@ def _cut(tangents: Array, used: Array) -> Array:
 
 def is_concrete(tree: Tree) -> bool:
     """Whether no leaf is abstract and no trace of a whole program, such as `jit`, is running."""
-    return not is_staged() and all(map(_is_concrete, jax.tree.leaves(tree)))
+    return not is_staged() and not any(map(is_abstract, jax.tree.leaves(tree)))
 
 
 def is_staged() -> bool:
     """Whether a trace of a whole program, such as `jit`, is running; `vmap` and `jvp` alone are none."""
-    return not _is_concrete(jnp.zeros(()))  # abstract under jit even when every leaf is a captured constant
+    return is_abstract(jnp.zeros(()))  # abstract under jit even when every leaf is a captured constant
 
 
-def _is_concrete(leaf: Array) -> bool:
+def is_abstract(leaf: Any) -> bool:
+    """Whether a leaf is a tracer that has no value yet."""
+    if not isinstance(leaf, jax.Array):
+        return False
     try:
         leaf.addressable_data(0)
     except jax.errors.ConcretizationTypeError:
-        return False
-    return True
+        return True
+    return False

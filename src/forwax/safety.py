@@ -56,7 +56,8 @@ class History:
     """The sizes of the slopes of the last steps, in a ring.
 
     Attributes:
-        sizes: the median over a step's slopes of |c|, clipped as they were used [window]; not a number where unused.
+        sizes: the median over a step's slopes of |c| but for zeros, clipped as they were used [window]; not a number
+            where there is none.
         squares: the mean over a step's slopes of c², not clipped [window].
         num_steps: how many steps were recorded.
         num_clipped: how many slopes were clipped.
@@ -81,14 +82,14 @@ class History:
         finite = jnp.isfinite(sizes)
         some = jnp.any(finite)  # a step without a finite slope leaves no trace but in the count
         at = self.num_steps % self.sizes.shape[0]
-        used = jnp.where(finite, jnp.minimum(sizes, bound), jnp.nan)
+        used = jnp.where(finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan)  # a median of 0 would stop all
         square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
         return History(
             self.sizes.at[at].set(jnp.where(some, jnp.nanmedian(used), self.sizes[at])),
             self.squares.at[at].set(jnp.where(some, square, self.squares[at])),
             self.num_steps + some,
-            self.num_clipped + jnp.sum(finite & (sizes > bound)),
-            self.num_skipped + jnp.sum(~finite),
+            self.num_clipped + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
+            self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
         )
 
 
@@ -177,11 +178,14 @@ class Safe(LearningRule):
         return dataclasses.replace(self, history=History.empty(self.window))
 
     def bound(self) -> Array:
-        """The largest slope of the next step: `clip` times the median, infinite in the warm-up."""
+        """The largest slope of the next step: `clip` times the median; infinite in the warm-up, or without a median."""
         if self.clip is None or self.history is None:
             return jnp.float32(jnp.inf)
-        median = jnp.nanmedian(jnp.where(self.history.num_steps > 0, self.history.sizes, 0))
-        return jnp.where(self.history.num_steps < self.warm_up, jnp.inf, jnp.float32(self.clip) * median)
+        sizes = self.history.sizes
+        some = jnp.any(jnp.isfinite(sizes))
+        median = jnp.nanmedian(jnp.where(some, sizes, 0))
+        ready = some & (self.history.num_steps >= self.warm_up)
+        return jnp.where(ready, jnp.float32(self.clip) * median, jnp.inf)
 
     def guard(self) -> Callable[[Array], Array]:
         """What is done to the slopes of the next step."""

@@ -99,6 +99,22 @@ def test_an_eager_loss_may_branch_on_values():
     assert_trees_close(jax.jvp(grads, (w,), (w,))[0], grads(w))
 
 
+def test_a_custom_rule_may_close_over_values_of_the_loss():
+    """As under `jax.grad`; the loss is then evaluated itself, not what was traced of it."""
+
+    def loss(w, x):
+        scale = jnp.mean(x)
+        f = jax.custom_jvp(lambda h: h * scale)
+        f.defjvp(lambda primals, tangents: (f(*primals), tangents[0] * scale))
+        return jnp.sum(f(w) ** 2)
+
+    w, x = jnp.array([1.0, 2.0]), jnp.array([1.0, 3.0])
+    grads = quick_jit(fx.grad(loss))(KEY, w, x)
+    assert_trees_close(grads, fx.grad(loss)(KEY, w, x))
+    step = quick_jit(fx.update(loss, learning_rate=1.0))
+    assert_trees_close(step(KEY, w, x)[1], w - grads)
+
+
 TANGENTS = {"signs": fx.tangents.Rademacher(), "low-rank": fx.tangents.LowRank()}
 
 

@@ -144,7 +144,8 @@ class WeightPerturbation(Rule):
         k, params = self.num_tangents, plan.problem.params
         num_chunks = -(-k // (self.chunk_size or k))
         size = -(-k // num_chunks)
-        law = self.tangents.relative_mse(_tree.num_coordinates(params), k)
+        n = _tree.num_coordinates(params)
+        law = self.tangents.relative_mse(n, k) if n else 0.0
         scale = self.combine.finish(1.0, k, law) / plan.num_examples
 
         def used(slopes: Array, indices: Array) -> tuple[Array, Array]:

@@ -36,7 +36,8 @@ def find_sites(
         credit: whether to look for the axes along which slopes can be told apart.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
-    _check_split([*traced.closed, *jax.tree.leaves(problem.params), *problem.mapped], name)
+    if credit or exact_outputs:  # feedback alignment makes no arrays of its own
+        _check_split([*traced.closed, *jax.tree.leaves(problem.params), *problem.mapped], name)
     count = num_losses(traced)
     start, paths = len(traced.closed), _paths(problem.params)
     inputs = traced.program.inputs

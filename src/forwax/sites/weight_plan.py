@@ -11,6 +11,7 @@ from jax import Array, lax
 from forwax import _tree
 from forwax._signature import Problem
 from forwax._tree import Spec, Tree
+from forwax.sites.closures import reads_its_trace
 from forwax.sites.factored import Factored, Pair
 from forwax.sites.outer import add_outer, outer, whole
 from forwax.sites.program import Traced, trace
@@ -119,7 +120,7 @@ class WeightPlan:
             values, found, aux = slopes(jax.tree.map(lambda x: x[0], list(drawn)))
             found = found[None]
         else:
-            values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None))(list(drawn))
+            values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None), axis_size=num_tangents)(list(drawn))
         return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
 
     def _evaluate(self, mapped: Sequence[Array], drawn: Sequence[Drawn], time: Array) -> tuple[Array, Tree]:
@@ -182,9 +183,14 @@ def plan_low_rank(problem: Problem, rank: int = 1, per_example: bool = False) ->
     return WeightPlan(problem, traced, splits, rank, per_example)
 
 
-def plan_signs(problem: Problem) -> WeightPlan:
-    """Dense signs for all parameters, those of `tangents.Rademacher`, but each unpacked where it is used."""
+def plan_signs(problem: Problem) -> WeightPlan | None:
+    """Dense signs for all parameters, those of `tangents.Rademacher`, but each unpacked where it is used.
+
+    None where the traced loss has no derivative of its own, so that `jax.jvp` of the loss itself is needed.
+    """
     traced = trace(problem.objective, problem.params)
+    if reads_its_trace(traced):
+        return None
     return WeightPlan(problem, traced, (None,) * len(jax.tree.leaves(problem.params)), lazy=True)
 
 
