@@ -144,3 +144,18 @@ def test_parameters_without_entries(name):
     assert float(value) == 8
     assert grads["none"].shape == new["none"].shape == (0, 4)
     assert_trees_close(new["w"], params["w"] - grads["w"], rtol=1e-5)
+
+
+def test_nothing_to_differentiate():
+    rule = fx.WeightPerturbation(num_tangents=2, combine=fx.combine.Shrinkage())
+    for params in ({}, jnp.zeros((0, 2))):
+        value, grads = quick_jit(fx.value_and_grad(lambda p: jnp.asarray(3.0), rule))(KEY, params)
+        assert float(value) == 3
+        assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
+
+
+def test_eight_bit_floats():
+    w = jnp.ones(3, jnp.float8_e4m3fn)
+    grads = quick_jit(fx.grad(lambda w: jnp.sum(w.astype(jnp.float32))))(KEY, w)
+    assert grads.dtype == w.dtype
+    assert float(jnp.abs(grads.astype(jnp.float32)).min()) >= 1
