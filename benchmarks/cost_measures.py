@@ -30,6 +30,18 @@ def gradient(scenario: Scenario, rule: fx.Rule | None) -> Callable[..., Any]:
     return fx.value_and_grad(scenario.loss, rule)
 
 
+def held_signs(scenario: Scenario, num_tangents: int) -> Callable[..., Any]:
+    """A gradient along dense signs by its definition: all directions are held."""
+
+    def estimate(key: Array, params: Any, *data: Any) -> tuple[Array, Any]:
+        directions = fx.tangents.Rademacher().sample(key, params, num_tangents)
+        push = lambda v: jax.jvp(lambda p: scenario.loss(p, *data), (params,), (v,))  # noqa: E731
+        value, slopes = jax.vmap(push, out_axes=(None, 0))(directions)
+        return value, jax.tree.map(lambda v: jnp.tensordot(slopes, v, axes=1) / num_tangents, directions)
+
+    return estimate
+
+
 def program(function: Callable[..., Any], scenario: Scenario, **options: Any) -> Any:
     """The compiled function of a key, the parameters and data."""
     return jax.jit(function, **options).lower(KEY, scenario.params, *scenario.data).compile()
@@ -42,7 +54,7 @@ def gradients(scenario: Scenario, rules: Mapping[str, fx.Rule]) -> dict[str, Any
     return {name: program(f, scenario) for name, f in functions.items()}
 
 
-def wide_products(scenario: Scenario, num_tangents: int) -> Callable[[], Any]:
+def wide_products(scenario: Scenario, num_tangents: int) -> functools.partial[Any]:
     """What a gradient of `cost_models.perceptron` along rank-1 tangents cannot do without, by itself.
 
     The wide layers' products for the values, and the second one's once more for each tangent.

@@ -17,6 +17,8 @@ from cost_measures import (
     SIGNS,
     compile_times,
     gradients,
+    held_signs,
+    program,
     sampling_time,
     step_times,
     temporaries,
@@ -86,7 +88,8 @@ def by_batch(sizes: Sizes, points: Points) -> Iterator[Row]:
     for batch in sizes.batches:
         scenario, name = perceptron(batch), f"MLP 784-1024-1024-10, batch {batch}"
         floors = {f"the wide products of {each}": wide_products(scenario, k) for each, k in ((ONE, 1), (EIGHT, 8))}
-        found = times(scenario, gradients(scenario, RULES), sizes.rounds, **floors)
+        programs = gradients(scenario, RULES)
+        found = times(scenario, programs, sizes.rounds, **floors)
         one, step, eight = GOALS[batch]
         goals = {ONE: one, EIGHT: eight}
         for each in (FORWARD, SIGNS, ONE, EIGHT):
@@ -95,6 +98,10 @@ def by_batch(sizes: Sizes, points: Points) -> Iterator[Row]:
             yield Row(f"{name}: {each}", ratio, goal=goals.get(each))
         for each in floors:
             yield Row(f"{name}: {each} alone", found[each] / found[BACKPROP])
+        wide = f"the wide products of {ONE}"
+        rated = {each: programs[each] for each in (BACKPROP, ONE)} | {wide: floors[wide].func}
+        for each, compiled in rated.items():
+            yield Row(f"{name}: {each}, rate", compiled.cost_analysis()["flops"] / found[each] / 1e9, "GFLOP/s")
         steps = step_times(scenario, {ONE: RULES[ONE]}, sizes.rounds)
         yield Row(f"{name}: SGD step, donated, rank-1", steps[ONE] / steps[BACKPROP], goal=step)
         yield sampling(f"{name}, rank-1", scenario, 1, found[ONE], sizes)
@@ -117,6 +124,15 @@ def by_tangents(sizes: Sizes, points: Points) -> Iterator[Row]:
     for k in sizes.tangents:
         points.add("tangents", ONE, k, found[str(k)] / found[BACKPROP])
         yield Row(f"MLP 784-1024-1024-10, batch 256: {k} rank-1", found[str(k)] / found[BACKPROP])
+    scenario = perceptron(64)
+    few = [k for k in sizes.tangents if k <= 8]
+    programs = gradients(scenario, {f"{k} packed signs": fx.WeightPerturbation(num_tangents=k) for k in few})
+    programs |= {f"{k} signs, all held": program(held_signs(scenario, k), scenario) for k in few}
+    found = times(scenario, programs, max(4, sizes.rounds // 4))
+    for each in list(programs)[2:]:
+        name = f"MLP 784-1024-1024-10, batch 64: {each}"
+        yield Row(name, found[each] / found[BACKPROP])
+        yield Row(f"{name}, temporaries", programs[each].memory_analysis().temp_size_in_bytes / MIB, "MiB")
 
 
 def eight_layers(sizes: Sizes, points: Points) -> Iterator[Row]:

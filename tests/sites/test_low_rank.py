@@ -163,6 +163,7 @@ def test_it_saves_arithmetic_and_memory():
     assert thin[0] < 0.7 * dense[0]
     thin, dense = (cost(fx.WeightPerturbation(t, 8)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
     assert thin[0] < 0.55 * dense[0]
+    assert thin[1] < 0.8 * dense[1]
     held = cost(fx.WeightPerturbation(fx.tangents.Normal(), 8))
     assert thin[1] < 0.7 * held[1]
 
