@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import contextlib
@@ -39,5 +41,9 @@ def compile_quickly() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def compile_examples_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
     """The same for the examples of docstrings."""
-    with few_optimizations() if isinstance(request.node, pytest.DoctestItem) else contextlib.nullcontext():
+    with (
+        few_optimizations()
+        if isinstance(request.node, pytest.DoctestItem)
+        else contextlib.nullcontext()
+    ):
         yield

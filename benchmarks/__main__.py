@@ -1,8 +1,9 @@
 """What gradients cost: `python -m benchmarks [--quick] [--only SECTION ...] [--out FOLDER]`.
 
-Prints a line for each figure, beside its goal where there is one, and saves a table of goals, a table of all other
-figures, plots and raw points in a folder. Times are medians; all functions of a line run once per round, interleaved,
-so that a busy machine slows all of them alike. A few minutes on a quiet machine, one with --quick.
+Prints a line for each figure, beside its goal where there is one, and saves a table of goals, a
+table of all other figures, plots and raw points in a folder. Times are medians; all functions of a
+line run once per round, interleaved, so that a busy machine slows all of them alike. A few minutes
+on a quiet machine, one with --quick.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # the other scripts of this folder import one another by name
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # the other scripts of this folder import one another by name
 
 from cost_picture import draw
 from cost_sections import QUICK, Points, Sizes
@@ -32,11 +35,17 @@ def line(cells: Sequence[str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
-    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="some sections")
+    parser.add_argument(
+        "--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="some sections"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of the shortest programs (40)")
-    parser.add_argument("--out", type=Path, default=Path("runs/cost"), help="the folder of cost.md and cost.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/cost"), help="the folder of cost.md and cost.png"
+    )
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
     sizes = dataclasses.replace(sizes, rounds=options.rounds) if options.rounds else sizes

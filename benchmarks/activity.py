@@ -1,9 +1,11 @@
 """Activity perturbation against backprop: time of a step, memory over depth, and time to compile.
 
-    python benchmarks/activity.py [--rounds 60] [--batches 64 256 1024] [--depths 4 8 16 32] [--layers 24]
+    python benchmarks/activity.py [--rounds 60] [--batches 64 256 1024] [--depths 4 8 16 32]
+    [--layers 24]
 
-Prints three markdown tables. Times are medians over that of `jax.value_and_grad`, all interleaved in one run; memory is
-what the compiled program needs beside its arguments and results (`memory_analysis().temp_size_in_bytes`).
+Prints three markdown tables. Times are medians over that of `jax.value_and_grad`, all interleaved
+in one run; memory is what the compiled program needs beside its arguments and results
+(`memory_analysis().temp_size_in_bytes`).
 """
 
 import argparse
@@ -51,10 +53,14 @@ def gradients(loss: Callable[..., Array], num_data: int) -> dict[str, Callable[.
     }
 
 
-def step_times(loss: Callable[..., Array], params: Any, data: Sequence[Array], rounds: int) -> dict[str, float]:
+def step_times(
+    loss: Callable[..., Array], params: Any, data: Sequence[Array], rounds: int
+) -> dict[str, float]:
     """Ratios to backprop, and its milliseconds."""
     compiled = {name: jax.jit(f) for name, f in gradients(loss, len(data)).items()}
-    calls = {name: functools.partial(f, jax.random.key(1), params, *data) for name, f in compiled.items()}
+    calls = {
+        name: functools.partial(f, jax.random.key(1), params, *data) for name, f in compiled.items()
+    }
     seconds = interleaved(calls, rounds)
     return {**ratios(seconds, BACKPROP), "ms": float(np.median(seconds[BACKPROP])) * 1e3}
 
@@ -63,15 +69,24 @@ def time_table(batches: Sequence[int], images: int, rounds: int) -> None:
     key = jax.random.key(0)
     columns = {}
     for batch in batches:
-        x, y = jax.random.normal(key, (batch, WIDTHS[0])), jax.random.randint(key, (batch,), 0, WIDTHS[-1])
+        x, y = (
+            jax.random.normal(key, (batch, WIDTHS[0])),
+            jax.random.randint(key, (batch,), 0, WIDTHS[-1]),
+        )
         columns[f"MLP, batch {batch}"] = step_times(perceptron, mlp(key), (x, y), rounds)
-    arrays, structure = eqx.partition(ConvNet((28, 28, 1), 10, channels=16, dense=256, key=key), eqx.is_inexact_array)
+    arrays, structure = eqx.partition(
+        ConvNet((28, 28, 1), 10, channels=16, dense=256, key=key), eqx.is_inexact_array
+    )
     x, y = jax.random.normal(key, (images, 28, 28, 1)), jax.random.randint(key, (images,), 0, 10)
     loss = functools.partial(convolutional, structure)
     columns[f"ConvNet, batch {images}"] = step_times(loss, arrays, (x, y), rounds)
     rows = {name: [f"{c[name]:.2f}" for c in columns.values()] for name in gradients(perceptron, 2)}
     rows[f"*{BACKPROP} itself*"] = [f"{c['ms']:.1f} ms" for c in columns.values()]
-    table(f"Time of a step, over that of {BACKPROP}; median of {rounds} interleaved rounds.", columns, rows)
+    table(
+        f"Time of a step, over that of {BACKPROP}; median of {rounds} interleaved rounds.",
+        columns,
+        rows,
+    )
 
 
 def by_loop(params: Any, x: Array) -> Array:
@@ -100,8 +115,14 @@ def memory_table(depths: Sequence[int]) -> None:
     for kind, loss in (("Python loop", by_loop), ("scan", by_scan)):
         for name, gradient in gradients(loss, 1).items():
             if name != "`shared`":
-                rows[f"{kind}, {name}"] = [f"{temporaries(loss, gradient, depth):.1f}" for depth in depths]
-    title = f"Temporaries of a deep MLP {WIDTH} wide at batch {BATCH}, in units of one layer's activities."
+                rows[f"{kind}, {name}"] = [
+                    f"{temporaries(loss, gradient, depth):.1f}" for depth in depths
+                ]
+    title = (
+        f"Temporaries of a deep MLP {WIDTH} wide at batch {BATCH}, in units of one "
+        f"layer's "
+        f"activities."
+    )
     table(title, [f"depth {depth}" for depth in depths], rows)
 
 
@@ -119,7 +140,11 @@ def transformer(params: Any, tokens: Array) -> Array:
         z = normalised(h, layer["gains"][0][None])
         q, k, v = ((z @ w).reshape(length, 4, width // 4) for w in layer["qkv"])
         scores = jnp.where(mask, jnp.einsum("thd,shd->hts", q, k) / (width // 4) ** 0.5, -1e9)
-        h = h + jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).reshape(length, width) @ layer["out"]
+        h = (
+            h
+            + jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).reshape(length, width)
+            @ layer["out"]
+        )
         z = normalised(h, layer["gains"][1][None])
         h = h + jax.nn.gelu(z @ layer["up"]) @ layer["down"]
     logits = jax.nn.log_softmax(normalised(h, params["gain"][None]) @ params["table"].T)
@@ -143,8 +168,14 @@ def compile_table(layers: int) -> None:
         lowered.compile()
         seconds[name] = (traced - start, time.perf_counter() - traced)
     total = sum(seconds[BACKPROP])
-    rows = {n: [f"{a:.1f} s", f"{b:.1f} s", f"{(a + b) / total:.2f}"] for n, (a, b) in seconds.items()}
-    table(f"A {layers}-layer transformer as a Python loop.", ["trace", "compile", f"both, over {BACKPROP}"], rows)
+    rows = {
+        n: [f"{a:.1f} s", f"{b:.1f} s", f"{(a + b) / total:.2f}"] for n, (a, b) in seconds.items()
+    }
+    table(
+        f"A {layers}-layer transformer as a Python loop.",
+        ["trace", "compile", f"both, over {BACKPROP}"],
+        rows,
+    )
 
 
 def table(title: str, columns: Any, rows: dict[str, list[str]]) -> None:
@@ -155,7 +186,9 @@ def table(title: str, columns: Any, rows: dict[str, list[str]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 256, 1024])
     parser.add_argument("--images", type=int, default=64)

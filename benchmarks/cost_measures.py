@@ -17,8 +17,18 @@ from cost_models import KEY, Scenario
 from timing import interleaved
 
 RANK_1 = fx.tangents.LowRank()
-FORWARD, BACKPROP, SIGNS, ONE, EIGHT = "forward pass", "backprop", "packed signs", "rank-1", "eight rank-1"
-RULES = {SIGNS: fx.WeightPerturbation(), ONE: fx.WeightPerturbation(RANK_1), EIGHT: fx.WeightPerturbation(RANK_1, 8)}
+FORWARD, BACKPROP, SIGNS, ONE, EIGHT = (
+    "forward pass",
+    "backprop",
+    "packed signs",
+    "rank-1",
+    "eight rank-1",
+)
+RULES = {
+    SIGNS: fx.WeightPerturbation(),
+    ONE: fx.WeightPerturbation(RANK_1),
+    EIGHT: fx.WeightPerturbation(RANK_1, 8),
+}
 MIB = 2**20
 
 
@@ -37,7 +47,9 @@ def held_signs(scenario: Scenario, num_tangents: int) -> Callable[..., Any]:
         directions = fx.tangents.Rademacher().sample(key, params, num_tangents)
         push = lambda v: jax.jvp(lambda p: scenario.loss(p, *data), (params,), (v,))  # noqa: E731
         value, slopes = jax.vmap(push, out_axes=(None, 0))(directions)
-        return value, jax.tree.map(lambda v: jnp.tensordot(slopes, v, axes=1) / num_tangents, directions)
+        return value, jax.tree.map(
+            lambda v: jnp.tensordot(slopes, v, axes=1) / num_tangents, directions
+        )
 
     return estimate
 
@@ -49,7 +61,10 @@ def program(function: Callable[..., Any], scenario: Scenario, **options: Any) ->
 
 def gradients(scenario: Scenario, rules: Mapping[str, fx.Rule]) -> dict[str, Any]:
     """Compiled: the loss, backprop and the rules."""
-    functions = {FORWARD: lambda key, *args: scenario.loss(*args), BACKPROP: gradient(scenario, None)}
+    functions = {
+        FORWARD: lambda key, *args: scenario.loss(*args),
+        BACKPROP: gradient(scenario, None),
+    }
     functions |= {name: gradient(scenario, rule) for name, rule in rules.items()}
     return {name: program(f, scenario) for name, f in functions.items()}
 
@@ -62,9 +77,18 @@ def wide_products(scenario: Scenario, num_tangents: int) -> functools.partial[An
     (first, _), (second, _) = scenario.params[:2]
     x = scenario.data[0]
     hidden, tangents = (jnp.ones((rows * len(x), len(second))) for rows in (1, num_tangents))
-    multiply = jax.jit(lambda first, second, *left: [a @ b for a, b in zip(left, (first, second, second), strict=True)])
+    multiply = jax.jit(
+        lambda first, second, *left: [
+            a @ b for a, b in zip(left, (first, second, second), strict=True)
+        ]
+    )
     return functools.partial(
-        multiply.lower(first, second, x, hidden, tangents).compile(), first, second, x, hidden, tangents
+        multiply.lower(first, second, x, hidden, tangents).compile(),
+        first,
+        second,
+        x,
+        hidden,
+        tangents,
     )
 
 
@@ -72,7 +96,10 @@ def times(
     scenario: Scenario, programs: Mapping[str, Any], rounds: int, **others: Callable[[], Any]
 ) -> dict[str, float]:
     """Median seconds of compiled functions of a key, the parameters and data, and of other calls."""
-    calls = {name: functools.partial(f, KEY, scenario.params, *scenario.data) for name, f in programs.items()} | others
+    calls = {
+        name: functools.partial(f, KEY, scenario.params, *scenario.data)
+        for name, f in programs.items()
+    } | others
     return {name: float(np.median(seconds)) for name, seconds in interleaved(calls, rounds).items()}
 
 
@@ -98,7 +125,9 @@ class Descent:
 def step_times(scenario: Scenario, rules: Mapping[str, fx.Rule], rounds: int) -> dict[str, float]:
     """Median seconds of one evaluation of the loss, of a whole SGD step by backprop, and by each rule."""
     evaluate = program(lambda key, *args: scenario.loss(*args), scenario)
-    calls: dict[str, Callable[[], Any]] = {FORWARD: lambda: evaluate(KEY, scenario.params, *scenario.data)}
+    calls: dict[str, Callable[[], Any]] = {
+        FORWARD: lambda: evaluate(KEY, scenario.params, *scenario.data)
+    }
     calls |= {name: Descent(scenario, rule) for name, rule in {BACKPROP: None, **rules}.items()}
     return {name: float(np.median(seconds)) for name, seconds in interleaved(calls, rounds).items()}
 
@@ -107,7 +136,9 @@ def sampling_time(scenario: Scenario, num_tangents: int, rounds: int) -> float:
     """Median seconds of the draw of rank-1 factors alone: two vectors for a matrix, a layer's for a stack of them."""
     specs = []
     for leaf in jax.tree.leaves(scenario.params):
-        sides = [(int(np.prod(leaf.shape[:-1])),), (leaf.shape[-1],)] if leaf.ndim > 1 else [leaf.shape]
+        sides = (
+            [(int(np.prod(leaf.shape[:-1])),), (leaf.shape[-1],)] if leaf.ndim > 1 else [leaf.shape]
+        )
         specs += [jax.ShapeDtypeStruct(side, leaf.dtype) for side in sides]
     draw = jax.jit(lambda key: fx.tangents.Rademacher().draw(key, specs, num_tangents))
     return float(np.median(interleaved({"draw": lambda: draw(KEY)}, rounds)["draw"]))
@@ -118,7 +149,9 @@ def temporaries(scenario: Scenario, rule: fx.Rule | None) -> int:
     return program(gradient(scenario, rule), scenario).memory_analysis().temp_size_in_bytes
 
 
-def compile_times(scenario: Scenario, rules: Mapping[str, fx.Rule | None], repeats: int) -> dict[str, float]:
+def compile_times(
+    scenario: Scenario, rules: Mapping[str, fx.Rule | None], repeats: int
+) -> dict[str, float]:
     """Median seconds to trace and compile a gradient, from an empty cache, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in rules}
     for _ in range(repeats):

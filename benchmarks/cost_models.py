@@ -27,7 +27,10 @@ class Scenario(NamedTuple):
 
 def perceptron(batch: int) -> Scenario:
     """The MLP 784-1024-1024-10."""
-    x, y = jax.random.normal(KEY, (batch, WIDTHS[0])), jax.random.randint(KEY, (batch,), 0, WIDTHS[-1])
+    x, y = (
+        jax.random.normal(KEY, (batch, WIDTHS[0])),
+        jax.random.randint(KEY, (batch,), 0, WIDTHS[-1]),
+    )
     return Scenario(loss, mlp(KEY), (x, y))
 
 
@@ -40,7 +43,9 @@ def deep_loss(params: list[tuple[Array, Array]], x: Array) -> Array:
 def deep(depth: int, batch: int, width: int = 1024) -> Scenario:
     """Layers of one width."""
     keys = jax.random.split(KEY, depth)
-    params = [(jax.random.normal(k, (width, width)) * np.sqrt(2 / width), jnp.zeros(width)) for k in keys]
+    params = [
+        (jax.random.normal(k, (width, width)) * np.sqrt(2 / width), jnp.zeros(width)) for k in keys
+    ]
     return Scenario(deep_loss, params, (jax.random.normal(KEY, (batch, width)),))
 
 
@@ -61,7 +66,11 @@ def language_model(layers: int, batch: int, length: int, width: int) -> Scenario
 
     def initial(spec: jax.ShapeDtypeStruct) -> Array:
         fan_in = spec.shape[-2] if len(spec.shape) > 1 else 1
-        return jnp.ones(spec.shape) if spec.shape[0] == 2 or fan_in == 1 else jax.random.normal(KEY, spec.shape) * 0.02
+        return (
+            jnp.ones(spec.shape)
+            if spec.shape[0] == 2 or fan_in == 1
+            else jax.random.normal(KEY, spec.shape) * 0.02
+        )
 
     def mean_loss(params: Any, tokens: Array) -> Array:
         return jnp.mean(jax.vmap(functools.partial(transformer, params))(tokens))
@@ -82,7 +91,9 @@ def recurrent(length: int, width: int = 128, batch: int = 1024) -> Scenario:
         step = lambda h, x: (jnp.tanh(h @ w + x @ u + b), None)  # noqa: E731
         return jnp.mean(lax.scan(step, jnp.zeros(x.shape[1:2] + b.shape), x)[0] ** 2)
 
-    return Scenario(mean_loss, (spec(width, width), spec(8, width), spec(width)), (spec(length, batch, 8),))
+    return Scenario(
+        mean_loss, (spec(width, width), spec(8, width), spec(width)), (spec(length, batch, 8),)
+    )
 
 
 def stacked(depth: int, width: int = 128, batch: int = 1024) -> Scenario:
@@ -92,4 +103,6 @@ def stacked(depth: int, width: int = 128, batch: int = 1024) -> Scenario:
         step = lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None)  # noqa: E731
         return jnp.mean(lax.scan(step, x, params)[0] ** 2)
 
-    return Scenario(mean_loss, (spec(depth, width, width), spec(depth, width)), (spec(batch, width),))
+    return Scenario(
+        mean_loss, (spec(depth, width, width), spec(depth, width)), (spec(batch, width),)
+    )

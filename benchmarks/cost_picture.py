@@ -26,7 +26,14 @@ def draw(points: Points) -> Figure:
     for name, panel in zip(names, panels, strict=False):
         for i, (line, found) in enumerate(points.lines[name].items()):
             x, y = zip(*found, strict=True)
-            panel.plot(x, y, marker="o", markersize=4, label=line, color=style.colour(COLOURS.get(line, line), i + 1))
+            panel.plot(
+                x,
+                y,
+                marker="o",
+                markersize=4,
+                label=line,
+                color=style.colour(COLOURS.get(line, line), i + 1),
+            )
         ticks = sorted({x for found in points.lines[name].values() for x, _ in found})
         memory = name.startswith("memory")
         across, up = AXES.get(name, ("layers", "temporaries, MiB"))

@@ -87,7 +87,10 @@ def sampling(name: str, scenario: Scenario, k: int, seconds: float, sizes: Sizes
 def by_batch(sizes: Sizes, points: Points) -> Iterator[Row]:
     for batch in sizes.batches:
         scenario, name = perceptron(batch), f"MLP 784-1024-1024-10, batch {batch}"
-        floors = {f"the wide products of {each}": wide_products(scenario, k) for each, k in ((ONE, 1), (EIGHT, 8))}
+        floors = {
+            f"the wide products of {each}": wide_products(scenario, k)
+            for each, k in ((ONE, 1), (EIGHT, 8))
+        }
         programs = gradients(scenario, RULES)
         found = times(scenario, programs, sizes.rounds, **floors)
         one, step, eight = GOALS[batch]
@@ -101,7 +104,11 @@ def by_batch(sizes: Sizes, points: Points) -> Iterator[Row]:
         wide = f"the wide products of {ONE}"
         rated = {each: programs[each] for each in (BACKPROP, ONE)} | {wide: floors[wide].func}
         for each, compiled in rated.items():
-            yield Row(f"{name}: {each}, rate", compiled.cost_analysis()["flops"] / found[each] / 1e9, "GFLOP/s")
+            yield Row(
+                f"{name}: {each}, rate",
+                compiled.cost_analysis()["flops"] / found[each] / 1e9,
+                "GFLOP/s",
+            )
         steps = step_times(scenario, {ONE: RULES[ONE]}, sizes.rounds)
         yield Row(f"{name}: SGD step, donated, rank-1", steps[ONE] / steps[BACKPROP], goal=step)
         yield sampling(f"{name}, rank-1", scenario, 1, found[ONE], sizes)
@@ -111,7 +118,9 @@ def by_batch(sizes: Sizes, points: Points) -> Iterator[Row]:
 def by_width(sizes: Sizes, points: Points) -> Iterator[Row]:
     for width in sizes.widths:
         scenario = deep(3, 256, width)
-        found = times(scenario, gradients(scenario, {SIGNS: RULES[SIGNS], ONE: RULES[ONE]}), sizes.rounds)
+        found = times(
+            scenario, gradients(scenario, {SIGNS: RULES[SIGNS], ONE: RULES[ONE]}), sizes.rounds
+        )
         for each in (FORWARD, SIGNS, ONE):
             points.add("width", each, width, found[each] / found[BACKPROP])
         yield Row(f"three layers {width} wide, batch 256: rank-1", found[ONE] / found[BACKPROP])
@@ -126,13 +135,17 @@ def by_tangents(sizes: Sizes, points: Points) -> Iterator[Row]:
         yield Row(f"MLP 784-1024-1024-10, batch 256: {k} rank-1", found[str(k)] / found[BACKPROP])
     scenario = perceptron(64)
     few = [k for k in sizes.tangents if k <= 8]
-    programs = gradients(scenario, {f"{k} packed signs": fx.WeightPerturbation(num_tangents=k) for k in few})
+    programs = gradients(
+        scenario, {f"{k} packed signs": fx.WeightPerturbation(num_tangents=k) for k in few}
+    )
     programs |= {f"{k} signs, all held": program(held_signs(scenario, k), scenario) for k in few}
     found = times(scenario, programs, max(4, sizes.rounds // 4))
     for each in list(programs)[2:]:
         name = f"MLP 784-1024-1024-10, batch 64: {each}"
         yield Row(name, found[each] / found[BACKPROP])
-        yield Row(f"{name}, temporaries", programs[each].memory_analysis().temp_size_in_bytes / MIB, "MiB")
+        yield Row(
+            f"{name}, temporaries", programs[each].memory_analysis().temp_size_in_bytes / MIB, "MiB"
+        )
 
 
 def eight_layers(sizes: Sizes, points: Points) -> Iterator[Row]:
@@ -148,9 +161,15 @@ def eight_layers(sizes: Sizes, points: Points) -> Iterator[Row]:
 def by_depth(sizes: Sizes, points: Points) -> Iterator[Row]:
     for depth in sizes.depths:
         scenario = deep(depth, 64)
-        found = step_times(scenario, {ONE: RULES[ONE]}, max(min(8, sizes.rounds), sizes.rounds * 5 // (depth + 5)))
+        found = step_times(
+            scenario, {ONE: RULES[ONE]}, max(min(8, sizes.rounds), sizes.rounds * 5 // (depth + 5))
+        )
         forward, backward = found[ONE] / found[FORWARD], found[BACKPROP] / found[FORWARD]
-        for line, y in {"R_f, rank-1": forward, "R_b": backward, "R_f/R_b": forward / backward}.items():
+        for line, y in {
+            "R_f, rank-1": forward,
+            "R_b": backward,
+            "R_f/R_b": forward / backward,
+        }.items():
             points.add("depth", line, depth, y)
         name = f"{depth} layer{'' if depth == 1 else 's'} 1024 wide, batch 64, SGD step"
         yield Row(f"{name}: R_f", forward, "evaluations")
@@ -159,7 +178,9 @@ def by_depth(sizes: Sizes, points: Points) -> Iterator[Row]:
 
 
 def architectures(sizes: Sizes, points: Points) -> Iterator[Row]:
-    cases = {f"CNN of Baydin et al., batch {images}": convolutional(images) for images in sizes.images}
+    cases = {
+        f"CNN of Baydin et al., batch {images}": convolutional(images) for images in sizes.images
+    }
     cases["6-layer transformer, sequence 128, batch 8"] = language_model(6, 8, 128, 256)
     for name, scenario in cases.items():
         found = step_times(scenario, {ONE: RULES[ONE]}, max(4, sizes.rounds // 4))
@@ -179,12 +200,21 @@ def memory(sizes: Sizes, points: Points) -> Iterator[Row]:
     rules: dict[str, Any] = {BACKPROP: None, SIGNS: RULES[SIGNS], ONE: RULES[ONE]}
     first, last = sizes.layers[0], sizes.layers[-1]
     for name, make in DEEP.items():
-        found = {(each, n): temporaries(make(n), rule) for n in sizes.layers for each, rule in rules.items()}
+        found = {
+            (each, n): temporaries(make(n), rule)
+            for n in sizes.layers
+            for each, rule in rules.items()
+        }
         for (each, n), count in found.items():
             points.add(f"memory, {name}", each, n, count / MIB)
         for each in (SIGNS, ONE):
-            grows, share = found[each, last] / found[each, first], found[each, last] / found[BACKPROP, last]
-            yield Row(f"{name}, {each}: temporaries at depth {last}", grows, f"× depth {first}", 1.05)
+            grows, share = (
+                found[each, last] / found[each, first],
+                found[each, last] / found[BACKPROP, last],
+            )
+            yield Row(
+                f"{name}, {each}: temporaries at depth {last}", grows, f"× depth {first}", 1.05
+            )
             yield Row(f"{name}, {each}: temporaries at depth {last}", share, "× backprop", 1 / 50)
 
 
@@ -194,7 +224,9 @@ def peer(sizes: Sizes, points: Points) -> Iterator[Row]:
         if ratio is None:
             print("torch is not installed, so torch.func.jvp is not measured.\n")
             return
-        yield Row(f"torch.func.jvp, MLP 784-1024-1024-10, batch {batch}", ratio, "× torch's backprop")
+        yield Row(
+            f"torch.func.jvp, MLP 784-1024-1024-10, batch {batch}", ratio, "× torch's backprop"
+        )
 
 
 SECTIONS = {

@@ -28,7 +28,9 @@ def tied(width: int = 256, batch: int = 8, length: int = 32) -> Scenario:
     """A tanh-RNN without inputs; shapes only."""
 
     def mean_loss(w: Any, x: Any) -> Any:
-        return jnp.mean(lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=length)[0] ** 2)
+        return jnp.mean(
+            lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=length)[0] ** 2
+        )
 
     return Scenario(mean_loss, spec(width, width), (spec(batch, width),))
 
@@ -63,16 +65,24 @@ class Fused(Descent):
         self.momentum = fx.Momentum(window=window).init(KEY, rule) if window else None
 
         def step(key: Any, params: Any, momentum: Any, *data: Any) -> tuple[Any, ...]:
-            value, *state = fx.update(scenario.loss, rule, learning_rate=1e-12, momentum=momentum)(key, params, *data)
+            value, *state = fx.update(scenario.loss, rule, learning_rate=1e-12, momentum=momentum)(
+                key, params, *data
+            )
             return value, *state, *([] if window else [None])
 
         self.params, self.data = jax.tree.map(jnp.copy, scenario.params), scenario.data
-        self.program = jax.jit(step, donate_argnums=(1, 2)).lower(KEY, self.params, self.momentum, *self.data).compile()
+        self.program = (
+            jax.jit(step, donate_argnums=(1, 2))
+            .lower(KEY, self.params, self.momentum, *self.data)
+            .compile()
+        )
         for _ in range(window):  # from here on all of it is used
             self()
 
     def __call__(self) -> Any:
-        value, self.params, self.momentum = self.program(KEY, self.params, self.momentum, *self.data)
+        value, self.params, self.momentum = self.program(
+            KEY, self.params, self.momentum, *self.data
+        )
         jax.block_until_ready(self.params)
         return value
 
@@ -81,16 +91,25 @@ def fused_step(sizes: Sizes, points: Points) -> Iterator[Row]:
     for name, scenario in NETWORKS.items():
         largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(scenario.params))
         bound = 1.1 * held(scenario, lambda key, *args, f=scenario.loss: f(*args)) + largest
-        yield Row(f"{name}: 1.1 × inference's temporaries and the largest parameter", bound / 1024, "KiB")
+        yield Row(
+            f"{name}: 1.1 × inference's temporaries and the largest parameter", bound / 1024, "KiB"
+        )
         for each, rule in RULES.items():
-            found = held(scenario, fx.update(scenario.loss, rule, learning_rate=0.1), donate_argnums=1)
+            found = held(
+                scenario, fx.update(scenario.loss, rule, learning_rate=0.1), donate_argnums=1
+            )
             yield Row(f"{name}, {each}: temporaries of the fused step", found / bound, "× that", 1)
     scenario = perceptron(256)
     calls: dict[str, Callable[[], Any]] = {BACKPROP: Descent(scenario, None)}
     for each in (ONE, SIGNS):
         for window in WINDOWS:
-            name = f"fused step, {each}, " + (f"momentum of {window} steps" if window else "no momentum")
+            name = f"fused step, {each}, " + (
+                f"momentum of {window} steps" if window else "no momentum"
+            )
             calls[name] = Fused(scenario, RULES[each], window)
-    found = {name: float(np.median(seconds)) for name, seconds in interleaved(calls, sizes.rounds).items()}
+    found = {
+        name: float(np.median(seconds))
+        for name, seconds in interleaved(calls, sizes.rounds).items()
+    }
     for name in list(calls)[1:]:
         yield Row(f"MLP 784-1024-1024-10, batch 256: {name}", found[name] / found[BACKPROP])

@@ -2,9 +2,10 @@
 
     python benchmarks/fused_losses.py [--rounds 7]
 
-Prints a markdown table for the last block of M/8/16 and L/8/64: the Jacobian-vector product and the gradient with
-respect to features and head, and the product where features alone move, as when a site upstream is perturbed. Literal
-and fused are interleaved in one run. Takes about three minutes on two cores.
+Prints a markdown table for the last block of M/8/16 and L/8/64: the Jacobian-vector product and the
+gradient with respect to features and head, and the product where features alone move, as when a
+site upstream is perturbed. Literal and fused are interleaved in one run. Takes about three minutes
+on two cores.
 """
 
 import argparse
@@ -30,7 +31,9 @@ def literal_linear(x: Array, w: Array, b: Array) -> Array:
     """A head on features of every patch and group for every patch and group, constants but for its own."""
     n, patches, groups, channels = x.shape
     mean = jnp.mean(x, axis=1)[:, None, None]
-    moved = (x - lax.stop_gradient(x)) / patches  # zero, with the derivative of one patch's share of the mean
+    moved = (
+        x - lax.stop_gradient(x)
+    ) / patches  # zero, with the derivative of one patch's share of the mean
     own = jnp.eye(groups)[None, None, :, :, None] * moved[:, :, :, None, :]
     seen = (lax.stop_gradient(mean) + own).reshape(n, patches, groups, groups * channels)
     return seen @ w + b
@@ -88,25 +91,41 @@ def measure(loss: str, shape: tuple[int, ...], mode: str, rounds: int) -> list[s
     args, labels = arguments(loss, shape)
     inputs = (args, jax.tree.map(jnp.ones_like, args), labels)
     pair = dict(zip(("literal", "fused"), LOSSES[loss], strict=True))
-    compiled = {name: jax.jit(modes(fun)[mode]).lower(*inputs).compile() for name, fun in pair.items()}
+    compiled = {
+        name: jax.jit(modes(fun)[mode]).lower(*inputs).compile() for name, fun in pair.items()
+    }
     memory = {name: f.memory_analysis().temp_size_in_bytes / 2**20 for name, f in compiled.items()}
     seconds = interleaved({name: (lambda f=f: f(*inputs)) for name, f in compiled.items()}, rounds)
     ratio = ratios(seconds, "fused")["literal"]
     fused = sorted(seconds["fused"])[rounds // 2] * 1e3
-    return [f"{ratio:.1f}", f"{fused:.2f} ms", f"{memory['literal']:.1f} MiB", f"{memory['fused']:.2f} MiB"]
+    return [
+        f"{ratio:.1f}",
+        f"{fused:.2f} ms",
+        f"{memory['literal']:.1f} MiB",
+        f"{memory['fused']:.2f} MiB",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     print(f"Medians of {rounds} interleaved rounds; {machine()}.\n")
-    print("| loss | block | mode | literal / fused time | fused | literal temporaries | fused temporaries |")
+    print(
+        "| loss | block | mode | literal / fused time | fused | literal temporaries | fused "
+        "temporaries |"
+    )
     print("|---|---|---|---|---|---|---|")
     for loss in LOSSES:
         for block, shape in SHAPES.items():
             for mode in modes(LOSSES[loss][1]):
-                print(f"| {loss} | {block} | {mode} | " + " | ".join(measure(loss, shape, mode, rounds)) + " |")
+                print(
+                    f"| {loss} | {block} | {mode} | "
+                    + " | ".join(measure(loss, shape, mode, rounds))
+                    + " |"
+                )
 
 
 if __name__ == "__main__":

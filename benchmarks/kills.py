@@ -1,12 +1,14 @@
 """Kill a training run at random moments, fifty times, and see that every folder resumes to the same bits.
 
-Command: `python benchmarks/kills.py` (about ten minutes on two cores; `--kills 5` for a quick look).
+Command: `python benchmarks/kills.py` (about ten minutes on two cores; `--kills 5` for a quick
+look).
 
-An uninterrupted run of digits gives the reference. Then runs are started and killed with SIGKILL after a random time: a
-third of the kills is timed from the moment the folder appears (loading and compiling), the others from the first step
-that is seen in metrics.jsonl. The folder is resumed and killed again, until it has finished or `--kills-per-run` kills
-have hit it; then it is resumed to its end. A kill that comes after the end is not counted. The final state of every
-folder must equal the reference's bit for bit, and its metrics must be equal but for times.
+An uninterrupted run of digits gives the reference. Then runs are started and killed with SIGKILL
+after a random time: a third of the kills is timed from the moment the folder appears (loading and
+compiling), the others from the first step that is seen in metrics.jsonl. The folder is resumed and
+killed again, until it has finished or `--kills-per-run` kills have hit it; then it is resumed to
+its end. A kill that comes after the end is not counted. The final state of every folder must equal
+the reference's bit for bit, and its metrics must be equal but for times.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def train(parent: Path, steps: int) -> list[str]:
 def run_to_end(words: list[str]) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"{' '.join(words)} exited with {done.returncode}: {done.stdout}{done.stderr}")
+        raise SystemExit(
+            f"{' '.join(words)} exited with {done.returncode}: {done.stdout}{done.stderr}"
+        )
 
 
 def folder_of(parent: Path) -> Path | None:
@@ -60,7 +64,11 @@ def kill_at(words: list[str], parent: Path, from_first_step: bool, delay: float)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     run = folder_of(parent)
-    return process.returncode == -signal.SIGKILL and run is not None and not (run / "summary.json").exists()
+    return (
+        process.returncode == -signal.SIGKILL
+        and run is not None
+        and not (run / "summary.json").exists()
+    )
 
 
 def metrics_size(run: Path | None) -> int:
@@ -70,7 +78,11 @@ def metrics_size(run: Path | None) -> int:
 
 def state_at_kill(run: Path) -> tuple[int, int]:
     """Give the last step in the metrics and the newest checkpoint's step, 0 where there is none."""
-    lines = (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1] if (run / "metrics.jsonl").exists() else []
+    lines = (
+        (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+        if (run / "metrics.jsonl").exists()
+        else []
+    )
     steps = [path.name for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
     return (json.loads(lines[-1])["step"] if lines else 0), max(map(int, steps), default=0)
 
@@ -104,7 +116,9 @@ def same(run: Path, reference: Path) -> bool:
     return all(a.tobytes() == b.tobytes() for a, b in pairs) and metrics(run) == metrics(reference)
 
 
-def kill_one_folder(parent: Path, options: argparse.Namespace, draw: random.Random, first: int) -> tuple[Path, int]:
+def kill_one_folder(
+    parent: Path, options: argparse.Namespace, draw: random.Random, first: int
+) -> tuple[Path, int]:
     """Kill a run, and its resumptions, and print a line for each kill; give the folder and how many hit it."""
     words, hits = train(parent, options.steps), 0
     while hits < options.kills_per_run and first + hits <= options.kills:
@@ -117,7 +131,8 @@ def kill_one_folder(parent: Path, options: argparse.Namespace, draw: random.Rand
         step, checkpoint = state_at_kill(run)
         start = "first step" if from_first_step else "folder"
         print(
-            f"{first + hits:>5}{run.parent.name:>8}{delay:>8.2f} s from {start:<12}{step:>8}{checkpoint:>12}",
+            f"{first + hits:>5}{run.parent.name:>8}{delay:>8.2f} s from "
+            f"{start:<12}{step:>8}{checkpoint:>12}",
             flush=True,
         )
         hits += 1
@@ -128,7 +143,9 @@ def kill_one_folder(parent: Path, options: argparse.Namespace, draw: random.Rand
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--kills-per-run", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20_000)
@@ -140,7 +157,10 @@ def main() -> None:
         run_to_end(train(Path(scratch) / "reference", options.steps))
         reference = folder_of(Path(scratch) / "reference")
         assert reference is not None
-        print(f"{'kill':>5}{'folder':>8}{'after':>8}{'':18}{'metrics':>8}{'checkpoint':>12}", flush=True)
+        print(
+            f"{'kill':>5}{'folder':>8}{'after':>8}{'':18}{'metrics':>8}{'checkpoint':>12}",
+            flush=True,
+        )
         while kills < options.kills:
             folders += 1
             run, hits = kill_one_folder(Path(scratch) / f"{folders}", options, draw, kills + 1)
@@ -149,9 +169,14 @@ def main() -> None:
             result = same(run, reference)
             equal += result
             print(
-                f"       folder {folders}: {hits} kills, {'equal bit for bit' if result else 'DIFFERENT'}", flush=True
+                f"       folder {folders}: {hits} kills, "
+                f"{'equal bit for bit' if result else 'DIFFERENT'}",
+                flush=True,
             )
-    print(f"{kills} kills in {folders} folders: all resumed, {equal} of {folders} equal the reference bit for bit.")
+    print(
+        f"{kills} kills in {folders} folders: all resumed, {equal} of {folders} equal the "
+        f"reference bit for bit."
+    )
     sys.exit(equal != folders)
 
 

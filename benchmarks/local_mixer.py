@@ -2,8 +2,8 @@
 
     python benchmarks/local_mixer.py [--size M/1/16] [--batch 128] [--rounds 60]
 
-Prints a markdown table: the gradient with one step of momentum, compiled, all methods interleaved in one run. Takes
-about a minute on two cores.
+Prints a markdown table: the gradient with one step of momentum, compiled, all methods interleaved
+in one run. Takes about a minute on two cores.
 """
 
 import argparse
@@ -32,7 +32,9 @@ def step(method: ren2023.Method):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="M/1/16", choices=tuple(SIZES))
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=60)
@@ -50,7 +52,10 @@ def main() -> None:
     calls = {name: (lambda f=f: f(key, model, momentum, x, labels)) for name, f in steps.items()}
     seconds = interleaved(calls, options.rounds)
     over = ratios(seconds, "LG-BP")
-    print(f"{options.size}, batch {options.batch}; medians of {options.rounds} interleaved rounds; {machine()}.\n")
+    print(
+        f"{options.size}, batch {options.batch}; medians of {options.rounds} interleaved rounds; "
+        f"{machine()}.\n"
+    )
     print("| method | step over LG-BP's | ms |")
     print("|---|---:|---:|")
     for name in steps:

@@ -2,9 +2,9 @@
 
     python benchmarks/mixer_noise.py [--draws 60] [--batch 64] [--steps 400]
 
-Prints a markdown table of relative mean squared errors E|ĝ - g|² / |g|² of the mean gradient of the first layer's
-weights on one batch of MNIST, and the squared cosine of feedback alignment's error, which is a guess that guided noise
-could start from. Takes about two minutes on one core.
+Prints a markdown table of relative mean squared errors E|ĝ - g|² / |g|² of the mean gradient of the
+first layer's weights on one batch of MNIST, and the squared cosine of feedback alignment's error,
+which is a guess that guided noise could start from. Takes about two minutes on one core.
 """
 
 import argparse
@@ -54,12 +54,20 @@ def first_layer(grads: LocalMixer) -> Array:
     return max(jax.tree.leaves(grads), key=lambda leaf: leaf.size)
 
 
-def relative_mse(gradient: Gradient, model: LocalMixer, x: Array, labels: Array, draws: int) -> tuple[float, float]:
+def relative_mse(
+    gradient: Gradient, model: LocalMixer, x: Array, labels: Array, draws: int
+) -> tuple[float, float]:
     """The relative mean squared error and its standard error."""
     key = jax.random.key(1)
-    true = first_layer(ren2023.supervised(ren2023.method("LG-BP", model, key))(key, model, x, labels)[1])
-    error = jax.jit(lambda key: jnp.sum((first_layer(gradient(key, model, x, labels)[1]) - true) ** 2))
-    found = np.array([float(error(each)) for each in jax.random.split(key, draws)]) / float(jnp.sum(true**2))
+    true = first_layer(
+        ren2023.supervised(ren2023.method("LG-BP", model, key))(key, model, x, labels)[1]
+    )
+    error = jax.jit(
+        lambda key: jnp.sum((first_layer(gradient(key, model, x, labels)[1]) - true) ** 2)
+    )
+    found = np.array([float(error(each)) for each in jax.random.split(key, draws)]) / float(
+        jnp.sum(true**2)
+    )
     return float(found.mean()), float(found.std(ddof=1) / draws**0.5)
 
 
@@ -78,8 +86,12 @@ def squared_cosine(model: LocalMixer, x: Array, labels: Array) -> float:
 def kinds(model: LocalMixer) -> dict[str, Gradient]:
     """Gradients by LG-FG-A with each kind and number of noises."""
 
-    def build(num_tangents: int = 1, tangents: Any = fx.tangents.Rademacher(), parts: bool = True) -> Gradient:  # noqa: B008
-        method = ren2023.method("LG-FG-A", model, jax.random.key(0), tangents=tangents, num_tangents=num_tangents)
+    def build(
+        num_tangents: int = 1, tangents: Any = fx.tangents.Rademacher(), parts: bool = True
+    ) -> Gradient:  # noqa: B008
+        method = ren2023.method(
+            "LG-FG-A", model, jax.random.key(0), tangents=tangents, num_tangents=num_tangents
+        )
         return ren2023.supervised(dataclasses.replace(method, parts=parts))
 
     return {
@@ -96,7 +108,9 @@ def kinds(model: LocalMixer) -> dict[str, Gradient]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--draws", type=int, default=60)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=400)
@@ -108,10 +122,22 @@ def main() -> None:
     print(f"| first layer, relative MSE | {' | '.join(models)} |")
     print("|---|" + "---:|" * len(models))
     for name in kinds(start):
-        cells = [relative_mse(kinds(model)[name], model, x, labels, options.draws) for model in models.values()]
-        print(f"| {name} | " + " | ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in cells) + " |", flush=True)
+        cells = [
+            relative_mse(kinds(model)[name], model, x, labels, options.draws)
+            for model in models.values()
+        ]
+        print(
+            f"| {name} | "
+            + " | ".join(f"{mean:.2f} ± {error:.2f}" for mean, error in cells)
+            + " |",
+            flush=True,
+        )
     cosines = [squared_cosine(model, x, labels) for model in models.values()]
-    print("| cos² of feedback alignment's error | " + " | ".join(f"{cosine:.3f}" for cosine in cosines) + " |")
+    print(
+        "| cos² of feedback alignment's error | "
+        + " | ".join(f"{cosine:.3f}" for cosine in cosines)
+        + " |"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,11 @@ def read(path: pathlib.Path) -> tuple[dict, np.ndarray, list[dict]]:
     """The settings of a run, the training loss of each step, and its evaluations."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     losses = np.array([row["loss"] for row in rows if "loss" in row])
-    return json.loads((path / "config.json").read_text()), losses, [row for row in rows if "test_loss" in row]
+    return (
+        json.loads((path / "config.json").read_text()),
+        losses,
+        [row for row in rows if "test_loss" in row],
+    )
 
 
 def running_mean(losses: np.ndarray) -> np.ndarray:
@@ -65,9 +69,20 @@ def draw(runs: list[tuple[dict, np.ndarray, list[dict]]]) -> Figure:
         colour = style.PALETTE["forward" if clipped else "muted"]
         means = running_mean(losses)
         steps = np.arange(MEAN_OF, MEAN_OF + len(means))
-        axes.plot(steps, np.minimum(means, 20), color=colour, label=None if name in names else name, linewidth=1)
+        axes.plot(
+            steps,
+            np.minimum(means, 20),
+            color=colour,
+            label=None if name in names else name,
+            linewidth=1,
+        )
         names.add(name)
-    axes.set(xlabel="steps", ylabel=f"training loss, mean of {MEAN_OF} steps", yscale="log", ylim=(0.6, 20))
+    axes.set(
+        xlabel="steps",
+        ylabel=f"training loss, mean of {MEAN_OF} steps",
+        yscale="log",
+        ylim=(0.6, 20),
+    )
     axes.minorticks_off()
     axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
     axes.legend()
@@ -76,7 +91,9 @@ def draw(runs: list[tuple[dict, np.ndarray, list[dict]]]) -> Figure:
 
 def main() -> None:
     """Print the table and save the picture."""
-    runs = sorted((read(pathlib.Path(p)) for p in sys.argv[2:]), key=lambda r: r[0].get("clip_slopes") or 0)
+    runs = sorted(
+        (read(pathlib.Path(p)) for p in sys.argv[2:]), key=lambda r: r[0].get("clip_slopes") or 0
+    )
     print(f"| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
     for run in runs:
         print(line(*run))

@@ -2,8 +2,8 @@
 
     python benchmarks/step_time.py [--rounds 100]
 
-Prints a markdown table: median time over that of `jax.value_and_grad`, all interleaved in one run. Takes about two
-minutes on two cores.
+Prints a markdown table: median time over that of `jax.value_and_grad`, all interleaved in one run.
+Takes about two minutes on two cores.
 """
 
 import argparse
@@ -29,7 +29,10 @@ class StockRademacher(fx.tangents.IndependentTangents):
 
     def draw_one(self, key: Array, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
         keys = jax.random.split(key, len(specs))
-        return [jax.random.rademacher(k, spec.shape, spec.dtype) for k, spec in zip(keys, specs, strict=True)]
+        return [
+            jax.random.rademacher(k, spec.shape, spec.dtype)
+            for k, spec in zip(keys, specs, strict=True)
+        ]
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
         return (n - 1) / num_tangents
@@ -69,13 +72,17 @@ def measure(batch: int, rounds: int) -> tuple[dict[str, float], dict[str, np.nda
     forward = jax.jit(loss)
     functions = {"forward pass": lambda: forward(params, x, y)}
     functions |= {name: (lambda f=f: f(key, params, x, y)) for name, f in compiled.items()}
-    functions["jax.value_and_grad"] = (lambda f: lambda: f(params, x, y))(jax.jit(jax.value_and_grad(loss)))
+    functions["jax.value_and_grad"] = (lambda f: lambda: f(params, x, y))(
+        jax.jit(jax.value_and_grad(loss))
+    )
     seconds = interleaved(functions, rounds)
     return ratios(seconds, "jax.value_and_grad"), seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
     columns = {batch: measure(batch, rounds) for batch in BATCHES}
@@ -83,8 +90,14 @@ def main() -> None:
     print("| gradient | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |")
     print("|---|" + "---|" * len(BATCHES))
     for name in columns[BATCHES[0]][0]:
-        print(f"| {name} | " + " | ".join(f"{columns[batch][0][name]:.2f}" for batch in BATCHES) + " |")
-    times = [f"{np.median(columns[batch][1]['jax.value_and_grad']) * 1e3:.1f} ms" for batch in BATCHES]
+        print(
+            f"| {name} | "
+            + " | ".join(f"{columns[batch][0][name]:.2f}" for batch in BATCHES)
+            + " |"
+        )
+    times = [
+        f"{np.median(columns[batch][1]['jax.value_and_grad']) * 1e3:.1f} ms" for batch in BATCHES
+    ]
     print("| *jax.value_and_grad itself* | " + " | ".join(times) + " |")
 
 

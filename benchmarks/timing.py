@@ -25,13 +25,17 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict
 
 def ratios(seconds: Mapping[str, np.ndarray], reference: str) -> dict[str, float]:
     """Median time of each function over the median time of the reference."""
-    return {name: float(np.median(times) / np.median(seconds[reference])) for name, times in seconds.items()}
+    return {
+        name: float(np.median(times) / np.median(seconds[reference]))
+        for name, times in seconds.items()
+    }
 
 
 def machine() -> str:
     """One line on what the figures were measured with."""
     devices = jax.devices()
     return (
-        f"jax {jax.__version__}, Python {platform.python_version()}, {len(devices)} {devices[0].platform} device(s), "
+        f"jax {jax.__version__}, Python {platform.python_version()}, {len(devices)} "
+        f"{devices[0].platform} device(s), "
         f"{platform.machine()}"
     )

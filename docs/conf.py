@@ -11,7 +11,8 @@ from pathlib import Path
 here = Path(__file__).parent
 sys.path.insert(0, str(here / "_ext"))
 
-# The notebooks run in kernels of their own: keep them on the CPU, and free of the settings of whoever builds the docs.
+# The notebooks run in kernels of their own: keep them on the CPU, and free of the settings of
+# whoever builds the docs.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)
 
@@ -20,7 +21,14 @@ author = "the forwax authors"
 project_copyright = "the forwax authors"
 version = release = installed_version("forwax")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "plain_docstrings", "public_names"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "mathml",
+    "plain_docstrings",
+    "public_names",
+]
 exclude_patterns = ["_build", "jupyter_execute"]
 if not any(here.glob("results/*.md")):  # before there are results there is no page of them
     exclude_patterns.append("results.md")

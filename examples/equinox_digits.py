@@ -1,11 +1,13 @@
 """An Equinox convolutional network on digits, under three rules that are one argument apart.
 
-Backprop, 32 tangents, and a projection on 32 tangents train the same network from the same start on the same batches,
-all by `fx.value_and_grad`. `eqx.partition` splits the model into its floating arrays, which are trained, and the rest.
+Backprop, 32 tangents, and a projection on 32 tangents train the same network from the same start on
+the same batches, all by `fx.value_and_grad`. `eqx.partition` splits the model into its floating
+arrays, which are trained, and the rest.
 
     python examples/equinox_digits.py
 
-Expected: about 97, 95 and 94 %, in about 40 s of one CPU core. One seed, so differences of a per cent mean little.
+Expected: about 97, 95 and 94 %, in about 40 s of one CPU core. One seed, so differences of a per
+cent mean little.
 """
 
 import argparse
@@ -21,10 +23,14 @@ from sklearn.model_selection import train_test_split
 
 import forwax as fx
 
-RULES = {  # rule and learning rate: each rule has its own, the best of 0.003, 0.01 and 0.03 by training loss
+# rule and learning rate: each rule has its own, the best of 0.003, 0.01 and 0.03 by training loss
+RULES = {
     "backprop": (fx.Backprop(), 0.03),
     "32 tangents": (fx.WeightPerturbation(num_tangents=32), 0.01),
-    "projection on 32": (fx.WeightPerturbation(num_tangents=32, combine=fx.combine.Projection()), 0.03),
+    "projection on 32": (
+        fx.WeightPerturbation(num_tangents=32, combine=fx.combine.Projection()),
+        0.03,
+    ),
 }
 
 
@@ -52,13 +58,17 @@ def digits() -> list[np.ndarray]:
     """Training images, test images [., 1, 8, 8] in [0, 1], training labels, test labels."""
     data = load_digits()
     images = (data.images[:, None] / 16).astype(np.float32)
-    return train_test_split(images, data.target, test_size=360, stratify=data.target, random_state=0)
+    return train_test_split(
+        images, data.target, test_size=360, stratify=data.target, random_state=0
+    )
 
 
 def batches(count: int, epochs: int, batch: int) -> Array:
     """The rows of every batch of every epoch, [steps, batch]."""
     shuffle, steps = np.random.default_rng(0), count // batch
-    rows = [shuffle.permutation(count)[: steps * batch].reshape(steps, batch) for _ in range(epochs)]
+    rows = [
+        shuffle.permutation(count)[: steps * batch].reshape(steps, batch) for _ in range(epochs)
+    ]
     return jnp.concatenate([jnp.asarray(row) for row in rows])
 
 
@@ -96,11 +106,16 @@ def main(epochs: int = 60, batch: int = 64) -> dict[str, float]:
         model, losses = train(rule, learning_rate, start, train_x, train_y, rows)
         accuracies[name] = float(jnp.mean(jax.vmap(model)(test_x).argmax(axis=1) == test_y))
         last = float(losses[-len(rows) // epochs :].mean())
-        print(f"{name:16}: mean loss of the last epoch {last:.3f}, test accuracy {accuracies[name]:.1%}")
+        print(
+            f"{name:16}: mean loss of the last epoch {last:.3f}, test accuracy "
+            f"{accuracies[name]:.1%}"
+        )
     return accuracies
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train an Equinox network on digits under three rules.")
+    parser = argparse.ArgumentParser(
+        description="Train an Equinox network on digits under three rules."
+    )
     parser.add_argument("--epochs", type=int, default=60)
     main(parser.parse_args().epochs)

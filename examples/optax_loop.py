@@ -1,7 +1,7 @@
 """The smallest honest training loop: optax, parameters in a plain pytree, a fresh key for every step.
 
-A network with one hidden layer learns scikit-learn's digits by forward gradients. Every epoch goes through all batches;
-the accuracy is that on 360 pictures that training never sees.
+A network with one hidden layer learns scikit-learn's digits by forward gradients. Every epoch goes
+through all batches; the accuracy is that on 360 pictures that training never sees.
 
     python examples/optax_loop.py
 
@@ -62,7 +62,9 @@ def main(epochs: int = 60, num_tangents: int = 16, batch: int = 64) -> float:
     optimiser = optax.adam(optax.cosine_decay_schedule(0.03, epochs * steps))
 
     @jax.jit
-    def step(key: Array, parameters: Parameters, state: optax.OptState, x: Array, y: Array) -> tuple:
+    def step(
+        key: Array, parameters: Parameters, state: optax.OptState, x: Array, y: Array
+    ) -> tuple:
         value, grads = fx.value_and_grad(loss, rule)(key, parameters, x, y)
         updates, state = optimiser.update(grads, state, parameters)
         return value, optax.apply_updates(parameters, updates), state
@@ -74,7 +76,9 @@ def main(epochs: int = 60, num_tangents: int = 16, batch: int = 64) -> float:
         losses = []
         for rows in shuffle.permutation(len(train_x))[: steps * batch].reshape(steps, batch):
             key, step_key = jax.random.split(key)
-            value, parameters, state = step(step_key, parameters, state, train_x[rows], train_y[rows])
+            value, parameters, state = step(
+                step_key, parameters, state, train_x[rows], train_y[rows]
+            )
             losses.append(value)
         if epoch % 10 == 0 or epoch == epochs:
             tested = float(accuracy(parameters, test_x, test_y))
@@ -83,7 +87,9 @@ def main(epochs: int = 60, num_tangents: int = 16, batch: int = 64) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train on digits with optax and forward gradients.")
+    parser = argparse.ArgumentParser(
+        description="Train on digits with optax and forward gradients."
+    )
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--num-tangents", type=int, default=16)
     arguments = parser.parse_args()

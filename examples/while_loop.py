@@ -1,10 +1,12 @@
 """Fit a simulation that ends in a `while_loop`, which reverse mode rejects.
 
-A ball is thrown, dragged along by a wind, and flies until it hits the ground: a `lax.while_loop`. From where and when
-24 throws landed we find the drag, the gravity and the wind. `jax.grad` refuses; a forward gradient goes through.
+A ball is thrown, dragged along by a wind, and flies until it hits the ground: a `lax.while_loop`.
+From where and when 24 throws landed we find the drag, the gravity and the wind. `jax.grad` refuses;
+a forward gradient goes through.
 
-With three parameters `jax.jacfwd` is the equal of any rule here, since three slopes are the whole gradient; the script
-shows that `fx.Exact()` gives the same numbers. Random tangents pay when the parameters are many and a pass is dear.
+With three parameters `jax.jacfwd` is the equal of any rule here, since three slopes are the whole
+gradient; the script shows that `fx.Exact()` gives the same numbers. Random tangents pay when the
+parameters are many and a pass is dear.
 
     python examples/while_loop.py
 
@@ -88,7 +90,9 @@ def refusal(*args) -> str:
     raise AssertionError("jax.grad was expected to refuse a while_loop")
 
 
-def fit(rule: fx.Rule, parameters: dict[str, Array], *data: Array, steps: int) -> tuple[dict[str, Array], Array]:
+def fit(
+    rule: fx.Rule, parameters: dict[str, Array], *data: Array, steps: int
+) -> tuple[dict[str, Array], Array]:
     """Train with Adam and a falling learning rate; returns the parameters and the last loss."""
     optimiser = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
@@ -119,7 +123,9 @@ def main(steps: int = 2000, count: int = 24) -> dict[str, float]:
     world = {name: float(value) for name, value in to_world(found).items()}
     print(f"{steps} steps, one random tangent each: loss {float(value):.1e}")
     for name, truth in TRUTH.items():
-        print(f"  {name:8} guess {GUESS[name]:6.3f}   found {world[name]:6.3f}   truth {truth:6.3f}")
+        print(
+            f"  {name:8} guess {GUESS[name]:6.3f}   found {world[name]:6.3f}   truth {truth:6.3f}"
+        )
     return world
 
 

@@ -24,7 +24,9 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
 
     def is_known(name: str) -> bool:
         try:
-            jax.jit(jnp.negative, compiler_options={name: options[name]}).lower(np.float32(0)).compile()
+            jax.jit(jnp.negative, compiler_options={name: options[name]}).lower(
+                np.float32(0)
+            ).compile()
         except jax.errors.JaxRuntimeError as error:
             if "No such compile option" not in str(error):
                 raise
@@ -39,8 +41,8 @@ QUICK = known_options(
         "xla_backend_optimization_level": 0,
         "xla_llvm_disable_expensive_passes": True,
         "xla_cpu_use_fusion_emitters": False,
-        # not xla_cpu_opt_preset="CPU_OPT_PRESET_FAST_COMPILE": with it jax 0.10.2 gives a wrong variance in
-        # tests/models/test_local_losses.py
+        # not xla_cpu_opt_preset="CPU_OPT_PRESET_FAST_COMPILE": with it jax 0.10.2 gives a wrong
+        # variance in tests/models/test_local_losses.py
     }
 )
 """Compiler options for programs that are compiled once and run once: a quarter to a half of the time to compile."""
@@ -102,7 +104,12 @@ class Case:
             return self._one(*args)
         number = in_axes.index(0)
         outputs = [
-            self._one(*(arg if axis is None else jax.tree.map(lambda x: x[i], arg) for arg, axis in zip(args, in_axes)))  # noqa: B023, B905
+            self._one(
+                *(
+                    arg if axis is None else jax.tree.map(lambda x: x[i], arg)
+                    for arg, axis in zip(args, in_axes)
+                )
+            )  # noqa: B023, B905
             for i in range(len(jax.tree.leaves(args[number])[0]))
         ]
         values, auxes = zip(*outputs, strict=True)
@@ -210,11 +217,22 @@ def keyword_loss(w: Array, *, scale: Array, power: int = 2) -> Array:
 
 CASES = [
     Case("vector", quadratic, lambda: (normal(0, 5),)),
-    Case("dict", regression, lambda: ({"w": normal(1, 3, 2), "b": normal(2, 2)}, normal(3, 4, 3)), data=True),
+    Case(
+        "dict",
+        regression,
+        lambda: ({"w": normal(1, 3, 2), "b": normal(2, 2)}, normal(3, 4, 3)),
+        data=True,
+    ),
     Case("nested-tuple", tree_loss, lambda: (((normal(1, 2), (normal(2, 1, 2),)), normal(3, 1)),)),
-    Case("mixed-dtypes", tree_loss, lambda: ({"a": normal(1, 3), "b": normal(2, 2, dtype=jnp.bfloat16)},)),
+    Case(
+        "mixed-dtypes",
+        tree_loss,
+        lambda: ({"a": normal(1, 3), "b": normal(2, 2, dtype=jnp.bfloat16)},),
+    ),
     Case("complex", complex_loss, lambda: (normal(1, 3, dtype=jnp.complex64),)),
-    Case("real-and-complex", tree_loss, lambda: ((normal(1, 2), normal(2, 2, dtype=jnp.complex64)),)),
+    Case(
+        "real-and-complex", tree_loss, lambda: ((normal(1, 2), normal(2, 2, dtype=jnp.complex64)),)
+    ),
     Case("scalar", scalar_loss, lambda: (jnp.asarray(0.7, jnp.float32),)),
     Case(
         "per-example",
@@ -231,7 +249,13 @@ CASES = [
         data=True,
     ),
     Case("local-losses", local_losses, lambda: ({"first": normal(1, 3), "second": normal(2, 3)},)),
-    Case("has-aux", with_aux, lambda: (normal(1, 4), normal(2, 4)), options={"has_aux": True}, data=True),
+    Case(
+        "has-aux",
+        with_aux,
+        lambda: (normal(1, 4), normal(2, 4)),
+        options={"has_aux": True},
+        data=True,
+    ),
     Case("while-loop", while_loss, lambda: (jnp.abs(normal(1, 3)) + 0.5,), reverse=False),
     Case("scan", rnn, lambda: (normal(1, 2, 2), normal(2, 5, 2)), data=True),
     Case("remat", remat, lambda: (normal(1, 4),)),
@@ -243,7 +267,12 @@ CASES = [
         options={"argnums": (2, 0)},
         data=True,
     ),
-    Case("keywords", keyword_loss, lambda: (normal(1, 3),), kwargs={"scale": normal(2, 3), "power": 3}),
+    Case(
+        "keywords",
+        keyword_loss,
+        lambda: (normal(1, 3),),
+        kwargs={"scale": normal(2, 3), "power": 3},
+    ),
     Case("numpy", quadratic, lambda: (np.array([1.0, -2.0, 3.0], np.float32),)),
 ]
 TRACEABLE = [case for case in CASES if case.traceable]
@@ -274,8 +303,12 @@ class TangentCase:
 
 
 TANGENTS = [
-    TangentCase("signs", lambda h: tangents.Rademacher(), lambda n, k, c: (n - 1) / k, coordinatewise=True),
-    TangentCase("normal", lambda h: tangents.Normal(), lambda n, k, c: (n + 1) / k, coordinatewise=True),
+    TangentCase(
+        "signs", lambda h: tangents.Rademacher(), lambda n, k, c: (n - 1) / k, coordinatewise=True
+    ),
+    TangentCase(
+        "normal", lambda h: tangents.Normal(), lambda n, k, c: (n + 1) / k, coordinatewise=True
+    ),
     TangentCase("low-rank", lambda h: tangents.LowRank(), lambda n, k, c: (n - 1) / k),
     TangentCase("sphere", lambda h: tangents.Sphere(), lambda n, k, c: (n - 1) / k),
     TangentCase(
@@ -284,10 +317,19 @@ TANGENTS = [
         lambda n, k, c: (n - 1) / k,
         lambda n, k, c: (1 - 1 / n) ** k,  # a coordinate can be drawn twice
     ),
-    TangentCase("coordinates", lambda h: tangents.Coordinate(replace=False), lambda n, k, c: n / k - 1),
+    TangentCase(
+        "coordinates", lambda h: tangents.Coordinate(replace=False), lambda n, k, c: n / k - 1
+    ),
     TangentCase("orthonormal", lambda h: tangents.Orthonormal(), lambda n, k, c: n / k - 1),
-    TangentCase("hadamard", lambda h: tangents.Hadamard(), lambda n, k, c: n / k - 1, coordinatewise=True),
-    TangentCase("sparse", lambda h: tangents.Sparse(0.5), lambda n, k, c: (n + 2 - 2) / k, coordinatewise=True),
+    TangentCase(
+        "hadamard", lambda h: tangents.Hadamard(), lambda n, k, c: n / k - 1, coordinatewise=True
+    ),
+    TangentCase(
+        "sparse",
+        lambda h: tangents.Sparse(0.5),
+        lambda n, k, c: (n + 2 - 2) / k,
+        coordinatewise=True,
+    ),
     TangentCase(
         "guided",
         tangents.Guided,
@@ -316,7 +358,9 @@ RULES: dict[str, fx.Rule] = {
     "exact": fx.Exact(),
     "exact-chunked": fx.Exact(chunk_size=2),
     "finite-difference": fx.FiniteDifference(epsilon=1e-2),  # large enough for bfloat16
-    "finite-differences": fx.FiniteDifference(tangents.Normal(), 3, combine.Shrinkage(), epsilon=1e-2),
+    "finite-differences": fx.FiniteDifference(
+        tangents.Normal(), 3, combine.Shrinkage(), epsilon=1e-2
+    ),
     "backprop": fx.Backprop(),
 }
 SITE_RULES: dict[str, fx.Rule] = {"activity": fx.ActivityPerturbation()}
@@ -340,7 +384,10 @@ CASE_RULE_IDS = [f"{case.name}-{name}" for case, name in CASE_RULES]
 
 def inner(left: Tree, right: Tree) -> Array:
     """The real inner product over all leaves."""
-    parts = [jnp.sum((jnp.conj(a) * b).real) for a, b in zip(*map(jax.tree.leaves, (left, right)), strict=True)]
+    parts = [
+        jnp.sum((jnp.conj(a) * b).real)
+        for a, b in zip(*map(jax.tree.leaves, (left, right)), strict=True)
+    ]
     return jnp.sum(jnp.stack(parts))
 
 
@@ -348,8 +395,12 @@ def difference(left: Tree, right: Tree) -> Tree:
     return jax.tree.map(lambda a, b: a - b, left, right)
 
 
-def assert_trees_close(actual: Tree, expected: Tree, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+def assert_trees_close(
+    actual: Tree, expected: Tree, rtol: float = 1e-5, atol: float = 1e-6
+) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         wide = np.complex128 if jnp.iscomplexobj(want) else np.float64
-        np.testing.assert_allclose(np.asarray(got).astype(wide), np.asarray(want).astype(wide), rtol, atol)
+        np.testing.assert_allclose(
+            np.asarray(got).astype(wide), np.asarray(want).astype(wide), rtol, atol
+        )

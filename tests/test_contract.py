@@ -59,7 +59,9 @@ def test_values_and_exact_gradients_are_those_of_jax(case):
 
     def everything():
         key = jax.random.key(0)
-        return case.reference(), {name: split(case, case.estimate(rule, key)) for name, rule in rules.items()}
+        return case.reference(), {
+            name: split(case, case.estimate(rule, key)) for name, rule in rules.items()
+        }
 
     (value, grads), outputs = (quick_jit(everything) if case.traceable else everything)()
     rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(grads))
@@ -79,7 +81,9 @@ def test_the_value_of_a_finite_difference_is_close(name):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_finite_differences_in_low_precision(dtype):
     """A step that the floats around a parameter can take gives the slope to their rounding."""
-    rule = fx.FiniteDifference(fx.tangents.Coordinate(replace=False), 3, epsilon=float(jnp.finfo(dtype).eps) ** 0.5)
+    rule = fx.FiniteDifference(
+        fx.tangents.Coordinate(replace=False), 3, epsilon=float(jnp.finfo(dtype).eps) ** 0.5
+    )
     loss = lambda w: jnp.sum(jnp.arange(1.0, 4.0) * w.astype(jnp.float32))
     grads = quick_jit(fx.grad(loss, rule))(jax.random.key(0), jnp.array([1.0, 2.0, -0.5], dtype))
     assert_trees_close(grads, jnp.arange(1.0, 4.0).astype(dtype), rtol=0.1)
@@ -97,7 +101,9 @@ DTYPES = ["bfloat16", "float16", "float32", "complex64", "float64", "complex128"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", ["weight-chunked", "weight-projection", "exact", "finite-differences"])
+@pytest.mark.parametrize(
+    "rule", ["weight-chunked", "weight-projection", "exact", "finite-differences"]
+)
 def test_every_dtype_is_kept(dtype, rule):
     with jax.enable_x64(dtype in ("float64", "complex128")):
         loss = complex_loss if "complex" in dtype else quadratic
@@ -119,7 +125,12 @@ def test_estimates_are_right_to_the_dtypes_rounding(dtype):
             value, slope = jax.jvp(loss, (params,), (direction,))
             exact = fx.value_and_grad(loss, fx.Exact(chunk_size=2))(key, params)
             one = fx.value_and_grad(loss)(key, params)
-            return exact, jax.value_and_grad(loss)(params), one, (value, (slope * jnp.conj(direction)).astype(dtype))
+            return (
+                exact,
+                jax.value_and_grad(loss)(params),
+                one,
+                (value, (slope * jnp.conj(direction)).astype(dtype)),
+            )
 
         exact, reference, one, expected = quick_jit(everything)()
         eps = 8 * float(jnp.finfo(dtype).eps)
@@ -128,19 +139,28 @@ def test_estimates_are_right_to_the_dtypes_rounding(dtype):
 
 
 def test_many_half_precision_tangents_are_summed_in_float32():
-    """Orthonormal coordinates, k = n: exact. A bfloat16 running sum would lose the small entries."""
-    rule = fx.WeightPerturbation(fx.tangents.Coordinate(replace=False), num_tangents=64, chunk_size=1)
+    """Orthonormal coordinates, k = n: exact.
+
+    A bfloat16 running sum would lose the small entries.
+    """
+    rule = fx.WeightPerturbation(
+        fx.tangents.Coordinate(replace=False), num_tangents=64, chunk_size=1
+    )
     params = jnp.ones(64, jnp.bfloat16)
     curvature = jnp.linspace(0.01, 1, 64).astype(jnp.bfloat16)
 
     def loss(w):
         return jnp.sum((curvature * w).astype(jnp.float32))
 
-    assert_trees_close(quick_jit(fx.grad(loss, rule))(jax.random.key(0), params), curvature, rtol=1e-2)
+    assert_trees_close(
+        quick_jit(fx.grad(loss, rule))(jax.random.key(0), params), curvature, rtol=1e-2
+    )
 
 
 def test_the_function_says_what_it_is():
-    function = fx.value_and_grad(quadratic, fx.WeightPerturbation(combine=fx.combine.ControlVariate(normal(0, 3))))
+    function = fx.value_and_grad(
+        quadratic, fx.WeightPerturbation(combine=fx.combine.ControlVariate(normal(0, 3)))
+    )
     assert function.__doc__ == "Value and estimated gradient of quadratic, by WeightPerturbation."
 
 

@@ -14,9 +14,13 @@ FORWARD_RULES = [name for name, rule in RULES.items() if not rule.reverse_mode]
 
 
 def test_reverse_mode_rejects_the_loop():
-    with pytest.raises(ValueError, match=r"Reverse-mode differentiation does not work for lax.while_loop"):
+    with pytest.raises(
+        ValueError, match=r"Reverse-mode differentiation does not work for lax.while_loop"
+    ):
         jax.grad(while_loss)(jnp.ones(3))
-    with pytest.raises(ValueError, match=r"Reverse-mode differentiation does not work for lax.while_loop"):
+    with pytest.raises(
+        ValueError, match=r"Reverse-mode differentiation does not work for lax.while_loop"
+    ):
         fx.grad(while_loss, fx.Backprop())(jax.random.key(0), jnp.ones(3))
 
 
@@ -44,12 +48,16 @@ def test_a_loss_with_a_while_loop_trains(name):
         return jax.tree.map(lambda p, g: p - 0.2 * g, params, grads), (value, trips)
 
     start = (normal(2, 4) * 0.3, jnp.asarray(0.5))
-    _, (values, trips) = quick_jit(lambda keys: lax.scan(step, start, keys))(jax.random.split(jax.random.key(0), 100))
+    _, (values, trips) = quick_jit(lambda keys: lax.scan(step, start, keys))(
+        jax.random.split(jax.random.key(0), 100)
+    )
     assert values[-1] < 0.5 * values[0]
     assert trips[0] > 1
 
 
-@pytest.mark.parametrize("name", [name for name in FORWARD_RULES if name != "low-rank"])  # which traces the loss
+@pytest.mark.parametrize(
+    "name", [name for name in FORWARD_RULES if name != "low-rank"]
+)  # which traces the loss
 def test_a_loss_with_python_control_flow_trains(name):
     estimate = fx.value_and_grad(eager, RULES[name])
     params = jnp.array([0.5, 1.0, 1.5])
@@ -82,11 +90,16 @@ def test_a_dynamic_number_of_trips():
 
 def test_cond_and_switch():
     def loss(w, branch):
-        return lax.switch(branch, [lambda: jnp.sum(w**2), lambda: jnp.sum(jnp.sin(w)), lambda: jnp.prod(w)])
+        return lax.switch(
+            branch, [lambda: jnp.sum(w**2), lambda: jnp.sum(jnp.sin(w)), lambda: jnp.prod(w)]
+        )
 
     w = normal(0, 3)
     both = quick_jit(
-        lambda branch: (fx.grad(loss, fx.Exact(chunk_size=2))(jax.random.key(0), w, branch), jax.grad(loss)(w, branch))
+        lambda branch: (
+            fx.grad(loss, fx.Exact(chunk_size=2))(jax.random.key(0), w, branch),
+            jax.grad(loss)(w, branch),
+        )
     )
     for branch in range(3):
         assert_trees_close(*both(branch))
@@ -111,9 +124,13 @@ CUSTOM = jax.custom_vjp(lambda x: jnp.sum(x**2))
 CUSTOM.defvjp(lambda x: (CUSTOM(x), x), lambda x, cotangent: (2 * x * cotangent,))
 
 
-@pytest.mark.parametrize("rule", [fx.WeightPerturbation(), fx.WeightPerturbation(num_tangents=2), fx.Exact()], ids=str)
+@pytest.mark.parametrize(
+    "rule", [fx.WeightPerturbation(), fx.WeightPerturbation(num_tangents=2), fx.Exact()], ids=str
+)
 def test_a_custom_vjp_has_no_forward_mode(rule):
-    with pytest.raises(TypeError, match=r"function .*test_control_flow.py:\d+.*custom_jvp, or use forwax.Fini"):
+    with pytest.raises(
+        TypeError, match=r"function .*test_control_flow.py:\d+.*custom_jvp, or use forwax.Fini"
+    ):
         fx.grad(CUSTOM, rule)(jax.random.key(0), jnp.ones(3))
 
 

@@ -19,7 +19,9 @@ def loss(params, x):
 
 
 def arguments():
-    a, c, x = (jax.random.normal(jax.random.fold_in(KEY, i), (n, 4)) for i, n in enumerate((3, 4, 5)))
+    a, c, x = (
+        jax.random.normal(jax.random.fold_in(KEY, i), (n, 4)) for i, n in enumerate((3, 4, 5))
+    )
     return {"a": a[:, :4], "b": jnp.ones(4), "c": c}, x[:, :3]
 
 
@@ -29,8 +31,13 @@ def growing(x):
 
 @pytest.fixture(scope="module")
 def found():
-    rules = {"signs": fx.WeightPerturbation(), "rank-1": fx.WeightPerturbation(fx.tangents.LowRank(), 2)}
-    return fx.diagnose(loss, {**rules, "backprop": fx.Backprop()}, draws=200, rounds=2)(KEY, *arguments())
+    rules = {
+        "signs": fx.WeightPerturbation(),
+        "rank-1": fx.WeightPerturbation(fx.tangents.LowRank(), 2),
+    }
+    return fx.diagnose(loss, {**rules, "backprop": fx.Backprop()}, draws=200, rounds=2)(
+        KEY, *arguments()
+    )
 
 
 def test_predicted_and_measured_errors_agree(found):
@@ -53,7 +60,9 @@ def test_arithmetic_and_memory_are_those_of_the_compiled_programs(found):
         (found.loss, jax.jit(loss).lower(params, x).compile()),
     ):
         assert row.flops == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)
-        assert row.temporary_bytes == pytest.approx(compiled.memory_analysis().temp_size_in_bytes, abs=64)
+        assert row.temporary_bytes == pytest.approx(
+            compiled.memory_analysis().temp_size_in_bytes, abs=64
+        )
         assert row.seconds > 0
     assert found.value == pytest.approx(float(loss(params, x)))
 
@@ -63,8 +72,14 @@ def test_the_table_holds_every_figure(found):
     assert header.split("  ")[0] == "gradient"
     assert set(rule) == {"-", " "}
     assert [line.split("  ")[0] for line in lines[:3]] == [row.name for row in found.rows[:3]]
-    assert any(line.startswith("signs") and " 31 " in line and "FLOP" in line and "KiB" in line for line in lines)
-    assert "32 parameters; 200 draws against the exact gradient by backprop; times are medians." in lines
+    assert any(
+        line.startswith("signs") and " 31 " in line and "FLOP" in line and "KiB" in line
+        for line in lines
+    )
+    assert (
+        "32 parameters; 200 draws against the exact gradient by backprop; times are medians."
+        in lines
+    )
     assert lines[-1] == found.advice
     assert found.advice.startswith("Use ")
 
@@ -80,28 +95,45 @@ def test_rich_shows_the_same(found):
 
 
 def test_a_loss_that_reverse_mode_rejects():
-    rules = {"signs": fx.WeightPerturbation(), "forward mode": fx.Exact(), "backprop": fx.Backprop()}
+    rules = {
+        "signs": fx.WeightPerturbation(),
+        "forward mode": fx.Exact(),
+        "backprop": fx.Backprop(),
+    }
     found = fx.diagnose(growing, rules, draws=2, rounds=2)(KEY, jnp.arange(1.0, 40.0))
     assert found.reference == "forward mode"
     assert found.rules[1].mse == (0.0, 0.0)
-    assert found.rules[2].error.startswith("Reverse-mode differentiation does not work for lax.while_loop")
+    assert found.rules[2].error.startswith(
+        "Reverse-mode differentiation does not work for lax.while_loop"
+    )
     assert found.advice.startswith("Backprop does not run here, so use ")
-    assert "jax.value_and_grad does not run: Reverse-mode differentiation does not work" in str(found)
+    assert "jax.value_and_grad does not run: Reverse-mode differentiation does not work" in str(
+        found
+    )
 
 
 def test_without_a_reference_errors_are_laws_alone(monkeypatch):
     monkeypatch.setattr("forwax.diagnostics.EXACT_LIMIT", 2)
     found = fx.diagnose(growing, [fx.WeightPerturbation()], draws=2, rounds=1)(KEY, jnp.ones(3))
     (row,) = found.rules
-    assert (row.name, row.predicted_mse, row.mse, row.cosine) == ("WeightPerturbation()", 2.0, None, None)
+    assert (row.name, row.predicted_mse, row.mse, row.cosine) == (
+        "WeightPerturbation()",
+        2.0,
+        None,
+        None,
+    )
     assert "no reference" in str(found)
     assert "against no exact gradient" in str(found)
 
 
 def test_a_loss_that_is_not_finite():
     bad = fx.diagnose(lambda x: jnp.sum(jnp.log(x)), [fx.WeightPerturbation()], draws=2, rounds=1)
-    assert bad(KEY, -jnp.ones(3)).advice.startswith("The loss is nan here, so no gradient can be judged: ")
-    assert bad(KEY, jnp.zeros(3)).advice.startswith("The loss is -inf here, so no gradient can be judged: ")
+    assert bad(KEY, -jnp.ones(3)).advice.startswith(
+        "The loss is nan here, so no gradient can be judged: "
+    )
+    assert bad(KEY, jnp.zeros(3)).advice.startswith(
+        "The loss is -inf here, so no gradient can be judged: "
+    )
 
 
 def test_examples_auxiliary_outputs_and_plain_arguments():
@@ -154,7 +186,10 @@ def test_a_rule_that_fails_when_it_runs_is_a_row_that_says_why():
             value, _, grads = super().estimate(key, problem)
             return value, jnp.broadcast_to(value, (2**24, 2**24)), grads
 
-    rules = {"too large": TooLarge(), "too many": fx.WeightPerturbation(fx.tangents.Orthonormal(), 4)}
+    rules = {
+        "too large": TooLarge(),
+        "too many": fx.WeightPerturbation(fx.tangents.Orthonormal(), 4),
+    }
     found = fx.diagnose(lambda x: jnp.sum(x**2), rules, draws=1, rounds=1)(KEY, jnp.ones(3))
     assert "RESOURCE_EXHAUSTED" in found.rules[0].error
     assert "draws at most n = 3 directions" in found.rules[1].error
@@ -163,9 +198,14 @@ def test_a_rule_that_fails_when_it_runs_is_a_row_that_says_why():
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match=r"expected one or more rules, such as .*, got WeightPerturbation\("):
+    with pytest.raises(
+        ValueError, match=r"expected one or more rules, such as .*, got WeightPerturbation\("
+    ):
         fx.diagnose(loss, fx.WeightPerturbation())
-    with pytest.raises(ValueError, match=r"\['jax.value_and_grad', 'the loss alone'\] name rows that are always there"):
+    with pytest.raises(
+        ValueError,
+        match=r"\['jax.value_and_grad', 'the loss alone'\] name rows that are always there",
+    ):
         fx.diagnose(loss, {"the loss alone": fx.Exact(), "jax.value_and_grad": fx.Exact()})
     with pytest.raises(TypeError, match="diagnose: expected a function as the loss, got int"):
         fx.diagnose(3)
@@ -200,12 +240,14 @@ ADVICE = {
     ),
     "cheaper but noisy": (
         built(row("signs"), row("rank-1", seconds=0.6)),
-        "Use backprop: a step of rank-1 takes 0.60 of its time, but with a relative MSE of 999 the progress of one "
+        "Use backprop: a step of rank-1 takes 0.60 of its time, but with a relative MSE of 999 the "
+        "progress of one "
         "exact step takes 1e+03 of them.",
     ),
     "memory matters": (
         built(row(memory=2**10), backprop=row("backprop", 0.0, memory=2**20)),
-        "Use backprop: its gradient is exact, and no rule's step is cheaper (rule: 1.00 of it); only if its memory "
+        "Use backprop: its gradient is exact, and no rule's step is cheaper (rule: 1.00 of it); "
+        "only if its memory "
         "does not fit, rule needs 1 KiB against 1 MiB (1 MiB with jax.checkpoint).",
     ),
     "checkpointing saves the memory": (
@@ -218,7 +260,8 @@ ADVICE = {
     ),
     "a rule is better": (
         built(row("forward mode", 0.0, 0.25)),
-        "Use forward mode: for the progress of one exact step it takes 0.25 of backprop's time, its relative MSE of 0 "
+        "Use forward mode: for the progress of one exact step it takes 0.25 of backprop's time, "
+        "its relative MSE of 0 "
         "counted in.",
     ),
     "biased rules are not ranked": (
@@ -231,17 +274,20 @@ ADVICE = {
     ),
     "rejected": (
         built(row("signs", 9.0, 0.1), row("forward mode", 0.0, 0.5), backprop=REJECTED),
-        "Backprop does not run here, so use forward mode: its gradient is exact, and of the rules that run it "
+        "Backprop does not run here, so use forward mode: its gradient is exact, and of the rules "
+        "that run it "
         "takes the least time for the progress of one exact step, 500 ms.",
     ),
     "rejected, many parameters": (
         built(row("signs", 99.0, 1e-4), row("forward mode", 0.0, 0.5), backprop=REJECTED),
-        "Backprop does not run here, so use signs: its relative MSE is 99, and of the rules that run it takes the "
+        "Backprop does not run here, so use signs: its relative MSE is 99, and of the rules that "
+        "run it takes the "
         "least time for the progress of one exact step, 10 ms.",
     ),
     "rejected, nothing known": (
         built(row("mine", None), backprop=REJECTED),
-        "Backprop does not run here, and without a law or a reference the rules cannot be ranked: start with mine, "
+        "Backprop does not run here, and without a law or a reference the rules cannot be ranked: "
+        "start with mine, "
         "the quickest that runs.",
     ),
     "nothing runs": (

@@ -27,7 +27,10 @@ each = pytest.mark.parametrize("function", CASES, ids=IDS)
 def test_facts_have_one_dimension(function):
     assert {len(point) for point in function.minima} == {function.n}
     assert len(function.lower) == len(function.upper) == function.n
-    inside = [lower < x < upper for lower, x, upper in zip(function.lower, function.start, function.upper, strict=True)]
+    inside = [
+        lower < x < upper
+        for lower, x, upper in zip(function.lower, function.start, function.upper, strict=True)
+    ]
     assert all(inside)
     assert function.source
 
@@ -71,16 +74,22 @@ def test_gradient_agrees_with_central_differences(function):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtype_is_kept(function, dtype):
     with jax.enable_x64(dtype == "float64"):
-        value, gradient = jax.eval_shape(jax.value_and_grad(function), jnp.array(function.start, dtype))
+        value, gradient = jax.eval_shape(
+            jax.value_and_grad(function), jnp.array(function.start, dtype)
+        )
         assert value.shape == ()
         assert value.dtype == gradient.dtype == jnp.dtype(dtype)
 
 
 @each
 def test_vmap_is_a_loop(function):
-    points = np.asarray(function.start)[None] + np.random.default_rng(1).uniform(size=(3, function.n))
+    points = np.asarray(function.start)[None] + np.random.default_rng(1).uniform(
+        size=(3, function.n)
+    )
     points, one = points.astype(np.float32), quick_jit(function)
-    np.testing.assert_allclose(quick_jit(jax.vmap(function))(points), [one(point) for point in points], rtol=1e-5)
+    np.testing.assert_allclose(
+        quick_jit(jax.vmap(function))(points), [one(point) for point in points], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,14 +114,18 @@ def test_vmap_is_a_loop(function):
 )
 def test_known_values(function, point, value):
     with jax.enable_x64(True):
-        np.testing.assert_allclose(quick_jit(function)(jnp.array(point, jnp.float64)), value, rtol=1e-7)
+        np.testing.assert_allclose(
+            quick_jit(function)(jnp.array(point, jnp.float64)), value, rtol=1e-7
+        )
 
 
 def test_himmelblau_starts_near_its_local_maximum():
     with jax.enable_x64(True):
         summit = jnp.array([-0.2708445906694, -0.9230385564666], jnp.float64)
         function = functions.himmelblau
-        gradient, hessian = quick_jit(lambda x: (jax.grad(function)(x), jax.hessian(function)(x)))(summit)
+        gradient, hessian = quick_jit(lambda x: (jax.grad(function)(x), jax.hessian(function)(x)))(
+            summit
+        )
         np.testing.assert_allclose(gradient, 0.0, atol=1e-9)
         assert np.all(np.linalg.eigvalsh(hessian) < 0)
 
@@ -120,7 +133,9 @@ def test_himmelblau_starts_near_its_local_maximum():
 def test_rosenbrock_has_a_local_minimum_in_four_dimensions():
     @quick_jit
     def descended(x):
-        x, _ = jax.lax.scan(lambda x, _: (x - 1e-3 * jax.grad(functions.rosenbrock)(x), None), x, None, length=2000)
+        x, _ = jax.lax.scan(
+            lambda x, _: (x - 1e-3 * jax.grad(functions.rosenbrock)(x), None), x, None, length=2000
+        )
         return jax.value_and_grad(functions.rosenbrock)(x)
 
     value, gradient = descended(jnp.array([-0.776, 0.613, 0.382, 0.146]))
@@ -145,7 +160,9 @@ def test_quadratic_has_its_condition_number():
 
 
 def test_distance_is_to_the_nearest_minimum():
-    assert float(functions.himmelblau.distance(jnp.array([-3.779310, -2.283186]))) == pytest.approx(1.0, abs=1e-5)
+    assert float(functions.himmelblau.distance(jnp.array([-3.779310, -2.283186]))) == pytest.approx(
+        1.0, abs=1e-5
+    )
     assert float(functions.rosenbrock.in_dimensions(4).distance(jnp.zeros(4))) == pytest.approx(2.0)
 
 
@@ -153,27 +170,38 @@ def test_functions_are_values():
     assert functions.quadratic(10.0) == functions.quadratic(10.0)
     assert functions.quadratic(10.0) != functions.quadratic(20.0)
     assert functions.beale.in_dimensions(2) is functions.beale
-    value = jax.jit(lambda function, x: function(x), static_argnums=0)(functions.beale, jnp.zeros(2))
+    value = jax.jit(lambda function, x: function(x), static_argnums=0)(
+        functions.beale, jnp.zeros(2)
+    )
     assert float(value) == 14.203125
 
 
 @pytest.mark.parametrize(
-    "name", ["beale", "rosenbrock", "himmelblau", "ackley", "rastrigin", "styblinski_tang", "quadratic"]
+    "name",
+    ["beale", "rosenbrock", "himmelblau", "ackley", "rastrigin", "styblinski_tang", "quadratic"],
 )
 def test_by_name(name):
     assert functions.by_name(name).name == name
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(ValueError, match=r"beale takes one point, an array of shape \[2\], but got shape \[3\]"):
+    with pytest.raises(
+        ValueError, match=r"beale takes one point, an array of shape \[2\], but got shape \[3\]"
+    ):
         functions.beale(jnp.zeros(3))
-    with pytest.raises(ValueError, match=r"shape \[n\], but got shape \[4, 2\]; for many points use jax.vmap"):
+    with pytest.raises(
+        ValueError, match=r"shape \[n\], but got shape \[4, 2\]; for many points use jax.vmap"
+    ):
         functions.ackley(jnp.zeros((4, 2)))
-    with pytest.raises(ValueError, match="beale is a function of 2 variables, so it cannot have n=3"):
+    with pytest.raises(
+        ValueError, match="beale is a function of 2 variables, so it cannot have n=3"
+    ):
         functions.beale.in_dimensions(3)
     with pytest.raises(ValueError, match="needs n >= 1 variables, but got n=0"):
         functions.rosenbrock.in_dimensions(0)
     with pytest.raises(ValueError, match=r"at least 1, but got condition_number=0\.5"):
         functions.quadratic(0.5)
-    with pytest.raises(ValueError, match="no test function 'bukin'; choose one of beale, rosenbrock"):
+    with pytest.raises(
+        ValueError, match="no test function 'bukin'; choose one of beale, rosenbrock"
+    ):
         functions.by_name("bukin")

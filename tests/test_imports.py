@@ -10,23 +10,34 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "forwax"
-CORE = [path for path in SOURCE.rglob("*.py") if not {"lab", "models"} & set(path.relative_to(SOURCE).parts)]
+CORE = [
+    path
+    for path in SOURCE.rglob("*.py")
+    if not {"lab", "models"} & set(path.relative_to(SOURCE).parts)
+]
 
 
 def test_importing_forwax_imports_nothing_beyond_jax():
     script = (
-        "import sys, json, jax, jax.numpy, jax.scipy.linalg; before = set(sys.modules); import forwax; "
+        "import sys, json, jax, jax.numpy, jax.scipy.linalg; before = set(sys.modules); import "
+        "forwax; "
         "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
     )
-    out = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True)
-    extra = set(json.loads(out.stdout)) - {"forwax", "jax", "jaxlib", "numpy"} - set(sys.stdlib_module_names)
+    out = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True
+    )
+    extra = (
+        set(json.loads(out.stdout))
+        - {"forwax", "jax", "jaxlib", "numpy"}
+        - set(sys.stdlib_module_names)
+    )
     assert extra == set()
 
 
 def test_import_rules_hold():
-    command = shutil.which("lint-imports", path=str(pathlib.Path(sys.executable).parent)) or shutil.which(
-        "lint-imports"
-    )
+    command = shutil.which(
+        "lint-imports", path=str(pathlib.Path(sys.executable).parent)
+    ) or shutil.which("lint-imports")
     assert command is not None, "import-linter is missing; pip install -e '.[lab,dev]' brings it"
     out = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr

@@ -48,7 +48,9 @@ FLAT = {
     "chunked": fx.WeightPerturbation(num_tangents=4, chunk_size=2),
     "normals": fx.WeightPerturbation(fx.tangents.Normal(), 4, chunk_size=2),
     "chunked-unevenly": fx.WeightPerturbation(num_tangents=5, chunk_size=2),
-    "projection": fx.WeightPerturbation(num_tangents=4, combine=fx.combine.Projection(), chunk_size=2),
+    "projection": fx.WeightPerturbation(
+        num_tangents=4, combine=fx.combine.Projection(), chunk_size=2
+    ),
     "exact": fx.Exact(chunk_size=4),
     "finite-difference": fx.FiniteDifference(num_tangents=4),
 }
@@ -86,7 +88,9 @@ def of_a_stack(name, depth, *, step=False):
     width, rule = STACKED[name]
     params = {"w": jnp.zeros((depth, width, width)), "b": jnp.zeros((depth, 1, width))}
     f = fx.update(stacked, rule, learning_rate=0.1) if step else fx.value_and_grad(stacked, rule)
-    lowered = jax.jit(f, donate_argnums=1 if step else ()).lower(jax.random.key(0), params, jnp.zeros((1024, width)))
+    lowered = jax.jit(f, donate_argnums=1 if step else ()).lower(
+        jax.random.key(0), params, jnp.zeros((1024, width))
+    )
     return lowered.compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
 
 
@@ -137,12 +141,22 @@ def test_aux_is_held_once(name):
     else:
         step = fx.value_and_grad(loss, CHUNKS_WITH_AUX[name], has_aux=True)
     args = jax.random.key(0), jnp.zeros((4, 16)), jnp.zeros((1024, 4))
-    held = jax.jit(step).lower(*args).compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
+    held = (
+        jax.jit(step)
+        .lower(*args)
+        .compile(compiler_options=QUICK)
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
     assert held < 4.5 * 4 * 16 * 1024
 
 
 def test_the_aux_of_a_finite_difference_is_that_of_the_first_evaluation():
-    rule, key, w = fx.FiniteDifference(num_tangents=2, epsilon=0.25), jax.random.key(0), jnp.zeros(3)
+    rule, key, w = (
+        fx.FiniteDifference(num_tangents=2, epsilon=0.25),
+        jax.random.key(0),
+        jnp.zeros(3),
+    )
     estimate = fx.grad(lambda w: (jnp.sum(w), w), rule, has_aux=True)
     first = 0.25 * rule.tangents.sample(key, w, 2)[0]
     for aux in (estimate(key, w)[1], jax.jit(estimate)(key, w)[1]):
@@ -157,9 +171,16 @@ def test_independent_tangents_hold_one_chunk():
         return jnp.sum(jnp.sin(w))
 
     def held(rule):
-        compiled = jax.jit(fx.value_and_grad(loss, rule)).lower(jax.random.key(0), jnp.zeros(n)).compile(QUICK)
+        compiled = (
+            jax.jit(fx.value_and_grad(loss, rule))
+            .lower(jax.random.key(0), jnp.zeros(n))
+            .compile(QUICK)
+        )
         return compiled.memory_analysis().temp_size_in_bytes / (4 * n)
 
     assert held(fx.WeightPerturbation(num_tangents=k, chunk_size=2)) < 12
     assert held(fx.FiniteDifference(num_tangents=k)) < 12
-    assert held(fx.WeightPerturbation(num_tangents=k, chunk_size=2, combine=fx.combine.Projection())) > k
+    assert (
+        held(fx.WeightPerturbation(num_tangents=k, chunk_size=2, combine=fx.combine.Projection()))
+        > k
+    )

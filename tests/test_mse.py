@@ -1,8 +1,9 @@
 """Law 3: the measured mean squared error of every tangent × combination meets its formula.
 
-Power: each mean is over 8192 keys and must lie within 4 standard errors of its law (plus 1e-4 of it for rounding). The
-standard errors that these tests see are 0.3 % to 4 % of the law, so that a law off by more than about 16 % at worst and
-2 % at best fails; `test_a_wrong_law_fails` shows it for the laws that are easily confused with the true one.
+Power: each mean is over 8192 keys and must lie within 4 standard errors of its law (plus 1e-4 of it
+for rounding). The standard errors that these tests see are 0.3 % to 4 % of the law, so that a law
+off by more than about 16 % at worst and 2 % at best fails; `test_a_wrong_law_fails` shows it for
+the laws that are easily confused with the true one.
 """
 
 import math
@@ -13,7 +14,16 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import COMBINATIONS, TANGENTS, TangentCase, complex_loss, difference, inner, normal, quick_jit
+from cases import (
+    COMBINATIONS,
+    TANGENTS,
+    TangentCase,
+    complex_loss,
+    difference,
+    inner,
+    normal,
+    quick_jit,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -46,9 +56,11 @@ def cos2(left, right) -> float:
 
 def errors(estimates):
     """|ĝ - g|²/|g|² of a batch of estimates."""
-    return jax.vmap(lambda e: inner(difference(e, GRADIENT), difference(e, GRADIENT)) / inner(GRADIENT, GRADIENT))(
-        estimates
-    )
+    return jax.vmap(
+        lambda e: (
+            inner(difference(e, GRADIENT), difference(e, GRADIENT)) / inner(GRADIENT, GRADIENT)
+        )
+    )(estimates)
 
 
 def law(case: TangentCase, combination: str) -> float:
@@ -59,7 +71,9 @@ def law(case: TangentCase, combination: str) -> float:
         return mean
     if combination == "projection":
         return case.projection(N, k, cos2(GUESS, GRADIENT))
-    if combination == "shrinkage":  # α = 1/(1+M) of the M that the tangents state, which is a bound for a guided mean
+    if (
+        combination == "shrinkage"
+    ):  # α = 1/(1+M) of the M that the tangents state, which is a bound for a guided mean
         stated = case.relative_mse(N, k, 0.0)
         return (mean + stated**2) / (1 + stated) ** 2
     left_over = float(inner(MISSED, MISSED) / inner(GRADIENT, GRADIENT))
@@ -100,7 +114,9 @@ def measured():
 def test_the_measured_error_meets_its_law(measured, case, combination):
     sample = measured(case)[combination]
     assert deviation(sample, law(case, combination)) < 4
-    assert np.std(sample) / math.sqrt(NUM_KEYS) < 0.04 * law(case, combination)  # the power stated above
+    assert np.std(sample) / math.sqrt(NUM_KEYS) < 0.04 * law(
+        case, combination
+    )  # the power stated above
 
 
 @pytest.mark.parametrize(
@@ -135,7 +151,9 @@ def test_rules_state_their_law(case, combination):
     mean = case.relative_mse(N, NUM_TANGENTS, 0.0)
     stated = {"mean": mean, "projection": 1 - NUM_TANGENTS / N, "shrinkage": mean / (1 + mean)}
     assert rule.relative_mse(N) == pytest.approx(stated[combination])
-    difference_rule = fx.FiniteDifference(case.make(GUESS), NUM_TANGENTS, COMBINATIONS[combination](GUESS))
+    difference_rule = fx.FiniteDifference(
+        case.make(GUESS), NUM_TANGENTS, COMBINATIONS[combination](GUESS)
+    )
     assert difference_rule.relative_mse(N) == pytest.approx(stated[combination])
 
 
@@ -155,7 +173,9 @@ def test_the_cosine_of_a_projection(name):
     case = next(case for case in TANGENTS if case.name == name)
     rule = fx.WeightPerturbation(case.make(GUESS), 4, fx.combine.Projection())
     estimates = quick_jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS)
-    squares = jax.vmap(lambda e: inner(e, GRADIENT) ** 2 / inner(e, e) / inner(GRADIENT, GRADIENT))(estimates)
+    squares = jax.vmap(lambda e: inner(e, GRADIENT) ** 2 / inner(e, e) / inner(GRADIENT, GRADIENT))(
+        estimates
+    )
     along = jax.vmap(lambda e: inner(e, GRADIENT) / inner(GRADIENT, GRADIENT))(estimates)
     assert deviation(squares, 4 / N) < 4
     assert deviation(along, 4 / N) < 4
@@ -191,10 +211,14 @@ def test_a_single_tangent_of_two_parameters_separates_signs_from_normals():
 
     def sample(tangents):
         rule = fx.WeightPerturbation(tangents)
-        estimate = jax.vmap(lambda key: fx.grad(lambda w: jnp.vdot(gradient, w), rule)(key, point))(KEYS)
+        estimate = jax.vmap(lambda key: fx.grad(lambda w: jnp.vdot(gradient, w), rule)(key, point))(
+            KEYS
+        )
         return jnp.sum((estimate - gradient[None]) ** 2, axis=1) / jnp.sum(gradient**2)
 
-    signs, normals = quick_jit(lambda: (sample(fx.tangents.Rademacher()), sample(fx.tangents.Normal())))()
+    signs, normals = quick_jit(
+        lambda: (sample(fx.tangents.Rademacher()), sample(fx.tangents.Normal()))
+    )()
     assert deviation(signs, 1.0) < 4 < deviation(signs, 3.0)
     assert deviation(normals, 3.0) < 4 < deviation(normals, 1.0)
 
@@ -224,9 +248,11 @@ def test_learning_rate_scales_follow_the_laws():
     assert fx.suggest_learning_rate(fx.Exact(), 100, 0.5) == 0.5
     assert fx.suggest_learning_rate(fx.Backprop(), 100, 0.5) == 0.5
     k, n = 4, 99
-    assert fx.suggest_learning_rate(fx.WeightPerturbation(fx.tangents.Normal(), k), n, 1.0) == pytest.approx(
-        k / (n + k + 1)
+    assert fx.suggest_learning_rate(
+        fx.WeightPerturbation(fx.tangents.Normal(), k), n, 1.0
+    ) == pytest.approx(k / (n + k + 1))
+    assert fx.suggest_learning_rate(fx.FiniteDifference(num_tangents=k), n, 1.0) == pytest.approx(
+        k / (n + k - 1)
     )
-    assert fx.suggest_learning_rate(fx.FiniteDifference(num_tangents=k), n, 1.0) == pytest.approx(k / (n + k - 1))
     with pytest.raises(ValueError, match="expected the number of coordinates n >= 1, got 0"):
         fx.suggest_learning_rate(fx.Exact(), 0, 1.0)

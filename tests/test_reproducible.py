@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, quadratic, quick_jit, tree_loss
+from cases import (
+    COMBINATIONS,
+    RULES,
+    TANGENTS,
+    assert_trees_close,
+    normal,
+    quadratic,
+    quick_jit,
+    tree_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -46,7 +55,9 @@ def test_chunks_do_not_change_the_estimate(case):
 def test_every_chunk_size_gives_the_same_estimate(name):
     """Of tangents drawn one by one and of those drawn jointly."""
     case = next(case for case in TANGENTS if case.name == name)
-    whole, *chunked = quick_jit(lambda: [estimate(case, "mean", size) for size in (None, *CHUNKS)])()
+    whole, *chunked = quick_jit(
+        lambda: [estimate(case, "mean", size) for size in (None, *CHUNKS)]
+    )()
     for output in chunked:
         assert_trees_close(output, whole, rtol=1e-3, atol=1e-4)
 
@@ -74,9 +85,16 @@ def test_finite_differences_take_the_directions_of_weight_perturbation(case):
 @pytest.mark.parametrize("name", RULES)
 def test_the_same_key_gives_the_same_estimate_and_another_key_another(name):
     estimate = quick_jit(fx.grad(tree_loss, RULES[name]))
-    first, again, other = estimate(KEY, PARAMS), estimate(KEY, PARAMS), estimate(jax.random.key(4), PARAMS)
+    first, again, other = (
+        estimate(KEY, PARAMS),
+        estimate(KEY, PARAMS),
+        estimate(jax.random.key(4), PARAMS),
+    )
     assert_trees_close(again, first, rtol=0, atol=0)
-    differs = any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+    differs = any(
+        not np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    )
     assert differs == (not isinstance(RULES[name], fx.Exact | fx.Backprop))
 
 
@@ -95,7 +113,9 @@ def test_other_generators(impl):
     key = jax.random.key(0, impl=impl)
 
     def estimate(key, chunk_size=None):
-        return fx.grad(tree_loss, fx.WeightPerturbation(num_tangents=5, chunk_size=chunk_size))(key, PARAMS)
+        return fx.grad(tree_loss, fx.WeightPerturbation(num_tangents=5, chunk_size=chunk_size))(
+            key, PARAMS
+        )
 
     first = quick_jit(estimate)(key)
     assert_trees_close(quick_jit(lambda key: estimate(key, 2))(key), first, rtol=1e-4, atol=1e-5)
@@ -144,5 +164,8 @@ def test_orthogonal_signs_are_so_in_every_aligned_block_of_all_leaves():
 
 
 def test_one_orthogonal_sign_vector_is_that_of_independent_signs():
-    one, other = (tangents.sample(KEY, jnp.zeros(9)) for tangents in (fx.tangents.Hadamard(), fx.tangents.Rademacher()))
+    one, other = (
+        tangents.sample(KEY, jnp.zeros(9))
+        for tangents in (fx.tangents.Hadamard(), fx.tangents.Rademacher())
+    )
     assert one.tolist() == other.tolist()

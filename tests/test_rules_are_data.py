@@ -16,10 +16,13 @@ PARAMS = {"a": normal(1, 3), "b": normal(2, 2)}
 GUESS = jax.tree.map(lambda x: x + 1, PARAMS)
 TANGENT_RULES = {case.name: fx.WeightPerturbation(case.make(GUESS), 3) for case in TANGENTS}
 COMBINE_RULES = {
-    name: fx.WeightPerturbation(num_tangents=3, combine=make(GUESS)) for name, make in COMBINATIONS.items()
+    name: fx.WeightPerturbation(num_tangents=3, combine=make(GUESS))
+    for name, make in COMBINATIONS.items()
 }
 ALL = RULES | TANGENT_RULES | COMBINE_RULES
-WITHOUT_ARRAYS = {name: rule for name, rule in ALL.items() if name not in ("guided", "control-variate", "safe")}
+WITHOUT_ARRAYS = {
+    name: rule for name, rule in ALL.items() if name not in ("guided", "control-variate", "safe")
+}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -98,7 +101,10 @@ def test_a_new_array_value_does_not_retrace(make):
         traces.append(None)
         return fx.grad(tree_loss, rule)(KEY, PARAMS)
 
-    first, second = estimate(make(GUESS)), estimate(make(jax.tree.map(lambda x: -3 * x[::-1], GUESS)))
+    first, second = (
+        estimate(make(GUESS)),
+        estimate(make(jax.tree.map(lambda x: -3 * x[::-1], GUESS))),
+    )
     assert len(traces) == 1
     assert not jnp.allclose(first["a"], second["a"], atol=1e-6)
     estimate(fx.WeightPerturbation(num_tangents=3))  # a new static value does
@@ -110,10 +116,14 @@ def test_rules_can_be_mapped():
     guesses = normal(3, 4, 5)
     params = normal(4, 5)
     estimate = jax.vmap(
-        lambda guess: fx.grad(tree_loss, fx.WeightPerturbation(fx.tangents.Guided(guess), 5))(KEY, params)
+        lambda guess: fx.grad(tree_loss, fx.WeightPerturbation(fx.tangents.Guided(guess), 5))(
+            KEY, params
+        )
     )
     exact = jax.grad(tree_loss)(params)
-    assert_trees_close(quick_jit(estimate)(guesses), jnp.broadcast_to(exact, (4, 5)), rtol=1e-3, atol=1e-3)
+    assert_trees_close(
+        quick_jit(estimate)(guesses), jnp.broadcast_to(exact, (4, 5)), rtol=1e-3, atol=1e-3
+    )
 
 
 POSITIVE = "expected {} to be a positive integer, got {}"
@@ -122,24 +132,35 @@ POSITIVE = "expected {} to be a positive integer, got {}"
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "3", None])
 def test_counts_are_checked(bad):
     for rule in (fx.WeightPerturbation, fx.FiniteDifference):
-        with pytest.raises(ValueError, match=f"{rule.__name__}: " + POSITIVE.format("num_tangents", repr(bad))):
+        with pytest.raises(
+            ValueError, match=f"{rule.__name__}: " + POSITIVE.format("num_tangents", repr(bad))
+        ):
             rule(num_tangents=bad)
     if bad is not None:
         for rule in (fx.WeightPerturbation, fx.Exact):
-            with pytest.raises(ValueError, match=f"{rule.__name__}: " + POSITIVE.format("chunk_size", repr(bad))):
+            with pytest.raises(
+                ValueError, match=f"{rule.__name__}: " + POSITIVE.format("chunk_size", repr(bad))
+            ):
                 rule(chunk_size=bad)
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.5, 1.5, float("nan")])
 def test_densities_are_checked(bad):
-    with pytest.raises(ValueError, match=rf"tangents.Sparse: expected a density in \(0, 1\], got {bad}"):
+    with pytest.raises(
+        ValueError, match=rf"tangents.Sparse: expected a density in \(0, 1\], got {bad}"
+    ):
         fx.tangents.Sparse(bad)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_stated_properties(name):
     rule = ALL[name]
-    biased = "difference" in name or name in ("weight-projection", "projection", "shrinkage", "safe")
+    biased = "difference" in name or name in (
+        "weight-projection",
+        "projection",
+        "shrinkage",
+        "safe",
+    )
     assert rule.unbiased == (not biased)
     assert rule.reverse_mode == (name == "backprop")
     exact = isinstance(rule, fx.Exact | fx.Backprop)

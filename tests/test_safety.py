@@ -94,7 +94,9 @@ def test_with_one_median_the_bound_never_grows():
     assert float(bounds[-1]) > 0
 
 
-@pytest.mark.parametrize(("name", "bad"), [("one", np.inf), ("several", np.nan), ("low-rank-several", np.nan)])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("one", np.inf), ("several", np.nan), ("low-rank-several", np.nan)]
+)
 def test_slopes_that_are_not_finite_are_skipped_and_leave_no_trace(name, bad):
     rule = filled(RULES[name])
     _, grads, after = quick_jit(lambda rule: rule.step(linear)(KEY, PARAMS, bad))(rule)
@@ -118,7 +120,9 @@ def test_without_skipping_they_go_on():
 
 def test_value_and_grad_clips_and_remembers_nothing():
     rule = filled(fx.WeightPerturbation(), clip=1.0)
-    both = quick_jit(lambda r: (fx.grad(linear, r)(KEY, PARAMS, 1e6), r.step(linear)(KEY, PARAMS, 1e6)[1]))
+    both = quick_jit(
+        lambda r: (fx.grad(linear, r)(KEY, PARAMS, 1e6), r.step(linear)(KEY, PARAMS, 1e6)[1])
+    )
     assert_trees_close(*both(rule))
     assert not rule.unbiased
     assert fx.Safe(fx.WeightPerturbation(), clip=None).unbiased
@@ -140,7 +144,9 @@ def test_a_batch_of_rules_and_keys():
     safe = fx.Safe(fx.WeightPerturbation(), clip=1.0, warm_up=1, window=7).init()
     many = jax.tree.map(lambda x: jnp.stack([x] * 3), safe)
     keys = jax.random.split(KEY, 3)
-    _, grads, after = quick_jit(jax.vmap(lambda safe, key: safe.step(linear)(key, PARAMS)))(many, keys)
+    _, grads, after = quick_jit(jax.vmap(lambda safe, key: safe.step(linear)(key, PARAMS)))(
+        many, keys
+    )
     assert after.history.sizes.shape == (3, 7)
     expected = quick_jit(lambda key: fx.grad(linear)(key, PARAMS))(keys[1])
     assert_trees_close(jax.tree.map(lambda x: x[1], grads), expected, rtol=1e-5, atol=1e-5)
@@ -153,7 +159,9 @@ def test_other_rules_are_clipped_by_their_norm_and_skipped_as_a_whole():
     x = normal(5, 16, 8)
     loss = lambda w, x, s: s * jnp.sum(jnp.tanh(x @ w))
     safe = fx.Safe(fx.ActivityPerturbation(), clip=1.0, warm_up=1).init()
-    step = quick_jit(lambda safe, s: safe.step(loss, in_axes=(None, 0, None))(KEY, PARAMS["w"], x, s))
+    step = quick_jit(
+        lambda safe, s: safe.step(loss, in_axes=(None, 0, None))(KEY, PARAMS["w"], x, s)
+    )
     _, grads, safe = step(safe, 1.0)
     np.testing.assert_allclose(safe.bound(), norm(grads), rtol=1e-5)
     _, cut, _ = step(safe, 100.0)
@@ -172,7 +180,9 @@ def measured(rule, draws=4000):
     """Relative MSE, root mean square of the cosine, and |g|, over draws."""
     g = jax.grad(linear)(PARAMS)
     flat = lambda tree: jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
-    many = quick_jit(jax.vmap(lambda key: flat(fx.grad(linear, rule)(key, PARAMS))))(jax.random.split(KEY, draws))
+    many = quick_jit(jax.vmap(lambda key: flat(fx.grad(linear, rule)(key, PARAMS))))(
+        jax.random.split(KEY, draws)
+    )
     g = flat(g)
     mse = jnp.mean(jnp.sum((many - g[None]) ** 2, axis=1)) / jnp.sum(g**2)
     cosine = many @ g / (jnp.linalg.norm(many, axis=1) * jnp.linalg.norm(g))
@@ -195,7 +205,9 @@ def test_the_inner_product_with_the_gradient_is_the_mean_square_of_the_slopes():
     rule = fx.WeightPerturbation(T.Normal(), 4)
     _, grads, after = quick_jit(fx.Safe(rule, clip=None).step(linear))(KEY, PARAMS)
     g = jax.grad(linear)(PARAMS)
-    inner = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(g), strict=True))
+    inner = sum(
+        jnp.sum(a * b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(g), strict=True)
+    )
     np.testing.assert_allclose(after.history.squares[0], inner, rtol=1e-4)
 
 
@@ -203,9 +215,14 @@ def test_clipping_normal_slopes_shortens_the_mean_by_the_share_that_is_not_clipp
     """Stein's lemma: at one median the mean is half the gradient."""
     rule = filled(fx.WeightPerturbation(T.Normal()), steps=2000, window=2000, clip=None)
     rule = dataclasses.replace(rule, clip=1.0)
-    many = quick_jit(jax.vmap(lambda key: fx.grad(linear, rule)(key, PARAMS)))(jax.random.split(KEY, 20_000))
+    many = quick_jit(jax.vmap(lambda key: fx.grad(linear, rule)(key, PARAMS)))(
+        jax.random.split(KEY, 20_000)
+    )
     g = jax.grad(linear)(PARAMS)
-    inner = sum(jnp.vdot(a.mean(0), b) for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(g), strict=True))
+    inner = sum(
+        jnp.vdot(a.mean(0), b)
+        for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(g), strict=True)
+    )
     assert float(inner) / norm(g) ** 2 == pytest.approx(0.5, abs=0.03)
 
 
@@ -213,7 +230,9 @@ def test_clipping_normal_slopes_shortens_the_mean_by_the_share_that_is_not_clipp
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"expected clip of at least 1, or None to clip nothing, got 0\.5"):
+    with pytest.raises(
+        ValueError, match=r"expected clip of at least 1, or None to clip nothing, got 0\.5"
+    ):
         fx.Safe(fx.WeightPerturbation(), clip=0.5)
     with pytest.raises(ValueError, match="expected window to be a positive integer, got 0"):
         fx.Safe(fx.WeightPerturbation(), window=0)
@@ -223,10 +242,13 @@ def test_errors():
         fx.Safe(fx.WeightPerturbation()).monitor(3)
 
 
-@pytest.mark.parametrize("rule", [fx.FDFA(), fx.Safe(fx.WeightPerturbation())], ids=["fdfa", "safe"])
+@pytest.mark.parametrize(
+    "rule", [fx.FDFA(), fx.Safe(fx.WeightPerturbation())], ids=["fdfa", "safe"]
+)
 def test_a_rule_that_learns_is_refused(rule):
     with pytest.raises(
-        TypeError, match=f"stays the same from step to step, .* got {type(rule).__name__}, which learns"
+        TypeError,
+        match=f"stays the same from step to step, .* got {type(rule).__name__}, which learns",
     ):
         fx.Safe(rule)
 
@@ -252,7 +274,9 @@ def test_a_norm_that_overflows_is_skipped():
 
 
 def test_without_skipping_an_infinite_estimate_is_not_a_number():
-    safe = dataclasses.replace(filled(fx.WeightPerturbation(), clip=1.0), rule=fx.Exact(), skip=False)
+    safe = dataclasses.replace(
+        filled(fx.WeightPerturbation(), clip=1.0), rule=fx.Exact(), skip=False
+    )
     assert jnp.isnan(fx.grad(lambda w: jnp.inf * jnp.sum(w), safe)(KEY, jnp.ones(3))).all()
 
 
@@ -270,7 +294,9 @@ def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused
     def loss(params, x):
         return jnp.sum(jnp.tanh(x @ params["w"])) + jnp.sum(params["b"])
 
-    part = lambda w, b, x: safe.step(lambda p, x: loss(p, x), in_axes=None)(KEY, {"w": w, "b": b}, x)[1:]
+    part = lambda w, b, x: safe.step(lambda p, x: loss(p, x), in_axes=None)(
+        KEY, {"w": w, "b": b}, x
+    )[1:]
     run = lambda spec: jax.shard_map(part, mesh=mesh, in_specs=(spec, whole, data), out_specs=whole)
     grads, after = quick_jit(run(whole))(PARAMS["w"], PARAMS["b"], x)
     both = lambda p, x: loss(p, x[:2]) + loss(p, x[2:])
@@ -279,14 +305,19 @@ def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused
     np.testing.assert_allclose(after.history.sizes, same.history.sizes, rtol=1e-4)
     with pytest.raises(ValueError, match=r"inside shard_map they vary over \['data'\]"):
         jax.shard_map(
-            lambda b: safe.step(lambda b: jnp.sum(b**2))(KEY, b)[0], mesh=mesh, in_specs=data, out_specs=data
+            lambda b: safe.step(lambda b: jnp.sum(b**2))(KEY, b)[0],
+            mesh=mesh,
+            in_specs=data,
+            out_specs=data,
         )(PARAMS["b"])
 
 
 def test_zero_slopes_do_not_stop_the_training():
     """Steps without a gradient leave no median behind that would cut every later slope to zero."""
     safe = fx.Safe(fx.WeightPerturbation()).init()
-    step = quick_jit(lambda safe, key, on: safe.step(lambda w: on * jnp.sum(w**2))(key, jnp.ones(21)))
+    step = quick_jit(
+        lambda safe, key, on: safe.step(lambda w: on * jnp.sum(w**2))(key, jnp.ones(21))
+    )
     for i in range(24):
         _, grads, safe = step(safe, jax.random.key(i), jnp.float32(i >= 14))
         assert bool(jnp.any(grads != 0)) == (i >= 14)
@@ -296,5 +327,9 @@ def test_zero_slopes_do_not_stop_the_training():
 def test_the_next_rule_has_the_same_types_in_double_precision():
     with jax.enable_x64(True):
         safe = fx.Safe(fx.WeightPerturbation()).init()
-        *_, after = quick_jit(lambda safe: safe.step(lambda w: jnp.sum(w**2))(jax.random.key(0), jnp.ones(3)))(safe)
-        assert [x.dtype for x in jax.tree.leaves(after.history)] == [x.dtype for x in jax.tree.leaves(safe.history)]
+        *_, after = quick_jit(
+            lambda safe: safe.step(lambda w: jnp.sum(w**2))(jax.random.key(0), jnp.ones(3))
+        )(safe)
+        assert [x.dtype for x in jax.tree.leaves(after.history)] == [
+            x.dtype for x in jax.tree.leaves(safe.history)
+        ]

@@ -41,13 +41,17 @@ DATA_PARALLEL = {
     "low-rank": fx.WeightPerturbation(fx.tangents.LowRank(), 2),
     "low-rank-chunked": fx.WeightPerturbation(fx.tangents.LowRank(), 3, chunk_size=2),
     "projection": fx.WeightPerturbation(num_tangents=3, combine=fx.combine.Projection()),
-    "projection-chunked": fx.WeightPerturbation(num_tangents=3, combine=fx.combine.Projection(), chunk_size=2),
+    "projection-chunked": fx.WeightPerturbation(
+        num_tangents=3, combine=fx.combine.Projection(), chunk_size=2
+    ),
     "shrinkage": fx.WeightPerturbation(fx.tangents.Sphere(), 2, fx.combine.Shrinkage()),
     "orthonormal": fx.WeightPerturbation(fx.tangents.Orthonormal(), 3, chunk_size=2),
     "exact": fx.Exact(),
     "exact-chunked": fx.Exact(chunk_size=3),
     "finite-difference": fx.FiniteDifference(num_tangents=3, epsilon=1e-2),
-    "finite-difference-projection": fx.FiniteDifference(num_tangents=2, combine=fx.combine.Projection(), epsilon=1e-2),
+    "finite-difference-projection": fx.FiniteDifference(
+        num_tangents=2, combine=fx.combine.Projection(), epsilon=1e-2
+    ),
     "backprop": fx.Backprop(),
 }
 
@@ -78,7 +82,9 @@ def test_exact_is_jax_grad_inside_shard_map():
 @pytest.mark.parametrize("name", ["weight", "chunked", "exact", "finite-difference"])
 def test_a_loss_summed_inside_gives_the_same(name):
     """With `psum` in the loss the slope is whole already; the key and parameters are everyone's."""
-    estimate = fx.value_and_grad(lambda params, x: lax.psum(loss(params, x), "data"), DATA_PARALLEL[name])
+    estimate = fx.value_and_grad(
+        lambda params, x: lax.psum(loss(params, x), "data"), DATA_PARALLEL[name]
+    )
     got = sharded(estimate, (P(), P(), P("data")), (P(), P()))(KEY, PARAMS, X)
     expected = quick_jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))(KEY, PARAMS, X)
     loose = {"rtol": 2e-2, "atol": 2e-2} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
@@ -91,14 +97,25 @@ def test_each_device_takes_its_own_examples():
     )
 
     def shard(key, w, x):
-        return jax.tree.map(lambda y: lax.pmean(y, "data") if y.ndim == 0 else y / 8, estimate(key, w, x))
+        return jax.tree.map(
+            lambda y: lax.pmean(y, "data") if y.ndim == 0 else y / 8, estimate(key, w, x)
+        )
 
     got = sharded(shard, (P(), P(), P("data")), (P(), P()))(KEY, jnp.ones(3), X)
     assert_trees_close(got, quick_jit(estimate)(KEY, jnp.ones(3), X), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "name", ["weight", "chunked", "signs-chunked", "low-rank", "low-rank-chunked", "projection", "finite-difference"]
+    "name",
+    [
+        "weight",
+        "chunked",
+        "signs-chunked",
+        "low-rank",
+        "low-rank-chunked",
+        "projection",
+        "finite-difference",
+    ],
 )
 def test_a_varying_key_gives_each_device_its_own_estimate(name):
     """That of its own batch by its own key, as if it were alone."""
@@ -164,12 +181,16 @@ def test_sharded_parameters_get_an_unbiased_estimate(chunk_size):
     def shard(keys, w, x):
         return jax.vmap(lambda key: fx.grad(sharded_loss, rule)(key, w, x))(keys)
 
-    got = sharded(shard, (P(), P("data"), P("data")), P(None, "data"))(jax.random.split(KEY, 8192), WEIGHTS, FEATURES)
+    got = sharded(shard, (P(), P("data"), P("data")), P(None, "data"))(
+        jax.random.split(KEY, 8192), WEIGHTS, FEATURES
+    )
     true = jax.grad(lambda w: jnp.sin(jnp.vdot(w, FEATURES)))(WEIGHTS)
     assert within(got, true)
     assert not within(got, 1.1 * true)
     errors = np.sum((np.asarray(got) - np.asarray(true)) ** 2, 1) / np.sum(np.asarray(true) ** 2)
-    assert within(errors[:, None], [(8 - 1) / 3])  # the law of eight independent signs: no two shards draw alike
+    assert within(
+        errors[:, None], [(8 - 1) / 3]
+    )  # the law of eight independent signs: no two shards draw alike
 
 
 SIDE_BY_SIDE = [
@@ -189,7 +210,9 @@ def test_sharded_and_replicated_parameters_side_by_side(rule):
     got = sharded(shard, (P(), MIXED_SPECS, P("data")), out)(keys, MIXED, FEATURES)
 
     def one_device(params):
-        return jnp.sin(jnp.vdot(params["sharded"], FEATURES) * params["scale"]) + jnp.sum(params["vector"] ** 2)
+        return jnp.sin(jnp.vdot(params["sharded"], FEATURES) * params["scale"]) + jnp.sum(
+            params["vector"] ** 2
+        )
 
     true = jax.grad(one_device)(MIXED)
     for name, leaf in got.items():
@@ -216,26 +239,38 @@ COUPLED = [
 def test_coupled_tangents_are_refused_for_sharded_parameters(tangents):
     rule = fx.WeightPerturbation(tangents)
     name = type(tangents).__name__
-    with pytest.raises(ValueError, match=f"{name} couples all coordinates of a direction, so inside shard_map"):
+    with pytest.raises(
+        ValueError, match=f"{name} couples all coordinates of a direction, so inside shard_map"
+    ):
         run_mixed(rule)
-    with pytest.raises(ValueError, match=rf"tangents={name} needs all coordinates.*Use tangents.Rademacher\(\)"):
+    with pytest.raises(
+        ValueError, match=rf"tangents={name} needs all coordinates.*Use tangents.Rademacher\(\)"
+    ):
         run_mixed(rule, sharded_loss, WEIGHTS, P("data"))
 
 
-@pytest.mark.parametrize("make", [lambda: fx.combine.Projection(), lambda: fx.combine.ControlVariate(WEIGHTS[:1])])
+@pytest.mark.parametrize(
+    "make", [lambda: fx.combine.Projection(), lambda: fx.combine.ControlVariate(WEIGHTS[:1])]
+)
 def test_coupled_combinations_are_refused_for_sharded_parameters(make):
     rule = fx.WeightPerturbation(combine=make())
     name = type(rule.combine).__name__
-    with pytest.raises(ValueError, match=rf"combine={name} needs all coordinates.*Use combine.Mean\(\)"):
+    with pytest.raises(
+        ValueError, match=rf"combine={name} needs all coordinates.*Use combine.Mean\(\)"
+    ):
         run_mixed(rule, sharded_loss, WEIGHTS, P("data"))
     if name == "Projection":
-        with pytest.raises(ValueError, match=rf"combine={name} needs all coordinates.*Use combine.Mean\(\)"):
+        with pytest.raises(
+            ValueError, match=rf"combine={name} needs all coordinates.*Use combine.Mean\(\)"
+        ):
             run_mixed(rule)
 
 
 def test_exact_is_refused_for_sharded_parameters():
     for arguments in ((), (sharded_loss, WEIGHTS, P("data"))):
-        with pytest.raises(ValueError, match="Exact: inside shard_map every parameter must be one that"):
+        with pytest.raises(
+            ValueError, match="Exact: inside shard_map every parameter must be one that"
+        ):
             run_mixed(fx.Exact(), *arguments)
 
 
@@ -248,7 +283,9 @@ def test_a_mesh_of_two_axes():
         return jnp.sum(hidden**2)
 
     def shard(keys, w, x):
-        return jax.vmap(lambda key: fx.grad(two, fx.WeightPerturbation(num_tangents=2))(key, w, x))(keys)
+        return jax.vmap(lambda key: fx.grad(two, fx.WeightPerturbation(num_tangents=2))(key, w, x))(
+            keys
+        )
 
     specs = (P(), P("model"), P("data", "model"))
     function = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P(None, "model"))
@@ -283,7 +320,9 @@ def test_jit_with_sharded_inputs_gives_the_same(name):
 EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
 
 
-@pytest.mark.parametrize("name", ["weight", "signs-chunked", "chunked", "low-rank-chunked", "exact-chunked"])
+@pytest.mark.parametrize(
+    "name", ["weight", "signs-chunked", "chunked", "low-rank-chunked", "exact-chunked"]
+)
 def test_explicit_mesh_axes_give_the_same(name):
     """The types then say how arrays are split."""
     estimate = quick_jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))
@@ -294,10 +333,15 @@ def test_explicit_mesh_axes_give_the_same(name):
     assert_trees_close(step(KEY, params, x), step(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rule", [fx.ActivityPerturbation(), fx.DirectFeedbackAlignment(KEY)], ids=["activity", "dfa"])
+@pytest.mark.parametrize(
+    "rule", [fx.ActivityPerturbation(), fx.DirectFeedbackAlignment(KEY)], ids=["activity", "dfa"]
+)
 def test_sites_refuse_explicit_mesh_axes(rule):
     x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
-    says = r"expected arrays that are not split over explicit mesh axes, got float32\[16@data,3\].*AxisType.Auto"
+    says = (
+        r"expected arrays that are not split over explicit mesh axes, got "
+        r"float32\[16@data,3\].*AxisType.Auto"
+    )
     of_example = lambda params, x: loss(params, jnp.atleast_2d(x))
     for in_axes in (None, (None, 0)):
         with pytest.raises(ValueError, match=f"{type(rule).__name__}: {says}"):
@@ -307,7 +351,10 @@ def test_sites_refuse_explicit_mesh_axes(rule):
 def test_feedback_alignment_takes_explicit_mesh_axes():
     rule = fx.FeedbackAlignment(fx.random_feedback(KEY, PARAMS))
     x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
-    params, estimate = jax.device_put(PARAMS, NamedSharding(EXPLICIT, P())), quick_jit(fx.grad(loss, rule))
+    params, estimate = (
+        jax.device_put(PARAMS, NamedSharding(EXPLICIT, P())),
+        quick_jit(fx.grad(loss, rule)),
+    )
     assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
 
@@ -325,7 +372,9 @@ def test_several_accelerators_talk_once_a_step(monkeypatch):
 
 
 def test_jit_with_sharded_parameters_gives_the_same():
-    estimate = quick_jit(fx.value_and_grad(lambda w: jnp.sum(jnp.sin(w) ** 2), fx.WeightPerturbation(num_tangents=4)))
+    estimate = quick_jit(
+        fx.value_and_grad(lambda w: jnp.sum(jnp.sin(w) ** 2), fx.WeightPerturbation(num_tangents=4))
+    )
     w = normal(4, 64)
     split = jax.device_put(w, NamedSharding(MESH, P("data")))
     assert_trees_close(estimate(KEY, split), estimate(KEY, w), rtol=1e-4, atol=1e-4)

@@ -64,7 +64,11 @@ def test_outside_a_trace_the_loss_runs_once_a_chunk(rule, calls):
 
 def test_combinations_and_tangents_do_not_run_the_loss_again():
     loss = Counted()
-    for combine in (fx.combine.Projection(), fx.combine.Shrinkage(), fx.combine.ControlVariate(jnp.ones((3, 2)))):
+    for combine in (
+        fx.combine.Projection(),
+        fx.combine.Shrinkage(),
+        fx.combine.ControlVariate(jnp.ones((3, 2))),
+    ):
         rule = fx.WeightPerturbation(fx.tangents.Guided(jnp.ones((3, 2))), 4, combine)
         loss.calls = 0
         fx.grad(loss, rule)(jax.random.key(0), *ARGS)
@@ -104,7 +108,10 @@ def dot_flops(jaxpr) -> int:
 
 def forwards(rule) -> float:
     """The matrix products of an estimate in units of a forward pass."""
-    return dot_flops(jax.make_jaxpr(fx.grad(deep, rule))(jax.random.key(0), STACK, DATA).jaxpr) / FORWARD
+    return (
+        dot_flops(jax.make_jaxpr(fx.grad(deep, rule))(jax.random.key(0), STACK, DATA).jaxpr)
+        / FORWARD
+    )
 
 
 def test_the_counter_counts_a_forward_and_a_backward_pass():
@@ -122,12 +129,14 @@ def test_the_counter_counts_a_forward_and_a_backward_pass():
 def test_the_primal_is_evaluated_once_for_all_tangents(num_tangents):
     tangent = (2 * DEPTH - 1) / DEPTH
     assert forwards(fx.WeightPerturbation(num_tangents=num_tangents)) == 1 + num_tangents * tangent
-    assert forwards(fx.WeightPerturbation(num_tangents=num_tangents, combine=fx.combine.Projection())) == (
-        1 + num_tangents * tangent
-    )
+    assert forwards(
+        fx.WeightPerturbation(num_tangents=num_tangents, combine=fx.combine.Projection())
+    ) == (1 + num_tangents * tangent)
 
 
-@pytest.mark.parametrize(("num_tangents", "chunk_size", "chunks", "size"), [(8, 2, 4, 2), (8, 1, 8, 1), (7, 4, 2, 4)])
+@pytest.mark.parametrize(
+    ("num_tangents", "chunk_size", "chunks", "size"), [(8, 2, 4, 2), (8, 1, 8, 1), (7, 4, 2, 4)]
+)
 def test_the_primal_is_evaluated_once_a_chunk(num_tangents, chunk_size, chunks, size):
     tangent = (2 * DEPTH - 1) / DEPTH
     rule = fx.WeightPerturbation(num_tangents=num_tangents, chunk_size=chunk_size)
@@ -145,8 +154,13 @@ def test_the_compiled_program_agrees():
     def flops(f, *args):
         return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 
-    stack, data = [jnp.ones((128, 128))] * DEPTH, jnp.ones((512, 128))  # wide, so that products prevail
+    stack, data = (
+        [jnp.ones((128, 128))] * DEPTH,
+        jnp.ones((512, 128)),
+    )  # wide, so that products prevail
     forward = flops(deep, stack, data)
     for k in (1, 8):
-        estimate = flops(fx.grad(deep, fx.WeightPerturbation(num_tangents=k)), jax.random.key(0), stack, data)
+        estimate = flops(
+            fx.grad(deep, fx.WeightPerturbation(num_tangents=k)), jax.random.key(0), stack, data
+        )
         assert estimate / forward == pytest.approx(1 + k * (2 - 1 / DEPTH), rel=0.05)

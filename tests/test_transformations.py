@@ -25,7 +25,9 @@ def quadratic_form(w):
 EAGER_TOO = ("dict", "real-and-complex", "per-example-aux", "local-losses", "while-loop")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in EAGER_TOO], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in EAGER_TOO], ids=lambda case: case.name
+)
 def test_jit_changes_nothing(case):
     """Of a rule with a loop over chunks: a scan under a trace and a Python loop outside."""
 
@@ -36,7 +38,15 @@ def test_jit_changes_nothing(case):
 
 
 @pytest.mark.parametrize(
-    "name", ["weight-chunked", "weight-projection", "low-rank", "activity", "exact-chunked", "finite-differences"]
+    "name",
+    [
+        "weight-chunked",
+        "weight-projection",
+        "low-rank",
+        "activity",
+        "exact-chunked",
+        "finite-differences",
+    ],
 )
 def test_vmap_over_keys_and_parameters(name):
     estimate = fx.value_and_grad(regression, ALL_RULES[name])
@@ -98,7 +108,10 @@ def test_derivatives_of_an_estimate(name):
 @pytest.mark.parametrize("outer", ["one", "exact", "finite-difference", "backprop"])
 @pytest.mark.parametrize("inner", ["one", "exact", "finite-difference", "backprop"])
 def test_nested_estimates_do_not_confuse_perturbations(outer, inner):
-    """d/dx (x · d/dy (x y)) is 2x; confused perturbations would add more. All rules are exact with one parameter."""
+    """d/dx (x · d/dy (x y)) is 2x; confused perturbations would add more.
+
+    All rules are exact with one parameter.
+    """
 
     def loss(x):
         return x * fx.grad(lambda y: x * y, LINEAR[inner])(jax.random.key(1), 2.0)
@@ -127,7 +140,9 @@ def test_training_inside_scan(name):
     keys = jax.random.split(KEY, 40)
     trained, values = quick_jit(lambda params: lax.scan(step, params, keys))(PARAMS)
     assert values[-1] < values[0]
-    if "difference" not in name:  # whose rounding, divided by a small step, differs from one program to another
+    if (
+        "difference" not in name
+    ):  # whose rounding, divided by a small step, differs from one program to another
         params, one = PARAMS, quick_jit(step)
         for key in keys[:10]:
             params, _ = one(params, key)
@@ -144,7 +159,9 @@ def test_inside_checkpoint_and_a_loss_with_checkpoint(name):
         return jnp.sum(fx.grad(quadratic_form, LINEAR[name])(KEY, w) ** 2)
 
     w = normal(6, 4)
-    plain, saved = quick_jit(lambda: (jax.grad(estimate)(w), jax.grad(jax.checkpoint(estimate))(w)))()
+    plain, saved = quick_jit(
+        lambda: (jax.grad(estimate)(w), jax.grad(jax.checkpoint(estimate))(w))
+    )()
     loose = {"rtol": 2e-2, "atol": 1e-1} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
     assert_trees_close(saved, plain, **loose)
 
@@ -186,10 +203,14 @@ def test_in_axes_of_trees_other_axes_and_keywords():
     batch = {"x": normal(1, 3, 5), "scale": normal(2, 2)}
     axes = (None, {"x": 1, "scale": None})
     scaled = {"x": batch["x"], "scale": jnp.asarray(2.0)}
-    value, grads = fx.value_and_grad(loss, fx.Exact(), in_axes=axes)(KEY, jnp.ones(3), scaled, shift=1.0)
+    value, grads = fx.value_and_grad(loss, fx.Exact(), in_axes=axes)(
+        KEY, jnp.ones(3), scaled, shift=1.0
+    )
     assert float(value) == pytest.approx(float(2 * batch["x"].sum() / 5 + 1), rel=1e-5)
     assert_trees_close(grads, 2 * batch["x"].mean(axis=1))
-    whole = fx.grad(lambda x, w: jnp.vdot(w, x), fx.Exact(), argnums=1, in_axes=(0, None))(KEY, X, jnp.ones(3))
+    whole = fx.grad(lambda x, w: jnp.vdot(w, x), fx.Exact(), argnums=1, in_axes=(0, None))(
+        KEY, X, jnp.ones(3)
+    )
     assert_trees_close(whole, X.mean(axis=0))
 
 

@@ -1,8 +1,9 @@
 """Law 2: every rule that says it is unbiased is, on every case.
 
-By the library's own `assert_unbiased`: exactly, by the sum over basis noise, and by draws, for each coordinate, each
-leaf and the whole. Power: a common factor of 1 ± 0.05, or a leaf off by half, is found with probability 0.99. Exact
-rules need no draws: they are compared with JAX's gradient on every case in the law of the form.
+By the library's own `assert_unbiased`: exactly, by the sum over basis noise, and by draws, for each
+coordinate, each leaf and the whole. Power: a common factor of 1 ± 0.05, or a leaf off by half, is
+found with probability 0.99. Exact rules need no draws: they are compared with JAX's gradient on
+every case in the law of the form.
 """
 
 import jax
@@ -16,20 +17,30 @@ pytestmark = pytest.mark.usefixtures("compile_quickly")
 POWER = {"tolerance": 0.05, "power": 0.99}
 RULE = fx.WeightPerturbation()
 CHUNKED = fx.WeightPerturbation(num_tangents=3, chunk_size=2)
-MIXED = (normal(1, 2), normal(2, 1, dtype=jnp.complex64), normal(3, 2, 3))  # a matrix for low-rank directions
+MIXED = (
+    normal(1, 2),
+    normal(2, 1, dtype=jnp.complex64),
+    normal(3, 2, 3),
+)  # a matrix for low-rank directions
 GUESS = jax.tree.map(lambda x: 0.5 * x + 0.2, MIXED)
 
 
 def mixed_loss(params):
     """Real and complex leaves, none of whose gradients vanishes, coupled."""
     a, z, b = params
-    return jnp.sum(jnp.sin(a)) * jnp.sum((jnp.ones(2) @ b) ** 2) + jnp.sum(jnp.abs(z) ** 2) + jnp.sum(z**2).imag
+    return (
+        jnp.sum(jnp.sin(a)) * jnp.sum((jnp.ones(2) @ b) ** 2)
+        + jnp.sum(jnp.abs(z) ** 2)
+        + jnp.sum(z**2).imag
+    )
 
 
 @pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
 def test_signs_are_unbiased_on_every_case(case):
     assert RULE.unbiased
-    shown = fx.testing.assert_unbiased(RULE, case.loss, case.args, kwargs=case.kwargs, **case.options, **POWER)
+    shown = fx.testing.assert_unbiased(
+        RULE, case.loss, case.args, kwargs=case.kwargs, **case.options, **POWER
+    )
     assert shown.basis_sum
     assert shown.detectable_bias <= 0.051
     assert shown.detectable_leaf_bias <= 0.51

@@ -1,4 +1,7 @@
-"""The update that never holds a gradient: the same step, and its memory. Compiled programs only, no timing."""
+"""The update that never holds a gradient: the same step, and its memory.
+
+Compiled programs only, no timing.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +85,9 @@ def test_complex_parameters_traced_and_eagerly():
 def test_an_eager_loss_may_branch_on_values():
     loss = lambda w: jnp.sum(w**2) if w[0] > 0 else jnp.sum(w)
     w = jnp.array([1.0, 2.0])
-    assert_trees_close(fx.update(loss, learning_rate=0.1)(KEY, w)[1], w - 0.1 * fx.grad(loss)(KEY, w), rtol=1e-5)
+    assert_trees_close(
+        fx.update(loss, learning_rate=0.1)(KEY, w)[1], w - 0.1 * fx.grad(loss)(KEY, w), rtol=1e-5
+    )
 
 
 def test_a_safe_rule_remembers():
@@ -108,15 +113,23 @@ def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
 
     @quick_jit
     def step(key, params, rule, momentum):
-        _, grads, *_ = rule.step(stack)(key, params, X) if safe else fx.value_and_grad(stack, rule)(key, params, X)
-        _, params, *state = fx.update(stack, rule, learning_rate=0.1, momentum=momentum)(key, params, X)
+        _, grads, *_ = (
+            rule.step(stack)(key, params, X)
+            if safe
+            else fx.value_and_grad(stack, rule)(key, params, X)
+        )
+        _, params, *state = fx.update(stack, rule, learning_rate=0.1, momentum=momentum)(
+            key, params, X
+        )
         return grads, params, *(state if safe else [rule, *state])
 
     params, held, last, momentum = PARAMS, PARAMS, [], fx.Momentum(decay, window).init(KEY, rule)
     for key in jax.random.split(KEY, 7):
         grads, params, rule, momentum = step(key, params, rule, momentum)
         last = [*last, grads][-window:]
-        total = jax.tree.map(lambda *each: sum(decay**s * g for s, g in enumerate(reversed(each))), *last)
+        total = jax.tree.map(
+            lambda *each: sum(decay**s * g for s, g in enumerate(reversed(each))), *last
+        )
         held = jax.tree.map(lambda w, m: w - 0.1 * m, held, total)
         assert_trees_close(params, held, rtol=1e-4, atol=1e-5)
     assert int(momentum.num_steps) == 7
@@ -124,14 +137,20 @@ def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
 
 def test_momentum_with_examples_needs_no_init():
     """A window as long as the run is the momentum of any optimiser."""
-    loss, axes, rule = (lambda w, x: jnp.sum(jnp.tanh(x @ w))), (None, 0), W(T.LowRank(per_example=True), 2)
+    loss, axes, rule = (
+        (lambda w, x: jnp.sum(jnp.tanh(x @ w))),
+        (None, 0),
+        W(T.LowRank(per_example=True), 2),
+    )
     w, total, momentum = PARAMS["w"][0], 0.0, fx.Momentum(0.5, 3)
     assert momentum.init(KEY, rule, len(X)).coefficients.shape == (3, 2, 4)
 
     @quick_jit
     def step(key, w, momentum):
         grads = fx.grad(loss, rule, in_axes=axes)(key, w, X)
-        return grads, *fx.update(loss, rule, learning_rate=0.1, momentum=momentum, in_axes=axes)(key, w, X)[1:]
+        return grads, *fx.update(loss, rule, learning_rate=0.1, momentum=momentum, in_axes=axes)(
+            key, w, X
+        )[1:]
 
     for i in range(3):
         grads, new, momentum = step(jax.random.key(i), w, momentum)
@@ -145,7 +164,13 @@ def test_momentum_with_examples_needs_no_init():
 
 def temporaries(function, *args, **options) -> int:
     """Bytes."""
-    return jax.jit(function, **options).lower(*args).compile(QUICK).memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(function, **options)
+        .lower(*args)
+        .compile(QUICK)
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def of_update(loss, rule, params, x):
@@ -191,10 +216,12 @@ def test_momentum_takes_no_copy_of_the_parameters():
     params, x = inputs()
     momentum = fx.Momentum().init(KEY, W(T.LowRank()))
     assert sum(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(momentum)) < 1000
-    step = lambda key, params, momentum, x: fx.update(stack, W(T.LowRank()), learning_rate=0.1, momentum=momentum)(
-        key, params, x
+    step = lambda key, params, momentum, x: fx.update(
+        stack, W(T.LowRank()), learning_rate=0.1, momentum=momentum
+    )(key, params, x)
+    assert temporaries(step, KEY, params, momentum, x, donate_argnums=(1, 2)) <= bound(
+        stack, params, x
     )
-    assert temporaries(step, KEY, params, momentum, x, donate_argnums=(1, 2)) <= bound(stack, params, x)
 
 
 def test_dense_signs_are_unpacked_where_they_are_used():
@@ -206,7 +233,11 @@ def test_dense_signs_are_unpacked_where_they_are_used():
 
 def test_leaves_are_updated_one_after_the_other():
     """No summand is held; a gradient is as large as all parameters."""
-    params, x, rule = [jnp.zeros((128, 128)) for _ in range(12)], jnp.zeros((4, 128)), W(T.LowRank(), 4)
+    params, x, rule = (
+        [jnp.zeros((128, 128)) for _ in range(12)],
+        jnp.zeros((4, 128)),
+        W(T.LowRank(), 4),
+    )
     assert of_update(mlp, rule, params, x) < 1.5 * params[0].nbytes
     step = lambda key, p, x: jax.tree.map(lambda w, g: w - g, p, fx.grad(mlp, rule)(key, p, x))
     assert temporaries(step, KEY, params, x, donate_argnums=1) > 11 * params[0].nbytes
@@ -216,11 +247,15 @@ def test_leaves_are_updated_one_after_the_other():
 
 
 def test_other_rules_are_refused():
-    with pytest.raises(TypeError, match=r"expected forwax.WeightPerturbation, .* got ActivityPerturbation"):
+    with pytest.raises(
+        TypeError, match=r"expected forwax.WeightPerturbation, .* got ActivityPerturbation"
+    ):
         fx.update(stack, fx.ActivityPerturbation(), learning_rate=0.1)
     with pytest.raises(TypeError, match=r"one of tangents.Rademacher\(\), .* got Orthonormal"):
         fx.update(stack, fx.Safe(W(T.Orthonormal())), learning_rate=0.1)
-    with pytest.raises(ValueError, match=r"expected combine.Mean\(\) or combine.Shrinkage\(\), got Projection"):
+    with pytest.raises(
+        ValueError, match=r"expected combine.Mean\(\) or combine.Shrinkage\(\), got Projection"
+    ):
         fx.update(stack, W(combine=fx.combine.Projection()), learning_rate=0.1)
     with pytest.raises(ValueError, match="needs examples: expected in_axes"):
         fx.update(stack, W(T.LowRank(per_example=True)), learning_rate=0.1)(KEY, PARAMS, X)
@@ -234,7 +269,10 @@ def test_momenta_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="expected num_examples, got None"):
         fx.Momentum().init(KEY, W(T.LowRank(per_example=True)))
     momentum = fx.Momentum().init(KEY, W(num_tangents=2))
-    with pytest.raises(ValueError, match=r"expected a key of \(2,\) words and slopes \[2\] in each step, got .* \[1\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a key of \(2,\) words and slopes \[2\] in each step, got .* \[1\]",
+    ):
         fx.update(stack, learning_rate=0.1, momentum=momentum)(KEY, PARAMS, X)
 
 

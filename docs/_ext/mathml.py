@@ -18,7 +18,9 @@ def visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
 
 
 def visit_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    translator.body.append(f'<div class="math notranslate nohighlight">{_convert(node, as_block=True)}</div>\n')
+    translator.body.append(
+        f'<div class="math notranslate nohighlight">{_convert(node, as_block=True)}</div>\n'
+    )
     raise nodes.SkipNode
 
 
@@ -33,7 +35,9 @@ def _convert(node: nodes.Node, *, as_block: bool) -> str:
 def _adjusted(formula: str) -> str:
     """Without the space that browsers put around bars and slashes, and with accents above the letter in every font."""
     close = r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>'
-    return re.sub(r'<mo(?: stretchy="false")?>([|/])</mo>', close, formula).replace(' accent="true"', "")
+    return re.sub(r'<mo(?: stretchy="false")?>([|/])</mo>', close, formula).replace(
+        ' accent="true"', ""
+    )
 
 
 def setup(app: Sphinx) -> dict:

@@ -15,12 +15,18 @@ def escaped(lines: list[str]) -> Iterator[str]:
 
 
 def _outside_backticks(line: str) -> str:
-    line = re.sub(r"^(\s*\d+)\.$", r"\1\\.", line)  # a number alone is a value, not the start of a list
+    line = re.sub(
+        r"^(\s*\d+)\.$", r"\1\\.", line
+    )  # a number alone is a value, not the start of a list
     parts = line.split("`")
-    return "`".join(part if i % 2 else re.sub(r"(?=[|*])", r"\\", part) for i, part in enumerate(parts))
+    return "`".join(
+        part if i % 2 else re.sub(r"(?=[|*])", r"\\", part) for i, part in enumerate(parts)
+    )
 
 
-def escape(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def escape(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
     lines[:] = escaped(lines)
 
 

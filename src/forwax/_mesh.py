@@ -1,6 +1,7 @@
 """What a value varies over inside `jax.shard_map`, and the sums and casts that follow from it.
 
-Outside `shard_map`, and with `check_vma=False`, nothing varies and every function here is the identity.
+Outside `shard_map`, and with `check_vma=False`, nothing varies and every function here is the
+identity.
 """
 
 from collections.abc import Iterable

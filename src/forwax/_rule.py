@@ -19,8 +19,9 @@ from forwax.tangents._base import typed_key
 class Rule(abc.ABC):
     """How a gradient is estimated.
 
-    A subclass is a frozen dataclass registered with `jax.tree_util.register_dataclass`: arrays are leaves, counts and
-    flags static, so that a rule can be an argument of a jitted function and a new value never retraces.
+    A subclass is a frozen dataclass registered with `jax.tree_util.register_dataclass`: arrays are
+    leaves, counts and flags static, so that a rule can be an argument of a jitted function and a
+    new value never retraces.
     """
 
     reverse_mode: ClassVar[bool] = False
@@ -43,11 +44,13 @@ class Rule(abc.ABC):
             problem: the parameters and the objective as a function of them.
 
         Returns:
-            `(value, aux, grads)`: the objective's own value and aux, and a tree of the structure, shapes and dtypes of
-            the parameters.
+            `(value, aux, grads)`: the objective's own value and aux, and a tree of the structure,
+            shapes and dtypes of the parameters.
         """
 
-    def guarded(self, key: Array, problem: Problem, guard: Callable[[Array], Array]) -> tuple[Array, Tree, Tree, Array]:
+    def guarded(
+        self, key: Array, problem: Problem, guard: Callable[[Array], Array]
+    ) -> tuple[Array, Tree, Tree, Array]:
         """An estimate of which the slopes are guarded; see `forwax.Safe`.
 
         Args:
@@ -56,8 +59,8 @@ class Rule(abc.ABC):
             guard: takes slopes to the slopes to use, elementwise.
 
         Returns:
-            `(value, aux, grads, slopes)`, with the slopes before the guard. A rule without slopes guards the norm of
-            its estimate instead, and gives this norm [1].
+            `(value, aux, grads, slopes)`, with the slopes before the guard. A rule without slopes
+            guards the norm of its estimate instead, and gives this norm [1].
         """
         check_replicated(type(self).__name__, problem.params, _mesh.axes(key))
         value, aux, grads = self.estimate(key, problem)
@@ -79,7 +82,8 @@ class Rule(abc.ABC):
 class LearningRule(Rule):
     """A rule that changes from step to step; being a frozen value, it hands out its successor.
 
-    A subclass says in `advance` what a step is; `forwax.value_and_grad` takes the rule as it is and changes nothing.
+    A subclass says in `advance` what a step is; `forwax.value_and_grad` takes the rule as it is and
+    changes nothing.
     """
 
     @abc.abstractmethod
@@ -131,7 +135,8 @@ def check_rule(name: str, rule: object) -> None:
     """Raise a TypeError for what is no rule."""
     if not isinstance(rule, Rule):
         raise TypeError(
-            f"{name}: expected a rule, such as forwax.WeightPerturbation(), got {rule!r}. argnums, has_aux and in_axes "
+            f"{name}: expected a rule, such as forwax.WeightPerturbation(), got {rule!r}. argnums, "
+            f"has_aux and in_axes "
             "are keyword arguments."
         )
 
@@ -150,7 +155,8 @@ def check_shared(name: str, tangents: Tangents) -> None:
     """Raise a ValueError for directions of each example's own, which weight perturbation alone can follow."""
     if isinstance(tangents, LowRank) and tangents.per_example:
         raise ValueError(
-            f"{name}: expected tangents without per_example=True, which forwax.WeightPerturbation alone can follow, "
+            f"{name}: expected tangents without per_example=True, which forwax.WeightPerturbation "
+            f"alone can follow, "
             f"got {tangents}. Use that rule, or per_example=False."
         )
 
@@ -160,6 +166,7 @@ def check_replicated(name: str, params: Tree, key_axes: frozenset[str]) -> None:
     sharded = sorted({axis for over in _mesh.tree_axes(params) for axis in over - key_axes})
     if sharded:
         raise ValueError(
-            f"{name}: slopes can be guarded where every device holds all parameters, but inside shard_map they vary "
+            f"{name}: slopes can be guarded where every device holds all parameters, but inside "
+            f"shard_map they vary "
             f"over {sharded}. Replicate the parameters, or leave forwax.Safe out."
         )

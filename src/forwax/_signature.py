@@ -21,10 +21,12 @@ from forwax._tree import Tree, describe
 class LocalLosses:
     """Losses of a program's parts, whose sum is the objective.
 
-    Return it from a loss in place of a scalar: a rule may then credit each part with the losses that it can reach.
+    Return it from a loss in place of a scalar: a rule may then credit each part with the losses
+    that it can reach.
 
     Attributes:
-        tree: a pytree of real floating arrays of any shapes; the objective is the sum of all their entries.
+        tree: a pytree of real floating arrays of any shapes; the objective is the sum of all their
+            entries.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -45,8 +47,9 @@ class Problem:
         params: the differentiated argument, or the tuple of them when `argnums` is a sequence.
         objective: takes params to `(value, aux)`, a real floating scalar and a pytree of arrays.
         restore: takes the objective's aux to the user's own, in which leaves need not be arrays.
-        example: takes params and one example's mapped leaves to `(losses, aux)`: the loss of one example, or of the
-            whole batch when nothing is mapped, as the list of its parts, whose sum it is.
+        example: takes params and one example's mapped leaves to `(losses, aux)`: the loss of one
+            example, or of the whole batch when nothing is mapped, as the list of its parts, whose
+            sum it is.
         mapped: the arrays of all examples.
         mapped_axes: the axis of examples of each of them.
 
@@ -108,7 +111,9 @@ class Signature:
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
-            raise TypeError(f"{self.name}: expected a function as the loss, got {type(self.loss).__name__}.")
+            raise TypeError(
+                f"{self.name}: expected a function as the loss, got {type(self.loss).__name__}."
+            )
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
         """Fix everything but the differentiated arguments; raises on a bad call before the loss is run."""
@@ -151,14 +156,17 @@ class Signature:
         for number in numbers:
             if not -num_args <= number < num_args:
                 raise TypeError(
-                    f"{self.name}: argnums={self.argnums} needs at least {number + 1 if number >= 0 else -number} "
-                    f"positional arguments{' after the key' if self.keyed else ''}, got {num_args}. argnums count the "
+                    f"{self.name}: argnums={self.argnums} needs at least "
+                    f"{number + 1 if number >= 0 else -number} "
+                    f"positional arguments{' after the key' if self.keyed else ''}, got "
+                    f"{num_args}. argnums count the "
                     f"loss's own arguments: call f({'key, ' if self.keyed else ''}*args)."
                 )
         numbers = tuple(number % num_args for number in numbers)
         if len(set(numbers)) < len(numbers):
             raise ValueError(
-                f"{self.name}: expected each argument once in argnums, got {self.argnums} for {num_args} arguments. "
+                f"{self.name}: expected each argument once in argnums, got {self.argnums} for "
+                f"{num_args} arguments. "
                 "The gradient of an argument that is named twice would be split between both."
             )
         return numbers
@@ -166,22 +174,28 @@ class Signature:
     def _in_axes(self, args: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:
         if self.in_axes is None:
             return None
-        in_axes = (self.in_axes,) * len(args) if isinstance(self.in_axes, int) else tuple(self.in_axes)
+        in_axes = (
+            (self.in_axes,) * len(args) if isinstance(self.in_axes, int) else tuple(self.in_axes)
+        )
         if len(in_axes) != len(args):
             raise ValueError(
-                f"in_axes must have one entry for each positional argument of the loss: expected {len(args)}, got "
+                f"in_axes must have one entry for each positional argument of the loss: expected "
+                f"{len(args)}, got "
                 f"{len(in_axes)} in {self.in_axes}. Keyword arguments are not mapped."
             )
         for number in numbers:
             if jax.tree.leaves(in_axes[number]):
                 raise ValueError(
-                    f"in_axes maps argument {number}, which is differentiated: got in_axes[{number}]="
-                    f"{in_axes[number]}. The loss of one example takes all parameters; write None there, as in "
+                    f"in_axes maps argument {number}, which is differentiated: got "
+                    f"in_axes[{number}]="
+                    f"{in_axes[number]}. The loss of one example takes all parameters; write None "
+                    f"there, as in "
                     "in_axes=(None, 0, 0)."
                 )
         if not jax.tree.leaves(in_axes):
             raise ValueError(
-                f"in_axes={self.in_axes} maps no argument, so there are no examples. Pass in_axes=None for a loss of "
+                f"in_axes={self.in_axes} maps no argument, so there are no examples. Pass "
+                f"in_axes=None for a loss of "
                 "the whole batch."
             )
         _check_batch(in_axes, args)
@@ -193,7 +207,8 @@ class Signature:
             return out, None
         if not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(
-                f"has_aux=True: expected the loss to return a pair (loss, aux), got {_type_name(out)}. Return a pair, "
+                f"has_aux=True: expected the loss to return a pair (loss, aux), got "
+                f"{_type_name(out)}. Return a pair, "
                 "or drop has_aux."
             )
         return out
@@ -214,7 +229,9 @@ class _Statics:
 
     def join(self, arrays: list[Any]) -> Tree:
         remaining = iter(arrays)
-        return self.structure.unflatten([next(remaining) if leaf is None else leaf for leaf in self.leaves])
+        return self.structure.unflatten(
+            [next(remaining) if leaf is None else leaf for leaf in self.leaves]
+        )
 
 
 def objective_value(out: Any) -> Array:
@@ -233,13 +250,17 @@ def loss_parts(out: Any) -> list[Array]:
     if not _is_array(out) or jnp.shape(out) != ():
         shown = f"shape: {jnp.shape(out)}" if _is_array(out) else f"type: {_type_name(out)}"
         raise TypeError(
-            f"Gradient only defined for scalar-output functions. Output had {shown}. Return a scalar, "
-            "forwax.LocalLosses(tree) for the sum of several losses, or (loss, aux) with has_aux=True."
+            f"Gradient only defined for scalar-output functions. Output had {shown}. Return a "
+            f"scalar, "
+            "forwax.LocalLosses(tree) for the sum of several losses, or (loss, aux) with "
+            "has_aux=True."
         )
     return [_checked_real(out)]
 
 
-def _split_mapped(args: tuple[Any, ...], in_axes: Any) -> tuple[tuple[Array, ...], tuple[int, ...], Callable]:
+def _split_mapped(
+    args: tuple[Any, ...], in_axes: Any
+) -> tuple[tuple[Array, ...], tuple[int, ...], Callable]:
     """The mapped leaves of the arguments, their axes, and how to put slices of them back."""
     leaves, structure = jax.tree.flatten(args)
     axes: list[int | None] = []
@@ -247,13 +268,21 @@ def _split_mapped(args: tuple[Any, ...], in_axes: Any) -> tuple[tuple[Array, ...
         axes = [None] * len(leaves)
     else:
         jax.tree.map(
-            lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))), in_axes, args, is_leaf=_is_none
+            lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))),
+            in_axes,
+            args,
+            is_leaf=_is_none,
         )
-    mapped = tuple(jnp.asarray(leaf) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None)
+    mapped = tuple(
+        jnp.asarray(leaf) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None
+    )
 
     def rebuild(slices: Sequence[Array]) -> list[Any]:
         remaining = iter(slices)
-        full = [leaf if axis is None else next(remaining) for leaf, axis in zip(leaves, axes, strict=True)]
+        full = [
+            leaf if axis is None else next(remaining)
+            for leaf, axis in zip(leaves, axes, strict=True)
+        ]
         return list(structure.unflatten(full))
 
     return mapped, tuple(axis for axis in axes if axis is not None), rebuild
@@ -267,7 +296,8 @@ def _checked_real(leaf: Any) -> Array:
     leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
-            "value_and_grad requires real-valued outputs (output dtype that is a sub-dtype of np.floating), but got "
+            "value_and_grad requires real-valued outputs (output dtype that is a sub-dtype of "
+            "np.floating), but got "
             f"{leaf.dtype}. Return a real loss, such as jnp.abs(z)**2 of a complex z."
         )
     return leaf
@@ -277,9 +307,12 @@ def _check_leaves(arg: Tree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
         if not (_is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)):
             raise TypeError(
-                "value_and_grad requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
-                f"np.inexact), but got {describe(leaf)} at {jax.tree_util.keystr(path) or 'the argument itself'}. "
-                "Differentiate the floating leaves only: eqx.partition(model, eqx.is_inexact_array) for Equinox, "
+                "value_and_grad requires real- or complex-valued inputs (input dtype that is a "
+                "sub-dtype of "
+                f"np.inexact), but got {describe(leaf)} at "
+                f"{jax.tree_util.keystr(path) or 'the argument itself'}. "
+                "Differentiate the floating leaves only: eqx.partition(model, "
+                "eqx.is_inexact_array) for Equinox, "
                 "nnx.split(model, nnx.Param, ...) for Flax NNX."
             )
 
@@ -292,12 +325,14 @@ def _check_batch(in_axes: tuple[Any, ...], args: tuple[Any, ...]) -> None:
             shape = jnp.shape(leaf)
             if not len(shape) > axis >= -len(shape):
                 raise ValueError(
-                    f"in_axes: expected arrays that have the axis {axis} along which they are mapped, got an argument "
+                    f"in_axes: expected arrays that have the axis {axis} along which they are "
+                    f"mapped, got an argument "
                     f"of shape {shape}. Write None for what all examples share."
                 )
             if shape[axis] == 0:
                 raise ValueError(
-                    f"in_axes: expected at least one example, got an empty batch: an argument of shape {shape} mapped "
+                    f"in_axes: expected at least one example, got an empty batch: an argument of "
+                    f"shape {shape} mapped "
                     f"along axis {axis}. The mean over no example is undefined."
                 )
 
@@ -312,7 +347,11 @@ def _type_name(value: Any) -> str:
     return f"a tuple of length {len(value)}" if isinstance(value, tuple) else type(value).__name__
 
 
-_FIRST = "The returned function takes one leading key before the loss's own arguments: f(jax.random.key(0), *args)."
+_FIRST = (
+    "The returned function takes one leading key before the loss's own "
+    "arguments: "
+    "f(jax.random.key(0), *args)."
+)
 
 
 def check_key(key: Any, name: str, what: str = "the first argument", advice: str = _FIRST) -> Array:
@@ -322,7 +361,8 @@ def check_key(key: Any, name: str, what: str = "the first argument", advice: str
         if shape == ():
             return key
         raise TypeError(
-            f"{name}: expected one PRNG key as {what}, got an array of keys of shape {shape}. Take one of them, or map "
+            f"{name}: expected one PRNG key as {what}, got an array of keys of shape {shape}. Take "
+            f"one of them, or map "
             "over them with jax.vmap."
         )
     if dtype == np.uint32 and shape in ((2,), (4,)):

@@ -1,7 +1,8 @@
 """Pytree algebra: the parameters as one flat vector of real coordinates, without ever building that vector.
 
-A complex leaf counts as two real coordinates, stacked on a new leading axis. Everything below this module works on
-lists of real arrays only, so that no distribution of tangents has to know what a complex number is.
+A complex leaf counts as two real coordinates, stacked on a new leading axis. Everything below this
+module works on lists of real arrays only, so that no distribution of tangents has to know what a
+complex number is.
 """
 
 import math
@@ -76,7 +77,10 @@ def split_flat(flat: Array, specs: Sequence[Spec]) -> list[Array]:
     ends = np.cumsum(sizes)
     lead = flat.shape[:-1]
     parts = [flat[..., end - size : end] for size, end in zip(sizes, ends, strict=True)]
-    return [part.reshape(lead + spec.shape).astype(spec.dtype) for part, spec in zip(parts, specs, strict=True)]
+    return [
+        part.reshape(lead + spec.shape).astype(spec.dtype)
+        for part, spec in zip(parts, specs, strict=True)
+    ]
 
 
 def join_flat(leaves: Sequence[Array]) -> Array:
@@ -90,7 +94,9 @@ def basis(index: Array, specs: Sequence[Spec], scale: float = 1.0) -> list[Array
     sizes = [math.prod(spec.shape) for spec in specs]
     starts = np.cumsum([0, *sizes[:-1]])
     return [
-        jnp.where(jnp.arange(size) + start == index, scale, 0.0).astype(spec.dtype).reshape(spec.shape)
+        jnp.where(jnp.arange(size) + start == index, scale, 0.0)
+        .astype(spec.dtype)
+        .reshape(spec.shape)
         for spec, size, start in zip(specs, sizes, starts, strict=True)
     ]
 

@@ -1,8 +1,8 @@
 """From slopes and tangents to an estimate, leaf by leaf, also inside `jax.shard_map`.
 
-Inside `shard_map` a replicated parameter sees every device's loss: as `jax.grad` does, the slope is summed over the
-mesh axes on which the loss varies and the parameter does not. A key that varies over an axis gives each device along it
-an estimate of its own, and nothing is summed there.
+Inside `shard_map` a replicated parameter sees every device's loss: as `jax.grad` does, the slope is
+summed over the mesh axes on which the loss varies and the parameter does not. A key that varies
+over an axis gives each device along it an estimate of its own, and nothing is summed there.
 """
 
 import dataclasses
@@ -41,7 +41,9 @@ class Assembly:
         """The empty sum: zeros in at least float32."""
 
         def zero(leaf: Array) -> Array:
-            return _mesh.vary(jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype)), self._axes(leaf))
+            return _mesh.vary(
+                jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype)), self._axes(leaf)
+            )
 
         return jax.tree.map(zero, self.params)
 
@@ -81,8 +83,10 @@ class Assembly:
 
     def _refuse(self, field: str, value: object, instead: str) -> None:
         raise ValueError(
-            f"{field}={type(value).__name__} needs all coordinates of a direction in one place, but inside shard_map "
-            f"the parameters are sharded over mesh axes that the loss sums over. Use {instead}, which works shard by "
+            f"{field}={type(value).__name__} needs all coordinates of a direction in one place, "
+            f"but inside shard_map "
+            f"the parameters are sharded over mesh axes that the loss sums over. Use {instead}, "
+            f"which works shard by "
             "shard."
         )
 

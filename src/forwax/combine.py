@@ -1,8 +1,8 @@
 """How k slopes and tangents become one estimate.
 
-Every combination is linear in the tangents: ĝ = offset + Σ_j a_j v_j with coefficients a_j that it computes from the
-slopes c_j = <g, v_j>. Inner products, slopes and sums are taken in at least float32 over one flat vector of all
-differentiated leaves.
+Every combination is linear in the tangents: ĝ = offset + Σ_j a_j v_j with coefficients a_j that it
+computes from the slopes c_j = <g, v_j>. Inner products, slopes and sums are taken in at least
+float32 over one flat vector of all differentiated leaves.
 """
 
 import abc
@@ -113,12 +113,13 @@ class Shrinkage(Combine):
 class Projection(Combine):
     """ĝ = V (VᵀV)⁻¹ Vᵀ g, the gradient projected on the span of the tangents (FROG, Flügel et al. 2024).
 
-    Relative MSE 1 - k/n for tangents in general position; the mean is (k/n) g, and the estimate is never longer
-    than g, so that backprop's learning rate serves as it is. Holds all k tangents.
+    Relative MSE 1 - k/n for tangents in general position; the mean is (k/n) g, and the estimate is
+    never longer than g, so that backprop's learning rate serves as it is. Holds all k tangents.
 
-    The k × k Gram matrix of the tangents, scaled to unit length, is factored by Cholesky after 8 k ε is added to its
-    diagonal, with ε the rounding unit of its dtype. The guard changes an estimate from well separated tangents by a
-    relative 8 k ε, and keeps dependent ones (duplicates, k > n, zeros) finite and the estimate in their span.
+    The k × k Gram matrix of the tangents, scaled to unit length, is factored by Cholesky after 8 k
+    ε is added to its diagonal, with ε the rounding unit of its dtype. The guard changes an estimate
+    from well separated tangents by a relative 8 k ε, and keeps dependent ones (duplicates, k > n,
+    zeros) finite and the estimate in their span.
 
     Example:
         >>> import forwax as fx
@@ -158,8 +159,8 @@ class Projection(Combine):
 class ControlVariate(Combine):
     """ĝ = h + mean_j (c_j - <h, v_j>) v_j: only what the guess h misses is estimated.
 
-    Unbiased for any h that does not depend on the tangents; relative MSE M |g - h|² / |g|², where M is the law of the
-    mean, so that it helps exactly when |g - h| < |g|.
+    Unbiased for any h that does not depend on the tangents; relative MSE M |g - h|² / |g|², where M
+    is the law of the mean, so that it helps exactly when |g - h| < |g|.
 
     Attributes:
         guess: a pytree like the parameters, in the convention of `jax.grad`.
@@ -184,7 +185,9 @@ class ControlVariate(Combine):
         """The guess plus the mean."""
         guess = jax.tree.leaves(self.guess)
         leaves, structure = jax.tree.flatten(total)
-        return structure.unflatten([h + x / num_tangents for h, x in zip(guess, leaves, strict=True)])
+        return structure.unflatten(
+            [h + x / num_tangents for h, x in zip(guess, leaves, strict=True)]
+        )
 
     def relative_mse(self, mean: float, n: int, num_tangents: int) -> float:
         """That of the mean, which is the law for a guess of zero."""
@@ -196,7 +199,8 @@ def _check_guess(guess: Tree, tangents: Tree) -> None:
     got = [jnp.shape(x) for x in jax.tree.leaves(guess)]
     if expected != got:
         raise ValueError(
-            f"combine.ControlVariate: the guess must have the parameters' structure; expected leaf shapes {expected}, "
+            f"combine.ControlVariate: the guess must have the parameters' structure; expected leaf "
+            f"shapes {expected}, "
             f"got {got}."
         )
 

@@ -5,7 +5,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-_COLUMNS = ("gradient", "predicted MSE", "measured MSE", "cosine", "arithmetic", "temporaries", "time", "× backprop")
+_COLUMNS = (
+    "gradient",
+    "predicted MSE",
+    "measured MSE",
+    "cosine",
+    "arithmetic",
+    "temporaries",
+    "time",
+    "× backprop",
+)
 _NUMBERS = range(1, len(_COLUMNS))
 LEAN = 4
 """How many times less memory than backprop's is worth a word."""
@@ -18,13 +27,16 @@ class DiagnosisRow:
     Attributes:
         name: what it is.
         predicted_mse: the law of E|ĝ - g|² / |g|²; None where there is none.
-        mse: the mean of |ĝ - g|² / |g|² over the draws, and its standard error; None without a reference.
+        mse: the mean of |ĝ - g|² / |g|² over the draws, and its standard error; None without a
+            reference.
         cosine: the mean cosine of ĝ and g, and its standard error; None without a reference.
-        flops: the arithmetic operations of the compiled program, as XLA counts them; a loop's body counts once.
+        flops: the arithmetic operations of the compiled program, as XLA counts them; a loop's body
+            counts once.
         temporary_bytes: what the compiled program needs beside its arguments and results.
         seconds: the median time of one call.
         unbiased: whether the mean of the estimate is the gradient.
-        reverse_mode: whether the rule runs reverse mode; it is then never advised in place of backprop.
+        reverse_mode: whether the rule runs reverse mode; it is then never advised in place of
+            backprop.
         error: why it does not run; None when it does.
     """
 
@@ -114,12 +126,22 @@ class Diagnosis:
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text, the columns' names first."""
         loss = self.loss.cells(self.backprop)
-        return [_COLUMNS, (loss[0], "", "", "", *loss[4:]), *(row.cells(self.backprop) for row in self.rows[1:])]
+        return [
+            _COLUMNS,
+            (loss[0], "", "", "", *loss[4:]),
+            *(row.cells(self.backprop) for row in self.rows[1:]),
+        ]
 
     def notes(self) -> list[str]:
         """What the figures mean, and why a row does not run."""
-        against = f"the exact gradient by {self.reference}" if self.reference else "no exact gradient"
-        first = f"{self.num_parameters:,} parameters; {self.draws} draws against {against}; times are medians."
+        against = (
+            f"the exact gradient by {self.reference}" if self.reference else "no exact gradient"
+        )
+        first = (
+            f"{self.num_parameters:,} parameters; {self.draws} draws against {against}; "
+            f"times "
+            f"are medians."
+        )
         return [first, *(f"{row.name} does not run: {row.error}" for row in self.rows if row.error)]
 
     def __str__(self) -> str:
@@ -146,12 +168,14 @@ class Diagnosis:
 def advise(found: Diagnosis) -> str:
     """Say in one sentence which gradient to use.
 
-    Rules are compared by the time that the progress of one exact step takes them, seconds × (1 + M) for an unbiased
-    estimate of relative MSE M: its best learning rate is 1 / (1 + M) of the exact gradient's.
+    Rules are compared by the time that the progress of one exact step takes them, seconds × (1 + M)
+    for an unbiased estimate of relative MSE M: its best learning rate is 1 / (1 + M) of the exact
+    gradient's.
     """
     if not math.isfinite(found.value):
         return (
-            f"The loss is {found.value} here, so no gradient can be judged: look for the cause, for example with "
+            f"The loss is {found.value} here, so no gradient can be judged: look for the cause, "
+            f"for example with "
             'jax.config.update("jax_debug_nans", True), or start from other parameters.'
         )
     running = [row for row in found.rules if row.error is None and not row.reverse_mode]
@@ -159,13 +183,18 @@ def advise(found: Diagnosis) -> str:
     if found.backprop.error is not None:
         return _without_reverse_mode(running, ranked)
     quickest = min((row for row in running if row.seconds is not None), key=_seconds, default=None)
-    reference = min((row for row in (found.backprop, found.checkpointed) if row.seconds), key=_seconds, default=None)
+    reference = min(
+        (row for row in (found.backprop, found.checkpointed) if row.seconds),
+        key=_seconds,
+        default=None,
+    )
     if quickest is None or reference is None:
         return "Use backprop: reverse mode runs, and no rule does."
     if ranked and _progress(ranked[0]) < 0.95 * _seconds(reference):
         share = _progress(ranked[0]) / _seconds(reference)
         return (
-            f"Use {ranked[0].name}: for the progress of one exact step it takes {share:.2g} of backprop's time, its "
+            f"Use {ranked[0].name}: for the progress of one exact step it takes {share:.2g} of "
+            f"backprop's time, its "
             f"relative MSE of {ranked[0].error_of_estimate:,.3g} counted in."
         )
     return _use_backprop(quickest, reference) + _memory(found, running) + "."
@@ -176,12 +205,15 @@ def _without_reverse_mode(running: Sequence[DiagnosisRow], ranked: Sequence[Diag
         error = ranked[0].error_of_estimate or 0.0
         kind = "its gradient is exact" if error == 0 else f"its relative MSE is {error:,.3g}"
         return (
-            f"Backprop does not run here, so use {ranked[0].name}: {kind}, and of the rules that run it takes the "
-            f"least time for the progress of one exact step, {with_prefix(_progress(ranked[0]), 's')}."
+            f"Backprop does not run here, so use {ranked[0].name}: {kind}, and of the rules that "
+            f"run it takes the "
+            f"least time for the progress of one exact step, "
+            f"{with_prefix(_progress(ranked[0]), 's')}."
         )
     if running:
         return (
-            f"Backprop does not run here, and without a law or a reference the rules cannot be ranked: start with "
+            f"Backprop does not run here, and without a law or a reference the rules cannot be "
+            f"ranked: start with "
             f"{min(running, key=_seconds).name}, the quickest that runs."
         )
     return "Backprop does not run here and none of the rules runs: try forwax.FiniteDifference()."
@@ -191,12 +223,19 @@ def _use_backprop(quickest: DiagnosisRow, reference: DiagnosisRow) -> str:
     share, error = _seconds(quickest) / _seconds(reference), quickest.error_of_estimate
     if share >= 0.95:
         return (
-            f"Use backprop: its gradient is exact, and no rule's step is cheaper ({quickest.name}: {share:.2f} of it)"
+            f"Use backprop: its gradient is exact, and no rule's step is "
+            f"cheaper "
+            f"({quickest.name}: {share:.2f} of it)"
         )
     if error is None or not quickest.unbiased:
-        return f"Use backprop: its gradient is exact, though a step of {quickest.name} takes {share:.2f} of its time"
+        return (
+            f"Use backprop: its gradient is exact, though a step of {quickest.name} "
+            f"takes "
+            f"{share:.2f} of its time"
+        )
     return (
-        f"Use backprop: a step of {quickest.name} takes {share:.2f} of its time, but with a relative MSE of "
+        f"Use backprop: a step of {quickest.name} takes {share:.2f} of its time, but with a "
+        f"relative MSE of "
         f"{error:,.3g} the progress of one exact step takes {1 + error:,.3g} of them"
     )
 
@@ -210,7 +249,11 @@ def _memory(found: Diagnosis, running: Sequence[DiagnosisRow]) -> str:
     if LEAN * max(leanest.temporary_bytes or 0, 1) > min(x for x in both if x is not None):
         return ""
     lean, full, kept = map(with_binary_prefix, (leanest.temporary_bytes, *both))  # type: ignore[arg-type]
-    return f"; only if its memory does not fit, {leanest.name} needs {lean} against {full} ({kept} with jax.checkpoint)"
+    return (
+        f"; only if its memory does not fit, {leanest.name} needs {lean} against {full} "
+        f"({kept} "
+        f"with jax.checkpoint)"
+    )
 
 
 def _seconds(row: DiagnosisRow) -> float:
@@ -239,7 +282,10 @@ def with_prefix(number: float, unit: str) -> str:
     """
     power = 0 if number == 0 else math.floor(math.log10(abs(number)) / 3)
     power = min(max(power, -3), 5)
-    return f"{number / 1000**power:.3g} {['n', 'µ', 'm', '', 'k', 'M', 'G', 'T', 'P'][power + 3]}{unit}"
+    return (
+        f"{number / 1000**power:.3g} "
+        f"{['n', 'µ', 'm', '', 'k', 'M', 'G', 'T', 'P'][power + 3]}{unit}"
+    )
 
 
 def with_binary_prefix(count: int) -> str:

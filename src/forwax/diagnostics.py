@@ -24,7 +24,11 @@ from forwax.tangents._base import typed_key
 
 EXACT_LIMIT = 1024
 """The most parameters for which forward mode gives the reference where reverse mode does not run."""
-ALONE, BACKPROP, CHECKPOINTED = "the loss alone", "jax.value_and_grad", "the same with jax.checkpoint"
+ALONE, BACKPROP, CHECKPOINTED = (
+    "the loss alone",
+    "jax.value_and_grad",
+    "the same with jax.checkpoint",
+)
 _REJECTIONS = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 Step = Callable[[Array, Problem], tuple[Array, Tree, Tree]]
 
@@ -43,24 +47,26 @@ def diagnose(
 
     Args:
         loss: as for `forwax.value_and_grad`.
-        rules: the rules, by name if a mapping; by default weight perturbation with one dense and with one and eight
-            rank-1 tangents, and activity perturbation with `in_axes`.
+        rules: the rules, by name if a mapping; by default weight perturbation with one dense and
+            with one and eight rank-1 tangents, and activity perturbation with `in_axes`.
         argnums: as for `forwax.value_and_grad`.
         has_aux: as for `forwax.value_and_grad`.
         in_axes: as for `forwax.value_and_grad`.
         draws: how many estimates of each rule are compared with the exact gradient.
-        rounds: how often each program is timed; a round runs every program once, so that a busy machine slows all
-            alike.
+        rounds: how often each program is timed; a round runs every program once, so that a busy
+            machine slows all alike.
 
     Returns:
-        A function `f(key, *args, **kwargs)` that returns the table; print it. The exact gradient is backprop's, or by
-        forward mode where reverse mode rejects the loss and there are at most 1,024 parameters. Arithmetic and memory
-        are those of the compiled programs; XLA counts the body of a loop once, whatever its length.
+        A function `f(key, *args, **kwargs)` that returns the table; print it. The exact gradient is
+        backprop's, or by forward mode where reverse mode rejects the loss and there are at most
+        1,024 parameters. Arithmetic and memory are those of the compiled programs; XLA counts the
+        body of a loop once, whatever its length.
 
     Raises:
-        ValueError: when a count is not a positive integer, there are no rules, or one has the name of another row.
-        Exception: what the loss itself raises. A rule that does not run, or not within the memory, is a row that says
-            why.
+        ValueError: when a count is not a positive integer, there are no rules, or one has the name
+            of another row.
+        Exception: what the loss itself raises. A rule that does not run, or not within the memory,
+            is a row that says why.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -79,7 +85,9 @@ def diagnose(
     signature = Signature(loss, argnums, has_aux, in_axes, "diagnose")
 
     def diagnose_loss(key: Any, /, *args: Any, **kwargs: Any) -> Diagnosis:
-        return _diagnose(typed_key(check_key(key, "diagnose")), signature, named, args, kwargs, draws, rounds)
+        return _diagnose(
+            typed_key(check_key(key, "diagnose")), signature, named, args, kwargs, draws, rounds
+        )
 
     return diagnose_loss
 
@@ -88,16 +96,29 @@ def named_rules(rules: Sequence[Rule] | Mapping[str, Rule] | None, in_axes: Any)
     """The rules by name; a name that is not given tells what differs from the rule's defaults, or counts."""
     if rules is None:
         low_rank = LowRank()
-        rules = [WeightPerturbation(), WeightPerturbation(low_rank), WeightPerturbation(low_rank, 8)]
+        rules = [
+            WeightPerturbation(),
+            WeightPerturbation(low_rank),
+            WeightPerturbation(low_rank, 8),
+        ]
         rules += [] if in_axes is None else [ActivityPerturbation()]
     values = rules.values() if isinstance(rules, Mapping) else rules
     listed = list(values) if isinstance(values, Iterable) else []
     if not listed or not all(isinstance(rule, Rule) for rule in listed):
-        raise ValueError(f"diagnose: expected one or more rules, such as [forwax.WeightPerturbation()], got {rules!r}.")
-    named = dict(rules) if isinstance(rules, Mapping) else dict(zip(_labels(listed), listed, strict=True))
+        raise ValueError(
+            f"diagnose: expected one or more rules, such as [forwax.WeightPerturbation()], got "
+            f"{rules!r}."
+        )
+    named = (
+        dict(rules)
+        if isinstance(rules, Mapping)
+        else dict(zip(_labels(listed), listed, strict=True))
+    )
     taken = sorted({ALONE, BACKPROP, CHECKPOINTED} & set(named))
     if taken:
-        raise ValueError(f"diagnose: {taken} name rows that are always there. Give these rules other names.")
+        raise ValueError(
+            f"diagnose: {taken} name rows that are always there. Give these rules other names."
+        )
     return named
 
 
@@ -125,7 +146,13 @@ def label(value: Any) -> str:
 
 
 def _diagnose(
-    key: Array, signature: Signature, rules: Mapping[str, Rule], args: Any, kwargs: Any, draws: int, rounds: int
+    key: Array,
+    signature: Signature,
+    rules: Mapping[str, Rule],
+    args: Any,
+    kwargs: Any,
+    draws: int,
+    rounds: int,
 ) -> Diagnosis:
     problem = signature.bind(args, kwargs)
     n = _tree.num_coordinates(problem.params)
@@ -179,10 +206,14 @@ def _checkpointed(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
     return _backprop(key, dataclasses.replace(problem, objective=jax.checkpoint(problem.objective)))
 
 
-def _split_arrays(args: Any, kwargs: Any) -> tuple[list[Array], Callable[[Sequence[Array]], tuple[Any, Any]]]:
+def _split_arrays(
+    args: Any, kwargs: Any
+) -> tuple[list[Array], Callable[[Sequence[Array]], tuple[Any, Any]]]:
     """The arrays of a call, to be arguments of a compiled program, and how to put them back among the rest."""
     leaves, structure = jax.tree.flatten((args, kwargs))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | np.generic)]
+    places = [
+        i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    ]
 
     def rebuild(arrays: Sequence[Array]) -> tuple[Any, Any]:
         full = list(leaves)
@@ -193,7 +224,9 @@ def _split_arrays(args: Any, kwargs: Any) -> tuple[list[Array], Callable[[Sequen
     return [jnp.asarray(leaves[i]) for i in places], rebuild
 
 
-def _compiled(step: Step, signature: Signature, rebuild: Callable, key: Array, arrays: list[Array]) -> Any:
+def _compiled(
+    step: Step, signature: Signature, rebuild: Callable, key: Array, arrays: list[Array]
+) -> Any:
     def program(key: Array, arrays: list[Array]) -> tuple[Array, Tree, Tree]:
         return step(key, signature.bind(*rebuild(arrays)))
 
@@ -240,8 +273,12 @@ def _compare(grads: Tree, reference: Tree) -> tuple[Array, Array]:
     return _tree.inner(difference, difference) / squared, _tree.inner(grads, reference) / length
 
 
-def _accuracy(call: Callable, key: Array, reference: Tree, draws: int) -> dict[str, tuple[float, float]]:
-    found = np.array([_compare(call(own)[2], reference) for own in jax.random.split(key, draws)], np.float64)
+def _accuracy(
+    call: Callable, key: Array, reference: Tree, draws: int
+) -> dict[str, tuple[float, float]]:
+    found = np.array(
+        [_compare(call(own)[2], reference) for own in jax.random.split(key, draws)], np.float64
+    )
     deviation = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
     errors = deviation / math.sqrt(draws)
     return {"mse": (found[:, 0].mean(), errors[0]), "cosine": (found[:, 1].mean(), errors[1])}

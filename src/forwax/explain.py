@@ -37,7 +37,14 @@ class SiteRow:
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
         shape = "×".join(map(str, self.shape)) or "scalar"
-        return (self.operation, shape, f"{self.weight_noise:,}", f"{self.activity_noise:,}", self.credit, self.where)
+        return (
+            self.operation,
+            shape,
+            f"{self.weight_noise:,}",
+            f"{self.activity_noise:,}",
+            self.credit,
+            self.where,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +67,10 @@ class Explanation:
     def __str__(self) -> str:
         table = [_COLUMNS, *(row.cells() for row in self.rows)]
         widths = [max(len(cells[i]) for cells in table) for i in range(len(_COLUMNS))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)).rstrip() for cells in table]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)).rstrip()
+            for cells in table
+        ]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
     def __rich__(self) -> Any:
@@ -84,13 +94,15 @@ def explain(
 
     Args:
         loss: as for `forwax.value_and_grad`.
-        rule: a rule that works on sites; for the others the sites of `ActivityPerturbation()` are shown.
+        rule: a rule that works on sites; for the others the sites of `ActivityPerturbation()` are
+            shown.
         argnums: as for `forwax.value_and_grad`.
         has_aux: as for `forwax.value_and_grad`.
         in_axes: as for `forwax.value_and_grad`.
 
     Returns:
-        A function of the loss's arguments that returns the table. Nothing is computed, the loss is only traced.
+        A function of the loss's arguments that returns the table. Nothing is computed, the loss is
+        only traced.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -99,7 +111,8 @@ def explain(
         >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 4))}
         >>> table = fx.explain(loss, in_axes=(None, 0))(params, jnp.ones((5, 2)))
         >>> [(row.operation, row.weight_noise, row.activity_noise, row.credit) for row in table.rows]
-        [('dot_general + add', 9, 3, 'one slope per example'), ('dot_general', 12, 4, 'exact error')]
+        [('dot_general + add', 9, 3, 'one slope per example'), ('dot_general', 12, 4, 'exact
+        error')]
     """
     signature = Signature(loss, argnums, has_aux, in_axes, "explain", keyed=False)
     check_rule("explain", rule)
@@ -120,7 +133,9 @@ def _row(site: Site, sites: Sites, shared: bool) -> SiteRow:
     operation = _shortened([equation.name for equation in region.equations])
     if region.promoted:
         origin = region.equations[0].origin
-        operation = f"weight noise ({origin.primitive.name})" if origin is not None else "weight noise"
+        operation = (
+            f"weight noise ({origin.primitive.name})" if origin is not None else "weight noise"
+        )
     entering = sum(math.prod(shape) for shape in sites.parameter_shapes(site))
     where = next((equation.source for equation in region.equations if equation.source), "")
     return SiteRow(operation, site.shape, entering, site.size, _credit(site, sites, shared), where)
@@ -142,7 +157,9 @@ def _credit(site: Site, sites: Sites, shared: bool) -> str:
         alone = not along and (shared or len(own) in (0, parts))
         text = "one slope for the batch: pass in_axes" if alone else "one slope"
     else:
-        text = "one slope per example" if site.mapped and not shared else "one slope for all examples"
+        text = (
+            "one slope per example" if site.mapped and not shared else "one slope for all examples"
+        )
     text += "".join(along)
     count = site.reach.bit_count()
     if sites.num_losses > 1:

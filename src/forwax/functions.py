@@ -1,14 +1,15 @@
 """Test functions for optimisers, each with its minima, its usual start and its source.
 
-Each function is a frozen value that is called on one array of shape [n] and returns a scalar of the same dtype::
+Each function is a frozen value that is called on one array of shape [n] and returns a scalar of the
+same dtype::
 
     beale, himmelblau                           two dimensions
     rosenbrock, ackley, rastrigin,
     styblinski_tang, quadratic(condition)       any n: `rosenbrock.in_dimensions(10)`
 
-The facts (minima, start, domain) that a value carries are plain Python numbers, so that they have no dtype: under
-`jax_enable_x64` they become float64 arrays, otherwise float32. Ackley's function has no gradient at its minimum; see
-`ackley`.
+The facts (minima, start, domain) that a value carries are plain Python numbers, so that they have
+no dtype: under `jax_enable_x64` they become float64 arrays, otherwise float32. Ackley's function
+has no gradient at its minimum; see `ackley`.
 """
 
 import dataclasses
@@ -38,7 +39,8 @@ Point = tuple[float, ...]
 class Function:
     """A test function f: R^n -> R and the facts about it; call it on an array of shape [n].
 
-    It is hashable and compares by value, so it can be a static argument of `jax.jit`. For many points use `jax.vmap`.
+    It is hashable and compares by value, so it can be a static argument of `jax.jit`. For many
+    points use `jax.vmap`.
 
     Attributes:
         name: The name in snake_case, as `by_name` takes it.
@@ -46,7 +48,8 @@ class Function:
         minima: Every global minimiser, a tuple of points.
         minimum: The least value, f at each of `minima`.
         start: The usual start of an optimiser.
-        lower: The lower corner of the domain that pictures show, one number for all coordinates or a point.
+        lower: The lower corner of the domain that pictures show, one number for all coordinates or
+            a point.
         upper: Its upper corner.
         source: Where the function comes from.
         any_dimension: True where the formula holds for every n.
@@ -86,7 +89,8 @@ class Function:
         if x.ndim != 1 or (x.size != self.n and not self.any_dimension) or x.size < 1:
             wanted = "[n]" if self.any_dimension else f"[{self.n}]"
             raise ValueError(
-                f"{self.name} takes one point, an array of shape {wanted}, but got shape {list(x.shape)}; "
+                f"{self.name} takes one point, an array of shape {wanted}, but got shape "
+                f"{list(x.shape)}; "
                 "for many points use jax.vmap."
             )
         return self.formula(x)
@@ -94,10 +98,12 @@ class Function:
     def in_dimensions(self, n: int) -> "Function":
         """Return the same function with the facts for n dimensions.
 
-        Minima, start and domain repeat their coordinates; the least value grows with n where the function is a sum.
+        Minima, start and domain repeat their coordinates; the least value grows with n where the
+        function is a sum.
 
         Raises:
-            ValueError: When the function is defined in its own dimension only, or n is not positive.
+            ValueError: When the function is defined in its own dimension only, or n is not
+                positive.
 
         >>> rosenbrock.in_dimensions(4).start
         (-1.0, 0.0, -1.0, 0.0)
@@ -105,7 +111,9 @@ class Function:
         if n == self.n:
             return self
         if not self.any_dimension:
-            raise ValueError(f"{self.name} is a function of {self.n} variables, so it cannot have n={n}.")
+            raise ValueError(
+                f"{self.name} is a function of {self.n} variables, so it cannot have n={n}."
+            )
         if n < 1:
             raise ValueError(f"A function needs n >= 1 variables, but got {n=}.")
         return dataclasses.replace(
@@ -136,7 +144,10 @@ def by_name(name: str) -> Function:
     >>> by_name("beale").minima
     ((3.0, 0.5),)
     """
-    known = {f.name: f for f in (beale, rosenbrock, himmelblau, ackley, rastrigin, styblinski_tang, quadratic())}
+    known = {
+        f.name: f
+        for f in (beale, rosenbrock, himmelblau, ackley, rastrigin, styblinski_tang, quadratic())
+    }
     if name not in known:
         raise ValueError(f"There is no test function {name!r}; choose one of {', '.join(known)}.")
     return known[name]
@@ -163,9 +174,11 @@ def _himmelblau(x: jax.Array) -> jax.Array:
 
 def _ackley(x: jax.Array) -> jax.Array:
     square = jnp.mean(x**2)
-    # The inner `where` keeps sqrt's infinite slope at 0 out of the derivative, which would be 0 * inf = NaN.
+    # The inner `where` keeps sqrt's infinite slope at 0 out of the derivative, which would be 0 *
+    # inf = NaN.
     radius = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
-    # mean(cos 2πx) - 1 = -2 mean(sin² πx), and expm1 for exp: exactly 0 at the minimum, and no cancellation near it.
+    # mean(cos 2πx) - 1 = -2 mean(sin² πx), and expm1 for exp: exactly 0 at the minimum, and no
+    # cancellation near it.
     ripple = -2.0 * jnp.mean(jnp.sin(math.pi * x) ** 2)
     return -20.0 * jnp.expm1(-0.2 * radius) - math.e * jnp.expm1(ripple)
 
@@ -198,11 +211,13 @@ beale = Function(
     start=(0.0, 0.5),
     lower=(-4.5, -4.5),
     upper=(4.5, 4.5),
-    source="Beale 1958, On an iterative method for finding a local minimum of a function of more than one variable",
+    source="Beale 1958, On an iterative method for finding a local minimum of a function of more "
+    "than one variable",
 )
 """Beale's function, (1.5 - x + xy)² + (2.25 - x + xy²)² + (2.625 - x + xy³)²; least value 0 at (3, 0.5).
 
-The start (0, 0.5) is that of Baydin et al. 2022; Moré, Garbow and Hillstrom 1981 start at (1, 1), where f = 14.203125.
+The start (0, 0.5) is that of Baydin et al. 2022; Moré, Garbow and Hillstrom 1981 start at (1, 1),
+where f = 14.203125.
 """
 
 rosenbrock = Function(
@@ -213,13 +228,15 @@ rosenbrock = Function(
     start=(-1.0, 0.0),
     lower=(-2.0, -1.0),
     upper=(2.0, 3.0),
-    source="Rosenbrock 1960, An automatic method for finding the greatest or least value of a function",
+    source="Rosenbrock 1960, An automatic method for finding the greatest or least value of a "
+    "function",
     any_dimension=True,
 )
 """Rosenbrock's function, Σ 100 (x_{i+1} - x_i²)² + (1 - x_i)²; least value 0 at (1, ..., 1).
 
-The start (-1, 0) is that of Baydin et al. 2022; the classical one is (-1.2, 1), where f = 24.2. For n = 4 and more
-there is also a local minimum near (-1, 1, ..., 1). With n = 1 the sum is empty and f is 0.
+The start (-1, 0) is that of Baydin et al. 2022; the classical one is (-1.2, 1), where f = 24.2. For
+n = 4 and more there is also a local minimum near (-1, 1, ..., 1). With n = 1 the sum is empty and f
+is 0.
 """
 
 himmelblau = Function(
@@ -255,9 +272,10 @@ ackley = Function(
 )
 """Ackley's function, -20 exp(-0.2 √mean x²) - exp(mean cos 2πx) + 20 + e; least value 0 at the origin.
 
-At the origin it is a cone: it has no gradient there. Every automatic derivative of this implementation is 0 at that one
-point (a subgradient) instead of NaN; next to it the gradient's length is about 4/√n. Its usual domain is ±32.768; there
-is no usual start, and (2, 1.5) leaves several local minima on the way.
+At the origin it is a cone: it has no gradient there. Every automatic derivative of this
+implementation is 0 at that one point (a subgradient) instead of NaN; next to it the gradient's
+length is about 4/√n. Its usual domain is ±32.768; there is no usual start, and (2, 1.5) leaves
+several local minima on the way.
 """
 
 rastrigin = Function(
@@ -268,7 +286,8 @@ rastrigin = Function(
     start=(2.2, 1.3),
     lower=(-5.12, -5.12),
     upper=(5.12, 5.12),
-    source="Rastrigin 1974, Systems of Extremal Control; for any n, Mühlenbein, Schomisch and Born 1991",
+    source="Rastrigin 1974, Systems of Extremal Control; for any n, Mühlenbein, Schomisch and Born "
+    "1991",
     any_dimension=True,
 )
 """Rastrigin's function, 10 n + Σ x_i² - 10 cos 2πx_i; least value 0 at the origin, local minima near all integers.
@@ -307,7 +326,9 @@ def quadratic(condition_number: float = 100.0, n: int = 2) -> Function:
     55.5
     """
     if not condition_number >= 1 or math.isinf(condition_number):
-        raise ValueError(f"A condition number is finite and at least 1, but got {condition_number=}.")
+        raise ValueError(
+            f"A condition number is finite and at least 1, but got {condition_number=}."
+        )
     function = Function(
         name="quadratic",
         formula=_Quadratic(float(condition_number)),

@@ -1,7 +1,7 @@
 """A training step that never holds a gradient: tangents are drawn again from the key and added to the parameters.
 
-The idea of drawing a direction twice instead of keeping it is that of MeZO (Malladi et al. 2023, arXiv 2305.17333),
-here with exact slopes.
+The idea of drawing a direction twice instead of keeping it is that of MeZO (Malladi et al. 2023,
+arXiv 2305.17333), here with exact slopes.
 """
 
 import dataclasses
@@ -38,30 +38,33 @@ def update(
 ) -> Callable[..., Any]:
     """A step of gradient descent along weight tangents, w - learning_rate · ĝ, in which ĝ is never held.
 
-    For the same key it gives what `forwax.value_and_grad` and a subtraction give, up to rounding. Jitted with donated
-    parameters it needs, besides these, what inference needs and, with `tangents.Rademacher` or `LowRank`, about one
-    tangent of the largest parameter for each tangent of a chunk: slopes come first, then each tangent is drawn again,
-    scaled, and subtracted in place, one parameter after the other. Normals and sparse signs are drawn for all
-    parameters at once.
+    For the same key it gives what `forwax.value_and_grad` and a subtraction give, up to rounding.
+    Jitted with donated parameters it needs, besides these, what inference needs and, with
+    `tangents.Rademacher` or `LowRank`, about one tangent of the largest parameter for each tangent
+    of a chunk: slopes come first, then each tangent is drawn again, scaled, and subtracted in
+    place, one parameter after the other. Normals and sparse signs are drawn for all parameters at
+    once.
 
     Args:
         loss: as in `forwax.value_and_grad`; its first argument is the parameters.
-        rule: `forwax.WeightPerturbation` with `tangents.Rademacher`, `Normal`, `Sparse` or `LowRank`, the combination
-            `Mean` or `Shrinkage`, any number of tangents; with several, `chunk_size=1` holds one at a time. Or
-            `forwax.Safe` around such a rule.
+        rule: `forwax.WeightPerturbation` with `tangents.Rademacher`, `Normal`, `Sparse` or
+            `LowRank`, the combination `Mean` or `Shrinkage`, any number of tangents; with several,
+            `chunk_size=1` holds one at a time. Or `forwax.Safe` around such a rule.
         learning_rate: the rate of the step; an array where it changes.
-        momentum: what is remembered of the last steps; the step is then w - learning_rate · m with their decaying sum
-            m, and still no array like the parameters is held.
+        momentum: what is remembered of the last steps; the step is then w - learning_rate · m with
+            their decaying sum m, and still no array like the parameters is held.
         has_aux: whether the loss returns `(loss, aux)`.
         in_axes: as in `forwax.value_and_grad`.
 
     Returns:
         A function `f(key, params, *args, **kwargs)` that returns `(value, params)`, with `has_aux`
-        `((value, aux), params)`. With `forwax.Safe` the next rule follows, and with momentum the next momentum.
+        `((value, aux), params)`. With `forwax.Safe` the next rule follows, and with momentum the
+        next momentum.
 
     Raises:
         TypeError: when the rule is another one, or the tangents cannot be drawn twice one by one.
-        ValueError: when the combination needs all tangents at once, or inside `jax.shard_map` parameters are sharded.
+        ValueError: when the combination needs all tangents at once, or inside `jax.shard_map`
+            parameters are sharded.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -110,18 +113,22 @@ def checked(rule: Any) -> WeightPerturbation:
     weight = rule.rule if isinstance(rule, Safe) else rule
     if not isinstance(weight, WeightPerturbation):
         raise TypeError(
-            "update: expected forwax.WeightPerturbation, or forwax.Safe around it, whose tangents can be drawn twice, "
+            "update: expected forwax.WeightPerturbation, or forwax.Safe around it, whose tangents "
+            "can be drawn twice, "
             f"got {type(weight).__name__}. Use forwax.value_and_grad and subtract its gradient."
         )
     if not isinstance(weight.tangents, (*_DRAWN_TWICE, LowRank)):
         names = ", ".join(f"tangents.{each.__name__}()" for each in (*_DRAWN_TWICE, LowRank))
         raise TypeError(
-            f"update: expected tangents that are drawn one by one and leaf by leaf, one of {names}, got "
-            f"{type(weight.tangents).__name__}. Use forwax.value_and_grad and subtract its gradient."
+            f"update: expected tangents that are drawn one by one and leaf by leaf, one of "
+            f"{names}, got "
+            f"{type(weight.tangents).__name__}. Use forwax.value_and_grad and subtract its "
+            f"gradient."
         )
     if not weight.combine.coordinatewise:
         raise ValueError(
-            f"update: expected combine.Mean() or combine.Shrinkage(), got {type(weight.combine).__name__}, which needs "
+            f"update: expected combine.Mean() or combine.Shrinkage(), got "
+            f"{type(weight.combine).__name__}, which needs "
             "all tangents at once. Use forwax.value_and_grad and subtract its gradient."
         )
     return weight
@@ -142,9 +149,11 @@ class _Way:
 
     Attributes:
         weight: the rule.
-        slopes: takes a key to `(value, aux, slopes, drawn)`, where `drawn` is what was drawn, or None if not held.
+        slopes: takes a key to `(value, aux, slopes, drawn)`, where `drawn` is what was drawn, or
+            None if not held.
         draw: takes a key and indices [c] to what is drawn for them: arrays with a leading axis c.
-        add: takes parameters, coefficients [c(, examples)] and what was drawn to the parameters + Σ c v.
+        add: takes parameters, coefficients [c(, examples)] and what was drawn to the parameters + Σ
+            c v.
         together: how many tangents are added at a time.
     """
 
@@ -154,10 +163,15 @@ class _Way:
     add: Callable[[Tree, Array, list[Any]], Tree]
     together: int
 
-    def add_steps(self, params: Tree, keys: Array, coefficients: Array, num_steps: Array | int) -> Tree:
+    def add_steps(
+        self, params: Tree, keys: Array, coefficients: Array, num_steps: Array | int
+    ) -> Tree:
         """Add the tangents of the first steps of several: keys [steps], coefficients [steps, k(, examples)]."""
         steps, k = coefficients.shape[:2]
-        size, flat = min(self.together, steps * k), coefficients.reshape(-1, *coefficients.shape[2:])
+        size, flat = (
+            min(self.together, steps * k),
+            coefficients.reshape(-1, *coefficients.shape[2:]),
+        )
 
         def one(term: Array) -> list[Any]:
             return jax.tree.map(lambda x: x[0], self.draw(keys[term // k], (term % k)[None]))
@@ -166,7 +180,9 @@ class _Way:
             terms = i * size + jnp.arange(size)
             used = (terms < num_steps * k).reshape(size, *[1] * (flat.ndim - 1))
             terms = jnp.minimum(terms, steps * k - 1)
-            drawn = lax.map(one, terms) if size > 1 else jax.tree.map(lambda x: x[None], one(terms[0]))
+            drawn = (
+                lax.map(one, terms) if size > 1 else jax.tree.map(lambda x: x[None], one(terms[0]))
+            )
             return self.add(params, jnp.where(used, flat[terms], 0), drawn)
 
         return lax.fori_loop(0, -(-(num_steps * k) // size), add, params)
@@ -192,7 +208,9 @@ def _dense(weight: WeightPerturbation, problem: Problem) -> _Way:
     def slopes(key: Array) -> tuple[Array, Tree, Array, list[Any] | None]:
         drawn = draw(key, jnp.arange(k)) if held else None
         at = lambda indices: structure.unflatten(drawn or draw(key, indices))  # noqa: E731
-        value, aux, slopes, _ = pushforward(problem.objective, problem.params, at, k, chunk_size=weight.chunk_size)
+        value, aux, slopes, _ = pushforward(
+            problem.objective, problem.params, at, k, chunk_size=weight.chunk_size
+        )
         return value, aux, slopes, drawn
 
     def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
@@ -225,6 +243,7 @@ def _planned(weight: WeightPerturbation, plan: WeightPlan) -> _Way:
     def add(params: Tree, coefficients: Array, drawn: list[Any]) -> Tree:
         return plan.add(params, coefficients / plan.num_examples, drawn)
 
-    # factors are thin, so that those of several tangents are added in one pass; dense signs are added one by one
+    # factors are thin, so that those of several tangents are added in one pass; dense signs are
+    # added one by one
     together = 1 if plan.lazy else max(1, FEW // (plan.rank * plan.num_examples))
     return _Way(weight, slopes, plan.draw, add, together)

@@ -1,7 +1,8 @@
 """The one primitive: a function's value once, and its slopes along k tangents, in chunks of bounded memory.
 
-A slope is the directional derivative <g, v> that one Jacobian-vector product returns. `jax.vmap` of `jax.jvp` over the
-tangents leaves the primal unbatched, so that k tangents cost one evaluation and k tangent passes.
+A slope is the directional derivative <g, v> that one Jacobian-vector product returns. `jax.vmap` of
+`jax.jvp` over the tangents leaves the primal unbatched, so that k tangents cost one evaluation and
+k tangent passes.
 """
 
 from collections.abc import Callable
@@ -33,21 +34,21 @@ def pushforward(
     Args:
         objective: takes primals to `(value, aux)`, a real scalar and a pytree of arrays.
         primals: the point, a pytree of floating or complex arrays.
-        tangents: takes indices [c] to a tree like primals with leading axis c. Indices past k - 1 may be asked for to
-            fill the last chunk; what comes back for them is replaced by zeros.
+        tangents: takes indices [c] to a tree like primals with leading axis c. Indices past k - 1
+            may be asked for to fill the last chunk; what comes back for them is replaced by zeros.
         num_tangents: k.
-        chunk_size: the most tangents at a time; None for all at once. The primal is evaluated once per chunk. Chunks
-            are of equal size, so that as little as possible is evaluated in vain.
-        fold: takes `(total, slopes [c], tangents)` of a chunk to a new total, so that no more than one chunk of
-            tangents need be held.
+        chunk_size: the most tangents at a time; None for all at once. The primal is evaluated once
+            per chunk. Chunks are of equal size, so that as little as possible is evaluated in vain.
+        fold: takes `(total, slopes [c], tangents)` of a chunk to a new total, so that no more than
+            one chunk of tangents need be held.
         start: the first total.
 
     Returns:
         `(value, aux, slopes [k], total)`, the slopes in at least float32.
 
-    Outside a trace the chunks are a Python loop, so that the objective may branch on concrete values. Inside one they
-    are a `lax.scan`, with an optimisation barrier that keeps XLA from hoisting the primal out of the loop: hoisted,
-    every activation would be stored for all chunks.
+    Outside a trace the chunks are a Python loop, so that the objective may branch on concrete
+    values. Inside one they are a `lax.scan`, with an optimisation barrier that keeps XLA from
+    hoisting the primal out of the loop: hoisted, every activation would be stored for all chunks.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,7 +76,9 @@ def pushforward(
         total, (value, aux, slopes) = chunk(start, 0, primals)
         return value, aux, slopes, total
     if is_concrete(primals):
-        return _loop(lambda total, first: chunk(total, first, primals), start, num_chunks, size, num_tangents)
+        return _loop(
+            lambda total, first: chunk(total, first, primals), start, num_chunks, size, num_tangents
+        )
 
     def step(total: Tree, first: Array) -> tuple[Tree, tuple[Array, Array], Tree]:
         total, (value, aux, slopes) = chunk(total, first, primals)
@@ -86,12 +89,16 @@ def pushforward(
 
 
 def scan_with_aux(
-    step: Callable[[Tree, Array], tuple[Tree, Tree, Tree]], start: Tree, xs: Array, *, reverse: bool = False
+    step: Callable[[Tree, Array], tuple[Tree, Tree, Tree]],
+    start: Tree,
+    xs: Array,
+    *,
+    reverse: bool = False,
 ) -> tuple[Tree, Tree, Tree]:
     """`lax.scan` of a step to `(carry, out, aux)`, which keeps the aux of the step that comes last alone.
 
-    An aux may be as large as the activities: it is carried, not stacked. Its form is known once the step is traced,
-    and the loop runs that trace, so that the user's loss is not traced again.
+    An aux may be as large as the activities: it is carried, not stacked. Its form is known once the
+    step is traced, and the loop runs that trace, so that the user's loss is not traced again.
     """
     traced, shapes = jax.make_jaxpr(step, return_shape=True)(start, xs[0])
     run, structure = jaxpr_as_fun(traced), jax.tree.structure(shapes)
@@ -106,7 +113,9 @@ def scan_with_aux(
     return carry, outs, jax.tree.unflatten(jax.tree.structure(shapes[2]), leaves)
 
 
-def _loop(chunk: Callable, total: Tree, num_chunks: int, size: int, k: int) -> tuple[Array, Tree, Array, Tree]:
+def _loop(
+    chunk: Callable, total: Tree, num_chunks: int, size: int, k: int
+) -> tuple[Array, Tree, Array, Tree]:
     total, (value, aux, slopes) = chunk(total, 0)
     found = [slopes]
     for i in range(1, num_chunks):
@@ -115,7 +124,9 @@ def _loop(chunk: Callable, total: Tree, num_chunks: int, size: int, k: int) -> t
     return value, aux, jnp.concatenate(found)[:k], total
 
 
-def _slopes(objective: Objective, primals: Tree, tangents: Tree, size: int) -> tuple[Array, Tree, Array]:
+def _slopes(
+    objective: Objective, primals: Tree, tangents: Tree, size: int
+) -> tuple[Array, Tree, Array]:
     """One chunk: the value, aux and slopes [size] in at least float32."""
 
     def push(tangent: Tree) -> tuple[Array, Array, Tree]:
@@ -132,7 +143,10 @@ def _slopes(objective: Objective, primals: Tree, tangents: Tree, size: int) -> t
 def _barrier(point: Tree, directions: Tree) -> tuple[Tree, Tree]:
     """Tie primals to directions leaf by leaf: behind one barrier all would vary over the same mesh axes."""
     leaves, structure = jax.tree.flatten(point)
-    pairs = [lax.optimization_barrier(pair) for pair in zip(leaves, jax.tree.leaves(directions), strict=True)]
+    pairs = [
+        lax.optimization_barrier(pair)
+        for pair in zip(leaves, jax.tree.leaves(directions), strict=True)
+    ]
     points, tangents = zip(*pairs, strict=True) if pairs else ((), ())
     return structure.unflatten(points), structure.unflatten(tangents)
 
@@ -149,7 +163,9 @@ def is_concrete(tree: Tree) -> bool:
 
 def is_staged() -> bool:
     """Whether a trace of a whole program, such as `jit`, is running; `vmap` and `jvp` alone are none."""
-    return is_abstract(jnp.zeros(()))  # abstract under jit even when every leaf is a captured constant
+    return is_abstract(
+        jnp.zeros(())
+    )  # abstract under jit even when every leaf is a captured constant
 
 
 def is_abstract(leaf: Any) -> bool:

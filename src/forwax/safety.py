@@ -1,7 +1,8 @@
 """Safety in training: slopes clipped by their own running median, bad ones skipped, and what slopes tell of the noise.
 
-A slope is the directional derivative c = <g, v> of a weight rule. For a tangent with |v|² = n the estimate ĝ = c v has
-the norm |c| √n, so that clipping one scalar is clipping the norm of the estimate, and costs nothing.
+A slope is the directional derivative c = <g, v> of a weight rule. For a tangent with |v|² = n the
+estimate ĝ = c v has the norm |c| √n, so that clipping one scalar is clipping the norm of the
+estimate, and costs nothing.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ class Monitor(NamedTuple):
         variance: E|ĝ - g|².
         cosine: the root mean square of cos(ĝ, g).
         error: the relative standard error of `gradient_norm`.
-        num_steps: how many steps had a finite slope since the start; of these the last `window` went in.
+        num_steps: how many steps had a finite slope since the start; of these the last `window`
+            went in.
         num_clipped: how many slopes were clipped since the start.
         num_skipped: how many slopes were skipped since the start, as they were not finite.
 
@@ -56,8 +58,8 @@ class History:
     """The sizes of the slopes of the last steps, in a ring.
 
     Attributes:
-        sizes: the median over a step's slopes of |c| but for zeros, clipped as they were used [window]; not a number
-            where there is none.
+        sizes: the median over a step's slopes of |c| but for zeros, clipped as they were used
+            [window]; not a number where there is none.
         squares: the mean over a step's slopes of c², not clipped [window].
         num_steps: how many steps were recorded.
         num_clipped: how many slopes were clipped.
@@ -82,7 +84,9 @@ class History:
         finite = jnp.isfinite(sizes)
         some = jnp.any(finite)  # a step without a finite slope leaves no trace but in the count
         at = self.num_steps % self.sizes.shape[0]
-        used = jnp.where(finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan)  # a median of 0 would stop all
+        used = jnp.where(
+            finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan
+        )  # a median of 0 would stop all
         square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
         return History(
             self.sizes.at[at].set(jnp.where(some, jnp.nanmedian(used), self.sizes[at])),
@@ -98,30 +102,34 @@ class History:
 class Safe(LearningRule):
     """A rule whose slopes are clipped by their running median, and skipped where they are not finite.
 
-    A slope beyond `clip` times the median of |c| over the last `window` steps is cut to that bound. With normal
-    tangents the clipped estimate keeps its direction in the mean: by Stein's lemma E[h(c) v] = E[h'(c)] g, which for
-    clipping at b is P(|c| < b) g. The median of normal slopes is 0.674 |g|: at `clip=5` 7 slopes in 10,000 are cut and
-    the estimate is shortened by as much, at `clip=1` half of them. What is remembered are the clipped slopes, so that
-    the bound grows at most `clip`-fold in half a window, and with `clip=1` never: a slow explosion, in which slopes
-    double every few dozen steps, is stopped by a small `clip` and a long window alone. Below 1 the bound would fall to
-    zero by itself.
+    A slope beyond `clip` times the median of |c| over the last `window` steps is cut to that bound.
+    With normal tangents the clipped estimate keeps its direction in the mean: by Stein's lemma
+    E[h(c) v] = E[h'(c)] g, which for clipping at b is P(|c| < b) g. The median of normal slopes is
+    0.674 |g|: at `clip=5` 7 slopes in 10,000 are cut and the estimate is shortened by as much, at
+    `clip=1` half of them. What is remembered are the clipped slopes, so that the bound grows at
+    most `clip`-fold in half a window, and with `clip=1` never: a slow explosion, in which slopes
+    double every few dozen steps, is stopped by a small `clip` and a long window alone. Below 1 the
+    bound would fall to zero by itself.
 
-    `step` clips and remembers. `forwax.value_and_grad` clips by what is remembered and remembers nothing. A rule is a
-    frozen value, so that `step` returns the next one, to be carried through the training loop and its checkpoints: the
-    field `history` is all that changes.
+    `step` clips and remembers. `forwax.value_and_grad` clips by what is remembered and remembers
+    nothing. A rule is a frozen value, so that `step` returns the next one, to be carried through
+    the training loop and its checkpoints: the field `history` is all that changes.
 
-    Supported: `forwax.WeightPerturbation` with any tangents, combination and number of tangents, each slope on its
-    own, one for each example with `tangents.LowRank(per_example=True)`. Inside `jax.shard_map` the parameters must be
-    replicated. All other rules, `forwax.ActivityPerturbation` with its slopes for each example among them, have no
-    slope that scales their estimate as a whole: there the norm |ĝ| takes the place of |c|, and an estimate whose norm
-    is not finite, or overflows when it is squared, is skipped as a whole. A rule that learns from step to step, such as
-    `forwax.FDFA`, is refused: `step` would hand out the guard's successor and not the rule's own.
+    Supported: `forwax.WeightPerturbation` with any tangents, combination and number of tangents,
+    each slope on its own, one for each example with `tangents.LowRank(per_example=True)`. Inside
+    `jax.shard_map` the parameters must be replicated. All other rules,
+    `forwax.ActivityPerturbation` with its slopes for each example among them, have no slope that
+    scales their estimate as a whole: there the norm |ĝ| takes the place of |c|, and an estimate
+    whose norm is not finite, or overflows when it is squared, is skipped as a whole. A rule that
+    learns from step to step, such as `forwax.FDFA`, is refused: `step` would hand out the guard's
+    successor and not the rule's own.
 
     Attributes:
         rule: the rule to guard.
         clip: the largest slope, in medians; None to clip nothing.
-        skip: whether slopes that are not finite count as zero. If not, infinite ones are clipped, and those that are
-            not a number make the estimate so; for rules without slopes both make it so.
+        skip: whether slopes that are not finite count as zero. If not, infinite ones are clipped,
+            and those that are not a number make the estimate so; for rules without slopes both make
+            it so.
         window: how many steps are remembered.
         warm_up: how many steps are made before the first slope is clipped.
         history: what is remembered, or None until `init` or the first step makes it.
@@ -153,13 +161,16 @@ class Safe(LearningRule):
         check_count("Safe", "warm_up", self.warm_up)
         if isinstance(self.rule, LearningRule):
             raise TypeError(
-                "Safe: expected a rule that stays the same from step to step, such as forwax.WeightPerturbation(), got "
-                f"{type(self.rule).__name__}, which learns: Safe would never hand out what it has learnt. Use it as it "
+                "Safe: expected a rule that stays the same from step to step, such as "
+                "forwax.WeightPerturbation(), got "
+                f"{type(self.rule).__name__}, which learns: Safe would never hand out what it has "
+                f"learnt. Use it as it "
                 "is."
             )
         if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(
-                f"Safe: expected clip of at least 1, or None to clip nothing, got {self.clip}. Below 1 the bound, a "
+                f"Safe: expected clip of at least 1, or None to clip nothing, got {self.clip}. "
+                f"Below 1 the bound, a "
                 "multiple of the median of slopes that were clipped by it, would fall to zero."
             )
 
@@ -214,16 +225,17 @@ class Safe(LearningRule):
     def monitor(self, params: Tree | int) -> Monitor:
         """What the remembered slopes tell of the gradient and of the noise of its estimate.
 
-        With E[v vᵀ] = I, E c² = |g|²: the mean of c² over slopes and steps estimates |g|² without bias, with a relative
-        standard error of √(2/m) for m normal slopes while g stays as it is. The inner product of the plain mean with
-        the gradient is known exactly, <ĝ, g> = mean_j c_j², whose mean is |g|². The relative MSE M is the rule's law;
-        so E|ĝ - g|² = M |g|², E|ĝ|² = (1 + M) |g|², and the mean square of the cosine is near
-        <ĝ, g>² / (|ĝ|² |g|²) = 1 / (1 + M), with normals and signs k / (n + k ± 1).
+        With E[v vᵀ] = I, E c² = |g|²: the mean of c² over slopes and steps estimates |g|² without
+        bias, with a relative standard error of √(2/m) for m normal slopes while g stays as it is.
+        The inner product of the plain mean with the gradient is known exactly, <ĝ, g> = mean_j
+        c_j², whose mean is |g|². The relative MSE M is the rule's law; so E|ĝ - g|² = M |g|², E|ĝ|²
+        = (1 + M) |g|², and the mean square of the cosine is near <ĝ, g>² / (|ĝ|² |g|²) = 1 / (1 +
+        M), with normals and signs k / (n + k ± 1).
 
-        What this is not: the noise of the batch. Slopes of one batch are slopes of its own gradient, whose norm this
-        is. With `tangents.LowRank(per_example=True)` the norm is the root mean square of the examples' own gradients,
-        and relative MSE, variance and cosine are not numbers: they depend on how far the examples agree. Slopes are
-        taken before clipping.
+        What this is not: the noise of the batch. Slopes of one batch are slopes of its own
+        gradient, whose norm this is. With `tangents.LowRank(per_example=True)` the norm is the root
+        mean square of the examples' own gradients, and relative MSE, variance and cosine are not
+        numbers: they depend on how far the examples agree. Slopes are taken before clipping.
 
         Args:
             params: the parameters, or their number n of real coordinates.
@@ -233,14 +245,20 @@ class Safe(LearningRule):
         """
         if self.history is None or not self.rule.has_slopes:
             raise ValueError(
-                "Safe.monitor: expected the history of a rule with slopes, such as forwax.WeightPerturbation(), got "
-                f"history={type(self.history).__name__} of {type(self.rule).__name__}. Make it with rule.init(), and "
+                "Safe.monitor: expected the history of a rule with slopes, such as "
+                "forwax.WeightPerturbation(), got "
+                f"history={type(self.history).__name__} of {type(self.rule).__name__}. Make it "
+                f"with rule.init(), and "
                 "let rule.step(loss)(key, *args) fill it."
             )
-        law = self.rule.relative_mse(params if isinstance(params, int) else _tree.num_coordinates(params))
+        law = self.rule.relative_mse(
+            params if isinstance(params, int) else _tree.num_coordinates(params)
+        )
         square, count = jnp.nanmean(self.history.squares), jnp.sum(~jnp.isnan(self.history.squares))
         # the root halves a relative error
-        error = jnp.nanstd(self.history.squares) / (2 * square * jnp.sqrt(jnp.maximum(count - 1, 1)))
+        error = jnp.nanstd(self.history.squares) / (
+            2 * square * jnp.sqrt(jnp.maximum(count - 1, 1))
+        )
         cosine = 1 / math.sqrt(1 + law)
         return Monitor(
             jnp.sqrt(square),

@@ -22,28 +22,29 @@ def value_and_grad(
     """A drop-in for `jax.value_and_grad` that takes one leading PRNG key and estimates the gradient by a rule.
 
     Args:
-        loss: returns a real floating scalar, or `forwax.LocalLosses`, whose objective is the sum of all entries; with
-            `has_aux`, a pair of it and a pytree. Its differentiated arguments are pytrees of floating or complex
-            arrays.
+        loss: returns a real floating scalar, or `forwax.LocalLosses`, whose objective is the sum of
+            all entries; with `has_aux`, a pair of it and a pytree. Its differentiated arguments are
+            pytrees of floating or complex arrays.
         rule: how the gradient is estimated.
         argnums: which of the loss's own arguments are differentiated, the key not counted.
         has_aux: whether the loss returns `(loss, aux)`.
-        in_axes: as in `jax.vmap`, for positional arguments; keyword arguments are broadcast. Makes the loss that of one
-            example: the value is the mean over the examples and aux is stacked on a leading axis. Differentiated
-            arguments must not be mapped.
+        in_axes: as in `jax.vmap`, for positional arguments; keyword arguments are broadcast. Makes
+            the loss that of one example: the value is the mean over the examples and aux is stacked
+            on a leading axis. Differentiated arguments must not be mapped.
 
     Returns:
-        A function `f(key, *args, **kwargs)` that returns `(value, grads)`, or `((value, aux), grads)` with `has_aux`.
-        `grads` has the structure, shapes and dtypes of `jax.value_and_grad`'s; the same key gives the same estimate.
-        Nothing is jitted inside.
+        A function `f(key, *args, **kwargs)` that returns `(value, grads)`, or `((value, aux),
+        grads)` with `has_aux`. `grads` has the structure, shapes and dtypes of
+        `jax.value_and_grad`'s; the same key gives the same estimate. Nothing is jitted inside.
 
     Raises:
-        TypeError: when `f` is called without a key, with arguments that cannot be differentiated, or with a loss that
-            is not a real scalar.
-        ValueError: when `argnums` names an argument twice, or `in_axes` maps a differentiated argument, nothing, an
-            axis that an argument does not have, or an empty batch.
+        TypeError: when `f` is called without a key, with arguments that cannot be differentiated,
+            or with a loss that is not a real scalar.
+        ValueError: when `argnums` names an argument twice, or `in_axes` maps a differentiated
+            argument, nothing, an axis that an argument does not have, or an empty batch.
 
-    The estimate of the default rule is ĝ = <∇f, v> v with random signs v, after Baydin et al. 2022 (arXiv 2202.08587).
+    The estimate of the default rule is ĝ = <∇f, v> v with random signs v, after Baydin et al. 2022
+    (arXiv 2202.08587).
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -69,7 +70,9 @@ def value_and_grad(
         return ((value, problem.restore(aux)), grads) if has_aux else (value, grads)
 
     value_and_grad_of_loss.__name__ = f"value_and_grad({name})"
-    value_and_grad_of_loss.__doc__ = f"Value and estimated gradient of {name}, by {type(rule).__name__}."
+    value_and_grad_of_loss.__doc__ = (
+        f"Value and estimated gradient of {name}, by {type(rule).__name__}."
+    )
     return value_and_grad_of_loss
 
 

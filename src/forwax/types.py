@@ -6,4 +6,13 @@ from forwax.diagnosis import Diagnosis, DiagnosisRow
 from forwax.explain import Explanation, SiteRow
 from forwax.safety import History, Monitor
 
-__all__ = ["Diagnosis", "DiagnosisRow", "Explanation", "History", "Monitor", "Problem", "SiteRow", "Spec"]
+__all__ = [
+    "Diagnosis",
+    "DiagnosisRow",
+    "Explanation",
+    "History",
+    "Monitor",
+    "Problem",
+    "SiteRow",
+    "Spec",
+]

@@ -46,7 +46,10 @@ def test_public_names_are_seen(name: str):
 
 def test_modules_and_private_names_are_not_public():
     names = extension("public_names").public_names(MODULES)
-    assert not {"forwax.combine", "forwax.tangents", "forwax.combine._gram", "forwax.combine.jnp"} & names
+    assert (
+        not {"forwax.combine", "forwax.tangents", "forwax.combine._gram", "forwax.combine.jnp"}
+        & names
+    )
 
 
 class Domain:
@@ -67,7 +70,9 @@ def test_the_build_warns_of_a_missing_name(monkeypatch):
     monkeypatch.setattr(module.logger, "warning", lambda text, *args: warned.append(text % args))
     config = types.SimpleNamespace(public_names_modules=["forwax.combine"])
     module.warn_of_missing(types.SimpleNamespace(config=config), Domain())
-    assert warned == ["forwax.combine.ControlVariate is public and not documented: add it to docs/api.md"]
+    assert warned == [
+        "forwax.combine.ControlVariate is public and not documented: add it to docs/api.md"
+    ]
 
 
 @pytest.mark.parametrize(

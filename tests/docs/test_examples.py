@@ -38,7 +38,9 @@ def test_while_loop(capsys):
     example = load("while_loop")
     found = example.main(**TINY["while_loop"])
     assert found == pytest.approx(example.TRUTH, rel=0.02)
-    by_jacfwd, by_exact = [line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()[1:3]]
+    by_jacfwd, by_exact = [
+        line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()[1:3]
+    ]
     assert by_jacfwd == by_exact
 
 

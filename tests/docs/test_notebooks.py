@@ -10,11 +10,15 @@ import pytest
 from cases import QUICK
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md") if "{code-cell}" in path.read_text(encoding="utf-8"))
+PAGES = sorted(
+    path.name for path in DOCS.glob("*.md") if "{code-cell}" in path.read_text(encoding="utf-8")
+)
 
-# Programs that are compiled once and run once compile faster this way; the tests' eight devices are not for readers.
+# Programs that are compiled once and run once compile faster this way; the tests' eight devices are
+# not for readers.
 FLAGS = " ".join(
-    f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in QUICK.items()
+    f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+    for name, value in QUICK.items()
 )
 
 
@@ -28,7 +32,9 @@ def execute(page: str):
 def printed(notebook, name: str) -> str:
     """Everything that the cells wrote on a stream."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return "".join(output.text for output in outputs if output.output_type == "stream" and output.name == name)
+    return "".join(
+        output.text for output in outputs if output.output_type == "stream" and output.name == name
+    )
 
 
 def test_the_pages_with_code_are_found():

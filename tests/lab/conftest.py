@@ -36,7 +36,9 @@ def isolated_data(tmp_path_factory, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def datafiles() -> ModuleType:
     """The module datafiles.py, which this folder's tests cannot import by name."""
-    spec = importlib.util.spec_from_file_location("datafiles", Path(__file__).with_name("datafiles.py"))
+    spec = importlib.util.spec_from_file_location(
+        "datafiles", Path(__file__).with_name("datafiles.py")
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,7 @@
-"""Write tiny data sets in the standard formats. Tests reach this through the fixtures of conftest.py."""
+"""Write tiny data sets in the standard formats.
+
+Tests reach this through the fixtures of conftest.py.
+"""
 
 import gzip
 import hashlib
@@ -25,7 +28,9 @@ class Tiny:
 
 
 def idx(values: np.ndarray) -> bytes:
-    header = bytes([0, 0, 8, values.ndim]) + b"".join(size.to_bytes(4, "big") for size in values.shape)
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(
+        size.to_bytes(4, "big") for size in values.shape
+    )
     return header + values.astype(np.uint8).tobytes()
 
 
@@ -51,27 +56,39 @@ def write(name: str, root: Path, *, gz: bool = False, train: int = 60, test: int
     folder = root / source.folder
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in contents.items():
-        (folder / f"{file}{'.gz' * gz}").write_bytes(gzip.compress(content, mtime=0) if gz else content)
-    md5s = {file: hashlib.md5(content, usedforsecurity=False).hexdigest() for file, content in contents.items()}
+        (folder / f"{file}{'.gz' * gz}").write_bytes(
+            gzip.compress(content, mtime=0) if gz else content
+        )
+    md5s = {
+        file: hashlib.md5(content, usedforsecurity=False).hexdigest()
+        for file, content in contents.items()
+    }
     images = {split: pair[0] for split, pair in splits.items()}
     labels = {split: pair[1] for split, pair in splits.items()}
     return Tiny(replace(source, checksums=md5s), folder, contents, images, labels)
 
 
-def _encode(source: Source, splits: dict[str, tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[str, bytes]]:
+def _encode(
+    source: Source, splits: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> Iterator[tuple[str, bytes]]:
     for split, parts in (("train", source.train), ("test", source.test)):
         images, labels = splits[split]
         if source.name != "cifar10":
             yield from zip(parts[0], (idx(images[..., 0]), idx(labels)), strict=True)
             continue
-        for (file,), some, their in zip(parts, np.split(images, len(parts)), np.split(labels, len(parts)), strict=True):
+        for (file,), some, their in zip(
+            parts, np.split(images, len(parts)), np.split(labels, len(parts)), strict=True
+        ):
             yield file, cifar(some, their)
 
 
 def pages_of(tiny: Tiny) -> dict[str, bytes]:
     """What a set's public home serves."""
     if not tiny.source.archive:
-        return {f"{tiny.source.home}{file}.gz": gzip.compress(content) for file, content in tiny.contents.items()}
+        return {
+            f"{tiny.source.home}{file}.gz": gzip.compress(content)
+            for file, content in tiny.contents.items()
+        }
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         for file, content in {"readme.html": b"hello", **tiny.contents}.items():

@@ -67,13 +67,17 @@ def test_shift_moves_by_at_most_the_given_pixels():
 
 def test_a_shift_brings_in_the_least_value_of_the_whole_image():
     x = image().at[2, 3, 1].set(-1.0)
-    moved = jax.jit(jax.vmap(lambda key: augment.shift(key, x, 2)))(jax.random.split(jax.random.key(0), 20))
+    moved = jax.jit(jax.vmap(lambda key: augment.shift(key, x, 2)))(
+        jax.random.split(jax.random.key(0), 20)
+    )
     assert int((moved == -1).sum(axis=(1, 2, 3)).max()) >= 2 * 8 * 3  # two rows or columns and more
 
 
 def test_crops_go_down_to_a_twelfth_of_the_area_by_default():
     across = jnp.broadcast_to(jnp.linspace(0, 1, 32)[None, :, None], (32, 32, 1))
-    seen = jax.jit(jax.vmap(lambda key: jnp.ptp(augment.crop(key, across))))(jax.random.split(jax.random.key(0), 200))
+    seen = jax.jit(jax.vmap(lambda key: jnp.ptp(augment.crop(key, across))))(
+        jax.random.split(jax.random.key(0), 200)
+    )
     assert float(seen.min()) < 0.35  # of the width; sides of 3:4 of a fifth of the area are 0.39
 
 
@@ -97,10 +101,16 @@ def test_no_hue_leaves_the_colours():
     still = Augmentation(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
     jitter = jax.jit(augment.jitter, static_argnums=2)
     assert jnp.allclose(jitter(jax.random.key(0), image(), still), image(), atol=1e-3)
-    turned = jitter(jax.random.key(0), image() / 2 + 0.25, Augmentation(brightness=0.0, contrast=0.0, saturation=0.0))
+    turned = jitter(
+        jax.random.key(0),
+        image() / 2 + 0.25,
+        Augmentation(brightness=0.0, contrast=0.0, saturation=0.0),
+    )
     before = image() / 2 + 0.25
     assert not jnp.allclose(turned, before, atol=1e-2)
-    assert jnp.allclose(augment._grey(turned), augment._grey(before), atol=1e-2)  # hue keeps the brightness
+    assert jnp.allclose(
+        augment._grey(turned), augment._grey(before), atol=1e-2
+    )  # hue keeps the brightness
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])

@@ -24,9 +24,12 @@ def test_help_names_every_command(capsys):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from forwax.lab.cli import main; main(['--help']);"
-        "print([m for m in ('tyro', 'rich', 'optax', 'equinox', 'orbax', 'matplotlib', 'sklearn') if m in sys.modules])"
+        "print([m for m in ('tyro', 'rich', 'optax', 'equinox', 'orbax', 'matplotlib', 'sklearn') "
+        "if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.splitlines()[-1] == "[]"
 
 
@@ -38,14 +41,18 @@ def test_version(capsys):
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "forwax: there is no command 'trian'; choose one of: train, compare, diagnose, optimize, reproduce, data.\n"
+        "forwax: there is no command 'trian'; choose one of: train, compare, diagnose, optimize, "
+        "reproduce, data.\n"
     )
 
 
 def test_a_missing_extra_names_the_command_that_installs_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     assert main(["train"]) == 2
-    assert "tyro is not installed; the command line needs: pip install 'forwax[lab]'." in capsys.readouterr().err
+    assert (
+        "tyro is not installed; the command line needs: pip install 'forwax[lab]'."
+        in capsys.readouterr().err
+    )
 
 
 def test_train_help_shows_every_choice(capsys):
@@ -53,7 +60,13 @@ def test_train_help_shows_every_choice(capsys):
         main(["train", "--help"])
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for word in ("fashion-mnist-mlp", "finite-difference", "coordinate-without-replacement", "control-variate", "lion"):
+    for word in (
+        "fashion-mnist-mlp",
+        "finite-difference",
+        "coordinate-without-replacement",
+        "control-variate",
+        "lion",
+    ):
         assert word in out
 
 
@@ -68,7 +81,9 @@ def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypat
     assert "(default: )" not in out
     source = Path(sys.modules[COMMANDS[command][0]].__file__ or "").parent
     for file in [*source.glob("*.py"), Path(options.__file__)]:
-        assert not re.search(r'^    [a-z_]+: .+ = .+\n    """[^"]+\n', file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not re.search(
+            r'^    [a-z_]+: .+ = .+\n    """[^"]+\n', file.read_text(encoding="utf-8"), re.MULTILINE
+        )
 
 
 def test_compare_help_names_every_rule(capsys):
@@ -90,10 +105,22 @@ def test_words_that_tyro_refuses(words, capsys):
     ("words", "sentence"),
     [
         (["--steps", "0"], "--steps must be at least 1, got 0."),
-        (["--batch-size", "5000"], "--batch-size must be at most the 1437 examples of the training set, got 5000."),
-        (["--rule", "backprop", "--tangents", "normal"], "--tangents does not apply to --rule backprop"),
-        (["--config", "paper"], "digits has no configuration 'paper'. Choose --config from: default."),
-        (["--resume", "nowhere"], "nowhere is not the folder of a run: expected a folder with a readable config.json"),
+        (
+            ["--batch-size", "5000"],
+            "--batch-size must be at most the 1437 examples of the training set, got 5000.",
+        ),
+        (
+            ["--rule", "backprop", "--tangents", "normal"],
+            "--tangents does not apply to --rule backprop",
+        ),
+        (
+            ["--config", "paper"],
+            "digits has no configuration 'paper'. Choose --config from: default.",
+        ),
+        (
+            ["--resume", "nowhere"],
+            "nowhere is not the folder of a run: expected a folder with a readable config.json",
+        ),
         (["--checkpoint-seconds", "-1"], "--checkpoint-seconds must be zero or more, got -1.0."),
         (["mnist-mlp"], "mnist"),
     ],
@@ -108,7 +135,22 @@ def test_mistakes_leave_no_folder(words, sentence, capsys, tmp_path):
 
 
 def test_train_from_words_to_folder(capsys, tmp_path):
-    assert main(["train", "--runs", str(tmp_path), "--steps", "20", "--num-tangents", "2", "--seed", "3"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--runs",
+                str(tmp_path),
+                "--steps",
+                "20",
+                "--num-tangents",
+                "2",
+                "--seed",
+                "3",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     (path,) = tmp_path.iterdir()
     assert "Rule: weight, 2 low-rank tangents a step, combined by mean." in out

@@ -20,7 +20,13 @@ from forwax.lab.train.loop import build_trainer
 
 RULES = ("backprop", "forward", "projection-4")
 TINY = CompareOptions(
-    rules=RULES, steps=12, seeds=2, search_rates=4, evaluations=6, validation_examples=100, test_examples=300
+    rules=RULES,
+    steps=12,
+    seeds=2,
+    search_rates=4,
+    evaluations=6,
+    validation_examples=100,
+    test_examples=300,
 )
 
 
@@ -51,7 +57,11 @@ def test_the_folder_holds_results_table_figure_and_parts(finished):
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert list(results["rules"]) == list(RULES)
     assert results["seeds"] == [0, 1]
-    assert (results["steps"], results["validation_examples"], results["test_examples"]) == (12, 100, 300)
+    assert (results["steps"], results["validation_examples"], results["test_examples"]) == (
+        12,
+        100,
+        300,
+    )
 
 
 def test_every_rule_searches_on_the_same_budget(finished):
@@ -62,7 +72,9 @@ def test_every_rule_searches_on_the_same_budget(finished):
         assert len({rate for rate, _ in tried}) == 4
         assert each["learning_rate"] == rates.best_rate(tried)
         assert {run["learning_rate"] for run in each["runs"]} == {each["learning_rate"]}
-        told = next(note for note in tables.notes(results) if note.startswith(f"{each['about']} tried"))
+        told = next(
+            note for note in tables.notes(results) if note.startswith(f"{each['about']} tried")
+        )
         assert all(tables.number(rate) in told for rate, _ in tried)
 
 
@@ -74,8 +86,12 @@ def test_the_table_tells_the_figures_of_the_results(finished):
     for row, each in zip(cells[1:4], results["rules"].values(), strict=True):
         accuracies = [run["test_accuracy"] for run in each["runs"]]
         assert row[0] == each["about"]
-        assert float(row[1].removesuffix(" (edge)")) == pytest.approx(each["learning_rate"], rel=0.06)
-        assert float(row[2]) == pytest.approx(np.mean([run["train_loss"] for run in each["runs"]]), rel=5e-3)
+        assert float(row[1].removesuffix(" (edge)")) == pytest.approx(
+            each["learning_rate"], rel=0.06
+        )
+        assert float(row[2]) == pytest.approx(
+            np.mean([run["train_loss"] for run in each["runs"]]), rel=5e-3
+        )
         mean, deviation = re.match(r"([\d.]+) ± ([\d.]+) %", row[3]).groups()
         assert float(mean) == pytest.approx(100 * np.mean(accuracies), abs=0.051)
         assert float(deviation) == pytest.approx(100 * np.std(accuracies, ddof=1), abs=0.051)
@@ -85,7 +101,9 @@ def test_the_table_tells_the_figures_of_the_results(finished):
         assert row[7] == tables.number(each["steps_to_target"])
     assert tuple(cells[4]) == tables.RATIO_COLUMNS
     for row, each in zip(cells[5:], results["rules"].values(), strict=True):
-        assert float(row[1]) == pytest.approx(each["seconds_per_step"] / results["loss_seconds"], abs=5.1e-3)
+        assert float(row[1]) == pytest.approx(
+            each["seconds_per_step"] / results["loss_seconds"], abs=5.1e-3
+        )
 
 
 def test_the_default_target_is_reached_by_every_rule(finished):
@@ -94,14 +112,20 @@ def test_the_default_target_is_reached_by_every_rule(finished):
     assert "the slowest rule" in results["target_is"]
 
 
-def test_all_rules_start_from_the_same_loss_and_the_best_rate_was_not_chosen_on_the_test_set(finished):
+def test_all_rules_start_from_the_same_loss_and_the_best_rate_was_not_chosen_on_the_test_set(
+    finished,
+):
     _, results = finished
     for seed in results["seeds"]:
         first = {each["runs"][seed]["validation_losses"][0] for each in results["rules"].values()}
         assert max(first) - min(first) < 1e-5
     losses = {each["runs"][0]["test_loss"] for each in results["rules"].values()}
     assert losses.isdisjoint(
-        {candidate["validation_loss"] for each in results["rules"].values() for candidate in each["search"]}
+        {
+            candidate["validation_loss"]
+            for each in results["rules"].values()
+            for candidate in each["search"]
+        }
     )
 
 
@@ -122,7 +146,9 @@ def _stop(*args):
     raise KeyboardInterrupt
 
 
-def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(finished, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(
+    finished, tmp_path, monkeypatch, capsys
+):
     folder = shutil.copytree(finished[0], tmp_path / "stopped")
     (folder / "results.json").unlink()
     (folder / "parts" / "run-forward-1.json").unlink()
@@ -136,7 +162,9 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(finished, tmp_pa
     assert all((folder / "parts" / name).read_bytes() == content for name, content in kept.items())
     ours = json.loads((folder / "results.json").read_text())["rules"]["forward"]
     np.testing.assert_allclose(
-        ours["curve"]["validation_losses"], finished[1]["rules"]["forward"]["curve"]["validation_losses"], rtol=1e-5
+        ours["curve"]["validation_losses"],
+        finished[1]["rules"]["forward"]["curve"]["validation_losses"],
+        rtol=1e-5,
     )
 
 
@@ -145,21 +173,31 @@ def program():
     """The compiled program of a forward-gradient rule on digits, its settings and its validation part."""
     problem = setup.build_problem(setup.find_experiment("digits"), Settings())
     problem, validation = setup.hold_out(problem, None)
-    settings = Settings(num_tangents=2, learning_rate=1.0, schedule="cosine", steps=20, batch_size=64)
-    return build_program(problem, settings, jax.device_put(problem.train)), Scorer(problem, validation)
+    settings = Settings(
+        num_tangents=2, learning_rate=1.0, schedule="cosine", steps=20, batch_size=64
+    )
+    return build_program(problem, settings, jax.device_put(problem.train)), Scorer(
+        problem, validation
+    )
 
 
 def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them(program):
     made, score = program
     history, params = train(made, 0.01, 3, score, [0, 10, 20], 1e-3)
-    trainer = build_trainer(made.problem, dataclasses.replace(made.settings, learning_rate=0.01, seed=3))
+    trainer = build_trainer(
+        made.problem, dataclasses.replace(made.settings, learning_rate=0.01, seed=3)
+    )
     np.testing.assert_allclose(history.losses, trainer.run(20).losses, rtol=1e-4)
-    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(trainer.state.params), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(params), jax.tree.leaves(trainer.state.params), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
     assert history.steps == [0, 10, 20]
 
 
-def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_result(program, monkeypatch):
+def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_result(
+    program, monkeypatch
+):
     made, score = program
     monkeypatch.setattr("forwax.lab.train.loop.loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "loops_well", lambda problem: False)
@@ -182,7 +220,13 @@ def test_a_run_that_explodes_ends_at_its_last_finite_step(program):
 def test_the_search_extends_beyond_an_edge_and_then_refines():
     optimum = 40.0
     found = rates.search(
-        1.0, 7, lambda i, rate: {"learning_rate": rate, "validation_loss": abs(math.log(rate / optimum)), "steps": 1}
+        1.0,
+        7,
+        lambda i, rate: {
+            "learning_rate": rate,
+            "validation_loss": abs(math.log(rate / optimum)),
+            "steps": 1,
+        },
     )
     tried = [each["learning_rate"] for each in found]
     np.testing.assert_allclose(tried[:5], [1, 10**0.5, 10, 10**1.5, 100], rtol=1e-6)
@@ -209,7 +253,11 @@ def test_a_rate_that_turns_non_finite_loses_and_smaller_ones_are_tried():
     found = rates.search(
         1.0,
         5,
-        lambda i, rate: {"learning_rate": rate, "validation_loss": None if rate > limit else 1 / rate, "steps": 1},
+        lambda i, rate: {
+            "learning_rate": rate,
+            "validation_loss": None if rate > limit else 1 / rate,
+            "steps": 1,
+        },
     )
     assert found[-1]["learning_rate"] == pytest.approx(0.1**1.5)
     assert rates.best_rate([(1.0, math.inf), (0.3, 5.0)]) == 0.3
@@ -231,15 +279,27 @@ def _gathered(runs, target_loss=None):
     seconds = {"loss": [0.5, 1.0, 1.5], "backprop": [2.0] * 3, "forward": [4.0] * 3}
     timing = {"seconds": seconds, "temporary_bytes": {"backprop": 2**20, "forward": None}}
     results = findings.gather(rules, timing, {}, runs, target_loss)
-    facts = {"experiment": "digits", "num_parameters": 10, "steps": 10, "batch_size": 1, "seeds": [0], "search": None}
+    facts = {
+        "experiment": "digits",
+        "num_parameters": 10,
+        "steps": 10,
+        "batch_size": 1,
+        "seeds": [0],
+        "search": None,
+    }
     return facts | results
 
 
 def test_what_is_not_reached_gets_no_number():
-    results = _gathered({"backprop": [_run([2.0, 0.4, 0.3])], "forward": [_run([2.0, 1.5, 0.9])]}, target_loss=0.5)
+    results = _gathered(
+        {"backprop": [_run([2.0, 0.4, 0.3])], "forward": [_run([2.0, 1.5, 0.9])]}, target_loss=0.5
+    )
     forward, reference = results["rules"]["forward"], results["rules"]["backprop"]
     assert (reference["steps_to_target"], reference["seconds_to_target"]) == (5, 10.0)
-    assert (forward["steps_to_target"], forward["seconds_to_target"]) == ("not reached", "not reached")
+    assert (forward["steps_to_target"], forward["seconds_to_target"]) == (
+        "not reached",
+        "not reached",
+    )
     assert (reference["T_ratio"], forward["T_ratio"]) == (1.0, "not reached")
     assert "not reached" in tables.markdown(results)
 
@@ -248,7 +308,8 @@ def test_the_papers_ratios():
     results = _gathered({"backprop": [_run([2.0, 0.4, 0.5])], "forward": [_run([2.0, 0.6, 0.39])]})
     forward, reference = results["rules"]["forward"], results["rules"]["backprop"]
     assert (reference["R"], forward["R"]) == (2.0, 4.0)
-    # backprop is at its best, 0.4, after 5 steps of 2 s; the forward gradient is there after 10 steps of 4 s
+    # backprop is at its best, 0.4, after 5 steps of 2 s; the forward gradient is there after 10
+    # steps of 4 s
     assert forward["T_ratio"] == 4.0
     assert [row[1:] for row in tables.ratio_rows(results)] == [
         ("2.00", "1.000", "1.00"),
@@ -289,13 +350,19 @@ def test_evaluations_begin_at_the_start_and_end_at_the_last_step():
 
 
 def test_the_papers_rates_are_used_without_a_search(tmp_path, tiny_data, monkeypatch):
-    timing = {"seconds": {"loss": [1.0], "backprop": [2.0], "forward-normal": [3.0], "forward": [2.5]}}
+    timing = {
+        "seconds": {"loss": [1.0], "backprop": [2.0], "forward-normal": [3.0], "forward": [2.5]}
+    }
     timing["temporary_bytes"] = dict.fromkeys(timing["seconds"])
     monkeypatch.setattr(compare.Bench, "timing", lambda self: timing)
     monkeypatch.setattr(
-        compare.Bench, "run", lambda self, name, rate, seed: _run([2.0, 1.0, 0.5]) | {"learning_rate": rate}
+        compare.Bench,
+        "run",
+        lambda self, name, rate, seed: _run([2.0, 1.0, 0.5]) | {"learning_rate": rate},
     )
-    options = CompareOptions(experiment="mnist-logistic", paper=True, batch_size=4, out=tmp_path / "paper")
+    options = CompareOptions(
+        experiment="mnist-logistic", paper=True, batch_size=4, out=tmp_path / "paper"
+    )
     assert compare.run(options) == 0
     results = json.loads((tmp_path / "paper" / "results.json").read_text())
     assert list(results["rules"]) == ["backprop", "forward-normal", "forward"]
@@ -313,12 +380,16 @@ def test_the_papers_rates_are_used_without_a_search(tmp_path, tiny_data, monkeyp
     (["--steps", "0"], "--steps must be at least 1, got 0."),
     (["--target-loss", "-1"], "--target-loss must be a positive number, got -1.0."),
     (["--validation-examples", "1437"], "--validation-examples must be from 1 to 1436, got 1437."),
-    (["--config", "nonsense"], "digits has no configuration 'nonsense'. Choose --config from: default."),
+    (["--config", "nonsense"], "digits has no configuration 'nonsense'. Choose --config from: "
+                               "default."),
     (["mnist-cnn", "--paper"], "its learning rate and iterations were not found in the paper"),
     (["--resume", "nowhere"], "nowhere is not the folder of a run"),
-    (["--resume", "nowhere", "--steps", "3"], "--resume takes every setting from the comparison's config.json"),
+    (["--resume", "nowhere", "--steps", "3"], "--resume takes every setting from the comparison's "
+                                              "config.json"),
 ])  # fmt: skip
-def test_mistakes_get_one_sentence_and_exit_code_2(words, sentence, tmp_path, tiny_data, monkeypatch, capsys):
+def test_mistakes_get_one_sentence_and_exit_code_2(
+    words, sentence, tmp_path, tiny_data, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["compare", *words]) == 2
     assert sentence in capsys.readouterr().err
@@ -327,7 +398,9 @@ def test_mistakes_get_one_sentence_and_exit_code_2(words, sentence, tmp_path, ti
 
 def test_another_comparison_is_not_overwritten(finished, capsys):
     folder, _ = finished
-    with pytest.raises(UsageError, match="holds a comparison already; choose another --out, or --resume"):
+    with pytest.raises(
+        UsageError, match="holds a comparison already; choose another --out, or --resume"
+    ):
         compare.run(dataclasses.replace(TINY, out=folder))
 
 

@@ -31,7 +31,10 @@ def test_standard_files_load_from_a_given_folder(name, gz, write_tiny, tmp_path)
     data = load(name, tmp_path)
     assert_equals_tiny(data, tiny)
     assert (data.name, data.num_classes, len(data.class_names), data.scale) == (name, 10, 10, 255)
-    for images, labels in ((data.train_images, data.train_labels), (data.test_images, data.test_labels)):
+    for images, labels in (
+        (data.train_images, data.train_labels),
+        (data.test_images, data.test_labels),
+    ):
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
 
 
@@ -53,10 +56,14 @@ def test_digits_are_a_fixed_stratified_split():
     assert (data.train_images.shape, data.test_images.shape) == ((1437, 8, 8, 1), (360, 8, 8, 1))
     assert (data.train_images.dtype, data.train_labels.dtype) == (np.uint8, np.int32)
     assert (data.scale, data.train_images.max(), data.test_images.max()) == (16, 16, 16)
-    shares = np.bincount(data.train_labels) / np.bincount(np.concatenate([data.train_labels, data.test_labels]))
+    shares = np.bincount(data.train_labels) / np.bincount(
+        np.concatenate([data.train_labels, data.test_labels])
+    )
     np.testing.assert_allclose(shares, 1437 / 1797, atol=0.005)
     # results are comparable only while every release gives the same split
-    digest = hashlib.md5(data.test_images.tobytes() + data.test_labels.tobytes(), usedforsecurity=False).hexdigest()
+    digest = hashlib.md5(
+        data.test_images.tobytes() + data.test_labels.tobytes(), usedforsecurity=False
+    ).hexdigest()
     assert digest == "95b2704b4499abbdaf0511986fe6049a"
 
 
@@ -72,7 +79,9 @@ def test_digits_hold_every_image_once():
 # Where sets are looked for
 
 
-def test_data_dir_comes_before_forwax_data_before_the_cache(write_tiny, tmp_path, monkeypatch, isolated_data):
+def test_data_dir_comes_before_forwax_data_before_the_cache(
+    write_tiny, tmp_path, monkeypatch, isolated_data
+):
     given, variable = tmp_path / "given", tmp_path / "variable"
     for root in (given, variable, isolated_data):
         write_tiny("mnist", root)
@@ -109,7 +118,9 @@ def test_a_set_is_fetched_once_and_cached_unpacked(name, remote, isolated_data, 
     assert sorted(fetched) == sorted(datafiles.pages_of(tiny))
     assert_equals_tiny(load(name), tiny)
     assert len(fetched) == len(datafiles.pages_of(tiny))
-    assert {path.name: path.read_bytes() for path in (isolated_data / tiny.source.folder).iterdir()} == tiny.contents
+    assert {
+        path.name: path.read_bytes() for path in (isolated_data / tiny.source.folder).iterdir()
+    } == tiny.contents
     assert [path.name for path in isolated_data.iterdir()] == [tiny.source.folder]
 
 
@@ -134,7 +145,9 @@ def test_the_bar_counts_what_the_downloader_reports():
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_crash_while_writing_leaves_nothing(name, remote, monkeypatch, isolated_data, serve, datafiles):
+def test_a_crash_while_writing_leaves_nothing(
+    name, remote, monkeypatch, isolated_data, serve, datafiles
+):
     tiny, written = remote(name), []
     serve(datafiles.pages_of(tiny))
 
@@ -153,7 +166,9 @@ def test_a_crash_while_writing_leaves_nothing(name, remote, monkeypatch, isolate
     assert_equals_tiny(load(name), tiny)
 
 
-def test_what_a_killed_fetch_left_is_never_read_and_later_swept(remote, isolated_data, serve, datafiles):
+def test_what_a_killed_fetch_left_is_never_read_and_later_swept(
+    remote, isolated_data, serve, datafiles
+):
     tiny = remote("mnist")
     old, young = (isolated_data / f"{fetching.STAGING_PREFIX}{age}" for age in ("old", "young"))
     for folder in (old, young):

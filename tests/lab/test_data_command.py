@@ -17,8 +17,12 @@ def test_the_command_tells_where_a_set_was_found(tiny_data, capsys):
 def test_the_command_fetches_and_then_finds(remote, isolated_data, serve, datafiles):
     serve(datafiles.pages_of(remote("mnist")))
     folder = isolated_data / "mnist"
-    assert data_command.describe("mnist").startswith(f"mnist: fetched, now found in {folder}, checksums verified\n")
-    assert data_command.describe("mnist").startswith(f"mnist: found in {folder}, checksums verified\n")
+    assert data_command.describe("mnist").startswith(
+        f"mnist: fetched, now found in {folder}, checksums verified\n"
+    )
+    assert data_command.describe("mnist").startswith(
+        f"mnist: found in {folder}, checksums verified\n"
+    )
 
 
 def test_the_table_lists_every_set_and_fetches_none(write_tiny, tmp_path, monkeypatch, capsys):

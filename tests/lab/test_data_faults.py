@@ -20,13 +20,21 @@ def message(name: str, data_dir: Path | None = None) -> str:
 
 
 def test_an_unknown_set_lists_the_known():
-    expected = "Expected a data set's name, but got 'mnst'; choose one of digits, mnist, fashion-mnist, cifar10."
+    expected = (
+        "Expected a data set's name, but got 'mnst'; choose one of digits, "
+        "mnist, "
+        "fashion-mnist, cifar10."
+    )
     assert message("mnst") == expected
 
 
 def test_a_folder_that_does_not_exist(tmp_path, monkeypatch):
     gone = tmp_path / "gone"
-    expected = f"Expected a folder of data sets at {gone} (--data-dir), but there is none; correct the path."
+    expected = (
+        f"Expected a folder of data sets at {gone} (--data-dir), but there is none; "
+        f"correct "
+        f"the path."
+    )
     assert message("mnist", gone) == expected
     monkeypatch.setenv("FORWAX_DATA", str(gone))
     assert "(FORWAX_DATA), but there is none" in message("mnist")
@@ -58,10 +66,20 @@ def test_a_wrong_checksum(gz, write_tiny, tmp_path):
 @pytest.mark.parametrize(
     ("name", "file", "keep", "expected"),
     [
-        ("mnist", "train-images-idx3-ubyte", 1000, "it should hold 47056 bytes by its header, but it holds 1000;"),
+        (
+            "mnist",
+            "train-images-idx3-ubyte",
+            1000,
+            "it should hold 47056 bytes by its header, but it holds 1000;",
+        ),
         ("mnist", "train-images-idx3-ubyte", 10, "its header takes 16 bytes, but it holds 10;"),
         ("mnist", "t10k-labels-idx1-ubyte", 0, "its header takes 8 bytes, but it holds 0;"),
-        ("cifar10", "test_batch.bin", 5000, "it should hold 6146 bytes in records of 3073, but it holds 5000;"),
+        (
+            "cifar10",
+            "test_batch.bin",
+            5000,
+            "it should hold 6146 bytes in records of 3073, but it holds 5000;",
+        ),
     ],
 )
 def test_a_truncated_file(name, file, keep, expected, write_tiny, tmp_path):
@@ -74,13 +92,17 @@ def test_a_file_that_is_too_long(write_tiny, tmp_path):
     tiny = write_tiny("mnist", tmp_path)
     with (tiny.folder / "t10k-labels-idx1-ubyte").open("ab") as file:
         file.write(b"x")
-    assert "is too long: it should hold 28 bytes by its header, but it holds 29;" in message("mnist", tmp_path)
+    assert "is too long: it should hold 28 bytes by its header, but it holds 29;" in message(
+        "mnist", tmp_path
+    )
 
 
 def test_a_truncated_gzip_stream(write_tiny, tmp_path):
     path = write_tiny("mnist", tmp_path, gz=True).folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:500])
-    assert message("mnist", tmp_path).startswith(f"{path} is truncated: its gzip stream ends early;")
+    assert message("mnist", tmp_path).startswith(
+        f"{path} is truncated: its gzip stream ends early;"
+    )
 
 
 def test_a_damaged_gzip_stream(write_tiny, tmp_path):
@@ -97,16 +119,21 @@ def test_a_bad_magic_number(start, write_tiny, tmp_path):
     path = tiny.folder / "train-images-idx3-ubyte"
     path.write_bytes(start + tiny.contents[path.name][4:])
     assert message("fashion-mnist", tmp_path) == (
-        f"{path} has the magic number 0x{start.hex()}, not 0x00000801 (labels) or 0x00000803 (images); "
-        f"put an unchanged copy in its place, or remove {tiny.folder} and run `forwax data fashion-mnist`."
+        f"{path} has the magic number 0x{start.hex()}, not 0x00000801 (labels) or 0x00000803 "
+        f"(images); "
+        f"put an unchanged copy in its place, or remove {tiny.folder} and run `forwax data "
+        f"fashion-mnist`."
     )
 
 
 def test_a_missing_set_without_a_network(isolated_data):
     assert message("cifar10") == (
-        "Expected cifar10 in --data-dir, FORWAX_DATA or the cache, or a network to fetch it, but found no file and got "
-        "OSError from https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz; connect to the network, or put its "
-        "standard files into a folder cifar-10-batches-bin and give the folder above it with --data-dir or FORWAX_DATA."
+        "Expected cifar10 in --data-dir, FORWAX_DATA or the cache, or a network to fetch it, but "
+        "found no file and got "
+        "OSError from https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz; connect to the "
+        "network, or put its "
+        "standard files into a folder cifar-10-batches-bin and give the folder above it with "
+        "--data-dir or FORWAX_DATA."
     )
     assert list(isolated_data.iterdir()) == []
 
@@ -148,7 +175,9 @@ def test_an_archive_without_a_file(remote, isolated_data, serve, datafiles):
     tiny = remote("cifar10")
     del tiny.contents["data_batch_4.bin"]
     serve(datafiles.pages_of(tiny))
-    assert message("cifar10").startswith(f"{tiny.source.home} gave an archive without data_batch_4.bin; run")
+    assert message("cifar10").startswith(
+        f"{tiny.source.home} gave an archive without data_batch_4.bin; run"
+    )
     assert list(isolated_data.iterdir()) == []
 
 
@@ -165,4 +194,6 @@ def test_a_full_disk_is_not_taken_for_the_network(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pooch.HTTPDownloader, "__call__", answer)
-    assert "No space left on device; set FORWAX_CACHE to a folder that can be written." in message("mnist")
+    assert "No space left on device; set FORWAX_CACHE to a folder that can be written." in message(
+        "mnist"
+    )

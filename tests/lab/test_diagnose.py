@@ -20,7 +20,18 @@ def test_a_table_and_a_sentence(capsys, monkeypatch):
 
 
 def test_on_files(tiny_data, capsys):
-    words = ["diagnose", "mnist-logistic", "--rules", "low-rank", "--batch-size", "2", "--draws", "1", "--rounds", "1"]
+    words = [
+        "diagnose",
+        "mnist-logistic",
+        "--rules",
+        "low-rank",
+        "--batch-size",
+        "2",
+        "--draws",
+        "1",
+        "--rounds",
+        "1",
+    ]
     assert cli.main(words) == 0
     assert "7,850 parameters" in capsys.readouterr().out
 
@@ -29,7 +40,10 @@ def test_on_files(tiny_data, capsys):
     ("words", "sentence"),
     [
         (["--draws", "0"], "--draws must be at least 1, got 0."),
-        (["--batch-size", "5000"], "--batch-size must be at most the 1437 examples of the training set, got 5000."),
+        (
+            ["--batch-size", "5000"],
+            "--batch-size must be at most the 1437 examples of the training set, got 5000.",
+        ),
         (["--rules", "magic"], "There is no rule 'magic'; choose --rules from: backprop, "),
     ],
 )

@@ -17,7 +17,11 @@ DIAGRAMS = [diagrams.forward_step, diagrams.backward_step, diagrams.forward_grad
 def _texts(figure):
     """Return every text and title of the figure that is not empty; tick labels are none of these diagrams' matter."""
     children = [child for axes in figure.axes for child in axes.get_children()]
-    return [child for child in children if isinstance(child, matplotlib.text.Text) and child.get_text().strip()]
+    return [
+        child
+        for child in children
+        if isinstance(child, matplotlib.text.Text) and child.get_text().strip()
+    ]
 
 
 @pytest.mark.parametrize("draw", DIAGRAMS)
@@ -41,7 +45,13 @@ def test_forward_step_shows_the_numbers_of_jvp():
 
 def test_backward_step_shows_the_gradient():
     texts = {text.get_text() for text in _texts(diagrams.backward_step())}
-    assert {r"$\bar{w} = 4$", r"$\bar{b} = 2$", r"$\bar{z} = 2$", r"$\bar{h} = 2$", r"$\bar{L} = 1$"} <= texts
+    assert {
+        r"$\bar{w} = 4$",
+        r"$\bar{b} = 2$",
+        r"$\bar{z} = 2$",
+        r"$\bar{h} = 2$",
+        r"$\bar{L} = 1$",
+    } <= texts
 
 
 def test_forward_gradient_is_computed():
@@ -62,7 +72,11 @@ def test_forward_gradient_depends_on_its_key():
 def test_save_all_writes_three_pictures_and_leaves_the_settings(tmp_path):
     before = dict(matplotlib.rcParams)
     paths = diagrams.save_all(tmp_path / "new" / "pictures")
-    assert [path.name for path in paths] == ["forward-step.png", "backward-step.png", "forward-gradient.png"]
+    assert [path.name for path in paths] == [
+        "forward-step.png",
+        "backward-step.png",
+        "forward-gradient.png",
+    ]
     assert sorted(paths) == sorted((tmp_path / "new" / "pictures").iterdir())
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert dict(matplotlib.rcParams) == before

@@ -32,7 +32,9 @@ def _lost(runs=3):
     """Runs of which the second leaves the numbers after two steps."""
     values = np.tile(np.array([4.0, 3.0, 2.0, 1.0]), (runs, 1)) * np.arange(1, runs + 1)[:, None]
     values[1, 2:] = np.nan
-    return Descent(values, np.repeat(values[..., None] / 10, 2, axis=-1), values[:, -1:].repeat(2, axis=1))
+    return Descent(
+        values, np.repeat(values[..., None] / 10, 2, axis=-1), values[:, -1:].repeat(2, axis=1)
+    )
 
 
 @pytest.mark.parametrize(("name", "backprop", "low", "high"), [
@@ -84,7 +86,9 @@ def test_values_belong_to_points_and_keys_make_runs():
 
 def test_more_variables_keep_no_points():
     function = fx.functions.rosenbrock.in_dimensions(3)
-    runs = descent.descend(dataclasses.replace(SHORT, function=function, start=function.start), NORMAL, KEYS[:2])
+    runs = descent.descend(
+        dataclasses.replace(SHORT, function=function, start=function.start), NORMAL, KEYS[:2]
+    )
     assert runs.points is None
     assert runs.last.shape == (2, 3)
     assert runs.values.shape == (2, SHORT.iterations + 1)
@@ -100,10 +104,19 @@ def test_seconds_are_the_median_of_counted_calls(monkeypatch):
 
 def test_overhead_is_the_run_on_a_sum(monkeypatch):
     seen = []
-    monkeypatch.setattr(descent, "one_run", lambda plan, rule: seen.append((plan.function.name, rule)) or len(seen))
-    monkeypatch.setattr(descent, "seconds_of", lambda programs, key, repeats: [10.0 * each for each in programs])
+    monkeypatch.setattr(
+        descent, "one_run", lambda plan, rule: seen.append((plan.function.name, rule)) or len(seen)
+    )
+    monkeypatch.setattr(
+        descent, "seconds_of", lambda programs, key, repeats: [10.0 * each for each in programs]
+    )
     timings = descent.measure(SHORT, [fx.Backprop(), NORMAL], KEYS[0])
-    assert seen == [("beale", fx.Backprop()), ("sum", fx.Backprop()), ("beale", NORMAL), ("sum", NORMAL)]
+    assert seen == [
+        ("beale", fx.Backprop()),
+        ("sum", fx.Backprop()),
+        ("beale", NORMAL),
+        ("sum", NORMAL),
+    ]
     assert timings == [Timing(10.0, 20.0), Timing(30.0, 40.0)]
 
 
@@ -116,7 +129,10 @@ def test_lost_runs_are_told_in_the_table_the_numbers_and_the_picture():
     plan = dataclasses.replace(SHORT, iterations=3)
     rules = {"backprop": fx.Backprop(), "forward": NORMAL}
     whole = dataclasses.replace(_lost(), values=np.ones((3, 4)))
-    descents, timings = {"backprop": whole, "forward": _lost()}, {name: Timing(1.0, 0.0) for name in rules}
+    descents, timings = (
+        {"backprop": whole, "forward": _lost()},
+        {name: Timing(1.0, 0.0) for name in rules},
+    )
     found = numbers.summarise(plan, rules, descents, timings, seed=0)
     assert found["methods"]["forward"]["final"] == [1.0, None, 3.0]
     assert found["methods"]["forward"]["median"] == 3.0
@@ -159,20 +175,32 @@ def test_seconds_axis_ends_at_the_seconds_of_a_run():
 
 @pytest.mark.parametrize(("n", "panels"), [(2, 3), (5, 2)])
 def test_contours_are_for_two_variables(n, panels):
-    plan = optimize.make_plan(OptimizeOptions(function="rosenbrock", n=n, iterations=SHORT.iterations))
+    plan = optimize.make_plan(
+        OptimizeOptions(function="rosenbrock", n=n, iterations=SHORT.iterations)
+    )
     runs = {name: _shifted(3) for name in ("backprop", "forward")}
     figure = picture.draw(plan, runs, dict.fromkeys(runs, Timing(1.0, 0.5)))
     assert len(figure.axes) == panels
 
 
 def test_command_end_to_end(tmp_path, capsys):
-    arguments = ["himmelblau", "--iterations", "5", "--runs", "2", "--out", str(tmp_path / "deep" / "way.png")]
+    arguments = [
+        "himmelblau",
+        "--iterations",
+        "5",
+        "--runs",
+        "2",
+        "--out",
+        str(tmp_path / "deep" / "way.png"),
+    ]
     assert optimize.run(tyro.cli(OptimizeOptions, args=arguments)) == 0
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["way.json", "way.png"]
     numbers = json.loads((tmp_path / "deep" / "way.json").read_text())
     assert (numbers["function"], numbers["iterations"], numbers["runs"]) == ("himmelblau", 5, 2)
     assert list(numbers["methods"]) == ["backprop", "forward"]
-    assert numbers["methods"]["forward"]["rule"].startswith("WeightPerturbation(tangents=Normal(), num_tangents=1")
+    assert numbers["methods"]["forward"]["rule"].startswith(
+        "WeightPerturbation(tangents=Normal(), num_tangents=1"
+    )
     assert numbers["methods"]["backprop"]["times_backprop"] == 1.0
     printed = capsys.readouterr().out
     assert "himmelblau, n = 2: 5 iterations, learning rate 0.003, 2 runs" in printed
@@ -189,10 +217,16 @@ def test_command_names_another_rule(tmp_path, capsys):
 
 
 def test_plan_defaults():
-    assert optimize.make_plan(OptimizeOptions()) == Plan(fx.functions.beale, (0.0, 0.5), 1000, 0.01, 0.0)
-    plan = optimize.make_plan(OptimizeOptions(function="ackley", start=(1.0, 2.0, 3.0), learning_rate=0.5))
+    assert optimize.make_plan(OptimizeOptions()) == Plan(
+        fx.functions.beale, (0.0, 0.5), 1000, 0.01, 0.0
+    )
+    plan = optimize.make_plan(
+        OptimizeOptions(function="ackley", start=(1.0, 2.0, 3.0), learning_rate=0.5)
+    )
     assert (plan.function.n, plan.start, plan.learning_rate) == (3, (1.0, 2.0, 3.0), 0.5)
-    rate = optimize.make_plan(OptimizeOptions(function="quadratic", n=14, condition_number=7.0)).learning_rate
+    rate = optimize.make_plan(
+        OptimizeOptions(function="quadratic", n=14, condition_number=7.0)
+    ).learning_rate
     assert rate == pytest.approx(0.002 * 4 / 16)
 
 

@@ -31,7 +31,10 @@ TINY = Experiment(
 @pytest.fixture(scope="module")
 def data():
     draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 255, (20, 3, 3, 1), np.uint8), draw.integers(0, 3, 20).astype(np.int32)
+    images, labels = (
+        draw.integers(0, 255, (20, 3, 3, 1), np.uint8),
+        draw.integers(0, 3, 20).astype(np.int32),
+    )
     return DataSet("tiny", images, labels, images[:7], labels[:7], 3, ("a", "b", "c"), 255)
 
 
@@ -74,9 +77,15 @@ def test_every_distribution_of_tangents_takes_a_step(data, tangents):
 
 def test_each_rule_has_tangents_of_its_own():
     assert digits().tangents == digits(rule="weight").tangents == "low-rank"
-    assert digits(rule="activity").tangents == digits(rule="finite-difference").tangents == "rademacher"
+    assert (
+        digits(rule="activity").tangents
+        == digits(rule="finite-difference").tangents
+        == "rademacher"
+    )
     assert digits(rule="backprop").tangents is None
-    mlp = functools.partial(resolve, find_experiment("mnist-mlp"), "default", num_examples=1000, num_parameters=1000)
+    mlp = functools.partial(
+        resolve, find_experiment("mnist-mlp"), "default", num_examples=1000, num_parameters=1000
+    )
     by_default, by_weights = mlp({}, noise=lambda rule: 97), mlp({"rule": "weight"})
     assert (by_default.rule, by_default.tangents) == ("activity", "rademacher")
     assert (by_weights.rule, by_weights.tangents) == ("weight", "low-rank")
@@ -99,9 +108,14 @@ def test_clipped_slopes_are_remembered(data):
 def test_slopes_are_clipped_at_one_median_or_more():
     with pytest.raises(UsageError, match=r"--clip-slopes must be at least 1, got 0\.5"):
         digits(clip_slopes=0.5)
-    with pytest.raises(UsageError, match="--clip-slopes does not apply to --rule exact; it belongs to: weight"):
+    with pytest.raises(
+        UsageError, match="--clip-slopes does not apply to --rule exact; it belongs to: weight"
+    ):
         digits(rule="exact", clip_slopes=2.0)
-    with pytest.raises(UsageError, match="--skip-bad-slopes does not apply to --rule backprop; it belongs to: weight"):
+    with pytest.raises(
+        UsageError,
+        match="--skip-bad-slopes does not apply to --rule backprop; it belongs to: weight",
+    ):
         digits(rule="backprop", skip_bad_slopes=True)
     assert digits(rule="backprop").skip_bad_slopes is None
 
@@ -109,7 +123,9 @@ def test_slopes_are_clipped_at_one_median_or_more():
 @pytest.mark.parametrize("optimizer", optimizers.OPTIMIZERS)
 def test_every_optimizer_lowers_a_bowl(optimizer):
     params = {"x": jnp.array([1.0, -2.0])}
-    transformation = optimizers.build_optimizer(Settings(optimizer=optimizer, weight_decay=0.01, steps=20), 0.01)
+    transformation = optimizers.build_optimizer(
+        Settings(optimizer=optimizer, weight_decay=0.01, steps=20), 0.01
+    )
     state = transformation.init(params)
     for _ in range(20):
         updates, state = transformation.update(params, state, params)
@@ -127,15 +143,24 @@ def test_every_type_takes_a_step(data, dtype):
 
 
 def test_the_guess_is_an_exponential_mean_of_the_estimates(data):
-    state, after = one_step(data, combine="control-variate", guess_decay=0.75, optimizer="sgd", learning_rate=0.5)
+    state, after = one_step(
+        data, combine="control-variate", guess_decay=0.75, optimizer="sgd", learning_rate=0.5
+    )
     # SGD moves by -0.5 ĝ, and the guess starts at zero
-    for guess, old, new in zip(*map(jax.tree.leaves, (after.guess, state.params, after.params)), strict=True):
+    for guess, old, new in zip(
+        *map(jax.tree.leaves, (after.guess, state.params, after.params)), strict=True
+    ):
         np.testing.assert_allclose(guess, 0.25 * (old - new) / 0.5, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("schedule", "at_start", "at_half", "at_end"),
-    [("constant", 1, 1, 1), ("cosine", 1, 0.5, 0), ("linear", 1, 0.5, 0), ("exponential", 1, 0.6065, 0.3679)],
+    [
+        ("constant", 1, 1, 1),
+        ("cosine", 1, 0.5, 0),
+        ("linear", 1, 0.5, 0),
+        ("exponential", 1, 0.6065, 0.3679),
+    ],
 )
 def test_schedules(schedule, at_start, at_half, at_end):
     rate = optimizers.build_schedule(Settings(schedule=schedule, decay_rate=0.01, steps=100), 2.0)
@@ -145,7 +170,14 @@ def test_schedules(schedule, at_start, at_half, at_end):
 
 def test_warm_up_rises_to_the_rate_and_then_follows_the_schedule():
     rate = optimizers.build_schedule(Settings(schedule="linear", steps=30, warm_up=10), 1.0)
-    assert [round(float(rate(step)), 3) for step in (0, 4, 9, 10, 20, 30)] == [0.1, 0.5, 1.0, 1.0, 0.5, 0.0]
+    assert [round(float(rate(step)), 3) for step in (0, 4, 9, 10, 20, 30)] == [
+        0.1,
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        0.0,
+    ]
 
 
 def test_suggested_rates():
@@ -153,8 +185,12 @@ def test_suggested_rates():
     assert digits(rule="exact").learning_rate == 0.5
     k, d = 4, DIGITS.effective_dimension
     assert digits(num_tangents=k).learning_rate == pytest.approx(0.5 * k / (d + k - 1))
-    assert digits(num_tangents=k, optimizer="momentum").learning_rate == pytest.approx(0.05 * k / (d + k - 1))
-    assert digits(num_tangents=k, optimizer="adam").learning_rate == pytest.approx(1e-3 * (k / (d + k - 1)) ** 0.5)
+    assert digits(num_tangents=k, optimizer="momentum").learning_rate == pytest.approx(
+        0.05 * k / (d + k - 1)
+    )
+    assert digits(num_tangents=k, optimizer="adam").learning_rate == pytest.approx(
+        1e-3 * (k / (d + k - 1)) ** 0.5
+    )
     # a projection is k/n of the mean, so its rate is n/k of the mean's
     projected = digits(num_tangents=k, combine="projection").learning_rate
     assert projected == pytest.approx(digits(num_tangents=k).learning_rate * 2410 / k, rel=2e-3)
@@ -180,7 +216,9 @@ def test_activity_noise_counts_the_coordinates_along_which_the_loss_curves():
 
 def test_settings_that_do_not_apply_are_none():
     settings = digits(rule="backprop")
-    assert [getattr(settings, name) for name in choices.RULE_SETTINGS] == [None] * len(choices.RULE_SETTINGS)
+    assert [getattr(settings, name) for name in choices.RULE_SETTINGS] == [None] * len(
+        choices.RULE_SETTINGS
+    )
     assert digits(tangents="sparse").density == 0.1
     assert digits().density is None
     assert digits().decay_rate is None
@@ -197,25 +235,46 @@ def test_epochs_become_steps():
     [
         ({"steps": 0}, "--steps must be at least 1, got 0."),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0."),
-        ({"batch_size": 1438}, "--batch-size must be at most the 1437 examples of the training set, got 1438."),
+        (
+            {"batch_size": 1438},
+            "--batch-size must be at most the 1437 examples of the training set, got 1438.",
+        ),
         ({"num_tangents": 0}, "--num-tangents must be at least 1, got 0."),
         ({"learning_rate": -1.0}, "--learning-rate must be a positive number, got -1.0."),
         ({"learning_rate": float("nan")}, "--learning-rate must be a positive number, got nan."),
         ({"seed": -1}, "--seed must be zero or more, got -1."),
         ({"tangents": "sparse", "density": 1.5}, "--density must be at most 1, got 1.5."),
-        ({"guess_decay": 1.0, "tangents": "guided"}, "--guess-decay must be at least 0 and below 1, got 1.0."),
-        ({"density": 0.5}, "--density belongs to --tangents sparse, but the tangents are low-rank."),
-        ({"guess_decay": 0.5}, "--guess-decay belongs to --tangents guided or --combine control-variate, and neither"),
+        (
+            {"guess_decay": 1.0, "tangents": "guided"},
+            "--guess-decay must be at least 0 and below 1, got 1.0.",
+        ),
+        (
+            {"density": 0.5},
+            "--density belongs to --tangents sparse, but the tangents are low-rank.",
+        ),
+        (
+            {"guess_decay": 0.5},
+            "--guess-decay belongs to --tangents guided or --combine control-variate, and neither",
+        ),
         (
             {"rule": "backprop", "num_tangents": 4},
             "--num-tangents does not apply to --rule backprop; it belongs to: weight",
         ),
-        ({"epsilon": 0.1}, "--epsilon does not apply to --rule weight; it belongs to: finite-difference."),
-        ({"steps": 5, "epochs": 1}, "--steps and --epochs both say how long to train; give one of them."),
+        (
+            {"epsilon": 0.1},
+            "--epsilon does not apply to --rule weight; it belongs to: finite-difference.",
+        ),
+        (
+            {"steps": 5, "epochs": 1},
+            "--steps and --epochs both say how long to train; give one of them.",
+        ),
         ({"epochs": float("nan")}, "--epochs must be a positive number, got nan."),
         ({"seed": 2**32}, "--seed must be below 2**32, got 4294967296."),
         ({"epochs": 0.01}, "--epochs 0.01 gives no step; each epoch has 1437 examples."),
-        ({"decay_rate": 0.1}, "--decay-rate belongs to --schedule exponential, but the schedule is cosine."),
+        (
+            {"decay_rate": 0.1},
+            "--decay-rate belongs to --schedule exponential, but the schedule is cosine.",
+        ),
         ({"steps": 10, "warm_up": 10}, "--warm-up must be shorter than the 10 steps, got 10."),
         ({"tangents": "orthonormal", "num_tangents": 2411}, "at most n = 2410 directions"),
         ({"tangents": "guided", "num_tangents": 1}, "needs num_tangents >= 2"),
@@ -229,11 +288,17 @@ def test_mistakes_are_told_in_one_sentence(given, sentence):
 
 
 def test_unknown_names():
-    with pytest.raises(UsageError, match=r"There is no experiment 'cats'; choose one of: digits, mnist-logistic"):
+    with pytest.raises(
+        UsageError, match=r"There is no experiment 'cats'; choose one of: digits, mnist-logistic"
+    ):
         find_experiment("cats")
-    with pytest.raises(UsageError, match=r"digits has no configuration 'paper'. Choose --config from: default."):
+    with pytest.raises(
+        UsageError, match=r"digits has no configuration 'paper'. Choose --config from: default."
+    ):
         find_configuration(DIGITS, "paper")
-    with pytest.raises(UsageError, match=r"were not found in the paper\. Choose --config from: default\."):
+    with pytest.raises(
+        UsageError, match=r"were not found in the paper\. Choose --config from: default\."
+    ):
         find_configuration(EXPERIMENTS["mnist-cnn"], "paper")
 
 
@@ -249,7 +314,11 @@ def test_the_papers_configurations(name, configuration, rate, steps):
     settings = find_configuration(EXPERIMENTS[name], configuration)
     assert (settings.learning_rate, settings.steps, settings.batch_size) == (rate, steps, 64)
     assert (settings.tangents, settings.num_tangents, settings.combine) == ("normal", 1, "mean")
-    assert (settings.schedule, settings.decay_rate, settings.optimizer) == ("exponential", 1e-4, "sgd")
+    assert (settings.schedule, settings.decay_rate, settings.optimizer) == (
+        "exponential",
+        1e-4,
+        "sgd",
+    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

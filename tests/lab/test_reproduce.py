@@ -33,7 +33,9 @@ def tiny(monkeypatch, tiny_data):
     for name in columns.SIZES:
         monkeypatch.setitem(columns.SIZES, name, columns.SIZES[name]._replace(options=SIZE))
     # the picture has a test of its own
-    monkeypatch.setattr("forwax.lab.style.save", lambda figure, path, **_: path.write_bytes(b"picture"))
+    monkeypatch.setattr(
+        "forwax.lab.style.save", lambda figure, path, **_: path.write_bytes(b"picture")
+    )
 
 
 def words(out, *more):
@@ -50,7 +52,11 @@ def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch)
     summary = json.loads((folder / "DFA-1" / "summary.json").read_text())
     assert len(summary["test_errors"]) == 1
     assert 0 <= summary["train_error"] <= 100
-    rows = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith(("| L", "| D"))]
+    rows = [
+        line
+        for line in (folder / "table.md").read_text().splitlines()
+        if line.startswith(("| L", "| D"))
+    ]
     assert [row.split(" | ")[0] for row in rows] == ["| L-BP", "| DFA"]
     assert rows[0].split(" | ")[3:5] == ["2.16", "0.00"]
     assert rows[1].split(" | ")[3:5] == ["3.17", "0.00"]
@@ -96,7 +102,9 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
 def test_a_termination_is_answered_between_two_blocks(tmp_path, capsys, monkeypatch):
     asked = words(tmp_path, "--rules", "DFA", "--seeds", "1", "--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "_teller", lambda: lambda line: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(
+            reproduce, "_teller", lambda: lambda line: signal.raise_signal(signal.SIGTERM)
+        )
         assert cli.main(asked) == 143
     assert "Stopped; what was done is kept in" in capsys.readouterr().out
     assert cli.main(asked) == 0
@@ -108,18 +116,35 @@ def test_a_termination_is_answered_between_two_blocks(tmp_path, capsys, monkeypa
 def test_contrastive_by_lars_in_half_precision_on_two_devices(tmp_path, capsys, monkeypatch):
     two = jax.local_devices()[:2]
     monkeypatch.setattr(jax, "local_devices", lambda: two)
-    asked = words(tmp_path, "--column", "cifar-m-contrastive", "--rules", "LG-BP", "--seeds", "1", "--steps", "2")
+    asked = words(
+        tmp_path,
+        "--column",
+        "cifar-m-contrastive",
+        "--rules",
+        "LG-BP",
+        "--seeds",
+        "1",
+        "--steps",
+        "2",
+    )
     asked[3] = "31"
     assert cli.main(asked) == 2
-    assert "--batch-size must be a multiple of the 2 local devices that share it, got 31." in capsys.readouterr().err
+    assert (
+        "--batch-size must be a multiple of the 2 local devices that share it, got 31."
+        in capsys.readouterr().err
+    )
     asked[3:6:2] = "32", str(tmp_path / "again")
     assert cli.main(asked) == 0
     assert "29.63" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "summary.json").read_text())
+    summary = json.loads(
+        (tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "summary.json").read_text()
+    )
     assert summary["finite"]
     assert summary["num_devices"] == 2
     assert (
-        json.loads((tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "config.json").read_text())["dtype"]
+        json.loads(
+            (tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "config.json").read_text()
+        )["dtype"]
         == "bfloat16"
     )
 
@@ -134,7 +159,10 @@ def test_views_are_of_values_up_to_one_and_have_keys_of_their_own(monkeypatch):
     monkeypatch.setattr("forwax.models.ren2023.contrastive", lambda *_: of_batch)
     settings = dataclasses.replace(COLUMNS["mnist-s"].settings, objective="contrastive")
     problem = problem_of(load("digits"), reproduce.EXPERIMENTS["local-mixer"], settings)
-    monkeypatch.setattr("forwax.lab.augment.two_views", lambda key, images: seen.extend((key, images)) or (images,) * 2)
+    monkeypatch.setattr(
+        "forwax.lab.augment.two_views",
+        lambda key, images: seen.extend((key, images)) or (images,) * 2,
+    )
     with pytest.raises(StopIteration):
         problem.gradient(None)(jax.random.key(0), {}, *(x[:60] for x in problem.train))
     shown, images, key = seen
@@ -154,13 +182,18 @@ def drawn_from(key):
 
 
 def test_a_loss_that_is_not_finite_is_counted(tmp_path, capsys):
-    asked = words(tmp_path, "--rules", "BP", "--seeds", "1", "--epochs", "3", "--learning-rate", "1e30")
+    asked = words(
+        tmp_path, "--rules", "BP", "--seeds", "1", "--epochs", "3", "--learning-rate", "1e30"
+    )
     assert cli.main(asked) == 3
     told = capsys.readouterr().out
     assert "the loss or its gradient is not finite at step" in told
     assert "(1 not finite)" in told
     assert cli.main(asked) == 3
-    assert f"not finite in an earlier sitting; to train it again, remove {tmp_path}" in capsys.readouterr().out
+    assert (
+        f"not finite in an earlier sitting; to train it again, remove {tmp_path}"
+        in capsys.readouterr().out
+    )
 
 
 def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
@@ -171,7 +204,9 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr(columns.objectives, "local_losses", losses)
-    problem = problem_of(load("mnist"), reproduce.EXPERIMENTS["local-mixer"], COLUMNS["mnist-m"].settings)
+    problem = problem_of(
+        load("mnist"), reproduce.EXPERIMENTS["local-mixer"], COLUMNS["mnist-m"].settings
+    )
     for name in columns.RULES:
         settings = Entry.parse(name).settings(COLUMNS["mnist-m"], 60_000)
         assert settings.rule == name
@@ -180,7 +215,9 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
         with pytest.raises(StopIteration):
             gradient(jax.random.key(0), {}, *(x[:2] for x in problem.train))
     ways = {"": "global", "L-": "local", "LG-": "greedy"}
-    expected = {f"{place}{kind}": (where, "FG" in kind) for place, where in ways.items() for kind in KINDS}
+    expected = {
+        f"{place}{kind}": (where, "FG" in kind) for place, where in ways.items() for kind in KINDS
+    }
     assert asked == {**expected, "DFA": ("global", False)}
 
 
@@ -189,12 +226,18 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
     [
         ({"rules": ("BQ",)}, r"There is no rule 'BQ' in Ren et al\. 2023; choose from: BP, L-BP"),
         ({"rules": ("BP:4",)}, r"BP draws no noise, so that 'BP:4' means nothing; write BP\."),
-        ({"rules": ("FG-A:cauchy",)}, r"'FG-A:cauchy': expected a number of noises, one-slope or one of rademacher"),
+        (
+            {"rules": ("FG-A:cauchy",)},
+            r"'FG-A:cauchy': expected a number of noises, one-slope or one of rademacher",
+        ),
         (
             {"rules": ("LG-FG-A:4:8",)},
             r"'LG-FG-A:4:8' says twice how many noises, of which kind or",
         ),
-        ({"rules": ()}, r"--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run\."),
+        (
+            {"rules": ()},
+            r"--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run\.",
+        ),
         ({"holdout": -5}, r"--holdout must be zero or more, got -5\."),
         ({"seeds": 0}, r"--seeds must be at least 1, got 0\."),
         ({"epochs": 1, "steps": 1}, r"--steps and --epochs both say how long"),
@@ -213,9 +256,15 @@ def test_an_unknown_column_is_refused(capsys):
 
 def test_methods_belong_to_local_mixer_and_other_rules_do_not(capsys):
     assert cli.main(["train", "digits", "--rule", "LG-FG-A"]) == 2
-    assert "--rule LG-FG-A says where local losses sit; it belongs to local-mixer" in capsys.readouterr().err
+    assert (
+        "--rule LG-FG-A says where local losses sit; it belongs to local-mixer"
+        in capsys.readouterr().err
+    )
     assert cli.main(["train", "local-mixer", "--rule", "backprop"]) == 2
-    assert "local-mixer takes the methods of Ren et al. 2023: --rule BP, L-BP" in capsys.readouterr().err
+    assert (
+        "local-mixer takes the methods of Ren et al. 2023: --rule BP, L-BP"
+        in capsys.readouterr().err
+    )
     assert cli.main(["train", "digits", "--size", "M/1/16"]) == 2
     assert "--size belongs to local-mixer, but the experiment is digits." in capsys.readouterr().err
     assert cli.main(["train", "local-mixer", "--tangents", "guided"]) == 2
@@ -229,7 +278,9 @@ def test_held_out_images_stand_in_for_the_test_set():
     assert len(cut.train_images) == 50
     few = reproduce.prepared(data, ReproduceOptions(examples=7))
     assert (len(few.train_images), len(few.test_labels)) == (7, 7)
-    with pytest.raises(UsageError, match="--holdout must leave images to train on; there are 60 in all"):
+    with pytest.raises(
+        UsageError, match="--holdout must leave images to train on; there are 60 in all"
+    ):
         reproduce.prepared(data, ReproduceOptions(holdout=60))
 
 
@@ -246,7 +297,14 @@ def test_the_table_leaves_out_what_is_not_run():
     lost = {**summary, "finite": False}
     results = {"LG-BP": [summary, {**summary, "test_error": 3.0}, lost]}
     cells = table.rows(column, [Entry("LG-BP"), Entry("BP")], results)
-    assert cells[0][:6] == ("LG-BP", "2.50 ± 0.71 (1 not finite)", "0.50 ± 0.00", "2.81", "0.00", "0.1")
+    assert cells[0][:6] == (
+        "LG-BP",
+        "2.50 ± 0.71 (1 not finite)",
+        "0.50 ± 0.00",
+        "2.81",
+        "0.00",
+        "0.1",
+    )
     assert cells[1][1:4] == ("-", "-", "2.41")
     assert {len(row) for row in cells} == {len(table.HEADINGS)}
     assert dict(zip(table.HEADINGS, cells[0], strict=True))["epochs"] == "1"
@@ -257,13 +315,18 @@ def test_the_picture_has_a_line_for_each_computation():
 
     summary = {"finite": True, "epochs": [1.0, 2.0], "test_errors": [9.0, 5.0]}
     entries = [Entry("BP"), Entry("L-BP"), Entry("LG-BP"), Entry.parse("FG-A:4")]
-    figure = picture.draw(COLUMNS["mnist-m"], entries, {"BP": [summary], "LG-BP": [summary, summary]})
+    figure = picture.draw(
+        COLUMNS["mnist-m"], entries, {"BP": [summary], "LG-BP": [summary, summary]}
+    )
     assert [line.get_label() for line in figure.axes[0].get_lines()] == ["BP", "LG-BP"]
 
 
 def test_contrastive_runs_warm_up_for_the_same_share_of_their_steps():
     column = COLUMNS["cifar-m-contrastive"]
-    settings = [Entry("BP").settings(column, 50_000, **changes) for changes in ({}, {"epochs": 80}, {"steps": 2})]
+    settings = [
+        Entry("BP").settings(column, 50_000, **changes)
+        for changes in ({}, {"epochs": 80}, {"steps": 2})
+    ]
     assert [each.warm_up for each in settings] == [970, 97, 0]
     assert Entry("BP").settings(COLUMNS["mnist-m"], 60_000).warm_up == 0
     mixer = reproduce.EXPERIMENTS["local-mixer"]
@@ -279,24 +342,39 @@ def test_lars_takes_decay_off_the_weights_of_the_backbone_alone():
     assert decayed == [".blocks[0].dense.weight", ".blocks[0].groups.weight"]
     params = {"w": jax.numpy.ones((2, 2)), "b": jax.numpy.ones(2)}
     optimizer = optimizers.build_optimizer(Settings(optimizer="lars", weight_decay=0.5), 1.0)
-    updates, _ = optimizer.update(jax.tree.map(jax.numpy.zeros_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(
+        jax.tree.map(jax.numpy.zeros_like, params), optimizer.init(params), params
+    )
     assert [bool(updates[name].any()) for name in params] == [True, False]
 
 
 def test_settings_follow_size_data_and_objective():
     settings = COLUMNS["mnist-s"].settings
-    assert columns.learning_rate(dataclasses.replace(settings, rule="BP")) == COLUMNS["mnist-s"].rates["BP"]
+    assert (
+        columns.learning_rate(dataclasses.replace(settings, rule="BP"))
+        == COLUMNS["mnist-s"].rates["BP"]
+    )
     large = dataclasses.replace(settings, size="L/8/64", data="cifar10", objective="contrastive")
     assert columns.column_of(large).name == "cifar-l-contrastive"
     assert columns.column_of(dataclasses.replace(settings, data="fashion-mnist")).name == "mnist-s"
     make = columns.build_model(large)
-    assert jax.eval_shape(lambda key: make((4, 4, 1), 10, key).heads[0].weight, jax.random.key(0)).shape == (8, 128)
+    assert jax.eval_shape(
+        lambda key: make((4, 4, 1), 10, key).heads[0].weight, jax.random.key(0)
+    ).shape == (8, 128)
 
 
 def test_the_table_holds_what_other_calls_finished_on_the_same_data(tmp_path):
-    for name, checksum in (("LG-FG-A_4-0", "a"), ("BP-1", "a"), ("BP-0", "a"), ("FA-0", "held out"), ("notes-0", "a")):
+    for name, checksum in (
+        ("LG-FG-A_4-0", "a"),
+        ("BP-1", "a"),
+        ("BP-0", "a"),
+        ("FA-0", "held out"),
+        ("notes-0", "a"),
+    ):
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "config.json", {"data_checksum": checksum, "learning_rate": 0.1})
+        write_json(
+            tmp_path / name / "config.json", {"data_checksum": checksum, "learning_rate": 0.1}
+        )
         write_json(tmp_path / name / "summary.json", {"test_error": float(name[-1])})
     (tmp_path / "DFA-0").mkdir()  # begun
     entries, results = finished(tmp_path, "a")

@@ -43,7 +43,9 @@ def test_a_kill_while_the_folder_is_made_leaves_no_run(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"Cannot make a run's folder in .*file: .*; choose --runs\."):
+    with pytest.raises(
+        UsageError, match=r"Cannot make a run's folder in .*file: .*; choose --runs\."
+    ):
         Run.create(tmp_path / "file", "digits", {})
 
 
@@ -51,14 +53,21 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_a_folder_that_is_no_run(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UsageError, match=r"is not the folder of a run: expected a folder with a readable config\.json"):
+    with pytest.raises(
+        UsageError,
+        match=r"is not the folder of a run: expected a folder with a readable config\.json",
+    ):
         Run.open(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("step", "kept"), [(0, []), (1, [1]), (2, [1, 2, 2]), (3, [1, 2, 2, 3]), (9, [1, 2, 2, 3])], ids=str
+    ("step", "kept"),
+    [(0, []), (1, [1]), (2, [1, 2, 2]), (3, [1, 2, 2, 3]), (9, [1, 2, 2, 3])],
+    ids=str,
 )
-@pytest.mark.parametrize("torn", [b"", b'{"step": 4, "lo', b'{"step": 4}'], ids=["whole", "torn", "no newline"])
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"step": 4, "lo', b'{"step": 4}'], ids=["whole", "torn", "no newline"]
+)
 def test_metrics_are_cut_back(tmp_path, step, kept, torn):
     run = Run.create(tmp_path, "digits", {})
     rows = [{"step": 1}, {"step": 2}, {"step": 2, "test_accuracy": 0.5}, {"step": 3}]
@@ -112,7 +121,9 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path):
     assert restored.seconds == 8 / 7
     assert jax.tree.structure(restored.state) == jax.tree.structure(a_state(8))
     assert jax.tree.all(
-        jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), restored.state, a_state(8))
+        jax.tree.map(
+            lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), restored.state, a_state(8)
+        )
     )
 
 
@@ -127,7 +138,10 @@ def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path):
 
 
 def test_curves_show_loss_and_accuracy_against_steps_and_seconds():
-    rows = [{"step": i + 1, "loss": 2.0 / (i + 1), "accuracy": i / 10, "seconds": i / 4} for i in range(10)]
+    rows = [
+        {"step": i + 1, "loss": 2.0 / (i + 1), "accuracy": i / 10, "seconds": i / 4}
+        for i in range(10)
+    ]
     rows.append({"step": 10, "test_loss": 0.3, "test_accuracy": 0.85, "seconds": 2.25})
     panels = draw_curves(rows, "digits").axes
     assert [panel.get_xlabel() for panel in panels] == ["", "", "steps", "seconds of training"]

@@ -10,7 +10,18 @@ from forwax.lab.experiments import EXPERIMENTS
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_two_steps_of_every_experiment(name, tiny_data, tmp_path):
-    words = ["train", name, "--steps", "2", "--batch-size", "2", "--num-tangents", "1", "--runs", str(tmp_path)]
+    words = [
+        "train",
+        name,
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--num-tangents",
+        "1",
+        "--runs",
+        str(tmp_path),
+    ]
     assert cli.main(words) == 0
     (summary,) = tmp_path.glob("*/summary.json")
     told = json.loads(summary.read_text())

@@ -26,7 +26,14 @@ from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train import command as train
 from forwax.lab.train.checkpoints import Checkpoints
 from forwax.lab.train.command import TrainOptions
-from forwax.lab.train.loop import MAX_BLOCK, Trainer, build_trainer, init_state, loops_well, make_step
+from forwax.lab.train.loop import (
+    MAX_BLOCK,
+    Trainer,
+    build_trainer,
+    init_state,
+    loops_well,
+    make_step,
+)
 from forwax.lab.train.runs import CHECKPOINTS, CONFIG, METRICS, Run, write_json
 from forwax.models import MLP, Conv
 
@@ -38,7 +45,9 @@ TINY = Experiment(
     model=lambda shape, classes, key: MLP(9, (4,), classes, key=key),
     # momentum, so that the optimizer has a state to lose
     configurations={
-        "default": Settings(num_tangents=4, optimizer="momentum", batch_size=4, steps=STEPS, eval_every=25)
+        "default": Settings(
+            num_tangents=4, optimizer="momentum", batch_size=4, steps=STEPS, eval_every=25
+        )
     },
     description="a small MLP on three kinds of noise",
     effective_dimension=4,
@@ -49,8 +58,12 @@ def tiny_data(seed=0):
     """Three classes of 3×3 images that differ in their mean: 22 to train on, so that an epoch has 5 steps of 4."""
     draw = np.random.default_rng(seed)
     labels = (np.arange(31) % 3).astype(np.int32)
-    images = (draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]).astype(np.uint8)
-    return DataSet("tiny", images[:22], labels[:22], images[22:], labels[22:], 3, ("a", "b", "c"), 255)
+    images = (draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]).astype(
+        np.uint8
+    )
+    return DataSet(
+        "tiny", images[:22], labels[:22], images[22:], labels[22:], 3, ("a", "b", "c"), 255
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +72,8 @@ def tiny_experiment(monkeypatch):
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
     # the picture has tests of its own, and takes longer than these runs
     monkeypatch.setattr(
-        "forwax.lab.train.curves.save_curves", lambda rows, title, path, colour: path.write_bytes(b"curves")
+        "forwax.lab.train.curves.save_curves",
+        lambda rows, title, path, colour: path.write_bytes(b"curves"),
     )
 
 
@@ -181,8 +195,15 @@ def test_an_epoch_sees_every_example_once_and_the_next_in_another_order(monkeypa
 
     def spy(problem, settings):
         def step(state, images, labels):
-            jax.debug.callback(lambda x: seen.append(np.asarray(x)), images.reshape(4, -1)[:, 0], ordered=True)
-            return state._replace(step=state.step + 1), jnp.float32(0), jnp.float32(0), jnp.bool(True)
+            jax.debug.callback(
+                lambda x: seen.append(np.asarray(x)), images.reshape(4, -1)[:, 0], ordered=True
+            )
+            return (
+                state._replace(step=state.step + 1),
+                jnp.float32(0),
+                jnp.float32(0),
+                jnp.bool(True),
+            )
 
         return step
 
@@ -207,14 +228,20 @@ def test_steps_outside_a_loop_are_the_same(monkeypatch):
     got = single.run(11)
     np.testing.assert_allclose(got.losses, expected.losses[1:], rtol=1e-5)
     assert got.stopped_by is None
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), single.state, looped.state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        single.state,
+        looped.state,
+    )
 
 
 def test_only_convolutions_run_step_by_step():
     problem = problem_of(tiny_data(), TINY, Settings())
     assert loops_well(problem)
     convolve = dataclasses.replace(TINY, model=lambda shape, classes, key: Convolve(key))
-    assert loops_well(problem_of(tiny_data(), convolve, Settings())) == (jax.default_backend() != "cpu")
+    assert loops_well(problem_of(tiny_data(), convolve, Settings())) == (
+        jax.default_backend() != "cpu"
+    )
 
 
 class Convolve(eqx.Module):
@@ -284,7 +311,11 @@ def test_only_backprop_transposes(rule):
     settings = resolve(TINY, "default", {"rule": rule}, num_examples=22, num_parameters=55)
     problem = problem_of(tiny_data(), TINY, settings)
     batch = problem.train[0][:4], problem.train[1][:4]
-    text = jax.jit(make_step(problem, settings)).lower(init_state(problem, settings), *batch).as_text(debug_info=True)
+    text = (
+        jax.jit(make_step(problem, settings))
+        .lower(init_state(problem, settings), *batch)
+        .as_text(debug_info=True)
+    )
     # JAX writes the transformations that made an operation into its name
     assert ("transpose(" in text) == (rule == "backprop")
     assert ("jvp(" in text) == (rule != "finite-difference")
@@ -303,7 +334,8 @@ def test_a_signal_ends_the_block_and_the_run_goes_on_bit_for_bit(
     stopped_at = int(final_state(run).step)
     assert 30 <= stopped_at < STEPS
     assert (
-        f"Stopped at step {stopped_at} of 60; go on with: forwax train --resume {run.path}" in capsys.readouterr().out
+        f"Stopped at step {stopped_at} of 60; go on with: forwax train --resume {run.path}"
+        in capsys.readouterr().out
     )
     assert not run.finished
     assert resume(run.path) == 0
@@ -334,7 +366,10 @@ def test_a_finished_run_says_so(reference, capsys):
     before = (reference.path / METRICS).read_bytes()
     assert resume(reference.path) == 0
     accuracy = reference.summary()["test_accuracy"]
-    assert capsys.readouterr().out == f"{reference.path} is finished already: test accuracy {accuracy:.1%}.\n"
+    assert (
+        capsys.readouterr().out
+        == f"{reference.path} is finished already: test accuracy {accuracy:.1%}.\n"
+    )
     assert (reference.path / METRICS).read_bytes() == before
 
 
@@ -342,13 +377,16 @@ def test_changed_data_are_refused(reference, tmp_path, monkeypatch):
     run = copy_without(reference, tmp_path, "summary.json")
     monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data(seed=1))
     with pytest.raises(
-        UsageError, match=r"The data set tiny is not the one that .* was trained on \(its checksum differs\)"
+        UsageError,
+        match=r"The data set tiny is not the one that .* was trained on \(its checksum differs\)",
     ):
         resume(run.path)
 
 
 def test_resume_takes_no_settings(reference):
-    with pytest.raises(UsageError, match=r"--resume takes every setting from the run's config\.json"):
+    with pytest.raises(
+        UsageError, match=r"--resume takes every setting from the run's config\.json"
+    ):
         train.run(TrainOptions(resume=reference.path, steps=100))
 
 
@@ -362,7 +400,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, capsys):
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, int(state.step) + 1))
     out = capsys.readouterr().out
     assert f"Step {int(state.step) + 1} was not made because its " in out
-    for advice in ("smaller --learning-rate (say ", "more --num-tangents (it was 4)", "or --combine projection."):
+    for advice in (
+        "smaller --learning-rate (say ",
+        "more --num-tangents (it was 4)",
+        "or --combine projection.",
+    ):
         assert advice in out
     # resumed, it stops at the same place
     assert resume(run.path) == 3
@@ -371,10 +413,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, capsys):
 
 def step_of(loss, **given):
     """The state before and after one step of another loss, and whether it was made."""
-    settings = resolve(TINY, "default", {"learning_rate": 0.1} | given, num_examples=22, num_parameters=55)
+    settings = resolve(
+        TINY, "default", {"learning_rate": 0.1} | given, num_examples=22, num_parameters=55
+    )
     problem = dataclasses.replace(problem_of(tiny_data(), TINY, settings), loss=loss)
     state = init_state(problem, settings)
-    after, _, _, finite = quick_jit(make_step(problem, settings))(state, problem.train[0][:4], problem.train[1][:4])
+    after, _, _, finite = quick_jit(make_step(problem, settings))(
+        state, problem.train[0][:4], problem.train[1][:4]
+    )
     return state, after, bool(finite)
 
 
@@ -393,14 +439,23 @@ def test_a_slope_that_is_not_finite_can_be_skipped_a_loss_cannot():
     before, after, made = step_of(bad_slope, skip_bad_slopes=True)
     assert made
     assert jax.tree.all(jax.tree.map(np.array_equal, after.params, before.params))
-    assert (int(after.step), int(after.slopes.num_skipped), int(after.slopes.num_steps)) == (1, 4, 0)
-    *_, made = step_of(lambda params, x, y: (jnp.nan * params.layers[0].bias[0], y == 0), skip_bad_slopes=True)
+    assert (int(after.step), int(after.slopes.num_skipped), int(after.slopes.num_steps)) == (
+        1,
+        4,
+        0,
+    )
+    *_, made = step_of(
+        lambda params, x, y: (jnp.nan * params.layers[0].bias[0], y == 0), skip_bad_slopes=True
+    )
     assert not made
 
 
 def test_what_slopes_tell_is_in_the_metrics(tmp_path, capsys):
     assert start(tmp_path, clip_slopes=1.0, skip_bad_slopes=True, steps=30, eval_every=15) == 0
-    assert "clipped at 1 running medians, skipped where they are not finite." in capsys.readouterr().out
+    assert (
+        "clipped at 1 running medians, skipped where they are not finite."
+        in capsys.readouterr().out
+    )
     run = only_run(tmp_path)
     tests = [row for row in run.metrics() if "test_loss" in row]
     assert [row["step"] for row in tests] == [15, 30]
@@ -416,7 +471,9 @@ def test_what_slopes_tell_is_in_the_metrics(tmp_path, capsys):
 def test_float64_runs_in_float64(tmp_path, capsys):
     assert start(tmp_path, dtype="float64", steps=3) == 0
     with jax.enable_x64(True):
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(final_state(only_run(tmp_path)).params)} == {"float64"}
+        assert {
+            leaf.dtype.name for leaf in jax.tree.leaves(final_state(only_run(tmp_path)).params)
+        } == {"float64"}
 
 
 CHILD = """
@@ -469,14 +526,22 @@ checkpoints.Checkpoints.save = save
 
 
 def child(options, extra="", **keywords):
-    code = CHILD.format(folder=str(Path(__file__).parents[1]), file=__file__, extra=extra, options=options)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **keywords)
+    code = CHILD.format(
+        folder=str(Path(__file__).parents[1]), file=__file__, extra=extra, options=options
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **keywords
+    )
 
 
 def test_three_kills(reference, tmp_path):
     """Killed in the middle of a line, before a checkpoint is in its place, and right after one."""
     options = f"experiment='tiny', runs=tests.Path({str(tmp_path)!r}), checkpoint_seconds=0.0"
-    for step, extra in ((7, KILL_IN_METRICS), (20, KILL_IN_CHECKPOINT), (33, KILL_AFTER_CHECKPOINT)):
+    for step, extra in (
+        (7, KILL_IN_METRICS),
+        (20, KILL_IN_CHECKPOINT),
+        (33, KILL_AFTER_CHECKPOINT),
+    ):
         process = child(options, extra.format(step=step))
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -522,14 +587,24 @@ def test_a_run_trains_the_model_and_the_loss_that_its_options_name(tmp_path):
     run = only_run(tmp_path)
     settings = Settings.from_dict(run.config)
     problem = problem_of(tiny_data(), experiments.EXPERIMENTS["local-mixer"], settings)
-    assert run.config["num_parameters"] == problem.num_parameters == 9 * 256 + 256 + 256 * 256 + 256 + 2 * (256 * 3 + 3)
+    assert (
+        run.config["num_parameters"]
+        == problem.num_parameters
+        == 9 * 256 + 256 + 256 * 256 + 256 + 2 * (256 * 3 + 3)
+    )
     block = build_trainer(problem, settings).run(1)
     assert run.metrics()[0]["loss"] == float(block.losses[0])
-    assert run.metrics()[0]["loss"] < 2 * np.log(3)  # one loss; LG-FG-A, the default, has one for the block as well
+    assert run.metrics()[0]["loss"] < 2 * np.log(
+        3
+    )  # one loss; LG-FG-A, the default, has one for the block as well
 
 
 def test_a_model_that_does_not_fit_its_data_is_refused(tmp_path):
-    refusal = r"local-mixer does not fit images of \(3, 3, 1\): .*8×8 patches\. Choose another --size or --data\."
+    refusal = (
+        r"local-mixer does not fit images of \(3, 3, 1\): .*8×8 patches\. Choose "
+        r"another "
+        r"--size or --data\."
+    )
     with pytest.raises(UsageError, match=refusal):
         train.run(TrainOptions(experiment="local-mixer", runs=tmp_path, size="M/8/16", steps=1))
     assert not list(tmp_path.iterdir())

@@ -19,10 +19,16 @@ KEY = jax.random.key(0)
 def test_cross_entropy_is_its_formula():
     logits = np.asarray(jax.random.normal(KEY, (4, 3, 5)), np.float64)
     labels = np.arange(12).reshape(4, 3) % 5
-    expected = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    expected = (
+        np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    )
     logits = jnp.asarray(logits, jnp.float32)
-    np.testing.assert_allclose(softmax_cross_entropy(logits, jnp.asarray(labels)), expected, rtol=1e-5)
-    np.testing.assert_allclose(softmax_cross_entropy(logits, jax.nn.one_hot(labels, 5)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        softmax_cross_entropy(logits, jnp.asarray(labels)), expected, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        softmax_cross_entropy(logits, jax.nn.one_hot(labels, 5)), expected, rtol=1e-5
+    )
 
 
 def test_cross_entropy_of_half_precision_is_float32_and_a_label_outside_counts_nothing():
@@ -33,7 +39,9 @@ def test_cross_entropy_of_half_precision_is_float32_and_a_label_outside_counts_n
 
 @pytest.mark.parametrize("labels", [0, np.float32([1, 0, 0])])
 def test_a_class_without_weight_may_be_impossible(labels):
-    value, grads = jax.value_and_grad(softmax_cross_entropy)(jnp.array([1.0, 0.0, -jnp.inf]), labels)
+    value, grads = jax.value_and_grad(softmax_cross_entropy)(
+        jnp.array([1.0, 0.0, -jnp.inf]), labels
+    )
     assert float(value) == pytest.approx(np.log1p(np.exp(-1)))
     np.testing.assert_allclose(grads, [-jax.nn.sigmoid(-1.0), jax.nn.sigmoid(-1.0), 0], rtol=1e-5)
     assert float(softmax_cross_entropy(jnp.array([1.0, 0.0, -jnp.inf]), 2)) == np.inf
@@ -45,7 +53,9 @@ def test_labels_that_do_not_fit_are_refused():
         softmax_cross_entropy(logits, jnp.ones((3, 5), int))
     with pytest.raises(ValueError, match=r"expected one-hot labels of shape \(3, 5\), got \(3,\)"):
         softmax_cross_entropy(logits, jnp.ones(3))
-    with pytest.raises(TypeError, match=r"class numbers \(integers\) or one-hot \(floating\), got bool"):
+    with pytest.raises(
+        TypeError, match=r"class numbers \(integers\) or one-hot \(floating\), got bool"
+    ):
         softmax_cross_entropy(logits, jnp.ones((3, 5), bool))
 
 
@@ -59,12 +69,19 @@ def test_the_loss_of_one_view_is_its_nt_xent():
 
     def one_by_one(x, y):
         views = jnp.concatenate([x, y])
-        return jax.vmap(lambda query, index: nt_xent_of_view(query, index, views, 0.3))(views, jnp.arange(10))
+        return jax.vmap(lambda query, index: nt_xent_of_view(query, index, views, 0.3))(
+            views, jnp.arange(10)
+        )
 
-    both = quick_jit(lambda: [jax.jacrev(f, (0, 1))(x, y) for f in (one_by_one, lambda x, y: nt_xent(x, y, 0.3))])
+    both = quick_jit(
+        lambda: [jax.jacrev(f, (0, 1))(x, y) for f in (one_by_one, lambda x, y: nt_xent(x, y, 0.3))]
+    )
     np.testing.assert_allclose(quick_jit(one_by_one)(x, y), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
     np.testing.assert_allclose(*both(), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"expected a query \[K\] and views \[2N, K\], got shapes \(4,\) and \(5, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected a query \[K\] and views \[2N, K\], got shapes \(4,\) and \(5, 4\)",
+    ):
         nt_xent_of_view(x[0], 0, x)
 
 
@@ -82,7 +99,9 @@ def test_info_nce_is_its_formula():
     x, y = jax.random.normal(KEY, (2, 5, 4))
     u, v = (np.asarray(z, np.float64) / np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, y))
     s = u @ v.T / 0.3
-    np.testing.assert_allclose(quick_jit(info_nce)(x, y, 0.3), np.log(np.exp(s).sum(-1)) - np.diag(s), rtol=1e-5)
+    np.testing.assert_allclose(
+        quick_jit(info_nce)(x, y, 0.3), np.log(np.exp(s).sum(-1)) - np.diag(s), rtol=1e-5
+    )
 
 
 def test_keys_are_constants_unless_asked():
@@ -90,7 +109,9 @@ def test_keys_are_constants_unless_asked():
 
     @functools.partial(jax.jit, static_argnums=1)
     def jacobians(y, stop):
-        return jax.jacrev(lambda y: (info_nce(x, y, stop_gradient=stop), nt_xent(x, y, stop_gradient=stop)))(y)
+        return jax.jacrev(
+            lambda y: (info_nce(x, y, stop_gradient=stop), nt_xent(x, y, stop_gradient=stop))
+        )(y)
 
     to_keys, to_both = jacobians(y, True)
     assert not np.any(to_keys)
@@ -103,21 +124,30 @@ def test_keys_are_constants_unless_asked():
 
 
 def test_views_of_unlike_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"nt_xent: expected two arrays of one shape \[N, K\], got shapes \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"nt_xent: expected two arrays of one shape \[N, K\], got shapes \(2, 3\)"
+    ):
         nt_xent(jnp.ones((2, 3)), jnp.ones((2, 4)))
 
 
-@pytest.mark.parametrize(("axis_name", "stop_gradient"), [("data", True), ("data", False), (("data", "more"), False)])
+@pytest.mark.parametrize(
+    ("axis_name", "stop_gradient"), [("data", True), ("data", False), (("data", "more"), False)]
+)
 def test_negatives_come_from_all_devices(axis_name, stop_gradient):
     x, y = jax.random.normal(KEY, (2, 8, 3))
     mesh = jax.make_mesh((4, 2), ("data", "more"), axis_types=(AxisType.Auto,) * 2)
 
     def total(x, y, axis_name):
         losses = nt_xent(x, y, 0.3, axis_name=axis_name, stop_gradient=stop_gradient)
-        loss = losses.sum() + info_nce(x, y, 0.3, axis_name=axis_name, stop_gradient=stop_gradient).sum()
+        loss = (
+            losses.sum()
+            + info_nce(x, y, 0.3, axis_name=axis_name, stop_gradient=stop_gradient).sum()
+        )
         return loss if axis_name is None else jax.lax.psum(loss, axis_name)
 
-    spread = jax.shard_map(lambda x, y: total(x, y, axis_name), mesh=mesh, in_specs=Spec(axis_name), out_specs=Spec())
+    spread = jax.shard_map(
+        lambda x, y: total(x, y, axis_name), mesh=mesh, in_specs=Spec(axis_name), out_specs=Spec()
+    )
     value, grads = quick_jit(jax.value_and_grad(spread, (0, 1)))(x, y)
     expected, truth = quick_jit(jax.value_and_grad(lambda x, y: total(x, y, None), (0, 1)))(x, y)
     np.testing.assert_allclose(value, expected, rtol=1e-5)

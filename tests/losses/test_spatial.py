@@ -30,7 +30,9 @@ def normals(seed, *shapes):
 
 
 def arguments(name, seed=0, n=N):
-    x, y, w, b, targets, temperature = normals(seed, (n, P, G, C), (n, P, G, C), (G * C, K), (K,), (n, K), ())
+    x, y, w, b, targets, temperature = normals(
+        seed, (n, P, G, C), (n, P, G, C), (G * C, K), (K,), (n, K), ()
+    )
     return {
         "linear": (x, w, b),
         "cross_entropy": (x, w, b, abs(targets)),
@@ -60,7 +62,9 @@ def test_fused_is_literal_for_any_tangent_and_cotangent(name, dtype, tolerance):
 
 def alone(operation, args, number, tangent):
     """Value and slope where one argument moves."""
-    return jax.jvp(lambda x: operation(*args[:number], x, *args[number + 1 :]), (args[number],), (tangent,))
+    return jax.jvp(
+        lambda x: operation(*args[:number], x, *args[number + 1 :]), (args[number],), (tangent,)
+    )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -83,7 +87,11 @@ def test_a_large_batch_is_right_when_optimised(name):
     """With XLA's default options: a dot with zeros that are part of the program may then read memory not its own."""
     n = 512
     x, y, w, b, targets = normals(0, (n, 4, 4, 64), (n, 4, 4, 64), (256, 10), (10,), (n, 10))
-    args = {"linear": (x, w, b), "cross_entropy": (x, w, b, abs(targets)), "nt_xent": (x, y, w, b, 0.5)}[name]
+    args = {
+        "linear": (x, w, b),
+        "cross_entropy": (x, w, b, abs(targets)),
+        "nt_xent": (x, y, w, b, 0.5),
+    }[name]
 
     def slope(args, tangent):
         return alone(lambda *args: jnp.sum(OPERATIONS[name][0](*args) ** 2, -1), args, 0, tangent)
@@ -114,14 +122,18 @@ def test_a_bias_may_move_alone_on_a_mesh():
     def pushed(x, db):
         return jax.jvp(lambda b: spatial_average_group_linear(x, w, b), (b,), (db,))[1]
 
-    spread = jax.shard_map(pushed, mesh=mesh, in_specs=(Spec("data"), Spec()), out_specs=Spec("data"))
+    spread = jax.shard_map(
+        pushed, mesh=mesh, in_specs=(Spec("data"), Spec()), out_specs=Spec("data")
+    )
     np.testing.assert_array_equal(quick_jit(spread)(x, b), jnp.broadcast_to(b, (8, P, G, K)))
 
 
 def test_class_numbers_are_one_hot():
     x, w, b, _ = arguments("cross_entropy")
     labels = jnp.array([2, 0, 5])
-    gradients = lambda y: jax.jacrev(spatial_average_group_linear_cross_entropy, (0, 1, 2))(x, w, b, y)
+    gradients = lambda y: jax.jacrev(spatial_average_group_linear_cross_entropy, (0, 1, 2))(
+        x, w, b, y
+    )
     first, second = quick_jit(lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K))))()
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -171,10 +183,14 @@ def test_the_contrastive_value_is_nt_xent_of_the_projections(n):
     @jax.jit
     def both():
         views = [v.mean(1).reshape(n, -1) @ w + b[None] for v in (x, y)]
-        return spatial_average_group_linear_nt_xent(x, y, w, b, temperature), nt_xent(*views, temperature)
+        return spatial_average_group_linear_nt_xent(x, y, w, b, temperature), nt_xent(
+            *views, temperature
+        )
 
     fused, plain = both()
-    np.testing.assert_allclose(fused, jnp.broadcast_to(plain[:, None, None], fused.shape), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        fused, jnp.broadcast_to(plain[:, None, None], fused.shape), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("axis_name", ["data", ("data", "more")])
@@ -189,10 +205,14 @@ def test_contrastive_negatives_come_from_all_devices(axis_name):
         return loss if axis_name is None else jax.lax.psum(loss, axis_name)
 
     specs = (Spec(axis_name), Spec(axis_name), Spec(), Spec(), Spec(None, axis_name))
-    spread = jax.shard_map(lambda *args: total(*args, axis_name), mesh=mesh, in_specs=specs, out_specs=Spec())
+    spread = jax.shard_map(
+        lambda *args: total(*args, axis_name), mesh=mesh, in_specs=specs, out_specs=Spec()
+    )
     args, everything = (x, y, w, b, weights), (0, 1, 2, 3)
     value, grads = quick_jit(jax.value_and_grad(spread, everything))(*args)
-    expected, truth = quick_jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(*args)
+    expected, truth = quick_jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(
+        *args
+    )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for mine, true in zip(grads, truth, strict=True):
         np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-5)
@@ -205,7 +225,11 @@ def test_temporaries_stay_small(num_classes, views):
     x, w, b = ((n, p, g, c), (g * c, num_classes), (num_classes,))
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*[x] * max(views, 1), w, b)]
     labels = [] if views else [jax.ShapeDtypeStruct((n,), jnp.int32)]
-    loss = spatial_average_group_linear_nt_xent if views else spatial_average_group_linear_cross_entropy
+    loss = (
+        spatial_average_group_linear_nt_xent
+        if views
+        else spatial_average_group_linear_cross_entropy
+    )
 
     def jvp(args, labels, dargs):
         return jax.jvp(lambda *args: loss(*args, *labels), args, dargs)
@@ -222,11 +246,17 @@ def test_temporaries_stay_small(num_classes, views):
 
 def test_shapes_that_do_not_fit_are_refused():
     x, w, b = jnp.ones((3, 4, 2, 5)), jnp.ones((10, 6)), jnp.ones(6)
-    with pytest.raises(ValueError, match=r"linear: expected features x of shape \[..., P, G, C\], got \(2, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"linear: expected features x of shape \[..., P, G, C\], got \(2, 5\)"
+    ):
         spatial_average_group_linear(x[0, 0], w, b)
-    with pytest.raises(ValueError, match=r"w of shape \[G·C, K\] = \[10, K\] .* \(9, 6\) and \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"w of shape \[G·C, K\] = \[10, K\] .* \(9, 6\) and \(6,\)"
+    ):
         spatial_average_group_linear_cross_entropy(x, w[1:], b, jnp.ones(3, int))
     with pytest.raises(ValueError, match=r"expected class numbers of shape \(3,\), got \(2,\)"):
         spatial_average_group_linear_cross_entropy(x, w, b, jnp.ones(2, int))
-    with pytest.raises(ValueError, match=r"two views of one shape \[N, P, G, C\], got .* \(2, 4, 2, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"two views of one shape \[N, P, G, C\], got .* \(2, 4, 2, 5\)"
+    ):
         spatial_average_group_linear_nt_xent(x, x[1:], w, b)

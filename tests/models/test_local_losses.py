@@ -29,7 +29,9 @@ def mixer(**options):
 
 
 def batch():
-    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32), jnp.array([0, 2])
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32), jnp.array(
+        [0, 2]
+    )
 
 
 def supervised(losses, parts):
@@ -45,12 +47,16 @@ def assert_same(got, expected, tolerance=5e-5):
     scale = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(expected)))
     pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
     for (path, mine), true in pairs:
-        assert np.linalg.norm((mine - true).ravel()) <= tolerance * scale, jax.tree_util.keystr(path)
+        assert np.linalg.norm((mine - true).ravel()) <= tolerance * scale, jax.tree_util.keystr(
+            path
+        )
 
 
 SUPERVISED = ["FG-A", "L-FG-A", "LG-FG-A", "FG-W", "L-FG-W", "LG-FG-W"]
 CONTRASTIVE = ["FG-W", "L-FG-A", "LG-FG-A"]
-OBJECTIVES = [(name, supervised) for name in SUPERVISED] + [(name, contrastive) for name in CONTRASTIVE]
+OBJECTIVES = [(name, supervised) for name in SUPERVISED] + [
+    (name, contrastive) for name in CONTRASTIVE
+]
 
 
 @pytest.mark.parametrize(("name", "objective"), OBJECTIVES)
@@ -76,7 +82,10 @@ def written_by_hand(model, x, label, key):
     first = lambda dense: standardize(dense(standardize(x.reshape(1, -1), (1,), 0.01)), (1,), 0.01)
     inside = lambda h: standardize(h.reshape(1, groups, -1), (2,), 0.01)
     second = lambda layer, h: standardize(layer(inside(h)), (2,), 0.01)
-    z, u = first(block.dense), jax.random.rademacher(key, (2, x.size), jnp.float32)[:, : model.readout.weight.shape[0]]
+    z, u = (
+        first(block.dense),
+        jax.random.rademacher(key, (2, x.size), jnp.float32)[:, : model.readout.weight.shape[0]],
+    )
     noise = u[0][None], u[1].reshape(1, groups, -1)
 
     def features(first_noise, second_noise):
@@ -84,16 +93,24 @@ def written_by_hand(model, x, label, key):
 
     h, moved = jax.jvp(features, jax.tree.map(jnp.zeros_like, noise), noise)
     error = jax.nn.softmax(head(h.ravel())) - jax.nn.one_hot(label, 3)
-    slopes = jnp.sum((moved.ravel() * (head.weight @ error)).reshape(groups, -1), axis=1, keepdims=True)[None]
+    slopes = jnp.sum(
+        (moved.ravel() * (head.weight @ error)).reshape(groups, -1), axis=1, keepdims=True
+    )[None]
     live = jax.nn.relu(z) > 0
-    deltas = (slopes * noise[0].reshape(noise[1].shape)).reshape(z.shape) * live, slopes * noise[1] * (h > 0)
+    deltas = (
+        (slopes * noise[0].reshape(noise[1].shape)).reshape(z.shape) * live,
+        slopes * noise[1] * (h > 0),
+    )
     (by_dense,) = jax.vjp(first, block.dense)[1](deltas[0])
     (by_groups,) = jax.vjp(lambda layer: second(layer, jax.nn.relu(z)), block.groups)[1](deltas[1])
     return by_dense.weight, by_groups.weight
 
 
 def test_the_variance_is_that_of_the_algorithm_written_by_hand():
-    x, label = jnp.asarray(np.random.default_rng(1).normal(size=(6, 6, 1)), jnp.float32), jnp.array(1)
+    x, label = (
+        jnp.asarray(np.random.default_rng(1).normal(size=(6, 6, 1)), jnp.float32),
+        jnp.array(1),
+    )
     model = LocalMixer((6, 6, 1), 3, blocks=1, patches=1, channels=24, groups=4, key=KEY)
     method = ren2023.method("LG-FG-A", model, KEY)
     true = fx.grad(supervised("greedy", False), fx.Backprop())(KEY, model, x, label).blocks[0]
@@ -108,7 +125,8 @@ def test_the_variance_is_that_of_the_algorithm_written_by_hand():
         error = lambda pair: [jnp.sum((a - b) ** 2) for a, b in zip(pair, layers, strict=True)]
         layers = (true.dense.weight, true.groups.weight)
         return jax.tree.map(
-            jnp.mean, jax.vmap(lambda key: [error(pair) for pair in both(key)])(jax.random.split(key, 4000))
+            jnp.mean,
+            jax.vmap(lambda key: [error(pair) for pair in both(key)])(jax.random.split(key, 4000)),
         )
 
     mine, hand = squared_errors(jax.random.key(7))
@@ -145,23 +163,31 @@ def test_weight_noise_is_for_all_but_the_models_own_heads():
     model = local(blocks, jnp.ones(4), 3, key=KEY)
     method = ren2023.method("LG-FG-W", model, KEY)
     loss = supervised(method.losses, method.parts)
-    rows = fx.explain(loss, method.rule, in_axes=IN_AXES)(model, jnp.ones((2, 4)), jnp.array([0, 1])).rows
+    rows = fx.explain(loss, method.rule, in_axes=IN_AXES)(
+        model, jnp.ones((2, 4)), jnp.array([0, 1])
+    ).rows
     noisy = [(row.operation, row.shape) for row in rows if row.credit != "exact error"]
     assert noisy == [("weight noise", (4, 4)), ("weight noise", (4,))] * 2
 
 
 def test_feedback_alignment_sees_the_heads():
     model, (x, y) = mixer(), batch()
-    scaled = eqx.tree_at(lambda model: [head.weight for head in model.heads], model, replace_fn=lambda w: -2 * w)
+    scaled = eqx.tree_at(
+        lambda model: [head.weight for head in model.heads], model, replace_fn=lambda w: -2 * w
+    )
     plain = ren2023.method("LG-FA", model, KEY)
     rules = fx.Backprop(), fx.FeedbackAlignment(scaled)
     methods = [dataclasses.replace(plain, rule=rule) for rule in rules]
-    exact, aligned = quick_jit(lambda: [ren2023.supervised(each)(KEY, model, x, y)[1] for each in methods])()
+    exact, aligned = quick_jit(
+        lambda: [ren2023.supervised(each)(KEY, model, x, y)[1] for each in methods]
+    )()
     assert_same((aligned.heads, aligned.readout), (exact.heads, exact.readout), 1e-6)
     assert_same(aligned.blocks, jax.tree.map(lambda g: -2 * g, exact.blocks))
 
 
-@pytest.mark.parametrize(("name", "objective"), [("FA", supervised), ("DFA", supervised), ("DFA", contrastive)])
+@pytest.mark.parametrize(
+    ("name", "objective"), [("FA", supervised), ("DFA", supervised), ("DFA", contrastive)]
+)
 def test_feedback_rules_train_what_stands_last_exactly(name, objective):
     model, (x, y) = mixer(projection=5 if objective is contrastive else None), batch()
     method = ren2023.method(name, model, jax.random.key(1))
@@ -169,7 +195,9 @@ def test_feedback_rules_train_what_stands_last_exactly(name, objective):
     if objective is supervised:
         both = lambda: [ren2023.supervised(each)(KEY, model, x, y) for each in (method, backprop)]
     else:
-        both = lambda: [ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y) for each in (method, backprop)]
+        both = lambda: [
+            ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y) for each in (method, backprop)
+        ]
     (value, grads), (expected, exact) = quick_jit(both)()
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert_same((grads.readout, grads.heads), (exact.readout, exact.heads), 1e-5)
@@ -179,7 +207,11 @@ def test_feedback_rules_train_what_stands_last_exactly(name, objective):
 
 def test_the_parts_add_up_to_the_losses():
     model, (x, y) = mixer(), batch()
-    trees = quick_jit(lambda: [local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)])()
+    trees = quick_jit(
+        lambda: [
+            local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)
+        ]
+    )()
     parts, whole = trees
     assert [part.shape for part in parts["blocks"]] == [(4, 2), (4, 2)]
     for part, loss in zip(parts["blocks"], whole["blocks"], strict=True):
@@ -197,13 +229,19 @@ def test_where_the_losses_sit():
     def readout(model, where):
         return jnp.sum(local_losses(model, x[0], y[0], where).tree["readout"])
 
-    to_global, to_local, to_greedy = quick_jit(lambda: [jax.grad(readout)(model, w) for w in WHERE])()
+    to_global, to_local, to_greedy = quick_jit(
+        lambda: [jax.grad(readout)(model, w) for w in WHERE]
+    )()
     assert_same(to_local, to_global)  # the paper's L-BP sends the final loss through the blocks too
     assert not np.any(to_greedy.blocks[-1].dense.weight)
     assert set(tree("global")) == {"readout"}
     assert set(tree("greedy")) == {"readout", "blocks"}
-    assert float(tree("global")["readout"]) == pytest.approx(float(softmax_cross_entropy(logits, y[0])), rel=1e-5)
-    with pytest.raises(ValueError, match='expected losses to be "global", "local" or "greedy", got \'all\''):
+    assert float(tree("global")["readout"]) == pytest.approx(
+        float(softmax_cross_entropy(logits, y[0])), rel=1e-5
+    )
+    with pytest.raises(
+        ValueError, match='expected losses to be "global", "local" or "greedy", got \'all\''
+    ):
         tree("all")
 
 
@@ -212,7 +250,10 @@ def test_the_contrastive_losses_are_nt_xent_of_the_projections():
 
     @quick_jit
     def both():
-        found = [contrastive_losses(model, x, x + 1, y, where).tree["blocks"] for where in ("greedy", "global")]
+        found = [
+            contrastive_losses(model, x, x + 1, y, where).tree["blocks"]
+            for where in ("greedy", "global")
+        ]
         features = [jax.vmap(model.features)(view)[-1] for view in (x, x + 1)]
         projected = [model.heads[-1](h.mean(1).reshape(2, -1)) for h in features]
         return *found, nt_xent(*projected)
@@ -225,7 +266,11 @@ def test_the_contrastive_losses_are_nt_xent_of_the_projections():
 
 def mlp(key):
     layers = [eqx.nn.Linear(6, 6, key=k) for k in jax.random.split(key)]
-    return [eqx.nn.Sequential([layer, eqx.nn.Lambda(jax.nn.relu)]) for layer in layers], jnp.ones(6), {"groups": 3}
+    return (
+        [eqx.nn.Sequential([layer, eqx.nn.Lambda(jax.nn.relu)]) for layer in layers],
+        jnp.ones(6),
+        {"groups": 3},
+    )
 
 
 def cnn(key):
@@ -246,7 +291,11 @@ def vit(key):
     first, second = jax.random.split(key)
     embedding = eqx.nn.Linear(4, 8, key=first)
     attention = Attention(eqx.nn.MultiheadAttention(2, 8, key=second))
-    return [eqx.filter_vmap(embedding), attention], jnp.linspace(-1, 1, 20).reshape(5, 4), {"groups": 2}
+    return (
+        [eqx.filter_vmap(embedding), attention],
+        jnp.linspace(-1, 1, 20).reshape(5, 4),
+        {"groups": 2},
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,18 +319,26 @@ def test_any_blocks_get_local_losses(build, shapes):
     assert jax.tree.map(jnp.shape, estimate) == jax.tree.map(jnp.shape, params)
     if build is vit:  # the others are quicker, and nothing new
         basis = rule.basis(Signature(loss, 0, False, IN_AXES).bind(args, {}))
-        both = quick_jit(lambda: [fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (basis, fx.Backprop())])
+        both = quick_jit(
+            lambda: [
+                fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (basis, fx.Backprop())
+            ]
+        )
         assert_same(*both())
 
 
 def test_blocks_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="expected at least one block, got none"):
         local([], jnp.ones(3), 2, key=KEY)
-    with pytest.raises(ValueError, match=r"a block of output shape \(3,\) has 3 channels, .* into 2 groups"):
+    with pytest.raises(
+        ValueError, match=r"a block of output shape \(3,\) has 3 channels, .* into 2 groups"
+    ):
         local([jnp.tanh], jnp.ones(3), 2, groups=2, key=KEY)
     with pytest.raises(ValueError, match="expected groups for each of 1 blocks, got 2"):
         local([jnp.tanh], jnp.ones(3), 2, groups=(1, 1), key=KEY)
-    with pytest.raises(ValueError, match=r"expected a block to return an array with axis 2, got shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected a block to return an array with axis 2, got shape \(3,\)"
+    ):
         local([jnp.tanh], jnp.ones(3), 2, channel_axis=2, key=KEY)
 
 
@@ -290,7 +347,9 @@ def test_methods_take_a_partitioned_model():
     blocks = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(16, 4, key=KEY)]
     params, static = eqx.partition(local(blocks, x[0], 3, groups=2, key=KEY), eqx.is_inexact_array)
     methods = [ren2023.method(name, params, KEY) for name in ("LG-FA", "LG-BP")]
-    (_, grads), (_, exact) = quick_jit(lambda: [ren2023.supervised(m, static)(KEY, params, x, y) for m in methods])()
+    (_, grads), (_, exact) = quick_jit(
+        lambda: [ren2023.supervised(m, static)(KEY, params, x, y) for m in methods]
+    )()
     assert_same(grads.heads, exact.heads, 1e-6)
     assert np.any(grads.blocks[1].weight)
 

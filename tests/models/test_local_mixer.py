@@ -62,7 +62,10 @@ def by_hand(model, image, token_axes, group_axes, mix):
             h = np.maximum(normalized(mix(block.mixing, normalized(h, token_axes)), token_axes), 0)
         h = normalized(h, token_axes) @ block.dense.weight + block.dense.bias
         h = np.maximum(normalized(h, token_axes), 0).reshape(4, 2, 4)
-        h = np.einsum("pgc,gcd->pgd", normalized(h, group_axes), block.groups.weight) + block.groups.bias
+        h = (
+            np.einsum("pgc,gcd->pgd", normalized(h, group_axes), block.groups.weight)
+            + block.groups.bias
+        )
         h = normalized(h, group_axes) + (0 if block.mixing is None else x)
         x = np.maximum(h, 0)
         features.append(x)
@@ -75,7 +78,10 @@ def dense(mixing, h):
 
 def depthwise(mixing, h):
     padded = np.pad(h.reshape(2, 2, -1), ((1, 1), (1, 1), (0, 0)))
-    windows = [[(padded[i : i + 3, j : j + 3] * mixing.weight[:, :, 0]).sum((0, 1)) for j in (0, 1)] for i in (0, 1)]
+    windows = [
+        [(padded[i : i + 3, j : j + 3] * mixing.weight[:, :, 0]).sum((0, 1)) for j in (0, 1)]
+        for i in (0, 1)
+    ]
     return np.array(windows).reshape(4, -1) + mixing.bias
 
 
@@ -91,14 +97,20 @@ def test_the_architecture_is_the_papers(options, token_axes, group_axes, mix):
     model = LocalMixer((6, 4, 3), 5, **TINY, **options, key=KEY)
     leaves, structure = jax.tree.flatten(model)  # biases away from zero
     random = np.random.default_rng(0)
-    model = structure.unflatten([leaf + random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+    model = structure.unflatten(
+        [leaf + random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+    )
     image = random.normal(size=(6, 4, 3))
-    logits, features = quick_jit(lambda model, x: (model(x), model.features(x)))(model, jnp.asarray(image, jnp.float32))
+    logits, features = quick_jit(lambda model, x: (model(x), model.features(x)))(
+        model, jnp.asarray(image, jnp.float32)
+    )
     expected = by_hand(model, image, token_axes, group_axes, mix)
     for mine, true in zip(features, expected, strict=True):
         np.testing.assert_allclose(mine, true, rtol=1e-3, atol=1e-4)
     pooled = expected[-1].mean(0).ravel()
-    np.testing.assert_allclose(logits, pooled @ np.asarray(model.readout.weight) + model.readout.bias, atol=1e-3)
+    np.testing.assert_allclose(
+        logits, pooled @ np.asarray(model.readout.weight) + model.readout.bias, atol=1e-3
+    )
 
 
 def test_stop_gradients_cut_each_block_from_the_next():
@@ -112,7 +124,9 @@ def test_stop_gradients_cut_each_block_from_the_next():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(cut.blocks[0]))
     assert np.any(whole.blocks[0].dense.weight)
     size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole))
-    for mine, same in zip(jax.tree.leaves(cut.blocks[1]), jax.tree.leaves(whole.blocks[1]), strict=True):
+    for mine, same in zip(
+        jax.tree.leaves(cut.blocks[1]), jax.tree.leaves(whole.blocks[1]), strict=True
+    ):
         np.testing.assert_allclose(mine, same, atol=1e-6 * size, rtol=1e-5)
 
 
@@ -129,7 +143,9 @@ def test_the_relu_with_a_noise_point_is_the_relu():
 
 
 def test_half_precision_stays_half():
-    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), LocalMixer((4, 4, 1), 5, **TINY, key=KEY))
+    model = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), LocalMixer((4, 4, 1), 5, **TINY, key=KEY)
+    )
     features = jax.eval_shape(model.features, jnp.ones((4, 4, 1), jnp.bfloat16))
     assert {h.dtype for h in features} == {jnp.dtype(jnp.bfloat16)}
 
@@ -137,11 +153,17 @@ def test_half_precision_stays_half():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"blocks": 0}, "expected counts of at least 1, got blocks=0, patches=2, channels=8, groups=2"),
+        (
+            {"blocks": 0},
+            "expected counts of at least 1, got blocks=0, patches=2, channels=8, groups=2",
+        ),
         ({"patches": 3}, "an image of 4×4 cannot be cut into 3×3 patches"),
         ({"groups": 3}, "8 channels cannot be cut into 3 groups"),
         ({"mixing": "conv"}, 'expected mixing to be "dense" or "depthwise", got \'conv\''),
-        ({"normalize": "batch"}, 'expected normalize to be "channels", "group" or "space", got \'batch\''),
+        (
+            {"normalize": "batch"},
+            'expected normalize to be "channels", "group" or "space", got \'batch\'',
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):
@@ -150,5 +172,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="expected one of S/1/1, M/1/16, S/4/8, M/8/16, L/8/64, L/32/64, got 'XL'"):
+    with pytest.raises(
+        ValueError, match="expected one of S/1/1, M/1/16, S/4/8, M/8/16, L/8/64, L/32/64, got 'XL'"
+    ):
         LocalMixer.named("XL", key=KEY)

@@ -60,14 +60,19 @@ def test_mlp_is_dense_relu_dense():
     for i, layer in enumerate(model.layers):
         h = np.asarray(layer.weight, np.float64) @ h + np.asarray(layer.bias)
         h = np.maximum(h, 0) if i < 2 else h
-    np.testing.assert_allclose(model(jnp.asarray(x, jnp.float32).reshape(2, 3)), h, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        model(jnp.asarray(x, jnp.float32).reshape(2, 3)), h, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_conv_sums_its_windows():
     layer = Conv(2, 3, size=3, key=KEY)
     x = np.asarray(jax.random.normal(jax.random.key(1), (5, 6, 2)), np.float64)
     weight = np.asarray(layer.weight, np.float64)
-    expected = [[np.einsum("hwc,hwco->o", x[i : i + 3, j : j + 3], weight) for j in range(4)] for i in range(3)]
+    expected = [
+        [np.einsum("hwc,hwco->o", x[i : i + 3, j : j + 3], weight) for j in range(4)]
+        for i in range(3)
+    ]
     np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -77,12 +82,17 @@ def test_max_pool_cuts_an_odd_border():
 
 
 def test_half_precision_stays_half():
-    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ConvNet((16, 16, 1), 2, channels=2, dense=3, key=KEY))
+    model = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16),
+        ConvNet((16, 16, 1), 2, channels=2, dense=3, key=KEY),
+    )
     assert jax.eval_shape(model, jnp.ones((16, 16, 1), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_sizes_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match=r"every size of an MLP must be at least 1, got \(4, 0, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"every size of an MLP must be at least 1, got \(4, 0, 2\)"
+    ):
         MLP(4, (0,), 2, key=KEY)
     with pytest.raises(ValueError, match="ConvNet needs images of at least 16×16, got 15×28"):
         ConvNet((15, 28, 1), 10, key=KEY)

@@ -19,14 +19,23 @@ def noise_of(sites, source):
             if isinstance(step, Region):
                 for site in (s for s in sites.noisy if s.region is step):
                     found[site.variable] = wrap(
-                        lambda own, site=site: own.all(site.variable, like(sites, site), jnp.zeros(())), site
+                        lambda own, site=site: own.all(
+                            site.variable, like(sites, site), jnp.zeros(())
+                        ),
+                        site,
                     )(source)
             elif isinstance(step, LoopPlan):
-                visit(step.level, source, lambda f, site, plan=step, wrap=wrap: wrap(_each_step(f, plan, site), site))
+                visit(
+                    step.level,
+                    source,
+                    lambda f, site, plan=step, wrap=wrap: wrap(_each_step(f, plan, site), site),
+                )
 
     def _each_step(f, plan, site):
         axis = 1 + (site.mapped and sites.num_examples is not None)
-        return lambda own: jax.vmap(lambda t: f(own.inside(plan, t)), out_axes=axis)(own.slices(plan))
+        return lambda own: jax.vmap(lambda t: f(own.inside(plan, t)), out_axes=axis)(
+            own.slices(plan)
+        )
 
     visit(sites.level, source.at_level(sites.level), lambda f, site: f)
     return [found[site.variable] for site in sites.noisy]

@@ -56,7 +56,11 @@ def filled(shapes: Any) -> Any:
     def fill(spec: jax.ShapeDtypeStruct, seed: int) -> Array:
         if jnp.issubdtype(spec.dtype, jnp.inexact):
             return jnp.asarray(0.5 * normal(seed, *spec.shape), spec.dtype)
-        return KEY if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key) else jnp.asarray(np.zeros(spec.shape, spec.dtype))
+        return (
+            KEY
+            if jnp.issubdtype(spec.dtype, jax.dtypes.prng_key)
+            else jnp.asarray(np.zeros(spec.shape, spec.dtype))
+        )
 
     leaves, structure = jax.tree.flatten(shapes)
     return structure.unflatten([fill(spec, seed) for seed, spec in enumerate(leaves)])
@@ -82,7 +86,9 @@ def check(model: Model) -> None:
     for name in ("activity", "feedback"):
         got, grads = results[name]
         _assert_close(got, value, 1e-5, name)
-        for (path, g), t in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(truth), strict=True):
+        for (path, g), t in zip(
+            jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(truth), strict=True
+        ):
             error = float(jnp.linalg.norm((g - t).ravel()))
             assert error <= 1e-5 * scale, (name, jax.tree_util.keystr(path), error, float(scale))
     if model.direct:

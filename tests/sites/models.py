@@ -12,7 +12,10 @@ Params = dict
 
 
 def dense(seed: int, fan_in: int, fan_out: int) -> Params:
-    return {"w": normal(seed, fan_in, fan_out) / np.float32(fan_in) ** 0.5, "b": 0.1 * normal(seed + 1, fan_out)}
+    return {
+        "w": normal(seed, fan_in, fan_out) / np.float32(fan_in) ** 0.5,
+        "b": 0.1 * normal(seed + 1, fan_out),
+    }
 
 
 def norm(width: int) -> Params:
@@ -25,7 +28,9 @@ def apply(p: Params, x: Array) -> Array:
 
 def layer_norm(p: Params, x: Array) -> Array:
     centred = x - jnp.mean(x, -1, keepdims=True)
-    return centred * lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * p["gain"] + p["bias"]
+    return (
+        centred * lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * p["gain"] + p["bias"]
+    )
 
 
 def mlp(p: Params, x: Array) -> Array:
@@ -80,7 +85,11 @@ def vision_transformer() -> Model:
         x = jnp.concatenate([p["token"], apply(p["embed"], patches(image, 2))]) + p["position"]
         for one in p["blocks"]:
             x = block(one, x, heads=2)
-        return wave(apply(p["head"]["out"], jnp.tanh(apply(p["head"]["hidden"], layer_norm(p["norm"], x)[0]))))
+        return wave(
+            apply(
+                p["head"]["out"], jnp.tanh(apply(p["head"]["hidden"], layer_norm(p["norm"], x)[0]))
+            )
+        )
 
     return Model(loss, params, (normal(40, 2, 4, 2, 1),))
 
@@ -91,7 +100,12 @@ def mlp_mixer() -> Model:
     params = {
         "embed": dense(0, 4, width),
         "blocks": [
-            {"norm1": norm(width), "tokens": mlp_params(5, count, 3), "norm2": norm(width), "mlp": mlp_params(9, 3, 3)}
+            {
+                "norm1": norm(width),
+                "tokens": mlp_params(5, count, 3),
+                "norm2": norm(width),
+                "mlp": mlp_params(9, 3, 3),
+            }
         ],
         "norm": norm(width),
         "head": dense(20, width, 2),
@@ -110,8 +124,14 @@ def mlp_mixer() -> Model:
 def scanned_transformer() -> Model:
     """A causal language model: stacked layers under `scan` and `checkpoint`, one table for input and output."""
     width, layers, length = 2, 2, 3
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(block_params(20 * i, width) for i in range(layers)))
-    params = {"table": normal(60, 4, width), "position": 0.1 * normal(61, length, width), "layers": stacked}
+    stacked = jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(block_params(20 * i, width) for i in range(layers))
+    )
+    params = {
+        "table": normal(60, 4, width),
+        "position": 0.1 * normal(61, length, width),
+        "layers": stacked,
+    }
 
     def loss(p: Params, tokens: Array) -> Array:
         mask = jnp.tri(length, dtype=bool)

@@ -74,20 +74,37 @@ def reshaped_cast_and_scaled_weights(p, x):
 
 
 @program(
-    {"k": normal(0, 3, 3, 2, 4), "b": normal(1, 4), "d": normal(2, 2, 2, 1, 8), "o": normal(3, 8, 2)},
+    {
+        "k": normal(0, 3, 3, 2, 4),
+        "b": normal(1, 4),
+        "d": normal(2, 2, 2, 1, 8),
+        "o": normal(3, 8, 2),
+    },
     normal(4, N, 5, 5, 2),
 )
 def convolutions(p, x):
     numbers = ("NHWC", "HWIO", "NHWC")
-    h = lax.conv_general_dilated(x[None], p["k"], (2, 2), "SAME", dimension_numbers=numbers) + p["b"][None, None, None]
+    h = (
+        lax.conv_general_dilated(x[None], p["k"], (2, 2), "SAME", dimension_numbers=numbers)
+        + p["b"][None, None, None]
+    )
     h = jax.nn.relu(h)
     h = lax.conv_general_dilated(
-        h, p["d"], (1, 1), "VALID", rhs_dilation=(1, 1), dimension_numbers=numbers, feature_group_count=4
+        h,
+        p["d"],
+        (1, 1),
+        "VALID",
+        rhs_dilation=(1, 1),
+        dimension_numbers=numbers,
+        feature_group_count=4,
     )
     return squares(jnp.mean(jnp.tanh(h[0]), axis=(0, 1)) @ p["o"])
 
 
-@program({"w": normal(0, 3, 4), "gain": normal(1, 4), "bias": normal(2, 4), "out": normal(3, 4, 2)}, normal(4, N, 3))
+@program(
+    {"w": normal(0, 3, 4), "gain": normal(1, 4), "bias": normal(2, 4), "out": normal(3, 4, 2)},
+    normal(4, N, 3),
+)
 def layer_norm(p, x):
     h = x @ p["w"]
     h = (h - jnp.mean(h)) / jnp.sqrt(jnp.var(h) + 1e-5)
@@ -95,7 +112,8 @@ def layer_norm(p, x):
 
 
 @program(
-    {"table": normal(0, 5, 3), "position": normal(1, 4, 3), "w": normal(2, 3, 3)}, np.arange(N * 4).reshape(N, 4) % 5
+    {"table": normal(0, 5, 3), "position": normal(1, 4, 3), "w": normal(2, 3, 3)},
+    np.arange(N * 4).reshape(N, 4) % 5,
 )
 def embedding(p, tokens):
     h = p["table"][tokens] + p["position"]
@@ -110,17 +128,29 @@ def tied(p, x):
 
 @program({"w": normal(0, 3, 4), "g": normal(1, 4), "v": normal(2, 4, 2)}, normal(3, N, 3))
 def weight_standardisation(p, x):
-    w = (p["w"] - p["w"].mean(0, keepdims=True)) / (p["w"].std(0, keepdims=True) + 1e-3) * p["g"][None]
+    w = (
+        (p["w"] - p["w"].mean(0, keepdims=True))
+        / (p["w"].std(0, keepdims=True) + 1e-3)
+        * p["g"][None]
+    )
     return squares(jax.nn.silu(x @ w) @ p["v"])
 
 
 @program({"w": normal(0, 3, 4), "v": normal(1, 4, 2)}, normal(2, N, 3))
 def weight_decay(p, x):
-    return squares(jnp.tanh(x @ p["w"]) @ p["v"]) + 0.1 * (jnp.sum(p["w"] ** 2) + jnp.sum(p["v"] ** 4))
+    return squares(jnp.tanh(x @ p["w"]) @ p["v"]) + 0.1 * (
+        jnp.sum(p["w"] ** 2) + jnp.sum(p["v"] ** 4)
+    )
 
 
 @program(
-    {"i": normal(0, 2, 3), "h": normal(1, 3, 3), "b": normal(2, 3), "start": normal(3, 3), "o": normal(4, 3, 2)},
+    {
+        "i": normal(0, 2, 3),
+        "h": normal(1, 3, 3),
+        "b": normal(2, 3),
+        "start": normal(3, 3),
+        "o": normal(4, 3, 2),
+    },
     normal(5, N, 4, 2),
 )
 def recurrent(p, xs):
@@ -132,7 +162,10 @@ def recurrent(p, xs):
     return squares(hs @ p["o"]) + squares(last @ p["o"])
 
 
-@program({"i": normal(0, 2, 9), "h": normal(1, 3, 9), "b": normal(2, 9), "o": normal(3, 3, 2)}, normal(4, N, 3, 2))
+@program(
+    {"i": normal(0, 2, 9), "h": normal(1, 3, 9), "b": normal(2, 9), "o": normal(3, 3, 2)},
+    normal(4, N, 3, 2),
+)
 def gated_recurrent(p, xs):
     def step(h, x):
         ir, iz, ic = jnp.split(x @ p["i"] + p["b"], 3)
@@ -143,7 +176,10 @@ def gated_recurrent(p, xs):
     return squares(lax.scan(step, jnp.zeros(3), xs, reverse=True)[0] @ p["o"])
 
 
-@program({"i": normal(0, 2, 3), "h": normal(1, 3, 3), "o": normal(2, 3, 2), "c": normal(3, 2)}, normal(4, N, 4, 2))
+@program(
+    {"i": normal(0, 2, 3), "h": normal(1, 3, 3), "o": normal(2, 3, 2), "c": normal(3, 2)},
+    normal(4, N, 4, 2),
+)
 def readout_and_loss_in_a_scan(p, xs):
     def step(carry, x):
         h, total = carry
@@ -187,7 +223,9 @@ def jit_and_remat(p, x):
     return squares(jax.checkpoint(lambda w, h: jnp.tanh(h @ w) @ w)(p["w"], h))
 
 
-@program({"w": normal(0, 3, 3), "v": normal(1, 3, 3), "s": normal(2)}, normal(3, N, 3), np.array([0, 1]))
+@program(
+    {"w": normal(0, 3, 3), "v": normal(1, 3, 3), "s": normal(2)}, normal(3, N, 3), np.array([0, 1])
+)
 def conditional(p, x, which):
     h = jnp.tanh(x @ p["w"])
     h = lax.switch(which, [lambda h: h @ p["v"], lambda h: jnp.sin(h) * p["s"]], h)
@@ -209,7 +247,10 @@ def fori_with_indexed_weights(p, x):
     return squares(h @ p["v"])
 
 
-@program({"q": normal(0, 3, 4), "k": normal(1, 3, 4), "v": normal(2, 3, 4), "o": normal(3, 4, 3)}, normal(4, N, 3, 3))
+@program(
+    {"q": normal(0, 3, 4), "k": normal(1, 3, 4), "v": normal(2, 3, 4), "o": normal(3, 4, 3)},
+    normal(4, N, 3, 3),
+)
 def attention(p, x):
     q, k, v = (jnp.moveaxis((x @ p[name]).reshape(3, 2, 2), 1, 0) for name in "qkv")
     weights = jax.nn.softmax(jnp.where(jnp.tri(3, dtype=bool), q @ jnp.swapaxes(k, 1, 2), -1e9))
@@ -221,7 +262,9 @@ def attention(p, x):
 def local_losses(p, x):
     first = jnp.tanh(x @ p["w"])
     second = jnp.tanh(jnp.tanh(lax.stop_gradient(first) @ p["v"]) @ p["v"].T)
-    return fx.LocalLosses({"a": jnp.sin(first @ p["heads"][0]) ** 2, "b": squares(second @ p["heads"][1])})
+    return fx.LocalLosses(
+        {"a": jnp.sin(first @ p["heads"][0]) ** 2, "b": squares(second @ p["heads"][1])}
+    )
 
 
 @program({"w": normal(0, 3, 4), "v": normal(1, 4, 2)}, normal(2, N, 3))
@@ -261,7 +304,10 @@ def _leaky_jvp(primals, tangents):
     return _leaky(x, a), jnp.where(x > 0, dx, a * dx + da * x)
 
 
-@program({"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)}, normal(4, N, 3))
+@program(
+    {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)},
+    normal(4, N, 3),
+)
 def noise_points(p, x):
     def norm(h):
         return fx.noise_point((h - jnp.mean(h)) / jnp.sqrt(jnp.var(h) + 1e-5))
@@ -273,7 +319,9 @@ def noise_points(p, x):
 @program({"w": normal(0, 3, 3), "v": normal(1, 3, 2)}, normal(2, N, 3))
 def spectral_norm(p, x):
     u = lax.while_loop(
-        lambda s: s[0] < 3, lambda s: (s[0] + 1, p["w"] @ s[1] / jnp.linalg.norm(s[1])), (0, jnp.ones(3))
+        lambda s: s[0] < 3,
+        lambda s: (s[0] + 1, p["w"] @ s[1] / jnp.linalg.norm(s[1])),
+        (0, jnp.ones(3)),
     )[1]
     return squares(jnp.tanh(x @ (p["w"] / jnp.linalg.norm(u))) @ p["v"])
 

@@ -42,7 +42,12 @@ class Recipe:
 class Env:
     """The parameters in the order of their use, and what a step can see of the example."""
 
-    def __init__(self, given: dict[str, Array] | None, made: dict[str, np.ndarray], example: tuple[Array, ...]) -> None:
+    def __init__(
+        self,
+        given: dict[str, Array] | None,
+        made: dict[str, np.ndarray],
+        example: tuple[Array, ...],
+    ) -> None:
         self.given, self.made, self.example = given, made, example
         self.count, self.saved, self.losses = 0, [], []
 
@@ -140,20 +145,33 @@ def move(env: Env, h: Array, s: Step) -> Array:
     m = matrix(h)
     moved = (m.T, h.ravel(), jnp.flip(m, s.b % 2), jnp.concatenate([m, jnp.sin(m[:1])]))[s.a]
     if s.b == 3:
-        return jnp.broadcast_to(moved[None], (2, *moved.shape)) * jnp.arange(1.0, 3).reshape(2, *[1] * moved.ndim)
+        return jnp.broadcast_to(moved[None], (2, *moved.shape)) * jnp.arange(1.0, 3).reshape(
+            2, *[1] * moved.ndim
+        )
     return moved
 
 
 def norm(env: Env, h: Array, s: Step) -> Array:
     axis = (None, -1, 0, -1)[s.a]
     if s.b == 0:
-        return (h - jnp.mean(h, axis, keepdims=True)) / jnp.sqrt(jnp.var(h, axis, keepdims=True) + 0.1)
+        return (h - jnp.mean(h, axis, keepdims=True)) / jnp.sqrt(
+            jnp.var(h, axis, keepdims=True) + 0.1
+        )
     if s.b == 1:
         return h * lax.rsqrt(jnp.mean(h**2, axis, keepdims=True) + 0.1)
     return jax.nn.softmax(h, axis) if s.b == 2 else h - jax.nn.logsumexp(h, axis, keepdims=True)
 
 
-ACTIVATIONS = [jnp.tanh, jax.nn.relu, jax.nn.silu, jax.nn.gelu, jax.nn.softplus, jnp.sin, jax.nn.relu6, jax.nn.elu]
+ACTIVATIONS = [
+    jnp.tanh,
+    jax.nn.relu,
+    jax.nn.silu,
+    jax.nn.gelu,
+    jax.nn.softplus,
+    jnp.sin,
+    jax.nn.relu6,
+    jax.nn.elu,
+]
 
 
 def activation(env: Env, h: Array, s: Step) -> Array:
@@ -217,7 +235,11 @@ def look_up(env: Env, h: Array, s: Step) -> Array:
     if s.a == 1:
         return jnp.concatenate([m, table[tokens[:1]]])
     if s.a == 2:
-        return m @ jax.nn.one_hot(tokens, 3) @ table if m.shape[1] == 2 else m * table[jnp.argmax(m) % 3][None]
+        return (
+            m @ jax.nn.one_hot(tokens, 3) @ table
+            if m.shape[1] == 2
+            else m * table[jnp.argmax(m) % 3][None]
+        )
     return m + lax.dynamic_index_in_dim(table.at[tokens].add(m[0][None]), tokens[0], keepdims=True)
 
 
@@ -229,7 +251,9 @@ def gate(env: Env, h: Array, s: Step) -> Array:
         return h * jnp.tanh(jnp.sum(other))
     if s.a == 2:
         return h + other if other.shape == h.shape else h + jnp.mean(other)
-    return h * env.weight(s, h.shape[-1]).reshape(*[1] * (h.ndim - 1), -1) + h.ravel()[0] * env.weight(s)
+    return h * env.weight(s, h.shape[-1]).reshape(*[1] * (h.ndim - 1), -1) + h.ravel()[
+        0
+    ] * env.weight(s)
 
 
 def stop(env: Env, h: Array, s: Step) -> Array:
@@ -275,7 +299,19 @@ def leaky(env: Env, h: Array, s: Step) -> Array:
     return _leaky(h, env.weight(s))
 
 
-OPS = [dense, batched, convolution_1d, convolution_2d, gain, bias, move, norm, activation, over_time, over_layers]
+OPS = [
+    dense,
+    batched,
+    convolution_1d,
+    convolution_2d,
+    gain,
+    bias,
+    move,
+    norm,
+    activation,
+    over_time,
+    over_layers,
+]
 OPS += [indexed_layers, conditional, look_up, gate, stop, attention, spectrum, until_small, leaky]
 OPS_BY_NAME = {op.__name__: op for op in OPS}
 OFTEN = ["dense", "gate", "bias", "gain", "activation"]
@@ -318,12 +354,16 @@ def losses_of(env: Env, recipe: Recipe) -> Any:
     last = Step("dense")
     end = {
         "waves": lambda: jnp.sum(jnp.sin(h) * h),
-        "label": lambda: -jax.nn.log_softmax(h.ravel() @ env.weight(last, h.size, 3))[env.example[1][0]],
+        "label": lambda: (
+            -jax.nn.log_softmax(h.ravel() @ env.weight(last, h.size, 3))[env.example[1][0]]
+        ),
         "readout": lambda: jnp.sum(jnp.cos(matrix(h) @ env.weight(last, h.shape[-1], 2))),
     }
     loss = end[recipe.head]() + 0.1 * env.weight(last) * jnp.sum(env.example[0])
     names = list(env.made)[: env.count]
-    decay = sum((0.1 * jnp.sum(env._read(name) ** 2) for name in names[: recipe.decay]), start=jnp.zeros(()))
+    decay = sum(
+        (0.1 * jnp.sum(env._read(name) ** 2) for name in names[: recipe.decay]), start=jnp.zeros(())
+    )
     if not recipe.local:
         return loss + decay
     middle = env.saved[len(env.saved) // 2] if env.saved else h

@@ -50,7 +50,9 @@ def test_it_is_the_rule_written_by_hand(memory):
     @quick_jit
     def slope_of(noise, x):
         zeros = [jnp.zeros(4)] * 2
-        _, slope, (first, second) = jax.jvp(lambda e: tapped(e, x), (zeros,), (noise,), has_aux=True)
+        _, slope, (first, second) = jax.jvp(
+            lambda e: tapped(e, x), (zeros,), (noise,), has_aux=True
+        )
         return slope, jnp.tanh(first), jnp.tanh(second)
 
     u, t = np.asarray(u), np.asarray(t)
@@ -62,7 +64,9 @@ def test_it_is_the_rule_written_by_hand(memory):
             expected["b"] += slope * u[j, i] / (5 * k)
             expected["v"] += np.outer(first, slope * t[j, i]) / (5 * k)
         expected["o"] += np.outer(out, np.cos(out @ PARAMS["o"])) / 5
-    assert float(value) == pytest.approx(float(quick_jit(jax.vmap(mlp, (None, 0)))(PARAMS, x).mean()), rel=1e-5)
+    assert float(value) == pytest.approx(
+        float(quick_jit(jax.vmap(mlp, (None, 0)))(PARAMS, x).mean()), rel=1e-5
+    )
     for name in PARAMS:
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)
 
@@ -77,11 +81,17 @@ def test_the_squared_error_of_a_layer_is_its_law():
     params = {"w": jnp.asarray(PARAMS["w"]), "o": jnp.asarray(out)}
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)["w"]
     grad = quick_jit(
-        jax.vmap(lambda key: fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(key, params, x)["w"])
+        jax.vmap(
+            lambda key: fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(key, params, x)[
+                "w"
+            ]
+        )
     )
     errors = jnp.sum((grad(jax.random.split(KEY, k)) - each.mean(0)[None]) ** 2, axis=(1, 2))
     law = 3 * jnp.sum(each**2) / 6 / 6
-    assert float(errors.mean()) == pytest.approx(float(law), rel=5 * float(errors.std()) / k**0.5 / float(law))
+    assert float(errors.mean()) == pytest.approx(
+        float(law), rel=5 * float(errors.std()) / k**0.5 / float(law)
+    )
 
 
 def test_an_example_hears_nothing_of_the_others():
@@ -95,7 +105,9 @@ def test_an_example_hears_nothing_of_the_others():
 
 def test_a_site_hears_only_of_the_losses_that_it_reaches():
     program = PROGRAMS["local_losses"]
-    louder = lambda p, x: fx.LocalLosses({**program.loss(p, x).tree, "b": 1e3 * program.loss(p, x).tree["b"]})
+    louder = lambda p, x: fx.LocalLosses(
+        {**program.loss(p, x).tree, "b": 1e3 * program.loss(p, x).tree["b"]}
+    )
     quiet, loud = (
         quick_jit(fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0)))(KEY, *program.args)
         for f in (program.loss, louder)
@@ -114,14 +126,22 @@ def test_one_slope_for_the_batch_is_noisier():
     assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(fx.ActivityPerturbation())
 
 
-SHRUNK = {  # of five examples of 4 + 4 noisy coordinates, and 2 in the output: 1 + M for each parameter
+# of five examples of 4 + 4 noisy coordinates, and 2 in the output: 1 + M for each parameter
+SHRUNK = {
     "keep": ({}, {"w": 8, "v": 8, "o": 1}),  # the last is exact
     "replay": ({"memory": "replay"}, {"w": 8, "v": 8, "o": 1}),
     "shared": ({"memory": "shared"}, {"w": 40, "v": 40, "o": 1}),
-    "weight noise": ({"where": "v"}, {"w": 12 + 4 + 5 * 4 + 8, "v": 12 + 4 + 4 + 8, "o": 12 + 4 + 5 * 4 + 4}),
+    "weight noise": (
+        {"where": "v"},
+        {"w": 12 + 4 + 5 * 4 + 8, "v": 12 + 4 + 4 + 8, "o": 12 + 4 + 5 * 4 + 4},
+    ),
     "jointly drawn": (
         {"tangents": fx.tangents.Orthonormal(), "num_tangents": 10, "exact_outputs": False},
-        {"w": 1, "v": 1, "o": 1},  # ten directions, of which the last site's slopes hear nine coordinates
+        {
+            "w": 1,
+            "v": 1,
+            "o": 1,
+        },  # ten directions, of which the last site's slopes hear nine coordinates
     ),
 }
 
@@ -132,9 +152,13 @@ def test_shrinkage_scales_every_slope(name):
     rule = fx.ActivityPerturbation(**options)
     rules = rule, dataclasses.replace(rule, combine=fx.combine.Shrinkage())
     x = normal(4, 5, 3)
-    mean, shrunk = quick_jit(lambda: [fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules])()
+    mean, shrunk = quick_jit(
+        lambda: [fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules]
+    )()
     for parameter, factor in expected.items():
-        np.testing.assert_allclose(shrunk[parameter], mean[parameter] / factor, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            shrunk[parameter], mean[parameter] / factor, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_no_error_crosses_two_sites():
@@ -147,7 +171,9 @@ def test_no_error_crosses_two_sites():
     @one_way.defjvp
     def rule(primals, tangents):
         again = lambda state: (state[0] + 1, 1.0 * state[1])
-        return one_way(*primals), jax.lax.while_loop(lambda state: state[0] < 1, again, (0, tangents[0]))[1]
+        return one_way(*primals), jax.lax.while_loop(
+            lambda state: state[0] < 1, again, (0, tangents[0])
+        )[1]
 
     def loss(p, x):
         h = one_way(jnp.tanh(x @ p["w"] + p["b"]))
@@ -170,11 +196,18 @@ def contracted_on(jaxpr, shape):
             found |= contracted_on(getattr(inner, "jaxpr", inner), shape)
         if equation.primitive.name == "dot_general":
             axes = equation.params["dimension_numbers"][0]
-            found |= {a for v, own in zip(equation.invars, axes, strict=True) if v.aval.shape == shape for a in own}
+            found |= {
+                a
+                for v, own in zip(equation.invars, axes, strict=True)
+                if v.aval.shape == shape
+                for a in own
+            }
     return found
 
 
-@pytest.mark.parametrize("rule", [fx.ActivityPerturbation(), fx.ActivityPerturbation(memory="replay"), fx.Backprop()])
+@pytest.mark.parametrize(
+    "rule", [fx.ActivityPerturbation(), fx.ActivityPerturbation(memory="replay"), fx.Backprop()]
+)
 def test_no_dot_takes_an_error_back_through_weights(rule):
     """Forwards weights are contracted on their first axis; on the second one only an error would be."""
     params = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 5), "o": normal(3, 5, 2)}
@@ -214,9 +247,13 @@ def test_aux_keywords_and_argnums():
     def loss(scale, p, x, *, shift):
         return scale * mlp(p, x) + shift, {"x": x, "name": "aux"}
 
-    f = fx.value_and_grad(loss, fx.ActivityPerturbation(), argnums=(1,), has_aux=True, in_axes=(None, None, 1))
+    f = fx.value_and_grad(
+        loss, fx.ActivityPerturbation(), argnums=(1,), has_aux=True, in_axes=(None, None, 1)
+    )
     (value, aux), (grads,) = f(KEY, 2.0, PARAMS, normal(4, 5, 3).T, shift=1.0)
-    plain, expected = fx.value_and_grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(KEY, PARAMS, normal(4, 5, 3))
+    plain, expected = fx.value_and_grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(
+        KEY, PARAMS, normal(4, 5, 3)
+    )
     assert (aux["x"].shape, aux["name"]) == ((5, 3), "aux")
     assert float(value) == pytest.approx(2 * float(plain) + 1, rel=1e-5)
     np.testing.assert_allclose(grads["w"], 2 * expected["w"], rtol=1e-4, atol=1e-6)
@@ -238,7 +275,9 @@ def test_the_table_of_sites():
         16,
         4,
     )
-    assert (first.credit, second.credit, last.credit) == ("one slope per example",) * 2 + ("exact error",)
+    assert (first.credit, second.credit, last.credit) == ("one slope per example",) * 2 + (
+        "exact error",
+    )
     assert "test_activity.py" in first.where
     text = str(fx.explain(mlp, in_axes=(None, 0))(PARAMS, normal(4, 5, 3)))
     assert text.splitlines()[2].startswith(
@@ -251,14 +290,20 @@ def test_the_table_says_what_would_help():
     program = PROGRAMS["conditional"]
     text = [row.operation for row in rows(program.loss, *program.args, in_axes=program.in_axes)]
     assert text.count("weight noise (cond)") == 2
-    assert rows(mlp, PARAMS, normal(4, 3), rule=fx.ActivityPerturbation(where="v"))[0].operation == "weight noise"
+    assert (
+        rows(mlp, PARAMS, normal(4, 3), rule=fx.ActivityPerturbation(where="v"))[0].operation
+        == "weight noise"
+    )
     program = PROGRAMS["local_losses"]
     found = rows(program.loss, *program.args, in_axes=program.in_axes)
     assert found[0].credit == "one slope per example, 1 of 2 losses"
 
 
 def test_where_noise_enters():
-    names = {name: [r.operation for r in rows(p.loss, *p.args, in_axes=p.in_axes)] for name, p in PROGRAMS.items()}
+    names = {
+        name: [r.operation for r in rows(p.loss, *p.args, in_axes=p.in_axes)]
+        for name, p in PROGRAMS.items()
+    }
     assert names["recurrent"][1] == "dot_general + dot_general + add + add"
     assert names["embedding"][0] == "gather + add"
     assert names["jit_and_remat"][0] == "dot_general + add"
@@ -277,7 +322,9 @@ def test_a_noise_point_moves_nothing_that_leads_past_it():
 
 
 def test_a_loss_without_data_is_refused():
-    with pytest.raises(ValueError, match=r"depends on the parameters alone.*forwax.WeightPerturbation"):
+    with pytest.raises(
+        ValueError, match=r"depends on the parameters alone.*forwax.WeightPerturbation"
+    ):
         fx.grad(lambda p: jnp.sum(p**2), fx.ActivityPerturbation())(KEY, jnp.ones(3))
 
 
@@ -287,10 +334,17 @@ def test_a_custom_vjp_is_refused_by_name():
         return 2 * x
 
     doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
-    data_only = fx.grad(lambda p, x: mlp(p, doubled(x)), fx.ActivityPerturbation())(KEY, PARAMS, normal(4, 3))
+    data_only = fx.grad(lambda p, x: mlp(p, doubled(x)), fx.ActivityPerturbation())(
+        KEY, PARAMS, normal(4, 3)
+    )
     assert bool(jnp.any(data_only["w"]))
-    with pytest.raises(TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+.*FiniteDifference"):
-        fx.grad(lambda p, x: doubled(mlp(p, x)), fx.ActivityPerturbation())(KEY, PARAMS, normal(4, 3))
+    with pytest.raises(
+        TypeError,
+        match=r"custom_vjp function .*doubled at .*test_activity.py:\d+.*FiniteDifference",
+    ):
+        fx.grad(lambda p, x: doubled(mlp(p, x)), fx.ActivityPerturbation())(
+            KEY, PARAMS, normal(4, 3)
+        )
 
 
 def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
@@ -300,18 +354,29 @@ def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
 
     doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
     branch = lambda of: lambda p, x: mlp(p, jax.lax.cond(x[0] > 0, lambda: x + of(p, x), lambda: x))
-    loop = lambda p, x: mlp(p, jax.lax.while_loop(lambda h: h[0] < 1, lambda h: doubled(h) + p["w"][:, 0], x))
+    loop = lambda p, x: mlp(
+        p, jax.lax.while_loop(lambda h: h[0] < 1, lambda h: doubled(h) + p["w"][:, 0], x)
+    )
     for loss in (branch(lambda p, x: doubled(p["w"][:, 0])), loop):
         for rule in (fx.ActivityPerturbation(), fx.WeightPerturbation(num_tangents=2)):
-            with pytest.raises(TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"):
+            with pytest.raises(
+                TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"
+            ):
                 quick_jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
     on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
-    assert bool(jnp.any(quick_jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]))
+    assert bool(
+        jnp.any(
+            quick_jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]
+        )
+    )
 
 
 def test_a_selection_of_nothing_is_refused():
     for where in ("kernal", lambda path: False):
-        with pytest.raises(ValueError, match=r"expected where to select a parameter, got .*\['b'\], \['o'\], \['v'\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"expected where to select a parameter, got .*\['b'\], \['o'\], \['v'\]",
+        ):
             fx.grad(mlp, fx.ActivityPerturbation(where=where))(KEY, PARAMS, normal(4, 3))
 
 
@@ -324,10 +389,14 @@ def test_fields_are_checked():
         fx.ActivityPerturbation(num_tangents=0)
 
 
-@pytest.mark.parametrize("tangents", [fx.tangents.Normal(), fx.tangents.Sphere(), fx.tangents.Orthonormal()])
+@pytest.mark.parametrize(
+    "tangents", [fx.tangents.Normal(), fx.tangents.Sphere(), fx.tangents.Orthonormal()]
+)
 def test_any_tangents_serve(tangents):
     rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=2)
-    assert bool(jnp.any(quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))["w"]))
+    assert bool(
+        jnp.any(quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))["w"])
+    )
 
 
 def shifted(p, x):
@@ -337,7 +406,12 @@ def shifted(p, x):
 
 @pytest.mark.parametrize(
     "tangents",
-    [fx.tangents.Sphere(), fx.tangents.Coordinate(), fx.tangents.Coordinate(replace=False), fx.tangents.Orthonormal()],
+    [
+        fx.tangents.Sphere(),
+        fx.tangents.Coordinate(),
+        fx.tangents.Coordinate(replace=False),
+        fx.tangents.Orthonormal(),
+    ],
 )
 def test_each_example_draws_a_direction_of_its_own(tangents):
     examples, n, k, draws = 4, 6, 2, 4000
@@ -355,9 +429,15 @@ def test_as_many_orthonormal_directions_as_noise_of_an_example_are_exact():
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Orthonormal(), num_tangents=8)
     x = normal(4, 5, 3)
     got = quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
-    noisy = [row for row in rows(mlp, PARAMS, x, rule=rule, in_axes=(None, 0)) if row.credit != "exact error"]
+    noisy = [
+        row
+        for row in rows(mlp, PARAMS, x, rule=rule, in_axes=(None, 0))
+        if row.credit != "exact error"
+    ]
     assert sum(row.activity_noise for row in noisy) == rule.num_tangents
-    for name, true in quick_jit(fx.grad(mlp, fx.Backprop(), in_axes=(None, 0)))(KEY, PARAMS, x).items():
+    for name, true in quick_jit(fx.grad(mlp, fx.Backprop(), in_axes=(None, 0)))(
+        KEY, PARAMS, x
+    ).items():
         assert jnp.allclose(got[name], true, atol=1e-4), name
 
 
@@ -365,7 +445,9 @@ def test_losses_that_are_not_finite_propagate():
     for memory in ("keep", "replay", "shared"):
         rule = fx.ActivityPerturbation(memory=memory)
         loss = lambda p, x: mlp(p, x) * jnp.log(x[0] * 0 - 1)
-        value, grads = quick_jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))
+        value, grads = quick_jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))(
+            KEY, PARAMS, normal(4, 2, 3)
+        )
         assert math.isnan(value)
         assert all(bool(jnp.all(jnp.isnan(grads[name]))) for name in "wbv")
 

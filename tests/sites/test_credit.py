@@ -15,7 +15,13 @@ from forwax.sites.sources import tangent_program
 from sites.programs import PROGRAMS, Program, normal
 from sites.test_unbiased import KEY, basis_mean
 
-P = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2), "t": normal(4, 6, 6)}
+P = {
+    "w": normal(0, 3, 4),
+    "b": normal(1, 4),
+    "v": normal(2, 4, 4),
+    "o": normal(3, 4, 2),
+    "t": normal(4, 6, 6),
+}
 KEEP = fx.ActivityPerturbation()
 SUMS = fx.ActivityPerturbation(exact_outputs=False)
 LABELS = np.array([0, 1, 1, 0, 1])
@@ -55,7 +61,9 @@ def two_views(p, x):
     z = jnp.tanh(x @ p["w"]) @ p["v"]
     a, b = z[:3], z[3:]
     other = jax.lax.stop_gradient
-    return fx.LocalLosses(jnp.concatenate([jnp.sum(a * other(b), 1), jnp.sum(b * other(jnp.sin(a)), 1)]))
+    return fx.LocalLosses(
+        jnp.concatenate([jnp.sum(a * other(b), 1), jnp.sum(b * other(jnp.sin(a)), 1)])
+    )
 
 
 def patches_and_groups(p, x):
@@ -64,7 +72,9 @@ def patches_and_groups(p, x):
     mixed = jnp.tanh(fx.noise_point((p["t"] @ h) * 1.5))
     grouped = jnp.einsum("pgc,gcd->pgd", mixed.reshape(6, 2, 2), p["v"].reshape(2, 2, 4)[..., :2])
     spread = grouped - jnp.mean(grouped, axis=2, keepdims=True)
-    return fx.LocalLosses([jnp.sum(jnp.sin(spread), axis=2), jnp.sum(h.reshape(6, 2, 2) ** 3, axis=2)])
+    return fx.LocalLosses(
+        [jnp.sum(jnp.sin(spread), axis=2), jnp.sum(h.reshape(6, 2, 2) ** 3, axis=2)]
+    )
 
 
 def layers_by_scan(p, x):
@@ -75,7 +85,9 @@ def layers_by_scan(p, x):
 
 def stacked_steps(p, x):
     """Each example's loss by a Python loop."""
-    return fx.LocalLosses(jnp.stack([jnp.sum(jnp.tanh(jnp.tanh(row @ p["w"]) @ p["v"]) @ p["o"]) for row in x]))
+    return fx.LocalLosses(
+        jnp.stack([jnp.sum(jnp.tanh(jnp.tanh(row @ p["w"]) @ p["v"]) @ p["o"]) for row in x])
+    )
 
 
 def convolution(p, x):
@@ -98,10 +110,22 @@ CASES = {  # loss, data, mapped, rule, the links of the first site
     "labels-of-sums": (cross_entropy, BATCH, False, SUMS, [{0: ROWS}]),
     "contrastive": (contrastive, BATCH, False, KEEP, [{0: ROWS}]),
     "contrastive-of-sums": (contrastive, BATCH, False, SUMS, None),
-    "past": (past_the_last_site, BATCH, False, KEEP, [{0: ROWS}, {0: ROWS, 1: Factor(1, 1, 4)}, {0: ROWS}]),
+    "past": (
+        past_the_last_site,
+        BATCH,
+        False,
+        KEEP,
+        [{0: ROWS}, {0: ROWS, 1: Factor(1, 1, 4)}, {0: ROWS}],
+    ),
     "batch-norm": (batch_norm, BATCH, False, KEEP, None),
     "views": (two_views, normal(7, 6, 3), False, KEEP, [{0: Factor(0, 1, 6)}]),
-    "views-of-sums": (two_views, normal(7, 6, 3), False, SUMS, [{0: Factor(0, 1, 6)}, {0: Factor(0, 1, 6, -3)}]),
+    "views-of-sums": (
+        two_views,
+        normal(7, 6, 3),
+        False,
+        SUMS,
+        [{0: Factor(0, 1, 6)}, {0: Factor(0, 1, 6, -3)}],
+    ),
     "patches": (
         patches_and_groups,
         normal(8, 2, 6, 3),
@@ -133,7 +157,9 @@ def test_the_axes_that_can_be_told_apart(name):
 APART = [("keep", name) for name in CASES if CASES[name][4] is not None]
 
 
-@pytest.mark.parametrize(("memory", "name"), [*APART, ("replay", "past"), ("replay", "patches"), ("replay", "scan")])
+@pytest.mark.parametrize(
+    ("memory", "name"), [*APART, ("replay", "past"), ("replay", "patches"), ("replay", "scan")]
+)
 def test_the_mean_over_all_noise_is_the_gradient(memory, name):
     loss, data, mapped, rule, _ = CASES[name]
     rule = dataclasses.replace(rule, memory=memory)
@@ -144,10 +170,18 @@ def test_the_mean_over_all_noise_is_the_gradient(memory, name):
         np.testing.assert_allclose(grads[name], truth[name], rtol=2e-4, atol=1e-5)
 
 
-LINKED = ["batched_dot", "embedding", "attention", "residual_with_shared_gain", "parameters_in_carries"]
+LINKED = [
+    "batched_dot",
+    "embedding",
+    "attention",
+    "residual_with_shared_gain",
+    "parameters_in_carries",
+]
 
 
-@pytest.mark.parametrize("name", [*(name for _, name in APART), *(f"program {name}" for name in LINKED)])
+@pytest.mark.parametrize(
+    "name", [*(name for _, name in APART), *(f"program {name}" for name in LINKED)]
+)
 def test_nothing_leaks(name):
     """The Jacobian of the sources by the noises is zero wherever the credit says so; a probe, not a proof."""
     if name in CASES:
@@ -169,13 +203,19 @@ def test_a_wrong_link_leaks():
     first = sites.noisy[0].variable
     mixed, own = sites.credit[first]
     wrong = dataclasses.replace(mixed, links=own.links)
-    assert leak(dataclasses.replace(sites, credit={**sites.credit, first: [wrong, own]}), problem) > 1e-3
+    assert (
+        leak(dataclasses.replace(sites, credit={**sites.credit, first: [wrong, own]}), problem)
+        > 1e-3
+    )
 
 
 def leak(sites, problem):
     """The largest derivative that the credit calls zero."""
     program = tangent_program(sites, sites.sources.starts)
-    mapped = [jnp.take(x, 0, axis=axis) for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)]
+    mapped = [
+        jnp.take(x, 0, axis=axis)
+        for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)
+    ]
     leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]
     from forwax.sites.plan import Level
     from forwax.sites.run import forward
@@ -227,8 +267,12 @@ def spread(loss, data, rule, **options):
 def test_slopes_of_examples_in_a_mean_are_those_of_in_axes():
     x = normal(5, 16, 3)
     one = lambda p, row: jnp.mean(jnp.sin(dense(p, row[None])))
-    assert spread(plain_mean, x, KEEP) == pytest.approx(spread(one, x, KEEP, in_axes=(None, 0)), rel=0.15)
-    assert spread(plain_mean, x, fx.ActivityPerturbation(memory="shared")) > 8 * spread(plain_mean, x, KEEP)
+    assert spread(plain_mean, x, KEEP) == pytest.approx(
+        spread(one, x, KEEP, in_axes=(None, 0)), rel=0.15
+    )
+    assert spread(plain_mean, x, fx.ActivityPerturbation(memory="shared")) > 8 * spread(
+        plain_mean, x, KEEP
+    )
 
 
 def test_patches_and_groups_hear_less():
@@ -241,11 +285,15 @@ def test_patches_and_groups_hear_less():
         parts = jnp.concatenate([part.ravel() for part in patches_and_groups(p, x).tree])
         return fx.LocalLosses(mixture.T @ (mixture @ parts))
 
-    apart, joined = (spread(loss, x, SUMS, in_axes=(None, 0)) for loss in (patches_and_groups, together))
+    apart, joined = (
+        spread(loss, x, SUMS, in_axes=(None, 0)) for loss in (patches_and_groups, together)
+    )
     assert apart < 0.5 * joined
 
 
 def test_shrinkage_counts_the_noise_that_shares_a_slope():
     mean = fx.grad(plain_mean, KEEP)(KEY, P, BATCH)
-    shrunk = fx.grad(plain_mean, fx.ActivityPerturbation(combine=fx.combine.Shrinkage()))(KEY, P, BATCH)
+    shrunk = fx.grad(plain_mean, fx.ActivityPerturbation(combine=fx.combine.Shrinkage()))(
+        KEY, P, BATCH
+    )
     np.testing.assert_allclose(shrunk["w"], mean["w"] / 8, rtol=1e-5)  # eight coordinates a row

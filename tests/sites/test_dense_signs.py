@@ -13,7 +13,10 @@ from forwax.sites.signs import Places, draw_signs
 from forwax.tangents.rademacher import draw_words, words_at
 
 KEY = jax.random.key(7)
-SPECS = [Spec(shape, jnp.dtype("float32")) for shape in ((5,), (3, 64, 64), (2, 7), (2, 2, 64, 64), (33,))]
+SPECS = [
+    Spec(shape, jnp.dtype("float32"))
+    for shape in ((5,), (3, 64, 64), (2, 7), (2, 2, 64, 64), (33,))
+]
 
 
 def test_words_at_any_place_are_those_of_one_draw():
@@ -33,7 +36,9 @@ def test_signs_drawn_later_are_the_signs():
     for got, whole in zip(signs, expected, strict=True):
         assert np.array_equal(got.unpack(), whole)
     assert np.array_equal(signs[1].row(jnp.asarray(2)).unpack(), expected[1][:, 2])
-    assert np.array_equal(signs[3].row(jnp.asarray(1)).row(jnp.asarray(0)).unpack(), expected[3][:, 1, 0])
+    assert np.array_equal(
+        signs[3].row(jnp.asarray(1)).row(jnp.asarray(0)).unpack(), expected[3][:, 1, 0]
+    )
 
 
 def stack(params, x):
@@ -59,8 +64,12 @@ def parameters():
 def held(loss, key, params, num_tangents):
     """The definition: a Jacobian-vector product along every direction."""
     directions = fx.tangents.Rademacher().sample(key, params, num_tangents)
-    value, slopes = jax.vmap(lambda v: jax.jvp(loss, (params,), (v,)), out_axes=(None, 0))(directions)
-    return value, jax.tree.map(lambda v: jnp.tensordot(slopes, v, axes=1) / num_tangents, directions)
+    value, slopes = jax.vmap(lambda v: jax.jvp(loss, (params,), (v,)), out_axes=(None, 0))(
+        directions
+    )
+    return value, jax.tree.map(
+        lambda v: jnp.tensordot(slopes, v, axes=1) / num_tangents, directions
+    )
 
 
 CASES = {
@@ -82,10 +91,16 @@ def test_a_trace_gives_the_numbers_of_held_directions(name):
         def all_three(key, params):
             loss = lambda params: stack(params, x)
             value, new = fx.update(loss, rule, learning_rate=1.0)(key, params)
-            return fx.value_and_grad(loss, rule)(key, params), (value, new), held(loss, key, params, num_tangents)
+            return (
+                fx.value_and_grad(loss, rule)(key, params),
+                (value, new),
+                held(loss, key, params, num_tangents),
+            )
 
         got, (value, new), expected = all_three(make(), params)
-    assert_trees_close(got, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected[1]["whole"]).max()))
+    assert_trees_close(
+        got, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected[1]["whole"]).max())
+    )
     assert_trees_close((value, jax.tree.map(jnp.subtract, params, new)), got, rtol=1e-4, atol=1e-4)
 
 

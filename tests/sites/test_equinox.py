@@ -11,7 +11,9 @@ eqx = pytest.importorskip("equinox")
 
 
 def of(make, call, x, **known):
-    shapes, static = eqx.partition(eqx.filter_eval_shape(make), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    shapes, static = eqx.partition(
+        eqx.filter_eval_shape(make), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    )
     params = filled(shapes)
     return Model(lambda p, x: call(eqx.combine(p, static), x), params, (x,), **known)
 

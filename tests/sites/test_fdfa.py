@@ -29,7 +29,11 @@ def mlp(p, x):
 
 def listed(loss, args, in_axes):
     """The rule that forgets all and takes each coordinate of the noise once: its maps are exact after one step."""
-    n = fx.ActivityPerturbation().basis(Signature(loss, 0, False, in_axes).bind(args, {})).num_tangents
+    n = (
+        fx.ActivityPerturbation()
+        .basis(Signature(loss, 0, False, in_axes).bind(args, {}))
+        .num_tangents
+    )
     return fx.FDFA(decay=0.0, tangents=fx.tangents.Coordinate(replace=False), num_tangents=n)
 
 
@@ -39,11 +43,19 @@ def assert_close(got, expected, rtol=1e-5):
 
 
 def cosine(left, right):
-    a, b = (jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
+    a, b = (
+        jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right)
+    )
     return float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))
 
 
-EXACT = ["convolutions", "gated_recurrent", "scan_over_layers", "local_losses", "complex_activities"]
+EXACT = [
+    "convolutions",
+    "gated_recurrent",
+    "scan_over_layers",
+    "local_losses",
+    "complex_activities",
+]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -55,7 +67,9 @@ def test_with_exact_maps_one_example_gets_its_gradient(name):
 
     def both(args):
         value, grads, _ = rule.step(program.loss, **program.options)(KEY, *args)
-        return (value, grads), fx.value_and_grad(program.loss, fx.Backprop(), **program.options)(KEY, *args)
+        return (value, grads), fx.value_and_grad(program.loss, fx.Backprop(), **program.options)(
+            KEY, *args
+        )
 
     got, expected = quick_jit(both)(args)
     assert_close(got, expected)
@@ -87,9 +101,15 @@ def test_learnt_maps_point_nearer_to_the_gradient_than_random_ones():
     def estimates(keys):
         rule = fx.FDFA(decay=0.95).init(mlp, in_axes=EACH)(PARAMS, x)
         learn = lambda rule, key: (rule.step(mlp, in_axes=EACH)(key, PARAMS, x)[2], None)
-        rules = [fx.Backprop(), jax.lax.scan(learn, rule, keys)[0], *map(fx.DirectFeedbackAlignment, keys[:5])]
+        rules = [
+            fx.Backprop(),
+            jax.lax.scan(learn, rule, keys)[0],
+            *map(fx.DirectFeedbackAlignment, keys[:5]),
+        ]
         both = [fx.grad(mlp, rule, in_axes=EACH)(KEY, PARAMS, x) for rule in rules]
-        return [{name: grads[name] for name in "wbv"} for grads in both]  # "o" is exact in all of them
+        return [
+            {name: grads[name] for name in "wbv"} for grads in both
+        ]  # "o" is exact in all of them
 
     truth, learnt, *random = estimates(jax.random.split(KEY, 100))
     assert cosine(learnt, truth) > max(0.8, *(cosine(grads, truth) for grads in random))
@@ -122,10 +142,14 @@ def test_a_rule_is_an_argument_and_keeps_its_form():
 
 
 def test_value_and_grad_takes_the_maps_as_they_are():
-    rule = dataclasses.replace(fx.FDFA(), maps=(jnp.asarray(normal(6, 2, 4)), jnp.asarray(normal(7, 2, 4))))
+    rule = dataclasses.replace(
+        fx.FDFA(), maps=(jnp.asarray(normal(6, 2, 4)), jnp.asarray(normal(7, 2, 4)))
+    )
     fx.testing.assert_contract(rule, mlp, (PARAMS, X), in_axes=EACH)
     direct = fx.DirectFeedbackAlignment(rule.maps)
-    got, expected = (fx.value_and_grad(mlp, r, in_axes=EACH)(KEY, PARAMS, X) for r in (rule, direct))
+    got, expected = (
+        fx.value_and_grad(mlp, r, in_axes=EACH)(KEY, PARAMS, X) for r in (rule, direct)
+    )
     assert_close(got, expected)
 
 
@@ -140,7 +164,9 @@ def test_aux_and_argnums():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"expected maps of shapes \[\(2, 4\), \(2, 4\)\].*got None.*rule.init"):
+    with pytest.raises(
+        ValueError, match=r"expected maps of shapes \[\(2, 4\), \(2, 4\)\].*got None.*rule.init"
+    ):
         fx.grad(mlp, fx.FDFA(), in_axes=EACH)(KEY, PARAMS, X)
     with pytest.raises(ValueError, match=r"got \[\(3, 4\)\]"):
         fx.FDFA(maps=(jnp.ones((3, 4)),)).step(mlp, in_axes=EACH)(KEY, PARAMS, X)
@@ -150,7 +176,9 @@ def test_what_does_not_fit_is_refused():
         fx.FDFA(num_tangents=0)
     with pytest.raises(TypeError, match=r"FDFA.step: the first argument must be a PRNG key"):
         fx.FDFA().step(mlp, in_axes=EACH)(PARAMS, X)
-    sideways = lambda p, x: jnp.sum(jax.lax.scan(lambda h, x: (jnp.tanh(x * p + h * p), None), 0.0, x)[0])
+    sideways = lambda p, x: jnp.sum(
+        jax.lax.scan(lambda h, x: (jnp.tanh(x * p + h * p), None), 0.0, x)[0]
+    )
     with pytest.raises(ValueError, match="FDFA: found no output site after the mul"):
         fx.FDFA().init(sideways, in_axes=EACH)(jnp.asarray(0.5), X)
 

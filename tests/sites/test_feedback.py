@@ -12,15 +12,29 @@ from cases import quick_jit
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
-REVERSIBLE = ["dense_from_either_side", "convolutions", "embedding", "weight_standardisation", "gated_recurrent"]
-REVERSIBLE += ["scan_over_layers", "nested_scans", "parameters_in_carries", "conditional", "local_losses"]
+REVERSIBLE = [
+    "dense_from_either_side",
+    "convolutions",
+    "embedding",
+    "weight_standardisation",
+    "gated_recurrent",
+]
+REVERSIBLE += [
+    "scan_over_layers",
+    "nested_scans",
+    "parameters_in_carries",
+    "conditional",
+    "local_losses",
+]
 
 
 def grads(program, *rules):
     """Value and gradients by each rule, as one program."""
 
     def every(*args):
-        return [fx.value_and_grad(program.loss, rule, **program.options)(KEY, *args) for rule in rules]
+        return [
+            fx.value_and_grad(program.loss, rule, **program.options)(KEY, *args) for rule in rules
+        ]
 
     return quick_jit(every)(*program.args)
 
@@ -53,7 +67,12 @@ def test_errors_cross_a_layer_through_the_feedback():
 
 
 def test_random_feedback_keeps_the_scale_of_the_weights():
-    params = {"w": 3 * jnp.ones((50, 40)), "zero": jnp.zeros((50, 25)), "b": jnp.ones(4), "none": jnp.zeros((3, 0))}
+    params = {
+        "w": 3 * jnp.ones((50, 40)),
+        "zero": jnp.zeros((50, 25)),
+        "b": jnp.ones(4),
+        "none": jnp.zeros((3, 0)),
+    }
     feedback = quick_jit(fx.random_feedback)(KEY, params)
     assert feedback["b"] is None
     assert feedback["none"].shape == (3, 0)
@@ -62,9 +81,13 @@ def test_random_feedback_keeps_the_scale_of_the_weights():
 
 
 def test_feedback_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"expected feedback of the parameter's shape \(4,\), got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected feedback of the parameter's shape \(4,\), got \(3,\)"
+    ):
         fx.grad(mlp, fx.FeedbackAlignment({**PARAMS, "b": jnp.ones(3)}))(KEY, PARAMS, normal(3, 3))
-    with pytest.raises(ValueError, match=r"expected feedback of the parameters' structure.*random_feedback"):
+    with pytest.raises(
+        ValueError, match=r"expected feedback of the parameters' structure.*random_feedback"
+    ):
         fx.grad(mlp, fx.FeedbackAlignment(jnp.ones(3)))(KEY, PARAMS, normal(3, 3))
 
 
@@ -79,20 +102,33 @@ def test_direct_feedback_sends_the_output_error_to_every_site():
 
 
 @pytest.mark.parametrize(
-    "name", ["recurrent", "convolutions", "weight_decay", "local_losses", "while_loop", "conditional"]
+    "name",
+    ["recurrent", "convolutions", "weight_decay", "local_losses", "while_loop", "conditional"],
 )
 def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
     program = PROGRAMS[name]
-    rule, exact = fx.DirectFeedbackAlignment(jax.random.key(3)), fx.Exact() if name == "while_loop" else fx.Backprop()
+    rule, exact = (
+        fx.DirectFeedbackAlignment(jax.random.key(3)),
+        fx.Exact() if name == "while_loop" else fx.Backprop(),
+    )
 
     @quick_jit
     def both(key, *args):
-        return [fx.value_and_grad(program.loss, each, **program.options)(key, *args) for each in (rule, exact)]
+        return [
+            fx.value_and_grad(program.loss, each, **program.options)(key, *args)
+            for each in (rule, exact)
+        ]
 
     first, true = both(KEY, *program.args)
     again, _ = both(jax.random.key(9), *program.args)
     assert_close(first, again, rtol=0)
-    last = {"recurrent": "o", "convolutions": "o", "weight_decay": "v", "local_losses": "heads", "while_loop": "v"}
+    last = {
+        "recurrent": "o",
+        "convolutions": "o",
+        "weight_decay": "v",
+        "local_losses": "heads",
+        "while_loop": "v",
+    }
     if name in last:
         assert_close(first[1][last[name]], true[1][last[name]])
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(first[1]))
@@ -100,7 +136,9 @@ def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
 
 def test_direct_feedback_refuses_maps_that_do_not_fit():
     maps = (jnp.ones((2, 4)), jnp.ones((2, 4)))
-    with pytest.raises(ValueError, match="expected one map for each site that is not a last one, 1 in all, got 2"):
+    with pytest.raises(
+        ValueError, match="expected one map for each site that is not a last one, 1 in all, got 2"
+    ):
         fx.grad(mlp, fx.DirectFeedbackAlignment(maps))(KEY, PARAMS, normal(3, 3))
     with pytest.raises(ValueError, match=r"expected map 0 of shape \(2, 4\).*got \(3, 4\)"):
         fx.grad(mlp, fx.DirectFeedbackAlignment((jnp.ones((3, 4)),)))(KEY, PARAMS, normal(3, 3))

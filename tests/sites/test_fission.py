@@ -21,7 +21,10 @@ def credit(loss, *args, **options):
 
 def test_a_readout_in_a_loop_takes_its_exact_error():
     program = PROGRAMS["readout_and_loss_in_a_scan"]
-    assert credit(program.loss, *program.args, in_axes=program.in_axes) == ["one slope per example", "exact error"]
+    assert credit(program.loss, *program.args, in_axes=program.in_axes) == [
+        "one slope per example",
+        "exact error",
+    ]
     rule = fx.ActivityPerturbation(exact_outputs=False)
     rows = fx.explain(program.loss, rule, in_axes=program.in_axes)(*program.args).rows
     assert [row.credit.split(",")[0] for row in rows] == ["one slope per example"] * 2
@@ -54,7 +57,11 @@ def with_a_total_that_is_read(p, xs):
     return lax.scan(step, 0.5, xs)[0]
 
 
-EXACT = {with_map: [False, True], with_two_layers_behind: [False, False, True], with_a_condition: [False, False]}
+EXACT = {
+    with_map: [False, True],
+    with_two_layers_behind: [False, False, True],
+    with_a_condition: [False, False],
+}
 EXACT[with_a_total_that_is_read] = [False, False]
 
 
@@ -67,13 +74,17 @@ def test_the_value_is_that_of_the_loop():
     program = PROGRAMS["readout_and_loss_in_a_scan"]
     args = (program.args[0], program.args[1][0])
     sites = fx.ActivityPerturbation().sites(Signature(program.loss, 0, False, None).bind(args, {}))
-    assert float(sites.value(sites.push().losses)) == pytest.approx(float(program.loss(*args)), rel=1e-6)
+    assert float(sites.value(sites.push().losses)) == pytest.approx(
+        float(program.loss(*args)), rel=1e-6
+    )
 
 
 def test_direct_feedback_reaches_the_loop_from_its_readout():
     rule = fx.DirectFeedbackAlignment(jax.random.key(0))
     program = PROGRAMS["readout_and_loss_in_a_scan"]
-    both = lambda *args: [fx.grad(program.loss, r, **program.options)(*args) for r in (rule, fx.Backprop())]
+    both = lambda *args: [
+        fx.grad(program.loss, r, **program.options)(*args) for r in (rule, fx.Backprop())
+    ]
     got, exact = quick_jit(both)(jax.random.key(1), *program.args)
     np.testing.assert_allclose(got["o"], exact["o"], rtol=1e-4, atol=1e-5)
     assert bool(jnp.any(got["h"]))

@@ -64,7 +64,9 @@ def of(kind, x):
 
 
 def convolutional(train):
-    graph, params, stats = nnx.split(nnx.eval_shape(lambda: Convolutional(nnx.Rngs(0))), nnx.Param, ...)
+    graph, params, stats = nnx.split(
+        nnx.eval_shape(lambda: Convolutional(nnx.Rngs(0))), nnx.Param, ...
+    )
     params, stats = filled(params), ones(stats)
 
     def loss(p, x):

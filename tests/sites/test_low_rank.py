@@ -18,7 +18,8 @@ from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-SPLITS = {  # of each parameter in the order of its name: the axes of both factors; None for dense signs
+# of each parameter in the order of its name: the axes of both factors; None for dense signs
+SPLITS = {
     "batched_dot": [({0, 1}, {2}), ({0, 1}, {0, 2})],
     "casts_to_integers": [({0}, {1}), ({0}, {1})],
     "complex_activities": [None, ({0, 2}, {1, 2})],
@@ -48,15 +49,26 @@ def planned(name, rank, k, *, per_example=False):
 def test_a_slope_is_that_of_the_direction_in_full(name):
     """Law 6, along real factors, so that no two of them agree by accident."""
     problem, plan, drawn = planned(name, rank=2, k=2)
-    assert [None if split is None else tuple(map(set, split)) for split in plan.splits] == SPLITS[name]
+    assert [None if split is None else tuple(map(set, split)) for split in plan.splits] == SPLITS[
+        name
+    ]
 
     @quick_jit
     def both(drawn):
         full = dense(plan, drawn)
-        exact = jax.vmap(lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1])(full)
+        exact = jax.vmap(
+            lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1]
+        )(full)
         value, _, slopes = plan.push(drawn, 2)
         sums = jax.tree.map(lambda x: jnp.tensordot(slopes, jnp.conj(x), axes=1), full)
-        return value, problem.objective(problem.params)[0], slopes, exact, plan.assemble(slopes, drawn), sums
+        return (
+            value,
+            problem.objective(problem.params)[0],
+            slopes,
+            exact,
+            plan.assemble(slopes, drawn),
+            sums,
+        )
 
     value, expected, slopes, exact, grads, sums = both(drawn)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
@@ -80,7 +92,12 @@ def test_each_example_with_its_own_factors(name):
         slopes = plan.push(drawn, 2)[2]
         every = jax.vmap(jax.vmap(one, (0, list(problem.mapped_axes))), (0, None))
         exact, parts = every(list(drawn), list(problem.mapped))
-        return slopes, exact, plan.assemble(slopes, drawn), jax.tree.map(lambda x: jnp.sum(x, (0, 1)), parts)
+        return (
+            slopes,
+            exact,
+            plan.assemble(slopes, drawn),
+            jax.tree.map(lambda x: jnp.sum(x, (0, 1)), parts),
+        )
 
     slopes, exact, grads, expected = both(drawn)
     assert slopes.shape == (2, problem.num_examples)
@@ -91,12 +108,32 @@ def test_each_example_with_its_own_factors(name):
 
 CONVOLUTIONS = {
     "plain": ((2, 6, 7, 3), ("NHWC", "HWIO", "NHWC"), {"padding": "VALID"}, True),
-    "padded, strides": ((2, 6, 7, 9), ("NHWC", "HWIO", "NHWC"), {"padding": [(1, 2), (0, 1)], "strides": (2, 1)}, True),
+    "padded, strides": (
+        (2, 6, 7, 9),
+        ("NHWC", "HWIO", "NHWC"),
+        {"padding": [(1, 2), (0, 1)], "strides": (2, 1)},
+        True,
+    ),
     "cropped": ((2, 8, 7, 9), ("NHWC", "HWIO", "NHWC"), {"padding": [(-1, 0), (1, -1)]}, True),
     "channels first": ((2, 9, 6, 7), ("NCHW", "OIHW", "NCHW"), {"padding": "SAME"}, True),
-    "other result": ((2, 9, 6, 7), ("NCHW", "HWIO", "NHWC"), {"padding": "SAME", "dilation": (2, 1)}, True),
-    "transposed": ((2, 4, 4, 40), ("NHWC", "HWIO", "NHWC"), {"padding": [(1, 1), (2, 1)], "spread": (2, 1)}, True),
-    "patches": ((2, 6, 6, 2), ("NHWC", "HWIO", "NHWC"), {"padding": "VALID", "strides": (3, 3)}, False),
+    "other result": (
+        (2, 9, 6, 7),
+        ("NCHW", "HWIO", "NHWC"),
+        {"padding": "SAME", "dilation": (2, 1)},
+        True,
+    ),
+    "transposed": (
+        (2, 4, 4, 40),
+        ("NHWC", "HWIO", "NHWC"),
+        {"padding": [(1, 1), (2, 1)], "spread": (2, 1)},
+        True,
+    ),
+    "patches": (
+        (2, 6, 6, 2),
+        ("NHWC", "HWIO", "NHWC"),
+        {"padding": "VALID", "strides": (3, 3)},
+        False,
+    ),
 }
 
 
@@ -106,7 +143,10 @@ def test_a_convolution_with_one_feature(name):
     shape, layout, options, done = CONVOLUTIONS[name]
     features = shape[layout[0].index("C")]
     sizes = {"H": 3, "W": 2, "I": features, "O": 1}
-    x, kernel = jnp.asarray(normal(0, *shape)), jnp.asarray(normal(1, *(sizes[axis] for axis in layout[1])))
+    x, kernel = (
+        jnp.asarray(normal(0, *shape)),
+        jnp.asarray(normal(1, *(sizes[axis] for axis in layout[1]))),
+    )
 
     def convolve(x, kernel):
         return lax.conv_general_dilated(
@@ -128,11 +168,17 @@ def test_a_convolution_with_one_feature(name):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("HWNC", "HWIO", "HNWC")])
+@pytest.mark.parametrize(
+    "layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("HWNC", "HWIO", "HNWC")]
+)
 def test_a_large_convolution_piece_by_piece(layout, monkeypatch):
     sizes = {"N": 6, "H": 5, "W": 4, "C": 3, "I": 3, "O": 2}
-    x, kernel = (jnp.asarray(normal(i, *(sizes[axis] for axis in each))) for i, each in enumerate(layout[:2]))
-    convolve = lambda x, kernel: lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+    x, kernel = (
+        jnp.asarray(normal(i, *(sizes[axis] for axis in each))) for i, each in enumerate(layout[:2])
+    )
+    convolve = lambda x, kernel: lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=layout
+    )
     equation = trace(convolve, x, kernel).program.equations[-1]
     expected = convolve(x, kernel)
     monkeypatch.setattr("forwax.sites.convolution._PATCHES", 3000)  # fits two examples
@@ -153,15 +199,24 @@ def mlp(params, x):
 def cost(rule):
     spec = jax.ShapeDtypeStruct
     params = [spec((64, 64), jnp.float32)] * 4
-    compiled = jax.jit(fx.grad(mlp, rule)).lower(KEY, params, spec((256, 64), jnp.float32)).compile()
+    compiled = (
+        jax.jit(fx.grad(mlp, rule)).lower(KEY, params, spec((256, 64), jnp.float32)).compile()
+    )
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_it_saves_arithmetic_and_memory():
-    """One tangent: 1 + (L - 1)/L forwards instead of 3; eight: 1 + 8 (L - 1)/L instead of 17. Less than held ones."""
-    thin, dense = (cost(fx.WeightPerturbation(t)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
+    """One tangent: 1 + (L - 1)/L forwards instead of 3; eight: 1 + 8 (L - 1)/L instead of 17.
+
+    Less than held ones.
+    """
+    thin, dense = (
+        cost(fx.WeightPerturbation(t)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher())
+    )
     assert thin[0] < 0.7 * dense[0]
-    thin, dense = (cost(fx.WeightPerturbation(t, 8)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher()))
+    thin, dense = (
+        cost(fx.WeightPerturbation(t, 8)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher())
+    )
     assert thin[0] < 0.55 * dense[0]
     assert thin[1] < 0.8 * dense[1]
     held = cost(fx.WeightPerturbation(fx.tangents.Normal(), 8))
@@ -197,8 +252,14 @@ def nested(params, x):
 def test_packed_signs_are_the_signs(rank):
     """What a scan slices before it is unpacked gives what signs that are unpacked at once give."""
     blocks = {"w": jnp.asarray(normal(0, 2, 3, 32, 32)), "b": jnp.asarray(normal(1, 2, 3, 1, 32))}
-    params = {"blocks": blocks, "one": jnp.asarray(normal(2, 1, 32, 32)), "last": jnp.asarray(normal(3, 2, 32, 5))}
-    problem = Signature(nested, 0, False, None).bind((params, jnp.asarray(normal(4, 2, 32)) / 32), {})
+    params = {
+        "blocks": blocks,
+        "one": jnp.asarray(normal(2, 1, 32, 32)),
+        "last": jnp.asarray(normal(3, 2, 32, 5)),
+    }
+    problem = Signature(nested, 0, False, None).bind(
+        (params, jnp.asarray(normal(4, 2, 32)) / 32), {}
+    )
     plan = plan_low_rank(problem, rank)
 
     @quick_jit
@@ -220,9 +281,13 @@ def test_a_scan_over_no_layers():
         return lax.scan(lambda h, w: (h @ w, None), h, layers)[0]
 
     def loss(p, x):
-        return squares(deep(x, p["none"]) @ p["w"]) + squares(deep(jnp.ones((2, 32)), p["no words"]))
+        return squares(deep(x, p["none"]) @ p["w"]) + squares(
+            deep(jnp.ones((2, 32)), p["no words"])
+        )
 
-    grads = quick_jit(fx.grad(loss, fx.WeightPerturbation(fx.tangents.LowRank())))(KEY, params, jnp.ones((2, 3)))
+    grads = quick_jit(fx.grad(loss, fx.WeightPerturbation(fx.tangents.LowRank())))(
+        KEY, params, jnp.ones((2, 3))
+    )
     assert grads["none"].shape == (0, 3, 3)
     assert bool(jnp.any(grads["w"]))
 
@@ -231,11 +296,17 @@ def test_chunks_give_the_same_estimate():
     program = PROGRAMS["attention"]
     whole, cut = (
         quick_jit(
-            fx.grad(program.loss, fx.WeightPerturbation(fx.tangents.LowRank(), 5, chunk_size=size), in_axes=(None, 0))
+            fx.grad(
+                program.loss,
+                fx.WeightPerturbation(fx.tangents.LowRank(), 5, chunk_size=size),
+                in_axes=(None, 0),
+            )
         )
         for size in (None, 2)
     )
-    for got, true in zip(*(jax.tree.leaves(f(KEY, *program.args)) for f in (cut, whole)), strict=True):
+    for got, true in zip(
+        *(jax.tree.leaves(f(KEY, *program.args)) for f in (cut, whole)), strict=True
+    ):
         np.testing.assert_allclose(got, true, rtol=1e-4, atol=1e-5)
 
 
@@ -245,11 +316,13 @@ def test_the_squared_error_is_its_law(rank):
     g, draws = jnp.asarray(normal(0, 4, 5)), 8192
     rule = fx.WeightPerturbation(fx.tangents.LowRank(rank))
     loss = lambda w, x: jnp.sum(x @ w * g)
-    grads = quick_jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4))))(
-        jax.random.split(KEY, draws)
-    )
+    grads = quick_jit(
+        jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4)))
+    )(jax.random.split(KEY, draws))
     errors = jnp.sum((grads - g[None]) ** 2, axis=(1, 2)) / jnp.sum(g**2)
-    assert float(errors.mean()) == pytest.approx(rule.relative_mse(20), abs=5 * float(errors.std()) / draws**0.5)
+    assert float(errors.mean()) == pytest.approx(
+        rule.relative_mse(20), abs=5 * float(errors.std()) / draws**0.5
+    )
 
 
 def test_examples_of_their_own_disagree_less():
@@ -280,7 +353,9 @@ def test_combinations_that_need_the_directions_form_them():
 
 def test_own_factors_need_examples():
     rule = fx.WeightPerturbation(fx.tangents.LowRank(per_example=True))
-    with pytest.raises(ValueError, match=r"per_example=True\) needs examples: expected in_axes, got None"):
+    with pytest.raises(
+        ValueError, match=r"per_example=True\) needs examples: expected in_axes, got None"
+    ):
         fx.grad(mlp, rule)(KEY, [jnp.eye(3)], jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="expected rank to be a positive integer, got 0"):
         fx.tangents.LowRank(0)

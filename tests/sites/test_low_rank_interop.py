@@ -35,8 +35,12 @@ def assert_close(got, expected):
     """To the rounding of the sums, which is that of the whole tree's size where entries cancel."""
     size = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(expected)))
     assert size > 0
-    for (path, mine), true in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path))
+    for (path, mine), true in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            mine, true, rtol=1e-4, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)

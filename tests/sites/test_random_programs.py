@@ -26,7 +26,11 @@ RULES = {
 COUNT = int(os.environ.get("FORWAX_PROGRAMS", "5"))
 
 
-PLANS = {"signs": plan_signs, "rank 1": plan_low_rank, "rank 2": lambda problem: plan_low_rank(problem, 2)}
+PLANS = {
+    "signs": plan_signs,
+    "rank 1": plan_low_rank,
+    "rank 2": lambda problem: plan_low_rank(problem, 2),
+}
 some_programs = hypothesis.settings(
     max_examples=COUNT,
     derandomize=True,
@@ -47,13 +51,19 @@ def test_no_random_program_is_biased(recipe, rule):
         reference = fx.Exact() if forward_only(recipe) else fx.Backprop()
 
         def both(params, data):
-            return [fx.value_and_grad(loss, r, in_axes=in_axes)(KEY, params, *data) for r in (listed, reference)]
+            return [
+                fx.value_and_grad(loss, r, in_axes=in_axes)(KEY, params, *data)
+                for r in (listed, reference)
+            ]
 
         (value, grads), (true_value, truth) = quick_jit(both)(params, data)
         assert jnp.isfinite(true_value)
         assert abs(value - true_value) <= 1e-9 * (1 + abs(true_value))
         scale = 1 + jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(truth)))
-        off = {name: float(jnp.linalg.norm((grads[name] - truth[name]).ravel()) / scale) for name in truth}
+        off = {
+            name: float(jnp.linalg.norm((grads[name] - truth[name]).ravel()) / scale)
+            for name in truth
+        }
         assert max(off.values()) <= 1e-8, off
 
 
@@ -75,7 +85,12 @@ def test_weight_tangents_give_the_slopes_of_their_directions_in_full(recipe, nam
             sums = jax.tree.map(lambda x: jnp.tensordot(exact, x, axes=1), full)
             got_value, _, slopes = plan.push(drawn, 2)
             new = plan.add(params, slopes, drawn)
-            got = got_value, slopes, plan.assemble(slopes, drawn), jax.tree.map(jnp.subtract, new, params)
+            got = (
+                got_value,
+                slopes,
+                plan.assemble(slopes, drawn),
+                jax.tree.map(jnp.subtract, new, params),
+            )
             return got, (value, exact, sums, sums)
 
         for got, expected in zip(*map(jax.tree.leaves, both(KEY)), strict=True):

@@ -25,7 +25,9 @@ def kept(rule, program):
         sites = rule.sites(problem)
         noise = noise_of(sites, rule._source(key, sites))
         out = sites.push(noise, rule.num_tangents)
-        return sites.value(out.losses), rule._own(sites, noise, rule._slopes(sites, out), out.records)
+        return sites.value(out.losses), rule._own(
+            sites, noise, rule._slopes(sites, out), out.records
+        )
 
     return quick_jit(estimate)
 
@@ -62,9 +64,13 @@ def test_signs_without_examples_and_of_complex_values(name):
 def test_noise_that_is_held_is_that_of_keep(name, tangents):
     program = PROGRAMS[name]
     keep, replay = (
-        fx.ActivityPerturbation(tangents=tangents, num_tangents=2, memory=memory) for memory in ("keep", "replay")
+        fx.ActivityPerturbation(tangents=tangents, num_tangents=2, memory=memory)
+        for memory in ("keep", "replay")
     )
-    both = [quick_jit(fx.value_and_grad(program.loss, rule, **program.options)) for rule in (keep, replay)]
+    both = [
+        quick_jit(fx.value_and_grad(program.loss, rule, **program.options))
+        for rule in (keep, replay)
+    ]
     assert_equal(*(f(KEY, *program.args) for f in both))
 
 
@@ -125,10 +131,16 @@ def test_the_noise_of_shards_is_independent():
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(key, params, xs):
-        params, xs = jax.tree.map(lambda x: lax.pcast(jnp.asarray(x), "d", to="varying"), (params, xs))
-        return jax.tree.map(lambda x: x[None], fx.grad(program.loss, rule, **program.options)(key, params, xs))
+        params, xs = jax.tree.map(
+            lambda x: lax.pcast(jnp.asarray(x), "d", to="varying"), (params, xs)
+        )
+        return jax.tree.map(
+            lambda x: x[None], fx.grad(program.loss, rule, **program.options)(key, params, xs)
+        )
 
-    grads = quick_jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(KEY, *program.args)
+    grads = quick_jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(
+        KEY, *program.args
+    )
     for leaf in jax.tree.leaves(grads):
         assert float(jnp.max(jnp.abs(leaf[0] - leaf[1]))) > 1e-3 * float(jnp.max(jnp.abs(leaf)))
 

@@ -30,7 +30,9 @@ def sharded(rule, check, loss=loss, in_axes=EACH):
         got = fx.grad(loss, rule, in_axes=in_axes)(key, p, x)
         return got if check else jax.lax.psum(got, "d")
 
-    step = jax.shard_map(grads, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P(), check_vma=check)
+    step = jax.shard_map(
+        grads, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P(), check_vma=check
+    )
     return jax.jit(step)(jax.random.key(0), PARAMS, jnp.asarray(normal(3, 8, 3)))
 
 
@@ -64,7 +66,9 @@ def alone_and_together(estimates):
     keys, x = jax.random.split(jax.random.key(0), 4), jnp.asarray(normal(3, 8, 3))
     shard = lambda keys, p, x: jax.tree.map(lambda g: g[None], estimates(keys[0], p, x))
     specs = (P("d"), P(), P("d"))
-    got = quick_jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("d")))(keys, PARAMS, x)
+    got = quick_jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("d")))(
+        keys, PARAMS, x
+    )
     expected = quick_jit(jax.vmap(estimates, (0, None, 0)))(keys, PARAMS, x.reshape(4, 2, 3))
     return jax.tree.leaves(got), jax.tree.leaves(expected)
 
@@ -80,14 +84,18 @@ ALONE = {
 def test_a_varying_key_gives_each_device_its_own_estimate():
     """That of its own batch by its own key, as if it were alone, under weight and activity noise alike."""
     got, expected = alone_and_together(
-        lambda *args: {name: fx.grad(loss, rule, in_axes=EACH)(*args) for name, rule in ALONE.items()}
+        lambda *args: {
+            name: fx.grad(loss, rule, in_axes=EACH)(*args) for name, rule in ALONE.items()
+        }
     )
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_a_varying_key_gives_each_device_its_own_feedback():
-    got, expected = alone_and_together(lambda *args: fx.FDFA(0.0, num_tangents=2).step(loss, in_axes=EACH)(*args)[:2])
+    got, expected = alone_and_together(
+        lambda *args: fx.FDFA(0.0, num_tangents=2).step(loss, in_axes=EACH)(*args)[:2]
+    )
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 

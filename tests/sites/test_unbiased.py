@@ -38,9 +38,17 @@ def test_the_mean_over_all_noise_is_the_gradient(rule, name):
     program = PROGRAMS[name]
     value, grads = basis_mean(program, RULES[rule])
     reference = fx.Exact() if name in FORWARD_ONLY else fx.Backprop()
-    true_value, truth = quick_jit(fx.value_and_grad(program.loss, reference, **program.options))(KEY, *program.args)
+    true_value, truth = quick_jit(fx.value_and_grad(program.loss, reference, **program.options))(
+        KEY, *program.args
+    )
     scale = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(truth)))
     assert abs(value - true_value) <= 1e-5 * abs(true_value)
-    for (path, got), true in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(truth), strict=True):
+    for (path, got), true in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(truth), strict=True
+    ):
         error = float(jnp.linalg.norm((got - true).ravel()))
-        assert error <= 2e-6 * scale * got.size**0.5, (jax.tree_util.keystr(path), error, float(scale))
+        assert error <= 2e-6 * scale * got.size**0.5, (
+            jax.tree_util.keystr(path),
+            error,
+            float(scale),
+        )

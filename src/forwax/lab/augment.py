@@ -1,7 +1,8 @@
 """Random views of images: flip, crop, colour jitter, greyscale, blur, solarise; small shifts for supervised training.
 
-After Grill et al. 2020 (BYOL, arXiv 2006.07733), appendix B. Every function takes a key and one image (height, width,
-channels) with values from 0 to 1, and gives an image of the same shape; the same key gives the same image.
+After Grill et al. 2020 (BYOL, arXiv 2006.07733), appendix B. Every function takes a key and one
+image (height, width, channels) with values from 0 to 1, and gives an image of the same shape; the
+same key gives the same image.
 """
 
 from __future__ import annotations
@@ -83,8 +84,12 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
-        x = _sometimes(keys[2], augmentation.jitter, functools.partial(jitter, augmentation=augmentation), x)
-        x = _sometimes(keys[3], augmentation.greyscale, lambda _, x: jnp.broadcast_to(_grey(x), x.shape), x)
+        x = _sometimes(
+            keys[2], augmentation.jitter, functools.partial(jitter, augmentation=augmentation), x
+        )
+        x = _sometimes(
+            keys[3], augmentation.greyscale, lambda _, x: jnp.broadcast_to(_grey(x), x.shape), x
+        )
     x = _sometimes(keys[4], augmentation.blur, blur, x)
     return _sometimes(keys[5], augmentation.solarise, lambda _, x: jnp.where(x < 0.5, x, 1 - x), x)
 
@@ -126,7 +131,9 @@ def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
     sides = jnp.minimum(jnp.sqrt(area * jnp.stack([ratio, 1 / ratio])), 1.0)
     size = jnp.array(image.shape[:2], image.dtype)
     corner = jax.random.uniform(third, (2,)) * (1 - sides) * size
-    return jax.image.scale_and_translate(image, image.shape, (0, 1), 1 / sides, -corner / sides, method="linear")
+    return jax.image.scale_and_translate(
+        image, image.shape, (0, 1), 1 / sides, -corner / sides, method="linear"
+    )
 
 
 def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> Array:
@@ -135,7 +142,9 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
     >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
     (4, 4, 3)
     """
-    strengths = jnp.array([augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue])
+    strengths = jnp.array(
+        [augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue]
+    )
     amounts = jax.random.uniform(key, (4,), minval=-1.0) * strengths
     x = image + amounts[0]
     x = _away(x, jnp.mean(_grey(x)), amounts[1])
@@ -146,7 +155,8 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
 def blur(key: Array, image: Array) -> Array:
     """A Gaussian blur of a width from 0.1 to 2 pixels, cut off at a twentieth of the height.
 
-    Two products with banded matrices: convolutions with another kernel for each image are slow on CPU.
+    Two products with banded matrices: convolutions with another kernel for each image are slow on
+    CPU.
 
     >>> blur(jax.random.key(0), jnp.ones((4, 4, 3))).shape
     (4, 4, 3)
@@ -156,13 +166,17 @@ def blur(key: Array, image: Array) -> Array:
 
     def band(size: int) -> Array:
         distance = jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
-        weights = jnp.where(jnp.abs(distance) <= reach, jnp.exp(-(distance**2) / (2 * width**2)), 0.0)
+        weights = jnp.where(
+            jnp.abs(distance) <= reach, jnp.exp(-(distance**2) / (2 * width**2)), 0.0
+        )
         return weights / jnp.sum(weights, axis=1, keepdims=True)
 
     return jnp.einsum("ij,jkc,lk->ilc", band(image.shape[0]), image, band(image.shape[1]))
 
 
-def _sometimes(key: Array, probability: float, change: Callable[[Array, Array], Array], image: Array) -> Array:
+def _sometimes(
+    key: Array, probability: float, change: Callable[[Array, Array], Array], image: Array
+) -> Array:
     first, second = jax.random.split(key)
     return jnp.where(jax.random.bernoulli(first, probability), change(second, image), image)
 

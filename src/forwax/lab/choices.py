@@ -108,7 +108,11 @@ def _direct_feedback(settings: Settings, guess: Any) -> Any:
     return fx.DirectFeedbackAlignment(jax.random.fold_in(jax.random.key(settings.seed), FEEDBACK))
 
 
-_LOCAL = "No error crossed two layers: reverse mode was used inside single layers and behind the last one alone."
+_LOCAL = (
+    "No error crossed two layers: reverse mode was used inside single layers and behind "
+    "the "
+    "last one alone."
+)
 
 _SAFETY = ("clip_slopes", "skip_bad_slopes")
 
@@ -121,9 +125,16 @@ def _published(name: str) -> RuleChoice:
 
     def build(settings: Settings, feedback: Any) -> Any:
         if reading.draws_noise:
-            noise, key = TANGENTS[settings.tangents or "hadamard"](settings, None), jax.random.key(settings.seed)
-            return ren2023.method(name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1).rule
-        return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[reading.kind](settings, feedback)
+            noise, key = (
+                TANGENTS[settings.tangents or "hadamard"](settings, None),
+                jax.random.key(settings.seed),
+            )
+            return ren2023.method(
+                name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1
+            ).rule
+        return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[reading.kind](
+            settings, feedback
+        )
 
     aligned, crosses = reading.kind == "FA", reading.kind in ("BP", "FA")
     return RuleChoice(
@@ -146,10 +157,18 @@ RULES: Mapping[str, RuleChoice] = {
         "slopes along random weight tangents, by forward mode",
         tangents="low-rank",
     ),
-    "exact": RuleChoice(_exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"),
-    "finite-difference": RuleChoice(_finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"),
+    "exact": RuleChoice(
+        _exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"
+    ),
+    "finite-difference": RuleChoice(
+        _finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"
+    ),
     "activity": RuleChoice(
-        _activity, _DRAWN, "slopes along noise on the activities, one for each example", _LOCAL, needs_data=True
+        _activity,
+        _DRAWN,
+        "slopes along noise on the activities, one for each example",
+        _LOCAL,
+        needs_data=True,
     ),
     "feedback": RuleChoice(
         _feedback,
@@ -161,7 +180,11 @@ RULES: Mapping[str, RuleChoice] = {
         keeps_feedback=True,
     ),
     "direct-feedback": RuleChoice(
-        _direct_feedback, (), "the output error reaches every layer by a fixed random map", _LOCAL, needs_data=True
+        _direct_feedback,
+        (),
+        "the output error reaches every layer by a fixed random map",
+        _LOCAL,
+        needs_data=True,
     ),
     "backprop": RuleChoice(_backprop, (), "reverse mode, the reference", "", reverse_mode=True),
     **{name: _published(name) for name in ren2023.NAMES},
@@ -179,21 +202,25 @@ def needs_guess(settings: Settings) -> bool:
     (True, False)
     """
     takes = RULES[settings.rule].takes
-    return "tangents" in takes and (settings.tangents == "guided" or settings.combine == "control-variate")
+    return "tangents" in takes and (
+        settings.tangents == "guided" or settings.combine == "control-variate"
+    )
 
 
 def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
     """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.train.loop`.
 
-    A step whose loss is not finite is not skipped: the loop stops before it, and keeps a checkpoint. So it does where a
-    slope that is not skipped makes the gradient so.
+    A step whose loss is not finite is not skipped: the loop stops before it, and keeps a
+    checkpoint. So it does where a slope that is not skipped makes the gradient so.
 
     >>> guard_rule(Settings(), fx.WeightPerturbation()) == fx.WeightPerturbation()
     True
     """
     if settings.clip_slopes is None and not settings.skip_bad_slopes:
         return rule
-    return fx.Safe(rule, clip=settings.clip_slopes, skip=bool(settings.skip_bad_slopes), history=history)
+    return fx.Safe(
+        rule, clip=settings.clip_slopes, skip=bool(settings.skip_bad_slopes), history=history
+    )
 
 
 def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
@@ -251,7 +278,9 @@ def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
     True
     """
     takes = set(RULES[settings.rule].takes)
-    settings = dataclasses.replace(settings, tangents=settings.tangents or RULES[settings.rule].tangents)
+    settings = dataclasses.replace(
+        settings, tangents=settings.tangents or RULES[settings.rule].tangents
+    )
     if settings.tangents != "sparse":
         takes.discard("density")
     if not needs_guess(settings):
@@ -268,6 +297,10 @@ def _refusal(name: str, settings: Settings) -> str:
     if name == "density" and "tangents" in RULES[settings.rule].takes:
         return f"{option} belongs to --tangents sparse, but the tangents are {settings.tangents}."
     if name == "guess_decay" and "tangents" in RULES[settings.rule].takes:
-        return f"{option} belongs to --tangents guided or --combine control-variate, and neither was chosen."
+        return (
+            f"{option} belongs to --tangents guided or --combine control-variate, and "
+            f"neither "
+            f"was chosen."
+        )
     takers = ", ".join(rule for rule, choice in RULES.items() if name in choice.takes)
     return f"{option} does not apply to --rule {settings.rule}; it belongs to: {takers}."

@@ -13,8 +13,16 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "TrainOptions",
         "train a model on real data, by default without backpropagation",
     ),
-    "compare": ("forwax.lab.compare.command", "CompareOptions", "train the same model by several rules, side by side"),
-    "diagnose": ("forwax.lab.diagnose", "DiagnoseOptions", "measure what rules give and cost, and say which to use"),
+    "compare": (
+        "forwax.lab.compare.command",
+        "CompareOptions",
+        "train the same model by several rules, side by side",
+    ),
+    "diagnose": (
+        "forwax.lab.diagnose",
+        "DiagnoseOptions",
+        "measure what rules give and cost, and say which to use",
+    ),
     "optimize": (
         "forwax.lab.optimize.command",
         "OptimizeOptions",
@@ -25,7 +33,11 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "ReproduceOptions",
         "run a paper's experiments, ours beside the paper's",
     ),
-    "data": ("forwax.lab.data.command", "DataOptions", "fetch, verify and cache a data set, or say where it is"),
+    "data": (
+        "forwax.lab.data.command",
+        "DataOptions",
+        "fetch, verify and cache a data set, or say where it is",
+    ),
 }
 """Each subcommand: its module, its options there, and one line about it."""
 
@@ -45,7 +57,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Help on a command: forwax COMMAND --help. Without options, `forwax train` trains on digits.",
+            "Help on a command: forwax COMMAND --help. Without options, `forwax train` trains on "
+            "digits.",
         ]
     )
 
@@ -90,7 +103,9 @@ def _run(name: str, words: list[str]) -> int:
         module_name, options_name, _ = COMMANDS[name]
         module: Any = import_module(module_name)
     except ModuleNotFoundError as error:
-        return _mistake(f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'.")
+        return _mistake(
+            f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'."
+        )
     # without a text of its own, a command is described by its options' docstring
     description = getattr(module, "DESCRIPTION", None)
     options = tyro.cli(

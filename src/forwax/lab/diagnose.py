@@ -76,13 +76,20 @@ def run(options: DiagnoseOptions) -> int:
     size = options.batch_size or find_configuration(experiment, "default").batch_size
     if size > len(problem.train[0]):
         most = len(problem.train[0])
-        raise UsageError(f"--batch-size must be at most the {most} examples of the training set, got {size}.")
-    print(f"{experiment.name}, {size} examples, at the initial parameters of seed {options.seed}.", flush=True)
+        raise UsageError(
+            f"--batch-size must be at most the {most} examples of the training set, got {size}."
+        )
+    print(
+        f"{experiment.name}, {size} examples, at the initial parameters of seed {options.seed}.",
+        flush=True,
+    )
     Console().print(measure(problem, named, size, options))
     return 0
 
 
-def measure(problem: Problem, named: list[NamedRule], size: int, options: DiagnoseOptions) -> Diagnosis:
+def measure(
+    problem: Problem, named: list[NamedRule], size: int, options: DiagnoseOptions
+) -> Diagnosis:
     """Diagnose the rules on one random batch at the initial parameters."""
     init, feedback, key = jax.random.split(jax.random.key(options.seed), 3)
     params = problem.init(init)
@@ -91,8 +98,15 @@ def measure(problem: Problem, named: list[NamedRule], size: int, options: Diagno
     rules = {}
     for each in named:
         settings = Settings(**each.given)
-        rules[each.about] = choices.build_rule(settings, choices.initial_guess(settings, params, feedback))
+        rules[each.about] = choices.build_rule(
+            settings, choices.initial_guess(settings, params, feedback)
+        )
     diagnose = fx.diagnose(
-        problem.loss, rules, has_aux=True, in_axes=(None, 0, 0), draws=options.draws, rounds=options.rounds
+        problem.loss,
+        rules,
+        has_aux=True,
+        in_axes=(None, 0, 0),
+        draws=options.draws,
+        rounds=options.rounds,
     )
     return diagnose(key, params, images, labels)

@@ -50,17 +50,22 @@ class Experiment:
         data_set: a name of `forwax.lab.data`.
         model: the model factory.
         configurations: settings by name; "default" is always there.
-        effective_dimension: along how many directions the loss curves, for the suggested rate of rules with tangents;
-            found by tuning the rate of a single tangent, None where the number of parameters serves.
-        effective_noise: the same for noise on activities, along how many of an example's noise coordinates.
+        effective_dimension: along how many directions the loss curves, for the suggested rate of
+            rules with tangents; found by tuning the rate of a single tangent, None where the number
+            of parameters serves.
+        effective_noise: the same for noise on activities, along how many of an example's noise
+            coordinates.
         description: what to run, and what to expect on which device.
         notes: why there is no configuration of a name.
-        specialise: gives the experiment for the settings' size, data, objective and rule, where these are open.
-        suggested_rate: the learning rate for settings that name none; None where it follows from the rule's law.
-        suggested_epochs: how long settings train that say neither steps nor epochs; None for the configuration's steps.
-        gradient: from the model's static half, the map of pixels to inputs, the settings and the largest pixel to a
-            function of a rule, see `forwax.lab.problem.Problem.gradient`; None for softmax cross-entropy by
-            `forwax.value_and_grad`.
+        specialise: gives the experiment for the settings' size, data, objective and rule, where
+            these are open.
+        suggested_rate: the learning rate for settings that name none; None where it follows from
+            the rule's law.
+        suggested_epochs: how long settings train that say neither steps nor epochs; None for the
+            configuration's steps.
+        gradient: from the model's static half, the map of pixels to inputs, the settings and the
+            largest pixel to a function of a rule, see `forwax.lab.problem.Problem.gradient`; None
+            for softmax cross-entropy by `forwax.value_and_grad`.
 
     >>> EXPERIMENTS["digits"].data_set
     'digits'
@@ -77,7 +82,9 @@ class Experiment:
     specialise: Callable[[Experiment, Settings], Experiment] | None = None
     suggested_rate: Callable[[Settings], float] | None = None
     suggested_epochs: Callable[[Settings], float] | None = None
-    gradient: Callable[[Any, Callable[[jax.Array], jax.Array], Settings, int], Gradient] | None = None
+    gradient: Callable[[Any, Callable[[jax.Array], jax.Array], Settings, int], Gradient] | None = (
+        None
+    )
 
     def of(self, settings: Settings) -> Experiment:
         """This experiment with all that the settings decide."""
@@ -92,13 +99,16 @@ class Experiment:
             settings: the run's settings.
             rule: the forwax rule.
             num_parameters: the size of the model.
-            noise: gives the number of noise coordinates of one example, see `forwax.lab.problem.Problem.noise`.
+            noise: gives the number of noise coordinates of one example, see
+                `forwax.lab.problem.Problem.noise`.
         """
         if self.suggested_rate is not None:
             return self.suggested_rate(settings)
         drawn = noise(rule)
         counted = None if drawn is None else min(drawn, self.effective_noise or drawn)
-        return optimizers.suggest_rate(settings, rule, num_parameters, self.effective_dimension, counted)
+        return optimizers.suggest_rate(
+            settings, rule, num_parameters, self.effective_dimension, counted
+        )
 
 
 def _paper(learning_rate: float, steps: int) -> Settings:
@@ -119,11 +129,15 @@ def _paper(learning_rate: float, steps: int) -> Settings:
 PAPER_LOGISTIC = {"paper": _paper(1e-4, 25_000)}
 PAPER_MLP = {"paper": _paper(2e-5, 20_000), "paper-fast": _paper(2e-4, 20_000)}
 NO_PAPER_CNN = (
-    "Baydin et al. 2022 describe this network, but its learning rate and iterations were not found in the paper."
+    "Baydin et al. 2022 describe this network, but its learning rate and "
+    "iterations "
+    "were not found in the paper."
 )
 
 
-def _on(data_set: str, model: str, default: Settings, effective_dimension: int | None, description: str) -> Experiment:
+def _on(
+    data_set: str, model: str, default: Settings, effective_dimension: int | None, description: str
+) -> Experiment:
     """Make the experiment `<data set>-<model>` of one of Baydin et al.'s three models."""
     factory, paper = {
         "logistic": (_logistic, PAPER_LOGISTIC),
@@ -134,7 +148,10 @@ def _on(data_set: str, model: str, default: Settings, effective_dimension: int |
         name=f"{data_set}-{model}",
         data_set=data_set,
         model=factory,
-        configurations={"default": default, **{name: _with_rate(each, default) for name, each in paper.items()}},
+        configurations={
+            "default": default,
+            **{name: _with_rate(each, default) for name, each in paper.items()},
+        },
         description=description,
         effective_dimension=effective_dimension,
         effective_noise=CONVOLUTION_NOISE if model == "cnn" else None,
@@ -154,9 +171,18 @@ DIGITS = Settings(
     steps=10_000,
     batch_size=64,
 )
-LOGISTIC = Settings(num_tangents=16, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64)
+LOGISTIC = Settings(
+    num_tangents=16, backprop_rate=0.1, schedule="cosine", steps=10_000, batch_size=64
+)
 # on the large MLP activity noise ends far lower than weight noise
-DENSE = Settings(rule="activity", num_tangents=1, backprop_rate=0.3, schedule="cosine", steps=10_000, batch_size=64)
+DENSE = Settings(
+    rule="activity",
+    num_tangents=1,
+    backprop_rate=0.3,
+    schedule="cosine",
+    steps=10_000,
+    batch_size=64,
+)
 # 500 steps on MNIST: 71.7 %, by four rank-1 weight tangents 39.2 %
 CONVOLUTION = Settings(
     rule="activity",
@@ -170,8 +196,8 @@ CONVOLUTION = Settings(
 
 # the backprop rate over the best rate of one weight tangent, both tuned on MNIST, rounded
 LOGISTIC_DIMENSION, DENSE_DIMENSION, CONVOLUTION_DIMENSION = 330, 3000, 640
-# the same for noise on activities, of 91,648 coordinates an example: 150 steps on MNIST with four noises gave
-# 12.5, 21.3, 27.3, 27.0 % at 5e-5, 1e-4, 2e-4, 4e-4, and 9e-4 exploded
+# the same for noise on activities, of 91,648 coordinates an example: 150 steps on MNIST with four
+# noises gave 12.5, 21.3, 27.3, 27.0 % at 5e-5, 1e-4, 2e-4, 4e-4, and 9e-4 exploded
 CONVOLUTION_NOISE = 2000
 
 _LOCAL_MIXER = columns.configurations()
@@ -180,7 +206,9 @@ _LOCAL_MIXER = {"default": _LOCAL_MIXER[columns.DEFAULT], **_LOCAL_MIXER}
 
 def _of_local_mixer(experiment: Experiment, settings: Settings) -> Experiment:
     """Give the experiment for a size and an objective."""
-    return dataclasses.replace(experiment, model=columns.build_model(settings), gradient=columns.build_gradient)
+    return dataclasses.replace(
+        experiment, model=columns.build_model(settings), gradient=columns.build_gradient
+    )
 
 
 _ALL = (
@@ -191,7 +219,8 @@ _ALL = (
         configurations={"default": DIGITS},
         effective_dimension=600,
         description=(
-            "An MLP 64-32-10 on scikit-learn's 8×8 digits. `forwax train`: 96.1 to 97.8 % on the test set over seeds "
+            "An MLP 64-32-10 on scikit-learn's 8×8 digits. `forwax train`: 96.1 to 97.8 % on the "
+            "test set over seeds "
             "0 to 9, 96.9 % in the mean, 5 to 26 s of training on one busy CPU core."
         ),
     ),
@@ -200,7 +229,8 @@ _ALL = (
         "logistic",
         LOGISTIC,
         LOGISTIC_DIMENSION,
-        "Logistic regression on MNIST. `forwax train mnist-logistic`: 88.8 % (seed 0), 12 s of training on 2 "
+        "Logistic regression on MNIST. `forwax train mnist-logistic`: 88.8 % (seed 0), 12 s of "
+        "training on 2 "
         "busy CPU cores.",
     ),
     _on(
@@ -208,7 +238,8 @@ _ALL = (
         "mlp",
         DENSE,
         DENSE_DIMENSION,
-        "The MLP 784-1024-1024-10 on MNIST, by activity noise. `forwax train mnist-mlp`: 93.2 % (seed 0), 510 s of "
+        "The MLP 784-1024-1024-10 on MNIST, by activity noise. `forwax train mnist-mlp`: 93.2 % "
+        "(seed 0), 510 s of "
         "training on one CPU core shared with three other processes; 89.5 % after --steps 2000.",
     ),
     _on(
@@ -216,7 +247,8 @@ _ALL = (
         "cnn",
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
-        "The convolutional network on MNIST, by activity noise. `forwax train mnist-cnn`: 71.7 % (seed 0), 387 s of "
+        "The convolutional network on MNIST, by activity noise. `forwax train mnist-cnn`: 71.7 % "
+        "(seed 0), 387 s of "
         "training on one CPU core; 500 steps are few.",
     ),
     _on(
@@ -224,7 +256,8 @@ _ALL = (
         "logistic",
         LOGISTIC,
         LOGISTIC_DIMENSION,
-        "Logistic regression on Fashion-MNIST. `forwax train fashion-mnist-logistic`: 78.4 % (seed 0), "
+        "Logistic regression on Fashion-MNIST. `forwax train fashion-mnist-logistic`: 78.4 % (seed "
+        "0), "
         "14 s of training on 2 busy CPU cores.",
     ),
     _on(
@@ -232,7 +265,8 @@ _ALL = (
         "mlp",
         DENSE,
         DENSE_DIMENSION,
-        "The MLP 784-1024-1024-10 on Fashion-MNIST, by activity noise. `forwax train fashion-mnist-mlp`: 81.3 % (seed "
+        "The MLP 784-1024-1024-10 on Fashion-MNIST, by activity noise. `forwax train "
+        "fashion-mnist-mlp`: 81.3 % (seed "
         "0), 93 s of training on one CPU core.",
     ),
     _on(
@@ -240,7 +274,8 @@ _ALL = (
         "cnn",
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
-        "The convolutional network on Fashion-MNIST. `forwax train fashion-mnist-cnn`: 54.8 % (seed 0), 399 s of "
+        "The convolutional network on Fashion-MNIST. `forwax train fashion-mnist-cnn`: 54.8 % "
+        "(seed 0), 399 s of "
         "training on one CPU core.",
     ),
     _on(
@@ -248,7 +283,8 @@ _ALL = (
         "cnn",
         CONVOLUTION,
         CONVOLUTION_DIMENSION,
-        "The convolutional network on CIFAR-10, by activity noise. `forwax train cifar10-cnn`: 17.0 % (seed 0), 526 s "
+        "The convolutional network on CIFAR-10, by activity noise. `forwax train cifar10-cnn`: "
+        "17.0 % (seed 0), 526 s "
         "of training on one CPU core; 500 steps are far too few.",
     ),
     Experiment(
@@ -257,7 +293,8 @@ _ALL = (
         model=columns.build_model(columns.COLUMNS[columns.DEFAULT].settings),
         configurations=_LOCAL_MIXER,
         description=(
-            "LocalMixer of Ren et al. 2023 by any of thirteen methods, eleven of its tables and two more, see `forwax "
+            "LocalMixer of Ren et al. 2023 by any of thirteen methods, eleven of its tables and "
+            "two more, see `forwax "
             "reproduce --help`; --size, --data and --objective choose what is trained."
         ),
         specialise=_of_local_mixer,

@@ -1,19 +1,20 @@
 """Optimizers and learning rates of the command line.
 
-A rate tuned for true gradients makes forward gradients explode. Where the user gives no rate, it is found so:
+A rate tuned for true gradients makes forward gradients explode. Where the user gives no rate, it is
+found so:
 
-- SGD-like optimizers: backprop_rate · s, where s is the scale of `forwax.suggest_learning_rate`, 1/(1 + M) for an
-  unbiased rule of relative MSE M. The law is for a loss that curves alike along all n parameters. A network's loss
-  curves along far fewer; where an experiment names that number d (its *effective dimension*), s is multiplied by
-  (n + k - 1)/(d + k - 1), which puts d in n's place. Momentum 0.9 multiplies a rate by ten in the long run, so that
-  its rate is a tenth.
-- Activity noise: n is the number d of noise coordinates of one example, or its *effective noise* where an experiment
-  names that. The slopes of a batch of N average, and what the examples' own gradients G_i do not share adds to the
-  noise: s = 1/(1 + M) for d' = 1 + (d - 1)·4/N coordinates, where 4 stands for mean|G_i|² / |mean G|², found by tuning
-  on MNIST's MLP for 1,800 steps.
-- Adaptive optimizers divide by the root of the estimate's second moment, which is 1 + M times that of the true
-  gradient: they have scaled by √s already, and get the other √s here: base rate · √s, with the base rate of their
-  papers.
+- SGD-like optimizers: backprop_rate · s, where s is the scale of `forwax.suggest_learning_rate`,
+  1/(1 + M) for an unbiased rule of relative MSE M. The law is for a loss that curves alike along
+  all n parameters. A network's loss curves along far fewer; where an experiment names that number d
+  (its *effective dimension*), s is multiplied by (n + k - 1)/(d + k - 1), which puts d in n's
+  place. Momentum 0.9 multiplies a rate by ten in the long run, so that its rate is a tenth.
+- Activity noise: n is the number d of noise coordinates of one example, or its *effective noise*
+  where an experiment names that. The slopes of a batch of N average, and what the examples' own
+  gradients G_i do not share adds to the noise: s = 1/(1 + M) for d' = 1 + (d - 1)·4/N coordinates,
+  where 4 stands for mean|G_i|² / |mean G|², found by tuning on MNIST's MLP for 1,800 steps.
+- Adaptive optimizers divide by the root of the estimate's second moment, which is 1 + M times that
+  of the true gradient: they have scaled by √s already, and get the other √s here: base rate · √s,
+  with the base rate of their papers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class OptimizerChoice:
     Attributes:
         build: from (schedule, weight decay) to the optax transformation.
         factor: its learning rate over SGD's, for optimizers that are linear in the gradient.
-        base_rate: the usual rate with true gradients, for optimizers that divide by the gradient's size.
+        base_rate: the usual rate with true gradients, for optimizers that divide by the gradient's
+            size.
 
     >>> OPTIMIZERS["adam"].base_rate, OPTIMIZERS["sgd"].base_rate
     (0.001, None)
@@ -57,7 +59,11 @@ def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[
     """Add weight decay, as a term of the gradient, in front of an optimizer that has none of its own."""
 
     def with_decay(rate: Any, weight_decay: float) -> optax.GradientTransformation:
-        return optax.chain(optax.add_decayed_weights(weight_decay), build(rate)) if weight_decay else build(rate)
+        return (
+            optax.chain(optax.add_decayed_weights(weight_decay), build(rate))
+            if weight_decay
+            else build(rate)
+        )
 
     return with_decay
 
@@ -90,8 +96,12 @@ def _lars(rate: Any, weight_decay: float) -> optax.GradientTransformation:
 
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(_decayed(optax.sgd)),
-    "momentum": OptimizerChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM),
-    "nesterov": OptimizerChoice(_decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM),
+    "momentum": OptimizerChoice(
+        _decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM
+    ),
+    "nesterov": OptimizerChoice(
+        _decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM
+    ),
     "adam": OptimizerChoice(_decayed(optax.adam), base_rate=1e-3),
     "adamw": OptimizerChoice(_decoupled(optax.adamw), base_rate=1e-3),
     "adamax": OptimizerChoice(_decayed(optax.adamax), base_rate=2e-3),
@@ -135,7 +145,9 @@ def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
     after = SCHEDULES[settings.schedule](learning_rate, settings, settings.steps - settings.warm_up)
     if not settings.warm_up:
         return after
-    rise = optax.linear_schedule(learning_rate / settings.warm_up, learning_rate, max(settings.warm_up - 1, 1))
+    rise = optax.linear_schedule(
+        learning_rate / settings.warm_up, learning_rate, max(settings.warm_up - 1, 1)
+    )
     return optax.join_schedules([rise, after], [settings.warm_up])
 
 
@@ -153,7 +165,11 @@ def build_optimizer(settings: Settings, learning_rate: float) -> optax.GradientT
 
 
 def suggest_rate(
-    settings: Settings, rule: Any, n: int, effective_dimension: int | None = None, noise: int | None = None
+    settings: Settings,
+    rule: Any,
+    n: int,
+    effective_dimension: int | None = None,
+    noise: int | None = None,
 ) -> float:
     """Find a learning rate for a rule from the one tuned for backprop; the module's docstring tells how.
 
@@ -162,7 +178,8 @@ def suggest_rate(
         rule: the forwax rule.
         n: the number of parameters.
         effective_dimension: along how many directions the loss curves; n where it is None.
-        noise: the number of noise coordinates of one example, for a rule that puts noise on activities.
+        noise: the number of noise coordinates of one example, for a rule that puts noise on
+            activities.
 
     Returns:
         A learning rate.

@@ -16,12 +16,16 @@ from forwax.lab.ren2023 import columns
 from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
-    ExperimentName = OneLossName = RuleName = TangentsName = CombineName = OptimizerName = ScheduleName = str
+    ExperimentName = OneLossName = RuleName = TangentsName = CombineName = OptimizerName = (
+        ScheduleName
+    ) = str
     SizeName = DataName = str
 else:
     # the names come from the tables, so that a new line there is a new choice here
     ExperimentName = Literal[tuple(EXPERIMENTS)]
-    OneLossName = Literal[tuple(name for name, each in EXPERIMENTS.items() if each.specialise is None)]
+    OneLossName = Literal[
+        tuple(name for name, each in EXPERIMENTS.items() if each.specialise is None)
+    ]
     RuleName = Literal[tuple(choices.RULES)]
     TangentsName = Literal[tuple(choices.TANGENTS)]
     CombineName = Literal[tuple(choices.COMBINES)]
@@ -114,7 +118,9 @@ def find_experiment(name: str) -> Experiment:
     'mnist'
     """
     if name not in EXPERIMENTS:
-        raise UsageError(f"There is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}.")
+        raise UsageError(
+            f"There is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}."
+        )
     return EXPERIMENTS[name]
 
 
@@ -170,7 +176,8 @@ def resolve(
         given: what the user named, see `SettingOptions.given`.
         num_examples: the size of the training set.
         num_parameters: the number of parameters of the model.
-        noise: from a rule to the number of its noise coordinates for one example; see `Problem.noise`.
+        noise: from a rule to the number of its noise coordinates for one example; see
+            `Problem.noise`.
 
     Returns:
         Settings whose learning rate, steps and evaluation interval are numbers.
@@ -185,12 +192,17 @@ def resolve(
     settings = asked(experiment, configuration, given)
     check_ranges(settings, num_examples)
     if settings.schedule != "exponential" and "decay_rate" in given:
-        raise UsageError(f"--decay-rate belongs to --schedule exponential, but the schedule is {settings.schedule}.")
+        raise UsageError(
+            f"--decay-rate belongs to --schedule exponential, but the schedule is "
+            f"{settings.schedule}."
+        )
     settings = choices.check_rule(settings, given)
     settings = _with_steps(settings, experiment, given, num_examples)
     if "warm_up" not in given:  # the configuration's warm-up keeps its share of the steps
         base = find_configuration(experiment, configuration)
-        settings = dataclasses.replace(settings, warm_up=base.warm_up * settings.steps // base.steps)
+        settings = dataclasses.replace(
+            settings, warm_up=base.warm_up * settings.steps // base.steps
+        )
     check_against_parameters(settings, num_parameters)
     decay_rate = settings.decay_rate if settings.schedule == "exponential" else None
     return dataclasses.replace(
@@ -202,7 +214,10 @@ def resolve(
 
 
 def _learning_rate(
-    settings: Settings, experiment: Experiment, num_parameters: int, noise: Callable[[Any], int | None]
+    settings: Settings,
+    experiment: Experiment,
+    num_parameters: int,
+    noise: Callable[[Any], int | None],
 ) -> float:
     if settings.learning_rate is not None:
         return settings.learning_rate
@@ -210,7 +225,9 @@ def _learning_rate(
     return experiment.suggest_rate(settings, rule, num_parameters, noise)
 
 
-def _with_steps(settings: Settings, experiment: Experiment, given: dict[str, Any], num_examples: int) -> Settings:
+def _with_steps(
+    settings: Settings, experiment: Experiment, given: dict[str, Any], num_examples: int
+) -> Settings:
     """Turn epochs into steps; an unfinished batch at an epoch's end is left out."""
     if "steps" in given and "epochs" in given:
         raise UsageError("--steps and --epochs both say how long to train; give one of them.")
@@ -223,7 +240,9 @@ def _with_steps(settings: Settings, experiment: Experiment, given: dict[str, Any
         return settings
     steps = round(epochs * (num_examples // settings.batch_size))
     if steps < 1:
-        raise UsageError(f"--epochs {epochs:g} gives no step; each epoch has {num_examples} examples.")
+        raise UsageError(
+            f"--epochs {epochs:g} gives no step; each epoch has {num_examples} examples."
+        )
     return dataclasses.replace(settings, steps=steps)
 
 
@@ -242,19 +261,25 @@ def check_open_choices(experiment: Experiment, settings: Settings, given: dict[s
     published = choices.RULES[settings.rule].published
     for name in ("size", "data", "objective", "parts", "augment"):
         if name in given and not is_open:
-            raise UsageError(f"--{name} belongs to local-mixer, but the experiment is {experiment.name}.")
+            raise UsageError(
+                f"--{name} belongs to local-mixer, but the experiment is {experiment.name}."
+            )
     if published and not is_open:
         raise UsageError(
-            f"--rule {settings.rule} says where local losses sit; it belongs to local-mixer, but the experiment is "
+            f"--rule {settings.rule} says where local losses sit; it belongs to local-mixer, but "
+            f"the experiment is "
             f"{experiment.name}."
         )
     if published and settings.tangents == "guided":
         raise UsageError(
-            f"--tangents guided needs a guess of the gradient, which --rule {settings.rule} does not keep."
+            f"--tangents guided needs a guess of the gradient, which --rule {settings.rule} does "
+            f"not keep."
         )
     if is_open and not published:
         methods = ", ".join(name for name, choice in choices.RULES.items() if choice.published)
-        raise UsageError(f"{experiment.name} takes the methods of Ren et al. 2023: --rule {methods}.")
+        raise UsageError(
+            f"{experiment.name} takes the methods of Ren et al. 2023: --rule {methods}."
+        )
 
 
 _AT_LEAST_ONE = ("steps", "batch_size", "num_tangents", "chunk_size", "eval_every")
@@ -271,7 +296,8 @@ def check_ranges(settings: Settings, num_examples: int) -> None:
     >>> check_ranges(Settings(batch_size=2000), num_examples=1437)
     Traceback (most recent call last):
         ...
-    forwax.lab.settings.UsageError: --batch-size must be at most the 1437 examples of the training set, got 2000.
+    forwax.lab.settings.UsageError: --batch-size must be at most the 1437 examples of the training
+    set, got 2000.
     """
     for names, holds, wanted in (
         (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
@@ -288,7 +314,8 @@ def check_ranges(settings: Settings, num_examples: int) -> None:
                 raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value}.")
     if settings.batch_size > num_examples:
         raise UsageError(
-            f"--batch-size must be at most the {num_examples} examples of the training set, got {settings.batch_size}."
+            f"--batch-size must be at most the {num_examples} examples of the training set, got "
+            f"{settings.batch_size}."
         )
 
 
@@ -304,7 +331,9 @@ def check_against_parameters(settings: Settings, num_parameters: int) -> None:
     forwax.lab.settings.UsageError: ...700...
     """
     if settings.warm_up >= settings.steps and settings.warm_up:
-        raise UsageError(f"--warm-up must be shorter than the {settings.steps} steps, got {settings.warm_up}.")
+        raise UsageError(
+            f"--warm-up must be shorter than the {settings.steps} steps, got {settings.warm_up}."
+        )
     rule = choices.build_rule(settings, jnp.zeros(num_parameters))
     tangents = getattr(rule, "tangents", None)
     if tangents is not None:

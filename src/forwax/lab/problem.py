@@ -29,12 +29,14 @@ class Problem:
 
     Attributes:
         init: from a key to the parameters, a pytree of floating arrays.
-        loss: from (parameters, one uint8 image, its label) to (loss, whether the largest logit is the label's).
+        loss: from (parameters, one uint8 image, its label) to (loss, whether the largest logit is
+            the label's).
         train: (images uint8 [N, height, width, channels], labels int32 [N]) in host memory.
         test: the same of the test set.
         num_parameters: how many real parameters there are.
         checksum: the SHA-256 of all images and labels, by which a resumed run knows its data again.
-        custom_gradient: takes the place of `forwax.value_and_grad` of the loss, where training has another loss.
+        custom_gradient: takes the place of `forwax.value_and_grad` of the loss, where training has
+            another loss.
     """
 
     init: Callable[[jax.Array], Any]
@@ -57,11 +59,15 @@ class Problem:
             return None
         image, label = (jnp.asarray(x[:1]) for x in self.train)
         table = fx.explain(self.loss, rule, has_aux=True, in_axes=(None, 0, 0))
-        rows = table(jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0))), image, label).rows
+        rows = table(
+            jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0))), image, label
+        ).rows
         return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
 
-def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | None = None) -> Problem:
+def build_problem(
+    experiment: Experiment, settings: Settings, data_dir: Path | None = None
+) -> Problem:
     """Load the data and make the model and its loss.
 
     Args:
@@ -83,12 +89,16 @@ def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | N
 def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Problem:
     """Make the problem of a data set that is in memory already; see `build_problem`."""
     experiment, shape = experiment.of(settings), data.train_images.shape[1:]
-    make = lambda key: eqx.partition(experiment.model(shape, data.num_classes, key), eqx.is_inexact_array)  # noqa: E731
+    make = lambda key: eqx.partition(
+        experiment.model(shape, data.num_classes, key), eqx.is_inexact_array
+    )  # noqa: E731
     try:  # the part that is not parameters holds no arrays, so an abstract key serves to build it
         static = eqx.filter_eval_shape(make, jax.random.key(0))[1]
     except ValueError as error:
         advice = " Choose another --size or --data." if experiment.gradient else ""
-        raise UsageError(f"{experiment.name} does not fit images of {shape}: {error}{advice}") from error
+        raise UsageError(
+            f"{experiment.name} does not fit images of {shape}: {error}{advice}"
+        ) from error
     init = lambda key: cast(make(key)[0], _parameter_dtype(settings.dtype))  # noqa: E731
     abstract, scale = jax.eval_shape(init, jax.random.key(0)), standardiser(data.train_images)
     return Problem(
@@ -98,7 +108,8 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
         test=(data.test_images, data.test_labels.astype(np.int32)),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract)),
         checksum=checksum_of(data),
-        custom_gradient=experiment.gradient and experiment.gradient(static, scale, settings, data.scale),
+        custom_gradient=experiment.gradient
+        and experiment.gradient(static, scale, settings, data.scale),
     )
 
 
@@ -109,7 +120,10 @@ def standardiser(images: np.ndarray) -> Callable[[jax.Array], jax.Array]:
     >>> scale(jnp.array([0, 4], jnp.uint8))
     Array([-1.,  1.], dtype=float32)
     """
-    mean, deviation = float(images.mean(dtype=np.float64)), float(images.std(dtype=np.float64)) or 1.0
+    mean, deviation = (
+        float(images.mean(dtype=np.float64)),
+        float(images.std(dtype=np.float64)) or 1.0,
+    )
     return lambda x: (x.astype(jnp.float32) - mean) / deviation
 
 

@@ -23,18 +23,23 @@ class Settings:
 
     Attributes:
         rule: how the gradient is found, a name of `forwax.lab.choices.RULES`.
-        tangents: the distribution of the tangents, a name of `forwax.lab.choices.TANGENTS`; None for the rule's own.
+        tangents: the distribution of the tangents, a name of `forwax.lab.choices.TANGENTS`; None
+            for the rule's own.
         num_tangents: how many tangents a step draws.
-        combine: how slopes and tangents become one estimate, a name of `forwax.lab.choices.COMBINES`.
+        combine: how slopes and tangents become one estimate, a name of
+            `forwax.lab.choices.COMBINES`.
         density: the share of non-zero entries of sparse tangents.
         chunk_size: how many tangents are pushed forward at once; None means all.
         epsilon: the step of finite differences.
-        clip_slopes: the largest slope, in medians of what the last 1,001 steps used; None clips nothing.
-        skip_bad_slopes: whether slopes that are not finite count as zero, instead of stopping the run.
+        clip_slopes: the largest slope, in medians of what the last 1,001 steps used; None clips
+            nothing.
+        skip_bad_slopes: whether slopes that are not finite count as zero, instead of stopping the
+            run.
         guess_decay: how slowly the guess, an exponential mean of past estimates, forgets.
         optimizer: a name of `forwax.lab.optimizers.OPTIMIZERS`.
         learning_rate: the rate at the start of the schedule (its peak, with a warm-up).
-        backprop_rate: the rate tuned for SGD with true gradients, from which an open `learning_rate` is found.
+        backprop_rate: the rate tuned for SGD with true gradients, from which an open
+            `learning_rate` is found.
         schedule: a name of `forwax.lab.optimizers.SCHEDULES`.
         decay_rate: k of the exponential schedule rate · exp(-k · step).
         warm_up: the number of steps over which the rate rises from zero.
@@ -47,8 +52,10 @@ class Settings:
         size: LocalMixer's, a name of `forwax.models.local_mixer.SIZES`; None for other models.
         data: the data set, where the experiment leaves it open.
         objective: "supervised" or "contrastive", where the experiment leaves it open.
-        parts: whether local losses come in one part for each patch and group, where noise is on activities or weights.
-        augment: whether supervised training images are shifted and flipped, see `forwax.lab.augment.shifted`.
+        parts: whether local losses come in one part for each patch and group, where noise is on
+            activities or weights.
+        augment: whether supervised training images are shifted and flipped, see
+            `forwax.lab.augment.shifted`.
         data_parallel: whether each batch is spread over all local devices.
 
     >>> Settings(rule="weight", num_tangents=8).num_tangents

@@ -1,7 +1,7 @@
 """The one look of all pictures: palette, fonts, light axes, and a way to save that leaves no half-written file.
 
-Pictures use `matplotlib.figure.Figure` and never `pyplot`, so they need no display and share no global state. Draw
-inside a function decorated with `styled`; save with `save`::
+Pictures use `matplotlib.figure.Figure` and never `pyplot`, so they need no display and share no
+global state. Draw inside a function decorated with `styled`; save with `save`::
 
     @style.styled
     def loss_curves(...) -> Figure:
@@ -51,7 +51,10 @@ PALETTE: dict[str, str] = {
 }
 """The colour of each rule (backprop, forward, forward-16, ...) and of each part of a diagram, by name."""
 
-_CYCLE = [PALETTE[name] for name in ("forward", "projection", "forward-16", "activity", "finite-difference", "exact")]
+_CYCLE = [
+    PALETTE[name]
+    for name in ("forward", "projection", "forward-16", "activity", "finite-difference", "exact")
+]
 
 SETTINGS: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -122,7 +125,8 @@ def colour(name: str, index: int = 0) -> str:
 def save(figure: Figure, path: str | os.PathLike[str], dpi: float = 160) -> Path:
     """Save the figure in the format that the path's suffix names, making its folder; return the path.
 
-    The picture is written next to its place and then moved there, so a reader never sees half of it.
+    The picture is written next to its place and then moved there, so a reader never sees half of
+    it.
 
     Raises:
         ValueError: When matplotlib cannot write that format.
@@ -131,7 +135,9 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: float = 160) -> Path
     """
     path = Path(path)
     if not path.suffix:
-        raise ValueError(f"A picture's path needs a suffix such as .png, .svg or .pdf, but got {str(path)!r}.")
+        raise ValueError(
+            f"A picture's path needs a suffix such as .png, .svg or .pdf, but got {str(path)!r}."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

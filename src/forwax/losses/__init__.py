@@ -1,11 +1,15 @@
 """Losses: cross-entropy, contrastive losses, and fused losses that credit each patch and group with its own features.
 
-Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
+2210.03310.
 """
 
 from forwax.losses.contrastive import info_nce, nt_xent, nt_xent_of_view
 from forwax.losses.cross_entropy import softmax_cross_entropy
-from forwax.losses.spatial import spatial_average_group_linear, spatial_average_group_linear_cross_entropy
+from forwax.losses.spatial import (
+    spatial_average_group_linear,
+    spatial_average_group_linear_cross_entropy,
+)
 from forwax.losses.spatial_contrastive import spatial_average_group_linear_nt_xent
 
 __all__ = [

@@ -1,7 +1,8 @@
 """Contrastive losses between two views: InfoNCE and NT-Xent, with negatives from all devices.
 
-van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv 1807.03748; Chen,
-Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
+van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding", arXiv
+1807.03748; Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning of Visual
+Representations", arXiv 2002.05709.
 """
 
 from typing import Any
@@ -12,11 +13,18 @@ from jax import Array, lax
 
 from forwax.losses.cross_entropy import at_least_float32
 
-_SHORTEST = 1e-12  # of a squared length: a row of zeros stays a row of zeros, with a finite derivative
+_SHORTEST = (
+    1e-12  # of a squared length: a row of zeros stays a row of zeros, with a finite derivative
+)
 
 
 def info_nce(
-    queries: Any, keys: Any, temperature: Any = 0.5, *, axis_name: Any = None, stop_gradient: bool = True
+    queries: Any,
+    keys: Any,
+    temperature: Any = 0.5,
+    *,
+    axis_name: Any = None,
+    stop_gradient: bool = True,
 ) -> Array:
     """Tell each query's own key from all the others: -log exp(s_ii/τ) / Σ_j exp(s_ij/τ), s the cosine similarity.
 
@@ -24,8 +32,8 @@ def info_nce(
         queries: [N, K], floating.
         keys: [N, K]; key i belongs to query i, and the others are its negatives.
         temperature: τ.
-        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: keys of all devices are
-            negatives then.
+        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: keys
+            of all devices are negatives then.
         stop_gradient: whether the keys are constants.
 
     Returns:
@@ -49,20 +57,23 @@ def info_nce(
     return jax.nn.logsumexp(queries @ everyone.T / temperature, axis=-1) - positive
 
 
-def nt_xent(x: Any, y: Any, temperature: Any = 0.5, *, axis_name: Any = None, stop_gradient: bool = True) -> Array:
+def nt_xent(
+    x: Any, y: Any, temperature: Any = 0.5, *, axis_name: Any = None, stop_gradient: bool = True
+) -> Array:
     """Tell an example's other view from all views of all others: normalised, temperature-scaled cross-entropy.
 
-    Every view of every example is a query once; the same example's other view is its positive, all views but itself
-    are the choice: -log exp(s_qp/τ) / Σ_{j≠q} exp(s_qj/τ), s the cosine similarity.
+    Every view of every example is a query once; the same example's other view is its positive, all
+    views but itself are the choice: -log exp(s_qp/τ) / Σ_{j≠q} exp(s_qj/τ), s the cosine
+    similarity.
 
     Args:
         x: one view of each example [N, K], floating.
         y: the other view [N, K].
         temperature: τ.
-        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: views on all devices are
-            negatives then.
-        stop_gradient: whether views are constants where they are keys, not queries. Ren et al. 2023 (arXiv 2210.03310)
-            found that forward gradients do not train without.
+        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: views
+            on all devices are negatives then.
+        stop_gradient: whether views are constants where they are keys, not queries. Ren et al. 2023
+            (arXiv 2210.03310) found that forward gradients do not train without.
 
     Returns:
         The losses [2N], of x and then of y, in at least float32.
@@ -87,7 +98,8 @@ def nt_xent_of_view(query: Any, index: Any, views: Any, temperature: Any = 0.5) 
     Args:
         query: one view's vector [K], floating.
         index: its row among the views, an integer.
-        views: all vectors [2N, K], first those of one view of each example, then those of the other; constants here.
+        views: all vectors [2N, K], first those of one view of each example, then those of the
+            other; constants here.
         temperature: τ.
 
     Returns:
@@ -106,7 +118,8 @@ def nt_xent_of_view(query: Any, index: Any, views: Any, temperature: Any = 0.5) 
     query, keys = at_least_float32(query), keys_of(at_least_float32(views))
     if keys.ndim != 2 or len(keys) % 2 or query.shape != keys.shape[1:]:
         raise ValueError(
-            f"nt_xent_of_view: expected a query [K] and views [2N, K], got shapes {query.shape} and {keys.shape}."
+            f"nt_xent_of_view: expected a query [K] and views [2N, K], got shapes {query.shape} "
+            f"and {keys.shape}."
         )
     rows = jnp.arange(len(keys))
     similar = keys @ normalized(query) / temperature
@@ -126,7 +139,10 @@ def nt_xent_of(views: Array, keys: Array, temperature: Any, axis_name: Any) -> A
     positive = jnp.sum(queries * jnp.roll(keys, n, axis=0), axis=-1) / temperature
     pairs, first = keys.reshape(2, n, -1), 0
     if axis_name is not None:
-        pairs, first = lax.all_gather(pairs, axis_name, axis=1, tiled=True), n * lax.axis_index(axis_name)
+        pairs, first = (
+            lax.all_gather(pairs, axis_name, axis=1, tiled=True),
+            n * lax.axis_index(axis_name),
+        )
     total = pairs.shape[1]
     own = first + jnp.concatenate([jnp.arange(n), total + jnp.arange(n)])
     itself = own[:, None] == jnp.arange(2 * total)[None, :]
@@ -142,5 +158,7 @@ def normalized(x: Array) -> Array:
 def _pair(name: str, x: Any, y: Any) -> tuple[Array, Array]:
     x, y = at_least_float32(x), at_least_float32(y)
     if x.shape != y.shape or x.ndim != 2:
-        raise ValueError(f"{name}: expected two arrays of one shape [N, K], got shapes {x.shape} and {y.shape}.")
+        raise ValueError(
+            f"{name}: expected two arrays of one shape [N, K], got shapes {x.shape} and {y.shape}."
+        )
     return x, y

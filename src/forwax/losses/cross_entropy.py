@@ -12,8 +12,9 @@ def softmax_cross_entropy(logits: Any, labels: Any) -> Array:
 
     Args:
         logits: [..., K], floating.
-        labels: class numbers [...], integers in [0, K), or y [..., K], floating: one-hot, smoothed or any weights. A
-            class number outside [0, K) gives loss 0. A class of weight 0 may have the logit -inf.
+        labels: class numbers [...], integers in [0, K), or y [..., K], floating: one-hot, smoothed
+            or any weights. A class number outside [0, K) gives loss 0. A class of weight 0 may have
+            the logit -inf.
 
     Returns:
         The losses [...], in at least float32.
@@ -48,7 +49,8 @@ def as_targets(name: str, labels: Any, shape: tuple[int, ...]) -> Array:
         return jax.nn.one_hot(labels, shape[-1])
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
-            f"{name}: expected labels to be class numbers (integers) or one-hot (floating), got {labels.dtype}."
+            f"{name}: expected labels to be class numbers (integers) or one-hot (floating), got "
+            f"{labels.dtype}."
         )
     _check_shape(name, "one-hot labels", labels.shape, shape)
     return labels
@@ -63,6 +65,7 @@ def at_least_float32(x: Any) -> Array:
 def _check_shape(name: str, kind: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if got != expected:
         raise ValueError(
-            f"{name}: expected {kind} of shape {expected}, got {got}. Class numbers are integers [...], one-hot labels "
+            f"{name}: expected {kind} of shape {expected}, got {got}. Class numbers are integers "
+            f"[...], one-hot labels "
             "are floating [..., K]."
         )

@@ -1,13 +1,14 @@
 """One linear head on the features of all patches and groups, with credit for each patch and group by itself.
 
-Every (patch, group) sees the features of all patches, averaged, and of all groups, side by side; but it is credited
-through its own features only. Literally, features are replicated to [..., P, G, G·C] with a `stop_gradient` on what
-belongs to others. Here there is one vector of logits per example, and the derivative rule gives each entry its own
-share: for a loss ℓ of the logits z, dℓ[p, g] = Σ_c dx[p, g, c] (Σ_k w[g, c, k] ∂ℓ/∂z_k) / P, and the full derivative
-with respect to the head. One `custom_jvp` rule, linear in its tangents, serves forward and reverse mode.
+Every (patch, group) sees the features of all patches, averaged, and of all groups, side by side;
+but it is credited through its own features only. Literally, features are replicated to [..., P, G,
+G·C] with a `stop_gradient` on what belongs to others. Here there is one vector of logits per
+example, and the derivative rule gives each entry its own share: for a loss ℓ of the logits z, dℓ[p,
+g] = Σ_c dx[p, g, c] (Σ_k w[g, c, k] ∂ℓ/∂z_k) / P, and the full derivative with respect to the head.
+One `custom_jvp` rule, linear in its tangents, serves forward and reverse mode.
 
-A rule leaves out the terms of what does not move. They cost time, and are not always zero: of a dot with zeros that are
-written into a program, XLA for CPUs (jax 0.10.2) makes NaN at some sizes.
+A rule leaves out the terms of what does not move. They cost time, and are not always zero: of a dot
+with zeros that are written into a program, XLA for CPUs (jax 0.10.2) makes NaN at some sizes.
 
 After Ren, Kornblith, Liao, Hinton 2023, arXiv 2210.03310.
 """
@@ -22,14 +23,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from forwax.losses.cross_entropy import as_targets, at_least_float32, log_probabilities, softmax_cross_entropy
+from forwax.losses.cross_entropy import (
+    as_targets,
+    at_least_float32,
+    log_probabilities,
+    softmax_cross_entropy,
+)
 
 
 def spatial_average_group_linear(x: Any, w: Any, b: Any) -> Array:
     """A linear head on averaged patches and concatenated groups; each patch and group is credited with its own part.
 
-    The value is the same for all p and g: z[p, g, k] = Σ_gc mean_p(x)[g, c] w[g·C + c, k] + b[k]. The derivative of
-    z[p, g] with respect to the features is that with respect to x[p, g] alone; with respect to w and b it is full.
+    The value is the same for all p and g: z[p, g, k] = Σ_gc mean_p(x)[g, c] w[g·C + c, k] + b[k].
+    The derivative of z[p, g] with respect to the features is that with respect to x[p, g] alone;
+    with respect to w and b it is full.
 
     Args:
         x: features [..., P, G, C]: patches, groups, channels of a group; any leading axes.
@@ -58,8 +65,8 @@ def spatial_average_group_linear(x: Any, w: Any, b: Any) -> Array:
 def spatial_average_group_linear_cross_entropy(x: Any, w: Any, b: Any, labels: Any) -> Array:
     """The softmax cross-entropy of `spatial_average_group_linear`, for each patch and group, without its logits.
 
-    The value is the same for all p and g. The derivative of entry [p, g] with respect to the features is that with
-    respect to x[p, g] alone; with respect to w, b and labels it is full.
+    The value is the same for all p and g. The derivative of entry [p, g] with respect to the
+    features is that with respect to x[p, g] alone; with respect to w, b and labels it is full.
 
     Args:
         x: features [..., P, G, C]: patches, groups, channels of a group; any leading axes.
@@ -96,7 +103,9 @@ def _linear(x: Array, w: Array, b: Array) -> Array:
 def _linear_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     (x, w, b), (dx, dw, db) = primals, tangents
     features, logits = _logits_like(x, w, b)
-    slopes = [spread(part.astype(logits.dtype), x, last=1) for part in head_slopes(features, dw, db)]
+    slopes = [
+        spread(part.astype(logits.dtype), x, last=1) for part in head_slopes(features, dw, db)
+    ]
     if moves(dx):
         groups = w.reshape(*x.shape[-2:], -1)
         own = jnp.einsum("...pgc,gck->...pgk", dx, groups) / x.shape[-3]
@@ -116,7 +125,9 @@ def _cross_entropy(x: Array, w: Array, b: Array, targets: Array) -> Array:
 
 
 @functools.partial(_cross_entropy.defjvp, symbolic_zeros=True)
-def _cross_entropy_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _cross_entropy_jvp(
+    primals: tuple[Array, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
     (x, w, b, targets), (dx, dw, db, dtargets) = primals, tangents
     features = pooled(x)
     logits = affine(features, w, b)
@@ -124,7 +135,9 @@ def _cross_entropy_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) ->
     error = jax.nn.softmax(logits) * jnp.sum(targets, axis=-1, keepdims=True) - targets
     common = [jnp.sum(error * part, axis=-1) for part in head_slopes(features, dw, db)]
     if moves(dtargets):
-        common.append(-jnp.sum(dtargets.astype(logits.dtype) * log_probabilities(logits, targets), axis=-1))
+        common.append(
+            -jnp.sum(dtargets.astype(logits.dtype) * log_probabilities(logits, targets), axis=-1)
+        )
     slopes = [spread(added(common), x)] if common else []
     if moves(dx):
         slopes.append(own_slope(dx, w, error))
@@ -142,7 +155,9 @@ def head_slopes(features: Array, dw: Any, db: Any) -> list[Array]:
     if moves(dw):
         slopes.append(features @ dw.astype(features.dtype))
     if moves(db):
-        zeros = jnp.zeros_like(features, shape=(*features.shape[:-1], *db.shape))  # they vary over features' mesh axes
+        zeros = jnp.zeros_like(
+            features, shape=(*features.shape[:-1], *db.shape)
+        )  # they vary over features' mesh axes
         slopes.append(zeros + _row(db, features))
     return slopes
 
@@ -178,7 +193,8 @@ def spread(values: Array, x: Array, last: int = 0) -> Array:
 def own_slope(dx: Array, w: Array, error: Array) -> Array:
     """The slopes [..., P, G] of a loss along dx [..., P, G, C], each entry along its own part.
 
-    The error [..., K] with respect to the logits meets w first, so that nothing of size P·G·C is stored.
+    The error [..., K] with respect to the logits meets w first, so that nothing of size P·G·C is
+    stored.
     """
     patches, groups, channels = dx.shape[-3:]
     share = error @ w.astype(error.dtype).T / patches
@@ -194,7 +210,8 @@ def checked_head(name: str, x: Any, w: Any, b: Any) -> tuple[Array, Array, Array
     size = x.shape[-2] * x.shape[-1]
     if w.ndim != 2 or w.shape[0] != size or b.shape != w.shape[1:]:
         raise ValueError(
-            f"{name}: expected w of shape [G·C, K] = [{size}, K] and b of shape [K] for features of shape {x.shape}, "
+            f"{name}: expected w of shape [G·C, K] = [{size}, K] and b of shape [K] for features "
+            f"of shape {x.shape}, "
             f"got {w.shape} and {b.shape}."
         )
     return x, w, b

@@ -1,6 +1,7 @@
 """NT-Xent on one linear projector of all patches and groups, with credit for each patch and group by itself.
 
-As `forwax.losses.spatial`: dℓ[n, p, g] = Σ_c dx[n, p, g, c] (Σ_k w[g, c, k] ∂ℓ_n/∂z_nk) / P for the projections z.
+As `forwax.losses.spatial`: dℓ[n, p, g] = Σ_c dx[n, p, g, c] (Σ_k w[g, c, k] ∂ℓ_n/∂z_nk) / P for the
+projections z.
 """
 
 import functools
@@ -11,7 +12,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax.losses.contrastive import keys_of, nt_xent_of
-from forwax.losses.spatial import added, affine, checked_head, head_slopes, moves, own_slope, pooled, spread
+from forwax.losses.spatial import (
+    added,
+    affine,
+    checked_head,
+    head_slopes,
+    moves,
+    own_slope,
+    pooled,
+    spread,
+)
 
 
 def spatial_average_group_linear_nt_xent(
@@ -19,9 +29,10 @@ def spatial_average_group_linear_nt_xent(
 ) -> Array:
     """NT-Xent between two views' projections, for each patch and group, the keys being constants.
 
-    Both views are averaged over patches, projected by w and b, and set to unit length; then `forwax.losses.nt_xent`.
-    The value is the same for all p and g. The derivative of entry [n, p, g] with respect to the features is that with
-    respect to the query's x[n, p, g] (or y) alone; with respect to w, b and temperature it is full, through the query.
+    Both views are averaged over patches, projected by w and b, and set to unit length; then
+    `forwax.losses.nt_xent`. The value is the same for all p and g. The derivative of entry [n, p,
+    g] with respect to the features is that with respect to the query's x[n, p, g] (or y) alone;
+    with respect to w, b and temperature it is full, through the query.
 
     Args:
         x: one view's features [N, P, G, C]: examples, patches, groups, channels of a group.
@@ -29,8 +40,8 @@ def spatial_average_group_linear_nt_xent(
         w: the projector [G·C, K].
         b: [K].
         temperature: τ.
-        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: views on all devices are
-            negatives then.
+        axis_name: the mesh axis, or axes, of `jax.shard_map` over which examples are spread: views
+            on all devices are negatives then.
 
     Returns:
         Losses [2N, P, G], of x and then of y, in at least float32.
@@ -51,7 +62,9 @@ def spatial_average_group_linear_nt_xent(
     x, w, b = checked_head(name, x, w, b)
     y = jnp.asarray(y)
     if x.ndim != 4 or y.shape != x.shape:
-        raise ValueError(f"{name}: expected two views of one shape [N, P, G, C], got {x.shape} and {y.shape}.")
+        raise ValueError(
+            f"{name}: expected two views of one shape [N, P, G, C], got {x.shape} and {y.shape}."
+        )
     temperature = jnp.asarray(temperature, jnp.promote_types(x.dtype, jnp.float32))
     return _nt_xent(axis_name, x, y, w, b, temperature)
 
@@ -63,16 +76,22 @@ def _nt_xent(axis_name: Any, x: Array, y: Array, w: Array, b: Array, temperature
 
 
 @functools.partial(_nt_xent.defjvp, symbolic_zeros=True)
-def _nt_xent_jvp(axis_name: Any, primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _nt_xent_jvp(
+    axis_name: Any, primals: tuple[Array, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
     (x, y, w, b, temperature), (dx, dy, dw, db, dtemperature) = primals, tangents
     features, n = _features(x, y), len(x)
     views = affine(features, w, b)
     losses = functools.partial(_losses, keys=keys_of(views), axis_name=axis_name)
     values, pull = jax.vjp(lambda views: losses(views, temperature), views)
-    (error,) = pull(jnp.ones_like(values))  # keys are constants, so a row of views changes its own loss alone
+    (error,) = pull(
+        jnp.ones_like(values)
+    )  # keys are constants, so a row of views changes its own loss alone
     common = [jnp.sum(error * part, axis=-1) for part in head_slopes(features, dw, db)]
     if moves(dtemperature):
-        _, by_temperature = jax.jvp(lambda t: losses(views, t), (temperature,), (jnp.ones_like(temperature),))
+        _, by_temperature = jax.jvp(
+            lambda t: losses(views, t), (temperature,), (jnp.ones_like(temperature),)
+        )
         common.append(by_temperature * dtemperature)
     slopes = [spread(added(common), x)] if common else []
     if moves(dx) or moves(dy):

@@ -12,7 +12,8 @@ from forwax.models.layers import Conv, Dense, max_pool
 class ConvNet(eqx.Module):
     """Four 3×3 convolutions of 64 channels, 2×2 max-pooling after the second and fourth, a dense layer of 1024, ReLU.
 
-    The paper gives these layers; it does not say how the borders are treated, so there is no padding here.
+    The paper gives these layers; it does not say how the borders are treated, so there is no
+    padding here.
 
     Args:
         in_shape: (height, width, channels) of one example; 28×28 and 32×32 images both fit.
@@ -52,7 +53,8 @@ class ConvNet(eqx.Module):
         keys = jax.random.split(key, 6)
         widths = (in_channels, channels, channels, channels)
         self.convs = tuple(
-            Conv(width, channels, size=3, key=each) for width, each in zip(widths, keys[:4], strict=True)
+            Conv(width, channels, size=3, key=each)
+            for width, each in zip(widths, keys[:4], strict=True)
         )
         self.hidden = Dense(rows * columns * channels, dense, key=keys[4])
         self.out = Dense(dense, out_size, key=keys[5])

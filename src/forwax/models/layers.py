@@ -60,7 +60,9 @@ class Conv(eqx.Module):
     bias: jax.Array
 
     def __init__(self, in_channels: int, out_channels: int, *, size: int, key: jax.Array):
-        self.weight = he_normal(key, (size, size, in_channels, out_channels), size * size * in_channels)
+        self.weight = he_normal(
+            key, (size, size, in_channels, out_channels), size * size * in_channels
+        )
         self.bias = jnp.zeros(out_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,11 +1,13 @@
 """Losses of every block, patch and group of a model, supervised and contrastive (Ren et al. 2023).
 
-Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
+2210.03310.
 
-A block's loss is that of one linear head on its features [P, G, C], averaged over patches, groups side by side. It is
-handed out in P·G parts: entry [p, g] has the value loss / (P·G), the loss's full derivative with respect to the
-features of patch p and group g, none with respect to other features, and 1/(P·G) of its derivative with respect to the
-head. So the parts add up to the loss, and their derivatives to its derivative.
+A block's loss is that of one linear head on its features [P, G, C], averaged over patches, groups
+side by side. It is handed out in P·G parts: entry [p, g] has the value loss / (P·G), the loss's
+full derivative with respect to the features of patch p and group g, none with respect to other
+features, and 1/(P·G) of its derivative with respect to the head. So the parts add up to the loss,
+and their derivatives to its derivative.
 """
 
 from collections.abc import Sequence
@@ -54,15 +56,17 @@ def local_losses(
         model: `forwax.models.LocalMixer`, or what `forwax.models.local` returns.
         x: one example.
         label: its class number, or one-hot label [K].
-        losses: "global", the readout's loss alone, which trains all blocks; "local", a loss behind each block as well,
-            each of which trains this block and those before; "greedy", a loss behind each block that trains this block
-            alone, and the readout's, which then trains the readout only.
-        parts: whether a loss comes in one part for each patch and group, for credit; or as one number, through an
-            ordinary dot, so that feedback alignment sees the heads' weights. The gradient is the same.
+        losses: "global", the readout's loss alone, which trains all blocks; "local", a loss behind
+            each block as well, each of which trains this block and those before; "greedy", a loss
+            behind each block that trains this block alone, and the readout's, which then trains the
+            readout only.
+        parts: whether a loss comes in one part for each patch and group, for credit; or as one
+            number, through an ordinary dot, so that feedback alignment sees the heads' weights. The
+            gradient is the same.
 
     Returns:
-        `forwax.LocalLosses`: "blocks", a tuple of [P, G], or of [] without parts; "readout", for "local" of the same
-        shape, for the others [].
+        `forwax.LocalLosses`: "blocks", a tuple of [P, G], or of [] without parts; "readout", for
+        "local" of the same shape, for the others [].
 
     Raises:
         ValueError: when `losses` is none of these.
@@ -77,7 +81,9 @@ def local_losses(
     """
     features = _features(model, x, losses)
     seen = lax.stop_gradient(features[-1]) if losses == "greedy" else features[-1]
-    tree: dict[str, Any] = {"readout": _cross_entropy(seen, model.readout, label, parts and losses == "local")}
+    tree: dict[str, Any] = {
+        "readout": _cross_entropy(seen, model.readout, label, parts and losses == "local")
+    }
     if losses != "global":
         pairs = zip(features, model.heads, strict=True)
         tree["blocks"] = tuple(_cross_entropy(h, head, label, parts) for h, head in pairs)
@@ -97,23 +103,25 @@ def contrastive_losses(
 ) -> LocalLosses:
     """The contrastive losses of a batch, two views an example, and the readout's supervised loss on constant features.
 
-    The heads are projectors: NT-Xent of their outputs, keys being constants. The last block's projector serves the
-    global loss too. A loss of the whole batch: take it without `in_axes`.
+    The heads are projectors: NT-Xent of their outputs, keys being constants. The last block's
+    projector serves the global loss too. A loss of the whole batch: take it without `in_axes`.
 
     Args:
         model: as for `local_losses`, with a projector for each head.
         x: one view of each example [N, ...].
         y: the other view [N, ...].
-        labels: class numbers [N], or one-hot labels [N, K], for the readout, which trains nothing but itself.
-        losses: as for `local_losses`, but that the last block's contrastive loss takes the place of the readout's:
-            "global" is this loss alone.
+        labels: class numbers [N], or one-hot labels [N, K], for the readout, which trains nothing
+            but itself.
+        losses: as for `local_losses`, but that the last block's contrastive loss takes the place of
+            the readout's: "global" is this loss alone.
         temperature: of NT-Xent.
         parts: as for `local_losses`.
-        axis_name: the mesh axis of `jax.shard_map` over which examples are spread: negatives come from all devices.
+        axis_name: the mesh axis of `jax.shard_map` over which examples are spread: negatives come
+            from all devices.
 
     Returns:
-        `forwax.LocalLosses`, whose sum is the mean over the 2N views: "readout" [2N] and "blocks", a tuple of
-        [2N, P, G], or of [2N] without parts and for the global loss.
+        `forwax.LocalLosses`, whose sum is the mean over the 2N views: "readout" [2N] and "blocks",
+        a tuple of [2N, P, G], or of [2N] without parts and for the global loss.
 
     Raises:
         ValueError: when `losses` is none of those of `local_losses`.
@@ -139,7 +147,13 @@ def contrastive_losses(
 
 
 def contrastive_loss_of_view(
-    model: LocalModel, view: Array, index: Any, label: Any, views: Array, *, temperature: float = 0.5
+    model: LocalModel,
+    view: Array,
+    index: Any,
+    label: Any,
+    views: Array,
+    *,
+    temperature: float = 0.5,
 ) -> LocalLosses:
     """The global `contrastive_losses` of one view, for rules that need a loss of one example, with `in_axes`.
 
@@ -185,7 +199,9 @@ def _cross_entropy(features: Array, head: ChannelDense, label: Any, parts: bool)
     return _parted(spatial_average_group_linear_cross_entropy(features, w, b, label))
 
 
-def _nt_xent(features: Array, head: ChannelDense, temperature: float, parts: bool, axis_name: Any) -> Array:
+def _nt_xent(
+    features: Array, head: ChannelDense, temperature: float, parts: bool, axis_name: Any
+) -> Array:
     n = len(features) // 2
     if not parts:
         projected = head(pooled(features))
@@ -199,7 +215,9 @@ def _nt_xent(features: Array, head: ChannelDense, temperature: float, parts: boo
 def _shared(head: ChannelDense, features: Array) -> tuple[Array, Array]:
     """The head itself, whose derivative each patch and group gets an equal share of."""
     share = 1 / (features.shape[-3] * features.shape[-2])
-    w, b = (lax.stop_gradient(x) + share * (x - lax.stop_gradient(x)) for x in (head.weight, head.bias))
+    w, b = (
+        lax.stop_gradient(x) + share * (x - lax.stop_gradient(x)) for x in (head.weight, head.bias)
+    )
     return w, b
 
 

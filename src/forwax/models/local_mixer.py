@@ -1,6 +1,7 @@
 """The LocalMixer of Ren et al. 2023: an MLP-Mixer whose channels are cut into groups, with a head behind each block.
 
-Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
+2210.03310.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ SIZES: Mapping[str, Size] = {
     "L/8/64": _size((32, 32, 3), 10, blocks=4, patches=8, channels=2048, groups=64),
     "L/32/64": _size((224, 224, 3), 1000, blocks=4, patches=32, channels=2048, groups=64),
 }
-"""The models by size, patches along a side and groups. S/4/8 is not the paper's but ours, for two CPU cores."""
+"""The models by size, patches along a side and groups.
+
+S/4/8 is not the paper's but ours, for two CPU cores.
+"""
 
 
 class MixerBlock(eqx.Module):
@@ -92,10 +96,11 @@ class MixerBlock(eqx.Module):
 class LocalMixer(eqx.Module):
     """An MLP-Mixer with a head behind each block: each head sees all patches and groups, averaged and concatenated.
 
-    Use it with `forwax.models.local_losses`. `normalize="group"` is the paper's: normalisations go over the channels of
-    each token and, after grouping, of each token and group. They have no learnt parameters. A group whose units are all
-    off has variance 0, and a normalisation's slope there is 1/√epsilon; activations have scale 1, so that an epsilon of
-    0.01 bounds it by 10 and changes nothing else to speak of.
+    Use it with `forwax.models.local_losses`. `normalize="group"` is the paper's: normalisations go
+    over the channels of each token and, after grouping, of each token and group. They have no
+    learnt parameters. A group whose units are all off has variance 0, and a normalisation's slope
+    there is 1/√epsilon; activations have scale 1, so that an epsilon of 0.01 bounds it by 10 and
+    changes nothing else to speak of.
 
     Args:
         in_shape: (height, width, channels) of one example.
@@ -106,10 +111,11 @@ class LocalMixer(eqx.Module):
         groups: into which the channels are cut.
         mixing: of tokens: "dense", or "depthwise" for a convolution of each channel.
         kernel: the side of the convolution.
-        normalize: over the "channels" of a token; the same, but only those of its "group" after grouping; or over the
-            whole "space" of tokens and channels.
+        normalize: over the "channels" of a token; the same, but only those of its "group" after
+            grouping; or over the whole "space" of tokens and channels.
         epsilon: what the normalisations add to a variance.
-        projection: the size of contrastive projectors, which then take the place of the blocks' classifiers.
+        projection: the size of contrastive projectors, which then take the place of the blocks'
+            classifiers.
         key: a JAX random key for the He-normal weights; biases start at zero.
 
     Attributes:
@@ -119,8 +125,8 @@ class LocalMixer(eqx.Module):
         patches: the number of patches along each side.
 
     Raises:
-        ValueError: when an image cannot be cut into so many patches, channels into so many groups, or an option is
-            none of those above.
+        ValueError: when an image cannot be cut into so many patches, channels into so many groups,
+            or an option is none of those above.
 
     >>> model = LocalMixer.named("M/1/16", key=jax.random.key(0))
     >>> model(jnp.ones((28, 28, 1))).shape
@@ -165,11 +171,19 @@ class LocalMixer(eqx.Module):
             elif index:
                 token = DepthwiseConv(channels, size=kernel, key=first)
             dense = ChannelDense(channels if index else inside, channels, key=second)
-            return MixerBlock(token, dense, GroupedDense(groups, channels // groups, key=third), normalize, epsilon)
+            return MixerBlock(
+                token,
+                dense,
+                GroupedDense(groups, channels // groups, key=third),
+                normalize,
+                epsilon,
+            )
 
         self.blocks = tuple(block(i, each) for i, each in enumerate(block_keys))
         head_keys = jax.random.split(head_key, blocks)
-        self.heads = tuple(ChannelDense(channels, projection or out_size, key=each) for each in head_keys)
+        self.heads = tuple(
+            ChannelDense(channels, projection or out_size, key=each) for each in head_keys
+        )
         self.readout = ChannelDense(channels, out_size, key=last)
         self.patches = patches
 
@@ -186,8 +200,9 @@ class LocalMixer(eqx.Module):
         """Build a model of the paper's table: size, patches along a side, groups.
 
         Args:
-            name: "S/1/1" or "M/1/16" (28×28×1), "M/8/16" or "L/8/64" (32×32×3), "L/32/64" (224×224×3, 1000 classes);
-                or "S/4/8" (32×32×3), a small one that is not the paper's.
+            name: "S/1/1" or "M/1/16" (28×28×1), "M/8/16" or "L/8/64" (32×32×3), "L/32/64"
+                (224×224×3, 1000 classes); or "S/4/8" (32×32×3), a small one that is not the
+                paper's.
             in_shape: another shape of the images.
             out_size: another number of classes.
             key: a JAX random key.
@@ -199,7 +214,12 @@ class LocalMixer(eqx.Module):
         if name not in SIZES:
             raise ValueError(f"LocalMixer.named: expected one of {', '.join(SIZES)}, got {name!r}.")
         size = SIZES[name]
-        return cls(in_shape or size.in_shape, out_size or size.out_size, **{**size.options, **options}, key=key)
+        return cls(
+            in_shape or size.in_shape,
+            out_size or size.out_size,
+            **{**size.options, **options},
+            key=key,
+        )
 
     def features(self, x: jax.Array, *, stop_gradients: bool = False) -> tuple[jax.Array, ...]:
         """Each block's features [P, G, C] of one example; blocks are cut from one another by `stop_gradients`."""
@@ -217,7 +237,8 @@ class LocalMixer(eqx.Module):
 def noisy_relu(z: jax.Array) -> jax.Array:
     """ReLU with a noise point whose noise enters live units alone.
 
-    The mark stands behind the ReLU, so that a unit that is off passes no noise on and gets no error.
+    The mark stands behind the ReLU, so that a unit that is off passes no noise on and gets no
+    error.
 
     >>> noisy_relu(jnp.array([-1.0, 2.0])).tolist()
     [0.0, 2.0]
@@ -237,18 +258,33 @@ def patchify(image: jax.Array, patches: int) -> jax.Array:
 
 
 def _check(
-    in_shape: tuple[int, int, int], blocks: int, patches: int, channels: int, groups: int, mixing: str, normalize: str
+    in_shape: tuple[int, int, int],
+    blocks: int,
+    patches: int,
+    channels: int,
+    groups: int,
+    mixing: str,
+    normalize: str,
 ) -> None:
     height, width, _ = in_shape
     if min(blocks, patches, channels, groups) < 1:
         raise ValueError(
-            f"LocalMixer: expected counts of at least 1, got {blocks=}, {patches=}, {channels=}, {groups=}."
+            f"LocalMixer: expected counts of at least 1, got {blocks=}, {patches=}, {channels=}, "
+            f"{groups=}."
         )
     if height % patches or width % patches:
-        raise ValueError(f"LocalMixer: an image of {height}×{width} cannot be cut into {patches}×{patches} patches.")
+        raise ValueError(
+            f"LocalMixer: an image of {height}×{width} cannot be cut into {patches}×{patches} "
+            f"patches."
+        )
     if channels % groups:
         raise ValueError(f"LocalMixer: {channels} channels cannot be cut into {groups} groups.")
     if mixing not in ("dense", "depthwise"):
-        raise ValueError(f'LocalMixer: expected mixing to be "dense" or "depthwise", got {mixing!r}.')
+        raise ValueError(
+            f'LocalMixer: expected mixing to be "dense" or "depthwise", got {mixing!r}.'
+        )
     if normalize not in _AXES:
-        raise ValueError(f'LocalMixer: expected normalize to be "channels", "group" or "space", got {normalize!r}.')
+        raise ValueError(
+            f'LocalMixer: expected normalize to be "channels", "group" or "space", got '
+            f"{normalize!r}."
+        )

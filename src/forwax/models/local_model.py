@@ -55,16 +55,19 @@ def local(
 ) -> Local:
     """Give any sequence of blocks local heads, with a loss for each block, patch and group.
 
-    A block maps one array to one array. All axes of what it returns but that of the channels are patches: none in an
-    MLP, positions in a convolutional network, tokens in a transformer.
+    A block maps one array to one array. All axes of what it returns but that of the channels are
+    patches: none in an MLP, positions in a convolutional network, tokens in a transformer.
 
     Args:
         blocks: Equinox modules or other callables, of one example each.
         example: one example, for the shapes.
         out_size: how many classes there are.
-        groups: into how many groups the channels of each block are cut: one number, or one for each block.
-        channel_axis: which axis of a block's output counts channels: the last, or 0 for Equinox's convolutions.
-        projection: the size of contrastive projectors, which then take the place of the blocks' classifiers.
+        groups: into how many groups the channels of each block are cut: one number, or one for each
+            block.
+        channel_axis: which axis of a block's output counts channels: the last, or 0 for Equinox's
+            convolutions.
+        projection: the size of contrastive projectors, which then take the place of the blocks'
+            classifiers.
         key: a JAX random key for the heads and the readout.
 
     Returns:
@@ -89,15 +92,21 @@ def local(
         raise ValueError("local: expected at least one block, got none.")
     counts = (groups,) * len(blocks) if isinstance(groups, int) else tuple(groups)
     if len(counts) != len(blocks):
-        raise ValueError(f"local: expected groups for each of {len(blocks)} blocks, got {len(counts)}.")
+        raise ValueError(
+            f"local: expected groups for each of {len(blocks)} blocks, got {len(counts)}."
+        )
     sizes, shape = [], example
     for block, count in zip(blocks, counts, strict=True):
         shape = eqx.filter_eval_shape(block, shape)
         sizes.append(_channels(shape.shape, count, channel_axis))
     *head_keys, last = jax.random.split(key, len(blocks) + 1)
     width = projection or out_size
-    heads = tuple(ChannelDense(size, width, key=each) for size, each in zip(sizes, head_keys, strict=True))
-    return Local(tuple(blocks), heads, ChannelDense(sizes[-1], out_size, key=last), counts, channel_axis)
+    heads = tuple(
+        ChannelDense(size, width, key=each) for size, each in zip(sizes, head_keys, strict=True)
+    )
+    return Local(
+        tuple(blocks), heads, ChannelDense(sizes[-1], out_size, key=last), counts, channel_axis
+    )
 
 
 def grouped(h: jax.Array, groups: int, channel_axis: int = -1) -> jax.Array:
@@ -108,11 +117,15 @@ def grouped(h: jax.Array, groups: int, channel_axis: int = -1) -> jax.Array:
 
 def _channels(shape: tuple[int, ...], groups: int, channel_axis: int) -> int:
     if not -len(shape) <= channel_axis < len(shape):
-        raise ValueError(f"local: expected a block to return an array with axis {channel_axis}, got shape {shape}.")
+        raise ValueError(
+            f"local: expected a block to return an array with axis {channel_axis}, got shape "
+            f"{shape}."
+        )
     size = shape[channel_axis]
     if groups < 1 or size % groups:
         raise ValueError(
-            f"local: a block of output shape {shape} has {size} channels, which cannot be cut into {groups} groups. "
+            f"local: a block of output shape {shape} has {size} channels, which cannot be cut into "
+            f"{groups} groups. "
             "Pass groups that divide them, one number or one for each block."
         )
     return size

@@ -14,8 +14,8 @@ from forwax.models.layers import Dense
 class MLP(eqx.Module):
     """Dense layers with ReLU between them; one example of any shape in, one vector of logits out.
 
-    The MLP of Baydin et al. 2022 (arXiv 2202.08587) is `MLP(784, (1024, 1024), 10, key=key)`. Without widths it is
-    logistic regression.
+    The MLP of Baydin et al. 2022 (arXiv 2202.08587) is `MLP(784, (1024, 1024), 10, key=key)`.
+    Without widths it is logistic regression.
 
     Args:
         in_size: how many numbers one example holds; it is flattened.

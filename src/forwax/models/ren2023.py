@@ -1,10 +1,12 @@
 """The learning rules of Ren et al. 2023 by the names of its tables: where the losses sit, and a rule of forwax.
 
-Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
+2210.03310.
 
-A name is a place of the losses and a rule: none, `L-` (local) or `LG-` (local and greedy); BP backpropagation, FA
-feedback alignment, DFA direct feedback alignment, FG-W and FG-A forward gradients with noise on weights or activities.
-Heads and readout always get their exact one-layer gradient.
+A name is a place of the losses and a rule: none, `L-` (local) or `LG-` (local and greedy); BP
+backpropagation, FA feedback alignment, DFA direct feedback alignment, FG-W and FG-A forward
+gradients with noise on weights or activities. Heads and readout always get their exact one-layer
+gradient.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Reading:
     """What a method's name says.
 
     Attributes:
-        losses: where they sit; an argument of `forwax.models.local_losses` and `forwax.models.contrastive_losses`.
+        losses: where they sit; an argument of `forwax.models.local_losses` and
+            `forwax.models.contrastive_losses`.
         kind: the rule.
 
     >>> READINGS["LG-FG-A"], READINGS["L-FA"].draws_noise
@@ -67,7 +70,11 @@ _PLACES: dict[str, Where] = {"": "global", "L-": "local", "LG-": "greedy"}
 _KINDS: tuple[Kind, ...] = ("BP", "FA", "FG-W", "FG-A")
 
 READINGS: Mapping[str, Reading] = {
-    **{f"{prefix}{kind}": Reading(place, kind) for kind in _KINDS for prefix, place in _PLACES.items()},
+    **{
+        f"{prefix}{kind}": Reading(place, kind)
+        for kind in _KINDS
+        for prefix, place in _PLACES.items()
+    },
     "DFA": Reading("global", "DFA"),
 }
 """What each method's name says."""
@@ -85,7 +92,8 @@ class Method:
 
     Attributes:
         name: as in the paper.
-        losses: where they sit; an argument of `forwax.models.local_losses` and `forwax.models.contrastive_losses`.
+        losses: where they sit; an argument of `forwax.models.local_losses` and
+            `forwax.models.contrastive_losses`.
         parts: whether they come in parts; likewise.
         rule: for `forwax.value_and_grad`.
     """
@@ -108,10 +116,12 @@ def method(
 
     Args:
         name: one of `NAMES`, such as "LG-FG-A".
-        params: the model, or its floating arrays as `equinox.partition` gives them; feedback matrices are drawn to it.
-        key: a JAX random key for the fixed feedback of FA, L-FA, LG-FA and DFA; keep it for all steps.
-        tangents: the noise of forward gradients, by default signs, orthogonal to each other where there are several;
-            the paper's is `forwax.tangents.Normal()`.
+        params: the model, or its floating arrays as `equinox.partition` gives them; feedback
+            matrices are drawn to it.
+        key: a JAX random key for the fixed feedback of FA, L-FA, LG-FA and DFA; keep it for all
+            steps.
+        tangents: the noise of forward gradients, by default signs, orthogonal to each other where
+            there are several; the paper's is `forwax.tangents.Normal()`.
         num_tangents: how many noises a step.
 
     Raises:
@@ -144,10 +154,12 @@ def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array,
 
     Args:
         method: where the losses sit, and the rule.
-        static: the model's other half when `params` are its floating arrays, as `equinox.partition` gives them.
+        static: the model's other half when `params` are its floating arrays, as `equinox.partition`
+            gives them.
 
     Returns:
-        A function `f(key, params, x, labels) -> (value, grads)` of examples x [N, ...] and labels [N] or [N, K].
+        A function `f(key, params, x, labels) -> (value, grads)` of examples x [N, ...] and labels
+        [N] or [N, K].
     """
 
     def loss(params: Any, x: Array, label: Array) -> LocalLosses:
@@ -161,8 +173,8 @@ def contrastive(
 ) -> Callable[..., tuple[Array, Any]]:
     """The value and estimated gradient of `forwax.models.contrastive_losses` over a batch, by a method.
 
-    Direct feedback sends each view its own error, so that DFA takes the losses view by view, against keys from a first
-    forward pass; all other methods take the batch's loss as one.
+    Direct feedback sends each view its own error, so that DFA takes the losses view by view,
+    against keys from a first forward pass; all other methods take the batch's loss as one.
 
     Args:
         method: where the losses sit, and the rule.
@@ -171,15 +183,18 @@ def contrastive(
         axis_name: the mesh axis of `jax.shard_map` over which examples are spread; not for DFA.
 
     Returns:
-        A function `f(key, params, x, y, labels) -> (value, grads)` of two views x and y [N, ...]; labels [N] or [N, K]
-        train the readout alone.
+        A function `f(key, params, x, y, labels) -> (value, grads)` of two views x and y [N, ...];
+        labels [N] or [N, K] train the readout alone.
 
     Raises:
         ValueError: when DFA meets an `axis_name`.
     """
     if isinstance(method.rule, DirectFeedbackAlignment):
         if axis_name is not None:
-            raise ValueError("ren2023.contrastive: DFA takes no axis_name; its negatives are those of one device.")
+            raise ValueError(
+                "ren2023.contrastive: DFA takes no axis_name; its negatives are those of one "
+                "device."
+            )
         return functools.partial(_view_by_view, method, static, temperature)
 
     def loss(params: Any, x: Array, y: Array, labels: Array) -> LocalLosses:
@@ -190,7 +205,14 @@ def contrastive(
 
 
 def _view_by_view(
-    method: Method, static: Any, temperature: float, key: Array, params: Any, x: Array, y: Array, labels: Array
+    method: Method,
+    static: Any,
+    temperature: float,
+    key: Array,
+    params: Any,
+    x: Array,
+    y: Array,
+    labels: Array,
 ) -> tuple[Array, Any]:
     def loss(params: Any, view: Array, index: Array, label: Array, views: Array) -> LocalLosses:
         model = _model(params, static)
@@ -198,7 +220,9 @@ def _view_by_view(
 
     views = projections(_model(params, static), x, y)
     both = jnp.concatenate([x, y]), jnp.arange(2 * len(x)), jnp.concatenate([labels, labels])
-    return value_and_grad(loss, method.rule, in_axes=(None, 0, 0, 0, None))(key, params, *both, views)
+    return value_and_grad(loss, method.rule, in_axes=(None, 0, 0, 0, None))(
+        key, params, *both, views
+    )
 
 
 def _model(params: Any, static: Any) -> Any:

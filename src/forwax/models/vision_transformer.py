@@ -51,14 +51,19 @@ class PatchEmbedding(eqx.Module):
     positions: jax.Array
     patches: int = eqx.field(static=True)
 
-    def __init__(self, in_shape: tuple[int, int, int], *, patches: int, channels: int, key: jax.Array):
+    def __init__(
+        self, in_shape: tuple[int, int, int], *, patches: int, channels: int, key: jax.Array
+    ):
         height, width, in_channels = in_shape
         if height % patches or width % patches:
             raise ValueError(
-                f"PatchEmbedding: an image of {height}×{width} cannot be cut into {patches}×{patches} patches."
+                f"PatchEmbedding: an image of {height}×{width} cannot be cut into "
+                f"{patches}×{patches} patches."
             )
         first, second = jax.random.split(key)
-        self.dense = Dense(height // patches * (width // patches) * in_channels, channels, key=first)
+        self.dense = Dense(
+            height // patches * (width // patches) * in_channels, channels, key=first
+        )
         self.positions = 0.02 * jax.random.normal(second, (patches**2, channels))
         self.patches = patches
 

@@ -47,32 +47,38 @@ _MEMORY = ("keep", "replay", "shared")
 class ActivityPerturbation(Rule):
     """Slopes along noise on the activities, assembled by each site's own reverse pass.
 
-    A site is an operation z = φ(w, h) in which a parameter meets data; forwax finds the sites of any JAX program. Noise
-    u enters at every z, one Jacobian-vector product carries all of it to the loss, and the slope c gives the parameter
-    its estimate (∂z/∂w)ᵀ c·u. No error crosses two sites. With `in_axes` each example has a slope of its own, which
-    takes the other examples' noise out of the estimate; with `forwax.LocalLosses` a site takes the slopes of the losses
-    that it reaches. For a layer of fan-out q and batch N the squared error of the mean gradient is
-    (q - 1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
+    A site is an operation z = φ(w, h) in which a parameter meets data; forwax finds the sites of
+    any JAX program. Noise u enters at every z, one Jacobian-vector product carries all of it to the
+    loss, and the slope c gives the parameter its estimate (∂z/∂w)ᵀ c·u. No error crosses two sites.
+    With `in_axes` each example has a slope of its own, which takes the other examples' noise out of
+    the estimate; with `forwax.LocalLosses` a site takes the slopes of the losses that it reaches.
+    For a layer of fan-out q and batch N the squared error of the mean gradient is (q -
+    1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
 
-    Sites after which no site comes get their exact error from reverse mode over the parameter-free rest of the loss,
-    and no noise. Parameters inside `while_loop` and `cond` bodies, and in a scan's initial state, get weight noise. The
-    estimate is unbiased all the same; `forwax.explain` shows which is which.
+    Sites after which no site comes get their exact error from reverse mode over the parameter-free
+    rest of the loss, and no noise. Parameters inside `while_loop` and `cond` bodies, and in a
+    scan's initial state, get weight noise. The estimate is unbiased all the same; `forwax.explain`
+    shows which is which.
 
     Attributes:
-        tangents: the distribution of the noise; where its coordinates depend on one another (`Orthonormal`, `Sphere`,
-            `Coordinate`) each example of `in_axes` draws its own, of which the slope of a patch or group hears a part:
-            their law there is about that of normals.
+        tangents: the distribution of the noise; where its coordinates depend on one another
+            (`Orthonormal`, `Sphere`, `Coordinate`) each example of `in_axes` draws its own, of
+            which the slope of a patch or group hears a part: their law there is about that of
+            normals.
         num_tangents: the number k of noises.
         combine: `Mean`, or `Shrinkage` for each slope by itself.
-        where: which parameters get activity noise: a regular expression searched in a parameter's path such as
-            "['dense']['kernel']", or a function of that path; None for all. The others get weight noise.
-        memory: "keep" the sites' inputs until the slopes are known, "replay" the forward pass then, or give all
-            examples one "shared" slope, with which nothing is kept, at a much larger variance.
-        exact_outputs: whether the last sites take their exact error; False for an estimate without any reverse pass
-            through the loss.
+        where: which parameters get activity noise: a regular expression searched in a parameter's
+            path such as "['dense']['kernel']", or a function of that path; None for all. The others
+            get weight noise.
+        memory: "keep" the sites' inputs until the slopes are known, "replay" the forward pass then,
+            or give all examples one "shared" slope, with which nothing is kept, at a much larger
+            variance.
+        exact_outputs: whether the last sites take their exact error; False for an estimate without
+            any reverse pass through the loss.
 
     Raises:
-        ValueError: when a field has no such value, `where` selects no parameter, or the loss has no data.
+        ValueError: when a field has no such value, `where` selects no parameter, or the loss has no
+            data.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -89,17 +95,25 @@ class ActivityPerturbation(Rule):
     tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
     num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
     combine: Combine = Mean()  # noqa: RUF009
-    where: str | Callable[[str], bool] | None = dataclasses.field(default=None, metadata={"static": True})
-    memory: Literal["keep", "replay", "shared"] = dataclasses.field(default="keep", metadata={"static": True})
+    where: str | Callable[[str], bool] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    memory: Literal["keep", "replay", "shared"] = dataclasses.field(
+        default="keep", metadata={"static": True}
+    )
     exact_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def __post_init__(self) -> None:
         check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
         if self.memory not in _MEMORY:
-            raise ValueError(f"ActivityPerturbation: expected memory to be one of {_MEMORY}, got {self.memory!r}.")
+            raise ValueError(
+                f"ActivityPerturbation: expected memory to be one of {_MEMORY}, got "
+                f"{self.memory!r}."
+            )
         if isinstance(self.combine, Combine) and not isinstance(self.combine, Mean | Shrinkage):
             raise ValueError(
-                f"ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got {self.combine}. Slopes of "
+                f"ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got "
+                f"{self.combine}. Slopes of "
                 "single examples cannot be combined over all parameters."
             )
 
@@ -141,7 +155,9 @@ class ActivityPerturbation(Rule):
 
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
         """The noise [k, ...] of all noisy sites."""
-        return draw_noise(sites, self.tangents, key, self.num_tangents, own_slopes=self.memory != "shared")
+        return draw_noise(
+            sites, self.tangents, key, self.num_tangents, own_slopes=self.memory != "shared"
+        )
 
     def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
         """For each noisy site what multiplies its noise: [k, ...], with axes that broadcast to it."""
@@ -152,42 +168,76 @@ class ActivityPerturbation(Rule):
             own = tuple(sites.credit.get(site.variable, ()))
             unit = (site.reach, site.mapped, site.axes, own, site.shape if own else ())
             if unit not in known:
-                total = _told_apart(site, own, products, sites) if sites.credit else _credited(site, out.slopes, sites)
+                total = (
+                    _told_apart(site, own, products, sites)
+                    if sites.credit
+                    else _credited(site, out.slopes, sites)
+                )
                 known[unit] = total * self._scale(sites, site)
             slopes[site.variable] = known[unit]
         return slopes
 
-    def _own(self, sites: Sites, noise: Sequence[Array], slopes: Mapping[Variable, Array], records: Values) -> Tree:
+    def _own(
+        self,
+        sites: Sites,
+        noise: Sequence[Array],
+        slopes: Mapping[Variable, Array],
+        records: Values,
+    ) -> Tree:
         """The gradient from each site's noise and slopes."""
         errors = sites.output_errors(records)
-        errors |= {s.variable: _weighted(slopes[s.variable], u) for s, u in zip(sites.noisy, noise, strict=True)}
+        errors |= {
+            s.variable: _weighted(slopes[s.variable], u)
+            for s, u in zip(sites.noisy, noise, strict=True)
+        }
         return sites.assemble(records, errors)
 
     def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
         """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
 
-        All data wait for the slopes: of equal data XLA would merge both evaluations and keep all values of the first.
+        All data wait for the slopes: of equal data XLA would merge both evaluations and keep all
+        values of the first.
         """
         problem, traced = sites.problem, sites.traced
         first = self._source(key, sites)
         if isinstance(first, Drawn):
             out = push_drawn(sites, first)
         else:
-            out = sites.push([first.values[site.variable] for site in sites.noisy], self.num_tangents)
+            out = sites.push(
+                [first.values[site.variable] for site in sites.noisy], self.num_tangents
+            )
         exact, slopes = sites.output_errors(out.records), self._slopes(sites, out)
-        slopes = {site.variable: sites.of_a_step(site, slopes[site.variable]) for site in sites.noisy}
-        total = sum((jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(()))
+        slopes = {
+            site.variable: sites.of_a_step(site, slopes[site.variable]) for site in sites.noisy
+        }
+        total = sum(
+            (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(())
+        )
         new = dataclasses.replace(problem, mapped=tuple(behind(x, [total]) for x in problem.mapped))
         closed = [behind(x, [total]) for x in traced.closed]
-        same = dataclasses.replace(sites, problem=new, traced=dataclasses.replace(traced, closed=closed))
-        grads = replay(same, self._source(key, same), exact, lambda site, u: _weighted(slopes[site.variable], u))
+        same = dataclasses.replace(
+            sites, problem=new, traced=dataclasses.replace(traced, closed=closed)
+        )
+        grads = replay(
+            same,
+            self._source(key, same),
+            exact,
+            lambda site, u: _weighted(slopes[site.variable], u),
+        )
         return sites.value(out.losses), out.aux, grads
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
         tangents = self.tangents
-        if not isinstance(tangents, IndependentTangents) or tangents.joint or not tangents.coordinatewise:
-            lead = {site.variable: 1 + (site.mapped and sites.num_examples is not None) for site in sites.noisy}
+        if (
+            not isinstance(tangents, IndependentTangents)
+            or tangents.joint
+            or not tangents.coordinatewise
+        ):
+            lead = {
+                site.variable: 1 + (site.mapped and sites.num_examples is not None)
+                for site in sites.noisy
+            }
             return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
 
         def draw(key: Array, like: Any) -> Array:
@@ -199,10 +249,18 @@ class ActivityPerturbation(Rule):
         """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
         total = sites.assemble(out.records, sites.output_errors(out.records))
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
-            mine = {s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask}
+            mine = {
+                s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask
+            }
             first = next(s for s in sites.noisy if s.reach == mask)
-            slopes = _credited(dataclasses.replace(first, mapped=False, axes=over), out.slopes, sites)
-            pulled = _each(lambda u: sites.assemble(out.records, jax.tree.map(jnp.conj, u)), mine, self.num_tangents)
+            slopes = _credited(
+                dataclasses.replace(first, mapped=False, axes=over), out.slopes, sites
+            )
+            pulled = _each(
+                lambda u: sites.assemble(out.records, jax.tree.map(jnp.conj, u)),
+                mine,
+                self.num_tangents,
+            )
             total = _plus(total, slopes * self._scale(sites, first), pulled)
         return total
 
@@ -213,7 +271,9 @@ class ActivityPerturbation(Rule):
         own = self.memory != "shared"
         n = math.ceil(sum(sites.shared_noise(site, other, own) for other in sites.noisy))
         law = self.tangents.relative_mse(max(n, 1), self.num_tangents)
-        return 1 / (self.num_tangents * (1 + max(law, 0)))  # a slope may hear fewer coordinates than were drawn jointly
+        return 1 / (
+            self.num_tangents * (1 + max(law, 0))
+        )  # a slope may hear fewer coordinates than were drawn jointly
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
@@ -237,13 +297,17 @@ def _credited(site: Site, slopes: Sequence[Array], sites: Sites) -> Array:
     num_examples = sites.num_examples
     mine = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
     total = sum(mine[1:], start=mine[0])
-    total = _mesh.total(total, _mesh.axes(total) - site.axes)  # one noise for all devices hears of all their losses
+    total = _mesh.total(
+        total, _mesh.axes(total) - site.axes
+    )  # one noise for all devices hears of all their losses
     if num_examples is None:
         return total
     return total / num_examples if site.mapped else jnp.mean(total, axis=1)
 
 
-def _told_apart(site: Site, own: Sequence[Credit], products: Sequence[Array], sites: Sites) -> Array:
+def _told_apart(
+    site: Site, own: Sequence[Credit], products: Sequence[Array], sites: Sites
+) -> Array:
     """The slopes of the sources that a site reaches, each summed over the axes along which its noise spreads."""
     lead = 1 if sites.num_examples is None or not site.mapped else 2
     total = jnp.zeros((1,) * (lead + len(site.shape)))
@@ -252,13 +316,17 @@ def _told_apart(site: Site, own: Sequence[Credit], products: Sequence[Array], si
         if product.ndim - len(credit.shape) > lead:  # one noise for all examples
             product = jnp.sum(product, axis=1)
         total += credit.slopes(product, lead, site.shape)
-    return _mesh.total(total, _mesh.axes(total) - site.axes)  # one noise for all devices hears of all their losses
+    return _mesh.total(
+        total, _mesh.axes(total) - site.axes
+    )  # one noise for all devices hears of all their losses
 
 
 def _weighted(slopes: Array, noise: Array) -> Array:
     """Σ_j c_j conj(u_j), with a slope for each example where slopes are [k, examples]."""
     shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
-    wide = (jnp.conj(noise) if _tree.is_complex(noise) else noise).astype(_tree.accumulation_dtype(noise.dtype))
+    wide = (jnp.conj(noise) if _tree.is_complex(noise) else noise).astype(
+        _tree.accumulation_dtype(noise.dtype)
+    )
     slopes = slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape)
     if noise.shape[0] > _UNROLLED:
         return jnp.sum(slopes * wide, axis=0)
@@ -275,4 +343,6 @@ def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> T
 
 def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:
     """The total and the weighted sum of gradients [k, ...]."""
-    return jax.tree.map(lambda x, g: x + _weighted(weights, jnp.conj(g)).astype(x.dtype), total, gradients)
+    return jax.tree.map(
+        lambda x, g: x + _weighted(weights, jnp.conj(g)).astype(x.dtype), total, gradients
+    )

@@ -14,7 +14,9 @@ from forwax._tree import Tree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Backprop(Rule):
-    """`jax.value_and_grad` itself, so that a comparison is one argument apart. Needs no noise; the key is ignored.
+    """`jax.value_and_grad` itself, so that a comparison is one argument apart.
+
+    Needs no noise; the key is ignored.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx

@@ -22,15 +22,15 @@ from forwax.tangents._base import typed_key
 class DirectFeedbackAlignment(Rule):
     """The exact error of the last sites, sent straight to every other site by a fixed random map.
 
-    A site z = φ(w, h) gets the error B e in place of its own, where e is ∂loss/∂z of the last sites (those after which
-    no site comes), and its parameters get (∂z/∂w)ᵀ B e. The last sites keep their exact gradient. The same map serves
-    every step of a loop; with `forwax.LocalLosses` a site hears only of outputs whose losses it reaches. Needs no
-    noise; the key of the call is ignored.
+    A site z = φ(w, h) gets the error B e in place of its own, where e is ∂loss/∂z of the last sites
+    (those after which no site comes), and its parameters get (∂z/∂w)ᵀ B e. The last sites keep
+    their exact gradient. The same map serves every step of a loop; with `forwax.LocalLosses` a site
+    hears only of outputs whose losses it reaches. Needs no noise; the key of the call is ignored.
 
     Attributes:
-        feedback: a PRNG key, from which the same maps follow in every call: normal entries of variance
-            1 / (size of z); or the maps themselves, one [size of e, size of z] for each site that is not a last one,
-            in the order of `forwax.explain`.
+        feedback: a PRNG key, from which the same maps follow in every call: normal entries of
+            variance 1 / (size of z); or the maps themselves, one [size of e, size of z] for each
+            site that is not a last one, in the order of `forwax.explain`.
 
     Raises:
         ValueError: when no last site can be found, or the maps do not fit.
@@ -73,16 +73,20 @@ class DirectFeedbackAlignment(Rule):
     def _check_count(self, expected: int) -> None:
         if isinstance(self.feedback, tuple | list) and len(self.feedback) != expected:
             raise ValueError(
-                f"DirectFeedbackAlignment: expected one map for each site that is not a last one, {expected} in all, "
-                f"got {len(self.feedback)}. forwax.explain lists the sites; pass a PRNG key to have the maps drawn."
+                f"DirectFeedbackAlignment: expected one map for each site that is not a last one, "
+                f"{expected} in all, "
+                f"got {len(self.feedback)}. forwax.explain lists the sites; pass a PRNG key to "
+                f"have the maps drawn."
             )
 
     def _map(self, index: int, rows: int, columns: int) -> Array:
         if isinstance(self.feedback, tuple | list):
             if self.feedback[index].shape != (rows, columns):
                 raise ValueError(
-                    f"DirectFeedbackAlignment: expected map {index} of shape {(rows, columns)} (size of the output "
-                    f"error, size of the site), got {self.feedback[index].shape}. Pass a PRNG key to have the maps "
+                    f"DirectFeedbackAlignment: expected map {index} of shape {(rows, columns)} "
+                    f"(size of the output "
+                    f"error, size of the site), got {self.feedback[index].shape}. Pass a PRNG key "
+                    f"to have the maps "
                     "drawn."
                 )
             return self.feedback[index]

@@ -17,8 +17,9 @@ from forwax.pushforward import pushforward
 class Exact(Rule):
     """The gradient without reverse mode: n slopes along the basis vectors, in chunks.
 
-    Costs 1 + 2n forward passes (and one more per further chunk): for programs of few parameters that reverse mode
-    rejects, and as the reference for random rules. Needs no noise; the key is ignored.
+    Costs 1 + 2n forward passes (and one more per further chunk): for programs of few parameters
+    that reverse mode rejects, and as the reference for random rules. Needs no noise; the key is
+    ignored.
 
     Attributes:
         chunk_size: the most basis vectors at a time, None for all n at once.
@@ -49,9 +50,13 @@ class Exact(Rule):
 
         def tangents(indices: Array) -> Tree:
             rows = jax.vmap(lambda index: _tree.basis(index, specs))(indices)
-            return jax.tree.map(_mesh.vary, _tree.from_real(rows, params, lead=1), _axes_tree(params))
+            return jax.tree.map(
+                _mesh.vary, _tree.from_real(rows, params, lead=1), _axes_tree(params)
+            )
 
-        value, aux, slopes, _ = pushforward(problem.objective, params, tangents, n, chunk_size=self.chunk_size)
+        value, aux, slopes, _ = pushforward(
+            problem.objective, params, tangents, n, chunk_size=self.chunk_size
+        )
         return value, aux, _gradient(slopes, params)
 
     def relative_mse(self, n: int) -> float:
@@ -72,12 +77,16 @@ def _gradient(slopes: Array, params: Tree) -> Tree:
     loss_axes = _mesh.axes(slopes)
     if any(over - loss_axes for over in _mesh.tree_axes(params)):
         raise ValueError(
-            "Exact: inside shard_map every parameter must be one that the loss varies with on its own device, but some "
-            "are sharded over mesh axes that the loss sums over. Use WeightPerturbation there, or return each device's "
+            "Exact: inside shard_map every parameter must be one that the loss varies with on its "
+            "own device, but some "
+            "are sharded over mesh axes that the loss sums over. Use WeightPerturbation there, or "
+            "return each device's "
             "own loss."
         )
     widest = [jax.ShapeDtypeStruct(spec.shape, slopes.dtype) for spec in _tree.real_specs(params)]
     gradient = _tree.conjugate(_tree.from_real(_tree.split_flat(slopes, widest), params))
     return jax.tree.map(
-        lambda x, leaf: _mesh.total(x, loss_axes - _mesh.axes(leaf)).astype(leaf.dtype), gradient, params
+        lambda x, leaf: _mesh.total(x, loss_axes - _mesh.axes(leaf)).astype(leaf.dtype),
+        gradient,
+        params,
     )

@@ -1,6 +1,7 @@
 """Direct feedback alignment whose maps are learnt by activity noise (Bacho & Chu 2022).
 
-Bacho, Chu, "Low-Variance Forward Gradients using Direct Feedback Alignment and Momentum", arXiv 2212.07282.
+Bacho, Chu, "Low-Variance Forward Gradients using Direct Feedback Alignment and Momentum", arXiv
+2212.07282.
 """
 
 import dataclasses
@@ -27,24 +28,28 @@ Maps = tuple[Array, ...]
 class FDFA(LearningRule):
     """Forward direct feedback alignment: the output error through maps that forward gradients learn.
 
-    As in `forwax.DirectFeedbackAlignment` a site z gets the error e·M in place of its own, where e is the exact
-    ∂loss/∂z of the last sites (those after which no site comes). Here M is the running mean of (the output's slope
-    along activity noise u) ⊗ u, whose mean is the Jacobian of the output with respect to z. Noise enters all sites at
-    once; the slopes along it are those of the last sites' values, not of the loss, and are averaged over the examples.
-    The estimate is the gradient when M is the Jacobian of every example: in a linear network, in the mean.
+    As in `forwax.DirectFeedbackAlignment` a site z gets the error e·M in place of its own, where e
+    is the exact ∂loss/∂z of the last sites (those after which no site comes). Here M is the running
+    mean of (the output's slope along activity noise u) ⊗ u, whose mean is the Jacobian of the
+    output with respect to z. Noise enters all sites at once; the slopes along it are those of the
+    last sites' values, not of the loss, and are averaged over the examples. The estimate is the
+    gradient when M is the Jacobian of every example: in a linear network, in the mean.
 
-    `step` learns and estimates. `forwax.value_and_grad` takes the maps as they are; it needs no noise, and ignores the
-    key. A rule is a frozen value, so that `step` returns the next one, to be carried through the training loop.
+    `step` learns and estimates. `forwax.value_and_grad` takes the maps as they are; it needs no
+    noise, and ignores the key. A rule is a frozen value, so that `step` returns the next one, to be
+    carried through the training loop.
 
     Attributes:
         decay: how much of the maps is kept in each step, in [0, 1).
         tangents: the distribution of the noise.
         num_tangents: the number of noises in a step.
-        maps: one [size of e, size of z] for each site that is not a last one, in the order of `forwax.explain` and with
-            a part for each step of the loops around a site; or None until `init` or the first step makes zeros.
+        maps: one [size of e, size of z] for each site that is not a last one, in the order of
+            `forwax.explain` and with a part for each step of the loops around a site; or None until
+            `init` or the first step makes zeros.
 
     Raises:
-        ValueError: when a field has no such value, no last site can be found, or the maps are missing or do not fit.
+        ValueError: when a field has no such value, no last site can be found, or the maps are
+            missing or do not fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -92,12 +97,15 @@ class FDFA(LearningRule):
         Takes the arguments of `forwax.value_and_grad`.
 
         Returns:
-            A function of the loss's own arguments that returns the rule. Nothing is computed, the loss is only traced.
+            A function of the loss's own arguments that returns the rule. Nothing is computed, the
+            loss is only traced.
         """
         signature = Signature(loss, argnums, has_aux, in_axes, "FDFA.init", keyed=False)
 
         def init_for(*args: Any, **kwargs: Any) -> FDFA:
-            return dataclasses.replace(self, maps=self._zeros(self.sites(signature.bind(args, kwargs))))
+            return dataclasses.replace(
+                self, maps=self._zeros(self.sites(signature.bind(args, kwargs)))
+            )
 
         return init_for
 
@@ -130,12 +138,18 @@ class FDFA(LearningRule):
             return ()
         noise = draw_noise(sites, self.tangents, key, self.num_tangents)
         outputs = [site.variable for site in direct.output_sites(sites)]
-        slopes = dict(zip(outputs, direct.push_outputs(sites, noise, self.num_tangents), strict=True))
+        slopes = dict(
+            zip(outputs, direct.push_outputs(sites, noise, self.num_tangents), strict=True)
+        )
         samples = []
         for site, u in zip(sites.noisy, noise, strict=True):
             heard = direct.heard_by(site, sites, type(self).__name__)
-            samples.append(_outer([slopes[s.variable] for s in heard], u, site.mapped, sites.num_examples))
-        return tuple(self.decay * m + (1 - self.decay) * x for m, x in zip(maps, samples, strict=True))
+            samples.append(
+                _outer([slopes[s.variable] for s in heard], u, site.mapped, sites.num_examples)
+            )
+        return tuple(
+            self.decay * m + (1 - self.decay) * x for m, x in zip(maps, samples, strict=True)
+        )
 
     def _zeros(self, sites: Sites) -> Maps:
         shapes = direct.map_shapes(sites, type(self).__name__)
@@ -147,8 +161,10 @@ class FDFA(LearningRule):
         got = None if self.maps is None else [m.shape for m in self.maps]
         if self.maps is None or got != expected:
             raise ValueError(
-                f"FDFA: expected maps of shapes {expected} (size of the output error, size of the site), got {got}. "
-                "Make them with rule.init(loss)(*args), and let rule.step(loss)(key, *args) learn them."
+                f"FDFA: expected maps of shapes {expected} (size of the output error, size of the "
+                f"site), got {got}. "
+                "Make them with rule.init(loss)(*args), and let rule.step(loss)(key, *args) learn "
+                "them."
             )
         return self.maps
 

@@ -1,7 +1,7 @@
 """Feedback alignment: errors come back through fixed random matrices (Lillicrap et al. 2016).
 
-Lillicrap, Cownden, Tweed, Akerman, "Random synaptic feedback weights support error backpropagation for deep learning",
-Nature Communications 7, 13276.
+Lillicrap, Cownden, Tweed, Akerman, "Random synaptic feedback weights support error backpropagation
+for deep learning", Nature Communications 7, 13276.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from forwax.tangents._base import typed_key
 class FeedbackAlignment(Rule):
     """Backpropagation in which errors cross every dot and convolution through a fixed matrix B in place of W.
 
-    What is done to a weight before it is used (a transpose, a reshape, a standardisation) is done to its feedback too;
-    tied weights have tied feedback. All other operations, gains and look-ups included, are differentiated as they are,
-    and so are parameters inside `cond`. Needs no noise; the key is ignored. Reverse mode runs, so that a loss with a
-    `while_loop` is rejected.
+    What is done to a weight before it is used (a transpose, a reshape, a standardisation) is done
+    to its feedback too; tied weights have tied feedback. All other operations, gains and look-ups
+    included, are differentiated as they are, and so are parameters inside `cond`. Needs no noise;
+    the key is ignored. Reverse mode runs, so that a loss with a `while_loop` is rejected.
 
     Attributes:
-        feedback: a pytree of the parameters' structure, None for a parameter that is its own feedback. Draw it once
-            with `forwax.random_feedback` and keep it.
+        feedback: a pytree of the parameters' structure, None for a parameter that is its own
+            feedback. Draw it once with `forwax.random_feedback` and keep it.
 
     Raises:
         ValueError: when the feedback has not the parameters' structure and shapes.
@@ -81,8 +81,9 @@ def random_feedback(key: Any, params: Tree) -> Tree:
         params: the parameters, a pytree of floating arrays.
 
     Returns:
-        A pytree of the parameters' structure: for leaves of two axes or more normal entries of the leaf's own root mean
-        square (1/√(last axis) where the leaf is zero), so that errors keep their scale; None for the others.
+        A pytree of the parameters' structure: for leaves of two axes or more normal entries of the
+        leaf's own root mean square (1/√(last axis) where the leaf is zero), so that errors keep
+        their scale; None for the others.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -91,9 +92,14 @@ def random_feedback(key: Any, params: Tree) -> Tree:
         ((3, 4), None)
     """
     leaves, structure = jax.tree.flatten(params)
-    key = check_key(key, "random_feedback", advice="Call random_feedback(jax.random.key(0), params).")
+    key = check_key(
+        key, "random_feedback", advice="Call random_feedback(jax.random.key(0), params)."
+    )
     keys = jax.random.split(typed_key(key), len(leaves))
-    drawn = [_like(k, jnp.asarray(leaf)) if jnp.ndim(leaf) >= 2 else None for k, leaf in zip(keys, leaves, strict=True)]
+    drawn = [
+        _like(k, jnp.asarray(leaf)) if jnp.ndim(leaf) >= 2 else None
+        for k, leaf in zip(keys, leaves, strict=True)
+    ]
     return structure.unflatten(drawn)
 
 
@@ -101,23 +107,31 @@ def _like(key: Array, leaf: Array) -> Array:
     if leaf.size == 0:
         return leaf
     scale = jnp.sqrt(jnp.mean(jnp.abs(leaf) ** 2))
-    return jax.random.normal(key, leaf.shape, leaf.dtype) * jnp.where(scale > 0, scale, leaf.shape[-1] ** -0.5)
+    return jax.random.normal(key, leaf.shape, leaf.dtype) * jnp.where(
+        scale > 0, scale, leaf.shape[-1] ** -0.5
+    )
 
 
 def _matched(feedback: Tree, params: Tree) -> list[Array | None]:
-    """One entry a parameter, checked. None among the parameters themselves stands for no parameter."""
+    """One entry a parameter, checked.
+
+    None among the parameters themselves stands for no parameter.
+    """
     is_none = lambda x: x is None  # noqa: E731
     got, expected = jax.tree.flatten(feedback, is_none), jax.tree.flatten(params, is_none)
     if got[1] != expected[1]:
         raise ValueError(
-            f"FeedbackAlignment: expected feedback of the parameters' structure {expected[1]}, got {got[1]}. Draw it "
-            "with forwax.random_feedback(key, params); None stands for a parameter that is its own feedback."
+            f"FeedbackAlignment: expected feedback of the parameters' structure {expected[1]}, got "
+            f"{got[1]}. Draw it "
+            "with forwax.random_feedback(key, params); None stands for a parameter that is its own "
+            "feedback."
         )
     pairs = [(b, w) for b, w in zip(got[0], expected[0], strict=True) if w is not None]
     for b, w in pairs:
         if b is not None and jnp.shape(b) != w.shape:
             raise ValueError(
-                f"FeedbackAlignment: expected feedback of the parameter's shape {w.shape}, got {jnp.shape(b)}. Draw it "
+                f"FeedbackAlignment: expected feedback of the parameter's shape {w.shape}, got "
+                f"{jnp.shape(b)}. Draw it "
                 "with forwax.random_feedback(key, params)."
             )
     return [b for b, _ in pairs]

@@ -1,7 +1,7 @@
 """Slopes from two evaluations each, without any derivative rule.
 
-The zeroth-order estimator of SPSA (Spall 1992) and MeZO (Malladi et al. 2023, "Fine-Tuning Language Models with Just
-Forward Passes").
+The zeroth-order estimator of SPSA (Spall 1992) and MeZO (Malladi et al. 2023, "Fine-Tuning Language
+Models with Just Forward Passes").
 """
 
 import dataclasses
@@ -27,15 +27,16 @@ from forwax.tangents._base import sampler
 class FiniteDifference(Rule):
     """Central differences c_j = (f(θ + ε v_j) - f(θ - ε v_j)) / 2ε in place of Jacobian-vector products.
 
-    For losses without a derivative rule, `jax.custom_vjp` functions included. Costs 2k evaluations, one at a time. The
-    directions are drawn anew from their seeds when the estimate is summed up, not stored, unless they are drawn jointly
-    or the combination needs all of them.
+    For losses without a derivative rule, `jax.custom_vjp` functions included. Costs 2k evaluations,
+    one at a time. The directions are drawn anew from their seeds when the estimate is summed up,
+    not stored, unless they are drawn jointly or the combination needs all of them.
 
-    The estimate is that of `WeightPerturbation` up to a bias of order ε² and two roundings: of order u|f|/ε, with u the
-    rounding unit of the loss (float32: 6e-8), and, relative to the slope, of order u|θ|/ε, with u that of a parameter θ
-    (bfloat16: 4e-3): a step below the spacing of the floats around θ moves nothing. So ε must grow with |θ|, and
-    parameters of low precision need a large one. `value` is the mean of all evaluations, the loss up to order ε²; `aux`
-    is that of the first evaluation.
+    The estimate is that of `WeightPerturbation` up to a bias of order ε² and two roundings: of
+    order u|f|/ε, with u the rounding unit of the loss (float32: 6e-8), and, relative to the slope,
+    of order u|θ|/ε, with u that of a parameter θ (bfloat16: 4e-3): a step below the spacing of the
+    floats around θ moves nothing. So ε must grow with |θ|, and parameters of low precision need a
+    large one. `value` is the mean of all evaluations, the loss up to order ε²; `aux` is that of the
+    first evaluation.
 
     Attributes:
         tangents: the distribution of directions.
@@ -45,8 +46,8 @@ class FiniteDifference(Rule):
 
     Raises:
         TypeError: when tangents or combination are of another kind.
-        ValueError: when the count is not a positive integer, or a step that is a Python number is too small for the
-            dtype of a parameter near 1.
+        ValueError: when the count is not a positive integer, or a step that is a Python number is
+            too small for the dtype of a parameter near 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -86,11 +87,16 @@ class FiniteDifference(Rule):
         if self.combine.joint or not isinstance(self.tangents, IndependentTangents):
             total = assembly.add(assembly.start(), slopes, draw(jnp.arange(k)))
         else:
-            # The barrier makes the second drawing wait for the slopes; merged with the first, it would be stored.
-            # Behind one barrier both vary over the same mesh axes, and the key must keep its own.
+            # The barrier makes the second drawing wait for the slopes; merged with the first, it
+            # would be stored. Behind one barrier both vary over the same mesh axes, and the key
+            # must keep its own.
             again, _ = lax.optimization_barrier((key, _mesh.reduced(slopes, key_axes)))
             redraw = sampler(self.tangents, again, problem.params, k)
-            total = _sum(lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])), k, assembly.start())
+            total = _sum(
+                lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])),
+                k,
+                assembly.start(),
+            )
         return jnp.mean(values), aux, assembly.finish(total, k)
 
     def _check_step(self, params: Tree) -> None:
@@ -98,16 +104,22 @@ class FiniteDifference(Rule):
             least = float(jnp.finfo(leaf.dtype).eps)
             if not self.epsilon >= least:
                 raise ValueError(
-                    f"FiniteDifference: expected epsilon of at least {least} for parameters in {leaf.dtype}, got "
-                    f"{self.epsilon}: a parameter of 1 would not move by it. Pass epsilon={8 * least:.2g}, or keep the "
+                    f"FiniteDifference: expected epsilon of at least {least} for parameters in "
+                    f"{leaf.dtype}, got "
+                    f"{self.epsilon}: a parameter of 1 would not move by it. Pass "
+                    f"epsilon={8 * least:.2g}, or keep the "
                     "parameters in float32."
                 )
 
-    def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[tuple[Array, Array], Tree]:
+    def _slope(
+        self, problem: Problem, point: Tree, tangent: Tree
+    ) -> tuple[tuple[Array, Array], Tree]:
         def side(sign: Array) -> tuple[Array, Tree]:
             step = sign * self.epsilon
             return problem.objective(
-                jax.tree.map(lambda x, v: x + step.astype(jnp.finfo(x.dtype).dtype) * v, point, tangent)
+                jax.tree.map(
+                    lambda x, v: x + step.astype(jnp.finfo(x.dtype).dtype) * v, point, tangent
+                )
             )
 
         values, aux = _each(side, jnp.array([1.0, -1.0]), is_concrete((point, tangent)))
@@ -131,7 +143,9 @@ def _sum(add: Callable[[Array, Tree], Tree], k: int, start: Tree) -> Tree:
     return add(jnp.asarray(0), start) if k == 1 else lax.fori_loop(0, k, add, start)
 
 
-def _each(evaluate: Callable[[Array], tuple[Tree, Tree]], xs: Array, concrete: bool) -> tuple[Tree, Tree]:
+def _each(
+    evaluate: Callable[[Array], tuple[Tree, Tree]], xs: Array, concrete: bool
+) -> tuple[Tree, Tree]:
     """Evaluate one after the other, tracing once; outside a trace a Python loop, so that the loss may branch on values.
 
     Returns the stacked first outputs, and the second output of the first evaluation.
@@ -140,5 +154,7 @@ def _each(evaluate: Callable[[Array], tuple[Tree, Tree]], xs: Array, concrete: b
         out, aux = evaluate(xs[0])
         outputs = [out, *(evaluate(x)[0] for x in xs[1:])]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), aux
-    _, stacked, aux = scan_with_aux(lambda _, x: (None, *evaluate(x)), None, xs, reverse=True)  # the first comes last
+    _, stacked, aux = scan_with_aux(
+        lambda _, x: (None, *evaluate(x)), None, xs, reverse=True
+    )  # the first comes last
     return stacked, aux

@@ -26,23 +26,26 @@ from forwax.tangents._base import sampler
 class WeightPerturbation(Rule):
     """The loss's slopes along k random directions of all parameters, times these directions.
 
-    With slopes c_j = <g, v_j> from one Jacobian-vector product each, the estimate is mean_j c_j v_j, unbiased because
-    E[v vᵀ] = I; see `forwax.combine` for other combinations. Cost: one forward pass and two more per tangent. No
-    activations are kept for a backward pass. Inside a trace, such as that of `jax.jit`, random signs are formed where
-    the loss uses them, with `Mean` or `Shrinkage` and parameters that are whole on every device: held are those of the
-    layer in use, for one chunk of tangents, and of the others at most a bit each. Other directions are held in full.
+    With slopes c_j = <g, v_j> from one Jacobian-vector product each, the estimate is mean_j c_j
+    v_j, unbiased because E[v vᵀ] = I; see `forwax.combine` for other combinations. Cost: one
+    forward pass and two more per tangent. No activations are kept for a backward pass. Inside a
+    trace, such as that of `jax.jit`, random signs are formed where the loss uses them, with `Mean`
+    or `Shrinkage` and parameters that are whole on every device: held are those of the layer in
+    use, for one chunk of tangents, and of the others at most a bit each. Other directions are held
+    in full.
 
     Attributes:
         tangents: the distribution of directions; random signs have the least variance.
         num_tangents: the number k of directions.
         combine: how slopes and directions become one estimate.
-        chunk_size: the most directions at a time, None for all at once. The estimate is the same up to rounding; the
-            primal is evaluated once per chunk.
+        chunk_size: the most directions at a time, None for all at once. The estimate is the same up
+            to rounding; the primal is evaluated once per chunk.
 
     Raises:
         TypeError: when tangents or combination are of another kind.
-        ValueError: when a count is not a positive integer, or where `tangents.LowRank(per_example=True)` cannot be
-            followed: without `in_axes`, with a combination other than `Mean`, with sharded parameters.
+        ValueError: when a count is not a positive integer, or where
+            `tangents.LowRank(per_example=True)` cannot be followed: without `in_axes`, with a
+            combination other than `Mean`, with sharded parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -73,7 +76,9 @@ class WeightPerturbation(Rule):
         """One estimate; see `Rule.estimate`."""
         return self._estimate(key, problem, None)[:3]
 
-    def guarded(self, key: Array, problem: Problem, guard: Callable[[Array], Array]) -> tuple[Array, Tree, Tree, Array]:
+    def guarded(
+        self, key: Array, problem: Problem, guard: Callable[[Array], Array]
+    ) -> tuple[Array, Tree, Tree, Array]:
         """An estimate with guarded slopes; see `Rule.guarded`."""
         check_replicated("WeightPerturbation", problem.params, _mesh.axes(key))
         return self._estimate(key, problem, guard)
@@ -91,7 +96,13 @@ class WeightPerturbation(Rule):
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
         fold = None if self.combine.joint else assembly.add
         value, aux, slopes, total = pushforward(
-            problem.objective, point, draw, k, chunk_size=self.chunk_size, fold=fold, start=assembly.start()
+            problem.objective,
+            point,
+            draw,
+            k,
+            chunk_size=self.chunk_size,
+            fold=fold,
+            start=assembly.start(),
         )
         if self.combine.joint:
             total = assembly.add(total, slopes, draw(jnp.arange(k)))
@@ -102,17 +113,23 @@ class WeightPerturbation(Rule):
     def plan(self, problem: Problem, key_axes: _mesh.Axes = frozenset()) -> WeightPlan | None:
         """How signs are formed where the traced loss uses them, or None where directions are held, for `jax.jvp`.
 
-        Dense signs are planned inside a trace alone: outside, the loss may branch on concrete values.
+        Dense signs are planned inside a trace alone: outside, the loss may branch on concrete
+        values.
 
         Raises:
-            ValueError: where examples cannot have directions of their own, though the tangents ask for it.
+            ValueError: where examples cannot have directions of their own, though the tangents ask
+                for it.
         """
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
         varied = dataclasses.replace(problem, params=point)
         possible = self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params))
         if isinstance(self.tangents, LowRank):
             self._check_examples(problem, self.tangents)
-            return plan_low_rank(varied, self.tangents.rank, self.tangents.per_example) if possible else None
+            return (
+                plan_low_rank(varied, self.tangents.rank, self.tangents.per_example)
+                if possible
+                else None
+            )
         dense = isinstance(self.tangents, Rademacher) and possible and is_staged()
         return plan_signs(varied) if dense else None
 
@@ -122,18 +139,22 @@ class WeightPerturbation(Rule):
             return
         if problem.num_examples is None:
             raise ValueError(
-                "tangents.LowRank(per_example=True) needs examples: expected in_axes, got None. Pass in_axes, as in "
+                "tangents.LowRank(per_example=True) needs examples: expected in_axes, got None. "
+                "Pass in_axes, as in "
                 "in_axes=(None, 0, 0), or per_example=False."
             )
         if not isinstance(self.combine, Mean):
             raise ValueError(
-                "tangents.LowRank(per_example=True) gives each example its own slopes: expected combine.Mean(), got "
-                f"{type(self.combine).__name__}, which needs the law of the whole estimate. Use combine.Mean(), or "
+                "tangents.LowRank(per_example=True) gives each example its own slopes: expected "
+                "combine.Mean(), got "
+                f"{type(self.combine).__name__}, which needs the law of the whole estimate. Use "
+                f"combine.Mean(), or "
                 "per_example=False."
             )
         if any(_mesh.tree_axes(problem.params)):
             raise ValueError(
-                "tangents.LowRank(per_example=True) needs whole parameters on every device, but inside shard_map they "
+                "tangents.LowRank(per_example=True) needs whole parameters on every device, but "
+                "inside shard_map they "
                 "vary over mesh axes. Replicate them, or use per_example=False."
             )
 
@@ -177,7 +198,8 @@ class WeightPerturbation(Rule):
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates of the parameters.
 
-        Not a number with `tangents.LowRank(per_example=True)`, where it depends on how far the examples agree.
+        Not a number with `tangents.LowRank(per_example=True)`, where it depends on how far the
+        examples agree.
         """
         return self.combine.relative_mse(self._mean_law(n), n, self.num_tangents)
 

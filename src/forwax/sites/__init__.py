@@ -1,4 +1,7 @@
-"""Sites: the places in a traced program where a parameter meets data. The only package that reads jaxprs."""
+"""Sites: the places in a traced program where a parameter meets data.
+
+The only package that reads jaxprs.
+"""
 
 from forwax.sites.credit import Credit
 from forwax.sites.draw import draw_noise, num_coordinates

@@ -1,7 +1,7 @@
 """Backwards through one linear operation: which axis of an operand follows an axis of the result?
 
-The answer must hold for the values of every coordinate, so each rule below names an operation whose coordinates it
-knows; what has no rule joins all coordinates, which is always true.
+The answer must hold for the values of every coordinate, so each rule below names an operation whose
+coordinates it knows; what has no rule joins all coordinates, which is always true.
 """
 
 import dataclasses
@@ -41,7 +41,14 @@ Link: TypeAlias = Factor | None
 """How a value is tied to a followed axis; None when its coordinates may change all positions."""
 
 
-def back(equation: Equation, position: int, output: int, link: Factor, shapes: Sequence[Shape], outs: Sequence[Shape]):
+def back(
+    equation: Equation,
+    position: int,
+    output: int,
+    link: Factor,
+    shapes: Sequence[Shape],
+    outs: Sequence[Shape],
+):
     """The link of one operand from the link of one result.
 
     Args:
@@ -88,7 +95,9 @@ def through_reshape(link: Factor, shape: Shape, out: Shape) -> Link:
             outermost = math.prod(shape[:axis]) == 1
             whole = outermost or (period is not None and reach % period == 0)
             fits = stride % below == 0 and whole
-            return factor(axis, stride // below, link.size, link.offset, shape[axis]) if fits else None
+            return (
+                factor(axis, stride // below, link.size, link.offset, shape[axis]) if fits else None
+            )
         below = reach
     return None
 
@@ -103,10 +112,14 @@ def _shifted(link: Factor, start: int, length: int, out: int) -> Link:
         return link
     if start % link.inner or link.inner * link.size < out:
         return None
-    return factor(link.axis, link.inner, -(-length // link.inner), link.offset - start // link.inner, length)
+    return factor(
+        link.axis, link.inner, -(-length // link.inner), link.offset - start // link.inner, length
+    )
 
 
-def _transpose(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
+def _transpose(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
     return _moved(link, params["permutation"][link.axis])
 
 
@@ -114,10 +127,14 @@ def _reshape(params: Any, position: int, output: int, link: Factor, shapes: Any,
     return through_reshape(link, shapes[0], outs[0]) if params.get("dimensions") is None else None
 
 
-def _broadcast(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
+def _broadcast(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
     sources = {out: axis for axis, out in enumerate(params["broadcast_dimensions"])}
     axis = sources.get(link.axis)
-    return _moved(link, axis) if axis is not None and shapes[0][axis] == outs[0][link.axis] else None
+    return (
+        _moved(link, axis) if axis is not None and shapes[0][axis] == outs[0][link.axis] else None
+    )
 
 
 def _reduce(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
@@ -144,10 +161,14 @@ def _slice(params: Any, position: int, output: int, link: Factor, shapes: Any, o
 def _split(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
     if link.axis != params["axis"]:
         return link
-    return _shifted(link, sum(params["sizes"][:output]), shapes[0][link.axis], outs[output][link.axis])
+    return _shifted(
+        link, sum(params["sizes"][:output]), shapes[0][link.axis], outs[output][link.axis]
+    )
 
 
-def _concatenate(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
+def _concatenate(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
     a = link.axis
     if a != params["dimension"]:
         return link
@@ -176,7 +197,9 @@ def _pad(params: Any, position: int, output: int, link: Factor, shapes: Any, out
     return _shifted(link, -low, shapes[0][link.axis], outs[0][link.axis])
 
 
-def _dot_general(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
+def _dot_general(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
     contracted, batch = params["dimension_numbers"]
     own = batch[position]
     free = [
@@ -190,7 +213,9 @@ def _dot_general(params: Any, position: int, output: int, link: Factor, shapes: 
     return _moved(link, free[position][index]) if 0 <= index < len(free[position]) else None
 
 
-def _convolution(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
+def _convolution(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     if position or params["batch_group_count"] != 1:
         return None
@@ -205,7 +230,9 @@ def _convolution(params: Any, position: int, output: int, link: Factor, shapes: 
         return factor(axis, inner, link.size, link.offset, shapes[0][axis]) if whole else None
     i = where - 2
     kernel = shapes[1][numbers.rhs_spec[where]]
-    plain = kernel == 1 and params["window_strides"][i] == 1 and tuple(params["padding"][i]) == (0, 0)
+    plain = (
+        kernel == 1 and params["window_strides"][i] == 1 and tuple(params["padding"][i]) == (0, 0)
+    )
     return _moved(link, axis) if plain and params["lhs_dilation"][i] == 1 else None
 
 
@@ -229,12 +256,18 @@ def _fft(params: Any, position: int, output: int, link: Factor, shapes: Any, out
     return link if link.axis < len(outs[0]) - len(params["fft_lengths"]) else None
 
 
-def _dynamic_slice(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
+def _dynamic_slice(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
     return link if position == 0 and shapes[0][link.axis] == outs[0][link.axis] else None
 
 
-def _dynamic_update(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
-    return link if position in (0, 1) and shapes[position][link.axis] == outs[0][link.axis] else None
+def _dynamic_update(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
+    return (
+        link if position in (0, 1) and shapes[position][link.axis] == outs[0][link.axis] else None
+    )
 
 
 def _gather(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
@@ -251,23 +284,52 @@ def _gather(params: Any, position: int, output: int, link: Factor, shapes: Any, 
     return _moved(link, batching[columns.index(column)]) if column in columns else None
 
 
-def _scatter_add(params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any) -> Link:
+def _scatter_add(
+    params: Any, position: int, output: int, link: Factor, shapes: Any, outs: Any
+) -> Link:
     if position != 2:
         return link if position == 0 else None
     numbers, operand, updates = params["dimension_numbers"], shapes[0], shapes[2]
     batching = getattr(numbers, "operand_batching_dims", ())
     if link.axis in batching:
         column = numbers.scatter_indices_batching_dims[batching.index(link.axis)]
-        return _moved(link, [a for a in range(len(updates)) if a not in numbers.update_window_dims][column])
-    windows = [a for a in range(len(operand)) if a not in numbers.inserted_window_dims and a not in batching]
+        return _moved(
+            link, [a for a in range(len(updates)) if a not in numbers.update_window_dims][column]
+        )
+    windows = [
+        a
+        for a in range(len(operand))
+        if a not in numbers.inserted_window_dims and a not in batching
+    ]
     if link.axis not in windows:
         return None
     axis = numbers.update_window_dims[windows.index(link.axis)]
     return _moved(link, axis) if updates[axis] == operand[link.axis] else None
 
 
-_ELEMENTWISE = {"mul", "div", "neg", "add", "sub", "add_any", "convert_element_type", "copy", "real", "imag", "conj"}
-_ELEMENTWISE |= {"complex", "reduce_precision", "select_n", "name", "copy_p", "pvary", "pcast", "sharding_constraint"}
+_ELEMENTWISE = {
+    "mul",
+    "div",
+    "neg",
+    "add",
+    "sub",
+    "add_any",
+    "convert_element_type",
+    "copy",
+    "real",
+    "imag",
+    "conj",
+}
+_ELEMENTWISE |= {
+    "complex",
+    "reduce_precision",
+    "select_n",
+    "name",
+    "copy_p",
+    "pvary",
+    "pcast",
+    "sharding_constraint",
+}
 _PASSING = {"optimization_barrier", "device_put"}
 _RULES: dict[str, Callable[..., Link]] = {
     "transpose": _transpose,

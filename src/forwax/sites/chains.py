@@ -24,7 +24,9 @@ def has_sites(plan: LoopPlan) -> bool:
     return any(True for _ in plan.level.all_regions())
 
 
-def chains(level: Level, kinds: Kinds, wanted: set[Variable], inputs: frozenset[Variable] = frozenset()) -> Level:
+def chains(
+    level: Level, kinds: Kinds, wanted: set[Variable], inputs: frozenset[Variable] = frozenset()
+) -> Level:
     """The part of a level that computes the wanted parameters; values of `inputs` come from outside."""
     wanted, needs = set(wanted), set()
     steps: list[Step] = []
@@ -54,7 +56,9 @@ def _outputs(step: Step) -> list[Variable]:
 def _loop_chains(plan: LoopPlan, kinds: Kinds, wanted: set[Variable]) -> LoopPlan:
     stacked = {o: v for o, v in plan.stacked.items() if o in wanted}
     loop, body = plan.loop, plan.level.program
-    given = frozenset([*body.inputs[: loop.num_consts], *body.inputs[loop.num_consts + loop.num_carry :]])
+    given = frozenset(
+        [*body.inputs[: loop.num_consts], *body.inputs[loop.num_consts + loop.num_carry :]]
+    )
     level = chains(plan.level, kinds, set(stacked.values()), given)
     read = {v for step in level.steps for v in _reads(step)} | set(stacked.values())
     return dataclasses.replace(

@@ -26,8 +26,9 @@ from forwax.sites.reach import Reach, equation_reach
 class Kind(enum.IntEnum):
     """What a value is made of.
 
-    CONSTANT: literals and parameters behind a `stop_gradient`. DATA: the loss's other arguments and arrays that it
-    closes over. MIXED: data and parameters. PARAMETER: parameters and constants alone.
+    CONSTANT: literals and parameters behind a `stop_gradient`. DATA: the loss's other arguments and
+    arrays that it closes over. MIXED: data and parameters. PARAMETER: parameters and constants
+    alone.
     """
 
     CONSTANT = 0
@@ -49,7 +50,13 @@ class Classifier:
         self.types, self.reach = types, reach
         self.kinds: dict[Variable, Kind] = {}
 
-    def classify(self, program: Program, kinds: Sequence[Kind], unselected: Sequence[Variable], num_losses: int):
+    def classify(
+        self,
+        program: Program,
+        kinds: Sequence[Kind],
+        unselected: Sequence[Variable],
+        num_losses: int,
+    ):
         """The rewritten program; `unselected` inputs get weight noise, and so do losses of parameters alone."""
         level = _Level(self)
         for variable, kind in zip(program.inputs, kinds, strict=True):
@@ -60,7 +67,9 @@ class Classifier:
         level.run(program)
         outputs = [level.rename(atom) for atom in program.outputs]
         promoted = [
-            level.promote(atom, None) if i < num_losses and self.kind(atom) is Kind.PARAMETER else atom
+            level.promote(atom, None)
+            if i < num_losses and self.kind(atom) is Kind.PARAMETER
+            else atom
             for i, atom in enumerate(outputs)
         ]
         return Program(program.inputs, tuple(level.equations), tuple(promoted))
@@ -111,7 +120,9 @@ class _Level:
 
     def promote_all(self, atoms: Sequence[Atom], origin: Any) -> tuple[Atom, ...]:
         copies = {v: self.promote(v, origin) for v in dict.fromkeys(self.parameters(atoms))}
-        return tuple(atom if isinstance(atom, Constant) else copies.get(atom, atom) for atom in atoms)
+        return tuple(
+            atom if isinstance(atom, Constant) else copies.get(atom, atom) for atom in atoms
+        )
 
     def parameters(self, atoms: Sequence[Atom]) -> list[Variable]:
         return [v for v in variables(atoms) if self.at.kinds[v] is Kind.PARAMETER]
@@ -124,19 +135,34 @@ class _Level:
         kinds = {self.at.kind(atom) for atom in equation.inputs}
         live = equation_reach(equation, self.at.reach)
         if equation.name == "stop_gradient":
-            kinds = {{Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind) for kind in kinds}
+            kinds = {
+                {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
+                for kind in kinds
+            }
         elif live and equation.name.startswith("custom_vjp_call"):
             _check_custom_vjp(equation, kinds)
-        elif live and equation.loop is None and equation.name != "custom_jvp_call" and equation.origin is not None:
-            check_inside(equation.origin, [self.at.kind(a) in (Kind.MIXED, Kind.PARAMETER) for a in equation.inputs])
+        elif (
+            live
+            and equation.loop is None
+            and equation.name != "custom_jvp_call"
+            and equation.origin is not None
+        ):
+            check_inside(
+                equation.origin,
+                [self.at.kind(a) in (Kind.MIXED, Kind.PARAMETER) for a in equation.inputs],
+            )
         if live and Kind.PARAMETER in kinds:
             if equation.loop is not None and kinds - {Kind.CONSTANT, Kind.PARAMETER}:
                 self.add_loop(equation)
                 return
             if not _differentiable(equation, kinds):
-                equation = dataclasses.replace(equation, inputs=self.promote_all(equation.inputs, equation.origin))
+                equation = dataclasses.replace(
+                    equation, inputs=self.promote_all(equation.inputs, equation.origin)
+                )
                 kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
-        self.append(dataclasses.replace(equation, loop=None), [_join(kinds)] * len(equation.outputs))
+        self.append(
+            dataclasses.replace(equation, loop=None), [_join(kinds)] * len(equation.outputs)
+        )
 
     def append(self, equation: Equation, kinds: Sequence[Kind]) -> None:
         for variable, kind in zip(equation.outputs, kinds, strict=True):
@@ -158,14 +184,18 @@ class _Level:
             outs = [self.at.kind(atom) for atom in body.outputs]
             grown = [
                 kind if same else _join({kind, Kind.MIXED if out is Kind.PARAMETER else out})
-                for kind, out, same in zip(kinds[first : first + loop.num_carry], outs, kept, strict=False)
+                for kind, out, same in zip(
+                    kinds[first : first + loop.num_carry], outs, kept, strict=False
+                )
             ]
             if grown == kinds[first : first + loop.num_carry]:
                 break
             kinds[first : first + loop.num_carry] = grown
         self._finish_loop(equation, loop, level, kinds, outs)
 
-    def _body(self, body: Program, loop: Loop, kinds: Sequence[Kind], kept: Sequence[bool]) -> "_Level":
+    def _body(
+        self, body: Program, loop: Loop, kinds: Sequence[Kind], kept: Sequence[bool]
+    ) -> "_Level":
         for variable, kind in zip(body.inputs, kinds, strict=True):
             self.at.define(variable, kind)
         carries = body.inputs[loop.num_consts : loop.num_consts + loop.num_carry]
@@ -174,7 +204,9 @@ class _Level:
         level.run(body)
         return level
 
-    def _finish_loop(self, equation: Equation, loop: Loop, level: "_Level", kinds: Sequence[Kind], outs: list) -> None:
+    def _finish_loop(
+        self, equation: Equation, loop: Loop, level: "_Level", kinds: Sequence[Kind], outs: list
+    ) -> None:
         body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
         outputs = list(body.outputs)
         outs[: loop.num_carry] = kinds[first:last]
@@ -187,7 +219,9 @@ class _Level:
                 inputs[i] = self.promote(inputs[i], equation.origin)
         outer = dict(zip(body.inputs, equation.inputs, strict=True))
         extra = [self.promote(outer[v], equation.origin) for v in level.hoisted]
-        rewritten = Program((*level.hoisted.values(), *body.inputs), tuple(level.equations), tuple(outputs))
+        rewritten = Program(
+            (*level.hoisted.values(), *body.inputs), tuple(level.equations), tuple(outputs)
+        )
         new_loop = dataclasses.replace(loop, body=rewritten, num_consts=first + len(extra))
         self.append(dataclasses.replace(equation, inputs=(*extra, *inputs), loop=new_loop), outs)
 

@@ -41,7 +41,11 @@ def _closed_over(equation: Equation, types: list[Any]) -> list[Any]:
 
         def outputs(*moved: Array) -> list[Any]:
             here = {**env, **dict(zip(moving, moved, strict=True))}
-            return [x for x in bind(equation, [read(atom, here) for atom in equation.inputs]) if is_inexact(x)]
+            return [
+                x
+                for x in bind(equation, [read(atom, here) for atom in equation.inputs])
+                if is_inexact(x)
+            ]
 
         at = [env[v] for v in moving]
         return jax.jvp(outputs, at, at)[1]

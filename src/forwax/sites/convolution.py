@@ -20,8 +20,9 @@ _PATCHES = 1 << 21
 def in_pieces(equation: Equation, values: Sequence[Any]) -> Array:
     """The convolution itself; on CPU a large one a few examples at a time.
 
-    XLA's convolution there gathers the patches of all examples before it multiplies them: once they no longer fit into
-    the caches, and memory is new at each call, 64 examples took 2.3 times as long at once as in pieces of eight.
+    XLA's convolution there gathers the patches of all examples before it multiplies them: once they
+    no longer fit into the caches, and memory is new at each call, 64 examples took 2.3 times as
+    long at once as in pieces of eight.
     """
     params, (x, kernel) = equation.params, values
     lhs, rhs, out = params["dimension_numbers"]
@@ -43,10 +44,14 @@ def in_pieces(equation: Equation, values: Sequence[Any]) -> Array:
 
 def _piece(count: int, entries: int) -> int:
     """The largest number that divides the count of examples of which the patches, so many entries each, are small."""
-    return max(n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * entries <= _PATCHES))
+    return max(
+        n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * entries <= _PATCHES)
+    )
 
 
-def ordered(left: Array, right: Array, contracted: Sequence[int], free: Sequence[int]) -> Pair | None:
+def ordered(
+    left: Array, right: Array, contracted: Sequence[int], free: Sequence[int]
+) -> Pair | None:
     """The factor on the contracted axes, and the other, which must be one on them."""
 
     def depends(x: Array, axes: Sequence[int]) -> bool:
@@ -58,7 +63,9 @@ def ordered(left: Array, right: Array, contracted: Sequence[int], free: Sequence
     return None
 
 
-def convolution(equation: Equation, position: int, left: Array, right: Array, values: Sequence[Any]) -> Array | None:
+def convolution(
+    equation: Equation, position: int, left: Array, right: Array, values: Sequence[Any]
+) -> Array | None:
     """The tangent of a convolution whose kernel's tangent is left · right; None where it must be formed."""
     params = equation.params
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
@@ -70,7 +77,9 @@ def convolution(equation: Equation, position: int, left: Array, right: Array, va
     if pair is None:
         return None
     inner, outer = pair
-    inner = jnp.broadcast_to(inner, [1 if axis == out_axis else n for axis, n in enumerate(kernel.shape)])
+    inner = jnp.broadcast_to(
+        inner, [1 if axis == out_axis else n for axis, n in enumerate(kernel.shape)]
+    )
     x = lax.stop_gradient(values[0])
     thin = _one_feature(x, inner, outer.size, params)
     thin = equation.primitive.bind(x, inner, **params) if thin is None else thin
@@ -82,16 +91,25 @@ def convolution(equation: Equation, position: int, left: Array, right: Array, va
 def _one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array | None:
     """A convolution with one output feature: the taps' dots with the input's features, then their shifted sum.
 
-    Compilers have no fast convolution for a single feature: on CPU it took a third of the time of 64 of them. None for
-    large kernels and strides, for which the taps would need more memory than the layer itself.
+    Compilers have no fast convolution for a single feature: on CPU it took a third of the time of
+    64 of them. None for large kernels and strides, for which the taps would need more memory than
+    the layer itself.
     """
     lhs, rhs, out = params["dimension_numbers"]
     taps, sizes = [kernel.shape[axis] for axis in rhs[2:]], [x.shape[axis] for axis in lhs[2:]]
     spans = [(k - 1) * d + 1 for k, d in zip(taps, params["rhs_dilation"], strict=True)]
-    pads = [(low, high, d - 1) for (low, high), d in zip(params["padding"], params["lhs_dilation"], strict=True)]
+    pads = [
+        (low, high, d - 1)
+        for (low, high), d in zip(params["padding"], params["lhs_dilation"], strict=True)
+    ]
     strides = params["window_strides"]
-    padded = [low + high + (n - 1) * (inner + 1) + 1 for n, (low, high, inner) in zip(sizes, pads, strict=True)]
-    shape = [(n - span) // stride + 1 for n, span, stride in zip(padded, spans, strides, strict=True)]
+    padded = [
+        low + high + (n - 1) * (inner + 1) + 1
+        for n, (low, high, inner) in zip(sizes, pads, strict=True)
+    ]
+    shape = [
+        (n - span) // stride + 1 for n, span, stride in zip(padded, spans, strides, strict=True)
+    ]
     held = math.prod(taps) * math.prod(padded)
     largest = max(x.shape[lhs[1]] * math.prod(sizes), features * math.prod(shape))
     if math.prod(taps) > _MOST_TAPS or held > largest or min([*shape, *sizes]) < 1:
@@ -107,7 +125,9 @@ def _one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array |
     total: Any = 0
     for i, place in enumerate(itertools.product(*map(range, taps))):
         starts = [j * d for j, d in zip(place, params["rhs_dilation"], strict=True)]
-        ends = [a + (n - 1) * stride + 1 for a, n, stride in zip(starts, shape, strides, strict=True)]
+        ends = [
+            a + (n - 1) * stride + 1 for a, n, stride in zip(starts, shape, strides, strict=True)
+        ]
         window = lax.slice(each, [0, *starts, i], [each.shape[0], *ends, i + 1], [1, *strides, 1])
         total = total + window
     # from batch, positions, feature to the order of the result's axes

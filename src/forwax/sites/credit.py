@@ -1,8 +1,9 @@
 """Which slopes must multiply a site's noise: sources of the loss, and the axes along which they can be told apart.
 
-A source is a value through which noise reaches the losses, with its exact error or, for a loss, the error 1. What one
-noise changes of it is followed backwards through the *tangent* program, the linear program from noises to the sources'
-tangents: each custom operation stands there as its own JVP rule, and `stop_gradient` as a cut.
+A source is a value through which noise reaches the losses, with its exact error or, for a loss, the
+error 1. What one noise changes of it is followed backwards through the *tangent* program, the
+linear program from noises to the sources' tangents: each custom operation stands there as its own
+JVP rule, and `stop_gradient` as a cut.
 """
 
 import dataclasses
@@ -57,13 +58,17 @@ class Credit:
             if link.size == 1:
                 total = jnp.take(total, jnp.array([link.offset]), axis=lead + axis)
         own = {axis: link for axis, link in self.links if link.size > 1}
-        total = jnp.sum(total, axis=tuple(lead + axis for axis in range(len(self.shape)) if axis not in own))
+        total = jnp.sum(
+            total, axis=tuple(lead + axis for axis in range(len(self.shape)) if axis not in own)
+        )
         kept, order = sorted(own), sorted(own, key=lambda axis: own[axis].axis)
         total = jnp.transpose(total, (*range(lead), *(lead + kept.index(axis) for axis in order)))
         for place, axis in enumerate(order):
             total = _spread(total, lead + place, own[axis], shape[own[axis].axis], self.shape[axis])
         taken = {own[axis].axis for axis in order}
-        return jnp.expand_dims(total, tuple(lead + axis for axis in range(len(shape)) if axis not in taken))
+        return jnp.expand_dims(
+            total, tuple(lead + axis for axis in range(len(shape)) if axis not in taken)
+        )
 
 
 def _spread(slopes: Array, axis: int, link: Factor, length: int, count: int) -> Array:
@@ -78,11 +83,14 @@ def _spread(slopes: Array, axis: int, link: Factor, length: int, count: int) -> 
     return jnp.where(jnp.expand_dims(outside, tuple(range(1, slopes.ndim - axis))), 0, taken)
 
 
-def credits_of(traced: Traced, noises: Sequence[Variable], sources: Sequence[Shape]) -> list[list[Credit]]:
+def credits_of(
+    traced: Traced, noises: Sequence[Variable], sources: Sequence[Shape]
+) -> list[list[Credit]]:
     """What each noise changes of each source.
 
     Args:
-        traced: the tangent program, from whatever else it needs and the noises to the tangents of the sources.
+        traced: the tangent program, from whatever else it needs and the noises to the tangents of
+            the sources.
         noises: the inputs that are noises.
         sources: the sources' shapes.
     """
@@ -139,19 +147,33 @@ class _Follower:
         if equation.loop is not None:
             self.cross_loop(equation, equation.loop, outputs)
             return
-        shapes, outs = [self.shape(a) for a in equation.inputs], [self.shape(v) for v in equation.outputs]
+        shapes, outs = (
+            [self.shape(a) for a in equation.inputs],
+            [self.shape(v) for v in equation.outputs],
+        )
         for position, atom in enumerate(equation.inputs):
             if isinstance(atom, Constant) or atom not in self.noisy:
                 continue
             for output, links in enumerate(outputs):
-                self.meet(atom, {t: self.back(equation, position, output, x, shapes, outs) for t, x in links.items()})
+                self.meet(
+                    atom,
+                    {
+                        t: self.back(equation, position, output, x, shapes, outs)
+                        for t, x in links.items()
+                    },
+                )
 
-    def back(self, equation: Equation, position: int, output: int, link: Link, shapes: Any, outs: Any) -> Link:
+    def back(
+        self, equation: Equation, position: int, output: int, link: Link, shapes: Any, outs: Any
+    ) -> Link:
         return None if link is None else back(equation, position, output, link, shapes, outs)
 
     def cross_loop(self, equation: Equation, loop: Loop, outputs: Sequence[Links]) -> None:
         body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
-        stacked = [{tag: _inside(link) for tag, link in links.items()} for links in outputs[loop.num_carry :]]
+        stacked = [
+            {tag: _inside(link) for tag, link in links.items()}
+            for links in outputs[loop.num_carry :]
+        ]
         seeds = [*outputs[: loop.num_carry], *stacked]
         while True:
             before = {v: dict(self.links.get(v, {})) for v in body.inputs}
@@ -162,10 +184,16 @@ class _Follower:
                 break
         for position, (atom, inner) in enumerate(zip(equation.inputs, body.inputs, strict=True)):
             links = self.links.get(inner, {})
-            self.meet(atom, {t: _outside(x) for t, x in links.items()} if position >= last else links)
+            self.meet(
+                atom, {t: _outside(x) for t, x in links.items()} if position >= last else links
+            )
 
     def shape(self, atom: Atom) -> Shape:
-        return tuple(jnp.shape(atom.value)) if isinstance(atom, Constant) else tuple(self.types[atom].shape)
+        return (
+            tuple(jnp.shape(atom.value))
+            if isinstance(atom, Constant)
+            else tuple(self.types[atom].shape)
+        )
 
 
 def _inside(link: Link) -> Link:

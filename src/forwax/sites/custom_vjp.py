@@ -18,8 +18,10 @@ def custom_vjp_error(equation: Any) -> TypeError:
     source = source_info_util.summarize(equation.source_info)
     place = f" (called at {source})" if source else ""
     return TypeError(
-        f"forwax: the loss calls the jax.custom_vjp function {name}{place} on values that depend on the parameters, "
-        "but a custom_vjp function has no JVP, which forward gradients need. Write its rule as a jax.custom_jvp, or "
+        f"forwax: the loss calls the jax.custom_vjp function {name}{place} on values that depend "
+        f"on the parameters, "
+        "but a custom_vjp function has no JVP, which forward gradients need. Write its rule as a "
+        "jax.custom_jvp, or "
         "use forwax.FiniteDifference, which needs no derivative rule."
     )
 
@@ -39,13 +41,18 @@ def check_inside(equation: Any, moved: Sequence[bool]) -> None:
         equation: one that carries jaxprs, such as `cond` and `while`.
         moved: which of its operands depend on the parameters.
 
-    Under `jit` JAX itself would only find out when it lowers the whole program. Under `vmap` it does at once.
+    Under `jit` JAX itself would only find out when it lowers the whole program. Under `vmap` it
+    does at once.
     """
     found = next(filter(None, map(_find, jex.jaxprs_in_params(equation.params))), None)
     if found is None:
         return
     specs = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in equation.invars]
-    chosen = [i for i, (spec, move) in enumerate(zip(specs, moved, strict=True)) if move and _is_inexact(spec)]
+    chosen = [
+        i
+        for i, (spec, move) in enumerate(zip(specs, moved, strict=True))
+        if move and _is_inexact(spec)
+    ]
     params = equation.primitive.get_bind_params(equation.params)
 
     def push(values: list[Any], tangents: list[Any]) -> Any:
@@ -60,7 +67,10 @@ def check_inside(equation: Any, moved: Sequence[bool]) -> None:
     tangents = [jax.ShapeDtypeStruct((1, *specs[i].shape), specs[i].dtype) for i in chosen]
     try:
         jax.eval_shape(jax.vmap(push, (None, 0)), specs, tangents)
-    except (TypeError, ValueError) as error:  # all others are about this trial: inside shard_map it lacks mesh axes
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # all others are about this trial: inside shard_map it lacks mesh axes
         if "custom_vjp" in str(error):
             raise custom_vjp_error(found) from error
 

@@ -34,7 +34,8 @@ def heard_by(site: Site, sites: Sites, name: str) -> list[Site]:
     heard = [output for output in output_sites(sites) if output.reach & site.reach]
     if not heard:
         raise ValueError(
-            f"{name}: found no output site after the {site.region.equations[0].name} of shape {site.shape}: none whose "
+            f"{name}: found no output site after the {site.region.equations[0].name} of shape "
+            f"{site.shape}: none whose "
             "way to the loss is free of parameters. Use FeedbackAlignment for this loss."
         )
     return heard
@@ -49,7 +50,10 @@ def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> lis
     """The slope of each output site's value along noises [k, *spec]: [k, *shape], with examples before the shape."""
     outputs = [site.variable for site in output_sites(sites)]
     inputs = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params)]
-    axes = (list(sites.problem.mapped_axes), {s.variable: 0 if s.mapped else None for s in sites.noisy})
+    axes = (
+        list(sites.problem.mapped_axes),
+        {s.variable: 0 if s.mapped else None for s in sites.noisy},
+    )
 
     def one(mapped: Sequence[Array], noise: Values, time: Array) -> list[Array]:
         values, _ = forward(sites.level, [*inputs, *mapped], noise, time, frozenset(), outputs)
@@ -59,7 +63,9 @@ def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> lis
         def values(time: Array) -> list[Array]:
             if sites.num_examples is None:
                 return one((), noise, time)
-            return jax.vmap(one, (*axes, None), axis_size=sites.num_examples)(list(sites.problem.mapped), noise, time)
+            return jax.vmap(one, (*axes, None), axis_size=sites.num_examples)(
+                list(sites.problem.mapped), noise, time
+            )
 
         return jax.jvp(values, (jnp.zeros(()),), (jnp.ones(()),))[1]
 
@@ -69,13 +75,21 @@ def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> lis
     return jax.vmap(slopes)(named)
 
 
-def sent(site: Site, sites: Sites, heard: Sequence[Site], errors: Mapping[Variable, Array], through: Array) -> Array:
+def sent(
+    site: Site,
+    sites: Sites,
+    heard: Sequence[Site],
+    errors: Mapping[Variable, Array],
+    through: Array,
+) -> Array:
     """A site's error: that of the outputs it hears of, as real coordinates [..., e], times a map [e, z].
 
     A map of the size of one step's value serves every step of the loops around the site.
     """
     lead = () if sites.num_examples is None else (sites.num_examples,)
-    flat = jnp.concatenate([coordinates(jnp.conj(errors[s.variable]), len(lead)) for s in heard], axis=-1)
+    flat = jnp.concatenate(
+        [coordinates(jnp.conj(errors[s.variable]), len(lead)) for s in heard], axis=-1
+    )
     error = flat @ through.astype(flat.dtype)
     if lead and not site.mapped:
         error, lead = jnp.sum(error, axis=0), ()

@@ -44,14 +44,19 @@ def num_coordinates(sites: Sites, tangents: Tangents, *, own_slopes: bool = True
 def _by_example(sites: Sites, tangents: Tangents, own_slopes: bool) -> bool:
     """Whether each example draws a direction of its own.
 
-    Where coordinates depend on one another, a slope must hear a whole direction for the tangents' law to hold.
+    Where coordinates depend on one another, a slope must hear a whole direction for the tangents'
+    law to hold.
     """
     own = own_slopes and all(site.mapped for site in sites.noisy)
     return own and sites.num_examples is not None and not tangents.coordinatewise
 
 
 def _draw(
-    tangents: Tangents, key: Array, specs: Sequence[Spec], axes: Sequence[_mesh.Axes], num_tangents: int
+    tangents: Tangents,
+    key: Array,
+    specs: Sequence[Spec],
+    axes: Sequence[_mesh.Axes],
+    num_tangents: int,
 ) -> list[Array]:
     """Noise [k, *spec] for each spec, in one draw; those of one shape are stacked, which compiles faster."""
     if not specs:
@@ -59,7 +64,14 @@ def _draw(
     members: dict[Any, list[int]] = {}
     for i, (spec, over) in enumerate(zip(specs, axes, strict=True)):
         members.setdefault((spec.shape, spec.dtype, over), []).append(i)
-    stacked = [_mesh.like((len(part), *shape), dtype, over) for (shape, dtype, over), part in members.items()]
+    stacked = [
+        _mesh.like((len(part), *shape), dtype, over)
+        for (shape, dtype, over), part in members.items()
+    ]
     drawn = sampler(tangents, key, stacked, num_tangents, hold=True)(jnp.arange(num_tangents))
-    noise = {i: x[:, j] for x, part in zip(drawn, members.values(), strict=True) for j, i in enumerate(part)}
+    noise = {
+        i: x[:, j]
+        for x, part in zip(drawn, members.values(), strict=True)
+        for j, i in enumerate(part)
+    }
     return [noise[i] for i in range(len(specs))]

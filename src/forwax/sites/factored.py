@@ -1,7 +1,8 @@
 """A parameter's tangent as a product of two thin arrays, and what operations make of it without forming it.
 
-The tangent of a variable is Σ_r left_r · right_r, elementwise, each factor with size 1 along axes on which it does not
-depend. Moves of axes act on both factors; a dot or a convolution contracts one of them and is then scaled by the other.
+The tangent of a variable is Σ_r left_r · right_r, elementwise, each factor with size 1 along axes
+on which it does not depend. Moves of axes act on both factors; a dot or a convolution contracts one
+of them and is then scaled by the other.
 """
 
 import dataclasses
@@ -33,7 +34,10 @@ class Factored:
 
     def dense(self, shape: Shape) -> Array:
         """The tangent itself."""
-        total = sum((left * right for left, right in self.pairs[1:]), start=self.pairs[0][0] * self.pairs[0][1])
+        total = sum(
+            (left * right for left, right in self.pairs[1:]),
+            start=self.pairs[0][0] * self.pairs[0][1],
+        )
         return jnp.broadcast_to(total, shape)
 
 
@@ -44,11 +48,15 @@ _MOVES = MOVES | _UNCHANGED | {"slice", "dynamic_slice", _VARY}
 
 def is_move(equation: Equation) -> bool:
     """Whether an operation only moves or casts the entries of its first operand, and their tangents with them."""
-    cut = equation.name == "convert_element_type" and not jnp.issubdtype(equation.params["new_dtype"], jnp.inexact)
+    cut = equation.name == "convert_element_type" and not jnp.issubdtype(
+        equation.params["new_dtype"], jnp.inexact
+    )
     return equation.name in _MOVES and not cut
 
 
-def moved(equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape) -> Factored | None:
+def moved(
+    equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape
+) -> Factored | None:
     """The tangent behind an operation that only moves entries; None when the operation is another or they would mix."""
     pairs = []
     for pair in tangent.pairs:
@@ -59,7 +67,9 @@ def moved(equation: Equation, tangent: Factored, values: Sequence[Any], shape: S
     return Factored(tuple(pairs))
 
 
-def _moved(equation: Equation, factor: Array, values: Sequence[Any], shape: Shape, out: Shape) -> Array | None:
+def _moved(
+    equation: Equation, factor: Array, values: Sequence[Any], shape: Shape, out: Shape
+) -> Array | None:
     name, params = equation.name, equation.params
     if name in _UNCHANGED:
         return factor
@@ -80,7 +90,10 @@ def _moved(equation: Equation, factor: Array, values: Sequence[Any], shape: Shap
         return _sliced(factor, params)
     if name == "dynamic_slice":
         kept = [n > 1 for n in factor.shape]
-        starts = [start if keep else jnp.zeros_like(start) for start, keep in zip(values[1:], kept, strict=True)]
+        starts = [
+            start if keep else jnp.zeros_like(start)
+            for start, keep in zip(values[1:], kept, strict=True)
+        ]
         sizes = [n if keep else 1 for n, keep in zip(params["slice_sizes"], kept, strict=True)]
         return lax.dynamic_slice(factor, starts, sizes)
     return None
@@ -88,7 +101,9 @@ def _moved(equation: Equation, factor: Array, values: Sequence[Any], shape: Shap
 
 def _sliced(factor: Array, params: Any) -> Array:
     strides = params["strides"] or [1] * factor.ndim
-    bounds = zip(params["start_indices"], params["limit_indices"], strides, factor.shape, strict=True)
+    bounds = zip(
+        params["start_indices"], params["limit_indices"], strides, factor.shape, strict=True
+    )
     return factor[tuple(slice(a, b, s) if n > 1 else slice(None) for a, b, s, n in bounds)]
 
 
@@ -125,7 +140,9 @@ def _blocks(shape: Shape, out: Shape) -> list[tuple[slice, slice]]:
     return blocks
 
 
-def product(equation: Equation, position: int, tangent: Factored, values: Sequence[Any]) -> Array | None:
+def product(
+    equation: Equation, position: int, tangent: Factored, values: Sequence[Any]
+) -> Array | None:
     """The tangent of a dot or convolution whose operand `position` alone has a factored tangent; None if it is none."""
     if equation.name == "dot_general":
         contract = _dot_product
@@ -142,7 +159,9 @@ def product(equation: Equation, position: int, tangent: Factored, values: Sequen
     return total
 
 
-def _dot_product(equation: Equation, position: int, left: Array, right: Array, values: Sequence[Any]) -> Array | None:
+def _dot_product(
+    equation: Equation, position: int, left: Array, right: Array, values: Sequence[Any]
+) -> Array | None:
     contracted, batch = equation.params["dimension_numbers"]
     other = lax.stop_gradient(values[1 - position])
     shape, own, mixed = values[position].shape, contracted[position], batch[position]
@@ -153,7 +172,9 @@ def _dot_product(equation: Equation, position: int, left: Array, right: Array, v
     inner, outer = pair
     inner = jnp.broadcast_to(inner, [1 if axis in free else n for axis, n in enumerate(shape)])
     inner = lax.squeeze(inner, free)
-    place = {axis: i for i, axis in enumerate(axis for axis in range(len(shape)) if axis not in free)}
+    place = {
+        axis: i for i, axis in enumerate(axis for axis in range(len(shape)) if axis not in free)
+    }
     mine = (tuple(place[a] for a in own), tuple(place[a] for a in mixed))
     theirs = (contracted[1 - position], batch[1 - position])
     numbers = tuple(x if position == 0 else x[::-1] for x in zip(mine, theirs, strict=True))
@@ -161,7 +182,9 @@ def _dot_product(equation: Equation, position: int, left: Array, right: Array, v
     params = {**equation.params, "dimension_numbers": numbers}
     thin = equation.primitive.bind(*operands, **params)
     rest = thin.ndim - len(mixed)
-    outer = lax.squeeze(lax.transpose(outer, (*mixed, *free, *own)), range(len(shape) - len(own), len(shape)))
+    outer = lax.squeeze(
+        lax.transpose(outer, (*mixed, *free, *own)), range(len(shape) - len(own), len(shape))
+    )
     if position == 0:  # result axes: batch, mine, theirs
         thin = jnp.expand_dims(thin, range(len(mixed), len(mixed) + len(free)))
         outer = jnp.expand_dims(outer, range(outer.ndim, outer.ndim + rest))
@@ -171,7 +194,9 @@ def _dot_product(equation: Equation, position: int, left: Array, right: Array, v
     return thin * outer.astype(thin.dtype)
 
 
-def look_up(equation: Equation, tangent: Factored, values: Sequence[Any], out: Shape) -> Array | None:
+def look_up(
+    equation: Equation, tangent: Factored, values: Sequence[Any], out: Shape
+) -> Array | None:
     """The tangent of a look-up of rows: one factor is looked up, the other, the same for all rows, is not."""
     if equation.primitive is not primitives.gather_p:
         return None
@@ -188,8 +213,14 @@ def look_up(equation: Equation, tangent: Factored, values: Sequence[Any], out: S
         rows, rest = pair
         if any(rows.shape[axis] != values[0].shape[axis] for axis in indexed):
             return None
-        own = tuple(n if axis in indexed else min(n, rows.shape[axis]) for axis, n in enumerate(sizes))
-        params = {**equation.params, "slice_sizes": own, "fill_value": 0}  # a row that is not there has no tangent
+        own = tuple(
+            n if axis in indexed else min(n, rows.shape[axis]) for axis, n in enumerate(sizes)
+        )
+        params = {
+            **equation.params,
+            "slice_sizes": own,
+            "fill_value": 0,
+        }  # a row that is not there has no tangent
         looked = primitives.gather_p.bind(rows, values[1], **params)
         shape = [1] * len(out)
         for place, axis in zip(numbers.offset_dims, kept, strict=True):

@@ -14,23 +14,29 @@ from forwax.sites.program import Atom, Constant, Equation, Variable, bind, read,
 Values = dict[Variable, Any]
 
 
-def forward_with_feedback(level: Level, kinds: Kinds, inputs: Sequence[Any], feedback: Values) -> list[Any]:
+def forward_with_feedback(
+    level: Level, kinds: Kinds, inputs: Sequence[Any], feedback: Values
+) -> list[Any]:
     """Evaluate a level so that errors cross its dots and convolutions through the feedback.
 
     Args:
         level: what to evaluate.
         kinds: the kind of each variable.
         inputs: the values of the program's inputs.
-        feedback: for the inputs that are parameters, what stands for them on the way back. Chains of parameters are
-            evaluated on it a second time.
+        feedback: for the inputs that are parameters, what stands for them on the way back. Chains
+            of parameters are evaluated on it a second time.
 
     Returns:
-        The program's outputs. The feedback of parameters that were computed on the way is added to `feedback`.
+        The program's outputs. The feedback of parameters that were computed on the way is added to
+        `feedback`.
     """
     env: Values = dict(zip(level.program.inputs, inputs, strict=True))
     for equation in level.program.equations:
         values = [read(atom, env) for atom in equation.inputs]
-        twins = [feedback.get(a, v) if not isinstance(a, Constant) else v for a, v in zip(equation.inputs, values)]  # noqa: B905
+        twins = [
+            feedback.get(a, v) if not isinstance(a, Constant) else v
+            for a, v in zip(equation.inputs, values)
+        ]  # noqa: B905
         plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
         if plan is not None:
             outputs = _loop(plan, kinds, values, feedback)
@@ -76,7 +82,10 @@ def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values)
         xs, own = slices
         inner = {**fixed, **own}
         outputs = forward_with_feedback(plan.level, kinds, [*values[:first], *carry, *xs], inner)
-        return outputs[: loop.num_carry], (outputs[loop.num_carry :], {v: inner[v] for v in stacked})
+        return outputs[: loop.num_carry], (
+            outputs[loop.num_carry :],
+            {v: inner[v] for v in stacked},
+        )
 
     carry, (ys, twins) = lax.scan(
         step,
@@ -92,7 +101,9 @@ def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values)
 
 
 def _is_site(equation: Equation, kinds: Kinds) -> bool:
-    return kinds[equation.outputs[0]] is Kind.MIXED and any(_is_parameter(a, kinds) for a in equation.inputs)
+    return kinds[equation.outputs[0]] is Kind.MIXED and any(
+        _is_parameter(a, kinds) for a in equation.inputs
+    )
 
 
 def _is_chain(equation: Equation, kinds: Kinds) -> bool:

@@ -31,7 +31,8 @@ def find_sites(
     Args:
         problem: the parameters, the loss and the examples.
         name: the rule's name, for errors.
-        select: which parameters, by their path, get activity noise; None for all. The others get weight noise.
+        select: which parameters, by their path, get activity noise; None for all. The others get
+            weight noise.
         exact_outputs: whether the last sites take their exact error.
         credit: whether to look for the axes along which slopes can be told apart.
     """
@@ -41,8 +42,12 @@ def find_sites(
     count = num_losses(traced)
     start, paths = len(traced.closed), _paths(problem.params)
     inputs = traced.program.inputs
-    given = [Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))]
-    unselected = [inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)]
+    given = [
+        Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))
+    ]
+    unselected = [
+        inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)
+    ]
     _check_selection(paths, len(unselected), name)
     if exact_outputs:
         traced = _with_split_loops(traced, given, count)
@@ -75,7 +80,9 @@ def find_sites(
     if not credit:
         return found
     reached = mapped_variables(program, [site.variable for site in found.noisy])
-    noisy = {v for v in reached if jnp.issubdtype(types[v].dtype, jnp.inexact)}  # comparisons pass no noise on
+    noisy = {
+        v for v in reached if jnp.issubdtype(types[v].dtype, jnp.inexact)
+    }  # comparisons pass no noise on
     return with_credit(found, make_sources(level, kinds, masks, count, noisy, tail, exact_outputs))
 
 
@@ -88,7 +95,11 @@ def _with_split_loops(traced: Traced, given: Sequence[Kind], count: int) -> Trac
 
     def is_site(equation: Equation) -> bool:
         mixed = any(classifier.kinds.get(v) is Kind.MIXED for v in equation.outputs)
-        return equation.loop is None and mixed and any(classifier.kind(a) is Kind.PARAMETER for a in equation.inputs)
+        return (
+            equation.loop is None
+            and mixed
+            and any(classifier.kind(a) is Kind.PARAMETER for a in equation.inputs)
+        )
 
     return split_loops(traced, is_site)
 
@@ -100,7 +111,8 @@ def _paths(params: Tree) -> list[str]:
 def _check_split(arrays: Sequence[Array], name: str) -> None:
     for x in filter(_mesh.is_split, arrays):
         raise ValueError(
-            f"{name}: expected arrays that are not split over explicit mesh axes, got {jax.typeof(x)}. Make the mesh "
+            f"{name}: expected arrays that are not split over explicit mesh axes, got "
+            f"{jax.typeof(x)}. Make the mesh "
             "with axis_types=(jax.sharding.AxisType.Auto,), one for each axis, or call it inside "
             "jax.sharding.auto_axes. forwax.WeightPerturbation takes such arrays."
         )
@@ -109,8 +121,10 @@ def _check_split(arrays: Sequence[Array], name: str) -> None:
 def _check_selection(paths: Sequence[str], num_unselected: int, name: str) -> None:
     if 0 < num_unselected == len(paths):
         raise ValueError(
-            f"{name}: expected where to select a parameter, got one that selects none of {', '.join(paths)}. Pass a "
-            "regular expression that is found in one of these paths, or a function of them that is true for one; for "
+            f"{name}: expected where to select a parameter, got one that selects none of "
+            f"{', '.join(paths)}. Pass a "
+            "regular expression that is found in one of these paths, or a function of them that is "
+            "true for one; for "
             "weight noise alone use forwax.WeightPerturbation."
         )
 
@@ -119,6 +133,7 @@ def _check_data(traced: Traced, classifier: Classifier, count: int, name: str) -
     kinds = {classifier.kind(atom) for atom in traced.program.outputs[:count]}
     if Kind.PARAMETER in kinds and not kinds & {Kind.DATA, Kind.MIXED}:
         raise ValueError(
-            f"{name}: the loss depends on the parameters alone, so there is no site where a parameter meets data. Pass "
+            f"{name}: the loss depends on the parameters alone, so there is no site where a "
+            f"parameter meets data. Pass "
             "the data as arguments of the loss, or use forwax.WeightPerturbation, which needs none."
         )

@@ -1,7 +1,8 @@
 """Take out of a loop what its steps do not hand on, so that sites there are output sites like all others.
 
-A `scan` whose body computes an output from the carry, such as a readout at every step, or adds a loss up, becomes two:
-the recurrent rest, which now puts out what the other part reads, and that part for all steps at once.
+A `scan` whose body computes an output from the carry, such as a readout at every step, or adds a
+loss up, becomes two: the recurrent rest, which now puts out what the other part reads, and that
+part for all steps at once.
 """
 
 import dataclasses
@@ -46,8 +47,13 @@ def split_loops(traced: Traced, is_site: Callable[[Equation], bool]) -> Traced:
         renamed |= dict(zip(moved.outputs, found.outputs, strict=True))
     if not renamed:
         return traced
-    outputs = tuple(atom if isinstance(atom, Constant) else renamed.get(atom, atom) for atom in traced.program.outputs)
-    return dataclasses.replace(traced, program=Program(traced.program.inputs, tuple(equations), outputs))
+    outputs = tuple(
+        atom if isinstance(atom, Constant) else renamed.get(atom, atom)
+        for atom in traced.program.outputs
+    )
+    return dataclasses.replace(
+        traced, program=Program(traced.program.inputs, tuple(equations), outputs)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,11 @@ def _parts(loop: Loop, is_site: Callable[[Equation], bool]) -> _Parts | None:
     """How to split a loop, or None if nothing is gained."""
     body = loop.body
     sums, adding = _sums(loop)
-    needed = {v for i, v in enumerate(body.outputs[: loop.num_carry]) if i not in sums and not isinstance(v, Constant)}
+    needed = {
+        v
+        for i, v in enumerate(body.outputs[: loop.num_carry])
+        if i not in sums and not isinstance(v, Constant)
+    }
     kept, taken = [], []
     for equation in reversed(body.equations):
         if equation in adding:
@@ -103,7 +113,11 @@ def _sums(loop: Loop) -> tuple[dict[int, Variable], list[Equation]]:
             carry = equation.outputs[0]
         if chain and chain[-1].name in _SUMS and chain[-1].outputs[0] == body.outputs[i]:
             others = [v for v in chain[-1].variables if v != carry]
-            if len(others) == 1 and outputs.count(chain[-1].outputs[0]) == 1 and body.outputs[i] not in readers:
+            if (
+                len(others) == 1
+                and outputs.count(chain[-1].outputs[0]) == 1
+                and body.outputs[i] not in readers
+            ):
                 sums[i] = others[0]
                 adding += chain
     return sums, adding
@@ -127,9 +141,15 @@ def _function(equation: Equation, parts: _Parts) -> Callable[..., list[Any]]:
         slices = dict(zip(body.inputs[last:], values[last:], strict=True))
 
         def step(carry: list[Any], slices: dict[Variable, Any]) -> tuple[list[Any], list[Any]]:
-            env = {**fixed, **slices, **{body.inputs[first + i]: x for i, x in zip(carries, carry, strict=True)}}
+            env = {
+                **fixed,
+                **slices,
+                **{body.inputs[first + i]: x for i, x in zip(carries, carry, strict=True)},
+            }
             evaluate(parts.kept, env)
-            return [read(body.outputs[i], env) for i in carries], [read(a, env) for a in [*early, *handed]]
+            return [read(body.outputs[i], env) for i in carries], [
+                read(a, env) for a in [*early, *handed]
+            ]
 
         starts = [values[first + i] for i in carries]
         ends, ys = lax.scan(step, starts, slices, loop.length, loop.reverse, loop.unroll)
@@ -137,12 +157,23 @@ def _function(equation: Equation, parts: _Parts) -> Callable[..., list[Any]]:
         def after(mapped: dict[Variable, Any]) -> dict[Variable, Any]:
             env = {**fixed, **mapped}
             evaluate(parts.taken, env)
-            return {v: env[v] for v in [*variables(stacked), *parts.sums.values()] if v in made or v in mapped}
+            return {
+                v: env[v]
+                for v in [*variables(stacked), *parts.sums.values()]
+                if v in made or v in mapped
+            }
 
-        behind = jax.vmap(after, axis_size=loop.length)({**slices, **dict(zip(handed, ys[len(early) :], strict=True))})
-        sums = {i: _added(values[first + i], _stacked(behind, v, fixed, loop)) for i, v in parts.sums.items()}
+        behind = jax.vmap(after, axis_size=loop.length)(
+            {**slices, **dict(zip(handed, ys[len(early) :], strict=True))}
+        )
+        sums = {
+            i: _added(values[first + i], _stacked(behind, v, fixed, loop))
+            for i, v in parts.sums.items()
+        }
         whole = iter(ys)
-        outputs = [behind[a] if not isinstance(a, Constant) and a in made else next(whole) for a in stacked]
+        outputs = [
+            behind[a] if not isinstance(a, Constant) and a in made else next(whole) for a in stacked
+        ]
         final = dict(zip(carries, ends, strict=True)) | sums
         return [*(final[i] for i in range(loop.num_carry)), *outputs]
 
@@ -153,7 +184,9 @@ def _added(start: Any, steps: Any) -> Any:
     return jnp.asarray(start, steps.dtype) + jnp.sum(steps, axis=0, dtype=steps.dtype)
 
 
-def _stacked(behind: dict[Variable, Any], variable: Variable, fixed: dict[Variable, Any], loop: Loop) -> Any:
+def _stacked(
+    behind: dict[Variable, Any], variable: Variable, fixed: dict[Variable, Any], loop: Loop
+) -> Any:
     """What is added in each step, for all steps."""
     if variable in behind:
         return behind[variable]

@@ -43,7 +43,9 @@ class Drawn:
     def one(self, variable: Variable, like: Any, index: Any, after: Array) -> Array:
         """One direction of a site's noise, drawn once the value `after` is there, so that it need not be kept."""
         key = self.keys[variable][index]
-        key = _mesh.own_key(key, _mesh.axes(like) - _mesh.axes(key))  # before `after` hides that shards share a key
+        key = _mesh.own_key(
+            key, _mesh.axes(like) - _mesh.axes(key)
+        )  # before `after` hides that shards share a key
         data = behind(jax.random.key_data(key), [after])
         return self.draw(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), like)
 
@@ -51,16 +53,23 @@ class Drawn:
         """All directions [k, ...]."""
         if self.num_tangents == 1:
             return self.one(variable, like, 0, after)[None]
-        return jax.vmap(lambda index: self.one(variable, like, index, after))(jnp.arange(self.num_tangents))
+        return jax.vmap(lambda index: self.one(variable, like, index, after))(
+            jnp.arange(self.num_tangents)
+        )
 
     def slices(self, plan: LoopPlan) -> Any:
         """What a loop is to scan over to give each step its noise."""
         return jnp.arange(plan.loop.length, dtype=jnp.uint32)
 
     def inside(self, plan: LoopPlan, counter: Any) -> "Drawn":
-        """The noise of one step. No site has the number of a loop, so that no two keys are the same."""
+        """The noise of one step.
+
+        No site has the number of a loop, so that no two keys are the same.
+        """
         loop_key = jax.random.fold_in(self.key, plan.equation.outputs[0])
-        return dataclasses.replace(self, key=jax.random.fold_in(loop_key, counter)).at_level(plan.level)
+        return dataclasses.replace(self, key=jax.random.fold_in(loop_key, counter)).at_level(
+            plan.level
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +77,8 @@ class Held:
     """Noise that was drawn at the start, since its coordinates depend on one another.
 
     Attributes:
-        values: by the variable that it enters at: [k, ...], then the examples, then the loops around it.
+        values: by the variable that it enters at: [k, ...], then the examples, then the loops
+            around it.
         loop_axis: for each of these the axis of the outermost loop.
     """
 
@@ -85,7 +95,9 @@ class Held:
 
     def slices(self, plan: LoopPlan) -> Any:
         """What a loop is to scan over to give each step its noise."""
-        inner = [v for region, _ in plan.level.all_regions() for v in region.outputs if v in self.values]
+        inner = [
+            v for region, _ in plan.level.all_regions() for v in region.outputs if v in self.values
+        ]
         return {v: jnp.moveaxis(self.values[v], self.loop_axis[v], 0) for v in inner}
 
     def inside(self, plan: LoopPlan, values: Any) -> "Held":

@@ -11,10 +11,11 @@ from forwax.sites.program import NOISE_POINT
 def noise_point(x: Any) -> Any:
     """Mark where the noise of the sites before it enters: the identity, to be called inside a model.
 
-    By default activity noise enters behind a site's own operation and its bias. A mark moves it: everything between the
-    site and the mark, a normalisation included, then belongs to the site and is differentiated exactly, as long as all
-    of it leads to the mark and no other dot, convolution or look-up lies between. Sites from which some way leads past
-    the mark keep their noise where it was.
+    By default activity noise enters behind a site's own operation and its bias. A mark moves it:
+    everything between the site and the mark, a normalisation included, then belongs to the site and
+    is differentiated exactly, as long as all of it leads to the mark and no other dot, convolution
+    or look-up lies between. Sites from which some way leads past the mark keep their noise where it
+    was.
 
     Args:
         x: a pytree of arrays.

@@ -13,19 +13,24 @@ from forwax import _mesh
 def behind(value: Any, others: Iterable[Array]) -> Array:
     """The value itself, but computed after the others: it is chosen by a condition on them that never holds.
 
-    `jax.lax.optimization_barrier` says the same, but XLA on CPU drops it before it orders the operations. Where
-    `jax.vmap` maps the others alone, the value stays as it is and waits for all of them. On several other devices the
-    condition would have to be told to all of them, and the barrier it is.
+    `jax.lax.optimization_barrier` says the same, but XLA on CPU drops it before it orders the
+    operations. Where `jax.vmap` maps the others alone, the value stays as it is and waits for all
+    of them. On several other devices the condition would have to be told to all of them, and the
+    barrier it is.
     """
     value = jnp.asarray(value)
     if has_several_accelerators():
         over = _mesh.axes(value)
-        return lax.optimization_barrier((value, [other for other in others if _mesh.axes(other) <= over]))[0]
+        return lax.optimization_barrier(
+            (value, [other for other in others if _mesh.axes(other) <= over])
+        )[0]
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):  # keys have no zero
         return value
     over = _mesh.axes(value)
     for other in others:
-        if other.size and _mesh.axes(other) <= over and not _mesh.is_split(other):  # its type stays as it is
+        if (
+            other.size and _mesh.axes(other) <= over and not _mesh.is_split(other)
+        ):  # its type stays as it is
             value = jnp.where(_any(_never(lax.stop_gradient(other))), jnp.zeros_like(value), value)
     return value
 

@@ -21,7 +21,8 @@ def outer(coefficients: Array, pairs: Sequence[Pair], leaf: Array) -> Array:
 
     Args:
         coefficients: one for each term, of any rank.
-        pairs: factors of the leaf's rank behind the axes of the coefficients, of size 1 where they do not depend.
+        pairs: factors of the leaf's rank behind the axes of the coefficients, of size 1 where they
+            do not depend.
         leaf: the parameter.
     """
     parts = [_outer(coefficients, left, right, leaf) for left, right in pairs]
@@ -38,18 +39,24 @@ def _outer(coefficients: Array, left: Array, right: Array, leaf: Array) -> Array
     lead, wide = coefficients.ndim, _tree.accumulation_dtype(leaf.dtype)
     scaled = _scaled(coefficients, left, leaf)
     if math.prod(coefficients.shape) == 1:
-        return (scaled * right.astype(wide)).reshape(jnp.broadcast_shapes(left.shape, right.shape)[lead:])
-    if math.prod(right.shape) == 1:  # an einsum would multiply by it, and then add up with a slow loop
-        total = jnp.tensordot(coefficients.astype(scaled.dtype), left.astype(wide), lead, precision=Precision.HIGHEST)
+        return (scaled * right.astype(wide)).reshape(
+            jnp.broadcast_shapes(left.shape, right.shape)[lead:]
+        )
+    if (
+        math.prod(right.shape) == 1
+    ):  # an einsum would multiply by it, and then add up with a slow loop
+        total = jnp.tensordot(
+            coefficients.astype(scaled.dtype), left.astype(wide), lead, precision=Precision.HIGHEST
+        )
         return total * right.reshape(()).astype(wide)
     names = "abcdefghijklmnopqrstuvwxyz"
     out, first = names[: leaf.ndim], names[leaf.ndim : leaf.ndim + lead]
 
     def named(x: Array) -> tuple[Array, str]:
         kept = [axis for axis in range(leaf.ndim) if x.shape[lead + axis] > 1]
-        return x.reshape(*x.shape[:lead], *(x.shape[lead + axis] for axis in kept)), first + "".join(
-            out[axis] for axis in kept
-        )
+        return x.reshape(
+            *x.shape[:lead], *(x.shape[lead + axis] for axis in kept)
+        ), first + "".join(out[axis] for axis in kept)
 
     (a, left_names), (b, right_names) = named(scaled), named(right.astype(wide))
     kept = "".join(name for name in out if name in left_names + right_names)
@@ -58,14 +65,17 @@ def _outer(coefficients: Array, left: Array, right: Array, leaf: Array) -> Array
 
 def _scaled(coefficients: Array, left: Array, leaf: Array) -> Array:
     wide = _tree.accumulation_dtype(leaf.dtype)
-    scale = coefficients.reshape(*coefficients.shape, *[1] * leaf.ndim).astype(jnp.finfo(wide).dtype)
+    scale = coefficients.reshape(*coefficients.shape, *[1] * leaf.ndim).astype(
+        jnp.finfo(wide).dtype
+    )
     return scale * left.astype(wide)
 
 
 def add_outer(leaf: Array, coefficients: Array, pairs: Sequence[Pair]) -> Array:
     """The leaf + Σ c left · right, see `outer`, of which no more than a block is held beside the leaf.
 
-    Few terms are one elementwise pass, which compilers do in place; many are a dot for each block of rows.
+    Few terms are one elementwise pass, which compilers do in place; many are a dot for each block
+    of rows.
     """
     if math.prod(coefficients.shape) * len(pairs) <= FEW:
         return _add_terms(leaf, coefficients, pairs)
@@ -74,7 +84,9 @@ def add_outer(leaf: Array, coefficients: Array, pairs: Sequence[Pair]) -> Array:
         total = outer(coefficients, [(cut(left), cut(right)) for left, right in pairs], part)
         return (part.astype(total.dtype) + total).astype(part.dtype)
 
-    return add(leaf, lambda x: x) if leaf.size < _SMALL else _by_blocks(leaf, coefficients.ndim, add)
+    return (
+        add(leaf, lambda x: x) if leaf.size < _SMALL else _by_blocks(leaf, coefficients.ndim, add)
+    )
 
 
 def _add_terms(leaf: Array, coefficients: Array, pairs: Sequence[Pair]) -> Array:
@@ -82,14 +94,17 @@ def _add_terms(leaf: Array, coefficients: Array, pairs: Sequence[Pair]) -> Array
     total = leaf.astype(wide)
     for left, right in pairs:
         scaled, right = (
-            x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:]) for x in (_scaled(coefficients, left, leaf), right)
+            x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:])
+            for x in (_scaled(coefficients, left, leaf), right)
         )
         for j in range(scaled.shape[0]):
             total = total + scaled[j] * (right[j] if right.shape[0] > 1 else right[0]).astype(wide)
     return total.astype(leaf.dtype)
 
 
-def _by_blocks(leaf: Array, lead: int, add: Callable[[Array, Callable[[Array], Array]], Array]) -> Array:
+def _by_blocks(
+    leaf: Array, lead: int, add: Callable[[Array, Callable[[Array], Array]], Array]
+) -> Array:
     """Apply `add` to one block of the first axis with several entries after the other, in place."""
     axis = next(i for i, n in enumerate(leaf.shape) if n > 1)
     size = -(-leaf.shape[axis] // _NUM_BLOCKS)

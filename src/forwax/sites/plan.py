@@ -63,7 +63,9 @@ class Level:
         """The regions of this level alone."""
         return [step for step in self.steps if isinstance(step, Region)]
 
-    def all_regions(self, lengths: tuple[int, ...] = ()) -> Iterable[tuple[Region, tuple[int, ...]]]:
+    def all_regions(
+        self, lengths: tuple[int, ...] = ()
+    ) -> Iterable[tuple[Region, tuple[int, ...]]]:
         """Every region with the lengths of the loops around it, outermost first."""
         for step in self.steps:
             if isinstance(step, Region):
@@ -77,11 +79,21 @@ class Level:
         return set(self.records).union(*inner)
 
 
-def make_level(program: Program, kinds: Kinds, reach: Reach, types: Sequence[Any], inputs: frozenset = frozenset()):
+def make_level(
+    program: Program,
+    kinds: Kinds,
+    reach: Reach,
+    types: Sequence[Any],
+    inputs: frozenset = frozenset(),
+):
     """Plan one level; values of `inputs` come from outside, so that they need no record here."""
     regions = find_regions(program, kinds, reach, types)
     last = {id(region.equations[-1]): region for region in regions}
-    loops = {e.outputs[0]: _plan_loop(e, kinds, reach, types) for e in program.equations if e.loop is not None}
+    loops = {
+        e.outputs[0]: _plan_loop(e, kinds, reach, types)
+        for e in program.equations
+        if e.loop is not None
+    }
     wanted = {v for v in variables(program.outputs) if kinds[v] is Kind.PARAMETER}
     needs: set[Variable] = set()
     steps: list[Step] = []
@@ -91,7 +103,10 @@ def make_level(program: Program, kinds: Kinds, reach: Reach, types: Sequence[Any
             step: Step = last[id(equation)]
             reads = step.inputs
         elif plan is not None and (plan.level.steps or wanted.intersection(equation.outputs)):
-            step, reads = plan, variables([*plan.fixed.values(), *plan.scanned.values(), *plan.kept.values()])
+            step, reads = (
+                plan,
+                variables([*plan.fixed.values(), *plan.scanned.values(), *plan.kept.values()]),
+            )
         elif wanted.intersection(v for v in equation.outputs if kinds[v] is Kind.PARAMETER):
             step, reads = equation, equation.variables
         else:
@@ -110,7 +125,10 @@ def _plan_loop(equation: Equation, kinds: Kinds, reach: Reach, types: Sequence[A
     given = frozenset([*body.inputs[:first], *body.inputs[last:]])
     level = make_level(body, kinds, reach, types, given)
     read = {v for step in level.steps for v in _reads(step)} | set(variables(body.outputs))
-    constant = [*body.inputs[:first], *(v for v in body.inputs[first:last] if kinds[v] is Kind.PARAMETER)]
+    constant = [
+        *body.inputs[:first],
+        *(v for v in body.inputs[first:last] if kinds[v] is Kind.PARAMETER),
+    ]
     pairs = list(zip(equation.outputs, body.outputs, strict=True))
     return LoopPlan(
         equation,

@@ -1,7 +1,8 @@
 """A traced program as plain data: equations over numbered variables, `jit` and `remat` inlined, loops as sub-programs.
 
-This is the only module that reads jaxprs. It differs between JAX versions in how `scan` writes its counts and in
-whether inner jaxprs are closed, so both are derived from what all versions share: ranks, and `getattr(j, "jaxpr", j)`.
+This is the only module that reads jaxprs. It differs between JAX versions in how `scan` writes its
+counts and in whether inner jaxprs are closed, so both are derived from what all versions share:
+ranks, and `getattr(j, "jaxpr", j)`.
 """
 
 import contextlib
@@ -48,7 +49,8 @@ class Loop:
     """What a `scan` repeats.
 
     Attributes:
-        body: inputs are constants, carries and slices of the scanned arrays; outputs are carries and stacked outputs.
+        body: inputs are constants, carries and slices of the scanned arrays; outputs are carries
+            and stacked outputs.
         num_consts: how many inputs are constants.
         num_carry: how many inputs, and outputs, are carries.
         length: the number of steps.
@@ -97,11 +99,15 @@ class Equation:
     @property
     def source(self) -> str:
         """Where in the user's code this operation stands, as `file:line (function)`."""
-        return source_info_util.summarize(self.origin.source_info) if self.origin is not None else ""
+        return (
+            source_info_util.summarize(self.origin.source_info) if self.origin is not None else ""
+        )
 
     def contains(self, *names: str) -> bool:
         """Whether this is, or carries inside it, a primitive of one of the names."""
-        return self.name in names or any(_contains(inner, names) for inner in jex.jaxprs_in_params(self.params))
+        return self.name in names or any(
+            _contains(inner, names) for inner in jex.jaxprs_in_params(self.params)
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,20 +163,28 @@ def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) ->
 
     def flat(*values: Any) -> Any:
         remaining = iter(values)
-        return fun(*(atom.value if isinstance(atom, Constant) else next(remaining) for atom in atoms))
+        return fun(
+            *(atom.value if isinstance(atom, Constant) else next(remaining) for atom in atoms)
+        )
 
-    specs = [_mesh.like(tuple(types[v].shape), types[v].dtype, _mesh.type_axes(types[v])) for v in given]
+    specs = [
+        _mesh.like(tuple(types[v].shape), types[v].dtype, _mesh.type_axes(types[v])) for v in given
+    ]
     closed_jaxpr = jax.make_jaxpr(flat)(*specs)
     program = _convert(closed_jaxpr.jaxpr, types, closed_jaxpr.consts)
     names: dict[Variable, Atom] = dict(zip(program.inputs, given, strict=True))
     equations = tuple(renamed_inputs(equation, names) for equation in program.equations)
-    outputs = tuple(atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in program.outputs)
+    outputs = tuple(
+        atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in program.outputs
+    )
     return Program(tuple(given), equations, outputs)
 
 
 def renamed_inputs(equation: Equation, names: Mapping[Variable, Atom]) -> Equation:
     """The same operation on other inputs."""
-    inputs = tuple(atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in equation.inputs)
+    inputs = tuple(
+        atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in equation.inputs
+    )
     return dataclasses.replace(equation, inputs=inputs)
 
 
@@ -237,7 +251,9 @@ def _convert(jaxpr: Any, types: list[Any], consts: Sequence[Any] | None = None) 
     return Program(inputs, tuple(equations), tuple(_atom(env, var) for var in jaxpr.outvars))
 
 
-def _convert_equations(jaxpr: Any, types: list[Any], env: dict[Any, Atom], equations: list[Equation]) -> None:
+def _convert_equations(
+    jaxpr: Any, types: list[Any], env: dict[Any, Atom], equations: list[Equation]
+) -> None:
     for eqn in jaxpr.eqns:
         inputs = tuple(_atom(env, var) for var in eqn.invars)
         if eqn.primitive in _INLINED:
@@ -250,7 +266,9 @@ def _convert_equations(jaxpr: Any, types: list[Any], env: dict[Any, Atom], equat
         equations.append(Equation(eqn.primitive, inputs, outputs, eqn.params, loop, eqn))
 
 
-def _inline(eqn: Any, inputs: tuple[Atom, ...], types: list[Any], equations: list[Equation]) -> list[Atom]:
+def _inline(
+    eqn: Any, inputs: tuple[Atom, ...], types: list[Any], equations: list[Equation]
+) -> list[Atom]:
     inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
     jaxpr, consts = _open(inner)
     env: dict[Any, Atom] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
@@ -263,7 +281,10 @@ def _loop(eqn: Any, types: list[Any]) -> Loop:
     jaxpr, consts = _open(eqn.params["jaxpr"])
     ranks = [len(atom.aval.shape) for atom in eqn.invars]
     num_xs = sum(rank != len(var.aval.shape) for rank, var in zip(ranks, jaxpr.invars, strict=True))
-    num_carry = sum(len(out.aval.shape) == len(v.aval.shape) for out, v in zip(eqn.outvars, jaxpr.outvars, strict=True))
+    num_carry = sum(
+        len(out.aval.shape) == len(v.aval.shape)
+        for out, v in zip(eqn.outvars, jaxpr.outvars, strict=True)
+    )
     body, params = _convert(jaxpr, types, consts), eqn.params
     num_consts = len(ranks) - num_carry - num_xs
     return Loop(body, num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
@@ -280,6 +301,7 @@ def _atom(env: dict[Any, Atom], var: Any) -> Atom:
 def _contains(jaxpr: Any, names: tuple[str, ...]) -> bool:
     opened, _ = _open(jaxpr)
     return any(
-        eqn.primitive.name in names or any(_contains(inner, names) for inner in jex.jaxprs_in_params(eqn.params))
+        eqn.primitive.name in names
+        or any(_contains(inner, names) for inner in jex.jaxprs_in_params(eqn.params))
         for eqn in opened.eqns
     )

@@ -34,7 +34,10 @@ def batch_of(sites: Sites) -> Batch:
 
 def inputs_of(sites: Sites) -> Values:
     """The values of the program's inputs for all examples."""
-    mapped = [jnp.moveaxis(x, a, 0) for x, a in zip(sites.problem.mapped, sites.problem.mapped_axes, strict=True)]
+    mapped = [
+        jnp.moveaxis(x, a, 0)
+        for x, a in zip(sites.problem.mapped, sites.problem.mapped_axes, strict=True)
+    ]
     values = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params), *mapped]
     return dict(zip(sites.level.program.inputs, values, strict=True))
 
@@ -47,17 +50,26 @@ def table_of(sites: Sites) -> dict[Variable, Site]:
 def push_drawn(sites: Sites, noise: Drawn) -> Pass:
     """As `Sites.push`, with noise that is drawn at each site; of the records only those of the tail."""
     run = functools.partial(_evaluate, sites, noise)
-    return push_along(run, np.arange(noise.num_tangents), noise.num_tangents)  # NumPy's: a single index is a constant
+    return push_along(
+        run, np.arange(noise.num_tangents), noise.num_tangents
+    )  # NumPy's: a single index is a constant
 
 
 def _evaluate(sites: Sites, noise: Drawn, index: Any, time: Array) -> tuple[Any, Any]:
     """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
     batch, env = batch_of(sites), inputs_of(sites)
-    outputs = _Push(sites, table_of(sites), batch, noise.at_level(sites.level), index, time).run(sites.level, env)
-    outputs = [batch.spread(x, atom) for x, atom in zip(outputs, sites.level.program.outputs, strict=True)]
+    outputs = _Push(sites, table_of(sites), batch, noise.at_level(sites.level), index, time).run(
+        sites.level, env
+    )
+    outputs = [
+        batch.spread(x, atom) for x, atom in zip(outputs, sites.level.program.outputs, strict=True)
+    ]
     losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
     lead = 0 if batch.size is None else 1
-    sums = [jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype)), tuple(range(lead, x.ndim))) for x in losses]
+    sums = [
+        jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype)), tuple(range(lead, x.ndim)))
+        for x in losses
+    ]
     taps = [env[v] for v in sites.sources.starts] if sites.sources is not None else []
     return (losses, sums, taps), (aux, {v: lax.stop_gradient(env[v]) for v in sites.tail_records})
 
@@ -69,7 +81,9 @@ def _inject(value: Array, noise: Array, time: Array) -> Array:
 
 
 @_inject.defjvp
-def _inject_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+def _inject_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
     out, tangent = jax.jvp(inject, primals, tangents)
     return behind(out, [tangent]), tangent
 

@@ -12,8 +12,8 @@ Reach: TypeAlias = list[int]
 def reach(program: Program, types: Sequence[Any], num_losses: int) -> Reach:
     """The losses that each variable reaches; the first outputs of the program are the losses.
 
-    `stop_gradient` and values without derivatives (integers, booleans) cut. A variable that reaches no loss needs no
-    noise, and its value counts as a constant.
+    `stop_gradient` and values without derivatives (integers, booleans) cut. A variable that reaches
+    no loss needs no noise, and its value counts as a constant.
     """
     masks = [0] * len(types)
     seeds = [1 << i if i < num_losses else 0 for i in range(len(program.outputs))]
@@ -28,7 +28,9 @@ def _backward(program: Program, seeds: Sequence[int], types: Sequence[Any], mask
         if not equation_reach(equation, masks) or equation.name == "stop_gradient":
             continue
         if equation.loop is not None:
-            incoming = _through_loop(equation.loop, [masks[v] for v in equation.outputs], types, masks)
+            incoming = _through_loop(
+                equation.loop, [masks[v] for v in equation.outputs], types, masks
+            )
         else:
             incoming = [equation_reach(equation, masks)] * len(equation.inputs)
         for atom, mask in zip(equation.inputs, incoming, strict=True):
@@ -43,7 +45,9 @@ def equation_reach(equation: Equation, masks: Reach) -> int:
     return mask
 
 
-def _through_loop(loop: Loop, seeds: Sequence[int], types: Sequence[Any], masks: Reach) -> list[int]:
+def _through_loop(
+    loop: Loop, seeds: Sequence[int], types: Sequence[Any], masks: Reach
+) -> list[int]:
     carries = slice(loop.num_consts, loop.num_consts + loop.num_carry)
     current = list(seeds)
     while True:  # masks only grow, so this ends

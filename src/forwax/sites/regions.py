@@ -1,8 +1,8 @@
 """Sites and the regions around them: from a parameter's meeting with data to the place where noise enters.
 
-A region has one exit, so that noise there reaches all that its parameters reach. A site alone is a region; a bias or a
-gain that follows, or a second site added to it, joins it as long as nothing else reads what lies between; a noise point
-makes everything between a site and the mark one region.
+A region has one exit, so that noise there reaches all that its parameters reach. A site alone is a
+region; a bias or a gain that follows, or a second site added to it, joins it as long as nothing
+else reads what lies between; a noise point makes everything between a site and the mark one region.
 """
 
 import dataclasses
@@ -13,7 +13,16 @@ from typing import Any
 
 from forwax.sites.classify import Kind
 from forwax.sites.operations import ADDITIVE, BILINEAR, MOVES
-from forwax.sites.program import NOISE_POINT, Atom, Constant, Equation, Program, Variable, is_inexact, variables
+from forwax.sites.program import (
+    NOISE_POINT,
+    Atom,
+    Constant,
+    Equation,
+    Program,
+    Variable,
+    is_inexact,
+    variables,
+)
 from forwax.sites.reach import Reach, equation_reach
 
 _SCALING = {"mul", "div"}
@@ -56,9 +65,16 @@ class _Growing:
 class _Reader:
     """What the search asks about a program's variables."""
 
-    def __init__(self, program: Program, kinds: dict[Variable, Kind], reach: Reach, types: Sequence[Any]) -> None:
+    def __init__(
+        self, program: Program, kinds: dict[Variable, Kind], reach: Reach, types: Sequence[Any]
+    ) -> None:
         self.kinds, self.reach, self.types = kinds, reach, types
-        used = [v for e in program.equations if self.live(e) and e.name != "stop_gradient" for v in e.variables]
+        used = [
+            v
+            for e in program.equations
+            if self.live(e) and e.name != "stop_gradient"
+            for v in e.variables
+        ]
         self.uses = Counter([*used, *(v for v in variables(program.outputs) if reach[v])])
 
     def live(self, equation: Equation) -> bool:
@@ -84,7 +100,9 @@ class _Reader:
         return math.prod(self.types[left].shape) == math.prod(self.types[right].shape)
 
 
-def find_regions(program: Program, kinds: dict[Variable, Kind], reach: Reach, types: Sequence[Any]) -> list[Region]:
+def find_regions(
+    program: Program, kinds: dict[Variable, Kind], reach: Reach, types: Sequence[Any]
+) -> list[Region]:
     """The regions at one level of a program; bodies of loops are levels of their own."""
     reader = _Reader(program, kinds, reach, types)
     marked = _marked_regions(program, reader)
@@ -105,7 +123,9 @@ def _finished(item: _Growing, reader: _Reader, order: dict[int, int]) -> Region:
     return Region(tuple(equations), reader.noisy(equations[-1]))
 
 
-def _grow(equation: Equation, reader: _Reader, growing: list[_Growing], fresh: dict[Variable, _Growing]) -> None:
+def _grow(
+    equation: Equation, reader: _Reader, growing: list[_Growing], fresh: dict[Variable, _Growing]
+) -> None:
     """Let an equation join the regions that end in its inputs, or start a region, or end them."""
     carried = [v for v in equation.variables if v in fresh and reader.uses[v] == 1]
     joining = [fresh[v] for v in carried] if _may_join(equation, reader, carried) else []
@@ -113,7 +133,9 @@ def _grow(equation: Equation, reader: _Reader, growing: list[_Growing], fresh: d
     if joining and (site or len(joining) > 1):
         for item in joining:
             growing.remove(item)
-        item = _Growing([e for part in joining for e in part.equations + part.tail] + [equation], [])
+        item = _Growing(
+            [e for part in joining for e in part.equations + part.tail] + [equation], []
+        )
         growing.append(item)
     elif joining:
         item = joining[0]
@@ -165,7 +187,9 @@ def _before_mark(mark: Equation, program: Program, reader: _Reader) -> list[Equa
         if not site and equation.name in BILINEAR:
             continue
         chosen.append(equation)
-        if not site or equation.name in _ELEMENTWISE:  # beyond an operation such as a dot the error must not go
+        if (
+            not site or equation.name in _ELEMENTWISE
+        ):  # beyond an operation such as a dot the error must not go
             inside.update(equation.variables)
     return _behind_a_site(list(reversed(chosen)), reader)
 

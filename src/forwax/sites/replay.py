@@ -1,8 +1,9 @@
 """A second forward pass that assembles each site's gradient as it goes by.
 
-It visits the sites one by one with the values of all examples, takes a region's own reverse pass as soon as the region
-has been evaluated, and goes on only when that is done, so that nothing older is ever kept. What the regions' reverse
-passes leave at chains of parameters goes back to the leaves at the end; inside a loop, in each step.
+It visits the sites one by one with the values of all examples, takes a region's own reverse pass as
+soon as the region has been evaluated, and goes on only when that is done, so that nothing older is
+ever kept. What the regions' reverse passes leave at chains of parameters goes back to the leaves at
+the end; inside a loop, in each step.
 """
 
 import dataclasses
@@ -31,7 +32,9 @@ Error: TypeAlias = Callable[[Site, Array], Array]
 """Takes a site and its noise [k, ...], inside a loop that of one step, to the objective's error there."""
 
 
-def replay(sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], error: Error) -> Tree:
+def replay(
+    sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], error: Error
+) -> Tree:
     """The gradient from a forward pass of its own.
 
     Args:
@@ -43,7 +46,9 @@ def replay(sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], e
     leaves, structure = jax.tree.flatten(sites.problem.params)
     env, start = inputs_of(sites), len(sites.traced.closed)
     names = sites.level.program.inputs[start : start + len(leaves)]
-    again = _Replay(sites, table_of(sites), batch_of(sites), noise.at_level(sites.level), exact, error)
+    again = _Replay(
+        sites, table_of(sites), batch_of(sites), noise.at_level(sites.level), exact, error
+    )
     _, cotangents = again.run(sites.level, env, names)
     return structure.unflatten([cotangents[v] for v in names])
 
@@ -52,7 +57,8 @@ def replay(sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], e
 class _Replay:
     """A forward pass that assembles.
 
-    `kept` are the values that the levels around need from this one, `found` the cotangents of its parameters so far.
+    `kept` are the values that the levels around need from this one, `found` the cotangents of its
+    parameters so far.
     """
 
     sites: Sites
@@ -92,22 +98,30 @@ class _Replay:
     def site_error(self, site: Site, value: Array) -> Array:
         if site.exact:
             return self.exact[site.variable].astype(site.dtype)
-        return self.error(site, self.noise.all(site.variable, like(self.sites, site), value)).astype(site.dtype)
+        return self.error(
+            site, self.noise.all(site.variable, like(self.sites, site), value)
+        ).astype(site.dtype)
 
     def at_loop(self, plan: LoopPlan, env: Values) -> list[Any]:
         """In each step the body's constants add to running sums; slices get theirs at once."""
-        entering = {v: a for v, a in [*plan.fixed.items(), *plan.scanned.items()] if self.is_parameter(v)}
+        entering = {
+            v: a for v, a in [*plan.fixed.items(), *plan.scanned.items()] if self.is_parameter(v)
+        }
         names = list(entering) if has_sites(plan) else []
         start = {v: _zeros(env[entering[v]]) for v in names if v in plan.fixed}  # type: ignore[index]
 
-        def step(inner: Values, sums: Values, slices: Any) -> tuple[list[Any], Values, tuple[Values, Values]]:
+        def step(
+            inner: Values, sums: Values, slices: Any
+        ) -> tuple[list[Any], Values, tuple[Values, Values]]:
             body = dataclasses.replace(self, noise=self.noise.inside(plan, slices))
             outputs, cotangents = body.run(plan.level, inner, names)
             sums = {v: x + cotangents[v] for v, x in sums.items()}
             own = {v: cotangents[v] for v in names if v not in sums}
             return outputs, sums, (own, {v: inner[v] for v in self.kept if v in inner})
 
-        outputs, sums, (own, records) = scan(plan, env, self.batch, step, start, self.noise.slices(plan))
+        outputs, sums, (own, records) = scan(
+            plan, env, self.batch, step, start, self.noise.slices(plan)
+        )
         env.update(records)
         self.add({entering[v]: x for v, x in [*sums.items(), *own.items()]})  # type: ignore[misc]
         return outputs

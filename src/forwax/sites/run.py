@@ -1,7 +1,8 @@
 """Two interpreters of a planned program, both ordinary traceable functions.
 
-`forward` evaluates all of it, lets noise in and keeps what the assembly needs; `local` evaluates parameter chains and
-regions alone, from those records, so that a reverse pass over it never crosses two sites.
+`forward` evaluates all of it, lets noise in and keeps what the assembly needs; `local` evaluates
+parameter chains and regions alone, from those records, so that a reverse pass over it never crosses
+two sites.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,9 @@ def inject(value: Array, noise: Array, time: Array) -> Array:
 
 
 @inject.defjvp
-def _inject_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+def _inject_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
     value, noise, _ = primals
     dvalue, _, dtime = tangents
     return value, dvalue + _mesh.vary(dtime.astype(noise.real.dtype) * noise, _mesh.axes(value))
@@ -50,7 +53,8 @@ def forward(
         taps: variables of this level whose values, and tangents, are returned behind the outputs.
 
     Returns:
-        The program's outputs with the taps, and the recorded values: those of a loop's body with a leading axis.
+        The program's outputs with the taps, and the recorded values: those of a loop's body with a
+        leading axis.
     """
     env: Values = dict(zip(level.program.inputs, inputs, strict=True))
     records: Values = {}
@@ -68,18 +72,27 @@ def forward(
     return [read(atom, env) for atom in (*level.program.outputs, *taps)], records
 
 
-def _forward_loop(plan: LoopPlan, values: Sequence[Any], noise: Mapping[Variable, Array], time: Array | None):
+def _forward_loop(
+    plan: LoopPlan, values: Sequence[Any], noise: Mapping[Variable, Array], time: Array | None
+):
     loop, level = plan.loop, plan.level
     first, last = loop.num_consts, loop.num_consts + loop.num_carry
     own = {v: noise[v] for region, _ in level.all_regions() for v in region.outputs if v in noise}
 
-    def step(carry: list[Any], slices: tuple[list[Any], Values]) -> tuple[list[Any], tuple[list[Any], Values]]:
+    def step(
+        carry: list[Any], slices: tuple[list[Any], Values]
+    ) -> tuple[list[Any], tuple[list[Any], Values]]:
         xs, noise = slices
         outputs, records = forward(level, [*values[:first], *carry, *xs], noise, time, frozenset())
         return outputs[: loop.num_carry], (outputs[loop.num_carry :], records)
 
     carry, (ys, records) = lax.scan(
-        step, list(values[first:last]), (list(values[last:]), own), loop.length, loop.reverse, loop.unroll
+        step,
+        list(values[first:last]),
+        (list(values[last:]), own),
+        loop.length,
+        loop.reverse,
+        loop.unroll,
     )
     return [*carry, *ys], records
 
@@ -97,8 +110,8 @@ def local(
         apply: how one equation is evaluated.
 
     Returns:
-        The regions' outputs by variable; those of a loop's body with a leading axis. Parameters that were computed on
-        the way are added to `env`.
+        The regions' outputs by variable; those of a loop's body with a leading axis. Parameters
+        that were computed on the way are added to `env`.
     """
     outputs: Values = {}
     for step in level.steps:

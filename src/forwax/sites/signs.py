@@ -13,7 +13,14 @@ from forwax import _mesh
 from forwax._tree import Spec
 from forwax.sites.order import behind
 from forwax.tangents._base import draw_each, typed_key
-from forwax.tangents.rademacher import WORD, draw_words, draws_anywhere, num_words, unpack_signs, words_at
+from forwax.tangents.rademacher import (
+    WORD,
+    draw_words,
+    draws_anywhere,
+    num_words,
+    unpack_signs,
+    words_at,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +52,8 @@ class Signs:
     """Signs ±1.
 
     Attributes:
-        words: uint32, the first ones hold the first signs; further axes may lead. Or where they are drawn from.
+        words: uint32, the first ones hold the first signs; further axes may lead. Or where they are
+            drawn from.
         spec: shape and dtype of the signs.
         scale: what they are multiplied with.
     """
@@ -76,7 +84,9 @@ class Signs:
         """The same, known only when something else is."""
         words = self.words
         if isinstance(words, Places):
-            return dataclasses.replace(self, words=dataclasses.replace(words, start=behind(words.start, known)))
+            return dataclasses.replace(
+                self, words=dataclasses.replace(words, start=behind(words.start, known))
+            )
         return dataclasses.replace(self, words=behind(words, known))
 
     @property
@@ -106,21 +116,27 @@ def has_rows(spec: Spec, least: int = WORD) -> bool:
     return len(spec.shape) > 0 and spec.shape[0] > 1 and row % WORD == 0 and row >= least
 
 
-def draw_signs(key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool] = ()) -> list[Signs]:
+def draw_signs(
+    key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool] = ()
+) -> list[Signs]:
     """The signs of the tangents of the given indices [c], as `Rademacher` draws them; words with a leading axis c.
 
     Args:
         key: PRNG key.
         specs: shape and dtype of each array of signs.
         indices: which tangents.
-        later: for each spec whether its words are drawn where they are used, if the key's generator can.
+        later: for each spec whether its words are drawn where they are used, if the key's generator
+            can.
     """
     key, counts = typed_key(key), list(map(num_words, specs))
     if not any(later) or not draws_anywhere(key) or sum(counts) >= 1 << WORD:
         words = draw_each(draw_words, key, specs, indices)
         return [Signs(each, spec) for each, spec in zip(words, specs, strict=True)]
     keys = jax.vmap(lambda index: jax.random.key_data(jax.random.fold_in(key, index)))(indices)
-    starts, now = list(itertools.accumulate(counts, initial=0)), [i for i, late in enumerate(later) if not late]
+    starts, now = (
+        list(itertools.accumulate(counts, initial=0)),
+        [i for i, late in enumerate(later) if not late],
+    )
     held: dict[int, Array] = {}
     if now:
         places = [jnp.arange(starts[i], starts[i + 1], dtype=jnp.uint32) for i in now]
@@ -129,7 +145,11 @@ def draw_signs(key: Array, specs: Sequence[Spec], indices: Array, later: Sequenc
         held = dict(zip(now, jnp.split(words, cuts, axis=1), strict=True))
 
     def source(i: int) -> Array | Places:
-        return held[i] if i in held else Places(keys, jnp.full(indices.shape, starts[i], jnp.uint32), counts[i])
+        return (
+            held[i]
+            if i in held
+            else Places(keys, jnp.full(indices.shape, starts[i], jnp.uint32), counts[i])
+        )
 
     return [Signs(source(i), spec) for i, spec in enumerate(specs)]
 
@@ -141,7 +161,9 @@ def add_signs(total: Array, coefficients: Array, signs: Signs) -> Array:
     """
 
     def add(j: Array | int, total: Array) -> Array:
-        return total + coefficients[j].astype(total.dtype) * signs.tangent(j).unpack().astype(total.dtype)
+        return total + coefficients[j].astype(total.dtype) * signs.tangent(j).unpack().astype(
+            total.dtype
+        )
 
     if len(coefficients) == 1:
         return add(0, total)
@@ -151,7 +173,8 @@ def add_signs(total: Array, coefficients: Array, signs: Signs) -> Array:
 def settled(signs: Array) -> Array:
     """Unpacked signs, made once: they are their own inverses, and no compiler repeats a division for each use.
 
-    Without it the bits of a factor's sign are unpacked anew for every entry of the products that it enters.
+    Without it the bits of a factor's sign are unpacked anew for every entry of the products that it
+    enters.
     """
     return 1 / signs
 

@@ -30,7 +30,8 @@ class Site:
         region: the operations from the parameters to it.
         shape: of one example, with a leading axis for each loop around it.
         dtype: of the value.
-        mapped: whether each example has a value of its own; if not, all share one noise and the sum of their slopes.
+        mapped: whether each example has a value of its own; if not, all share one noise and the sum
+            of their slopes.
         reach: the losses that it reaches, as a bit mask.
         exact: whether the error is taken exactly, since no site follows.
         axes: the mesh axes, inside `jax.shard_map`, over which the value varies.
@@ -59,7 +60,8 @@ class Pass:
         losses: the loss's parts, with a leading axis of examples if there are examples.
         aux: the loss's aux.
         slopes: for each loss its slope along each noise: [k] or, per example, [k, examples].
-        tangents: for each source its tangent along each noise: [k, *shape] or, per example, [k, examples, *shape].
+        tangents: for each source its tangent along each noise: [k, *shape] or, per example, [k,
+            examples, *shape].
         records: the values that the assembly needs.
     """
 
@@ -79,7 +81,8 @@ class Sites:
         traced: the program of the loss of one example.
         level: its plan.
         tail: from the last sites to the losses; empty when their error is not taken exactly.
-        sources: from the values whose slopes are told apart to the losses; None when nothing is gained by it.
+        sources: from the values whose slopes are told apart to the losses; None when nothing is
+            gained by it.
         credit: for each noisy site what its noise changes of the sources; empty without them.
         sites: in the program's order.
         mapped: the variables that differ between examples.
@@ -123,7 +126,9 @@ class Sites:
     @property
     def tail_records(self) -> frozenset[Variable]:
         """The values that the errors of output sites and sources are made from."""
-        return self.tail.records if self.sources is None else self.tail.records | self.sources.records
+        return (
+            self.tail.records if self.sources is None else self.tail.records | self.sources.records
+        )
 
     def specs(self) -> list[Spec]:
         """Shape and dtype of the noise at each noisy site, all examples together."""
@@ -139,28 +144,43 @@ class Sites:
 
         def coarser(site: Site, credit: Credit) -> Credit:
             first = self.num_loops(site)
-            links = tuple((a, link) for a, link in credit.links if link.size == 1 or link.axis >= first)
+            links = tuple(
+                (a, link) for a, link in credit.links if link.size == 1 or link.axis >= first
+            )
             return dataclasses.replace(credit, links=links)
 
-        credit = {s.variable: [coarser(s, c) for c in self.credit.get(s.variable, ())] for s in self.noisy}
+        credit = {
+            s.variable: [coarser(s, c) for c in self.credit.get(s.variable, ())] for s in self.noisy
+        }
         return dataclasses.replace(self, credit=credit if self.credit else {})
 
     def of_a_step(self, site: Site, slopes: Array) -> Array:
         """Slopes without the axes of loops, along which they are the same."""
         lead = slopes.ndim - len(site.shape)
-        return jnp.squeeze(slopes, tuple(range(lead, lead + self.num_loops(site)))) if self.credit else slopes
+        return (
+            jnp.squeeze(slopes, tuple(range(lead, lead + self.num_loops(site))))
+            if self.credit
+            else slopes
+        )
 
     def shared_noise(self, site: Site, other: Site, own_slopes: bool = True) -> float:
         """How many coordinates of another site's noise one slope of this site hears, on average.
 
-        Unless examples have slopes of their own and the site a value of its own for each, it hears all examples'.
+        Unless examples have slopes of their own and the site a value of its own for each, it hears
+        all examples'.
         """
-        examples = 1 if self.num_examples is None or (own_slopes and site.mapped) else self.num_examples
+        examples = (
+            1 if self.num_examples is None or (own_slopes and site.mapped) else self.num_examples
+        )
         size = other.size * (examples if other.mapped else 1)
         if not self.credit:
             return size if other.reach & site.reach else 0
         theirs = {credit.source: credit for credit in self.credit[other.variable]}
-        heard = [(mine, theirs[mine.source]) for mine in self.credit[site.variable] if mine.source in theirs]
+        heard = [
+            (mine, theirs[mine.source])
+            for mine in self.credit[site.variable]
+            if mine.source in theirs
+        ]
         return max((size / mine.common(their) for mine, their in heard), default=0)
 
     def push(self, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
@@ -205,7 +225,9 @@ class Sites:
         """For each source its tangents times its error: slopes of the objective before they are summed."""
         assert self.sources is not None
         errors = self._errors(self.sources, out.records)
-        return [_product(errors[v], x) for v, x in zip(self.sources.starts, out.tangents, strict=True)]
+        return [
+            _product(errors[v], x) for v, x in zip(self.sources.starts, out.tangents, strict=True)
+        ]
 
     def _errors(self, tail: Tail, records: Values) -> Values:
         """The derivative of the objective with respect to where a tail starts."""
@@ -222,7 +244,9 @@ class Sites:
 
             if self.num_examples is None:
                 return one(shifts, used)
-            each = jax.vmap(one, ({v: self._axis(v) for v in shifts}, axes), axis_size=self.num_examples)
+            each = jax.vmap(
+                one, ({v: self._axis(v) for v in shifts}, axes), axis_size=self.num_examples
+            )
             return jnp.mean(each(shifts, used))
 
         return jax.grad(objective)(shifts)
@@ -248,7 +272,10 @@ class Sites:
         return pull({site.variable: errors[site.variable].astype(site.dtype) for site in mine})[0]
 
     def regions(
-        self, params: Tree, records: Values, apply: Callable[[Equation, list[Any]], list[Any]] = bind
+        self,
+        params: Tree,
+        records: Values,
+        apply: Callable[[Equation, list[Any]], list[Any]] = bind,
     ) -> Values:
         """The sites' values from parameters and records."""
         start = len(self.traced.closed)
@@ -270,7 +297,9 @@ class Sites:
         leaves = jax.tree.leaves(params)
         start = len(self.traced.closed)
         names = self.level.program.inputs[start : start + len(leaves)]
-        twins = {v: lax.stop_gradient(x) for v, x in zip(names, feedback, strict=True) if x is not None}
+        twins = {
+            v: lax.stop_gradient(x) for v, x in zip(names, feedback, strict=True) if x is not None
+        }
 
         def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
             inputs = [*self.traced.closed, *leaves, *mapped]
@@ -285,7 +314,10 @@ class Sites:
 
     def value(self, losses: Sequence[Array]) -> Array:
         """The objective of the losses: their sum, and the mean over the examples."""
-        sums = [jnp.sum(x) if self.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1) for x in losses]
+        sums = [
+            jnp.sum(x) if self.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1)
+            for x in losses
+        ]
         return jnp.mean(sum(sums[1:], start=sums[0]))
 
 
@@ -293,8 +325,8 @@ def push_along(run: Callable[[Any, Array], tuple[Any, Any]], noise: Any, num_tan
     """Evaluate the loss and its slopes along k noises.
 
     Args:
-        run: takes one noise and the time, of which the tangent scales it, to `((losses, sums of losses, sources),
-            (aux, records))`.
+        run: takes one noise and the time, of which the tangent scales it, to `((losses, sums of
+            losses, sources), (aux, records))`.
         noise: a tree with a leading axis k.
         num_tangents: the number k.
     """

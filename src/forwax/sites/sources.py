@@ -45,9 +45,13 @@ def _may_gain(sites: Sites, source: Variable) -> bool:
     equation, *more = region.equations
     if more or equation.name not in BILINEAR:
         return bool(links)
-    shapes = [tuple(sites.traced.types[v].shape) for v in equation.inputs if not isinstance(v, Constant)]
+    shapes = [
+        tuple(sites.traced.types[v].shape) for v in equation.inputs if not isinstance(v, Constant)
+    ]
     mixed = [i for i, v in enumerate(equation.variables) if sites.kinds[v] is Kind.MIXED]
-    return any(back(equation, i, 0, link, shapes, [shape]) is not None for i in mixed for link in links)
+    return any(
+        back(equation, i, 0, link, shapes, [shape]) is not None for i in mixed for link in links
+    )
 
 
 def tangent_program(sites: Sites, sources: Sequence[Variable]) -> Traced:

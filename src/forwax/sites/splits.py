@@ -19,7 +19,9 @@ Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
 """The axes of a parameter that its two factors depend on; those that are in both have a pair of factors each."""
 
 
-def find_splits(program: Program, types: Sequence[Any], names: Sequence[Variable], leaves: Sequence[Array]):
+def find_splits(
+    program: Program, types: Sequence[Any], names: Sequence[Variable], leaves: Sequence[Array]
+):
     """For each parameter, named by its variable, the axes of its two factors, or None for dense signs."""
     finder = _Finder(types)
     finder.read(program, {name: (name, ()) for name in names})
@@ -40,7 +42,10 @@ def default_split(shape: tuple[int, ...]) -> Split | None:
 
 
 def _checked(split: Split, shape: tuple[int, ...]) -> Split | None:
-    small = min(math.prod(shape[axis] for axis in side) for side in (split[0] - split[1], split[1] - split[0]))
+    small = min(
+        math.prod(shape[axis] for axis in side)
+        for side in (split[0] - split[1], split[1] - split[0])
+    )
     return split if small > 1 else None
 
 
@@ -49,7 +54,11 @@ def _split(uses: Sequence[Split | None], leaf: Array) -> Split | None:
         return None
     partitions = {frozenset(use) if use is not None else None for use in uses}
     use = uses[0]
-    return _checked(use, leaf.shape) if len(partitions) == 1 and use is not None else default_split(leaf.shape)
+    return (
+        _checked(use, leaf.shape)
+        if len(partitions) == 1 and use is not None
+        else default_split(leaf.shape)
+    )
 
 
 Origin: TypeAlias = tuple[Variable, tuple[Equation | None, ...]]
@@ -65,14 +74,20 @@ class _Finder:
 
     def read(self, program: Program, origins: dict[Variable, Origin]) -> None:
         for equation in program.equations:
-            known = [(i, a) for i, a in enumerate(equation.inputs) if not isinstance(a, Constant) and a in origins]
+            known = [
+                (i, a)
+                for i, a in enumerate(equation.inputs)
+                if not isinstance(a, Constant) and a in origins
+            ]
             if equation.loop is not None:
                 self.read_loop(equation, equation.loop, origins)
                 continue
             for position, atom in known:
                 leaf, steps = origins[atom]
                 if equation.name in BILINEAR:
-                    self.uses.setdefault(leaf, []).append(self.split(equation, position, leaf, steps))
+                    self.uses.setdefault(leaf, []).append(
+                        self.split(equation, position, leaf, steps)
+                    )
                 elif equation.name == _LOOKED_UP and position == 0:
                     self.uses.setdefault(leaf, []).append(default_split(self.shape(leaf)))
                 elif position == 0 and is_move(equation):
@@ -90,20 +105,26 @@ class _Finder:
                 inner[v] = (leaf, steps)
         self.read(loop.body, inner)
 
-    def split(self, equation: Equation, position: int, leaf: Variable, steps: Sequence[Equation | None]):
+    def split(
+        self, equation: Equation, position: int, leaf: Variable, steps: Sequence[Equation | None]
+    ):
         """The parameter's axes that are contracted here, and the others; what is neither belongs to both."""
         shape = self.shape(equation.inputs[position])
         groups = _axes_of(equation, position, len(shape))
         if groups is None:
             return None
-        links = [[self.back(axis, shape, steps) for axis in axes if shape[axis] > 1] for axes in groups]
+        links = [
+            [self.back(axis, shape, steps) for axis in axes if shape[axis] > 1] for axes in groups
+        ]
         contracted, free = ({axis for axis in own if axis is not None} for own in links)
         if len(contracted) + len(free) < len(links[0]) + len(links[1]) or contracted & free:
             return None
         both = set(range(len(self.shape(leaf)))) - contracted - free
         return frozenset(contracted | both), frozenset(free | both)
 
-    def back(self, axis: int, shape: tuple[int, ...], steps: Sequence[Equation | None]) -> int | None:
+    def back(
+        self, axis: int, shape: tuple[int, ...], steps: Sequence[Equation | None]
+    ) -> int | None:
         link: Factor | None = Factor(axis, 1, shape[axis])
         for step in steps:
             if link is None:
@@ -111,20 +132,39 @@ class _Finder:
             if step is None:
                 link = dataclasses.replace(link, axis=link.axis + 1)
             else:
-                link = back(step, 0, 0, link, [self.shape(a) for a in step.inputs], [self.shape(step.outputs[0])])
+                link = back(
+                    step,
+                    0,
+                    0,
+                    link,
+                    [self.shape(a) for a in step.inputs],
+                    [self.shape(step.outputs[0])],
+                )
         return None if link is None or link.size == 1 else link.axis
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
-        return tuple(jnp.shape(atom.value)) if isinstance(atom, Constant) else tuple(self.types[atom].shape)
+        return (
+            tuple(jnp.shape(atom.value))
+            if isinstance(atom, Constant)
+            else tuple(self.types[atom].shape)
+        )
 
 
 def _axes_of(equation: Equation, position: int, rank: int) -> tuple[list[int], list[int]] | None:
     """The contracted and the free axes of an operand."""
     if equation.name == "dot_general":
         contracted, batch = equation.params["dimension_numbers"]
-        free = [axis for axis in range(rank) if axis not in contracted[position] and axis not in batch[position]]
+        free = [
+            axis
+            for axis in range(rank)
+            if axis not in contracted[position] and axis not in batch[position]
+        ]
         return list(contracted[position]), free
-    if position != 1 or equation.params["feature_group_count"] != 1 or equation.params["batch_group_count"] != 1:
+    if (
+        position != 1
+        or equation.params["feature_group_count"] != 1
+        or equation.params["batch_group_count"] != 1
+    ):
         return None
     out = equation.params["dimension_numbers"].rhs_spec[0]
     return [axis for axis in range(rank) if axis != out], [out]

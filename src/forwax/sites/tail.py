@@ -25,7 +25,8 @@ class Tail:
         starts: where the error is wanted.
         equations: what lies between, in order.
         losses: the losses.
-        records: the values that it takes from the forward pass, those of the starts that it does not compute included.
+        records: the values that it takes from the forward pass, those of the starts that it does
+            not compute included.
     """
 
     starts: tuple[Variable, ...]
@@ -53,22 +54,37 @@ def make_tail(level: Level, kinds: Kinds, reach: Reach, num_losses: int) -> Tail
 
 
 def make_sources(
-    level: Level, kinds: Kinds, reach: Reach, num_losses: int, noisy: set[Variable], tail: Tail, exact: bool
+    level: Level,
+    kinds: Kinds,
+    reach: Reach,
+    num_losses: int,
+    noisy: set[Variable],
+    tail: Tail,
+    exact: bool,
 ) -> Tail:
     """The tail behind a cut that every noise's way to the losses crosses once; its starts are the sources of credit.
 
-    They are the output sites and the values that reach the losses past them, as far as they are noisy; or, if reverse
-    mode over the loss is not wanted, what the losses are sums of.
+    They are the output sites and the values that reach the losses past them, as far as they are
+    noisy; or, if reverse mode over the loss is not wanted, what the losses are sums of.
     """
     program = level.program
     barrier = _sites(level, kinds) if exact else lambda equation: not _is_sum(equation, kinds)
     blocked = _blocked(program, reach, barrier)
-    ends = [r for r in output_regions(level, tail) if not blocked.isdisjoint(r.inputs) or noisy.isdisjoint(r.inputs)]
+    ends = [
+        r
+        for r in output_regions(level, tail)
+        if not blocked.isdisjoint(r.inputs) or noisy.isdisjoint(r.inputs)
+    ]
     outside = {id(equation) for region in ends for equation in region.equations}
 
     def inside(equation: Equation) -> bool:
         mixed = [v for v in equation.outputs if kinds[v] is Kind.MIXED]
-        return bool(mixed) and blocked.isdisjoint(mixed) and id(equation) not in outside and not barrier(equation)
+        return (
+            bool(mixed)
+            and blocked.isdisjoint(mixed)
+            and id(equation) not in outside
+            and not barrier(equation)
+        )
 
     computed = {v for e in program.equations if _crossed(e, reach) and inside(e) for v in e.outputs}
     read = [v for e in program.equations if _crossed(e, reach) and inside(e) for v in e.variables]
@@ -78,16 +94,27 @@ def make_sources(
     return _from(program, starts, inside, reach, num_losses)
 
 
-def _from(program: Program, starts: tuple[Variable, ...], inside: Callable, reach: Reach, num_losses: int) -> Tail:
+def _from(
+    program: Program, starts: tuple[Variable, ...], inside: Callable, reach: Reach, num_losses: int
+) -> Tail:
     """The tail from the starts on, along the equations that are inside."""
     reached, equations = set(starts), []
     for equation in program.equations:
-        if _crossed(equation, reach) and inside(equation) and reached.intersection(equation.variables):
+        if (
+            _crossed(equation, reach)
+            and inside(equation)
+            and reached.intersection(equation.variables)
+        ):
             reached.update(equation.outputs)
             equations.append(equation)
     read = {v for equation in equations for v in equation.variables}
     computed = {v for equation in equations for v in equation.outputs}
-    return Tail(starts, tuple(equations), program.outputs[:num_losses], frozenset((read | set(starts)) - computed))
+    return Tail(
+        starts,
+        tuple(equations),
+        program.outputs[:num_losses],
+        frozenset((read | set(starts)) - computed),
+    )
 
 
 def _crossed(equation: Equation, reach: Reach) -> bool:
@@ -99,11 +126,15 @@ def output_regions(level: Level, tail: Tail) -> list[Region]:
     return [region for region in level.regions if set(region.outputs) <= set(tail.starts)]
 
 
-def _blocked(program: Program, reach: Reach, is_barrier: Callable[[Equation], bool]) -> set[Variable]:
+def _blocked(
+    program: Program, reach: Reach, is_barrier: Callable[[Equation], bool]
+) -> set[Variable]:
     """The variables from which a way to the losses crosses a barrier."""
     blocked: set[Variable] = set()
     for equation in reversed(program.equations):
-        if _crossed(equation, reach) and (is_barrier(equation) or blocked.intersection(equation.outputs)):
+        if _crossed(equation, reach) and (
+            is_barrier(equation) or blocked.intersection(equation.outputs)
+        ):
             blocked.update(equation.variables)
     return blocked
 
@@ -136,9 +167,9 @@ def _is_barrier(equation: Equation, kinds: Kinds, noised: set[Variable]) -> bool
 
 
 def _meets_data(inputs: Sequence[Atom], kinds: Kinds, noised: set[Variable]) -> bool:
-    return any(kinds[v] in (Kind.DATA, Kind.MIXED) and v not in noised for v in variables(inputs)) or any(
-        isinstance(atom, Constant) and getattr(atom.value, "ndim", 0) for atom in inputs
-    )
+    return any(
+        kinds[v] in (Kind.DATA, Kind.MIXED) and v not in noised for v in variables(inputs)
+    ) or any(isinstance(atom, Constant) and getattr(atom.value, "ndim", 0) for atom in inputs)
 
 
 def _noised(program: Program, kinds: Kinds) -> set[Variable]:

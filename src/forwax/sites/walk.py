@@ -1,7 +1,8 @@
 """A level evaluated for all examples at once, from site to site, so that something may be done at each site.
 
-The interpreters in `run` evaluate one example and are mapped as a whole. Here what lies between two sites
-is mapped, and the values at the sites carry the examples: what is done at a site is done for the whole batch.
+The interpreters in `run` evaluate one example and are mapped as a whole. Here what lies between two
+sites is mapped, and the values at the sites carry the examples: what is done at a site is done for
+the whole batch.
 """
 
 import dataclasses
@@ -37,7 +38,9 @@ class Batch:
     def bind(self, equations: Sequence[Equation], env: Values) -> Values:
         """What equations compute for all examples, mapped together."""
         made = {v: 0 if self.has(v) else None for e in equations for v in e.outputs}
-        slices = {v: env[v] for e in equations for v in e.variables if v not in made and self.has(v)}
+        slices = {
+            v: env[v] for e in equations for v in e.variables if v not in made and self.has(v)
+        }
 
         def one(slices: Values) -> Values:
             scope = {**env, **slices}
@@ -49,7 +52,11 @@ class Batch:
     def spread(self, value: Any, atom: Atom) -> Any:
         """A value without the axis, repeated along it unless the atom's value has it."""
         value = jnp.asarray(value)
-        return value if self.size is None or self.has(atom) else jnp.broadcast_to(value, (self.size, *value.shape))
+        return (
+            value
+            if self.size is None or self.has(atom)
+            else jnp.broadcast_to(value, (self.size, *value.shape))
+        )
 
 
 def walk(
@@ -65,7 +72,8 @@ def walk(
         level: what to evaluate.
         env: the values of the program's inputs; all others are added.
         batch: which of them have an axis of examples.
-        at_region: called when the last equation of a region has been evaluated; it may change the region's outputs.
+        at_region: called when the last equation of a region has been evaluated; it may change the
+            region's outputs.
         at_loop: the outputs of a loop.
 
     Returns:
@@ -102,8 +110,8 @@ def scan(
         plan: the loop.
         env: the values around it.
         batch: which values have an axis of examples.
-        step: takes the values of the body's inputs, the state and a slice of `slices` to the body's outputs, the next
-            state and something to stack.
+        step: takes the values of the body's inputs, the state and a slice of `slices` to the body's
+            outputs, the next state and something to stack.
         state: the first state.
         slices: arrays with a leading axis of steps.
 
@@ -115,18 +123,30 @@ def scan(
     values = [read(atom, env) for atom in plan.equation.inputs]
     names, carries = body.inputs, body.inputs[first:last]
 
-    def like(values: Sequence[Any], atoms: Sequence[Atom]) -> list[Any]:  # a carry has the axis in every step or none
+    def like(
+        values: Sequence[Any], atoms: Sequence[Atom]
+    ) -> list[Any]:  # a carry has the axis in every step or none
         pairs = zip(values, atoms, carries, strict=True)
         return [batch.spread(x, atom) if batch.has(v) else x for x, atom, v in pairs]
 
     def body_step(old: Any, both: Any) -> Any:
         (carry, state), (xs, more) = old, both
-        outputs, state, stacked = step(dict(zip(names, [*values[:first], *carry, *xs], strict=True)), state, more)
+        outputs, state, stacked = step(
+            dict(zip(names, [*values[:first], *carry, *xs], strict=True)), state, more
+        )
         carry = like(outputs[: loop.num_carry], body.outputs[: loop.num_carry])
         return (carry, state), (outputs[loop.num_carry :], stacked)
 
     start = (like(values[first:last], plan.equation.inputs[first:last]), state)
-    xs = [jnp.moveaxis(x, 1, 0) if batch.has(v) else x for x, v in zip(values[last:], names[last:], strict=True)]
-    (carry, state), (ys, stacked) = lax.scan(body_step, start, (xs, slices), loop.length, loop.reverse, loop.unroll)
-    ys = [jnp.moveaxis(y, 0, 1) if batch.has(o) else y for y, o in zip(ys, body.outputs[loop.num_carry :], strict=True)]
+    xs = [
+        jnp.moveaxis(x, 1, 0) if batch.has(v) else x
+        for x, v in zip(values[last:], names[last:], strict=True)
+    ]
+    (carry, state), (ys, stacked) = lax.scan(
+        body_step, start, (xs, slices), loop.length, loop.reverse, loop.unroll
+    )
+    ys = [
+        jnp.moveaxis(y, 0, 1) if batch.has(o) else y
+        for y, o in zip(ys, body.outputs[loop.num_carry :], strict=True)
+    ]
     return [*carry, *ys], state, stacked

@@ -32,10 +32,12 @@ class WeightPlan:
     Attributes:
         problem: the parameters, the loss and the examples.
         traced: the loss of the whole batch, or of one example.
-        splits: for each leaf of the parameters the axes of its two factors, or None for dense signs.
+        splits: for each leaf of the parameters the axes of its two factors, or None for dense
+            signs.
         rank: the pairs of factors of each tangent.
         per_example: whether each example has tangents of its own.
-        lazy: whether all signs stay packed until they are used first, so that few leaves' are held at a time.
+        lazy: whether all signs stay packed until they are used first, so that few leaves' are held
+            at a time.
     """
 
     problem: Problem
@@ -60,7 +62,11 @@ class WeightPlan:
         lead = (self.num_examples,) if self.per_example else ()
         specs = []
         for leaf, split in zip(self.leaves, self.splits, strict=True):
-            shapes = [leaf.shape] if split is None else [_factor_shape(leaf.shape, axes) for axes in split] * self.rank
+            shapes = (
+                [leaf.shape]
+                if split is None
+                else [_factor_shape(leaf.shape, axes) for axes in split] * self.rank
+            )
             specs += [Spec((*lead, *shape), leaf.dtype) for shape in shapes]
         return specs
 
@@ -69,7 +75,9 @@ class WeightPlan:
         specs = self.specs()
         signs = draw_signs(key, _tree.real_specs(specs), indices, self.later())
         return [
-            each if packed and not _tree.is_complex(spec) else _tree.from_real([each.unpack()], [spec], lead=1)[0]
+            each
+            if packed and not _tree.is_complex(spec)
+            else _tree.from_real([each.unpack()], [spec], lead=1)[0]
             for each, spec, packed in zip(signs, specs, self.packed(), strict=True)
         ]
 
@@ -84,7 +92,9 @@ class WeightPlan:
 
     def sliced(self) -> list[bool]:
         """For each spec whether scans slice its parameter, and nothing else uses it."""
-        pairs = zip(self.traced.program.inputs[len(self.traced.closed) :], self.splits, strict=False)
+        pairs = zip(
+            self.traced.program.inputs[len(self.traced.closed) :], self.splits, strict=False
+        )
         return [
             sliced_only(self.traced.program, name)
             for name, split in pairs
@@ -98,35 +108,50 @@ class WeightPlan:
             if split is None:
                 found.append(next(remaining))
             else:
-                pairs = [(next(remaining) * self.rank**-0.5, next(remaining)) for _ in range(self.rank)]
+                pairs = [
+                    (next(remaining) * self.rank**-0.5, next(remaining)) for _ in range(self.rank)
+                ]
                 found.append(Factored(tuple(pairs)))  # type: ignore[arg-type]
         return found
 
     def push(self, drawn: Sequence[Drawn], num_tangents: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, examples]."""
-        mapped, axes = (self.problem.mapped, self.problem.mapped_axes) if self.per_example else ((), ())
+        mapped, axes = (
+            (self.problem.mapped, self.problem.mapped_axes) if self.per_example else ((), ())
+        )
 
         def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
             time = jnp.zeros((), jnp.float32)
-            return jax.jvp(lambda t: self._evaluate(mapped, drawn, t), (time,), (time + 1,), has_aux=True)
+            return jax.jvp(
+                lambda t: self._evaluate(mapped, drawn, t), (time,), (time + 1,), has_aux=True
+            )
 
         def slopes(drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
             if not self.per_example:
                 return slope((), drawn)
-            # mapped outside of the JVP: JAX sums what a custom rule gives when only its tangent is mapped inside a scan
-            return jax.vmap(slope, (list(axes), 0), axis_size=self.num_examples)(list(mapped), drawn)
+            # mapped outside of the JVP: JAX sums what a custom rule gives when only its tangent is
+            # mapped inside a scan
+            return jax.vmap(slope, (list(axes), 0), axis_size=self.num_examples)(
+                list(mapped), drawn
+            )
 
         if num_tangents == 1:
             values, found, aux = slopes(jax.tree.map(lambda x: x[0], list(drawn)))
             found = found[None]
         else:
-            values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None), axis_size=num_tangents)(list(drawn))
+            values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None), axis_size=num_tangents)(
+                list(drawn)
+            )
         return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
 
-    def _evaluate(self, mapped: Sequence[Array], drawn: Sequence[Drawn], time: Array) -> tuple[Array, Tree]:
+    def _evaluate(
+        self, mapped: Sequence[Array], drawn: Sequence[Drawn], time: Array
+    ) -> tuple[Array, Tree]:
         program = self.traced.program
         env = dict(zip(program.inputs, [*self.traced.closed, *self.leaves, *mapped], strict=True))
-        tangents = dict(zip(program.inputs[len(self.traced.closed) :], self.tangents(drawn), strict=False))
+        tangents = dict(
+            zip(program.inputs[len(self.traced.closed) :], self.tangents(drawn), strict=False)
+        )
         outputs = Push(self.traced.types, time, self.lazy).run(program, env, tangents)
         losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
         parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
@@ -141,7 +166,9 @@ class WeightPlan:
             start = jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype))
             if not tangent.drawn_by_rows:
                 return add_signs(start, coefficients, tangent)
-            return lax.map(lambda i: add_signs(start[0], coefficients, tangent.row(i)), jnp.arange(len(leaf)))
+            return lax.map(
+                lambda i: add_signs(start[0], coefficients, tangent.row(i)), jnp.arange(len(leaf))
+            )
 
         tangents = self.tangents(after(drawn, [coefficients]))
         return self.tree_of(map(grad, self.leaves, tangents))
@@ -153,10 +180,14 @@ class WeightPlan:
             if not isinstance(tangent, Signs):
                 return add_outer(leaf, coefficients, _pairs(tangent))
             wide = _tree.accumulation_dtype(leaf.dtype)
-            add = lambda part, signs: add_signs(part.astype(wide), coefficients, signs).astype(part.dtype)  # noqa: E731
+            add = lambda part, signs: add_signs(part.astype(wide), coefficients, signs).astype(
+                part.dtype
+            )  # noqa: E731
             if not tangent.drawn_by_rows:
                 return add(leaf, tangent)
-            return lax.fori_loop(0, len(leaf), lambda i, leaf: leaf.at[i].set(add(leaf[i], tangent.row(i))), leaf)
+            return lax.fori_loop(
+                0, len(leaf), lambda i, leaf: leaf.at[i].set(add(leaf[i], tangent.row(i))), leaf
+            )
 
         tangents = self.tangents(after(drawn, [coefficients]))
         return self.tree_of(map(new, jax.tree.leaves(params), tangents))
@@ -167,7 +198,9 @@ class WeightPlan:
 
     def at(self, leaves: Sequence[Array]) -> "WeightPlan":
         """The same plan with other values of the parameters."""
-        return dataclasses.replace(self, problem=dataclasses.replace(self.problem, params=self.tree_of(leaves)))
+        return dataclasses.replace(
+            self, problem=dataclasses.replace(self.problem, params=self.tree_of(leaves))
+        )
 
 
 def plan_low_rank(problem: Problem, rank: int = 1, per_example: bool = False) -> WeightPlan:
@@ -186,7 +219,8 @@ def plan_low_rank(problem: Problem, rank: int = 1, per_example: bool = False) ->
 def plan_signs(problem: Problem) -> WeightPlan | None:
     """Dense signs for all parameters, those of `tangents.Rademacher`, but each unpacked where it is used.
 
-    None where the traced loss has no derivative of its own, so that `jax.jvp` of the loss itself is needed.
+    None where the traced loss has no derivative of its own, so that `jax.jvp` of the loss itself is
+    needed.
     """
     traced = trace(problem.objective, problem.params)
     if reads_its_trace(traced):

@@ -12,7 +12,17 @@ from forwax.sites.convolution import in_pieces
 from forwax.sites.factored import Factored, is_move, look_up, moved, product
 from forwax.sites.operations import BILINEAR
 from forwax.sites.order import behind
-from forwax.sites.program import Atom, Constant, Equation, Loop, Program, Variable, bind, read, variables
+from forwax.sites.program import (
+    Atom,
+    Constant,
+    Equation,
+    Loop,
+    Program,
+    Variable,
+    bind,
+    read,
+    variables,
+)
 from forwax.sites.run import inject
 from forwax.sites.signs import Signs, after, unpacked
 
@@ -23,7 +33,8 @@ Tangent: TypeAlias = Factored | Signs | Array
 def in_step(value: Array) -> Array:
     """The value itself; with a tangent it is known only when that is, so that layers are pushed one by one.
 
-    Else a compiler may evaluate all layers before their tangents, and hold what every one of them made.
+    Else a compiler may evaluate all layers before their tangents, and hold what every one of them
+    made.
     """
     return value
 
@@ -45,7 +56,9 @@ class Push:
     def __init__(self, types: Sequence[Any], time: Array, lazy: bool) -> None:
         self.types, self.time, self.lazy = types, time, lazy
 
-    def run(self, program: Program, env: dict[Variable, Any], tangents: Mapping[Variable, Tangent]) -> list[Any]:
+    def run(
+        self, program: Program, env: dict[Variable, Any], tangents: Mapping[Variable, Tangent]
+    ) -> list[Any]:
         """The program's outputs, from its inputs in `env` and what is drawn as tangents of some of them."""
         packed, factored = dict(tangents), {}
         last: list[Array] = []  # what layer was evaluated last
@@ -54,8 +67,14 @@ class Push:
             sliced = len(equation.inputs) if loop is None else loop.num_consts + loop.num_carry
             self.open(equation.inputs[:sliced], env, factored, packed, last)
             values = [read(atom, env) for atom in equation.inputs]
-            positions = [i for i, a in enumerate(equation.inputs) if not isinstance(a, Constant) and a in factored]
-            if loop is not None and (positions or any(a in packed for a in variables(equation.inputs))):
+            positions = [
+                i
+                for i, a in enumerate(equation.inputs)
+                if not isinstance(a, Constant) and a in factored
+            ]
+            if loop is not None and (
+                positions or any(a in packed for a in variables(equation.inputs))
+            ):
                 outputs = self.loop(equation, loop, values, factored, packed)
             else:
                 outputs = self.apply(equation, values, positions, factored)
@@ -67,7 +86,12 @@ class Push:
         return [self.formed(atom, read(atom, env), factored) for atom in program.outputs]
 
     def open(
-        self, atoms: Sequence[Atom], env: dict[Variable, Any], factored: dict, packed: dict, last: Sequence[Array]
+        self,
+        atoms: Sequence[Atom],
+        env: dict[Variable, Any],
+        factored: dict,
+        packed: dict,
+        last: Sequence[Array],
     ) -> None:
         """Unpack tangents of used atoms after what came last: factors stay such, and others enter the atom's value."""
         for atom in variables(atoms):
@@ -76,12 +100,16 @@ class Push:
             tangent = packed.pop(atom)
             if isinstance(tangent, Factored):
                 factored[atom] = Factored(
-                    tuple((a, b) for a, b in (unpacked(after(pair, last)) for pair in tangent.pairs))
+                    tuple(
+                        (a, b) for a, b in (unpacked(after(pair, last)) for pair in tangent.pairs)
+                    )
                 )
             else:
                 env[atom] = inject(env[atom], *unpacked(after([tangent], last)), self.time)
 
-    def apply(self, equation: Equation, values: list[Any], positions: list[int], factored: dict) -> list[Any]:
+    def apply(
+        self, equation: Equation, values: list[Any], positions: list[int], factored: dict
+    ) -> list[Any]:
         """One equation's outputs."""
         if len(positions) == 1 and equation.outputs:  # a callback may have none
             position = positions[0]
@@ -108,7 +136,9 @@ class Push:
             return value
         return inject(value, factored[atom].dense(jnp.shape(value)), self.time)
 
-    def loop(self, equation: Equation, loop: Loop, values: list[Any], factored: dict, packed: dict) -> list[Any]:
+    def loop(
+        self, equation: Equation, loop: Loop, values: list[Any], factored: dict, packed: dict
+    ) -> list[Any]:
         """A scan's outputs: factors of what it runs over are scanned with it, and those of constants pass through."""
         body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
         fixed: dict[Variable, Factored] = {}
@@ -127,11 +157,15 @@ class Push:
                 values[i] = self.formed(atom, values[i], factored)
         scanned = {v: of for v, (of, _) in slices.items()}
 
-        def step(carry: list[Any], xs: tuple[list[Any], dict[Variable, Any], Array]) -> tuple[list[Any], list[Any]]:
+        def step(
+            carry: list[Any], xs: tuple[list[Any], dict[Variable, Any], Array]
+        ) -> tuple[list[Any], list[Any]]:
             own = {**fixed, **{v: _joined(of, slices[v][1], xs[2]) for v, of in xs[1].items()}}
             env = dict(zip(body.inputs, [*values[:first], *carry, *xs[0]], strict=True))
             kept = {v for v in body.inputs[first:last] if v in fixed}
-            outputs = self.run(dataclasses.replace(body, outputs=_without(body.outputs, kept)), env, own)
+            outputs = self.run(
+                dataclasses.replace(body, outputs=_without(body.outputs, kept)), env, own
+            )
             pairs = zip(body.outputs, outputs, strict=True)
             outputs = [env[a] if not isinstance(a, Constant) and a in kept else x for a, x in pairs]
             return outputs[: loop.num_carry], outputs[loop.num_carry :]
@@ -150,7 +184,9 @@ Signs that have rows are not sliced: a step takes its own row of them.
 
 
 def _slices(tangent: Tangent) -> Slices:
-    parts = [x for pair in tangent.pairs for x in pair] if isinstance(tangent, Factored) else [tangent]
+    parts = (
+        [x for pair in tangent.pairs for x in pair] if isinstance(tangent, Factored) else [tangent]
+    )
     parts = [x if isinstance(x, Signs) and x.has_rows else unpacked([x])[0] for x in parts]
     sliced = [None if isinstance(x, Signs) or x.shape[0] == 1 else x for x in parts]
     return sliced, [x if row is None else None for x, row in zip(parts, sliced, strict=True)]
@@ -163,7 +199,9 @@ def _joined(sliced: list[Any], rest: list[Any], index: Array) -> Tangent:
         return of.row(index) if isinstance(of, Signs) else of[0]
 
     parts = [part(own, of) for own, of in zip(sliced, rest, strict=True)]
-    return parts[0] if len(parts) == 1 else Factored(tuple(zip(parts[::2], parts[1::2], strict=True)))
+    return (
+        parts[0] if len(parts) == 1 else Factored(tuple(zip(parts[::2], parts[1::2], strict=True)))
+    )
 
 
 def _without(outputs: Sequence[Atom], kept: set[Variable]) -> tuple[Atom, ...]:

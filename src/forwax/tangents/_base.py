@@ -16,9 +16,9 @@ from forwax._tree import Spec, Tree
 class Tangents(abc.ABC):
     """A distribution of random directions v with E[v vᵀ] = I over the n real coordinates of the parameters.
 
-    Subclass `IndependentTangents` when the directions of one call can be drawn one by one, so that a rule holds one
-    chunk of them, and this class when they are drawn jointly. A subclass is a frozen dataclass registered with
-    `jax.tree_util.register_dataclass`.
+    Subclass `IndependentTangents` when the directions of one call can be drawn one by one, so that
+    a rule holds one chunk of them, and this class when they are drawn jointly. A subclass is a
+    frozen dataclass registered with `jax.tree_util.register_dataclass`.
     """
 
     coordinatewise: ClassVar[bool] = False
@@ -60,7 +60,9 @@ class Tangents(abc.ABC):
             >>> fx.tangents.Rademacher().sample(jax.random.key(0), {"w": jnp.zeros((2, 3))}, 4)["w"].shape
             (4, 2, 3)
         """
-        key = check_key(key, "Tangents.sample", advice="Call tangents.sample(jax.random.key(0), like).")
+        key = check_key(
+            key, "Tangents.sample", advice="Call tangents.sample(jax.random.key(0), like)."
+        )
         return sampler(self, key, like, num_tangents, hold=True)(jnp.arange(num_tangents))
 
 
@@ -84,7 +86,10 @@ class IndependentTangents(Tangents):
 
 
 def draw_each(
-    draw_one: Callable[[Array, Sequence[Spec]], list[Array]], key: Array, specs: Sequence[Spec], indices: Array
+    draw_one: Callable[[Array, Sequence[Spec]], list[Array]],
+    key: Array,
+    specs: Sequence[Spec],
+    indices: Array,
 ) -> list[Array]:
     """What `draw_one` draws for each of the indices [c], from a key of its own."""
 
@@ -93,7 +98,9 @@ def draw_each(
 
     if indices.shape[0] == 1:
         return [x[None] for x in one(indices[0])]
-    if "rbg" in str(jax.random.key_impl(key)):  # under vmap this generator uses the first key of the batch alone
+    if "rbg" in str(
+        jax.random.key_impl(key)
+    ):  # under vmap this generator uses the first key of the batch alone
         return jax.lax.map(one, indices)
     return jax.vmap(one)(indices)
 
@@ -108,7 +115,8 @@ def sampler(
 ) -> Callable[[Array], Tree]:
     """How a rule gets at its directions: a function from indices [c] to a tree with leading axis c.
 
-    Directions that can be drawn one by one are drawn when asked for, unless `hold`; joint ones are held.
+    Directions that can be drawn one by one are drawn when asked for, unless `hold`; joint ones are
+    held.
     """
     key = typed_key(key)
     specs = _tree.real_specs(like)
@@ -132,18 +140,24 @@ def sampler(
     if isinstance(tangents, IndependentTangents) and not hold:
         return at
     held = at(jnp.arange(num_tangents))
-    return lambda indices: jax.tree.map(lambda x: x[indices], held) if indices.shape[0] < num_tangents else held
+    return lambda indices: (
+        jax.tree.map(lambda x: x[indices], held) if indices.shape[0] < num_tangents else held
+    )
 
 
-def _groups(tangents: Tangents, like: Tree, key_axes: _mesh.Axes) -> list[tuple[_mesh.Axes, list[int]]]:
+def _groups(
+    tangents: Tangents, like: Tree, key_axes: _mesh.Axes
+) -> list[tuple[_mesh.Axes, list[int]]]:
     """Leaves that vary over the same mesh axes beyond the key's: each group draws with a key of its own."""
     members: dict[_mesh.Axes, list[int]] = {}
     for i, over in enumerate(_mesh.tree_axes(like)):
         members.setdefault(over - key_axes, []).append(i)
     if len(members) > 1 and not tangents.coordinatewise:
         raise ValueError(
-            f"{type(tangents).__name__} couples all coordinates of a direction, so inside shard_map all parameters "
-            f"must vary over the same mesh axes, got {sorted(map(sorted, members))}. Use tangents.Rademacher() or "
+            f"{type(tangents).__name__} couples all coordinates of a direction, so inside "
+            f"shard_map all parameters "
+            f"must vary over the same mesh axes, got {sorted(map(sorted, members))}. Use "
+            f"tangents.Rademacher() or "
             "tangents.Normal(), whose coordinates are independent."
         )
     return sorted(members.items(), key=lambda item: sorted(item[0]))

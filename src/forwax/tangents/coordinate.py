@@ -17,7 +17,8 @@ from forwax.tangents._base import IndependentTangents
 class Coordinate(IndependentTangents):
     """One coordinate direction √n · e_i per tangent, i uniform over all real coordinates of all leaves.
 
-    Relative MSE of the mean over k tangents: (n - 1) / k with replacement, n/k - 1 without (exact at k = n).
+    Relative MSE of the mean over k tangents: (n - 1) / k with replacement, n/k - 1 without (exact
+    at k = n).
 
     Attributes:
         replace: whether one coordinate can be drawn twice in a call.
@@ -49,7 +50,9 @@ class Coordinate(IndependentTangents):
         if self.replace:
             return super().draw_at(key, specs, indices)
         n = _tree.count(specs)
-        order = _mesh.vary(jax.random.permutation(key, n), _mesh.axes(key))  # JAX forgets over which axes it varies
+        order = _mesh.vary(
+            jax.random.permutation(key, n), _mesh.axes(key)
+        )  # JAX forgets over which axes it varies
         chosen = order[indices]
         return jax.vmap(lambda index: _tree.basis(index, specs, math.sqrt(n)))(chosen)
 
@@ -62,6 +65,7 @@ def check_at_most(num_tangents: int, n: int, name: str) -> None:
     """Raise a ValueError when more mutually orthogonal directions are asked for than there are coordinates."""
     if num_tangents > n:
         raise ValueError(
-            f"tangents.{name} draws at most n = {n} directions for {n} real coordinates, got num_tangents="
+            f"tangents.{name} draws at most n = {n} directions for {n} real coordinates, got "
+            f"num_tangents="
             f"{num_tangents}. With num_tangents={n} the gradient is exact already."
         )

@@ -1,6 +1,7 @@
 """Directions led by a guess of the gradient: exact along the guess, orthonormal around it.
 
-The unbiased form of guess directions (Fournier et al. 2023, "Can Forward Gradient Match Backpropagation?").
+The unbiased form of guess directions (Fournier et al. 2023, "Can Forward Gradient Match
+Backpropagation?").
 """
 
 import dataclasses
@@ -22,16 +23,16 @@ from forwax.tangents.coordinate import check_at_most
 class Guided(Tangents):
     """√k·ĥ along the unit guess ĥ first, then √(k(n-1)/(k-1))·q_j with k - 1 orthonormal q_j in its complement.
 
-    The mean over the k tangents has relative MSE ((n-1)/(k-1) - 1)(1 - cos²(g, h)): nothing is lost along the guess.
-    A guess of zero, or one that is not finite, is replaced by a random direction.
+    The mean over the k tangents has relative MSE ((n-1)/(k-1) - 1)(1 - cos²(g, h)): nothing is lost
+    along the guess. A guess of zero, or one that is not finite, is replaced by a random direction.
 
     Attributes:
-        guess: a pytree like the parameters, in the convention of `jax.grad`: a past estimate, a running mean, the
-            gradient of a cheaper loss. It must not depend on this call's noise.
+        guess: a pytree like the parameters, in the convention of `jax.grad`: a past estimate, a
+            running mean, the gradient of a cheaper loss. It must not depend on this call's noise.
 
     Raises:
-        ValueError: when k < 2 (the guess alone is a biased estimate) or k > n, or when the guess does not have the
-            parameters' shapes.
+        ValueError: when k < 2 (the guess alone is a biased estimate) or k > n, or when the guess
+            does not have the parameters' shapes.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -47,7 +48,8 @@ class Guided(Tangents):
         """Raise a ValueError when k < 2 or k > n."""
         if num_tangents < 2 and n > 1:
             raise ValueError(
-                "tangents.Guided needs num_tangents >= 2: the first direction is the guess, which alone gives a biased "
+                "tangents.Guided needs num_tangents >= 2: the first direction is the guess, which "
+                "alone gives a biased "
                 f"estimate; got num_tangents={num_tangents}."
             )
         check_at_most(num_tangents, n, "Guided(guess)")
@@ -61,14 +63,17 @@ class Guided(Tangents):
         usable = jnp.isfinite(norm) & (norm > 0)
         first = jnp.where(usable, guide / jnp.where(usable, norm, 1), normal[:, 0])
         frame = jnp.linalg.qr(normal.at[:, 0].set(first))[0]
-        return _tree.split_flat(frame.T * self._scales(n, num_tangents, frame.dtype)[:, None], specs)
+        return _tree.split_flat(
+            frame.T * self._scales(n, num_tangents, frame.dtype)[:, None], specs
+        )
 
     def _guide(self, specs: Sequence[Spec]) -> Array:
         leaves = _tree.to_real(_tree.conjugate(jax.tree.map(jnp.asarray, self.guess)))
         expected, got = [spec.shape for spec in specs], [x.shape for x in leaves]
         if expected != got:
             raise ValueError(
-                f"tangents.Guided: the guess must have the parameters' structure; expected leaf shapes {expected}, "
+                f"tangents.Guided: the guess must have the parameters' structure; expected leaf "
+                f"shapes {expected}, "
                 f"got {got}."
             )
         return _tree.join_flat(leaves).astype(_tree.common_dtype(specs))

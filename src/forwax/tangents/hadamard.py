@@ -20,14 +20,15 @@ from forwax.tangents.rademacher import Rademacher
 class Hadamard(IndependentTangents):
     """k directions of signs ±1, orthogonal to each other in every aligned block of B = 2^⌈log₂ k⌉ coordinates.
 
-    Direction j has the entry d_i (-1)^|i & j| at coordinate i, counted over all leaves: one random sign d_i, which all
-    directions share, and the parity of the bits that i and j have in common (Walsh's functions). A single direction is
-    that of `Rademacher`. Relative MSE of the
-    mean over k tangents: n/k - 1 where B divides n, as for `Orthonormal`, but without a factorisation and with the
-    random bits of one direction; with r = n mod B coordinates left over at most r (k - 1)/k more.
+    Direction j has the entry d_i (-1)^|i & j| at coordinate i, counted over all leaves: one random
+    sign d_i, which all directions share, and the parity of the bits that i and j have in common
+    (Walsh's functions). A single direction is that of `Rademacher`. Relative MSE of the
+    mean over k tangents: n/k - 1 where B divides n, as for `Orthonormal`, but without a
+    factorisation and with the random bits of one direction; with r = n mod B coordinates left over
+    at most r (k - 1)/k more.
 
-    Orthogonality holds within a part of the coordinates as well, such as the activities of one example and group, if
-    it begins and ends at multiples of B.
+    Orthogonality holds within a part of the coordinates as well, such as the activities of one
+    example and group, if it begins and ends at multiples of B.
 
     Raises:
         ValueError: when k > n.

@@ -18,23 +18,25 @@ from forwax.tangents.rademacher import Rademacher
 class LowRank(IndependentTangents):
     """Directions E = A Bᵀ/√r with sign entries for matrices, plain signs for vectors.
 
-    With `combine.Mean` or `Shrinkage`, and parameters that are whole on every device, `forwax.WeightPerturbation` never
-    forms them: where a matrix W meets a layer's input h, the tangent of h W is ḣ W + (h A) Bᵀ/√r, two thin products in
-    place of one as large as the layer, so that a gradient costs about two forward passes instead of three. It traces
-    the loss to see how each parameter is used: a kernel is split into what is contracted with the input and what is
-    not, with one pair of factors for each batch index and each layer of a scan; a parameter that is used in several
-    ways, or looked up, into its last axis and the others. Every use shares the one tangent. What is neither a matrix
-    nor a kernel gets plain signs. Other rules draw directions in full, each leaf split into its last axis and the
-    others.
+    With `combine.Mean` or `Shrinkage`, and parameters that are whole on every device,
+    `forwax.WeightPerturbation` never forms them: where a matrix W meets a layer's input h, the
+    tangent of h W is ḣ W + (h A) Bᵀ/√r, two thin products in place of one as large as the layer, so
+    that a gradient costs about two forward passes instead of three. It traces the loss to see how
+    each parameter is used: a kernel is split into what is contracted with the input and what is
+    not, with one pair of factors for each batch index and each layer of a scan; a parameter that is
+    used in several ways, or looked up, into its last axis and the others. Every use shares the one
+    tangent. What is neither a matrix nor a kernel gets plain signs. Other rules draw directions in
+    full, each leaf split into its last axis and the others.
 
-    Relative MSE of the mean over k tangents: (n - 1) / k at rank 1, as good as independent signs, since |v|² = n holds
-    here too; (n + 1 - 2/r) / k at rank r, when all of the gradient lies in matrices, and less otherwise.
+    Relative MSE of the mean over k tangents: (n - 1) / k at rank 1, as good as independent signs,
+    since |v|² = n holds here too; (n + 1 - 2/r) / k at rank r, when all of the gradient lies in
+    matrices, and less otherwise.
 
     Attributes:
         rank: the number r of columns of A and B.
-        per_example: whether each example of `in_axes` draws factors of its own and gets its own slope: for a layer of
-            fan-in p and fan-out q the error is (pq - 1)·mean|G_i|²/N, instead of (pq - 1)|mean G|². Better where
-            examples disagree.
+        per_example: whether each example of `in_axes` draws factors of its own and gets its own
+            slope: for a layer of fan-in p and fan-out q the error is (pq - 1)·mean|G_i|²/N, instead
+            of (pq - 1)|mean G|². Better where examples disagree.
 
     Raises:
         ValueError: when the rank is not a positive integer.
@@ -51,7 +53,9 @@ class LowRank(IndependentTangents):
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"tangents.LowRank: expected rank to be a positive integer, got {self.rank!r}.")
+            raise ValueError(
+                f"tangents.LowRank: expected rank to be a positive integer, got {self.rank!r}."
+            )
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction in full: a leaf's last axis, and all others together, are the sides of a matrix."""
@@ -66,7 +70,9 @@ class LowRank(IndependentTangents):
             rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1] if spec.shape else 1
             if min(rows, columns) > 1:
                 left, right = next(drawn), next(drawn)
-                leaves.append((jnp.einsum("ri,rj->ij", left, right) * self.rank**-0.5).reshape(spec.shape))
+                leaves.append(
+                    (jnp.einsum("ri,rj->ij", left, right) * self.rank**-0.5).reshape(spec.shape)
+                )
             else:
                 leaves.append(next(drawn))
         return leaves

@@ -17,7 +17,8 @@ from forwax.tangents._base import IndependentTangents
 class Normal(IndependentTangents):
     """Independent normal entries of mean 0 and variance 1, drawn in at least float32 and cast to each leaf's dtype.
 
-    Relative MSE of the mean over k tangents: (n + 1) / k (kurtosis 3). Signs have less and are cheaper to draw.
+    Relative MSE of the mean over k tangents: (n + 1) / k (kurtosis 3). Signs have less and are
+    cheaper to draw.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -42,6 +43,8 @@ def normal_leaves(key: Array, specs: Sequence[Spec], lead: tuple[int, ...] = ())
     """Standard normal leaves [*lead, *shape]."""
     keys = jax.random.split(key, len(specs))
     return [
-        jax.random.normal(k, lead + spec.shape, _tree.accumulation_dtype(spec.dtype)).astype(spec.dtype)
+        jax.random.normal(k, lead + spec.shape, _tree.accumulation_dtype(spec.dtype)).astype(
+            spec.dtype
+        )
         for k, spec in zip(keys, specs, strict=True)
     ]

@@ -19,8 +19,8 @@ from forwax.tangents.coordinate import check_at_most
 class Orthonormal(Tangents):
     """k orthonormal directions, uniform among all such frames, each scaled by √n.
 
-    Relative MSE of the mean over k tangents: n/k - 1; exact at k = n. Holds all k directions and an n × k
-    factorisation, 4nk² flops.
+    Relative MSE of the mean over k tangents: n/k - 1; exact at k = n. Holds all k directions and an
+    n × k factorisation, 4nk² flops.
 
     Raises:
         ValueError: when k > n.

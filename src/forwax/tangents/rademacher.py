@@ -22,8 +22,8 @@ _ROW = 128
 class Rademacher(IndependentTangents):
     """Independent signs ±1, 32 of them unpacked from each random uint32.
 
-    Relative MSE of the mean over k tangents: (n - 1) / k. No distribution of independent unbiased tangents has less,
-    since E|v|⁴ ≥ (E|v|²)² = n² with equality exactly when |v|² is constant.
+    Relative MSE of the mean over k tangents: (n - 1) / k. No distribution of independent unbiased
+    tangents has less, since E|v|⁴ ≥ (E|v|²)² = n² with equality exactly when |v|² is constant.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -38,7 +38,10 @@ class Rademacher(IndependentTangents):
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: ±1 in each leaf's shape and dtype."""
-        return [unpack_signs(words, spec) for words, spec in zip(draw_words(key, specs), specs, strict=True)]
+        return [
+            unpack_signs(words, spec)
+            for words, spec in zip(draw_words(key, specs), specs, strict=True)
+        ]
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
         """(n - 1) / k."""
@@ -63,7 +66,9 @@ def draw_words(key: Array, specs: Sequence[Spec]) -> list[Array]:
 
 def draws_anywhere(key: Array) -> bool:
     """Whether `words_at` knows the generator: JAX's default, which makes each word from the key and its place."""
-    return str(jax.random.key_impl(key)) == "threefry2x32" and bool(jax.config.jax_threefry_partitionable)  # type: ignore[attr-defined]
+    return str(jax.random.key_impl(key)) == "threefry2x32" and bool(
+        jax.config.jax_threefry_partitionable
+    )  # type: ignore[attr-defined]
 
 
 def words_at(data: Array, places: Array) -> Array:
@@ -73,7 +78,9 @@ def words_at(data: Array, places: Array) -> Array:
         data: the key's own two words, as `jax.random.key_data` returns them.
         places: uint32 [c].
     """
-    high, low = jnp.split(threefry_2x32((data[0], data[1]), jnp.concatenate([jnp.zeros_like(places), places])), 2)
+    high, low = jnp.split(
+        threefry_2x32((data[0], data[1]), jnp.concatenate([jnp.zeros_like(places), places])), 2
+    )
     return high ^ low
 
 
@@ -87,5 +94,7 @@ def unpack_signs(words: Array, spec: Spec) -> Array:
     """Signs ±1 of the given shape and dtype from the bits of uint32 words [ceil(size / 32)]."""
     shifts = jnp.arange(WORD, dtype=jnp.uint32)
     bits = jnp.left_shift(words[:, None], shifts[None, :]) & jnp.uint32(0x80000000)
-    signs = jax.lax.bitcast_convert_type(bits | jnp.uint32(0x3F800000), jnp.float32)  # the bits of 1.0 with this sign
+    signs = jax.lax.bitcast_convert_type(
+        bits | jnp.uint32(0x3F800000), jnp.float32
+    )  # the bits of 1.0 with this sign
     return signs.astype(spec.dtype).reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape)

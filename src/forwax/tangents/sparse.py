@@ -46,7 +46,8 @@ class Sparse(IndependentTangents):
         return [self._leaf(k, spec) for k, spec in zip(keys, specs, strict=True)]
 
     def _leaf(self, key: Array, spec: Spec) -> Array:
-        # One draw serves both choices: of 2³² words the first 2h keep the entry, and the first h make it positive.
+        # One draw serves both choices: of 2³² words the first 2h keep the entry, and the first h
+        # make it positive.
         bits = jax.random.bits(key, spec.shape, jnp.uint32)
         half, size = self._half, math.sqrt(2**31 / self._half)
         sign = jnp.where(bits < jnp.uint32(half), size, -size)

@@ -18,7 +18,8 @@ from forwax.tangents.normal import normal_leaves
 class Sphere(IndependentTangents):
     """v = √n · w / |w| with normal w: uniform on the sphere of radius √n over all leaves together.
 
-    Relative MSE of the mean over k tangents: (n - 1) / k, as for signs, and the same for every gradient's direction.
+    Relative MSE of the mean over k tangents: (n - 1) / k, as for signs, and the same for every
+    gradient's direction.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx

@@ -27,7 +27,9 @@ class Moments:
         return self.deviation / math.sqrt(self.num_draws)
 
 
-def sampler(statistic: Callable[[Array], Array], jit: bool = True) -> Callable[[Array, int], Moments]:
+def sampler(
+    statistic: Callable[[Array], Array], jit: bool = True
+) -> Callable[[Array, int], Moments]:
     """How to draw a statistic [s] under keys derived from a key: a function of the key and the number of draws.
 
     Compiled once for any number of draws, which is rounded up to whole chunks.
@@ -46,9 +48,13 @@ def sampler(statistic: Callable[[Array], Array], jit: bool = True) -> Callable[[
     def in_chunks(key: Array, num_draws: int) -> Moments:
         num_chunks = -(-num_draws // _CHUNK)
         parts = [sums(key, np.uint32(index)) for index in range(num_chunks)]
-        means, variances = (np.asarray(jax.device_get(part), np.float64) for part in zip(*parts, strict=True))
+        means, variances = (
+            np.asarray(jax.device_get(part), np.float64) for part in zip(*parts, strict=True)
+        )
         # The variance of all draws: within the chunks plus between their means.
-        return Moments(means.mean(0), np.sqrt(variances.mean(0) + means.var(0)), num_chunks * _CHUNK)
+        return Moments(
+            means.mean(0), np.sqrt(variances.mean(0) + means.var(0)), num_chunks * _CHUNK
+        )
 
     return in_chunks if jit else one_by_one
 
@@ -56,7 +62,8 @@ def sampler(statistic: Callable[[Array], Array], jit: bool = True) -> Callable[[
 def thresholds(false_alarm: float, power: float, num_checks: int) -> tuple[float, float]:
     """Standard errors at which a check fails, and those at which it has failed with probability `power`.
 
-    The first keeps the chance of any false alarm among `num_checks` two-sided checks below `false_alarm` (Bonferroni).
+    The first keeps the chance of any false alarm among `num_checks` two-sided checks below
+    `false_alarm` (Bonferroni).
     """
     fail = NormalDist().inv_cdf(1 - false_alarm / (2 * num_checks))
     return fail, fail + NormalDist().inv_cdf(power)

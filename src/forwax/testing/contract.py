@@ -27,10 +27,11 @@ def assert_contract(
 ) -> None:
     """Assert what every rule promises, whatever its estimate.
 
-    The value is the loss's own; the gradient has the structure, shapes and dtypes of the arguments; the same key gives
-    the same estimate; under `jit`, with the rule passed as an argument, the estimate is the same to rounding, the loss
-    is traced once, and a second call with another key compiles nothing; `vmap` over keys gives the estimates one by
-    one; a call without a key is refused.
+    The value is the loss's own; the gradient has the structure, shapes and dtypes of the arguments;
+    the same key gives the same estimate; under `jit`, with the rule passed as an argument, the
+    estimate is the same to rounding, the loss is traced once, and a second call with another key
+    compiles nothing; `vmap` over keys gives the estimates one by one; a call without a key is
+    refused.
 
     Args:
         rule: the rule under test.
@@ -57,7 +58,9 @@ def assert_contract(
         return loss(*args)
 
     def run(rule: Rule, key: Array, *args: Any) -> Any:
-        return value_and_grad(counted, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes)(key, *args)
+        return value_and_grad(counted, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes)(
+            key, *args
+        )
 
     eager = run(rule, key, *args)
     _check_value(eager, loss, args, has_aux, in_axes, value_tolerance)
@@ -72,11 +75,18 @@ def assert_contract(
     _same(eager, jitted, 1e-3, "the estimate differs under jit")
     keys = jnp.stack([key, jax.random.fold_in(key, 1)])
     batched = jax.vmap(lambda key: run(rule, key, *args))(keys)
-    _same(eager, jax.tree.map(lambda x: x[0], batched), 1e-3, "the estimate differs under vmap over keys")
+    _same(
+        eager,
+        jax.tree.map(lambda x: x[0], batched),
+        1e-3,
+        "the estimate differs under vmap over keys",
+    )
     _check_key_is_needed(run, rule, args)
 
 
-def _check_value(out: Any, loss: Callable, args: Sequence[Any], has_aux: bool, in_axes: Any, tolerance: float) -> None:
+def _check_value(
+    out: Any, loss: Callable, args: Sequence[Any], has_aux: bool, in_axes: Any, tolerance: float
+) -> None:
     def own(*args: Any) -> Array:
         result = loss(*args)
         return objective_value(result[0] if has_aux else result)
@@ -89,7 +99,10 @@ def _check_value(out: Any, loss: Callable, args: Sequence[Any], has_aux: bool, i
 def _check_form(grads: Tree, args: tuple[Any, ...], argnums: int | Sequence[int]) -> None:
     chosen = tuple(args[i] for i in argnums) if isinstance(argnums, Sequence) else args[argnums]
     form = lambda tree: jax.tree.map(lambda x: (str(jnp.asarray(x).dtype), jnp.shape(x)), tree)  # noqa: E731
-    _expect(form(chosen) == form(grads), f"the gradient has the form {form(grads)}, the arguments {form(chosen)}")
+    _expect(
+        form(chosen) == form(grads),
+        f"the gradient has the form {form(grads)}, the arguments {form(chosen)}",
+    )
 
 
 def _check_key_is_needed(run: Callable, rule: Rule, args: Sequence[Any]) -> None:
@@ -103,11 +116,17 @@ def _check_key_is_needed(run: Callable, rule: Rule, args: Sequence[Any]) -> None
 
 def _same(left: Tree, right: Tree, tolerance: float, broken: str) -> None:
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        wide = np.promote_types(np.asarray(a).dtype, np.float32) if jnp.issubdtype(a.dtype, jnp.inexact) else a.dtype
+        wide = (
+            np.promote_types(np.asarray(a).dtype, np.float32)
+            if jnp.issubdtype(a.dtype, jnp.inexact)
+            else a.dtype
+        )
         x, y = np.asarray(a).astype(wide), np.asarray(b).astype(wide)
         limit = tolerance * max(1e-6, float(np.abs(x).max(initial=0)))
         worst = float(np.abs(x - y).max(initial=0))
-        _expect(worst <= limit or np.array_equal(x, y, equal_nan=True), f"{broken} (by {worst:.3g})")
+        _expect(
+            worst <= limit or np.array_equal(x, y, equal_nan=True), f"{broken} (by {worst:.3g})"
+        )
 
 
 def _expect(kept: bool, broken: str) -> None:

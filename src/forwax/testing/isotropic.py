@@ -28,8 +28,9 @@ def assert_isotropic(
 ) -> int:
     """Assert that the mean over a call's k directions of v vᵀ is the identity in expectation.
 
-    Checks every entry of the n × n matrix and, with enough draws to find a deviation of `tolerance` with probability
-    `power`, the mean squared length E|v|² / n = 1, over all coordinates and over each leaf.
+    Checks every entry of the n × n matrix and, with enough draws to find a deviation of `tolerance`
+    with probability `power`, the mean squared length E|v|² / n = 1, over all coordinates and over
+    each leaf.
 
     Args:
         tangents: the distribution under test.
@@ -45,7 +46,8 @@ def assert_isotropic(
         The number of draws made.
 
     Raises:
-        AssertionError: when the directions are not isotropic, or do not have the shapes and dtypes of `like`.
+        AssertionError: when the directions are not isotropic, or do not have the shapes and dtypes
+            of `like`.
         ValueError: when `max_draws` are too few for the wanted power.
 
     Example:
@@ -54,7 +56,11 @@ def assert_isotropic(
         2048
     """
     key = jax.random.key(0) if key is None else key
-    _check_form(jax.eval_shape(lambda key: tangents.sample(key, like, num_tangents), key), like, num_tangents)
+    _check_form(
+        jax.eval_shape(lambda key: tangents.sample(key, like, num_tangents), key),
+        like,
+        num_tangents,
+    )
     specs = _tree.real_specs(like)
     sizes, n = [math.prod(spec.shape) for spec in specs], _tree.count(specs)
 
@@ -64,7 +70,9 @@ def assert_isotropic(
         second = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / num_tangents
         ends = np.cumsum(sizes)
         diagonal = jnp.diagonal(second)
-        lengths = [jnp.mean(diagonal[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+        lengths = [
+            jnp.mean(diagonal[end - size : end]) for size, end in zip(sizes, ends, strict=True)
+        ]
         return jnp.concatenate([jnp.stack([jnp.mean(diagonal), *lengths]), second.ravel()])
 
     checks = 1 + len(sizes)
@@ -74,7 +82,8 @@ def assert_isotropic(
     num_draws = max(_PILOT, math.ceil((detect * pilot.deviation[:checks].max() / tolerance) ** 2))
     if num_draws > max_draws:
         raise ValueError(
-            f"assert_isotropic: to find a deviation of {tolerance:.2%}, {num_draws} draws are needed, more than "
+            f"assert_isotropic: to find a deviation of {tolerance:.2%}, {num_draws} draws are "
+            f"needed, more than "
             f"max_draws={max_draws}. Raise max_draws or tolerance."
         )
     drawn = draw(jax.random.fold_in(key, 2), num_draws)
@@ -90,14 +99,20 @@ def _check_form(sample: Tree, like: Tree, num_tangents: int) -> None:
     expected = jax.tree.map(lambda x: (str(x.dtype), (num_tangents, *x.shape)), like)
     got = jax.tree.map(lambda x: (str(x.dtype), x.shape), sample)
     if expected != got:
-        raise AssertionError(f"the directions do not have the form of the parameters: expected {expected}, got {got}.")
+        raise AssertionError(
+            f"the directions do not have the form of the parameters: expected {expected}, got "
+            f"{got}."
+        )
 
 
-def _compare(drawn: _statistics.Moments, expected: np.ndarray, fail: float, rounding: float) -> None:
+def _compare(
+    drawn: _statistics.Moments, expected: np.ndarray, fail: float, rounding: float
+) -> None:
     excess = np.abs(drawn.mean - expected) - fail * drawn.error - rounding
     worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
     if not excess[worst] <= 0:
         raise AssertionError(
-            f"E[v vᵀ] is not the identity: expected {expected[worst]:g}, got {drawn.mean[worst]:.5f} ± "
+            f"E[v vᵀ] is not the identity: expected {expected[worst]:g}, got "
+            f"{drawn.mean[worst]:.5f} ± "
             f"{drawn.error[worst]:.5f} over {drawn.num_draws} draws."
         )

@@ -37,7 +37,9 @@ class Bench:
         if (name, steps) not in self._programs:
             settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
             print(f"Compiling {name} for {steps:,} steps.", flush=True)
-            self._programs[name, steps] = build_program(self.comparison.problem, settings, self._data)
+            self._programs[name, steps] = build_program(
+                self.comparison.problem, settings, self._data
+            )
         return self._programs[name, steps]
 
     def timing(self) -> dict[str, Any]:
@@ -47,7 +49,10 @@ class Bench:
         seconds = timing.measure(programs)
         for name, values in seconds.items():
             print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
-        return {"seconds": seconds, "temporary_bytes": {name: each.temporary_bytes for name, each in programs.items()}}
+        return {
+            "seconds": seconds,
+            "temporary_bytes": {name: each.temporary_bytes for name, each in programs.items()},
+        }
 
     def candidate(self, name: str, number: int, rate: float) -> dict[str, Any]:
         """Train with one learning rate of the search, on the first seed."""
@@ -68,7 +73,13 @@ class Bench:
         report = _Lines(f"{name}, seed {seed}", steps, self.seconds[name])
         started = time.perf_counter()
         history, params = train(
-            self._program(name, steps), rate, seed, self._validation, at_steps, self.seconds[name], report
+            self._program(name, steps),
+            rate,
+            seed,
+            self._validation,
+            at_steps,
+            self.seconds[name],
+            report,
         )
         wall = time.perf_counter() - started
         loss, accuracy = self._test(params)
@@ -83,7 +94,9 @@ class Bench:
             "test_accuracy": accuracy,
             "wall_seconds": wall,
             "steps": history.steps,
-            "validation_losses": [each if math.isfinite(each) else None for each in history.validation_losses],
+            "validation_losses": [
+                each if math.isfinite(each) else None for each in history.validation_losses
+            ],
             "training_losses": history.binned(),
         }
 
@@ -98,5 +111,12 @@ class _Lines:
     def __call__(self, step: int, loss: float) -> None:
         if step < self._steps and time.monotonic() - self._last < SECONDS_BETWEEN_LINES:
             return
-        self._last, left = time.monotonic(), timedelta(seconds=round((self._steps - step) * self._pace))
-        print(f"{self._name}: step {step:,} of {self._steps:,}, training loss {loss:.4g}, {left} left", flush=True)
+        self._last, left = (
+            time.monotonic(),
+            timedelta(seconds=round((self._steps - step) * self._pace)),
+        )
+        print(
+            f"{self._name}: step {step:,} of {self._steps:,}, training loss {loss:.4g}, {left} "
+            f"left",
+            flush=True,
+        )

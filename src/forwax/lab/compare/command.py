@@ -1,7 +1,8 @@
 """`forwax compare`: the same model, data order and initial parameters under several rules, side by side.
 
-First the time of a step is measured under all rules in turns, then each rule gets its learning rate, then each seed is
-trained under each rule. Every finished part is a file in the comparison's folder, so that a rerun skips it.
+First the time of a step is measured under all rules in turns, then each rule gets its learning
+rate, then each seed is trained under each rule. Every finished part is a file in the comparison's
+folder, so that a rerun skips it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def run(options: CompareOptions) -> int:
     try:
         results = compare(comparison)
     except KeyboardInterrupt:
-        print(f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {comparison.folder}")
+        print(
+            f"\nStopped; what is finished is kept. Go on with: forwax compare --resume "
+            f"{comparison.folder}"
+        )
         return 130
     save(comparison, results)
     # a log has no width of its own; the tables need this much
@@ -85,7 +89,9 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         for name in names:
             make = lambda name=name, seed=seed: bench.run(name, rates[name], seed)  # noqa: E731
             runs[name].append(comparison.part(f"run-{name}-{seed}", make))
-    return _facts(comparison) | findings.gather(comparison.rules, timing, searches, runs, options.target_loss)
+    return _facts(comparison) | findings.gather(
+        comparison.rules, timing, searches, runs, options.target_loss
+    )
 
 
 def _search(bench: Bench, name: str) -> list[dict[str, Any]]:
@@ -93,7 +99,9 @@ def _search(bench: Bench, name: str) -> list[dict[str, Any]]:
     comparison = bench.comparison
 
     def candidate(number: int, rate: float) -> dict[str, Any]:
-        return comparison.part(f"search-{name}-{number}", lambda: bench.candidate(name, number, rate))
+        return comparison.part(
+            f"search-{name}-{number}", lambda: bench.candidate(name, number, rate)
+        )
 
     suggested = comparison.settings[name].learning_rate
     assert suggested is not None
@@ -124,7 +132,9 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "steps": comparison.steps,
         "batch_size": next(iter(comparison.settings.values())).batch_size,
         "seeds": list(range(options.seeds)),
-        "search": None if options.paper else {"candidates": options.search_rates, "steps": comparison.search_steps},
+        "search": None
+        if options.paper
+        else {"candidates": options.search_rates, "steps": comparison.search_steps},
         "settings": {name: each.as_dict() for name, each in comparison.settings.items()},
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),

@@ -1,10 +1,11 @@
 """What a comparison found, as one dictionary for results.json; table and figure read nothing else.
 
-All losses that are reached or not are validation losses, the median over the seeds. The target is reached once the
-loss stays at or below it: a curve that touches it on its way up again has not reached it. Seconds are steps times the
-median time of a step, measured in turns with the other rules, so that what else the machine did meets all of them
-alike. The ratios are those of Baydin et al. 2022: R is the time of a step over that of evaluating the loss once;
-T_f/T_b compares the times to touch backprop's best validation loss.
+All losses that are reached or not are validation losses, the median over the seeds. The target is
+reached once the loss stays at or below it: a curve that touches it on its way up again has not
+reached it. Seconds are steps times the median time of a step, measured in turns with the other
+rules, so that what else the machine did meets all of them alike. The ratios are those of Baydin et
+al. 2022: R is the time of a step over that of evaluating the loss once; T_f/T_b compares the times
+to touch backprop's best validation loss.
 """
 
 from __future__ import annotations
@@ -35,20 +36,25 @@ def gather(
         timing: the timing part: seconds by rule and round, and temporary bytes by rule.
         searches: the candidates of each rule; empty where the rate was given.
         runs: the runs of each rule, one a seed.
-        target_loss: the validation loss to reach; by default the one that the slowest rule that stayed finite ends at.
+        target_loss: the validation loss to reach; by default the one that the slowest rule that
+            stayed finite ends at.
 
     Returns:
         A dictionary that JSON can hold: no infinities, and "not reached" in place of a number.
     """
     seconds = {name: float(np.median(values)) for name, values in timing["seconds"].items()}
     found = {
-        rule.name: _of_rule(rule, seconds, timing["temporary_bytes"], searches.get(rule.name, []), runs[rule.name])
+        rule.name: _of_rule(
+            rule, seconds, timing["temporary_bytes"], searches.get(rule.name, []), runs[rule.name]
+        )
         for rule in rules
     }
     target = default_target(found) if target_loss is None else target_loss
     reference = found.get("backprop")
     for each in found.values():
-        each |= _reached(each, None if target is None else settled_step(each["curve"], target), "target")
+        each |= _reached(
+            each, None if target is None else settled_step(each["curve"], target), "target"
+        )
         each |= _against(each, reference)
     return {
         "loss_seconds": seconds[LOSS],
@@ -114,7 +120,9 @@ def default_target(found: dict[str, dict[str, Any]]) -> float | None:
     >>> default_target({"a": {"curve": {"validation_losses": [0.1, 0.12341]}, "non_finite": 0}})
     0.124
     """
-    last = [each["curve"]["validation_losses"][-1] for each in found.values() if not each["non_finite"]]
+    last = [
+        each["curve"]["validation_losses"][-1] for each in found.values() if not each["non_finite"]
+    ]
     last = [loss for loss in last if loss is not None and loss > 0]
     if not last:
         return None
@@ -128,7 +136,9 @@ def first_touch(curve: dict[str, Any], target: float) -> int | None:
     >>> first_touch({"steps": [0, 5, 10], "validation_losses": [2.0, 1.0, 1.5]}, 1.0)
     5
     """
-    return next((step for step, loss in _points(curve) if loss is not None and loss <= target), None)
+    return next(
+        (step for step, loss in _points(curve) if loss is not None and loss <= target), None
+    )
 
 
 def settled_step(curve: dict[str, Any], target: float) -> int | None:
@@ -155,7 +165,9 @@ def _reached(each: dict[str, Any], step: int | None, what: str) -> dict[str, flo
     return {f"steps_to_{what}": step, f"seconds_to_{what}": step * each["seconds_per_step"]}
 
 
-def _against(each: dict[str, Any], reference: dict[str, Any] | None) -> dict[str, float | str | None]:
+def _against(
+    each: dict[str, Any], reference: dict[str, Any] | None
+) -> dict[str, float | str | None]:
     """Compare with backprop; without it there is nothing to compare with."""
     if reference is None:
         return {"time_ratio": None, "T_ratio": None}
@@ -164,7 +176,11 @@ def _against(each: dict[str, Any], reference: dict[str, Any] | None) -> dict[str
     reached = _reached(each, touch(each), "backprops_best")
     own = _reached(reference, touch(reference), "backprops_best")
     ours, theirs = reached["seconds_to_backprops_best"], own["seconds_to_backprops_best"]
-    ratio = NOT_REACHED if isinstance(ours, str) or isinstance(theirs, str) or not theirs else ours / theirs
+    ratio = (
+        NOT_REACHED
+        if isinstance(ours, str) or isinstance(theirs, str) or not theirs
+        else ours / theirs
+    )
     return {
         "time_ratio": each["seconds_per_step"] / reference["seconds_per_step"],
         **reached,

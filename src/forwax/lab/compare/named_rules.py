@@ -24,7 +24,8 @@ class Line:
         about: what it is, for people; {k} stands for the number of tangents.
         settings: the settings that make it, by field of `forwax.lab.settings.Settings`.
         tangents: how many tangents it draws without a number in its name; None where it draws none.
-        colour: a name of `forwax.lab.style.PALETTE`; by default the rule's own, or the next free one.
+        colour: a name of `forwax.lab.style.PALETTE`; by default the rule's own, or the next free
+            one.
 
     >>> LINES["backprop"].tangents is None
     True
@@ -42,16 +43,29 @@ LINES: Mapping[str, Line] = {
     "backprop": Line("backprop", {"rule": "backprop"}),
     "forward": Line("forward gradient, {k}", {**_SIGNS, "combine": "mean"}, 1),
     "forward-normal": Line(
-        "forward gradient, {k}, normal", {"rule": "weight", "tangents": "normal", "combine": "mean"}, 1, "value"
+        "forward gradient, {k}, normal",
+        {"rule": "weight", "tangents": "normal", "combine": "mean"},
+        1,
+        "value",
     ),
-    "low-rank": Line("rank-1 forward gradient, {k}", {"rule": "weight", "tangents": "low-rank", "combine": "mean"}, 1),
+    "low-rank": Line(
+        "rank-1 forward gradient, {k}",
+        {"rule": "weight", "tangents": "low-rank", "combine": "mean"},
+        1,
+    ),
     "projection": Line("projection, {k}", {**_SIGNS, "combine": "projection"}, MANY),
     "shrinkage": Line("shrinkage, {k}", {**_SIGNS, "combine": "shrinkage"}, MANY),
-    "orthonormal": Line("orthonormal, {k}", {"rule": "weight", "tangents": "orthonormal", "combine": "mean"}, MANY),
-    "finite-difference": Line(
-        "finite differences, {k}", {"rule": "finite-difference", "tangents": "rademacher", "combine": "mean"}, 1
+    "orthonormal": Line(
+        "orthonormal, {k}", {"rule": "weight", "tangents": "orthonormal", "combine": "mean"}, MANY
     ),
-    "activity": Line("activity noise, {k}", {"rule": "activity", "tangents": "rademacher", "combine": "mean"}, 1),
+    "finite-difference": Line(
+        "finite differences, {k}",
+        {"rule": "finite-difference", "tangents": "rademacher", "combine": "mean"},
+        1,
+    ),
+    "activity": Line(
+        "activity noise, {k}", {"rule": "activity", "tangents": "rademacher", "combine": "mean"}, 1
+    ),
     "feedback": Line("feedback alignment", {"rule": "feedback"}),
     "direct-feedback": Line("direct feedback alignment", {"rule": "direct-feedback"}),
     "exact": Line("exact, forward mode", {"rule": "exact"}),
@@ -89,22 +103,34 @@ def parse(name: str, index: int = 0) -> NamedRule:
     base, _, number = name.rpartition("-")
     if name in LINES:
         base, count = name, LINES[name].tangents
-    elif base in LINES and number.isdecimal() and LINES[base].tangents is not None and int(number) >= 1:
+    elif (
+        base in LINES
+        and number.isdecimal()
+        and LINES[base].tangents is not None
+        and int(number) >= 1
+    ):
         count = int(number)
     else:
         raise UsageError(
-            f"There is no rule {name!r}; choose --rules from: {', '.join(LINES)}; those with tangents may be followed "
+            f"There is no rule {name!r}; choose --rules from: {', '.join(LINES)}; those with "
+            f"tangents may be followed "
             "by their number, such as forward-16."
         )
     line, given = LINES[base], dict(LINES[base].settings)
     if count is not None:
         given["num_tangents"] = count
-        if count > CHUNK and given["combine"] == "mean" and "chunk_size" in choices.RULES[given["rule"]].takes:
+        if (
+            count > CHUNK
+            and given["combine"] == "mean"
+            and "chunk_size" in choices.RULES[given["rule"]].takes
+        ):
             given["chunk_size"] = CHUNK
     tangents = f"{count} tangent" + ("" if count == 1 else "s")
     colour = line.colour or ("forward-16" if base == "forward" and count != 1 else base)
     dashes = "--" if count is not None and count != line.tangents and colour == base else "-"
-    return NamedRule(name, line.about.format(k=tangents), given, style.colour(colour, index), dashes)
+    return NamedRule(
+        name, line.about.format(k=tangents), given, style.colour(colour, index), dashes
+    )
 
 
 def parse_all(names: tuple[str, ...]) -> list[NamedRule]:

@@ -20,10 +20,12 @@ from forwax.lab.train.sitting import versions
 class CompareOptions:
     """Train the same model by several rules, from the same start on the same data, and tell what each cost and gained.
 
-    Each rule first gets a learning rate, found on the same budget by the loss on a part held out of the training set.
+    Each rule first gets a learning rate, found on the same budget by the loss on a part held out of
+    the training set.
 
-    Rules: backprop, forward, forward-normal, low-rank, projection, shrinkage, orthonormal, finite-difference, activity,
-    feedback, direct-feedback, exact. A number of tangents may follow: forward-16.
+    Rules: backprop, forward, forward-normal, low-rank, projection, shrinkage, orthonormal,
+    finite-difference, activity, feedback, direct-feedback, exact. A number of tangents may follow:
+    forward-16.
 
     Example:
         ```sh
@@ -79,12 +81,19 @@ def resumed(options: CompareOptions) -> CompareOptions:
     assert folder is not None
     if dataclasses.replace(options, resume=None, data_dir=None) != CompareOptions():
         raise UsageError(
-            "--resume takes every setting from the comparison's config.json; leave the other settings out."
+            "--resume takes every setting from the comparison's config.json; leave the other "
+            "settings out."
         )
     config = Run.open(folder).config
     if "rules" not in config or "seeds" not in config:
-        raise UsageError(f"{folder} is the folder of a training run; go on with: forwax train --resume {folder}")
-    names = {field.name for field in dataclasses.fields(CompareOptions)} - {"data_dir", "out", "resume"}
+        raise UsageError(
+            f"{folder} is the folder of a training run; go on with: forwax train --resume {folder}"
+        )
+    names = {field.name for field in dataclasses.fields(CompareOptions)} - {
+        "data_dir",
+        "out",
+        "resume",
+    }
     stored: dict[str, Any] = {name: value for name, value in config.items() if name in names} | {
         "rules": tuple(config["rules"])
     }
@@ -103,7 +112,15 @@ def check(options: CompareOptions) -> None:
         ...
     forwax.lab.settings.UsageError: --seeds must be at least 1, got 0.
     """
-    for name in ("steps", "batch_size", "seeds", "search_rates", "search_steps", "evaluations", "test_examples"):
+    for name in (
+        "steps",
+        "batch_size",
+        "seeds",
+        "search_rates",
+        "search_steps",
+        "evaluations",
+        "test_examples",
+    ):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
@@ -118,13 +135,19 @@ def make_folder(options: CompareOptions) -> Path:
         UsageError: when it cannot be made, or holds a comparison already.
     """
     config = dataclasses.asdict(options) | {"rules": list(options.rules), "versions": versions()}
-    config |= {"data_dir": str(options.data_dir.absolute()) if options.data_dir else None, "out": None, "resume": None}
+    config |= {
+        "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
+        "out": None,
+        "resume": None,
+    }
     if options.out is None:
         folder = Run.create(Path("runs"), f"compare-{options.experiment}", config).path
     else:
         folder = options.out
         if (folder / CONFIG).exists():
-            raise UsageError(f"{folder} holds a comparison already; choose another --out, or --resume {folder}.")
+            raise UsageError(
+                f"{folder} holds a comparison already; choose another --out, or --resume {folder}."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, config)
     return folder

@@ -42,8 +42,16 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
     for run in each["runs"] if len(each["runs"]) > 1 else []:
-        axes.plot(*_points(run, scale), color=each["colour"], linestyle=each["dashes"], alpha=0.35, linewidth=0.7)
-    lost = f" ({each['non_finite']} of {len(each['runs'])} not finite)" if each["non_finite"] else ""
+        axes.plot(
+            *_points(run, scale),
+            color=each["colour"],
+            linestyle=each["dashes"],
+            alpha=0.35,
+            linewidth=0.7,
+        )
+    lost = (
+        f" ({each['non_finite']} of {len(each['runs'])} not finite)" if each["non_finite"] else ""
+    )
     label = f"{each['about']}: {tables.accuracy(each)} test accuracy{lost}"
     look = {"color": each["colour"], "linestyle": each["dashes"], "linewidth": 2.2}
     axes.plot(*_points(each["curve"], scale), **look, label=label)
@@ -78,7 +86,13 @@ def _target(axes: Axes, target: float | None) -> None:
         axes.axhline(target, color=style.PALETTE["muted"], linestyle=":", linewidth=1)
         place = axes.get_yaxis_transform()
         axes.text(
-            0.01, target, f"target {target:g}", color=style.PALETTE["muted"], fontsize=8, va="bottom", transform=place
+            0.01,
+            target,
+            f"target {target:g}",
+            color=style.PALETTE["muted"],
+            fontsize=8,
+            va="bottom",
+            transform=place,
         )
 
 

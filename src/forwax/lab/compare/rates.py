@@ -1,8 +1,9 @@
 """The learning rate of each rule, found on the same budget: equally many candidates of equally many steps.
 
-The first candidates are s and √10·s, where s is the suggested rate, which is the safe end. Each further one goes √10
-beyond the best rate where that lies at an edge, else into the wider of the two gaps beside it. The choice is made by
-the loss on the validation part; a candidate that turns non-finite loses.
+The first candidates are s and √10·s, where s is the suggested rate, which is the safe end. Each
+further one goes √10 beyond the best rate where that lies at an edge, else into the wider of the two
+gaps beside it. The choice is made by the loss on the validation part; a candidate that turns
+non-finite loses.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def edge_of(tried: list[tuple[float, float]]) -> Edge:
     return "upper" if best == rates[-1] else None
 
 
-def search(suggested: float, count: int, candidate: Callable[[int, float], Candidate]) -> list[Candidate]:
+def search(
+    suggested: float, count: int, candidate: Callable[[int, float], Candidate]
+) -> list[Candidate]:
     """Try `count` rates.
 
     Args:
@@ -84,7 +87,10 @@ def search(suggested: float, count: int, candidate: Callable[[int, float], Candi
 def pairs(candidates: list[Candidate]) -> list[tuple[float, float]]:
     """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
     return [
-        (each["learning_rate"], math.inf if each["validation_loss"] is None else each["validation_loss"])
+        (
+            each["learning_rate"],
+            math.inf if each["validation_loss"] is None else each["validation_loss"],
+        )
         for each in candidates
     ]
 

@@ -79,7 +79,9 @@ def make_ready(options: CompareOptions) -> Comparison:
     problem = build_problem(experiment, Settings(), options.data_dir)
     problem, validation = hold_out(problem, options.validation_examples)
     images, labels = problem.test
-    problem = dataclasses.replace(problem, test=(images[: options.test_examples], labels[: options.test_examples]))
+    problem = dataclasses.replace(
+        problem, test=(images[: options.test_examples], labels[: options.test_examples])
+    )
     settings = {rule.name: _settings(options, experiment, rule, problem) for rule in rules}
     folder = options.resume or make_folder(options)
     return Comparison(options, folder, experiment, problem, validation, rules, settings)
@@ -101,22 +103,34 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, tuple[np.nda
         raise UsageError(f"--validation-examples must be from 1 to {len(images) - 1}, got {count}.")
     order = np.random.default_rng(0).permutation(len(images))
     held, kept = np.sort(order[:count]), np.sort(order[count:])
-    return dataclasses.replace(problem, train=(images[kept], labels[kept])), (images[held], labels[held])
+    return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
+        images[held],
+        labels[held],
+    )
 
 
-def _settings(options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Problem) -> Settings:
+def _settings(
+    options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Problem
+) -> Settings:
     """Give the rule's settings; its learning rate is the paper's with --paper, else the suggested one."""
     given = {**rule.given}
     for name in ("steps", "batch_size"):
         if getattr(options, name) is not None:
             given[name] = getattr(options, name)
     settings = resolve(
-        experiment, _configuration(options), given, len(problem.train[0]), problem.num_parameters, problem.noise
+        experiment,
+        _configuration(options),
+        given,
+        len(problem.train[0]),
+        problem.num_parameters,
+        problem.noise,
     )
     if options.paper:
         return settings
     if choices.needs_guess(settings):
-        raise UsageError(f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know.")
+        raise UsageError(
+            f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
+        )
     built = choices.build_rule(settings)
     rate = experiment.suggest_rate(settings, built, problem.num_parameters, problem.noise)
     return dataclasses.replace(settings, learning_rate=rate)

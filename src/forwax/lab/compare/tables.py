@@ -29,7 +29,8 @@ def _row(name: str, each: dict[str, Any]) -> tuple[str, ...]:
     return (
         each["about"],
         number(each["learning_rate"]) + (" (edge)" if each["edge"] else ""),
-        number(each["train_loss"]) + (f" ({each['non_finite']} not finite)" if each["non_finite"] else ""),
+        number(each["train_loss"])
+        + (f" ({each['non_finite']} not finite)" if each["non_finite"] else ""),
         accuracy(each),
         number(1000 * each["seconds_per_step"]),
         "-" if each["time_ratio"] is None else f"{each['time_ratio']:.2f}",
@@ -105,8 +106,10 @@ def _contents(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[
     return [
         (_title(results), COLUMNS, rows(results)),
         (
-            "The ratios of Baydin et al. 2022: R, a step's time over that of evaluating the loss once "
-            f"({1000 * results['loss_seconds']:.3g} ms); T, the time to reach backprop's best validation loss",
+            "The ratios of Baydin et al. 2022: R, a step's time over that of evaluating the loss "
+            "once "
+            f"({1000 * results['loss_seconds']:.3g} ms); T, the time to reach backprop's best "
+            f"validation loss",
             RATIO_COLUMNS,
             ratio_rows(results),
         ),
@@ -115,9 +118,14 @@ def _contents(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[
 
 def _title(results: dict[str, Any]) -> str:
     seeds, target = len(results["seeds"]), results["target_loss"]
-    goal = "no target loss" if target is None else f"target: validation loss {target:g}, {results['target_is']}"
+    goal = (
+        "no target loss"
+        if target is None
+        else f"target: validation loss {target:g}, {results['target_is']}"
+    )
     return (
-        f"{results['experiment']}: {results['num_parameters']:,} parameters, {results['steps']:,} steps of "
+        f"{results['experiment']}: {results['num_parameters']:,} parameters, {results['steps']:,} "
+        f"steps of "
         f"{results['batch_size']} examples, {seeds} seed{'' if seeds == 1 else 's'}; {goal}"
     )
 
@@ -130,7 +138,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     else:
         candidates, steps = results["search"]["candidates"], results["search"]["steps"]
         found.append(
-            f"Each rule's rate is the best of {candidates} by validation loss (in brackets), each tried for {steps:,} "
+            f"Each rule's rate is the best of {candidates} by validation loss (in brackets), each "
+            f"tried for {steps:,} "
             "steps."
         )
     for each in results["rules"].values():
@@ -140,7 +149,8 @@ def notes(results: dict[str, Any]) -> list[str]:
             found.append(f"{each['about']}: {each['edge']}.")
         if each["non_finite"]:
             found.append(
-                f"{each['about']}: {each['non_finite']} of {len(each['runs'])} runs turned non-finite; their last "
+                f"{each['about']}: {each['non_finite']} of {len(each['runs'])} runs turned "
+                f"non-finite; their last "
                 "finite parameters were tested."
             )
     return found
@@ -149,4 +159,6 @@ def notes(results: dict[str, Any]) -> list[str]:
 def _tried(candidates: list[dict[str, Any]]) -> str:
     """Tell every candidate's rate with its validation loss, from the smallest rate on."""
     tried = sorted((each["learning_rate"], each["validation_loss"]) for each in candidates)
-    return ", ".join(f"{number(rate)} ({'not finite' if loss is None else number(loss)})" for rate, loss in tried)
+    return ", ".join(
+        f"{number(rate)} ({'not finite' if loss is None else number(loss)})" for rate, loss in tried
+    )

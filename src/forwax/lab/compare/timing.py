@@ -30,10 +30,14 @@ def make_evaluations(problem: Problem, batch_size: int) -> Callable[..., jax.Arr
     """
     per_epoch = len(problem.train[0]) // batch_size
 
-    def evaluations(params: Any, order: jax.Array, count: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
+    def evaluations(
+        params: Any, order: jax.Array, count: jax.Array, images: jax.Array, labels: jax.Array
+    ) -> jax.Array:
         def body(i: jax.Array, total: jax.Array) -> jax.Array:
             chosen = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)
-            losses, _ = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images[chosen], labels[chosen])
+            losses, _ = jax.vmap(problem.loss, in_axes=(None, 0, 0))(
+                params, images[chosen], labels[chosen]
+            )
             return total + losses.mean()
 
         return jax.lax.fori_loop(0, count, body, jnp.float32(0))
@@ -44,8 +48,9 @@ def make_evaluations(problem: Problem, batch_size: int) -> Callable[..., jax.Arr
 def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Measure the seconds of a step under each rule, and of evaluating the loss of a batch (`LOSS`).
 
-    One round measures each in turn, so that a change of the machine's load meets all of them alike. A step is a whole
-    training step: choosing the batch, the gradient and the update. Evaluating the loss includes choosing the batch.
+    One round measures each in turn, so that a change of the machine's load meets all of them alike.
+    A step is a whole training step: choosing the batch, the gradient and the update. Evaluating the
+    loss includes choosing the batch.
 
     Args:
         programs: the compiled programs by rule.
@@ -77,14 +82,21 @@ def _loss_runner(program: Program) -> Callable[[int], None]:
     if not loops_well(program.problem):  # one call each, as the steps are made
         return _single_runner(program)
     evaluations = jax.jit(make_evaluations(program.problem, program.settings.batch_size))
-    order = jnp.asarray(np.random.default_rng(0).permutation(len(program.problem.train[0])), jnp.int32)
+    order = jnp.asarray(
+        np.random.default_rng(0).permutation(len(program.problem.train[0])), jnp.int32
+    )
     params = program.start(0).state.params
-    return lambda count: evaluations(params, order, np.int32(count), *program._data).block_until_ready() and None
+    return lambda count: (
+        evaluations(params, order, np.int32(count), *program._data).block_until_ready() and None
+    )
 
 
 def _single_runner(program: Program) -> Callable[[int], None]:
     images, labels = (each[: program.settings.batch_size] for each in program._data)
-    params, losses = program.start(0).state.params, jax.vmap(program.problem.loss, in_axes=(None, 0, 0))
+    params, losses = (
+        program.start(0).state.params,
+        jax.vmap(program.problem.loss, in_axes=(None, 0, 0)),
+    )
     mean_loss = jax.jit(lambda params, images, labels: losses(params, images, labels)[0].mean())
 
     def run(count: int) -> None:

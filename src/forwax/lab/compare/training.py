@@ -13,7 +13,14 @@ import numpy as np
 
 from forwax.lab.problem import Problem
 from forwax.lab.settings import Settings
-from forwax.lab.train.loop import MAX_BLOCK, TrainState, in_batches, init_state, make_block, make_evaluator
+from forwax.lab.train.loop import (
+    MAX_BLOCK,
+    TrainState,
+    in_batches,
+    init_state,
+    make_block,
+    make_evaluator,
+)
 
 BINS = 200
 """How many means the training losses of a run are stored as."""
@@ -35,7 +42,8 @@ class Program:
     Attributes:
         problem: the experiment made ready.
         settings: the rule's settings; their learning rate and seed stand for any other.
-        temporary_bytes: the temporary memory of the compiled block, as XLA reports it, or None where it does not.
+        temporary_bytes: the temporary memory of the compiled block, as XLA reports it, or None
+            where it does not.
     """
 
     problem: Problem
@@ -47,9 +55,15 @@ class Program:
 
     def start(self, seed: int) -> Position:
         """Give the position before the first step: the same parameters for every rule."""
-        return Position(self._init(np.int32(seed)), jnp.int32(-1), jnp.zeros(len(self.problem.train[0]), jnp.int32))
+        return Position(
+            self._init(np.int32(seed)),
+            jnp.int32(-1),
+            jnp.zeros(len(self.problem.train[0]), jnp.int32),
+        )
 
-    def run(self, at: Position, count: int, learning_rate: float, seed: int) -> tuple[np.ndarray, bool]:
+    def run(
+        self, at: Position, count: int, learning_rate: float, seed: int
+    ) -> tuple[np.ndarray, bool]:
         """Run `count` steps, fewer where one is not finite, and move the position on.
 
         Args:
@@ -65,7 +79,13 @@ class Program:
         # a block makes one step, whatever the count, where the model does not loop well
         while count and finite:
             carry = self._block(
-                at.state, at.epoch, at.order, np.int32(count), np.float32(learning_rate), np.int32(seed), *self._data
+                at.state,
+                at.epoch,
+                at.order,
+                np.int32(count),
+                np.float32(learning_rate),
+                np.int32(seed),
+                *self._data,
             )
             at.state, at.epoch, at.order = carry.state, carry.epoch, carry.order
             losses.append(np.asarray(carry.losses)[: int(carry.done)])
@@ -82,7 +102,9 @@ def build_program(problem: Problem, settings: Settings, data: Any) -> Program:
         data: the training set on the device, shared by all programs.
     """
 
-    def block(state: Any, epoch: Any, order: Any, count: Any, rate: Any, seed: Any, *data: Any) -> Any:
+    def block(
+        state: Any, epoch: Any, order: Any, count: Any, rate: Any, seed: Any, *data: Any
+    ) -> Any:
         run = make_block(problem, dataclasses.replace(settings, learning_rate=rate, seed=seed))
         return run(state, epoch, order, count, *data)
 
@@ -139,7 +161,11 @@ class History:
     def binned(self) -> list[tuple[float, float]]:
         """Give at most `BINS` pairs (middle step, mean training loss)."""
         parts = np.array_split(np.arange(len(self.losses)), min(BINS, len(self.losses)))
-        return [(float(part.mean() + 1), float(np.mean([self.losses[i] for i in part]))) for part in parts if len(part)]
+        return [
+            (float(part.mean() + 1), float(np.mean([self.losses[i] for i in part])))
+            for part in parts
+            if len(part)
+        ]
 
 
 def evaluation_steps(steps: int, count: int) -> list[int]:
@@ -170,7 +196,8 @@ def train(
         seed: the seed of everything.
         score: gives the validation loss.
         at_steps: the steps at which it is taken; the last one ends the run.
-        seconds_per_step: about how long a step takes; a block takes about a second, so that Ctrl-C is answered.
+        seconds_per_step: about how long a step takes; a block takes about a second, so that Ctrl-C
+            is answered.
         report: is told the step and the training loss after each block.
 
     Returns:

@@ -26,7 +26,9 @@ class DataOptions:
         ```
     """
 
-    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SET", help_behavior_hint="")] = None
+    name: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SET", help_behavior_hint="")
+    ] = None
     """The set: digits, mnist, fashion-mnist or cifar10. Without it, a table of all sets."""
 
     data_dir: Chosen[Path] = None
@@ -104,7 +106,10 @@ def table(data_dir: Path | None = None) -> Table:
     for name in names()[1:]:
         source = find_source(name)
         try:
-            place = _place(name, data_dir) or f"not here; `forwax data {name}` fetches it ({source.megabytes} MB)"
+            place = (
+                _place(name, data_dir)
+                or f"not here; `forwax data {name}` fetches it ({source.megabytes} MB)"
+            )
         except DataError as error:
             place = str(error)
         rows.add_row(name, str(len(source.class_names)), Text(place, overflow="fold"))
@@ -121,13 +126,17 @@ def _place(name: str, data_dir: Path | None) -> str | None:
 def _split_lines(data: DataSet) -> list[str]:
     splits = {"training": data.train_images, "test": data.test_images}
     return [
-        f"  {split}: {len(images):,} images of {'x'.join(map(str, images.shape[1:]))}, uint8 from 0 to {data.scale}"
+        f"  {split}: {len(images):,} images of {'x'.join(map(str, images.shape[1:]))}, uint8 from "
+        f"0 to {data.scale}"
         for split, images in splits.items()
     ]
 
 
 def _class_lines(data: DataSet) -> list[str]:
-    counts = [np.bincount(labels, minlength=data.num_classes) for labels in (data.train_labels, data.test_labels)]
+    counts = [
+        np.bincount(labels, minlength=data.num_classes)
+        for labels in (data.train_labels, data.test_labels)
+    ]
     rows = zip(data.class_names, *counts, strict=True)
     return [
         f"  {'class':<14}{'training':>10}{'test':>10}",

@@ -12,7 +12,8 @@ class DataError(Exception):
         >>> raise DataError("Expected a folder of data sets at x, but there is none; create it.")
         Traceback (most recent call last):
         ...
-        forwax.lab.data.dataset.DataError: Expected a folder of data sets at x, but there is none; create it.
+        forwax.lab.data.dataset.DataError: Expected a folder of data sets at x, but there is none;
+        create it.
     """
 
 

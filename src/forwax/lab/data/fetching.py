@@ -1,7 +1,8 @@
 """Fetch a set from its public home into the cache, whole or not at all.
 
-Everything is downloaded, unpacked and verified in a hidden folder beside the final one, and one rename publishes the
-set. A crash, a kill or a second process at any moment leaves either no set or a complete one.
+Everything is downloaded, unpacked and verified in a hidden folder beside the final one, and one
+rename publishes the set. A crash, a kill or a second process at any moment leaves either no set or
+a complete one.
 """
 
 import contextlib
@@ -18,7 +19,14 @@ from shutil import rmtree
 
 import pooch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from forwax.lab.data.dataset import DataError
 from forwax.lab.data.files import find_file, verified
@@ -69,9 +77,17 @@ def download(url: str, target: Path) -> None:
         forwax data mnist
         ```
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     with Progress(
-        *columns, TimeRemainingColumn(), console=Console(file=sys.stderr), disable=not sys.stderr.isatty()
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        disable=not sys.stderr.isatty(),
     ) as progress:
         bar = _Bar(progress, target.name)
         # pooch takes any bar of this shape, but its types say bool
@@ -90,7 +106,8 @@ def fetch(source: Source, cache: Path) -> Path:
         The folder that holds the set's files, decompressed.
 
     Raises:
-        DataError: without a network, for content that fails its checksum, or a cache that cannot be written.
+        DataError: without a network, for content that fails its checksum, or a cache that cannot be
+            written.
 
     Example:
         ```sh
@@ -100,7 +117,9 @@ def fetch(source: Source, cache: Path) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _sweep(cache)
-        with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=cache, ignore_cleanup_errors=True) as staging:
+        with tempfile.TemporaryDirectory(
+            prefix=STAGING_PREFIX, dir=cache, ignore_cleanup_errors=True
+        ) as staging:
             staged = Path(staging) / source.folder
             staged.mkdir()
             contents = _archive_contents if source.archive else _file_contents
@@ -118,11 +137,15 @@ def _download(source: Source, url: str, target: Path) -> None:
     try:
         download(url, target)
     except OSError as error:
-        if error.errno is not None:  # the disk's own errors carry a number, the network library's none
+        if (
+            error.errno is not None
+        ):  # the disk's own errors carry a number, the network library's none
             raise
         raise DataError(
-            f"Expected {source.name} in --data-dir, FORWAX_DATA or the cache, or a network to fetch it, but found no "
-            f"file and got {_kind(error)} from {url}; connect to the network, or put its standard files into a folder "
+            f"Expected {source.name} in --data-dir, FORWAX_DATA or the cache, or a network to "
+            f"fetch it, but found no "
+            f"file and got {_kind(error)} from {url}; connect to the network, or put its standard "
+            f"files into a folder "
             f"{source.folder} and give the folder above it with --data-dir or FORWAX_DATA."
         ) from error
 
@@ -153,11 +176,22 @@ def _archive_contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes
                 stream = archive.extractfile(member) if file in missing else None
                 if stream is not None:
                     missing.discard(file)
-                    yield file, verified(source, file, stream.read(), where=f"{file} of {source.home}", remedy=REMEDY)
+                    yield (
+                        file,
+                        verified(
+                            source,
+                            file,
+                            stream.read(),
+                            where=f"{file} of {source.home}",
+                            remedy=REMEDY,
+                        ),
+                    )
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{source.home} gave a truncated or damaged archive; {REMEDY}.") from error
     if missing:
-        raise DataError(f"{source.home} gave an archive without {', '.join(sorted(missing))}; {REMEDY}.")
+        raise DataError(
+            f"{source.home} gave an archive without {', '.join(sorted(missing))}; {REMEDY}."
+        )
 
 
 def _publish(source: Source, staged: Path, final: Path) -> Path:

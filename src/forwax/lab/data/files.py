@@ -46,7 +46,8 @@ def search_path(data_dir: Path | None = None) -> Iterator[Path]:
         root = Path(given).expanduser()
         if not root.is_dir():
             raise DataError(
-                f"Expected a folder of data sets at {root} ({origin}), but there is none; correct the path."
+                f"Expected a folder of data sets at {root} ({origin}), but there is none; correct "
+                f"the path."
             )
         yield root
     yield cache_dir()
@@ -71,7 +72,8 @@ def locate(source: Source, data_dir: Path | None = None) -> Path | None:
         data_dir: a folder given by the user, looked at first.
 
     Raises:
-        DataError: if a folder holds some of the files only, or one that the user gave does not exist.
+        DataError: if a folder holds some of the files only, or one that the user gave does not
+            exist.
 
     Example:
         ```sh
@@ -85,7 +87,8 @@ def locate(source: Source, data_dir: Path | None = None) -> Path | None:
             return folder
         if len(missing) < len(source.checksums):
             raise DataError(
-                f"Expected all {len(source.checksums)} files of {source.name} in {folder}, but without "
+                f"Expected all {len(source.checksums)} files of {source.name} in {folder}, but "
+                f"without "
                 f"{', '.join(missing)}; add what is missing, or remove the folder."
             )
     return None
@@ -104,8 +107,15 @@ def read_content(source: Source, folder: Path, file: str) -> bytes:
     """
     path = find_file(folder, file)
     if path is None:
-        raise DataError(f"Expected {file} of {source.name} in {folder}, but it is gone; run `forwax data` again.")
-    remedy = f"put an unchanged copy in its place, or remove {folder} and run `forwax data {source.name}`"
+        raise DataError(
+            f"Expected {file} of {source.name} in {folder}, but it is gone; run `forwax data` "
+            f"again."
+        )
+    remedy = (
+        f"put an unchanged copy in its place, or remove {folder} and run `forwax "
+        f"data "
+        f"{source.name}`"
+    )
     return verified(source, file, path.read_bytes(), where=str(path), remedy=remedy)
 
 
@@ -130,7 +140,9 @@ def verified(source: Source, file: str, packed: bytes, where: str, remedy: str) 
         digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if digest != source.checksums[file]:
             source.decode(content)  # a fault of the format says more than a checksum
-            raise ValueError(f"should have md5 {source.checksums[file]} once decompressed, but has {digest}")
+            raise ValueError(
+                f"should have md5 {source.checksums[file]} once decompressed, but has {digest}"
+            )
     except ValueError as error:
         raise DataError(f"{where} {error}; {remedy}.") from None
     return content

@@ -1,8 +1,9 @@
 """The standard file formats, from bytes to arrays: IDX and CIFAR-10's binary records.
 
-IDX (MNIST, Fashion-MNIST): two zero bytes, a type code (8 is uint8), the number of dimensions, each size as a
-big-endian uint32, then the values. CIFAR-10: records of one label byte and 3,072 pixels, the red plane first, then
-green, then blue. A ValueError says in a few words what is wrong with the bytes; the caller knows which file it was.
+IDX (MNIST, Fashion-MNIST): two zero bytes, a type code (8 is uint8), the number of dimensions, each
+size as a big-endian uint32, then the values. CIFAR-10: records of one label byte and 3,072 pixels,
+the red plane first, then green, then blue. A ValueError says in a few words what is wrong with the
+bytes; the caller knows which file it was.
 """
 
 import gzip
@@ -62,10 +63,14 @@ def decode_idx(content: bytes) -> tuple[np.ndarray, ...]:
     """
     magic = content[:4]
     if len(magic) == 4 and (magic[:3] != IDX_UINT8 or magic[3] not in (1, 3)):
-        raise ValueError(f"has the magic number 0x{magic.hex()}, not 0x00000801 (labels) or 0x00000803 (images)")
+        raise ValueError(
+            f"has the magic number 0x{magic.hex()}, not 0x00000801 (labels) or 0x00000803 (images)"
+        )
     header = 4 + 4 * magic[3] if len(magic) == 4 else 8
     if len(content) < header:
-        raise ValueError(f"is truncated: its header takes {header} bytes, but it holds {len(content)}")
+        raise ValueError(
+            f"is truncated: its header takes {header} bytes, but it holds {len(content)}"
+        )
     shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">u4"))
     _check_length(content, header + math.prod(shape), "by its header")
     values = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
@@ -90,7 +95,11 @@ def decode_cifar(content: bytes) -> tuple[np.ndarray, ...]:
         >>> images.shape, images[0, 0, 0].tolist(), labels.tolist()
         ((1, 32, 32, 3), [255, 0, 0], [9])
     """
-    _check_length(content, math.ceil(len(content) / CIFAR_RECORD) * CIFAR_RECORD, f"in records of {CIFAR_RECORD}")
+    _check_length(
+        content,
+        math.ceil(len(content) / CIFAR_RECORD) * CIFAR_RECORD,
+        f"in records of {CIFAR_RECORD}",
+    )
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
     planes = records[:, 1:].reshape(-1, *CIFAR_SHAPE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int32)
@@ -98,6 +107,10 @@ def decode_cifar(content: bytes) -> tuple[np.ndarray, ...]:
 
 def _check_length(content: bytes, expected: int, why: str) -> None:
     if len(content) < expected:
-        raise ValueError(f"is truncated: it should hold {expected} bytes {why}, but it holds {len(content)}")
+        raise ValueError(
+            f"is truncated: it should hold {expected} bytes {why}, but it holds {len(content)}"
+        )
     if len(content) > expected:
-        raise ValueError(f"is too long: it should hold {expected} bytes {why}, but it holds {len(content)}")
+        raise ValueError(
+            f"is too long: it should hold {expected} bytes {why}, but it holds {len(content)}"
+        )

@@ -14,10 +14,11 @@ from forwax.lab.data.sources import Source, find_source
 def load(name: str, data_dir: Path | None = None) -> DataSet:
     """Load a data set, and fetch it first where no folder holds it.
 
-    Looks into ``data_dir``, then ``FORWAX_DATA``, then the cache (``FORWAX_CACHE``, or the platform's cache folder),
-    for the standard file names in ``mnist/``, ``fashion-mnist/`` or ``cifar-10-batches-bin/``, with or without
-    ``.gz``. What none of them holds is fetched from its public home into the cache. The md5 of every file's
-    decompressed content is checked at every load.
+    Looks into ``data_dir``, then ``FORWAX_DATA``, then the cache (``FORWAX_CACHE``, or the
+    platform's cache folder), for the standard file names in ``mnist/``, ``fashion-mnist/`` or
+    ``cifar-10-batches-bin/``, with or without ``.gz``. What none of them holds is fetched from its
+    public home into the cache. The md5 of every file's decompressed content is checked at every
+    load.
 
     Args:
         name: ``digits``, ``mnist``, ``fashion-mnist`` or ``cifar10``.
@@ -27,7 +28,8 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
         The set, images in uint8 and labels in int32.
 
     Raises:
-        DataError: for an unknown name, a wrong, truncated or missing file, or a set that cannot be fetched.
+        DataError: for an unknown name, a wrong, truncated or missing file, or a set that cannot be
+            fetched.
 
     Example:
         >>> data = load("digits")
@@ -56,10 +58,13 @@ def _read(source: Source, folder: Path) -> DataSet:
     )
 
 
-def _read_split(source: Source, folder: Path, parts: tuple[tuple[str, ...], ...]) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(
+    source: Source, folder: Path, parts: tuple[tuple[str, ...], ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Each part's files give images, then labels; the parts follow one another."""
     decoded = [
-        [array for file in part for array in source.decode(read_content(source, folder, file))] for part in parts
+        [array for file in part for array in source.decode(read_content(source, folder, file))]
+        for part in parts
     ]
     images, labels = zip(*decoded, strict=True)
     return np.concatenate(images), np.concatenate(labels)

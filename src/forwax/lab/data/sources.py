@@ -13,7 +13,8 @@ from forwax.lab.data.formats import decode_cifar, decode_idx
 class Source:
     """One public data set in its standard files.
 
-    A *part* is one or more files that together give images and labels; a split is its parts in order.
+    A *part* is one or more files that together give images and labels; a split is its parts in
+    order.
 
     Attributes:
         name: the name that ``load`` knows it by.
@@ -40,11 +41,15 @@ class Source:
     class_names: tuple[str, ...]
 
 
-def _idx_source(name: str, home: str, megabytes: int, md5s: tuple[str, ...], class_names: tuple[str, ...]) -> Source:
+def _idx_source(
+    name: str, home: str, megabytes: int, md5s: tuple[str, ...], class_names: tuple[str, ...]
+) -> Source:
     train = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
     test = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     checksums: dict[str, str] = dict(zip(train + test, md5s, strict=True))
-    return Source(name, name, (train,), (test,), checksums, decode_idx, home, False, megabytes, class_names)
+    return Source(
+        name, name, (train,), (test,), checksums, decode_idx, home, False, megabytes, class_names
+    )
 
 
 MNIST = _idx_source(
@@ -93,7 +98,18 @@ CIFAR10 = Source(
     home="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     archive=True,
     megabytes=170,
-    class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    class_names=(
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ),
 )
 
 SOURCES: dict[str, Source] = {source.name: source for source in (MNIST, FASHION_MNIST, CIFAR10)}
@@ -123,5 +139,7 @@ def find_source(name: str) -> Source:
         'cifar-10-batches-bin'
     """
     if name not in SOURCES:
-        raise DataError(f"Expected a data set's name, but got {name!r}; choose one of {', '.join(names())}.")
+        raise DataError(
+            f"Expected a data set's name, but got {name!r}; choose one of {', '.join(names())}."
+        )
     return SOURCES[name]

@@ -30,17 +30,36 @@ def canvas(title: str, subtitle: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def write(axes: Axes, x: float, y: float, text: str, colour: str = style.INK, size: float = 11, **look: Any) -> None:
+def write(
+    axes: Axes,
+    x: float,
+    y: float,
+    text: str,
+    colour: str = style.INK,
+    size: float = 11,
+    **look: Any,
+) -> None:
     """Write text with its centre at (x, y)."""
     axes.text(x, y, text, color=colour, fontsize=size, **{"ha": "center", "va": "center", **look})
 
 
 def box(
-    axes: Axes, x: float, y: float, width: float, height: float, edge: Any, fill: Any = "white", **look: Any
+    axes: Axes,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    edge: Any,
+    fill: Any = "white",
+    **look: Any,
 ) -> None:
     """Draw a rounded box with its centre at (x, y)."""
     corner, rounding = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.09"
-    axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=rounding, edgecolor=edge, facecolor=fill, **look))
+    axes.add_patch(
+        FancyBboxPatch(
+            corner, width, height, boxstyle=rounding, edgecolor=edge, facecolor=fill, **look
+        )
+    )
 
 
 def chip(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
@@ -49,9 +68,18 @@ def chip(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
     write(axes, x, y - 0.01, text, colour, size=13)
 
 
-def arrow(axes: Axes, tail: tuple[float, float], head: tuple[float, float], colour: str, **look: Any) -> None:
+def arrow(
+    axes: Axes, tail: tuple[float, float], head: tuple[float, float], colour: str, **look: Any
+) -> None:
     """Draw an arrow from tail to head, points in the units of the axes."""
-    look = {"linewidth": 1.9, "arrowstyle": "-|>", "mutation_scale": 13, "shrinkA": 0, "shrinkB": 0, **look}
+    look = {
+        "linewidth": 1.9,
+        "arrowstyle": "-|>",
+        "mutation_scale": 13,
+        "shrinkA": 0,
+        "shrinkB": 0,
+        **look,
+    }
     axes.add_patch(FancyArrowPatch(tail, head, color=colour, **look))
 
 

@@ -1,7 +1,8 @@
 """The diagram of the forward gradient, computed with `forwax.value_and_grad` on a function of two parameters.
 
-Left: a random direction v, the slope <g, v> as a projection of the gradient g, and the estimate slope · v. Right: many
-estimates. Their mean is g, and none of them points away from g, since <g, slope·v> = slope² is never negative.
+Left: a random direction v, the slope <g, v> as a projection of the gradient g, and the estimate
+slope · v. Right: many estimates. Their mean is g, and none of them points away from g, since <g,
+slope·v> = slope² is never negative.
 """
 
 from typing import Any
@@ -19,7 +20,11 @@ from forwax.lab.diagrams import drawing
 __all__ = ["forward_gradient"]
 
 POINT, CONDITION, ESTIMATES = (0.9, 0.5), 3.0, 4096
-TRUE, ESTIMATE, DIRECTION = style.PALETTE["backprop"], style.PALETTE["forward"], style.PALETTE["forward-16"]
+TRUE, ESTIMATE, DIRECTION = (
+    style.PALETTE["backprop"],
+    style.PALETTE["forward"],
+    style.PALETTE["forward-16"],
+)
 DIRECTION_INK = "#b87a00"
 SHOWN = 800
 
@@ -29,17 +34,20 @@ def forward_gradient(key: jax.Array | None = None) -> Figure:
     """Draw the forward gradient: one direction, slope and estimate, and the cloud of estimates around the gradient.
 
     Args:
-        key: The PRNG key of the estimates, `jax.random.key(0)` when None. The left side shows the one among them whose
-            arrows are easiest to tell apart.
+        key: The PRNG key of the estimates, `jax.random.key(0)` when None. The left side shows the
+            one among them whose arrows are easiest to tell apart.
 
     Example: `style.save(forward_gradient(jax.random.key(1)), "forward-gradient.png")`.
     """
     gradient, estimates = _estimates(jax.random.key(0) if key is None else key)
     figure, _ = drawing.canvas(
-        "The forward gradient", "One slope times its own random direction: noisy, but right on average."
+        "The forward gradient",
+        "One slope times its own random direction: noisy, but right on average.",
     )
     left = figure.add_axes((0.038, 0.03, 0.43, 0.7), title="One direction, its slope, its estimate")
-    right = figure.add_axes((0.53, 0.03, 0.43, 0.7), title=f"{SHOWN} of {ESTIMATES:,} estimates around the gradient")
+    right = figure.add_axes(
+        (0.53, 0.03, 0.43, 0.7), title=f"{SHOWN} of {ESTIMATES:,} estimates around the gradient"
+    )
     for axes in (left, right):
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
@@ -86,12 +94,33 @@ def _one_estimate(axes: Axes, gradient: np.ndarray, direction: np.ndarray, slope
     _vector(axes, origin, tip, ESTIMATE, 5.5, 25)
     _vector(axes, origin, origin + direction, DIRECTION, 2.2, 15)
     _vector(axes, origin, origin + gradient, TRUE, 2.8, 17)
-    axes.plot(*foot, "o", markerfacecolor="white", markeredgecolor=style.INK, markersize=5.5, zorder=6)
+    axes.plot(
+        *foot, "o", markerfacecolor="white", markeredgecolor=style.INK, markersize=5.5, zorder=6
+    )
     _label(axes, origin + gradient + (0, 0.15), "gradient $g$", TRUE)
-    _label(axes, origin + 0.55 * direction + 0.2 * below, "direction $v$", DIRECTION_INK, rotation=_angle(unit))
+    _label(
+        axes,
+        origin + 0.55 * direction + 0.2 * below,
+        "direction $v$",
+        DIRECTION_INK,
+        rotation=_angle(unit),
+    )
     slope_text = rf"slope $\langle g, v\rangle = {slope:.2f}$"
-    _label(axes, foot + 0.22 * unit - 0.2 * below, slope_text, style.INK, rotation=_angle(unit), ha="left")
-    _label(axes, tip + 0.26 * below, r"estimate $\langle g, v\rangle\, v$", ESTIMATE, rotation=_angle(unit))
+    _label(
+        axes,
+        foot + 0.22 * unit - 0.2 * below,
+        slope_text,
+        style.INK,
+        rotation=_angle(unit),
+        ha="left",
+    )
+    _label(
+        axes,
+        tip + 0.26 * below,
+        r"estimate $\langle g, v\rangle\, v$",
+        ESTIMATE,
+        rotation=_angle(unit),
+    )
 
 
 def _many_estimates(axes: Axes, gradient: np.ndarray, estimates: np.ndarray) -> None:
@@ -101,11 +130,19 @@ def _many_estimates(axes: Axes, gradient: np.ndarray, estimates: np.ndarray) -> 
     across = np.array([unit[1], -unit[0]])
     axes.set(xlim=(-2.15 * size, 2.55 * size), ylim=(-1.05 * size, 2.82 * size))
     _line(axes, -9 * size * across, 9 * size * across)
-    axes.plot(*estimates[:SHOWN].T, "o", color=ESTIMATE, markersize=3.2, alpha=0.32, markeredgewidth=0)
+    axes.plot(
+        *estimates[:SHOWN].T, "o", color=ESTIMATE, markersize=3.2, alpha=0.32, markeredgewidth=0
+    )
     _vector(axes, np.zeros(2), gradient, TRUE, 2.8, 17)
     mean = estimates.mean(axis=0)
     axes.plot(
-        *mean, "o", markerfacecolor="none", markeredgecolor=style.INK, markeredgewidth=1.4, markersize=12, zorder=6
+        *mean,
+        "o",
+        markerfacecolor="none",
+        markeredgecolor=style.INK,
+        markeredgewidth=1.4,
+        markersize=12,
+        zorder=6,
     )
     _label(axes, 0.5 * gradient - 0.14 * size * across, "$g$", TRUE)
     _label(axes, mean + 0.3 * size * unit, "mean of all", style.INK)
@@ -121,7 +158,9 @@ def _contours(axes: Axes) -> None:
     axes.contour(x, y, values, levels=levels, colors="#dfe3ec", linewidths=0.9, zorder=0)
 
 
-def _vector(axes: Axes, tail: np.ndarray, head: np.ndarray, colour: str, width: float, size: float) -> None:
+def _vector(
+    axes: Axes, tail: np.ndarray, head: np.ndarray, colour: str, width: float, size: float
+) -> None:
     """Draw a vector."""
     ends = (float(tail[0]), float(tail[1])), (float(head[0]), float(head[1]))
     drawing.arrow(axes, *ends, colour, linewidth=width, mutation_scale=size, zorder=4)
@@ -130,7 +169,13 @@ def _vector(axes: Axes, tail: np.ndarray, head: np.ndarray, colour: str, width: 
 
 def _line(axes: Axes, start: np.ndarray, end: np.ndarray) -> None:
     """Draw a dashed line between two points."""
-    axes.plot(*zip(start, end, strict=True), color=style.MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(
+        *zip(start, end, strict=True),
+        color=style.MUTED,
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        zorder=1,
+    )
 
 
 def _right_angle(axes: Axes, corner: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
@@ -145,8 +190,12 @@ def _angle(direction: np.ndarray) -> float:
     return float(np.degrees(np.arctan2(y, x)))
 
 
-def _label(axes: Axes, point: np.ndarray, text: str, colour: str, size: float = 11.5, **look: Any) -> None:
+def _label(
+    axes: Axes, point: np.ndarray, text: str, colour: str, size: float = 11.5, **look: Any
+) -> None:
     """Write text on a white ground, so that lines and dots do not cross it."""
     ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
     x, y = point
-    drawing.write(axes, x, y, text, colour, size, bbox=ground, zorder=7, rotation_mode="anchor", **look)
+    drawing.write(
+        axes, x, y, text, colour, size, bbox=ground, zorder=7, rotation_mode="anchor", **look
+    )

@@ -16,9 +16,22 @@ __all__ = ["backward_step", "forward_step"]
 X, TARGET = 2.0, 1.0
 PARAMETERS, DIRECTION = (1.5, -1.0), (1.0, -1.0)
 
-# The canvas, in inches: one column per step of the program; the parameters w and b share the first column.
-COLUMNS = {"w": (1.25, 3.55), "b": (1.25, 2.05), "z": (3.95, 2.8), "h": (6.45, 2.8), "L": (8.95, 2.8)}
-FORMULAS = {"w": "", "b": "", "z": "$z = wx + b$", "h": r"$h = \mathrm{relu}(z)$", "L": "$L = (h - t)^2$"}
+# The canvas, in inches: one column per step of the program; the parameters w and b share the first
+# column.
+COLUMNS = {
+    "w": (1.25, 3.55),
+    "b": (1.25, 2.05),
+    "z": (3.95, 2.8),
+    "h": (6.45, 2.8),
+    "L": (8.95, 2.8),
+}
+FORMULAS = {
+    "w": "",
+    "b": "",
+    "z": "$z = wx + b$",
+    "h": r"$h = \mathrm{relu}(z)$",
+    "L": "$L = (h - t)^2$",
+}
 FORWARD_RULES = {
     "z": r"$\dot z = x\,\dot w + \dot b$",
     "h": r"$\dot h = \mathrm{relu}'(z)\,\dot z$",
@@ -30,7 +43,9 @@ BACKWARD_RULES = {
     "L": r"$\bar h = 2(h - t)\,\bar L$",
 }
 KEPT = {"z": "$x$", "h": "$z$", "L": r"$h,\ t$"}
-VALUE, TANGENT, COTANGENT, MEMORY = (style.PALETTE[name] for name in ("value", "tangent", "cotangent", "memory"))
+VALUE, TANGENT, COTANGENT, MEMORY = (
+    style.PALETTE[name] for name in ("value", "tangent", "cotangent", "memory")
+)
 MEMORY_INK = "#b87a00"
 MEMORY_ROW = 0.5
 
@@ -47,7 +62,9 @@ def _size(name: str) -> tuple[float, float]:
     return (1.5, 0.95) if name in "wb" else (1.6, 1.4)
 
 
-def _link(axes: Axes, source: str, target: str, upper: bool, colour: str, back: bool = False) -> None:
+def _link(
+    axes: Axes, source: str, target: str, upper: bool, colour: str, back: bool = False
+) -> None:
     """Draw the upper or lower arrow between two nodes, and from target to source when `back`."""
     (x0, y0), (x1, y1) = COLUMNS[source], COLUMNS[target]
     left, right = x0 + _size(source)[0] / 2 + 0.06, x1 - _size(target)[0] / 2 - 0.06
@@ -61,7 +78,9 @@ def _link(axes: Axes, source: str, target: str, upper: bool, colour: str, back: 
     drawing.arrow(axes, tail, head, colour)
 
 
-def _nodes(axes: Axes, values: dict[str, float], others: dict[str, float], accent: str, colour: str) -> None:
+def _nodes(
+    axes: Axes, values: dict[str, float], others: dict[str, float], accent: str, colour: str
+) -> None:
     """Draw every box with its formula, its value and its tangent or cotangent."""
     for name, (x, y) in COLUMNS.items():
         width, height = _size(name)
@@ -90,14 +109,26 @@ def _flows(axes: Axes, lower: str, colour: str, upper: str = "values", back: boo
     left, right, y = drawing.WIDTH - 2.3, drawing.WIDTH - 1.9, drawing.HEIGHT - 0.36
     drawing.arrow(axes, (left, y), (right, y), VALUE)
     drawing.write(axes, right + 0.12, y, upper, VALUE, size=10.5, ha="left")
-    drawing.arrow(axes, (right if back else left, y - 0.28), (left if back else right, y - 0.28), colour)
+    drawing.arrow(
+        axes, (right if back else left, y - 0.28), (left if back else right, y - 0.28), colour
+    )
     drawing.write(axes, right + 0.12, y - 0.28, lower, colour, size=10.5, ha="left")
 
 
 def _cell(axes: Axes, x: float, text: str, full: bool) -> None:
     """Draw one cell of memory: full and amber, or already free and dashed."""
     edge, fill = (MEMORY, drawing.tint(MEMORY, 0.35)) if full else (style.MUTED, "white")
-    drawing.box(axes, x, MEMORY_ROW, 1.3, 0.42, edge, fill, linewidth=1.2, linestyle="-" if full else (0, (3, 3)))
+    drawing.box(
+        axes,
+        x,
+        MEMORY_ROW,
+        1.3,
+        0.42,
+        edge,
+        fill,
+        linewidth=1.2,
+        linestyle="-" if full else (0, (3, 3)),
+    )
     drawing.write(axes, x, MEMORY_ROW - 0.01, text, style.INK if full else style.MUTED, size=12)
 
 
@@ -160,7 +191,8 @@ def backward_step() -> Figure:
     bar_w, bar_b = map(float, pull_back((jnp.zeros(()), jnp.zeros(()), jnp.ones(()))))
     bar_h = jax.grad(lambda h: (h - TARGET) ** 2)(values[1])
     figure, axes = drawing.canvas(
-        "The backward step", "Values go right and are kept; then cotangents, the slopes of $L$, come back."
+        "The backward step",
+        "Values go right and are kept; then cotangents, the slopes of $L$, come back.",
     )
     # The bias is added to z, so the cotangent of z is that of b.
     cotangents = _numbers(bar_w, bar_b, (jnp.array(bar_b), bar_h, jnp.ones(())))

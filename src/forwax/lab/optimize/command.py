@@ -27,8 +27,8 @@ DEFAULTS: dict[str, tuple[float, int]] = {
 }
 """Learning rate and iterations for n = 2: Baydin et al.'s for the first two, tested ones for the others.
 
-From their starts Ackley's and Rastrigin's functions lead plain descent into a local minimum; at Ackley's rate the noise
-of forward gradients jumps out of it again.
+From their starts Ackley's and Rastrigin's functions lead plain descent into a local minimum; at
+Ackley's rate the noise of forward gradients jumps out of it again.
 """
 
 if TYPE_CHECKING:
@@ -39,9 +39,14 @@ if TYPE_CHECKING:
 else:
     FunctionName = Literal[tuple(DEFAULTS)]
     RuleName = Literal[
-        tuple(name for name, rule in choices.RULES.items() if name != "backprop" and not rule.needs_data)
+        tuple(
+            name
+            for name, rule in choices.RULES.items()
+            if name != "backprop" and not rule.needs_data
+        )
     ]
-    # what needs a guess of the gradient is left out: the guess would be a state that plain descent does not keep
+    # what needs a guess of the gradient is left out: the guess would be a state that plain descent
+    # does not keep
     TangentsName = Literal[tuple(name for name in choices.TANGENTS if name != "guided")]
     CombineName = Literal[tuple(name for name in choices.COMBINES if name != "control-variate")]
 
@@ -50,8 +55,9 @@ else:
 class OptimizeOptions:
     """Descend a test function with backprop and with forward gradients from the same start, several runs each.
 
-    Prints a table and saves a picture: both ways over the function's contours, loss against iterations, loss against
-    seconds. The numbers are saved next to it as JSON. The seconds are those of one compiled, warm run.
+    Prints a table and saves a picture: both ways over the function's contours, loss against
+    iterations, loss against seconds. The numbers are saved next to it as JSON. The seconds are
+    those of one compiled, warm run.
 
     Example:
         ```sh
@@ -75,7 +81,10 @@ class OptimizeOptions:
     learning_rate: Chosen[float] = None
     """The learning rate of both methods; the default belongs to the function and shrinks like 4/(n + 2)."""
     decay: float = 0.0
-    """k of the rate η exp(-k i) at step i. Baydin et al.'s results on Beale and Rosenbrock come with 0."""
+    """k of the rate η exp(-k i) at step i.
+
+    Baydin et al.'s results on Beale and Rosenbrock come with 0.
+    """
     rule: RuleName = "weight"
     """The rule that is compared with backprop."""
     tangents: TangentsName = "normal"
@@ -111,7 +120,10 @@ def run(options: OptimizeOptions) -> int:
     path = options.out or Path("runs") / f"optimize-{options.function}.png"
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out must end in .png, .svg or .pdf, got {str(path)!r}.")
-    rules = {"backprop": fx.Backprop(), "forward" if options.rule == "weight" else options.rule: rule}
+    rules = {
+        "backprop": fx.Backprop(),
+        "forward" if options.rule == "weight" else options.rule: rule,
+    }
     keys = jax.random.split(jax.random.key(options.seed), options.runs)
     descents = {name: descend(plan, rule, keys) for name, rule in rules.items()}
     timings = dict(zip(rules, measure(plan, list(rules.values()), keys[0]), strict=True))
@@ -120,7 +132,9 @@ def run(options: OptimizeOptions) -> int:
     console.print(numbers.make_table(found))
     style.save(picture.draw(plan, descents, timings), path)
     numbers.write(found, path.with_suffix(".json"))
-    console.print(f"Picture: {path}\nNumbers: {path.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Picture: {path}\nNumbers: {path.with_suffix('.json')}", highlight=False, soft_wrap=True
+    )
     return 0
 
 
@@ -128,7 +142,8 @@ def make_plan(options: OptimizeOptions) -> Plan:
     """Fill in the function's defaults.
 
     Raises:
-        UsageError: when a number is out of range, or the function does not have that many variables.
+        UsageError: when a number is out of range, or the function does not have that many
+            variables.
 
     >>> make_plan(OptimizeOptions(function="rosenbrock", n=6)).learning_rate
     0.00025
@@ -153,13 +168,17 @@ def make_rule(options: OptimizeOptions, n: int) -> fx.Rule:
     """Build the rule that the options name, for n variables.
 
     Raises:
-        UsageError: when the library refuses the combination, or n variables have no room for that many tangents.
+        UsageError: when the library refuses the combination, or n variables have no room for that
+            many tangents.
 
     >>> make_rule(OptimizeOptions(tangents="sphere"), n=2).tangents
     Sphere()
     """
     settings = Settings(
-        rule=options.rule, tangents=options.tangents, num_tangents=options.num_tangents, combine=options.combine
+        rule=options.rule,
+        tangents=options.tangents,
+        num_tangents=options.num_tangents,
+        combine=options.combine,
     )
     rule = choices.build_rule(settings)
     try:

@@ -1,7 +1,8 @@
 """Gradient descent on a test function under one rule: every run's values, and the seconds that one run takes.
 
-All iterations are one compiled `lax.scan`. The runs are computed together under `vmap`; the seconds are those of single
-runs, compiled and warm, so that loss against seconds compares what a user of one run would wait.
+All iterations are one compiled `lax.scan`. The runs are computed together under `vmap`; the seconds
+are those of single runs, compiled and warm, so that loss against seconds compares what a user of
+one run would wait.
 """
 
 import dataclasses
@@ -73,7 +74,8 @@ class Timing:
 
     Attributes:
         seconds: Those of the run.
-        overhead: Those of the same run on f(x) = Σ x_i: what the loop and the random directions cost.
+        overhead: Those of the same run on f(x) = Σ x_i: what the loop and the random directions
+            cost.
     """
 
     seconds: float
@@ -95,7 +97,10 @@ def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Trace]:
             rate = plan.learning_rate * jnp.exp(-plan.decay * i)
             return x - rate * gradient, (value, x if keep else None)
 
-        keys, indices = jax.random.split(key, plan.iterations), jnp.arange(plan.iterations, dtype=float)
+        keys, indices = (
+            jax.random.split(key, plan.iterations),
+            jnp.arange(plan.iterations, dtype=float),
+        )
         last, (values, points) = jax.lax.scan(body, jnp.array(plan.start), (keys, indices))
         values = jnp.append(values, plan.function(last))
         return values, None if points is None else jnp.concatenate([points, last[None]]), last
@@ -119,10 +124,14 @@ def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
     5.6e-05
     """
     values, points, last = jax.jit(jax.vmap(one_run(plan, rule)))(keys)
-    return Descent(np.asarray(values), None if points is None else np.asarray(points), np.asarray(last))
+    return Descent(
+        np.asarray(values), None if points is None else np.asarray(points), np.asarray(last)
+    )
 
 
-def measure(plan: Plan, rules: list[fx.Rule], key: jax.Array, repeats: int = REPEATS) -> list[Timing]:
+def measure(
+    plan: Plan, rules: list[fx.Rule], key: jax.Array, repeats: int = REPEATS
+) -> list[Timing]:
     """Measure the seconds of single runs under each rule, the rules taking turns.
 
     Example: `measure(plan, [fx.Backprop(), fx.WeightPerturbation()], key)[1].seconds`.
@@ -133,10 +142,13 @@ def measure(plan: Plan, rules: list[fx.Rule], key: jax.Array, repeats: int = REP
     return [Timing(*pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 
 
-def seconds_of(programs: list[Callable[[jax.Array], Any]], key: jax.Array, repeats: int = REPEATS) -> list[float]:
+def seconds_of(
+    programs: list[Callable[[jax.Array], Any]], key: jax.Array, repeats: int = REPEATS
+) -> list[float]:
     """Return the median seconds of each program on that key, compiled, after one call that is not counted.
 
-    The programs take turns, so that a slow moment of the machine does not fall on one of them alone.
+    The programs take turns, so that a slow moment of the machine does not fall on one of them
+    alone.
     """
     compiled = [jax.jit(program).lower(key).compile() for program in programs]
     for program in compiled:

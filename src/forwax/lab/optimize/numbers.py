@@ -19,7 +19,11 @@ __all__ = ["make_table", "summarise", "write"]
 
 
 def summarise(
-    plan: Plan, rules: Mapping[str, fx.Rule], descents: Mapping[str, Descent], timings: Mapping[str, Timing], seed: int
+    plan: Plan,
+    rules: Mapping[str, fx.Rule],
+    descents: Mapping[str, Descent],
+    timings: Mapping[str, Timing],
+    seed: int,
 ) -> dict[str, Any]:
     """Return every number of a comparison as a tree that JSON can hold; what is not finite becomes null.
 
@@ -97,8 +101,14 @@ def make_table(numbers: Mapping[str, Any]) -> Table:
         ("seconds / backprop's", lambda m: f"{m['times_backprop']:.2f}"),
     ]
     for title, cell in rows:
-        lost = title == "runs not finite" and any(method["non_finite_runs"] for method in methods.values())
-        table.add_row(title, *(cell(method) for method in methods.values()), style="bold red" if lost else None)
+        lost = title == "runs not finite" and any(
+            method["non_finite_runs"] for method in methods.values()
+        )
+        table.add_row(
+            title,
+            *(cell(method) for method in methods.values()),
+            style="bold red" if lost else None,
+        )
     return table
 
 

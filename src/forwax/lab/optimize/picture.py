@@ -40,7 +40,11 @@ def draw(plan: Plan, descents: Mapping[str, Descent], timings: Mapping[str, Timi
         iterations = np.arange(plan.iterations + 1)
         _draw_losses(by_iteration, iterations, name, descent, plan.function.minimum)
         _draw_losses(
-            by_second, iterations * timings[name].seconds / plan.iterations, name, descent, plan.function.minimum
+            by_second,
+            iterations * timings[name].seconds / plan.iterations,
+            name,
+            descent,
+            plan.function.minimum,
         )
     _dress(by_iteration, by_second, plan)
     return figure
@@ -90,7 +94,11 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Mapping[str, Descent]) -> None:
         thick = {"linewidth": 2.2, "zorder": 4 if name == "backprop" else 3}
         axes.plot(*middle.T, color=style.colour(name), **thick)
     axes.plot(*plan.start, "o", color=style.INK, markersize=6, zorder=6, label="start")
-    least = {"markersize": 14, "markerfacecolor": style.PALETTE["memory"], "markeredgecolor": style.INK}
+    least = {
+        "markersize": 14,
+        "markerfacecolor": style.PALETTE["memory"],
+        "markeredgecolor": style.INK,
+    }
     axes.plot(*zip(*plan.function.minima, strict=True), "*", zorder=6, label="minimum", **least)
     axes.set(xlim=(lower[0], upper[0]), ylim=(lower[1], upper[1]), xlabel="$x_1$", ylabel="$x_2$")
     axes.set_title(f"{plan.function.name.replace('_', '-').title()}: where the runs go")
@@ -107,7 +115,9 @@ def _draw_contours(axes: Axes, plan: Plan, lower: np.ndarray, upper: np.ndarray)
     logarithm = np.log10(np.maximum(heights, floor))
     levels = np.linspace(logarithm.min(), logarithm.max(), 15)
     axes.contourf(x, y, logarithm, levels=levels, cmap=GROUND, zorder=0)
-    axes.contour(x, y, logarithm, levels=levels, colors="white", linewidths=0.6, linestyles="solid", zorder=0)
+    axes.contour(
+        x, y, logarithm, levels=levels, colors="white", linewidths=0.6, linestyles="solid", zorder=0
+    )
 
 
 def _frame(plan: Plan, descents: Mapping[str, Descent]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """The columns of the tables of Ren et al. 2023, and one small one: a model, a data set, and settings for each method.
 
-The settings on MNIST are ours, since the paper's were not found: docs/results/ren2023.md says which rates were
-searched, on held-out training images, and which were set without a search. Those on CIFAR-10 are not tuned; what the
-contrastive ones do otherwise than the paper's code is said in `forwax.lab.ren2023.objectives`.
+The settings on MNIST are ours, since the paper's were not found: docs/results/ren2023.md says which
+rates were searched, on held-out training images, and which were set without a search. Those on
+CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's code is said in
+`forwax.lab.ren2023.objectives`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Column:
         settings: those that all methods share; `steps` are filled in from the epochs.
         rates: each method's learning rate, or that of a row such as "LG-FG-A:4".
         longer: the epochs of methods or rows that train for more or fewer than the others.
-        warm_up: the epochs of `epochs` over which the rate rises; a shorter run has the same share of them.
+        warm_up: the epochs of `epochs` over which the rate rises; a shorter run has the same share
+            of them.
 
     >>> COLUMNS["mnist-m"].settings.size
     'M/1/16'
@@ -72,7 +74,9 @@ class Column:
         return dataclasses.replace(settings, warm_up=settings.steps * self.warm_up // self.epochs)
 
 
-def _rates(backprop: float, feedback: float, direct: float, weight: float, activity: float) -> dict[str, float]:
+def _rates(
+    backprop: float, feedback: float, direct: float, weight: float, activity: float
+) -> dict[str, float]:
     """Give the methods of one kind the same rate."""
     kinds = {"BP": backprop, "FA": feedback, "DFA": direct, "FG-W": weight, "FG-A": activity}
     return {rule: kinds[reading.kind] for rule, reading in ren2023.READINGS.items()}
@@ -92,7 +96,9 @@ _SUPERVISED = Settings(
 )
 _MNIST = dataclasses.replace(_SUPERVISED, data="mnist")
 _CIFAR = dataclasses.replace(_SUPERVISED, data="cifar10")
-_LARGE = dataclasses.replace(_CIFAR, size="M/8/16", batch_size=256, data_parallel=True, dtype="bfloat16")
+_LARGE = dataclasses.replace(
+    _CIFAR, size="M/8/16", batch_size=256, data_parallel=True, dtype="bfloat16"
+)
 _CONTRASTIVE = dataclasses.replace(
     _LARGE, objective="contrastive", optimizer="lars", batch_size=512, learning_rate=None
 )
@@ -106,7 +112,14 @@ COLUMNS: Mapping[str, Column] = {
             20,
             dataclasses.replace(_MNIST, size="S/1/1"),
             _rates(0.1, 0.1, 0.2, 0.02, 0.005)
-            | {"LG-BP": 0.2, "LG-FA": 0.2, "L-FG-A": 0.01, "LG-FG-A": 0.01, "FG-A:8": 0.03, "LG-FG-A:8": 0.03},
+            | {
+                "LG-BP": 0.2,
+                "LG-FA": 0.2,
+                "L-FG-A": 0.01,
+                "LG-FG-A": 0.01,
+                "FG-A:8": 0.03,
+                "LG-FG-A:8": 0.03,
+            },
             {
                 **dict.fromkeys(DRAWING, 60),
                 **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 150),
@@ -221,7 +234,8 @@ def configurations() -> dict[str, Settings]:
         name: column.warmed_up(
             dataclasses.replace(
                 column.settings,
-                steps=epochs(column.settings) * (sizes[column.settings.data or ""] // column.settings.batch_size),
+                steps=epochs(column.settings)
+                * (sizes[column.settings.data or ""] // column.settings.batch_size),
             )
         )
         for name, column in COLUMNS.items()
@@ -237,7 +251,9 @@ def build_model(
     >>> sum(leaf.size for leaf in jax.tree.leaves(model))
     429076
     """
-    options: dict[str, Any] = dict(SIZES[settings.size or COLUMNS[DEFAULT].settings.size or ""].options)
+    options: dict[str, Any] = dict(
+        SIZES[settings.size or COLUMNS[DEFAULT].settings.size or ""].options
+    )
     if settings.objective == "contrastive":
         options["projection"] = PROJECTION
     return lambda shape, classes, key: LocalMixer(shape, classes, **options, key=key)

@@ -85,7 +85,10 @@ DESCRIPTION = "\n".join(
         f"Methods: {', '.join(RULES)}.",
         "",
         "Columns:",
-        *(f"- {column.name}: {column.title}, {column.epochs} epochs" for column in COLUMNS.values()),
+        *(
+            f"- {column.name}: {column.title}, {column.epochs} epochs"
+            for column in COLUMNS.values()
+        ),
     ]
 )
 """What `forwax reproduce --help` says first."""
@@ -98,8 +101,8 @@ def run(options: ReproduceOptions) -> int:
         options: the command's options.
 
     Returns:
-        The exit code: 0 when done, 3 when done but for runs whose loss was not finite, 130 after Ctrl-C, 143 after a
-        termination.
+        The exit code: 0 when done, 3 when done but for runs whose loss was not finite, 130 after
+        Ctrl-C, 143 after a termination.
 
     Raises:
         UsageError: when the options do not go together.
@@ -117,14 +120,18 @@ def run(options: ReproduceOptions) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out: the folder {folder} cannot be made ({error.strerror}); choose another.") from error
+        raise UsageError(
+            f"--out: the folder {folder} cannot be made ({error.strerror}); choose another."
+        ) from error
     with Signals().watch() as signals:
         try:
             for seed in range(options.seeds):
                 for entry in dict.fromkeys(entries):
                     summary = run_one(folder, column, entry, seed, data, options, signals)
                     finite &= summary["finite"]
-                    save(folder, column, checksum, _facts(column, entries[0], data, options, summary))
+                    save(
+                        folder, column, checksum, _facts(column, entries[0], data, options, summary)
+                    )
         except KeyboardInterrupt:
             print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
             return TERMINATED if signals.received == signal.SIGTERM else INTERRUPTED
@@ -150,7 +157,9 @@ def parse_entries(options: ReproduceOptions) -> list[Entry]:
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--steps and --epochs both say how long to train; give one of them.")
     if not options.rules:
-        raise UsageError("--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run.")
+        raise UsageError(
+            "--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run."
+        )
     if options.holdout < 0:
         raise UsageError(f"--holdout must be zero or more, got {options.holdout}.")
     return [Entry.parse(text) for text in options.rules]
@@ -165,17 +174,25 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
     if options.holdout:
         if options.holdout >= len(train[0]):
-            raise UsageError(f"--holdout must leave images to train on; there are {len(train[0])} in all.")
+            raise UsageError(
+                f"--holdout must leave images to train on; there are {len(train[0])} in all."
+            )
         train, test = [x[: -options.holdout] for x in train], [x[-options.holdout :] for x in train]
     (train_images, train_labels), (test_images, test_labels) = (
         [x[: options.examples] for x in y] for y in (train, test)
     )
     return dataclasses.replace(
-        data, train_images=train_images, train_labels=train_labels, test_images=test_images, test_labels=test_labels
+        data,
+        train_images=train_images,
+        train_labels=train_labels,
+        test_images=test_images,
+        test_labels=test_labels,
     )
 
 
-def settings_of(column: Column, entry: Entry, num_examples: int, options: ReproduceOptions, seed: int) -> Settings:
+def settings_of(
+    column: Column, entry: Entry, num_examples: int, options: ReproduceOptions, seed: int
+) -> Settings:
     """Give the settings of one run.
 
     Raises:
@@ -189,7 +206,13 @@ def settings_of(column: Column, entry: Entry, num_examples: int, options: Reprod
 
 
 def run_one(
-    folder: Path, column: Column, entry: Entry, seed: int, data: DataSet, options: ReproduceOptions, signals: Signals
+    folder: Path,
+    column: Column,
+    entry: Entry,
+    seed: int,
+    data: DataSet,
+    options: ReproduceOptions,
+    signals: Signals,
 ) -> dict[str, Any]:
     """Train one method with one seed, or read what an earlier sitting finished.
 
@@ -200,7 +223,10 @@ def run_one(
         raise KeyboardInterrupt
     settings = settings_of(column, entry, len(data.train_images), options, seed)
     problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
-    print(f"{column.title}: {entry.name}, seed {seed}, learning rate {settings.learning_rate:g}", flush=True)
+    print(
+        f"{column.title}: {entry.name}, seed {seed}, learning rate {settings.learning_rate:g}",
+        flush=True,
+    )
     return runs.train(folder_of(folder, entry, seed), problem, settings, _teller(), signals)
 
 
@@ -208,11 +234,17 @@ def _teller() -> Callable[[str], None]:
     return lambda line: print(f"  {line}", flush=True)
 
 
-def _facts(column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, summary: dict[str, Any]) -> str:
+def _facts(
+    column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, summary: dict[str, Any]
+) -> str:
     settings = settings_of(column, entry, len(data.train_images), options, 0)
     told = table.facts(column, settings, summary, os.cpu_count())
     if options.holdout:
-        told += f" Errors are on {options.holdout} training images that were held out, not on the test set."
+        told += (
+            f" Errors are on {options.holdout} training images that were held out, not on "
+            f"the "
+            f"test set."
+        )
     return told
 
 

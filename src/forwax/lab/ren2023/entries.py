@@ -18,7 +18,8 @@ class Entry:
     Attributes:
         rule: a method of the paper.
         num_tangents: how many noises each step draws; None for a rule without noise.
-        tangents: their distribution; without another word signs, orthogonal to each other where there are several.
+        tangents: their distribution; without another word signs, orthogonal to each other where
+            there are several.
         parts: whether each patch and group has its own slope.
 
     >>> Entry.parse("LG-FG-A:4:normal")
@@ -35,20 +36,28 @@ class Entry:
         """Read "RULE", or a forward gradient as "RULE:NUMBER", "RULE:DISTRIBUTION", "RULE:one-slope" or all of them.
 
         Raises:
-            UsageError: when the rule or one of the words is unknown, or two words say the same thing.
+            UsageError: when the rule or one of the words is unknown, or two words say the same
+                thing.
         """
         rule, *words = text.split(":")
         if rule not in RULES:
-            raise UsageError(f"There is no rule {rule!r} in Ren et al. 2023; choose from: {', '.join(RULES)}.")
+            raise UsageError(
+                f"There is no rule {rule!r} in Ren et al. 2023; choose from: {', '.join(RULES)}."
+            )
         if rule not in DRAWING:
             if words:
-                raise UsageError(f"{rule} draws no noise, so that {text!r} means nothing; write {rule}.")
+                raise UsageError(
+                    f"{rule} draws no noise, so that {text!r} means nothing; write {rule}."
+                )
             return cls(rule)
         given: dict[str, Any] = {}
         for word in words:
             name, value = _read(word, text)
             if name in given:
-                raise UsageError(f"{text!r} says twice how many noises, of which kind or one-slope; say each once.")
+                raise UsageError(
+                    f"{text!r} says twice how many noises, of which kind or one-slope; say each "
+                    f"once."
+                )
             given[name] = value
         given = {"num_tangents": 1} | given
         given.setdefault("tangents", _signs(given["num_tangents"]))
@@ -62,7 +71,9 @@ class Entry:
         ('LG-FG-A:normal', 'FG-A:8')
         """
         words = [self.row]
-        words += [self.tangents] if self.tangents not in (None, _signs(self.num_tangents or 1)) else []
+        words += (
+            [self.tangents] if self.tangents not in (None, _signs(self.num_tangents or 1)) else []
+        )
         return ":".join(words + ([] if self.parts else ["one-slope"]))
 
     @property
@@ -107,7 +118,9 @@ def _read(word: str, text: str) -> tuple[str, Any]:
         return "parts", False
     if word in known:
         return "tangents", word
-    raise UsageError(f"{text!r}: expected a number of noises, one-slope or one of {', '.join(known)}.")
+    raise UsageError(
+        f"{text!r}: expected a number of noises, one-slope or one of {', '.join(known)}."
+    )
 
 
 def _signs(num_tangents: int) -> str:

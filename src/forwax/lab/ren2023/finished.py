@@ -29,7 +29,8 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[d
         checksum: of the data; runs on other data, such as a part held out, are left out.
 
     Returns:
-        The rows in the order of the paper's methods, and the summaries of each row's seeds by its name.
+        The rows in the order of the paper's methods, and the summaries of each row's seeds by its
+        name.
     """
     found: dict[Entry, dict[int, dict[str, Any]]] = {}
     for path in column.glob(f"*/{SUMMARY}"):
@@ -38,8 +39,12 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[d
         if entry is not None and config["data_checksum"] == checksum:
             summary = json.loads(path.read_text()) | {"learning_rate": config["learning_rate"]}
             found.setdefault(entry, {})[seed] = summary
-    entries = sorted(found, key=lambda entry: (RULES.index(entry.rule), entry.num_tangents or 1, entry.name))
-    return entries, {entry.name: [found[entry][seed] for seed in sorted(found[entry])] for entry in entries}
+    entries = sorted(
+        found, key=lambda entry: (RULES.index(entry.rule), entry.num_tangents or 1, entry.name)
+    )
+    return entries, {
+        entry.name: [found[entry][seed] for seed in sorted(found[entry])] for entry in entries
+    }
 
 
 def _read_name(name: str) -> tuple[Entry | None, int]:

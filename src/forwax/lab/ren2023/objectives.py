@@ -1,18 +1,20 @@
 """How a batch trains a LocalMixer: supervised or contrastive, by a method of Ren et al. 2023.
 
-The contrastive columns on GPUs follow the paper's code (local_forward_gradient in google-research): LARS at a rate of
-0.1 for 256 examples, ten epochs of warm-up, decay on the backbone's weights alone, crops of 8 % of the area and more.
-Still different are
+The contrastive columns on GPUs follow the paper's code (local_forward_gradient in google-research):
+LARS at a rate of 0.1 for 256 examples, ten epochs of warm-up, decay on the backbone's weights
+alone, crops of 8 % of the area and more. Still different are
 
-- the readout: here it learns along with the rest, by LARS without decay, from the augmented views and the pooled
-  features as they are; there by SGD at 0.01 without momentum, an epoch after each epoch, from images as they are and
-  normalised features;
-- colour jitter: here brightness, contrast, saturation and hue in this order, clipped once, contrast about the mean
-  grey, saturation and hue by linear maps of the colours; there in random order, clipped after each, contrast about each
-  channel's mean, saturation and hue in HSV;
+- the readout: here it learns along with the rest, by LARS without decay, from the augmented views
+  and the pooled features as they are; there by SGD at 0.01 without momentum, an epoch after each
+  epoch, from images as they are and normalised features;
+- colour jitter: here brightness, contrast, saturation and hue in this order, clipped once, contrast
+  about the mean grey, saturation and hue by linear maps of the colours; there in random order,
+  clipped after each, contrast about each channel's mean, saturation and hue in HSV;
 - crops: here of any real sides, stretched linearly; there of whole pixels, by cubic splines;
-- the batch of 512 images, 800 epochs on CIFAR-10 and bfloat16: the code gives settings for ImageNet only;
-- cifar-small-contrastive, which is not the paper's: SGD with momentum, decay on all parameters, no warm-up.
+- the batch of 512 images, 800 epochs on CIFAR-10 and bfloat16: the code gives settings for ImageNet
+  only;
+- cifar-small-contrastive, which is not the paper's: SGD with momentum, decay on all parameters, no
+  warm-up.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from forwax.lab.settings import Settings
 from forwax.models import local_losses, ren2023
 
 
-def supervised(static: Any, scale: Callable[[Array], Array], settings: Settings) -> Callable[[Any], Any]:
+def supervised(
+    static: Any, scale: Callable[[Array], Array], settings: Settings
+) -> Callable[[Any], Any]:
     """Local cross-entropies, see `forwax.models.local_losses`.
 
     Args:
@@ -49,7 +53,8 @@ def supervised(static: Any, scale: Callable[[Array], Array], settings: Settings)
     def loss(params: Any, x: Array, label: Array) -> Any:
         model = eqx.combine(cast(params, dtype), static)
         losses = local_losses(model, x, label, reading.losses, parts=parts)
-        # the same forward pass again, which XLA merges with the first; no rule sees parameters in it
+        # the same forward pass again, which XLA merges with the first; no rule sees parameters in
+        # it
         logits = lax.stop_gradient(eqx.combine(cast(lax.stop_gradient(params), dtype), static)(x))
         return losses, jnp.argmax(logits) == label
 
@@ -96,7 +101,9 @@ def contrastive(
     parts = settings.parts and reading.draws_noise
 
     def gradient(rule: Any) -> Callable[..., Any]:
-        of_batch = ren2023.contrastive(ren2023.Method(settings.rule, reading.losses, parts, rule), static)
+        of_batch = ren2023.contrastive(
+            ren2023.Method(settings.rule, reading.losses, parts, rule), static
+        )
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
             key, shown = jax.random.split(key)

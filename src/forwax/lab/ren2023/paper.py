@@ -1,7 +1,8 @@
 """What Ren et al. 2023 report: test and training error in percent, for each method.
 
-Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310: table 3
-(supervised), table 4 (contrastive, with a linear readout). It has no L-FG-W and no L-FG-A.
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
+2210.03310: table 3 (supervised), table 4 (contrastive, with a linear readout). It has no L-FG-W and
+no L-FG-A.
 """
 
 from __future__ import annotations

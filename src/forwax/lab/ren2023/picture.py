@@ -22,7 +22,8 @@ _DASHES = {"global": ":", "local": "--", "greedy": "-"}
 def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     """Draw the mean over seeds of each finished row.
 
-    Colours tell the rule, dashes where the losses sit, width and marks how many noises, paleness another kind of noise.
+    Colours tell the rule, dashes where the losses sit, width and marks how many noises, paleness
+    another kind of noise.
 
     Args:
         column: the column.
@@ -41,7 +42,9 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     axes.set(xlabel="epochs", ylabel="test error, %", xscale="log", yscale="log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axes.yaxis.set_minor_formatter(
+        lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""
+    )
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right center")
     figure.suptitle(column.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
@@ -50,7 +53,9 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
 
 def _mean_curve(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     count = min(len(run["epochs"]) for run in runs)
-    return np.array(runs[0]["epochs"][:count]), np.mean([run["test_errors"][:count] for run in runs], axis=0)
+    return np.array(runs[0]["epochs"][:count]), np.mean(
+        [run["test_errors"][:count] for run in runs], axis=0
+    )
 
 
 def _look(entry: Entry) -> dict[str, Any]:
@@ -58,6 +63,12 @@ def _look(entry: Entry) -> dict[str, Any]:
     colour = style.PALETTE[_COLOURS.get(reading.kind, "activity")]
     number = entry.num_tangents or 1
     plain = entry.name == entry.row
-    look = {"color": colour, "linestyle": _DASHES[reading.losses], "linewidth": 2.2 if number > 1 else 1.5}
+    look = {
+        "color": colour,
+        "linestyle": _DASHES[reading.losses],
+        "linewidth": 2.2 if number > 1 else 1.5,
+    }
     look |= {} if plain else {"alpha": 0.4}
-    return look | ({"marker": f"${number}$", "markersize": 8, "markevery": 0.2} if number > 1 else {})
+    return look | (
+        {"marker": f"${number}$", "markersize": 8, "markevery": 0.2} if number > 1 else {}
+    )

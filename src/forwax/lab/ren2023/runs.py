@@ -15,7 +15,14 @@ import numpy as np
 from forwax.lab.problem import Problem
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.loop import MAX_BLOCK, Trainer, build_trainer, in_batches, init_state, make_evaluator
+from forwax.lab.train.loop import (
+    MAX_BLOCK,
+    Trainer,
+    build_trainer,
+    in_batches,
+    init_state,
+    make_evaluator,
+)
 from forwax.lab.train.runs import CHECKPOINTS, CONFIG, SUMMARY, Metrics, Run, write_json
 from forwax.lab.train.signals import Signals, block_size
 from forwax.lab.train.sitting import versions
@@ -57,7 +64,9 @@ def train(
         found = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings)))
         trainer = build_trainer(problem, settings, found.state if found else None)
         run.cut_metrics(trainer.step)
-        sitting = _Sitting(trainer, metrics, checkpoints, found.seconds if found else 0.0, _begun(run.metrics()))
+        sitting = _Sitting(
+            trainer, metrics, checkpoints, found.seconds if found else 0.0, _begun(run.metrics())
+        )
         finite = _epochs(sitting, tell, signals or Signals())
     finally:
         metrics.close()
@@ -74,11 +83,14 @@ def _open(folder: Path, problem: Problem, settings: Settings) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, config)
     run = Run.open(folder)
-    kept = Settings().as_dict() | run.config  # a setting that is newer than the run had its default value
+    kept = (
+        Settings().as_dict() | run.config
+    )  # a setting that is newer than the run had its default value
     changed = [name for name, value in config.items() if kept.get(name) != value]
     if changed:
         raise UsageError(
-            f"{folder} holds a run whose {', '.join(changed)} is another; choose another --out, or remove that folder."
+            f"{folder} holds a run whose {', '.join(changed)} is another; choose another --out, or "
+            f"remove that folder."
         )
     return run
 
@@ -106,7 +118,9 @@ class _Sitting:
     def end_epoch(self, per_epoch: int) -> str:
         """Evaluate and write the epoch's line; gives one for people."""
         test_loss, test_accuracy = self.trainer.evaluate()
-        means = {name: float(np.array(values, np.float32).mean()) for name, values in self.epoch.items()}
+        means = {
+            name: float(np.array(values, np.float32).mean()) for name, values in self.epoch.items()
+        }
         row = {
             "step": self.trainer.step,
             "epoch": self.trainer.step / per_epoch,

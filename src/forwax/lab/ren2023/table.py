@@ -88,7 +88,12 @@ def markdown(column: Column, entries: Sequence[Entry], results: Results, facts: 
         results: what is finished.
         facts: one line on the machine and the settings.
     """
-    lines = [f"**{column.title}**", "", "| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
+    lines = [
+        f"**{column.title}**",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "| --- |" + " ---: |" * (len(HEADINGS) - 1),
+    ]
     lines += ["| " + " | ".join(row) + " |" for row in rows(column, entries, results)]
     return "\n".join([*lines, "", facts, ""])
 
@@ -105,8 +110,11 @@ def facts(column: Column, settings: Any, summary: Mapping[str, Any], cores: int 
     shifts = "images shifted by up to 2 pixels" if settings.augment else "no augmentation"
     shown = shifts if settings.objective == "supervised" else "two views of each image"
     return (
-        f"Batches of {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to zero, "
-        f"weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over seeds. Paper: Ren et al. "
-        f"2023, arXiv 2210.03310. {summary['device']}, {summary['num_devices']} device, {cores} cores, jax "
+        f"Batches of {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to "
+        f"zero, "
+        f"weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over seeds. "
+        f"Paper: Ren et al. "
+        f"2023, arXiv 2210.03310. {summary['device']}, {summary['num_devices']} device, {cores} "
+        f"cores, jax "
         f"{summary['versions']['jax']}."
     )

@@ -36,7 +36,9 @@ class Checkpoints:
         # imported here: it takes half a second that `forwax train --help` need not wait for
         import orbax.checkpoint as ocp
 
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEEP, enable_async_checkpointing=False, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEEP, enable_async_checkpointing=False, create=True
+        )
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 

@@ -80,7 +80,8 @@ def run(options: TrainOptions) -> int:
         options: the command's options.
 
     Returns:
-        The exit code: 0 when done, 130 after Ctrl-C, 143 after a termination, 3 after a loss that is not finite.
+        The exit code: 0 when done, 130 after Ctrl-C, 143 after a termination, 3 after a loss that
+        is not finite.
 
     Raises:
         UsageError: when the options do not go together.
@@ -96,7 +97,10 @@ def run(options: TrainOptions) -> int:
     dtype = opened.config["dtype"] if opened else options.dtype
     with _precision(dtype):
         if opened is not None and opened.finished:
-            print(f"{opened.path} is finished already: test accuracy {opened.summary()['test_accuracy']:.1%}.")
+            print(
+                f"{opened.path} is finished already: test accuracy "
+                f"{opened.summary()['test_accuracy']:.1%}."
+            )
             return 0
         sitting = _resume(opened, options) if opened else _start(options)
         try:
@@ -108,11 +112,15 @@ def run(options: TrainOptions) -> int:
 
 def _open(options: TrainOptions) -> Run | None:
     if options.checkpoint_seconds < 0:
-        raise UsageError(f"--checkpoint-seconds must be zero or more, got {options.checkpoint_seconds}.")
+        raise UsageError(
+            f"--checkpoint-seconds must be zero or more, got {options.checkpoint_seconds}."
+        )
     if options.resume is None:
         return None
     if options.given() or options.config != "default":
-        raise UsageError("--resume takes every setting from the run's config.json; leave the other settings out.")
+        raise UsageError(
+            "--resume takes every setting from the run's config.json; leave the other settings out."
+        )
     return Run.open(options.resume)
 
 
@@ -123,9 +131,16 @@ def _precision(dtype: str | None) -> contextlib.AbstractContextManager[Any]:
 def _start(options: TrainOptions) -> Sitting:
     """Check the options, load the data, make the folder, then compile."""
     experiment = find_experiment(options.experiment)
-    problem = build_problem(experiment, asked(experiment, options.config, options.given()), options.data_dir)
+    problem = build_problem(
+        experiment, asked(experiment, options.config, options.given()), options.data_dir
+    )
     settings = resolve(
-        experiment, options.config, options.given(), len(problem.train[0]), problem.num_parameters, problem.noise
+        experiment,
+        options.config,
+        options.given(),
+        len(problem.train[0]),
+        problem.num_parameters,
+        problem.noise,
     )
     config = {
         "experiment": experiment.name,
@@ -145,10 +160,13 @@ def _resume(run: Run, options: TrainOptions) -> Sitting:
     """Load what the run had, cut its metrics back to its checkpoint, and compile."""
     experiment, settings = find_experiment(run.config["experiment"]), Settings.from_dict(run.config)
     stored = run.config["data_dir"]
-    problem = build_problem(experiment, settings, options.data_dir or (Path(stored) if stored else None))
+    problem = build_problem(
+        experiment, settings, options.data_dir or (Path(stored) if stored else None)
+    )
     if problem.checksum != run.config["data_checksum"]:
         raise UsageError(
-            f"The data set {experiment.data_set} is not the one that {run.path} was trained on (its checksum differs); "
+            f"The data set {experiment.data_set} is not the one that {run.path} was trained on "
+            f"(its checksum differs); "
             "give the old one with --data-dir, or start a new run."
         )
     checkpoints = Checkpoints(run.path / CHECKPOINTS)
@@ -161,7 +179,11 @@ def _resume(run: Run, options: TrainOptions) -> Sitting:
 
 
 def _sitting(
-    run: Run, problem: Problem, settings: Settings, options: TrainOptions, checkpoint: Checkpoint | None
+    run: Run,
+    problem: Problem,
+    settings: Settings,
+    options: TrainOptions,
+    checkpoint: Checkpoint | None,
 ) -> Sitting:
     return Sitting(
         run=run,
@@ -197,7 +219,9 @@ def _run_blocks(sitting: Sitting, reporter: Reporter, signals: Signals) -> float
     trainer, steps = sitting.trainer, sitting.settings.steps
     size, saved = 1, time.monotonic()
     while trainer.step < steps and signals.received is None:
-        count = min(size, MAX_BLOCK, _next_evaluation(trainer.step, sitting.settings) - trainer.step)
+        count = min(
+            size, MAX_BLOCK, _next_evaluation(trainer.step, sitting.settings) - trainer.step
+        )
         before, started = trainer.step, time.perf_counter()
         block = trainer.run(count)
         seconds = time.perf_counter() - started
@@ -205,7 +229,9 @@ def _run_blocks(sitting: Sitting, reporter: Reporter, signals: Signals) -> float
         if block.stopped_by is not None:
             return block.stopped_by
         pace = count / seconds
-        reporter.update(trainer.step, float(block.losses.mean()), float(block.accuracies.mean()), pace)
+        reporter.update(
+            trainer.step, float(block.losses.mean()), float(block.accuracies.mean()), pace
+        )
         size = block_size(pace, size)
         if time.monotonic() - saved >= sitting.checkpoint_seconds:
             sitting.save()
@@ -246,7 +272,10 @@ def _finish(sitting: Sitting, started: float) -> None:
 
     run, rows = sitting.run, sitting.run.metrics()
     summary = make_summary(sitting, rows)
-    title = f"{run.config['experiment']}, rule {run.config['rule']}: {summary['test_accuracy']:.1%} on the test set"
+    title = (
+        f"{run.config['experiment']}, rule {run.config['rule']}: "
+        f"{summary['test_accuracy']:.1%} on the test set"
+    )
     rule = "backprop" if sitting.settings.rule == "backprop" else "forward"
     curves.save_curves(rows, title, run.path / CURVES, style.PALETTE[rule])
     write_json(run.path / SUMMARY, summary)
@@ -258,19 +287,26 @@ def _print_start(run: Run, settings: Settings, problem: Problem) -> None:
     if settings.num_tangents is not None:
         how += f", {settings.num_tangents} {settings.tangents} tangents a step"
         how += f", combined by {settings.combine}" if settings.combine else ""
-    print(f"{run.config['experiment']}: {problem.num_parameters:,} parameters, {len(problem.train[0]):,} examples.")
+    print(
+        f"{run.config['experiment']}: {problem.num_parameters:,} parameters, "
+        f"{len(problem.train[0]):,} examples."
+    )
     if settings.clip_slopes is not None:
         how += f", clipped at {settings.clip_slopes:g} running medians"
     if settings.skip_bad_slopes:
         how += ", skipped where they are not finite"
-    print(f"Rule: {how}. Optimizer: {settings.optimizer}, learning rate {settings.learning_rate:.3g}.")
+    print(
+        f"Rule: {how}. Optimizer: {settings.optimizer}, learning rate {settings.learning_rate:.3g}."
+    )
     print(f"Run: {run.path}", flush=True)
 
 
 def _print_end(run: Run, summary: dict[str, Any], total: float) -> None:
     print(
-        f"Test accuracy {summary['test_accuracy']:.1%} after {summary['steps']:,} steps: {summary['seconds']:.1f} s of "
-        f"training at {summary['steps_per_second']:,.0f} steps/s, {total:.1f} s with loading, compiling and evaluating."
+        f"Test accuracy {summary['test_accuracy']:.1%} after {summary['steps']:,} steps: "
+        f"{summary['seconds']:.1f} s of "
+        f"training at {summary['steps_per_second']:,.0f} steps/s, {total:.1f} s with loading, "
+        f"compiling and evaluating."
     )
     if choices.RULES[summary["rule"]].backward:
         print(choices.RULES[summary["rule"]].backward)

@@ -13,7 +13,9 @@ from forwax.lab import style
 
 
 @style.styled
-def draw_curves(rows: list[dict[str, Any]], title: str, colour: str = style.PALETTE["forward"]) -> Figure:
+def draw_curves(
+    rows: list[dict[str, Any]], title: str, colour: str = style.PALETTE["forward"]
+) -> Figure:
     """Draw four panels: the loss above, the accuracy below; against steps on the left, seconds on the right.
 
     Args:
@@ -45,13 +47,17 @@ def draw_curves(rows: list[dict[str, Any]], title: str, colour: str = style.PALE
     return figure
 
 
-def save_curves(rows: list[dict[str, Any]], title: str, path: Path, colour: str = style.PALETTE["forward"]) -> None:
+def save_curves(
+    rows: list[dict[str, Any]], title: str, path: Path, colour: str = style.PALETTE["forward"]
+) -> None:
     """Draw the picture and save it in one move; see `draw_curves`."""
     style.save(draw_curves(rows, title, colour), path)
 
 
 def _draw_loss(axes: Axes, train: dict[str, np.ndarray], axis: str, colour: str) -> None:
-    axes.plot(train[axis], train["loss"], color=colour, alpha=0.18, linewidth=0.6, label="one batch")
+    axes.plot(
+        train[axis], train["loss"], color=colour, alpha=0.18, linewidth=0.6, label="one batch"
+    )
     axes.plot(train[axis], smooth(train["loss"]), color=colour, label="mean of neighbours")
     if len(train["loss"]) and np.nanmin(train["loss"]) > 0:
         axes.set_yscale("log")
@@ -60,12 +66,22 @@ def _draw_loss(axes: Axes, train: dict[str, np.ndarray], axis: str, colour: str)
 def _draw_accuracy(
     axes: Axes, train: dict[str, np.ndarray], test: dict[str, np.ndarray], axis: str, colour: str
 ) -> None:
-    axes.plot(train[axis], smooth(train["accuracy"]), color=style.PALETTE["muted"], linewidth=1, label="training")
-    axes.plot(test[axis], test["test_accuracy"], color=colour, marker="o", markersize=3.5, label="test")
+    axes.plot(
+        train[axis],
+        smooth(train["accuracy"]),
+        color=style.PALETTE["muted"],
+        linewidth=1,
+        label="training",
+    )
+    axes.plot(
+        test[axis], test["test_accuracy"], color=colour, marker="o", markersize=3.5, label="test"
+    )
     axes.set_ylim(0, 1.02)
     if len(test["test_accuracy"]):
         last = test["test_accuracy"][-1]
-        axes.annotate(f"{last:.1%}", (test[axis][-1], last), (0, -14), textcoords="offset points", ha="right")
+        axes.annotate(
+            f"{last:.1%}", (test[axis][-1], last), (0, -14), textcoords="offset points", ha="right"
+        )
 
 
 def _columns(rows: list[dict[str, Any]], name: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The training loop: a compiled program that runs a block of steps, however many, and stops before a non-finite one.
 
-The order of the data depends on (seed, epoch) and the tangents on (seed, step) alone, so that the result does not
-depend on how the steps are cut into blocks.
+The order of the data depends on (seed, epoch) and the tangents on (seed, step) alone, so that the
+result does not depend on how the steps are cut into blocks.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
 
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
     if settings.learning_rate is None:
-        raise ValueError("expected settings with a learning rate, got None; use forwax.lab.options.resolve")
+        raise ValueError(
+            "expected settings with a learning rate, got None; use forwax.lab.options.resolve"
+        )
     return build_optimizer(settings, settings.learning_rate)
 
 
@@ -116,8 +118,9 @@ def make_step(problem: Problem, settings: Settings) -> Any:
         settings: the run's settings.
 
     Returns:
-        A function from (state, images uint8 [batch, ...], labels [batch]) to (state, loss, accuracy, finite). Where the
-        loss or the squared norm of the gradient is not finite, the state comes back unchanged.
+        A function from (state, images uint8 [batch, ...], labels [batch]) to (state, loss,
+        accuracy, finite). Where the loss or the squared norm of the gradient is not finite, the
+        state comes back unchanged.
 
     Example: `state, loss, accuracy, finite = make_step(problem, settings)(state, images, labels)`
     """
@@ -145,7 +148,9 @@ def _squared_norm(tree: Any) -> jax.Array:
     return sum((jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
 
 
-def _advance(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, settings: Settings) -> TrainState:
+def _advance(
+    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, settings: Settings
+) -> TrainState:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     guess = state.guess
     if choices.needs_guess(settings):
@@ -157,8 +162,8 @@ def _advance(state: TrainState, grads: Any, optimizer: optax.GradientTransformat
 def make_block(problem: Problem, settings: Settings) -> Any:
     """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
 
-    `epoch` and `order` pass the epoch's permutation on from block to block. The learning rate and the seed of the
-    settings may be traced values, so that one program serves many.
+    `epoch` and `order` pass the epoch's permutation on from block to block. The learning rate and
+    the seed of the settings may be traced values, so that one program serves many.
     """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data
     looped, num_examples, batch = loops_well(problem), len(problem.train[0]), settings.batch_size
@@ -186,13 +191,19 @@ def make_block(problem: Problem, settings: Settings) -> Any:
             accuracies=carry.accuracies.at[carry.done].set(accuracy),
         )
 
-    def block(state: TrainState, epoch: Any, order: Any, count: Any, images: Any, labels: Any) -> _Carry:
+    def block(
+        state: TrainState, epoch: Any, order: Any, count: Any, images: Any, labels: Any
+    ) -> _Carry:
         buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
-        start = _Carry(state, epoch, order, jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer)
+        start = _Carry(
+            state, epoch, order, jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer
+        )
         if not looped:  # one step, whatever the count
             return body(start, images, labels)
         return jax.lax.while_loop(
-            lambda carry: (carry.done < count) & carry.finite, lambda carry: body(carry, images, labels), start
+            lambda carry: (carry.done < count) & carry.finite,
+            lambda carry: body(carry, images, labels),
+            start,
         )
 
     return block
@@ -205,8 +216,8 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
         settings: the run's settings.
 
     Returns:
-        A sharding that copies an array to every local device, or None for the one default device; and a function that
-        spreads the leading axis of arrays inside a compiled program.
+        A sharding that copies an array to every local device, or None for the one default device;
+        and a function that spreads the leading axis of arrays inside a compiled program.
 
     Raises:
         UsageError: when a batch cannot be spread evenly.
@@ -219,18 +230,22 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
         return None, lambda batch: batch
     if settings.batch_size % len(devices):
         raise UsageError(
-            f"--batch-size must be a multiple of the {len(devices)} local devices that share it, got "
+            f"--batch-size must be a multiple of the {len(devices)} local devices that share it, "
+            f"got "
             f"{settings.batch_size}."
         )
     mesh = jax.make_mesh((len(devices),), ("examples",), (AxisType.Auto,), devices=devices)
     rows = NamedSharding(mesh, PartitionSpec("examples"))
-    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(batch, rows)
+    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(
+        batch, rows
+    )
 
 
 def loops_well(problem: Problem) -> bool:
     """Say whether steps may run in a compiled loop.
 
-    XLA's CPU compiler runs the gradient of a convolution about twenty times slower inside a loop than outside.
+    XLA's CPU compiler runs the gradient of a convolution about twenty times slower inside a loop
+    than outside.
 
     Args:
         problem: the experiment made ready.
@@ -244,12 +259,18 @@ def loops_well(problem: Problem) -> bool:
 def make_evaluator(problem: Problem) -> Any:
     """Make the function from parameters and images in batches to the summed loss and the number of right answers."""
 
-    def of_batch(params: Any, images: jax.Array, labels: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def of_batch(
+        params: Any, images: jax.Array, labels: jax.Array, weight: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images, labels)
         return jnp.sum(jnp.where(weight, losses, 0)), jnp.sum(correct & weight)
 
-    def evaluate(params: Any, images: jax.Array, labels: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, correct = jax.lax.map(lambda batch: of_batch(params, *batch), (images, labels, weights))
+    def evaluate(
+        params: Any, images: jax.Array, labels: jax.Array, weights: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        losses, correct = jax.lax.map(
+            lambda batch: of_batch(params, *batch), (images, labels, weights)
+        )
         return losses.sum(), correct.sum()
 
     return evaluate
@@ -279,7 +300,8 @@ class Trainer:
         settings: the run's settings, with every number filled in.
         state: the state after the last finite step.
         compile_seconds: how long tracing and compiling took.
-        temporary_bytes: the temporary memory of the compiled block, as XLA reports it, or None where it does not.
+        temporary_bytes: the temporary memory of the compiled block, as XLA reports it, or None
+            where it does not.
     """
 
     problem: Problem
@@ -314,7 +336,9 @@ class Trainer:
         if not 1 <= count <= MAX_BLOCK:
             raise ValueError(f"a block has 1 to {MAX_BLOCK} steps, got {count}")
         blocks = [self._call(count)]
-        while (done := sum(len(each.losses) for each in blocks)) < count and blocks[-1].stopped_by is None:
+        while (done := sum(len(each.losses) for each in blocks)) < count and blocks[
+            -1
+        ].stopped_by is None:
             blocks.append(self._call(count - done))
         losses, accuracies, stops = zip(*blocks, strict=True)
         return Block(np.concatenate(losses), np.concatenate(accuracies), stops[-1])
@@ -324,7 +348,9 @@ class Trainer:
         done, finite = int(carry.done), bool(carry.finite)
         self.state, self._epoch, self._order = carry.state, carry.epoch, carry.order
         stopped_by = None if finite else float(carry.last_loss)
-        return Block(np.asarray(carry.losses)[:done], np.asarray(carry.accuracies)[:done], stopped_by)
+        return Block(
+            np.asarray(carry.losses)[:done], np.asarray(carry.accuracies)[:done], stopped_by
+        )
 
     def evaluate(self) -> tuple[float, float]:
         """Give the mean loss and the accuracy in [0, 1] on the test set."""
@@ -339,7 +365,8 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
     Args:
         problem: the experiment made ready.
         settings: settings with a learning rate, see `forwax.lab.options.resolve`.
-        state: a state to go on from; the initial one by default. Its memory is given to the trainer.
+        state: a state to go on from; the initial one by default. Its memory is given to the
+            trainer.
 
     Returns:
         A trainer that has not made a step yet.

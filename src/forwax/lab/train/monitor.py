@@ -24,9 +24,10 @@ def monitored(settings: Settings, state: TrainState, num_parameters: int) -> dic
         num_parameters: the number of parameters.
 
     Returns:
-        `gradient_norm`, the root mean square of |g| of the batches; `relative_mse`, the law of one step's estimate;
-        `cosine`, that of an estimate with its batch's gradient; and how many slopes were clipped and skipped since the
-        start. None stands for what cannot be told. Empty where slopes are neither clipped nor skipped.
+        `gradient_norm`, the root mean square of |g| of the batches; `relative_mse`, the law of one
+        step's estimate; `cosine`, that of an estimate with its batch's gradient; and how many
+        slopes were clipped and skipped since the start. None stands for what cannot be told. Empty
+        where slopes are neither clipped nor skipped.
 
     >>> monitored(Settings(), TrainState({}, None, None, 0), 2410)
     {}

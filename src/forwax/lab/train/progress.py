@@ -77,7 +77,8 @@ class Lines(Reporter):
         left = timedelta(seconds=round((self._steps - step) / max(steps_per_second, 1e-9)))
         pace = f"{steps_per_second:,.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2g}"
         print(
-            f"{self._name}: step {step} of {self._steps}, loss {loss:.4f}, accuracy {accuracy:.3f}, "
+            f"{self._name}: step {step} of {self._steps}, loss {loss:.4f}, accuracy "
+            f"{accuracy:.3f}, "
             f"{pace} steps/s, {left} left",
             flush=True,
         )
@@ -91,4 +92,8 @@ def make_reporter(name: str, steps: int, start: int) -> Reporter:
         steps: the number of steps of the whole run.
         start: the step that the run goes on from.
     """
-    return Bar(name, steps, start) if sys.stdout.isatty() else Lines(name, steps, SECONDS_BETWEEN_LINES)
+    return (
+        Bar(name, steps, start)
+        if sys.stdout.isatty()
+        else Lines(name, steps, SECONDS_BETWEEN_LINES)
+    )

@@ -1,7 +1,8 @@
 """The folder of one run: config.json, metrics.jsonl, checkpoints, curves.png, summary.json.
 
-A folder appears with config.json inside; every later file is written under another name and then renamed, or, as
-metrics.jsonl, cut back to the checkpoint's step when a run goes on. A kill at any moment leaves a folder that resumes.
+A folder appears with config.json inside; every later file is written under another name and then
+renamed, or, as metrics.jsonl, cut back to the checkpoint's step when a run goes on. A kill at any
+moment leaves a folder that resumes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Run:
             write_json(draft / CONFIG, config)
             return cls(_move_to_free_name(draft, f"{name}-{datetime.now():%Y%m%d-%H%M%S}"), config)
         except OSError as error:
-            raise UsageError(f"Cannot make a run's folder in {parent}: {error.strerror}; choose --runs.") from error
+            raise UsageError(
+                f"Cannot make a run's folder in {parent}: {error.strerror}; choose --runs."
+            ) from error
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -74,7 +77,9 @@ class Run:
         try:
             config = json.loads((path / CONFIG).read_text())
         except (OSError, ValueError) as error:
-            wanted = f"expected a folder with a readable {CONFIG}, such as runs/digits-20250101-120000"
+            wanted = (
+                f"expected a folder with a readable {CONFIG}, such as runs/digits-20250101-120000"
+            )
             raise UsageError(f"{path} is not the folder of a run: {wanted}.") from error
         return cls(path, config)
 
@@ -112,7 +117,8 @@ class Run:
 class Metrics:
     """Appends lines to metrics.jsonl.
 
-    Example: `Metrics(run.path).append([{"step": 1, "loss": 2.3, "accuracy": 0.1, "seconds": 0.01}])`
+    Example: `Metrics(run.path).append([{"step": 1, "loss": 2.3, "accuracy": 0.1, "seconds":
+        0.01}])`
     """
 
     def __init__(self, folder: Path):

@@ -76,4 +76,6 @@ def versions() -> dict[str, str]:
     ['equinox', 'forwax', 'jax', 'jaxlib', 'numpy', 'optax', 'python']
     """
     packages = ("forwax", "jax", "jaxlib", "numpy", "optax", "equinox")
-    return {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    return {name: metadata.version(name) for name in packages} | {
+        "python": platform.python_version()
+    }
