@@ -123,7 +123,7 @@ def explain(
         find = getattr(inner, "sites", ActivityPerturbation().sites)
         sites = find(signature.bind(args, kwargs))
         shared = getattr(inner, "memory", "keep") == "shared"
-        return Explanation(tuple(_row(site, sites, shared) for site in sites.sites))
+        return Explanation(tuple(_row(site, sites, shared) for site in sites.places))
 
     return explain_loss
 

@@ -24,8 +24,8 @@ def kept(rule, program):
         problem = Signature(program.loss, 0, False, program.in_axes).bind(args, {})
         sites = rule.sites(problem)
         noise = noise_of(sites, rule._source(key, sites))
-        out = sites.push(noise, rule.num_tangents)
-        return sites.value(out.losses), rule._own(
+        out = keep.push(sites, noise, rule.num_tangents)
+        return keep.value(sites, out.losses), rule._own(
             sites, noise, rule._slopes(sites, out), out.records
         )
 

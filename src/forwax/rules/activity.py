@@ -128,7 +128,7 @@ class ActivityPerturbation(Rule):
         if self.memory == "shared":
             return find_sites(problem, type(self).__name__, chosen, self.exact_outputs)
         sites = find_sites(problem, type(self).__name__, chosen, self.exact_outputs, credit=True)
-        return sites.with_slopes_of_loops() if self.memory == "replay" else sites
+        return with_slopes_of_loops(sites) if self.memory == "replay" else sites
 
     def basis(self, problem: Problem) -> "ActivityPerturbation":
         """This rule with each coordinate of its noise once: its estimate is the mean over all noise."""
@@ -146,8 +146,8 @@ class ActivityPerturbation(Rule):
         if self.memory == "replay" and sites.noisy:
             return self._replayed(key, sites)
         noise = self._draw(key, sites)
-        out = sites.push(noise, self.num_tangents)
-        value = sites.value(out.losses)
+        out = keep.push(sites, noise, self.num_tangents)
+        value = keep.value(sites, out.losses)
         if self.memory == "shared":
             return value, out.aux, self._shared(sites, noise, out, over)
         slopes = self._slopes(sites, out) if noise else {}
@@ -161,7 +161,7 @@ class ActivityPerturbation(Rule):
 
     def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
         """For each noisy site what multiplies its noise: [k, ...], with axes that broadcast to it."""
-        products = sites.products(out) if sites.credit else []
+        products = keep.products(sites, out) if sites.credit else []
         known: dict[Any, Array] = {}
         slopes: dict[Variable, Array] = {}
         for site in sites.noisy:
@@ -185,12 +185,12 @@ class ActivityPerturbation(Rule):
         records: Values,
     ) -> Tree:
         """The gradient from each site's noise and slopes."""
-        errors = sites.output_errors(records)
+        errors = keep.output_errors(sites, records)
         errors |= {
             s.variable: _weighted(slopes[s.variable], u)
             for s, u in zip(sites.noisy, noise, strict=True)
         }
-        return sites.assemble(records, errors)
+        return keep.assemble(sites, records, errors)
 
     def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
         """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
@@ -203,12 +203,12 @@ class ActivityPerturbation(Rule):
         if isinstance(first, Drawn):
             out = push_drawn(sites, first)
         else:
-            out = sites.push(
+            out = keep.push(sites, 
                 [first.values[site.variable] for site in sites.noisy], self.num_tangents
             )
-        exact, slopes = sites.output_errors(out.records), self._slopes(sites, out)
+        exact, slopes = keep.output_errors(sites, out.records), self._slopes(sites, out)
         slopes = {
-            site.variable: sites.of_a_step(site, slopes[site.variable]) for site in sites.noisy
+            site.variable: of_a_step(sites, site, slopes[site.variable]) for site in sites.noisy
         }
         total = sum(
             (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(())
@@ -224,7 +224,7 @@ class ActivityPerturbation(Rule):
             exact,
             lambda site, u: _weighted(slopes[site.variable], u),
         )
-        return sites.value(out.losses), out.aux, grads
+        return keep.value(sites, out.losses), out.aux, grads
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
@@ -247,7 +247,7 @@ class ActivityPerturbation(Rule):
 
     def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass, over: _mesh.Axes) -> Tree:
         """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
-        total = sites.assemble(out.records, sites.output_errors(out.records))
+        total = keep.assemble(sites, out.records, keep.output_errors(sites, out.records))
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             mine = {
                 s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask
@@ -257,7 +257,7 @@ class ActivityPerturbation(Rule):
                 dataclasses.replace(first, mapped=False, axes=over), out.slopes, sites
             )
             pulled = _each(
-                lambda u: sites.assemble(out.records, jax.tree.map(jnp.conj, u)),
+                lambda u: keep.assemble(sites, out.records, jax.tree.map(jnp.conj, u)),
                 mine,
                 self.num_tangents,
             )
@@ -269,7 +269,7 @@ class ActivityPerturbation(Rule):
         if not isinstance(self.combine, Shrinkage):
             return 1 / self.num_tangents
         own = self.memory != "shared"
-        n = math.ceil(sum(sites.shared_noise(site, other, own) for other in sites.noisy))
+        n = math.ceil(sum(shared_noise(sites, site, other, own) for other in sites.noisy))
         law = self.tangents.relative_mse(max(n, 1), self.num_tangents)
         return 1 / (
             self.num_tangents * (1 + max(law, 0))

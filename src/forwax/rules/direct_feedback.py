@@ -61,14 +61,14 @@ class DirectFeedbackAlignment(Rule):
         """The directly aligned gradient; see `Rule.estimate`."""
         sites = self.sites(problem)
         self._check_count(len(sites.noisy))
-        out = sites.push()
-        exact = sites.output_errors(out.records)
+        out = keep.push(sites)
+        exact = keep.output_errors(sites, out.records)
         errors = dict(exact)
         for index, site in enumerate(sites.noisy):
             heard = direct.heard_by(site, sites, type(self).__name__)
             through = self._map(index, sum(s.size for s in heard), direct.step_size(site, sites))
             errors[site.variable] = direct.sent(site, sites, heard, exact, through)
-        return sites.value(out.losses), out.aux, sites.assemble(out.records, errors)
+        return keep.value(sites, out.losses), out.aux, keep.assemble(sites, out.records, errors)
 
     def _check_count(self, expected: int) -> None:
         if isinstance(self.feedback, tuple | list) and len(self.feedback) != expected:

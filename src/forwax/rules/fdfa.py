@@ -123,13 +123,13 @@ class FDFA(LearningRule):
         return self._sent(self.sites(problem))
 
     def _sent(self, sites: Sites) -> tuple[Array, Tree, Tree]:
-        maps, out = self._checked(sites), sites.push()
-        exact = sites.output_errors(out.records)
+        maps, out = self._checked(sites), keep.push(sites)
+        exact = keep.output_errors(sites, out.records)
         errors = dict(exact)
         for site, through in zip(sites.noisy, maps, strict=True):
             heard = direct.heard_by(site, sites, type(self).__name__)
             errors[site.variable] = direct.sent(site, sites, heard, exact, through)
-        return sites.value(out.losses), out.aux, sites.assemble(out.records, errors)
+        return keep.value(sites, out.losses), out.aux, keep.assemble(sites, out.records, errors)
 
     def _learnt(self, key: Array, sites: Sites) -> Maps:
         """The running mean with one more sample."""

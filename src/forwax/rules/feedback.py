@@ -60,7 +60,7 @@ class FeedbackAlignment(Rule):
         """The aligned gradient; see `Rule.estimate`."""
         sites = find_sites(problem, type(self).__name__, None, exact_outputs=False)
         feedback = _matched(self.feedback, problem.params)
-        aligned = lambda params: sites.aligned(params, feedback)  # noqa: E731
+        aligned = lambda params: aligned(sites, params, feedback)  # noqa: E731
         (value, aux), grads = jax.value_and_grad(aligned, has_aux=True)(problem.params)
         return value, aux, grads
 

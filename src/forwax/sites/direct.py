@@ -17,7 +17,7 @@ def output_sites(sites: Sites) -> list[Site]:
     """The last sites that put something out; an added weight decay has a constant error, which tells nothing."""
     return [
         site
-        for site in sites.sites
+        for site in sites.places
         if site.exact
         and not site.region.promoted
         and not all(equation.name in ADDITIVE for equation in site.region.equations)

@@ -44,7 +44,7 @@ def inputs_of(sites: Sites) -> Values:
 
 def table_of(sites: Sites) -> dict[Variable, Site]:
     """The sites by their variable."""
-    return {site.variable: site for site in sites.sites}
+    return {site.variable: site for site in sites.places}
 
 
 def push_drawn(sites: Sites, noise: Drawn) -> Pass:

@@ -1,6 +1,7 @@
 """A problem's sites: values, slopes and errors at them, and from errors to gradients: what the rules use."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class Sites:
         sources: from the values whose slopes are told apart to the losses; None when nothing is
             gained by it.
         credit: for each noisy site what its noise changes of the sources; empty without them.
-        sites: in the program's order.
+        places: in the program's order.
         mapped: the variables that differ between examples.
         kinds: what each variable is made of.
     """
@@ -95,14 +96,14 @@ class Sites:
     tail: Tail
     sources: Tail | None
     credit: Mapping[Variable, Sequence[Credit]]
-    sites: tuple[Site, ...]
+    places: tuple[Site, ...]
     mapped: set[Variable]
     kinds: Kinds
 
     @property
     def noisy(self) -> list[Site]:
         """The sites that noise is put on."""
-        return [site for site in self.sites if not site.exact]
+        return [site for site in self.places if not site.exact]
 
     @property
     def num_examples(self) -> int | None:
@@ -139,186 +140,213 @@ class Sites:
         """The number of loops around a site."""
         return len(site.shape) - len(self.own_shape(site))
 
-    def with_slopes_of_loops(self) -> "Sites":
-        """The same sites, but each step of a loop shares its slopes with the others."""
 
-        def coarser(site: Site, credit: Credit) -> Credit:
-            first = self.num_loops(site)
-            links = tuple(
-                (a, link) for a, link in credit.links if link.size == 1 or link.axis >= first
-            )
-            return dataclasses.replace(credit, links=links)
 
-        credit = {
-            s.variable: [coarser(s, c) for c in self.credit.get(s.variable, ())] for s in self.noisy
-        }
-        return dataclasses.replace(self, credit=credit if self.credit else {})
 
-    def of_a_step(self, site: Site, slopes: Array) -> Array:
-        """Slopes without the axes of loops, along which they are the same."""
-        lead = slopes.ndim - len(site.shape)
-        return (
-            jnp.squeeze(slopes, tuple(range(lead, lead + self.num_loops(site))))
-            if self.credit
-            else slopes
-        )
 
-    def shared_noise(self, site: Site, other: Site, own_slopes: bool = True) -> float:
-        """How many coordinates of another site's noise one slope of this site hears, on average.
 
-        Unless examples have slopes of their own and the site a value of its own for each, it hears
-        all examples'.
-        """
-        examples = (
-            1 if self.num_examples is None or (own_slopes and site.mapped) else self.num_examples
-        )
-        size = other.size * (examples if other.mapped else 1)
-        if not self.credit:
-            return size if other.reach & site.reach else 0
-        theirs = {credit.source: credit for credit in self.credit[other.variable]}
-        heard = [
-            (mine, theirs[mine.source])
-            for mine in self.credit[site.variable]
-            if mine.source in theirs
-        ]
-        return max((size / mine.common(their) for mine, their in heard), default=0)
-
-    def push(self, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
-        """Evaluate the loss, and its slopes along k noises [k, *spec]; with no noise there are no slopes."""
-        table = dict(zip([site.variable for site in self.noisy], noise, strict=False))
-        if not table:
-            (losses, *_), (aux, records) = self._run({}, None)
-            return Pass(losses, aux, [], [], records)
-        return push_along(self._run, table, num_tangents)
-
-    def _run(self, noise: Values, time: Array | None) -> tuple[Any, Any]:
-        """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
-        taps = self.sources.starts if self.sources is not None else ()
-        extra = self.tail_records
-
-        def one(mapped: Sequence[Array], noise: Values) -> tuple[Any, Any, Values]:
-            inputs = [*self.traced.closed, *jax.tree.leaves(self.problem.params), *mapped]
-            outputs, records = forward(self.level, inputs, noise, time, extra, taps)
-            cut = len(outputs) - len(taps)
-            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs[:cut])
-            return (losses, list(map(_sum, losses)), outputs[cut:]), aux, records
-
-        if self.num_examples is None:
-            out, aux, records = one((), noise)
-            return out, (aux, records)
-        axes = {v: self._axis(v) for v in self.level.all_records() | extra}
-        in_axes = (list(self.problem.mapped_axes), {v: self._axis(v) for v in noise})
-        out_axes = ((0, 0, [self._axis(v) for v in taps]), 0, axes)
-        out, aux, records = jax.vmap(one, in_axes, out_axes, axis_size=self.num_examples)(
-            list(self.problem.mapped), noise
-        )
-        return out, (aux, records)
-
-    def _axis(self, variable: Variable) -> int | None:
+    def axis_of(self, variable: Variable) -> int | None:
+        """The axis of examples of a variable's values; None where examples share it."""
         return 0 if self.num_examples is not None and variable in self.mapped else None
 
-    def output_errors(self, records: Values) -> Values:
-        """The exact derivative of the objective with respect to each output site."""
-        return self._errors(self.tail, records)
 
-    def products(self, out: Pass) -> list[Array]:
-        """For each source its tangents times its error: slopes of the objective before they are summed."""
-        assert self.sources is not None
-        errors = self._errors(self.sources, out.records)
-        return [
-            _product(errors[v], x) for v, x in zip(self.sources.starts, out.tangents, strict=True)
-        ]
 
-    def _errors(self, tail: Tail, records: Values) -> Values:
-        """The derivative of the objective with respect to where a tail starts."""
-        if not tail.starts:
-            return {}
-        used = {v: records[v] for v in tail.records}
-        axes = {v: self._axis(v) for v in used}
-        shifts = {v: self.zeros(v) for v in tail.starts}
 
-        def objective(shifts: Values) -> Array:
-            def one(shifts: Values, used: Values) -> Array:
-                losses = tail.run(shifts, used)
-                return sum(map(_sum, losses), start=jnp.zeros(()))
 
-            if self.num_examples is None:
-                return one(shifts, used)
-            each = jax.vmap(
-                one, ({v: self._axis(v) for v in shifts}, axes), axis_size=self.num_examples
-            )
-            return jnp.mean(each(shifts, used))
 
-        return jax.grad(objective)(shifts)
 
-    def zeros(self, variable: Variable) -> Array:
-        """An error of zero at a variable of the top level."""
-        aval = self.traced.types[variable]
-        lead = (self.num_examples,) if self._axis(variable) == 0 else ()
-        return _mesh.vary(jnp.zeros((*lead, *aval.shape), aval.dtype), _mesh.type_axes(aval))  # type: ignore[arg-type]
 
-    def assemble(self, records: Values, errors: Mapping[Variable, Array]) -> Tree:
-        """The gradient from the objective's error at sites: each region's own reverse pass, none across two.
 
-        Sites without an error add nothing.
-        """
-        mine = [site for site in self.sites if site.variable in errors]
 
-        def values(params: Tree) -> Values:
-            outputs = self.regions(params, records)
-            return {site.variable: outputs[site.variable] for site in mine}
+def with_slopes_of_loops(sites: Sites) -> Sites:
+    """The same sites, but each step of a loop shares its slopes with the others."""
 
-        _, pull = jax.vjp(values, self.problem.params)
-        return pull({site.variable: errors[site.variable].astype(site.dtype) for site in mine})[0]
+    def coarser(site: Site, credit: Credit) -> Credit:
+        first = sites.num_loops(site)
+        links = tuple(
+            (a, link) for a, link in credit.links if link.size == 1 or link.axis >= first
+        )
+        return dataclasses.replace(credit, links=links)
 
-    def regions(
-        self,
-        params: Tree,
-        records: Values,
-        apply: Callable[[Equation, list[Any]], list[Any]] = bind,
-    ) -> Values:
-        """The sites' values from parameters and records."""
-        start = len(self.traced.closed)
-        leaves = jax.tree.leaves(params)
-        names = self.level.program.inputs[start : start + len(leaves)]
+    credit = {
+        s.variable: [coarser(s, c) for c in sites.credit.get(s.variable, ())] for s in sites.noisy
+    }
+    return dataclasses.replace(sites, credit=credit if sites.credit else {})
 
-        def one(records: Values) -> Values:
-            return local(self.level, {**dict(zip(names, leaves, strict=True)), **records}, apply)
 
-        used = {v: records[v] for v in self.level.all_records()}
-        if self.num_examples is None:
-            return one(used)
-        outs = {site.variable: self._axis(site.variable) for site in self.sites}
-        axes = {v: self._axis(v) for v in used}
-        return jax.vmap(one, (axes,), outs, axis_size=self.num_examples)(used)
+def of_a_step(sites: Sites, site: Site, slopes: Array) -> Array:
+    """Slopes without the axes of loops, along which they are the same."""
+    lead = slopes.ndim - len(site.shape)
+    return (
+        jnp.squeeze(slopes, tuple(range(lead, lead + sites.num_loops(site))))
+        if sites.credit
+        else slopes
+    )
 
-    def aligned(self, params: Tree, feedback: Sequence[Array | None]) -> tuple[Array, Tree]:
-        """`(value, aux)`, whose reverse pass crosses dots and convolutions through the feedback; None: as they are."""
-        leaves = jax.tree.leaves(params)
-        start = len(self.traced.closed)
-        names = self.level.program.inputs[start : start + len(leaves)]
-        twins = {
-            v: lax.stop_gradient(x) for v, x in zip(names, feedback, strict=True) if x is not None
-        }
 
-        def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
-            inputs = [*self.traced.closed, *leaves, *mapped]
-            outputs = forward_with_feedback(self.level, self.kinds, inputs, dict(twins))
-            losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
-            return losses, aux
+def shared_noise(sites: Sites, site: Site, other: Site, own_slopes: bool = True) -> float:
+    """How many coordinates of another site's noise one slope of this site hears, on average.
 
-        if self.num_examples is not None:
-            one = jax.vmap(one, (list(self.problem.mapped_axes),), axis_size=self.num_examples)
-        losses, aux = one(list(self.problem.mapped))
-        return self.value(losses), aux
+    Unless examples have slopes of their own and the site a value of its own for each, it hears
+    all examples'.
+    """
+    examples = (
+        1 if sites.num_examples is None or (own_slopes and site.mapped) else sites.num_examples
+    )
+    size = other.size * (examples if other.mapped else 1)
+    if not sites.credit:
+        return size if other.reach & site.reach else 0
+    theirs = {credit.source: credit for credit in sites.credit[other.variable]}
+    heard = [
+        (mine, theirs[mine.source])
+        for mine in sites.credit[site.variable]
+        if mine.source in theirs
+    ]
+    return max((size / mine.common(their) for mine, their in heard), default=0)
 
-    def value(self, losses: Sequence[Array]) -> Array:
-        """The objective of the losses: their sum, and the mean over the examples."""
-        sums = [
-            jnp.sum(x) if self.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1)
-            for x in losses
-        ]
-        return jnp.mean(sum(sums[1:], start=sums[0]))
+
+def push(sites: Sites, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
+    """Evaluate the loss, and its slopes along k noises [k, *spec]; with no noise there are no slopes."""
+    table = dict(zip([site.variable for site in sites.noisy], noise, strict=False))
+    if not table:
+        (losses, *_), (aux, records) = _run(sites, {}, None)
+        return Pass(losses, aux, [], [], records)
+    return push_along(functools.partial(_run, sites), table, num_tangents)
+
+
+def _run(sites: Sites, noise: Values, time: Array | None) -> tuple[Any, Any]:
+    """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
+    taps = sites.sources.starts if sites.sources is not None else ()
+    extra = sites.tail_records
+
+    def one(mapped: Sequence[Array], noise: Values) -> tuple[Any, Any, Values]:
+        inputs = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params), *mapped]
+        outputs, records = forward(sites.level, inputs, noise, time, extra, taps)
+        cut = len(outputs) - len(taps)
+        losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs[:cut])
+        return (losses, list(map(_sum, losses)), outputs[cut:]), aux, records
+
+    if sites.num_examples is None:
+        out, aux, records = one((), noise)
+        return out, (aux, records)
+    axes = {v: sites.axis_of(v) for v in sites.level.all_records() | extra}
+    in_axes = (list(sites.problem.mapped_axes), {v: sites.axis_of(v) for v in noise})
+    out_axes = ((0, 0, [sites.axis_of(v) for v in taps]), 0, axes)
+    out, aux, records = jax.vmap(one, in_axes, out_axes, axis_size=sites.num_examples)(
+        list(sites.problem.mapped), noise
+    )
+    return out, (aux, records)
+
+
+def output_errors(sites: Sites, records: Values) -> Values:
+    """The exact derivative of the objective with respect to each output site."""
+    return _errors(sites, sites.tail, records)
+
+
+def products(sites: Sites, out: Pass) -> list[Array]:
+    """For each source its tangents times its error: slopes of the objective before they are summed."""
+    assert sites.sources is not None
+    errors = _errors(sites, sites.sources, out.records)
+    return [
+        _product(errors[v], x) for v, x in zip(sites.sources.starts, out.tangents, strict=True)
+    ]
+
+
+def _errors(sites: Sites, tail: Tail, records: Values) -> Values:
+    """The derivative of the objective with respect to where a tail starts."""
+    if not tail.starts:
+        return {}
+    used = {v: records[v] for v in tail.records}
+    axes = {v: sites.axis_of(v) for v in used}
+    shifts = {v: zeros(sites, v) for v in tail.starts}
+
+    def objective(shifts: Values) -> Array:
+        def one(shifts: Values, used: Values) -> Array:
+            losses = tail.run(shifts, used)
+            return sum(map(_sum, losses), start=jnp.zeros(()))
+
+        if sites.num_examples is None:
+            return one(shifts, used)
+        each = jax.vmap(
+            one, ({v: sites.axis_of(v) for v in shifts}, axes), axis_size=sites.num_examples
+        )
+        return jnp.mean(each(shifts, used))
+
+    return jax.grad(objective)(shifts)
+
+
+def zeros(sites: Sites, variable: Variable) -> Array:
+    """An error of zero at a variable of the top level."""
+    aval = sites.traced.types[variable]
+    lead = (sites.num_examples,) if sites.axis_of(variable) == 0 else ()
+    return _mesh.vary(jnp.zeros((*lead, *aval.shape), aval.dtype), _mesh.type_axes(aval))  # type: ignore[arg-type]
+
+
+def assemble(sites: Sites, records: Values, errors: Mapping[Variable, Array]) -> Tree:
+    """The gradient from the objective's error at sites: each region's own reverse pass, none across two.
+
+    Sites without an error add nothing.
+    """
+    mine = [site for site in sites.places if site.variable in errors]
+
+    def values(params: Tree) -> Values:
+        outputs = regions(sites, params, records)
+        return {site.variable: outputs[site.variable] for site in mine}
+
+    _, pull = jax.vjp(values, sites.problem.params)
+    return pull({site.variable: errors[site.variable].astype(site.dtype) for site in mine})[0]
+
+
+def regions(
+    sites: Sites,
+    params: Tree,
+    records: Values,
+    apply: Callable[[Equation, list[Any]], list[Any]] = bind,
+) -> Values:
+    """The sites' values from parameters and records."""
+    start = len(sites.traced.closed)
+    leaves = jax.tree.leaves(params)
+    names = sites.level.program.inputs[start : start + len(leaves)]
+
+    def one(records: Values) -> Values:
+        return local(sites.level, {**dict(zip(names, leaves, strict=True)), **records}, apply)
+
+    used = {v: records[v] for v in sites.level.all_records()}
+    if sites.num_examples is None:
+        return one(used)
+    outs = {site.variable: sites.axis_of(site.variable) for site in sites.places}
+    axes = {v: sites.axis_of(v) for v in used}
+    return jax.vmap(one, (axes,), outs, axis_size=sites.num_examples)(used)
+
+
+def aligned(sites: Sites, params: Tree, feedback: Sequence[Array | None]) -> tuple[Array, Tree]:
+    """`(value, aux)`, whose reverse pass crosses dots and convolutions through the feedback; None: as they are."""
+    leaves = jax.tree.leaves(params)
+    start = len(sites.traced.closed)
+    names = sites.level.program.inputs[start : start + len(leaves)]
+    twins = {
+        v: lax.stop_gradient(x) for v, x in zip(names, feedback, strict=True) if x is not None
+    }
+
+    def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
+        inputs = [*sites.traced.closed, *leaves, *mapped]
+        outputs = forward_with_feedback(sites.level, sites.kinds, inputs, dict(twins))
+        losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
+        return losses, aux
+
+    if sites.num_examples is not None:
+        one = jax.vmap(one, (list(sites.problem.mapped_axes),), axis_size=sites.num_examples)
+    losses, aux = one(list(sites.problem.mapped))
+    return value(sites, losses), aux
+
+
+def value(sites: Sites, losses: Sequence[Array]) -> Array:
+    """The objective of the losses: their sum, and the mean over the examples."""
+    sums = [
+        jnp.sum(x) if sites.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1)
+        for x in losses
+    ]
+    return jnp.mean(sum(sums[1:], start=sums[0]))
 
 
 def push_along(run: Callable[[Any, Array], tuple[Any, Any]], noise: Any, num_tangents: int) -> Pass:

@@ -39,7 +39,7 @@ def _may_gain(sites: Sites, source: Variable) -> bool:
     """Whether an axis of a source can be followed at least through the site that it comes from."""
     shape = tuple(sites.traced.types[source].shape)
     links = [Factor(axis, 1, length) for axis, length in enumerate(shape) if length > 1]
-    region = next((s.region for s in sites.sites if s.variable == source), None)
+    region = next((s.region for s in sites.places if s.variable == source), None)
     if region is None:
         return bool(links)
     equation, *more = region.equations
