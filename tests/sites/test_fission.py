@@ -8,6 +8,7 @@ from jax import lax
 
 import forwax as fx
 from cases import quick_jit
+from forwax._sites.passes import keep
 from forwax._signature import Signature
 from sites.programs import PROGRAMS, normal, squares
 

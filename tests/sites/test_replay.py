@@ -8,6 +8,7 @@ from jax import lax
 
 import forwax as fx
 from cases import QUICK, quick_jit
+from forwax._sites.passes import keep
 from forwax._signature import Signature
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS

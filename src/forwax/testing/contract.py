@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from forwax._rules import Rule
 from forwax._signature import objective_value
+from forwax._transforms import value_and_grad
 from forwax._tree import Tree
-from forwax.rules import Rule
-from forwax.transforms import value_and_grad
 
 
 def assert_contract(
