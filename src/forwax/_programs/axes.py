@@ -113,7 +113,11 @@ def _shifted(link: Factor, start: int, length: int, out: int) -> Link:
     if start % link.inner or link.inner * link.size < out:
         return None
     return factor(
-        link.axis, link.inner, -(-length // link.inner), link.offset - start // link.inner, length
+        link.axis,
+        link.inner,
+        -(-length // link.inner),
+        link.offset - start // link.inner,
+        length,
     )
 
 
@@ -162,7 +166,10 @@ def _split(params: Any, position: int, output: int, link: Factor, shapes: Any, o
     if link.axis != params["axis"]:
         return link
     return _shifted(
-        link, sum(params["sizes"][:output]), shapes[0][link.axis], outs[output][link.axis]
+        link,
+        sum(params["sizes"][:output]),
+        shapes[0][link.axis],
+        outs[output][link.axis],
     )
 
 
@@ -294,7 +301,8 @@ def _scatter_add(
     if link.axis in batching:
         column = numbers.scatter_indices_batching_dims[batching.index(link.axis)]
         return _moved(
-            link, [a for a in range(len(updates)) if a not in numbers.update_window_dims][column]
+            link,
+            [a for a in range(len(updates)) if a not in numbers.update_window_dims][column],
         )
     windows = [
         a

@@ -58,6 +58,10 @@ class Level:
     records: frozenset[Variable]
     loops: dict[Variable, LoopPlan]
 
+    def loop_of(self, equation: Equation) -> LoopPlan | None:
+        """The plan of an equation that is a loop; None for others."""
+        return self.loops.get(equation.outputs[0]) if equation.outputs else None
+
     @property
     def regions(self) -> list[Region]:
         """The regions of this level alone."""
@@ -169,7 +173,10 @@ def has_sites(plan: LoopPlan) -> bool:
 
 
 def chains(
-    level: Level, kinds: Kinds, wanted: set[Variable], inputs: frozenset[Variable] = frozenset()
+    level: Level,
+    kinds: Kinds,
+    wanted: set[Variable],
+    inputs: frozenset[Variable] = frozenset(),
 ) -> Level:
     """The part of a level that computes the wanted parameters; values of `inputs` come from outside."""
     wanted, needs = set(wanted), set()
@@ -201,7 +208,10 @@ def _loop_chains(plan: LoopPlan, kinds: Kinds, wanted: set[Variable]) -> LoopPla
     stacked = {o: v for o, v in plan.stacked.items() if o in wanted}
     loop, body = plan.loop, plan.level.program
     given = frozenset(
-        [*body.inputs[: loop.num_consts], *body.inputs[loop.num_consts + loop.num_carry :]]
+        [
+            *body.inputs[: loop.num_consts],
+            *body.inputs[loop.num_consts + loop.num_carry :],
+        ]
     )
     level = chains(plan.level, kinds, set(stacked.values()), given)
     read = {v for step in level.steps for v in _reads(step)} | set(stacked.values())
