@@ -42,8 +42,7 @@ class Assembly:
 
         def zero(leaf: Array) -> Array:
             return _mesh.vary(
-                jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype)),
-                self._axes(leaf),
+                jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype)), self._axes(leaf)
             )
 
         return jax.tree.map(zero, self.params)

@@ -72,10 +72,7 @@ class Momentum:
             raise ValueError(f"Momentum: expected decay from 0 to below 1, got {self.decay}.")
 
     def init(
-        self,
-        key: Array,
-        rule: WeightPerturbation | Safe,
-        num_examples: int | None = None,
+        self, key: Array, rule: WeightPerturbation | Safe, num_examples: int | None = None
     ) -> "Momentum":
         """The momentum before the first step, so that its structure stays the same in all steps.
 
@@ -89,9 +86,7 @@ class Momentum:
             ValueError: when the number of examples is needed and missing.
         """
         key = check_key(
-            key,
-            "Momentum.init",
-            advice="Pass any key of the kind that the steps will get.",
+            key, "Momentum.init", advice="Pass any key of the kind that the steps will get."
         )
         weight: Any = rule.rule if isinstance(rule, Safe) else rule
         shape: tuple[int, ...] = (weight.num_tangents,)

@@ -77,11 +77,7 @@ def pushforward(
         return value, aux, slopes, total
     if is_concrete(primals):
         return _loop(
-            lambda total, first: chunk(total, first, primals),
-            start,
-            num_chunks,
-            size,
-            num_tangents,
+            lambda total, first: chunk(total, first, primals), start, num_chunks, size, num_tangents
         )
 
     def step(total: Tree, first: Array) -> tuple[Tree, tuple[Array, Array], Tree]:

@@ -254,10 +254,7 @@ class Safe(LearningRule):
         law = self.rule.relative_mse(
             params if isinstance(params, int) else _tree.num_coordinates(params)
         )
-        square, count = (
-            jnp.nanmean(self.history.squares),
-            jnp.sum(~jnp.isnan(self.history.squares)),
-        )
+        square, count = jnp.nanmean(self.history.squares), jnp.sum(~jnp.isnan(self.history.squares))
         # the root halves a relative error
         error = jnp.nanstd(self.history.squares) / (
             2 * square * jnp.sqrt(jnp.maximum(count - 1, 1))

@@ -51,10 +51,7 @@ def _outer(coefficients: Array, left: Array, right: Array, leaf: Array) -> Array
         math.prod(right.shape) == 1
     ):  # an einsum would multiply by it, and then add up with a slow loop
         total = jnp.tensordot(
-            coefficients.astype(scaled.dtype),
-            left.astype(wide),
-            lead,
-            precision=Precision.HIGHEST,
+            coefficients.astype(scaled.dtype), left.astype(wide), lead, precision=Precision.HIGHEST
         )
         return total * right.reshape(()).astype(wide)
     names = "abcdefghijklmnopqrstuvwxyz"

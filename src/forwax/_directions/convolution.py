@@ -58,10 +58,7 @@ def one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array | 
     the layer itself.
     """
     lhs, rhs, out = params["dimension_numbers"]
-    taps, sizes = (
-        [kernel.shape[axis] for axis in rhs[2:]],
-        [x.shape[axis] for axis in lhs[2:]],
-    )
+    taps, sizes = [kernel.shape[axis] for axis in rhs[2:]], [x.shape[axis] for axis in lhs[2:]]
     spans = [(k - 1) * d + 1 for k, d in zip(taps, params["rhs_dilation"], strict=True)]
     pads = [
         (low, high, d - 1)

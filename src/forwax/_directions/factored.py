@@ -101,11 +101,7 @@ def is_move(equation: Equation) -> bool:
 
 
 def moved(
-    equation: Equation,
-    tangent: Factored,
-    values: Sequence[Any],
-    shape: Shape,
-    out: Shape,
+    equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape
 ) -> Factored | None:
     """The tangent behind an operation that only moves entries; None when the operation is another or they would mix."""
     pairs = []
@@ -152,11 +148,7 @@ def _moved(
 def _sliced(factor: Array, params: Any) -> Array:
     strides = params["strides"] or [1] * factor.ndim
     bounds = zip(
-        params["start_indices"],
-        params["limit_indices"],
-        strides,
-        factor.shape,
-        strict=True,
+        params["start_indices"], params["limit_indices"], strides, factor.shape, strict=True
     )
     return factor[tuple(slice(a, b, s) if n > 1 else slice(None) for a, b, s, n in bounds)]
 
@@ -237,8 +229,7 @@ def _dot_product(
     thin = equation.primitive.bind(*operands, **params)
     rest = thin.ndim - len(mixed)
     outer = lax.squeeze(
-        lax.transpose(outer, (*mixed, *free, *own)),
-        range(len(shape) - len(own), len(shape)),
+        lax.transpose(outer, (*mixed, *free, *own)), range(len(shape) - len(own), len(shape))
     )
     if position == 0:  # result axes: batch, mine, theirs
         thin = jnp.expand_dims(thin, range(len(mixed), len(mixed) + len(free)))
@@ -255,10 +246,7 @@ def look_up(
     """The tangent of a look-up of rows: one factor is looked up, the other, the same for all rows, is not."""
     if equation.primitive is not primitives.gather_p:
         return None
-    numbers, sizes = (
-        equation.params["dimension_numbers"],
-        equation.params["slice_sizes"],
-    )
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     if numbers.operand_batching_dims:
         return None
     indexed = numbers.start_index_map

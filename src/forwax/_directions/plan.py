@@ -98,9 +98,7 @@ class WeightPlan:
     def sliced(self) -> list[bool]:
         """For each spec whether scans slice its parameter, and nothing else uses it."""
         pairs = zip(
-            self.traced.program.inputs[len(self.traced.closed) :],
-            self.splits,
-            strict=False,
+            self.traced.program.inputs[len(self.traced.closed) :], self.splits, strict=False
         )
         return [
             sliced_only(self.traced.program, name)
@@ -130,10 +128,7 @@ class WeightPlan:
         def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
             time = jnp.zeros((), jnp.float32)
             return jax.jvp(
-                lambda t: self._evaluate(mapped, drawn, t),
-                (time,),
-                (time + 1,),
-                has_aux=True,
+                lambda t: self._evaluate(mapped, drawn, t), (time,), (time + 1,), has_aux=True
             )
 
         def slopes(drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
@@ -152,29 +147,15 @@ class WeightPlan:
             values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None), axis_size=num_tangents)(
                 list(drawn)
             )
-        return (
-            jnp.mean(values),
-            aux,
-            found.astype(_tree.accumulation_dtype(found.dtype)),
-        )
+        return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
 
     def _evaluate(
         self, mapped: Sequence[Array], drawn: Sequence[Drawn], time: Array
     ) -> tuple[Array, Tree]:
         program = self.traced.program
-        env = dict(
-            zip(
-                program.inputs,
-                [*self.traced.closed, *self.leaves, *mapped],
-                strict=True,
-            )
-        )
+        env = dict(zip(program.inputs, [*self.traced.closed, *self.leaves, *mapped], strict=True))
         tangents = dict(
-            zip(
-                program.inputs[len(self.traced.closed) :],
-                self.tangents(drawn),
-                strict=False,
-            )
+            zip(program.inputs[len(self.traced.closed) :], self.tangents(drawn), strict=False)
         )
         outputs = Push(self.traced.types, time, self.lazy).run(program, env, tangents)
         losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
@@ -191,8 +172,7 @@ class WeightPlan:
             if not tangent.drawn_by_rows:
                 return add_signs(start, coefficients, tangent)
             return lax.map(
-                lambda i: add_signs(start[0], coefficients, tangent.row(i)),
-                jnp.arange(len(leaf)),
+                lambda i: add_signs(start[0], coefficients, tangent.row(i)), jnp.arange(len(leaf))
             )
 
         tangents = self.tangents(after(drawn, [coefficients]))
@@ -211,10 +191,7 @@ class WeightPlan:
             if not tangent.drawn_by_rows:
                 return add(leaf, tangent)
             return lax.fori_loop(
-                0,
-                len(leaf),
-                lambda i, leaf: leaf.at[i].set(add(leaf[i], tangent.row(i))),
-                leaf,
+                0, len(leaf), lambda i, leaf: leaf.at[i].set(add(leaf[i], tangent.row(i))), leaf
             )
 
         tangents = self.tangents(after(drawn, [coefficients]))

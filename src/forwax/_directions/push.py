@@ -14,15 +14,7 @@ from forwax._directions.signs import Signs, after, unpacked
 from forwax._programs.evaluate import bind, inject, read
 from forwax._programs.order import behind
 from forwax._programs.primitives import BILINEAR
-from forwax._programs.program import (
-    Atom,
-    Constant,
-    Equation,
-    Loop,
-    Program,
-    Variable,
-    variables,
-)
+from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, variables
 
 Tangent: TypeAlias = Factored | Signs | Array
 
@@ -55,10 +47,7 @@ class Push:
         self.types, self.time, self.lazy = types, time, lazy
 
     def run(
-        self,
-        program: Program,
-        env: dict[Variable, Any],
-        tangents: Mapping[Variable, Tangent],
+        self, program: Program, env: dict[Variable, Any], tangents: Mapping[Variable, Tangent]
     ) -> list[Any]:
         """The program's outputs, from its inputs in `env` and what is drawn as tangents of some of them."""
         packed, factored = dict(tangents), {}
@@ -109,20 +98,13 @@ class Push:
                 env[atom] = inject(env[atom], *unpacked(after([tangent], last)), self.time)
 
     def apply(
-        self,
-        equation: Equation,
-        values: list[Any],
-        positions: list[int],
-        factored: dict,
+        self, equation: Equation, values: list[Any], positions: list[int], factored: dict
     ) -> list[Any]:
         """One equation's outputs."""
         if len(positions) == 1 and equation.outputs:  # a callback may have none
             position = positions[0]
             tangent = factored[equation.inputs[position]]
-            shape, out = (
-                jnp.shape(values[position]),
-                tuple(self.types[equation.outputs[0]].shape),
-            )
+            shape, out = jnp.shape(values[position]), tuple(self.types[equation.outputs[0]].shape)
             if position == 0 and is_move(equation):
                 found = moved(equation, tangent, values, shape, out)
                 if found is not None:
@@ -145,12 +127,7 @@ class Push:
         return inject(value, factored[atom].dense(jnp.shape(value)), self.time)
 
     def loop(
-        self,
-        equation: Equation,
-        loop: Loop,
-        values: list[Any],
-        factored: dict,
-        packed: dict,
+        self, equation: Equation, loop: Loop, values: list[Any], factored: dict, packed: dict
     ) -> list[Any]:
         """A scan's outputs: factors of what it runs over are scanned with it, and those of constants pass through."""
         body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
@@ -173,16 +150,11 @@ class Push:
         def step(
             carry: list[Any], xs: tuple[list[Any], dict[Variable, Any], Array]
         ) -> tuple[list[Any], list[Any]]:
-            own = {
-                **fixed,
-                **{v: _joined(of, slices[v][1], xs[2]) for v, of in xs[1].items()},
-            }
+            own = {**fixed, **{v: _joined(of, slices[v][1], xs[2]) for v, of in xs[1].items()}}
             env = dict(zip(body.inputs, [*values[:first], *carry, *xs[0]], strict=True))
             kept = {v for v in body.inputs[first:last] if v in fixed}
             outputs = self.run(
-                dataclasses.replace(body, outputs=_without(body.outputs, kept)),
-                env,
-                own,
+                dataclasses.replace(body, outputs=_without(body.outputs, kept)), env, own
             )
             pairs = zip(body.outputs, outputs, strict=True)
             outputs = [env[a] if not isinstance(a, Constant) and a in kept else x for a, x in pairs]

@@ -22,10 +22,7 @@ Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
 
 
 def find_splits(
-    program: Program,
-    types: Sequence[Any],
-    names: Sequence[Variable],
-    leaves: Sequence[Array],
+    program: Program, types: Sequence[Any], names: Sequence[Variable], leaves: Sequence[Array]
 ):
     """For each parameter, named by its variable, the axes of its two factors, or None for dense signs."""
     finder = _Finder(types)
@@ -111,11 +108,7 @@ class _Finder:
         self.read(loop.body, inner)
 
     def split(
-        self,
-        equation: Equation,
-        position: int,
-        leaf: Variable,
-        steps: Sequence[Equation | None],
+        self, equation: Equation, position: int, leaf: Variable, steps: Sequence[Equation | None]
     ):
         """The parameter's axes that are contracted here, and the others; what is neither belongs to both."""
         shape = self.shape(equation.inputs[position])

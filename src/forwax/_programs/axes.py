@@ -113,11 +113,7 @@ def _shifted(link: Factor, start: int, length: int, out: int) -> Link:
     if start % link.inner or link.inner * link.size < out:
         return None
     return factor(
-        link.axis,
-        link.inner,
-        -(-length // link.inner),
-        link.offset - start // link.inner,
-        length,
+        link.axis, link.inner, -(-length // link.inner), link.offset - start // link.inner, length
     )
 
 
@@ -166,10 +162,7 @@ def _split(params: Any, position: int, output: int, link: Factor, shapes: Any, o
     if link.axis != params["axis"]:
         return link
     return _shifted(
-        link,
-        sum(params["sizes"][:output]),
-        shapes[0][link.axis],
-        outs[output][link.axis],
+        link, sum(params["sizes"][:output]), shapes[0][link.axis], outs[output][link.axis]
     )
 
 
@@ -301,8 +294,7 @@ def _scatter_add(
     if link.axis in batching:
         column = numbers.scatter_indices_batching_dims[batching.index(link.axis)]
         return _moved(
-            link,
-            [a for a in range(len(updates)) if a not in numbers.update_window_dims][column],
+            link, [a for a in range(len(updates)) if a not in numbers.update_window_dims][column]
         )
     windows = [
         a

@@ -3,15 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
-from forwax._programs.program import (
-    Atom,
-    Constant,
-    Equation,
-    Loop,
-    Program,
-    Variable,
-    is_inexact,
-)
+from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, is_inexact
 
 Reach: TypeAlias = list[int]
 """For each variable the set of losses that depend on it through derivatives, as a bit mask."""

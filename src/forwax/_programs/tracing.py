@@ -133,14 +133,7 @@ def _loop(eqn: Any, types: list[Any]) -> Loop:
     )
     body, params = _convert(jaxpr, types, consts), eqn.params
     num_consts = len(ranks) - num_carry - num_xs
-    return Loop(
-        body,
-        num_consts,
-        num_carry,
-        params["length"],
-        params["reverse"],
-        params["unroll"],
-    )
+    return Loop(body, num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
 
 
 def _atom(env: dict[Any, Atom], var: Any) -> Atom:

@@ -142,10 +142,7 @@ class Diagnosis:
             f"times "
             f"are medians."
         )
-        return [
-            first,
-            *(f"{row.name} does not run: {row.error}" for row in self.rows if row.error),
-        ]
+        return [first, *(f"{row.name} does not run: {row.error}" for row in self.rows if row.error)]
 
     def __str__(self) -> str:
         table = self.cells()

@@ -86,13 +86,7 @@ def diagnose(
 
     def diagnose_loss(key: Any, /, *args: Any, **kwargs: Any) -> Diagnosis:
         return _diagnose(
-            typed_key(check_key(key, "diagnose")),
-            signature,
-            named,
-            args,
-            kwargs,
-            draws,
-            rounds,
+            typed_key(check_key(key, "diagnose")), signature, named, args, kwargs, draws, rounds
         )
 
     return diagnose_loss
@@ -169,11 +163,7 @@ def _diagnose(
     programs: dict[str, Any] = {ALONE: alone}
     errors: dict[str, str] = {}
     estimates = {name: rule.estimate for name, rule in rules.items()}
-    for name, step in {
-        BACKPROP: _backprop,
-        CHECKPOINTED: _checkpointed,
-        **estimates,
-    }.items():
+    for name, step in {BACKPROP: _backprop, CHECKPOINTED: _checkpointed, **estimates}.items():
         try:
             program = prepare(step)
             jax.block_until_ready(program(key, arrays))  # what is too large may compile and not run
@@ -190,20 +180,13 @@ def _diagnose(
         return DiagnosisRow(name, seconds=seconds[name], **_figures(programs[name]), **own)
 
     def rule_row(name: str, rule: Rule) -> DiagnosisRow:
-        own: dict[str, Any] = {
-            "unbiased": rule.unbiased,
-            "reverse_mode": rule.reverse_mode,
-        }
+        own: dict[str, Any] = {"unbiased": rule.unbiased, "reverse_mode": rule.reverse_mode}
         if name in calls:
             own["predicted_mse"] = _law(rule, n)
             own |= {} if reference is None else _accuracy(calls[name], key, reference, draws)
         return row(name, **own)
 
-    exact: dict[str, Any] = {
-        "predicted_mse": 0.0,
-        "mse": (0.0, 0.0),
-        "cosine": (1.0, 0.0),
-    }
+    exact: dict[str, Any] = {"predicted_mse": 0.0, "mse": (0.0, 0.0), "cosine": (1.0, 0.0)}
     rows = tuple(rule_row(name, rule) for name, rule in rules.items())
     backprop, checkpointed = row(BACKPROP, **exact), row(CHECKPOINTED, **exact)
     return Diagnosis(row(ALONE), backprop, checkpointed, rows, n, value, source, draws)
@@ -254,10 +237,7 @@ def _figures(program: Any) -> dict[str, Any]:
     """Arithmetic and memory; None where a backend does not tell."""
     costs, memory = program.cost_analysis(), program.memory_analysis()
     flops = costs.get("flops") if isinstance(costs, dict) else None
-    return {
-        "flops": flops,
-        "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-    }
+    return {"flops": flops, "temporary_bytes": getattr(memory, "temp_size_in_bytes", None)}
 
 
 def _reference(calls: Mapping[str, Callable], key: Array, n: int, forward_mode: Callable) -> Any:
@@ -297,15 +277,11 @@ def _accuracy(
     call: Callable, key: Array, reference: Tree, draws: int
 ) -> dict[str, tuple[float, float]]:
     found = np.array(
-        [_compare(call(own)[2], reference) for own in jax.random.split(key, draws)],
-        np.float64,
+        [_compare(call(own)[2], reference) for own in jax.random.split(key, draws)], np.float64
     )
     deviation = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
     errors = deviation / math.sqrt(draws)
-    return {
-        "mse": (found[:, 0].mean(), errors[0]),
-        "cosine": (found[:, 1].mean(), errors[1]),
-    }
+    return {"mse": (found[:, 0].mean(), errors[0]), "cosine": (found[:, 1].mean(), errors[1])}
 
 
 def _law(rule: Rule, n: int) -> float | None:

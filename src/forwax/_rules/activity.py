@@ -267,9 +267,7 @@ class ActivityPerturbation(Rule):
         return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
 
 
-def selection(
-    where: str | Callable[[str], bool] | None,
-) -> Callable[[str], bool] | None:
+def selection(where: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
     """A predicate of a parameter's path."""
     if isinstance(where, str):
         return lambda path: re.search(where, path) is not None

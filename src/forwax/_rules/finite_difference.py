@@ -118,9 +118,7 @@ class FiniteDifference(Rule):
             step = sign * self.epsilon
             return problem.objective(
                 jax.tree.map(
-                    lambda x, v: x + step.astype(jnp.finfo(x.dtype).dtype) * v,
-                    point,
-                    tangent,
+                    lambda x, v: x + step.astype(jnp.finfo(x.dtype).dtype) * v, point, tangent
                 )
             )
 

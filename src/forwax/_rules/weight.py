@@ -193,12 +193,7 @@ class WeightPerturbation(Rule):
             start = Assembly(self.tangents, self.combine, params, _mesh.axes(key)).start()
             total, (values, found), aux = scan_with_aux(chunk, start, firsts)
             value, found = values[0], found.reshape(-1, *found.shape[2:])[:k]
-        return (
-            value,
-            aux,
-            jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, params),
-            found,
-        )
+        return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, params), found
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates of the parameters.

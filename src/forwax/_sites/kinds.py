@@ -161,8 +161,7 @@ class _Level:
                 )
                 kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
         self.append(
-            dataclasses.replace(equation, loop=None),
-            [_join(kinds)] * len(equation.outputs),
+            dataclasses.replace(equation, loop=None), [_join(kinds)] * len(equation.outputs)
         )
 
     def append(self, equation: Equation, kinds: Sequence[Kind]) -> None:
@@ -206,12 +205,7 @@ class _Level:
         return level
 
     def _finish_loop(
-        self,
-        equation: Equation,
-        loop: Loop,
-        level: "_Level",
-        kinds: Sequence[Kind],
-        outs: list,
+        self, equation: Equation, loop: Loop, level: "_Level", kinds: Sequence[Kind], outs: list
     ) -> None:
         body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
         outputs = list(body.outputs)
@@ -226,9 +220,7 @@ class _Level:
         outer = dict(zip(body.inputs, equation.inputs, strict=True))
         extra = [self.promote(outer[v], equation.origin) for v in level.hoisted]
         rewritten = Program(
-            (*level.hoisted.values(), *body.inputs),
-            tuple(level.equations),
-            tuple(outputs),
+            (*level.hoisted.values(), *body.inputs), tuple(level.equations), tuple(outputs)
         )
         new_loop = dataclasses.replace(loop, body=rewritten, num_consts=first + len(extra))
         self.append(dataclasses.replace(equation, inputs=(*extra, *inputs), loop=new_loop), outs)

@@ -173,10 +173,7 @@ def has_sites(plan: LoopPlan) -> bool:
 
 
 def chains(
-    level: Level,
-    kinds: Kinds,
-    wanted: set[Variable],
-    inputs: frozenset[Variable] = frozenset(),
+    level: Level, kinds: Kinds, wanted: set[Variable], inputs: frozenset[Variable] = frozenset()
 ) -> Level:
     """The part of a level that computes the wanted parameters; values of `inputs` come from outside."""
     wanted, needs = set(wanted), set()
@@ -208,10 +205,7 @@ def _loop_chains(plan: LoopPlan, kinds: Kinds, wanted: set[Variable]) -> LoopPla
     stacked = {o: v for o, v in plan.stacked.items() if o in wanted}
     loop, body = plan.loop, plan.level.program
     given = frozenset(
-        [
-            *body.inputs[: loop.num_consts],
-            *body.inputs[loop.num_consts + loop.num_carry :],
-        ]
+        [*body.inputs[: loop.num_consts], *body.inputs[loop.num_consts + loop.num_carry :]]
     )
     level = chains(plan.level, kinds, set(stacked.values()), given)
     read = {v for step in level.steps for v in _reads(step)} | set(stacked.values())

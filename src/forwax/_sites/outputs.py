@@ -10,14 +10,7 @@ from jax import Array
 from forwax._programs.dataflow import Reach, equation_reach
 from forwax._programs.evaluate import bind, read
 from forwax._programs.primitives import ADDITIVE, MOVES
-from forwax._programs.program import (
-    Atom,
-    Constant,
-    Equation,
-    Program,
-    Variable,
-    variables,
-)
+from forwax._programs.program import Atom, Constant, Equation, Program, Variable, variables
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Kinds, Level
 from forwax._sites.regions import Region
@@ -62,11 +55,7 @@ def make_tail(level: Level, kinds: Kinds, reach: Reach, num_losses: int) -> Tail
 
 
 def tail_from(
-    program: Program,
-    starts: tuple[Variable, ...],
-    inside: Callable,
-    reach: Reach,
-    num_losses: int,
+    program: Program, starts: tuple[Variable, ...], inside: Callable, reach: Reach, num_losses: int
 ) -> Tail:
     """The tail from the starts on, along the equations that are inside."""
     reached, equations = set(starts), []

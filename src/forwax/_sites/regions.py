@@ -70,11 +70,7 @@ class _Reader:
     """What the search asks about a program's variables."""
 
     def __init__(
-        self,
-        program: Program,
-        kinds: dict[Variable, Kind],
-        reach: Reach,
-        types: Sequence[Any],
+        self, program: Program, kinds: dict[Variable, Kind], reach: Reach, types: Sequence[Any]
     ) -> None:
         self.kinds, self.reach, self.types = kinds, reach, types
         used = [
@@ -132,10 +128,7 @@ def _finished(item: _Growing, reader: _Reader, order: dict[int, int]) -> Region:
 
 
 def _grow(
-    equation: Equation,
-    reader: _Reader,
-    growing: list[_Growing],
-    fresh: dict[Variable, _Growing],
+    equation: Equation, reader: _Reader, growing: list[_Growing], fresh: dict[Variable, _Growing]
 ) -> None:
     """Let an equation join the regions that end in its inputs, or start a region, or end them."""
     carried = [v for v in equation.variables if v in fresh and reader.uses[v] == 1]

@@ -183,10 +183,7 @@ def _added(start: Any, steps: Any) -> Any:
 
 
 def _stacked(
-    behind: dict[Variable, Any],
-    variable: Variable,
-    fixed: dict[Variable, Any],
-    loop: Loop,
+    behind: dict[Variable, Any], variable: Variable, fixed: dict[Variable, Any], loop: Loop
 ) -> Any:
     """What is added in each step, for all steps."""
     if variable in behind:

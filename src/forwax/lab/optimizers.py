@@ -55,9 +55,7 @@ class OptimizerChoice:
     base_rate: float | None = None
 
 
-def _decayed(
-    build: Callable[[Any], optax.GradientTransformation],
-) -> Callable[[Any, float], Any]:
+def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, float], Any]:
     """Add weight decay, as a term of the gradient, in front of an optimizer that has none of its own."""
 
     def with_decay(rate: Any, weight_decay: float) -> optax.GradientTransformation:
@@ -70,9 +68,7 @@ def _decayed(
     return with_decay
 
 
-def _decoupled(
-    build: Callable[..., optax.GradientTransformation],
-) -> Callable[[Any, float], Any]:
+def _decoupled(build: Callable[..., optax.GradientTransformation]) -> Callable[[Any, float], Any]:
     """Pass weight decay on to an optimizer that has its own."""
     return lambda rate, weight_decay: build(rate, weight_decay=weight_decay)
 
@@ -104,8 +100,7 @@ OPTIMIZERS: Mapping[str, OptimizerChoice] = {
         _decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM
     ),
     "nesterov": OptimizerChoice(
-        _decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)),
-        factor=1 - MOMENTUM,
+        _decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM
     ),
     "adam": OptimizerChoice(_decayed(optax.adam), base_rate=1e-3),
     "adamw": OptimizerChoice(_decoupled(optax.adamw), base_rate=1e-3),

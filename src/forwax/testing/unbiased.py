@@ -129,12 +129,7 @@ def assert_unbiased(
     check.compare(draw(jax.random.fold_in(key, 2), num_draws), fail)
     scale = detect / math.sqrt(num_draws)
     return Unbiased(
-        num_draws,
-        scale * float(whole),
-        scale * float(leaves.max()),
-        power,
-        false_alarm,
-        basis_sum,
+        num_draws, scale * float(whole), scale * float(leaves.max()), power, false_alarm, basis_sum
     )
 
 

@@ -85,9 +85,7 @@ def _forward_loop(
 
 
 def local(
-    level: Level,
-    env: Values,
-    apply: Callable[[Equation, list[Any]], list[Any]] = bind,
+    level: Level, env: Values, apply: Callable[[Equation, list[Any]], list[Any]] = bind
 ) -> Values:
     """The regions' outputs from parameters and records.
 
