@@ -28,8 +28,8 @@ _INLINED = [
 ]
 
 
-def trace(fun: Callable[..., Any], *specs: Any) -> Traced:
-    """The program of a function of the given abstract arguments."""
+def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
+    """The program of a function of abstract parameters and of further abstract arguments."""
     structure: list[Any] = []
 
     def flat(*args: Any) -> list[Any]:
@@ -37,10 +37,11 @@ def trace(fun: Callable[..., Any], *specs: Any) -> Traced:
         structure.append(tree)
         return leaves
 
-    closed_jaxpr = jax.make_jaxpr(flat)(*specs)
+    closed_jaxpr = jax.make_jaxpr(flat)(params, *specs)
+    num_parameters = len(jax.tree.leaves(params))
     types: list[Any] = []
     program = _convert(closed_jaxpr.jaxpr, types)
-    return Traced(program, list(closed_jaxpr.consts), types, structure[0])
+    return Traced(program, list(closed_jaxpr.consts), num_parameters, types, structure[0])
 
 
 def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) -> Program:
@@ -77,7 +78,7 @@ def renamed_inputs(equation: Equation, names: Mapping[Variable, Atom]) -> Equati
 def new_variable(types: list[Any], aval: Any) -> Variable:
     """A fresh variable of the given type."""
     types.append(aval)
-    return len(types) - 1
+    return Variable(len(types) - 1)
 
 
 def _convert(jaxpr: Any, types: list[Any], consts: Sequence[Any] | None = None) -> Program:
