@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -222,12 +222,8 @@ class ActivityPerturbation(Rule):
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
-        tangents = self.tangents
-        if (
-            not isinstance(tangents, IndependentTangents)
-            or tangents.joint
-            or not tangents.coordinatewise
-        ):
+        tangents = cast(IndependentTangents, self.tangents)
+        if not tangents.one_by_one or tangents.joint or not tangents.coordinatewise:
             lead = {
                 site.variable: 1 + (site.mapped and sites.num_examples is not None)
                 for site in sites.noisy
@@ -268,6 +264,10 @@ class ActivityPerturbation(Rule):
         return 1 / (
             self.num_tangents * (1 + max(law, 0))
         )  # a slope may hear fewer coordinates than were drawn jointly
+
+    def law(self, problem: Problem) -> float | None:
+        """None: each slope's error grows with the noise that shares it, a number for each site."""
+        return None
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
