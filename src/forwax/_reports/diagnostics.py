@@ -16,7 +16,6 @@ from forwax import _tree
 from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
 from forwax._rule import check_count
 from forwax._rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
-from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.tangents import LowRank
@@ -182,7 +181,7 @@ def _diagnose(
     def rule_row(name: str, rule: Rule) -> DiagnosisRow:
         own: dict[str, Any] = {"unbiased": rule.unbiased, "reverse_mode": rule.reverse_mode}
         if name in calls:
-            own["predicted_mse"] = _law(rule, n)
+            own["predicted_mse"] = rule.law(problem)
             own |= {} if reference is None else _accuracy(calls[name], key, reference, draws)
         return row(name, **own)
 
@@ -282,14 +281,6 @@ def _accuracy(
     deviation = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
     errors = deviation / math.sqrt(draws)
     return {"mse": (found[:, 0].mean(), errors[0]), "cosine": (found[:, 1].mean(), errors[1])}
-
-
-def _law(rule: Rule, n: int) -> float | None:
-    """The predicted relative MSE for n parameters, None where the law counts something else or there is none."""
-    if isinstance(rule.rule if isinstance(rule, Safe) else rule, ActivityPerturbation):
-        return None
-    law = rule.relative_mse(n)
-    return law if math.isfinite(law) else None
 
 
 def _shortened(error: Exception) -> str:
