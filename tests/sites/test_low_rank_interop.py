@@ -8,8 +8,8 @@ import pytest
 
 import forwax as fx
 from cases import quick_jit
+from forwax._directions.plan import plan_low_rank
 from forwax._signature import Signature
-from forwax.sites import plan_low_rank
 from sites.drawn import dense
 from sites.interop import KEY
 

@@ -8,8 +8,8 @@ import pytest
 
 import forwax as fx
 from cases import quick_jit
+from forwax._directions.plan import plan_low_rank, plan_signs
 from forwax._signature import Signature
-from forwax.sites import plan_low_rank, plan_signs
 
 hypothesis = pytest.importorskip("hypothesis")
 from sites.drawn import dense  # noqa: E402
