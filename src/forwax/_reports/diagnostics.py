@@ -16,7 +16,6 @@ from forwax import _tree
 from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
 from forwax._rule import check_count
 from forwax._rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
-from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.tangents import LowRank
@@ -195,7 +194,7 @@ def _diagnose(
             "reverse_mode": rule.reverse_mode,
         }
         if name in calls:
-            own["predicted_mse"] = _law(rule, n)
+            own["predicted_mse"] = rule.law(problem)
             own |= {} if reference is None else _accuracy(calls[name], key, reference, draws)
         return row(name, **own)
 
@@ -306,14 +305,6 @@ def _accuracy(
         "mse": (found[:, 0].mean(), errors[0]),
         "cosine": (found[:, 1].mean(), errors[1]),
     }
-
-
-def _law(rule: Rule, n: int) -> float | None:
-    """The predicted relative MSE for n parameters, None where the law counts something else or there is none."""
-    if isinstance(rule.rule if isinstance(rule, Safe) else rule, ActivityPerturbation):
-        return None
-    law = rule.relative_mse(n)
-    return law if math.isfinite(law) else None
 
 
 def _shortened(error: Exception) -> str:

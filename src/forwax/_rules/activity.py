@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -211,8 +211,8 @@ class ActivityPerturbation(Rule):
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
-        tangents = self.tangents
-        is_independent = isinstance(tangents, IndependentTangents) and not tangents.joint
+        tangents = cast(IndependentTangents, self.tangents)
+        is_independent = tangents.one_by_one and not tangents.joint
         if not is_independent or not tangents.coordinatewise:
             # The axis of the outermost loop lies behind [k], or [k, examples].
             has_examples = sites.num_examples is not None
@@ -256,6 +256,10 @@ class ActivityPerturbation(Rule):
         # A slope may hear fewer coordinates than were drawn jointly: then the law is below zero.
         law = max(self.tangents.relative_mse(n, k), 0)
         return 1 / (k * (1 + law))
+
+    def law(self, problem: Problem) -> float | None:
+        """None: each slope's error grows with the noise that shares it, a number for each site."""
+        return None
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
