@@ -129,15 +129,43 @@ def _slopes(
 ) -> tuple[Array, Tree, Array]:
     """One chunk: the value, aux and slopes [size] in at least float32."""
 
-    def push(tangent: Tree) -> tuple[Array, Array, Tree]:
-        return jax.jvp(objective, (primals,), (tangent,), has_aux=True)
+    def push(tangent: Tree) -> tuple[Array, tuple[Array, Tree]]:
+        value, slope, aux = jax.jvp(objective, (primals,), (tangent,), has_aux=True)
+        return slope, (value, aux)
 
-    if size == 1:  # no batch axis: the plain JVP, also for functions without a batching rule
-        value, slope, aux = push(jax.tree.map(lambda x: x[0], tangents))
-        slopes = slope[None]
-    else:
-        value, slopes, aux = jax.vmap(push, out_axes=(None, 0, None), axis_size=size)(tangents)
+    slopes, (value, aux) = over_tangents(push, tangents, size)
     return value, aux, slopes.astype(_tree.accumulation_dtype(slopes.dtype))
+
+
+def over_tangents(
+    f: Callable[[Tree], tuple[Tree, Tree]], tangents: Tree, num_tangents: int
+) -> tuple[Tree, Tree]:
+    """Apply a function to each of k tangents: `jax.vmap`, but a single one gets no batch axis.
+
+    So functions without a batching rule serve too, and k = 1 costs what one call costs.
+
+    Args:
+        f: takes one tangent to `(each, shared)`: what depends on it, and what does not.
+        tangents: a tree with a leading axis k.
+        num_tangents: k.
+
+    Returns:
+        `(each, shared)`, the first with a leading axis k.
+    """
+    if num_tangents > 1:
+        return jax.vmap(f, out_axes=(0, None), axis_size=num_tangents)(tangents)
+    each, shared = f(jax.tree.map(lambda x: x[0], tangents))
+    return jax.tree.map(lambda x: x[None], each), shared
+
+
+def along(run: Callable[[Array], tuple[Tree, Tree]]) -> tuple[Tree, Tree, Tree]:
+    """What a run gives, its derivative over time, and its aux.
+
+    Args:
+        run: takes the time, which scales every tangent that `inject` lets in, to `(outputs, aux)`.
+    """
+    time = jnp.zeros((), jnp.float32)
+    return jax.jvp(run, (time,), (time + 1,), has_aux=True)
 
 
 def _barrier(point: Tree, directions: Tree) -> tuple[Tree, Tree]:

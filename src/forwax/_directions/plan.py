@@ -17,6 +17,7 @@ from forwax._directions.splits import Split, find_splits, sliced_only
 from forwax._programs.custom_rules import reads_its_trace
 from forwax._programs.program import Traced
 from forwax._programs.tracing import trace
+from forwax._pushforward import along, over_tangents
 from forwax._signature import Problem
 from forwax._tree import Spec, Tree
 
@@ -121,32 +122,26 @@ class WeightPlan:
 
     def push(self, drawn: Sequence[Drawn], num_tangents: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, examples]."""
-        mapped, axes = (
-            (self.problem.mapped, self.problem.mapped_axes) if self.per_example else ((), ())
-        )
+        mapped: tuple[Array, ...] = ()
+        mapped_axes: tuple[int | None, ...] = ()
+        if self.per_example:
+            mapped = tuple(self.problem.mapped)
+            mapped_axes = tuple(self.problem.mapped_axes)
 
         def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
-            time = jnp.zeros((), jnp.float32)
-            return jax.jvp(
-                lambda t: self._evaluate(mapped, drawn, t), (time,), (time + 1,), has_aux=True
-            )
+            return along(lambda time: self._evaluate(mapped, drawn, time))
 
-        def slopes(drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
-            if not self.per_example:
-                return slope((), drawn)
-            # mapped outside of the JVP: JAX sums what a custom rule gives when only its tangent is
-            # mapped inside a scan
-            return jax.vmap(slope, (list(axes), 0), axis_size=self.num_examples)(
-                list(mapped), drawn
-            )
+        def slopes(drawn: Sequence[Drawn]) -> tuple[Array, tuple[Array, Tree]]:
+            one = slope
+            if self.per_example:
+                # Mapped outside of the JVP: JAX sums what a custom rule gives when only its
+                # tangent is mapped inside a scan.
+                axes = (list(mapped_axes), 0)
+                one = jax.vmap(slope, axes, axis_size=self.num_examples)
+            values, slopes, aux = one(list(mapped), drawn)
+            return slopes, (values, aux)
 
-        if num_tangents == 1:
-            values, found, aux = slopes(jax.tree.map(lambda x: x[0], list(drawn)))
-            found = found[None]
-        else:
-            values, found, aux = jax.vmap(slopes, out_axes=(None, 0, None), axis_size=num_tangents)(
-                list(drawn)
-            )
+        found, (values, aux) = over_tangents(slopes, list(drawn), num_tangents)
         return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
 
     def _evaluate(

@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +14,9 @@ from jax import Array
 
 from forwax import _tree
 from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
+from forwax._reports.timing import interleaved, medians
 from forwax._rule import check_count
 from forwax._rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
-from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.tangents import LowRank
@@ -172,7 +172,8 @@ def _diagnose(
             errors[name] = _shortened(error)
     calls = {name: lambda key, f=program: f(key, arrays) for name, program in programs.items()}
     reference, source = _reference(calls, key, n, lambda: prepare(Exact().estimate)(key, arrays)[2])
-    seconds = _interleaved(calls, key, rounds)
+    thunks = {name: functools.partial(call, key) for name, call in calls.items()}
+    seconds = medians(interleaved(thunks, rounds))
 
     def row(name: str, **own: Any) -> DiagnosisRow:
         if name in errors:
@@ -182,7 +183,7 @@ def _diagnose(
     def rule_row(name: str, rule: Rule) -> DiagnosisRow:
         own: dict[str, Any] = {"unbiased": rule.unbiased, "reverse_mode": rule.reverse_mode}
         if name in calls:
-            own["predicted_mse"] = _law(rule, n)
+            own["predicted_mse"] = rule.law(problem)
             own |= {} if reference is None else _accuracy(calls[name], key, reference, draws)
         return row(name, **own)
 
@@ -252,18 +253,6 @@ def _reference(calls: Mapping[str, Callable], key: Array, n: int, forward_mode: 
         return None, None
 
 
-def _interleaved(calls: Mapping[str, Callable], key: Array, rounds: int) -> dict[str, float]:
-    """The median seconds of each program, each run before; every round runs all of them once, in a turning order."""
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name](key))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times)) for name, times in seconds.items()}
-
-
 @jax.jit
 def _compare(grads: Tree, reference: Tree) -> tuple[Array, Array]:
     """The relative squared error and the cosine of one estimate."""
@@ -282,14 +271,6 @@ def _accuracy(
     deviation = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
     errors = deviation / math.sqrt(draws)
     return {"mse": (found[:, 0].mean(), errors[0]), "cosine": (found[:, 1].mean(), errors[1])}
-
-
-def _law(rule: Rule, n: int) -> float | None:
-    """The predicted relative MSE for n parameters, None where the law counts something else or there is none."""
-    if isinstance(rule.rule if isinstance(rule, Safe) else rule, ActivityPerturbation):
-        return None
-    law = rule.relative_mse(n)
-    return law if math.isfinite(law) else None
 
 
 def _shortened(error: Exception) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from forwax._rule import check_rule
 from forwax._rules import ActivityPerturbation, Rule
-from forwax._safety import Safe
 from forwax._signature import Signature
 from forwax._sites.credit import Credit
 from forwax._sites.model import Site, Sites
@@ -118,12 +117,12 @@ def explain(
     signature = Signature(loss, argnums, has_aux, in_axes, "explain", keyed=False)
     check_rule("explain", rule)
 
-    inner = rule.rule if isinstance(rule, Safe) else rule
-
     def explain_loss(*args: Any, **kwargs: Any) -> Explanation:
-        find = getattr(inner, "sites", ActivityPerturbation().sites)
-        sites = find(signature.bind(args, kwargs))
-        shared = getattr(inner, "memory", "keep") == "shared"
+        problem = signature.bind(args, kwargs)
+        sites = rule.sites(problem)
+        if sites is None:
+            sites = ActivityPerturbation().sites(problem)
+        shared = getattr(rule.inner, "memory", "keep") == "shared"
         return Explanation(tuple(_row(site, sites, shared) for site in sites.places))
 
     return explain_loss

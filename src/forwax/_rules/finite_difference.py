@@ -18,7 +18,7 @@ from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
-from forwax.tangents import IndependentTangents, Rademacher, Tangents
+from forwax.tangents import Rademacher, Tangents
 from forwax.tangents._base import sampler
 
 
@@ -84,7 +84,7 @@ class FiniteDifference(Rule):
             return self._slope(problem, point, tangent)
 
         (values, slopes), aux = _each(evaluate, jnp.arange(k), is_concrete(point))
-        if self.combine.joint or not isinstance(self.tangents, IndependentTangents):
+        if self.combine.joint or not self.tangents.one_by_one:
             total = assembly.add(assembly.start(), slopes, draw(jnp.arange(k)))
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it

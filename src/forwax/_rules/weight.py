@@ -17,7 +17,7 @@ from forwax._rule import Rule, check_count, check_directions, check_replicated
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
-from forwax.tangents import LowRank, Rademacher, Tangents
+from forwax.tangents import Coordinate, LowRank, Rademacher, Tangents
 from forwax.tangents._base import sampler
 
 
@@ -194,6 +194,13 @@ class WeightPerturbation(Rule):
             total, (values, found), aux = scan_with_aux(chunk, start, firsts)
             value, found = values[0], found.reshape(-1, *found.shape[2:])[:k]
         return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, params), found
+
+    def basis(self, problem: Problem) -> "WeightPerturbation | None":
+        """This rule along each coordinate once; None for factors, which other code follows."""
+        if self.tangents.planned == "factors":
+            return None
+        n = _tree.num_coordinates(problem.params)
+        return dataclasses.replace(self, tangents=Coordinate(replace=False), num_tangents=n)
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates of the parameters.

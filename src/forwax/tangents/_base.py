@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,22 @@ class Tangents(abc.ABC):
 
     coordinatewise: ClassVar[bool] = False
     """Whether the entries of one direction are independent, so that every shard of a parameter can draw its own."""
+
+    one_by_one: ClassVar[bool] = False
+    """Whether `draw_at` draws directions of given indices alone: see `IndependentTangents`."""
+
+    drawn_twice: ClassVar[bool] = False
+    """Whether directions are worth drawing a second time from their key, as `forwax.update` does."""
+
+    planned: ClassVar[Literal["signs", "factors"] | None] = None
+    """As what `forwax.WeightPerturbation` follows directions that it does not hold, from its own draws.
+
+    "signs": a bit each, formed where a traced loss uses them; "factors": two thin matrices of signs
+    whose product is never formed; None where what `draw` gives is held.
+    """
+
+    per_example: bool = False
+    """Whether each example of `in_axes` has directions of its own; needs `planned` as "factors"."""
 
     @abc.abstractmethod
     def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
@@ -68,6 +84,8 @@ class Tangents(abc.ABC):
 
 class IndependentTangents(Tangents):
     """Directions that can be drawn one by one: direction j of a call depends on the key and on j alone."""
+
+    one_by_one: ClassVar[bool] = True
 
     joint: ClassVar[bool] = False
     """Whether the directions of one call depend on one another, so that each needs the same key and its own index."""
@@ -133,11 +151,11 @@ def sampler(
         return _tree.from_real(leaves, like, lead=1)
 
     def draw(own: Array, part: Sequence[Spec], indices: Array) -> list[Array]:
-        if isinstance(tangents, IndependentTangents):
-            return tangents.draw_at(own, part, indices)
+        if tangents.one_by_one:
+            return cast(IndependentTangents, tangents).draw_at(own, part, indices)
         return tangents.draw(own, part, num_tangents)
 
-    if isinstance(tangents, IndependentTangents) and not hold:
+    if tangents.one_by_one and not hold:
         return at
     held = at(jnp.arange(num_tangents))
     return lambda indices: (

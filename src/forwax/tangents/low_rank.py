@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,9 @@ class LowRank(IndependentTangents):
 
     rank: int = dataclasses.field(default=1, metadata={"static": True})
     per_example: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    drawn_twice: ClassVar[bool] = True
+    planned = "factors"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:

@@ -29,6 +29,7 @@ class Normal(IndependentTangents):
     """
 
     coordinatewise: ClassVar[bool] = True
+    drawn_twice: ClassVar[bool] = True
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: normal entries in each leaf's shape and dtype."""

@@ -35,6 +35,8 @@ class Rademacher(IndependentTangents):
     """
 
     coordinatewise: ClassVar[bool] = True
+    drawn_twice: ClassVar[bool] = True
+    planned = "signs"
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: ±1 in each leaf's shape and dtype."""
