@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from forwax._programs.evaluate import Values, bind, read
 from forwax._programs.primitives import BILINEAR
-from forwax._programs.program import Atom, Constant, Equation, Variable, variables
+from forwax._programs.program import Atom, Constant, Equation, Variable
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Kinds, Level, LoopPlan
 from forwax._sites.model import Sites
