@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import jaxpr_as_fun
 
 from forwax import _mesh, _tree
+from forwax._programs.tracing import staged
 from forwax._tree import Tree
 
 Objective = Callable[[Tree], tuple[Array, Tree]]
@@ -100,17 +100,16 @@ def scan_with_aux(
     An aux may be as large as the activities: it is carried, not stacked. Its form is known once the
     step is traced, and the loop runs that trace, so that the user's loss is not traced again.
     """
-    traced, shapes = jax.make_jaxpr(step, return_shape=True)(start, xs[0])
-    run, structure = jaxpr_as_fun(traced), jax.tree.structure(shapes)
-    avals = traced.out_avals[structure.num_leaves - len(jax.tree.leaves(shapes[2])) :]
+    run, (_, _, aux) = staged(step, start, xs[0])
+    avals, structure = jax.tree.flatten(aux)
     unset = [_mesh.vary(jnp.zeros(aval.shape, aval.dtype), _mesh.type_axes(aval)) for aval in avals]
 
     def body(state: tuple[Tree, list[Array]], x: Array) -> tuple[tuple[Tree, list[Array]], Tree]:
-        carry, out, aux = structure.unflatten(run(*jax.tree.leaves((state[0], x))))
+        carry, out, aux = run(state[0], x)
         return (carry, jax.tree.leaves(aux)), out
 
     (carry, leaves), outs = lax.scan(body, (start, unset), xs, reverse=reverse)
-    return carry, outs, jax.tree.unflatten(jax.tree.structure(shapes[2]), leaves)
+    return carry, outs, structure.unflatten(leaves)
 
 
 def _loop(
@@ -186,22 +185,11 @@ def _cut(tangents: Array, used: Array) -> Array:
 
 def is_concrete(tree: Tree) -> bool:
     """Whether no leaf is abstract and no trace of a whole program, such as `jit`, is running."""
-    return not is_staged() and not any(map(is_abstract, jax.tree.leaves(tree)))
+    return not is_staged() and not any(map(_tree.is_abstract, jax.tree.leaves(tree)))
 
 
 def is_staged() -> bool:
     """Whether a trace of a whole program, such as `jit`, is running; `vmap` and `jvp` alone are none."""
-    return is_abstract(
+    return _tree.is_abstract(
         jnp.zeros(())
     )  # abstract under jit even when every leaf is a captured constant
-
-
-def is_abstract(leaf: Any) -> bool:
-    """Whether a leaf is a tracer that has no value yet."""
-    if not isinstance(leaf, jax.Array):
-        return False
-    try:
-        leaf.addressable_data(0)
-    except jax.errors.ConcretizationTypeError:
-        return True
-    return False

@@ -169,3 +169,14 @@ def describe(leaf: Any) -> str:
         return type(leaf).__name__
     shape = ",".join(map(str, leaf.shape))
     return f"{leaf.dtype}[{shape}]"
+
+
+def is_abstract(leaf: Any) -> bool:
+    """Whether a leaf is a tracer that has no value yet."""
+    if not isinstance(leaf, jax.Array):
+        return False
+    try:
+        leaf.addressable_data(0)
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False

@@ -7,7 +7,6 @@ import jax
 from jax import Array, lax
 
 from forwax._programs.evaluate import Values, bind, read
-from forwax._programs.primitives import BILINEAR
 from forwax._programs.program import Atom, Constant, Equation, Variable
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Kinds, Level, LoopPlan
@@ -122,7 +121,7 @@ def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values)
 
 
 def _is_product_with_a_parameter(equation: Equation, kinds: Kinds) -> bool:
-    if equation.name not in BILINEAR or kinds[equation.outputs[0]] is not Kind.MIXED:
+    if not equation.facts.bilinear or kinds[equation.outputs[0]] is not Kind.MIXED:
         return False
     return any(kinds[v] is Kind.PARAMETER for v in equation.variables)
 

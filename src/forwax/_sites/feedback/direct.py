@@ -8,7 +8,6 @@ from jax import Array
 
 from forwax import _tree
 from forwax._programs.evaluate import Values
-from forwax._programs.primitives import ADDITIVE
 from forwax._programs.program import Variable
 from forwax._pushforward import along, over_tangents
 from forwax._sites.model import Site, Sites
@@ -26,7 +25,7 @@ def output_sites(sites: Sites) -> list[Site]:
 def _tells_something(site: Site, sites: Sites) -> bool:
     if site.region.promoted:
         return False
-    if all(equation.name in ADDITIVE for equation in site.region.equations):
+    if all(equation.facts.additive for equation in site.region.equations):
         return False
     return site.mapped or sites.num_examples is None
 
