@@ -50,13 +50,13 @@ class Level:
         program: everything, for the forward pass.
         steps: what the assembly evaluates: parameter chains, regions and loops, in order.
         records: the variables, not made of parameters alone, whose values the assembly needs.
-        loops: plans by the identity of their scan's first output.
+        loops: plans by their equation.
     """
 
     program: Program
     steps: tuple[Step, ...]
     records: frozenset[Variable]
-    loops: dict[Variable, LoopPlan]
+    loops: dict[Equation, LoopPlan]
 
     @property
     def regions(self) -> list[Region]:
@@ -72,6 +72,10 @@ class Level:
                 yield step, lengths
             elif isinstance(step, LoopPlan):
                 yield from step.level.all_regions((*lengths, step.loop.length))
+
+    def loop_of(self, equation: Equation) -> LoopPlan | None:
+        """The plan of an equation that is a loop in which parameters meet data."""
+        return self.loops.get(equation)
 
     def all_records(self) -> set[Variable]:
         """The variables recorded here and in the loops inside."""
@@ -90,15 +94,13 @@ def make_level(
     regions = find_regions(program, kinds, reach, types)
     last = {id(region.equations[-1]): region for region in regions}
     loops = {
-        e.outputs[0]: _plan_loop(e, kinds, reach, types)
-        for e in program.equations
-        if e.loop is not None
+        e: _plan_loop(e, kinds, reach, types) for e in program.equations if e.loop is not None
     }
     wanted = {v for v in variables(program.outputs) if kinds[v] is Kind.PARAMETER}
     needs: set[Variable] = set()
     steps: list[Step] = []
     for equation in reversed(program.equations):
-        plan = loops.get(equation.outputs[0]) if equation.outputs else None
+        plan = loops.get(equation)
         if id(equation) in last:
             step: Step = last[id(equation)]
             reads = step.inputs
@@ -174,13 +176,13 @@ def chains(
     """The part of a level that computes the wanted parameters; values of `inputs` come from outside."""
     wanted, needs = set(wanted), set()
     steps: list[Step] = []
-    loops: dict[Variable, LoopPlan] = {}
+    loops: dict[Equation, LoopPlan] = {}
     for step in reversed(level.steps):
         if isinstance(step, Region) or not wanted.intersection(_outputs(step)):
             continue
         if isinstance(step, LoopPlan):
             step = _loop_chains(step, kinds, wanted)
-            loops[step.equation.outputs[0]] = step
+            loops[step.equation] = step
             reads = variables([*step.fixed.values(), *step.scanned.values(), *step.kept.values()])
         else:
             reads = step.variables

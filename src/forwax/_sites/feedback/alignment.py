@@ -58,7 +58,7 @@ def forward_with_feedback(
             feedback.get(a, v) if not isinstance(a, Constant) else v
             for a, v in zip(equation.inputs, values)
         ]  # noqa: B905
-        plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
+        plan = level.loop_of(equation)
         if plan is not None:
             outputs = _loop(plan, kinds, values, feedback)
         elif equation.name in BILINEAR and variables(equation.inputs) and _is_site(equation, kinds):

@@ -48,7 +48,7 @@ def forward(
     records: Values = {}
     for equation in level.program.equations:
         values = [read(atom, env) for atom in equation.inputs]
-        plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
+        plan = level.loop_of(equation)
         if plan is None:
             outputs = bind(equation, values)
         else:

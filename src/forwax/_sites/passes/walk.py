@@ -82,7 +82,7 @@ def walk(
     last = {id(region.equations[-1]): region for region in level.regions}
     waiting: list[Equation] = []
     for equation in level.program.equations:
-        plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
+        plan = level.loop_of(equation)
         if plan is None:
             waiting.append(equation)
         if plan is not None or id(equation) in last:
