@@ -1,4 +1,4 @@
-"""Forwards through a program: what each variable is made of, and where a parameter must get a noise of its own."""
+"""Forwards through a program: what its values are made of, and which parameters get own noises."""
 
 import dataclasses
 import enum
@@ -38,16 +38,18 @@ class Kind(enum.IntEnum):
 
 
 class Classifier:
-    """Assigns kinds, and rewrites the program so that every parameter's way to data is one that noise can be put on.
+    """Assigns kinds, and rewrites the program so that noise can be put wherever parameters meet data.
 
     Attributes:
-        types: the abstract value of each variable; new variables are appended.
+        types: the abstract value of each variable. It is append-only: a new variable's number is
+            its length, and a variable that is not used after all leaves a gap.
         reach: the losses that each variable reaches; extended likewise.
         kinds: the kind of each variable.
     """
 
     def __init__(self, types: list[Any], reach: Reach) -> None:
-        self.types, self.reach = types, reach
+        self.types = types
+        self.reach = reach
         self.kinds: dict[Variable, Kind] = {}
 
     def classify(
@@ -56,35 +58,38 @@ class Classifier:
         kinds: Sequence[Kind],
         unselected: Sequence[Variable],
         num_losses: int,
-    ):
-        """The rewritten program; `unselected` inputs get weight noise, and so do losses of parameters alone."""
-        level = _Level(self)
+    ) -> Program:
+        """The rewritten program.
+
+        Args:
+            program: what to rewrite; its first outputs are the losses.
+            kinds: of its inputs.
+            unselected: the inputs that get weight noise. Losses of parameters alone get it too.
+            num_losses: how many outputs are losses.
+        """
+        draft = _Draft(self)
         for variable, kind in zip(program.inputs, kinds, strict=True):
             self.define(variable, kind)
         for variable in unselected:
             if self.kinds[variable] is Kind.PARAMETER:
-                level.renamed[variable] = level.promote(variable, None)
-        level.run(program)
-        outputs = [level.rename(atom) for atom in program.outputs]
-        promoted = [
-            level.promote(atom, None)
-            if i < num_losses and self.kind(atom) is Kind.PARAMETER
-            else atom
-            for i, atom in enumerate(outputs)
-        ]
-        return Program(program.inputs, tuple(level.equations), tuple(promoted))
+                draft.renamed[variable] = draft.promote(variable, None)
+        draft.add_all(program.equations)
+
+        outputs = [draft.rename(atom) for atom in program.outputs]
+        for i, atom in enumerate(outputs[:num_losses]):
+            outputs[i] = draft.promote_if_due(atom, Kind.MIXED, None)
+        return Program(program.inputs, tuple(draft.equations), tuple(outputs))
 
     def kind(self, atom: Atom) -> Kind:
         """The kind of a variable or constant; arrays written into the program are data."""
-        if isinstance(atom, Constant):
-            return Kind.DATA if jnp.ndim(atom.value) else Kind.CONSTANT
-        return self.kinds[atom]
+        if not isinstance(atom, Constant):
+            return self.kinds[atom]
+        return Kind.DATA if jnp.ndim(atom.value) else Kind.CONSTANT
 
     def define(self, variable: Variable, kind: Kind) -> None:
         """Set a kind; what no derivative passes through is a constant or data."""
-        if not is_inexact(self.types[variable]) or not self.reach[variable]:
-            kind = {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
-        self.kinds[variable] = kind
+        passes_derivatives = is_inexact(self.types[variable]) and self.reach[variable]
+        self.kinds[variable] = kind if passes_derivatives else _without_derivatives(kind)
 
     def copy(self, variable: Variable) -> Variable:
         """A new mixed variable of the same type."""
@@ -94,8 +99,16 @@ class Classifier:
         return number
 
 
-class _Level:
-    """One program, or the body of one loop, on its way to being rewritten."""
+class _Draft:
+    """One program, or the body of one loop, while it is rewritten.
+
+    Attributes:
+        at: the classifier; it is shared, for variables are unique over all nested bodies.
+        invariant: the body's inputs that are the same in every step.
+        hoisted: those of them that need a noise of their own, with new inputs that bring it.
+        renamed: what has taken the place of inputs with weight noise.
+        equations: the rewritten program so far.
+    """
 
     def __init__(self, classifier: Classifier, invariant: Sequence[Variable] = ()) -> None:
         self.at = classifier
@@ -108,140 +121,169 @@ class _Level:
         return atom if isinstance(atom, Constant) else self.renamed.get(atom, atom)
 
     def promote(self, variable: Atom, origin: Any) -> Variable:
-        """Give a parameter a noise of its own at this use: outside the loop if it is the same in every step."""
+        """Give a parameter a noise of its own at this use.
+
+        What is the same in every step of a loop gets it outside: one noise for all steps.
+        """
         assert not isinstance(variable, Constant)
-        if variable in self.invariant:
-            if variable not in self.hoisted:
-                self.hoisted[variable] = self.at.copy(variable)
-            return self.hoisted[variable]
-        copy = self.at.copy(variable)
-        self.equations.append(Equation(None, (variable,), (copy,), origin=origin))
-        return copy
+        if variable not in self.invariant:
+            copy = self.at.copy(variable)
+            self.equations.append(Equation(None, (variable,), (copy,), origin=origin))
+            return copy
+        if variable not in self.hoisted:
+            self.hoisted[variable] = self.at.copy(variable)
+        return self.hoisted[variable]
+
+    def promote_if_due(self, atom: Atom, kind: Kind, origin: Any) -> Atom:
+        """A parameter with a noise of its own where a mixed value is due; others as they are."""
+        if kind is Kind.MIXED and self.at.kind(atom) is Kind.PARAMETER:
+            return self.promote(atom, origin)
+        return atom
 
     def promote_all(self, atoms: Sequence[Atom], origin: Any) -> tuple[Atom, ...]:
-        copies = {v: self.promote(v, origin) for v in dict.fromkeys(self.parameters(atoms))}
-        return tuple(
-            atom if isinstance(atom, Constant) else copies.get(atom, atom) for atom in atoms
-        )
+        """An equation's inputs, each parameter with one noise however often it is read."""
+        parameters = [v for v in variables(atoms) if self.at.kinds[v] is Kind.PARAMETER]
+        copies: dict[Atom, Atom] = {v: self.promote(v, origin) for v in dict.fromkeys(parameters)}
+        return tuple(copies.get(atom, atom) for atom in atoms)
 
-    def parameters(self, atoms: Sequence[Atom]) -> list[Variable]:
-        return [v for v in variables(atoms) if self.at.kinds[v] is Kind.PARAMETER]
-
-    def run(self, program: Program) -> None:
-        for equation in program.equations:
-            self.add(dataclasses.replace(equation, inputs=tuple(map(self.rename, equation.inputs))))
+    def add_all(self, equations: Sequence[Equation]) -> None:
+        for equation in equations:
+            inputs = tuple(map(self.rename, equation.inputs))
+            self.add(dataclasses.replace(equation, inputs=inputs))
 
     def add(self, equation: Equation) -> None:
+        """Classify an equation; where a parameter may not enter as it is, promote it."""
         kinds = {self.at.kind(atom) for atom in equation.inputs}
-        live = equation_reach(equation, self.at.reach)
+        is_live = equation_reach(equation, self.at.reach) != 0
         if equation.name == "stop_gradient":
-            kinds = {
-                {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
-                for kind in kinds
-            }
-        elif live and equation.name.startswith("custom_vjp_call"):
-            _check_custom_vjp(equation, kinds)
-        elif (
-            live
-            and equation.loop is None
-            and equation.name != "custom_jvp_call"
-            and equation.origin is not None
-        ):
-            check_inside(
-                equation.origin,
-                [self.at.kind(a) in (Kind.MIXED, Kind.PARAMETER) for a in equation.inputs],
-            )
-        if live and Kind.PARAMETER in kinds:
-            if equation.loop is not None and kinds - {Kind.CONSTANT, Kind.PARAMETER}:
-                self.add_loop(equation)
-                return
-            if not _differentiable(equation, kinds):
-                equation = dataclasses.replace(
-                    equation, inputs=self.promote_all(equation.inputs, equation.origin)
-                )
-                kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
-        self.append(
-            dataclasses.replace(equation, loop=None), [_join(kinds)] * len(equation.outputs)
-        )
+            kinds = set(map(_without_derivatives, kinds))
+        elif is_live:
+            self.check_custom_rules(equation, kinds)
+
+        takes_parameter = is_live and Kind.PARAMETER in kinds
+        if takes_parameter and equation.loop is not None and _have_data(kinds):
+            self.add_loop(equation, equation.loop)
+            return
+        if takes_parameter and not _may_enter(equation, kinds):
+            inputs = self.promote_all(equation.inputs, equation.origin)
+            equation = dataclasses.replace(equation, inputs=inputs)
+            kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
+        # A loop in which no parameter meets data is one operation like any other.
+        equation = dataclasses.replace(equation, loop=None)
+        self.append(equation, [_join(kinds)] * len(equation.outputs))
+
+    def check_custom_rules(self, equation: Equation, kinds: set[Kind]) -> None:
+        """Raise where the noise of a site would have to pass a rule that forward mode lacks."""
+        if equation.name.startswith("custom_vjp_call"):
+            if Kind.MIXED in kinds or {Kind.PARAMETER, Kind.DATA} <= kinds:
+                raise custom_vjp_error(equation.origin)
+            return
+        # The body of a loop comes here by itself; the user's own derivative covers what it hides.
+        if equation.loop is not None or equation.name == "custom_jvp_call":
+            return
+        if equation.origin is None:
+            return
+        varies = [self.at.kind(a) in (Kind.MIXED, Kind.PARAMETER) for a in equation.inputs]
+        check_inside(equation.origin, varies)
 
     def append(self, equation: Equation, kinds: Sequence[Kind]) -> None:
         for variable, kind in zip(equation.outputs, kinds, strict=True):
             self.at.define(variable, kind)
         self.equations.append(equation)
 
-    def add_loop(self, equation: Equation) -> None:
-        """A scan in which parameters meet data: the kinds of its carries are the least fixed point."""
-        loop = equation.loop
-        assert loop is not None
-        body, first = loop.body, loop.num_consts
-        kept = [body.outputs[i] == body.inputs[first + i] for i in range(loop.num_carry)]
-        kinds = [self.at.kind(atom) for atom in equation.inputs]
-        for i in range(loop.num_carry):
-            if kinds[first + i] is Kind.PARAMETER and not kept[i]:
-                kinds[first + i] = Kind.MIXED
+    def add_loop(self, equation: Equation, loop: Loop) -> None:
+        """Add a scan in which parameters meet data; its carries' kinds are the least fixed point."""
+        given = [self.at.kind(atom) for atom in equation.inputs]
+        consts, carry, xs = loop.split(given)
+        # A carry stays a parameter only if the loop returns it as it is: of another one each step
+        # would have its own noise. Such carries grow from constant over data to mixed, so this ends.
+        carry = [
+            kind if same else _as_carried(kind)
+            for kind, same in zip(carry, loop.unchanged, strict=True)
+        ]
         while True:
-            level = self._body(body, loop, kinds, kept)
-            outs = [self.at.kind(atom) for atom in body.outputs]
+            body = self.body_draft(loop, [*consts, *carry, *xs])
+            returned = [self.at.kind(atom) for atom in loop.body.outputs]
+            after, stacked = loop.split_outputs(returned)
             grown = [
-                kind if same else _join({kind, Kind.MIXED if out is Kind.PARAMETER else out})
-                for kind, out, same in zip(
-                    kinds[first : first + loop.num_carry], outs, kept, strict=False
-                )
+                kind if same else _join({kind, _as_carried(new)})
+                for kind, new, same in zip(carry, after, loop.unchanged, strict=True)
             ]
-            if grown == kinds[first : first + loop.num_carry]:
+            if grown == carry:
                 break
-            kinds[first : first + loop.num_carry] = grown
-        self._finish_loop(equation, loop, level, kinds, outs)
+            carry = grown
+        self.append_loop(equation, loop, body, carry, stacked)
 
-    def _body(
-        self, body: Program, loop: Loop, kinds: Sequence[Kind], kept: Sequence[bool]
-    ) -> "_Level":
-        for variable, kind in zip(body.inputs, kinds, strict=True):
+    def body_draft(self, loop: Loop, kinds: Sequence[Kind]) -> "_Draft":
+        """The body rewritten for inputs of these kinds."""
+        for variable, kind in zip(loop.body.inputs, kinds, strict=True):
             self.at.define(variable, kind)
-        carries = body.inputs[loop.num_consts : loop.num_consts + loop.num_carry]
-        same = [v for v, keep in zip(carries, kept, strict=True) if keep]
-        level = _Level(self.at, [*body.inputs[: loop.num_consts], *same])
-        level.run(body)
-        return level
+        consts, carry, _ = loop.split(loop.body.inputs)
+        unchanged = [v for v, same in zip(carry, loop.unchanged, strict=True) if same]
+        draft = _Draft(self.at, [*consts, *unchanged])
+        draft.add_all(loop.body.equations)
+        return draft
 
-    def _finish_loop(
-        self, equation: Equation, loop: Loop, level: "_Level", kinds: Sequence[Kind], outs: list
+    def append_loop(
+        self,
+        equation: Equation,
+        loop: Loop,
+        body: "_Draft",
+        carry_kinds: Sequence[Kind],
+        stacked_kinds: Sequence[Kind],
     ) -> None:
-        body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
-        outputs = list(body.outputs)
-        outs[: loop.num_carry] = kinds[first:last]
-        for i in range(loop.num_carry):
-            if kinds[first + i] is Kind.MIXED and self.at.kind(outputs[i]) is Kind.PARAMETER:
-                outputs[i] = level.promote(outputs[i], equation.origin)
-        inputs = list(equation.inputs)
-        for i in range(first, last):
-            if kinds[i] is Kind.MIXED and self.at.kind(inputs[i]) is Kind.PARAMETER:
-                inputs[i] = self.promote(inputs[i], equation.origin)
-        outer = dict(zip(body.inputs, equation.inputs, strict=True))
-        extra = [self.promote(outer[v], equation.origin) for v in level.hoisted]
-        rewritten = Program(
-            (*level.hoisted.values(), *body.inputs), tuple(level.equations), tuple(outputs)
+        """Append a loop with its rewritten body; carries that become mixed are so from the start."""
+        origin = equation.origin
+        after, stacked = loop.split_outputs(loop.body.outputs)
+        after = [
+            body.promote_if_due(atom, kind, origin)
+            for atom, kind in zip(after, carry_kinds, strict=True)
+        ]
+        consts, before, xs = loop.split(equation.inputs)
+        before = [
+            self.promote_if_due(atom, kind, origin)
+            for atom, kind in zip(before, carry_kinds, strict=True)
+        ]
+        outer = dict(zip(loop.body.inputs, equation.inputs, strict=True))
+        hoisted = [self.promote(outer[v], origin) for v in body.hoisted]
+
+        body_inputs = (*body.hoisted.values(), *loop.body.inputs)
+        rewritten = Program(body_inputs, tuple(body.equations), (*after, *stacked))
+        new_equation = dataclasses.replace(
+            equation,
+            inputs=(*hoisted, *consts, *before, *xs),
+            loop=loop.with_body(rewritten, len(hoisted)),
         )
-        new_loop = dataclasses.replace(loop, body=rewritten, num_consts=first + len(extra))
-        self.append(dataclasses.replace(equation, inputs=(*extra, *inputs), loop=new_loop), outs)
+        self.append(new_equation, [*carry_kinds, *stacked_kinds])
+
+
+def _without_derivatives(kind: Kind) -> Kind:
+    """What a value counts as when no derivative passes through it."""
+    return {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
+
+
+def _as_carried(kind: Kind) -> Kind:
+    """What a carry counts as that the steps of a loop change."""
+    return Kind.MIXED if kind is Kind.PARAMETER else kind
+
+
+def _have_data(kinds: set[Kind]) -> bool:
+    return not kinds.isdisjoint({Kind.DATA, Kind.MIXED})
 
 
 def _join(kinds: set[Kind]) -> Kind:
-    if Kind.PARAMETER in kinds and kinds & {Kind.DATA, Kind.MIXED}:
+    """What a value is made of, from what it is computed from."""
+    if Kind.PARAMETER in kinds and _have_data(kinds):
         return Kind.MIXED
     return max(kinds, default=Kind.CONSTANT)
 
 
-def _differentiable(equation: Equation, kinds: set[Kind]) -> bool:
-    """Whether a parameter may enter here as it is: in an operation, or in a chain that reverse mode can cross."""
+def _may_enter(equation: Equation, kinds: set[Kind]) -> bool:
+    """Whether a parameter may enter as it is: reverse mode crosses its chain, or the site, alone."""
     if equation.contains("while"):
         return False
-    if not kinds & {Kind.DATA, Kind.MIXED}:
+    if not _have_data(kinds):
         return True
+    # An operation with programs inside is no site: the error would be backprop's inside it.
     known = equation.name == "custom_jvp_call" or equation.name.startswith("scatter")
     return known or not list(jex.jaxprs_in_params(equation.params))
-
-
-def _check_custom_vjp(equation: Equation, kinds: set[Kind]) -> None:
-    if Kind.MIXED in kinds or {Kind.PARAMETER, Kind.DATA} <= kinds:
-        raise custom_vjp_error(equation.origin)
