@@ -6,17 +6,14 @@ of them and is then scaled by the other.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import primitives
 
-from forwax import _mesh
 from forwax._directions.convolution import one_feature
-from forwax._programs.primitives import MOVES
+from forwax._programs.moves import Move
 from forwax._programs.program import Equation
 
 Pair: TypeAlias = tuple[Array, Array]
@@ -83,116 +80,37 @@ class Factored:
         return jnp.broadcast_to(total, shape)
 
 
-_UNCHANGED = {"copy", "name", "reduce_precision", "sharding_constraint"}
-
-
-_VARY = "pvary"
-
-
-_MOVES = MOVES | _UNCHANGED | {"slice", "dynamic_slice", _VARY}
-
-
 def is_move(equation: Equation) -> bool:
     """Whether an operation only moves or casts the entries of its first operand, and their tangents with them."""
-    cut = equation.name == "convert_element_type" and not jnp.issubdtype(
-        equation.params["new_dtype"], jnp.inexact
-    )
-    return equation.name in _MOVES and not cut
+    facts = equation.facts
+    cut = facts.casts and not jnp.issubdtype(equation.params["new_dtype"], jnp.inexact)
+    return facts.move_of_factors is not None and not cut
 
 
 def moved(
     equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape
 ) -> Factored | None:
     """The tangent behind an operation that only moves entries; None when the operation is another or they would mix."""
+    rule = equation.facts.move_of_factors
+    if rule is None:
+        return None
+    move = Move(equation.params, values, shape, out)
     pairs = []
     for pair in tangent.pairs:
-        found = [_moved(equation, factor, values, shape, out) for factor in pair]
-        if any(x is None for x in found):
+        left, right = (rule(move, factor) for factor in pair)
+        if left is None or right is None:
             return None
-        pairs.append(tuple(found))
+        pairs.append((left, right))
     return Factored(tuple(pairs))
-
-
-def _moved(
-    equation: Equation, factor: Array, values: Sequence[Any], shape: Shape, out: Shape
-) -> Array | None:
-    name, params = equation.name, equation.params
-    if name in _UNCHANGED:
-        return factor
-    if name == _VARY:
-        return _mesh.vary(factor, params["axes"])
-    if name == "convert_element_type":
-        return factor.astype(params["new_dtype"])
-    if name == "transpose":
-        return lax.transpose(factor, params["permutation"])
-    if name == "squeeze":
-        return lax.squeeze(factor, params["dimensions"])
-    if name == "reshape" and params.get("dimensions") is None:
-        return _reshaped(factor, shape, out)
-    if name == "broadcast_in_dim":
-        sizes = dict(zip(params["broadcast_dimensions"], factor.shape, strict=True))
-        return factor.reshape([sizes.get(axis, 1) for axis in range(len(out))])
-    if name == "slice":
-        return _sliced(factor, params)
-    if name == "dynamic_slice":
-        kept = [n > 1 for n in factor.shape]
-        starts = [
-            start if keep else jnp.zeros_like(start)
-            for start, keep in zip(values[1:], kept, strict=True)
-        ]
-        sizes = [n if keep else 1 for n, keep in zip(params["slice_sizes"], kept, strict=True)]
-        return lax.dynamic_slice(factor, starts, sizes)
-    return None
-
-
-def _sliced(factor: Array, params: Any) -> Array:
-    strides = params["strides"] or [1] * factor.ndim
-    bounds = zip(
-        params["start_indices"], params["limit_indices"], strides, factor.shape, strict=True
-    )
-    return factor[tuple(slice(a, b, s) if n > 1 else slice(None) for a, b, s, n in bounds)]
-
-
-def _reshaped(factor: Array, shape: Shape, out: Shape) -> Array | None:
-    """A factor whose variable is reshaped, if it depends on all or none of the axes that are merged or cut together."""
-    sizes: list[int] = []
-    for old, new in _blocks(shape, out):
-        own = [n for n in factor.shape[old] if n > 1]
-        if not own:
-            sizes += [1] * len(out[new])
-        elif math.prod(own) == math.prod(shape[old]):
-            sizes += out[new]
-        else:
-            return None
-    return factor.reshape(sizes)
-
-
-def _blocks(shape: Shape, out: Shape) -> list[tuple[slice, slice]]:
-    """The smallest runs of axes of both shapes that hold equally many entries."""
-    blocks, i, j = [], 0, 0
-    while i < len(shape) or j < len(out):
-        a, b = i, j
-        left = right = 1
-        while True:
-            if left <= right and i < len(shape):
-                left, i = left * shape[i], i + 1
-            elif j < len(out):
-                right, j = right * out[j], j + 1
-            else:
-                left, i = left * shape[i], i + 1
-            if left == right or (i == len(shape) and j == len(out)):
-                break
-        blocks.append((slice(a, i), slice(b, j)))
-    return blocks
 
 
 def product(
     equation: Equation, position: int, tangent: Factored, values: Sequence[Any]
 ) -> Array | None:
     """The tangent of a dot or convolution whose operand `position` alone has a factored tangent; None if it is none."""
-    if equation.name == "dot_general":
+    if equation.facts.is_dot:
         contract = _dot_product
-    elif equation.name == "conv_general_dilated" and position == 1:
+    elif equation.facts.is_convolution and position == 1:
         contract = convolution
     else:
         return None
@@ -244,7 +162,7 @@ def look_up(
     equation: Equation, tangent: Factored, values: Sequence[Any], out: Shape
 ) -> Array | None:
     """The tangent of a look-up of rows: one factor is looked up, the other, the same for all rows, is not."""
-    if equation.primitive is not primitives.gather_p:
+    if not equation.facts.looks_up:
         return None
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     if numbers.operand_batching_dims:
@@ -267,7 +185,7 @@ def look_up(
             "slice_sizes": own,
             "fill_value": 0,
         }  # a row that is not there has no tangent
-        looked = primitives.gather_p.bind(rows, values[1], **params)
+        looked = equation.primitive.bind(rows, values[1], **params)
         shape = [1] * len(out)
         for place, axis in zip(numbers.offset_dims, kept, strict=True):
             shape[place] = rest.shape[axis]

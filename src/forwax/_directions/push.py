@@ -13,7 +13,6 @@ from forwax._directions.factored import Factored, is_move, look_up, moved, produ
 from forwax._directions.signs import Signs, after, unpacked
 from forwax._programs.evaluate import bind, inject, read
 from forwax._programs.order import behind
-from forwax._programs.primitives import BILINEAR
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, variables
 
 Tangent: TypeAlias = Factored | Signs | Array
@@ -68,7 +67,7 @@ class Push:
                 outputs = self.loop(equation, loop, values, factored, packed)
             else:
                 outputs = self.apply(equation, values, positions, factored)
-                if equation.name in BILINEAR:
+                if equation.facts.bilinear:
                     outputs = [in_step(outputs[0])]
                     last = outputs if self.lazy else []
             env.update(zip(equation.outputs, outputs, strict=True))
@@ -113,7 +112,7 @@ class Push:
             noise = look_up(equation, tangent, values, out) if position == 0 else None
             noise = product(equation, position, tangent, values) if noise is None else noise
             if noise is not None:
-                large = equation.name == "conv_general_dilated" and position == 1
+                large = equation.facts.is_convolution and position == 1
                 value = in_pieces(equation, values) if large else bind(equation, values)[0]
                 return [inject(value, noise, self.time)]
         for position in positions:

@@ -11,11 +11,7 @@ from jax import Array
 from forwax import _tree
 from forwax._directions.factored import is_move
 from forwax._programs.axes import Factor, back
-from forwax._programs.primitives import BILINEAR
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable
-
-_LOOKED_UP = "gather"
-
 
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
 """The axes of a parameter that its two factors depend on; those that are in both have a pair of factors each."""
@@ -86,11 +82,11 @@ class _Finder:
                 continue
             for position, atom in known:
                 leaf, steps = origins[atom]
-                if equation.name in BILINEAR:
+                if equation.facts.bilinear:
                     self.uses.setdefault(leaf, []).append(
                         self.split(equation, position, leaf, steps)
                     )
-                elif equation.name == _LOOKED_UP and position == 0:
+                elif equation.facts.looks_up and position == 0:
                     self.uses.setdefault(leaf, []).append(default_split(self.shape(leaf)))
                 elif position == 0 and is_move(equation):
                     origins[equation.outputs[0]] = (leaf, (equation, *steps))
@@ -154,7 +150,7 @@ class _Finder:
 
 def _axes_of(equation: Equation, position: int, rank: int) -> tuple[list[int], list[int]] | None:
     """The contracted and the free axes of an operand."""
-    if equation.name == "dot_general":
+    if equation.facts.is_dot:
         contracted, batch = equation.params["dimension_numbers"]
         free = [
             axis

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
-from jax.extend.core import primitives
 
 from forwax import _mesh
+from forwax._programs.primitives import facts_of
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -20,12 +20,6 @@ from forwax._programs.program import (
     opened,
     variables,
 )
-
-_INLINED = [
-    getattr(primitives, name)
-    for name in ("jit_p", "remat_p", "closed_call_p", "call_p")
-    if hasattr(primitives, name)  # newer jax has no call_p
-]
 
 
 def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
@@ -101,14 +95,14 @@ def _convert_equations(
     jaxpr: Any, types: list[Any], env: dict[Any, Atom], equations: list[Equation]
 ) -> None:
     for eqn in jaxpr.eqns:
-        inputs = tuple(_atom(env, var) for var in eqn.invars)
-        if eqn.primitive in _INLINED:
+        inputs, facts = tuple(_atom(env, var) for var in eqn.invars), facts_of(eqn.primitive)
+        if facts.inlined:
             outputs = _inline(eqn, inputs, types, equations)
             env.update(zip(eqn.outvars, outputs, strict=True))
             continue
         outputs = tuple(new_variable(types, var.aval) for var in eqn.outvars)
         env.update(zip(eqn.outvars, outputs, strict=True))
-        loop = _loop(eqn, types) if eqn.primitive is primitives.scan_p else None
+        loop = _loop(eqn, types) if facts.is_loop else None
         equations.append(Equation(eqn.primitive, inputs, outputs, eqn.params, loop, eqn))
 
 

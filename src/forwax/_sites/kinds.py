@@ -5,7 +5,6 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
-import jax.extend.core as jex
 import jax.numpy as jnp
 
 from forwax._programs.custom_rules import check_inside, custom_vjp_error
@@ -38,11 +37,11 @@ class Kind(enum.IntEnum):
 
 
 class Classifier:
-    """Assigns kinds, and rewrites the program so that noise can be put wherever parameters meet data.
+    """Assigns kinds, and rewrites a program: noise gets a place wherever parameters meet data.
 
     Attributes:
         types: the abstract value of each variable. It is append-only: a new variable's number is
-            its length, and a variable that is not used after all leaves a gap.
+            the list's length, and a variable that is not used after all leaves a gap.
         reach: the losses that each variable reaches; extended likewise.
         kinds: the kind of each variable.
     """
@@ -71,54 +70,72 @@ class Classifier:
         for variable, kind in zip(program.inputs, kinds, strict=True):
             self.define(variable, kind)
         for variable in unselected:
-            if self.kinds[variable] is Kind.PARAMETER:
+            if self.is_parameter(variable):
                 draft.renamed[variable] = draft.promote(variable, None)
         draft.add_all(program.equations)
 
         outputs = [draft.rename(atom) for atom in program.outputs]
         for i, atom in enumerate(outputs[:num_losses]):
             outputs[i] = draft.promote_if_due(atom, Kind.MIXED, None)
-        return Program(program.inputs, tuple(draft.equations), tuple(outputs))
+        return Program(
+            program.inputs,
+            tuple(draft.equations),
+            tuple(outputs),
+        )
 
     def kind(self, atom: Atom) -> Kind:
         """The kind of a variable or constant; arrays written into the program are data."""
         if not isinstance(atom, Constant):
             return self.kinds[atom]
-        return Kind.DATA if jnp.ndim(atom.value) else Kind.CONSTANT
+        if jnp.ndim(atom.value) > 0:
+            return Kind.DATA
+        return Kind.CONSTANT
+
+    def is_parameter(self, atom: Atom) -> bool:
+        """Whether an atom is a parameter, or made of parameters and constants alone."""
+        return self.kind(atom) is Kind.PARAMETER
 
     def define(self, variable: Variable, kind: Kind) -> None:
         """Set a kind; what no derivative passes through is a constant or data."""
-        passes_derivatives = is_inexact(self.types[variable]) and self.reach[variable]
-        self.kinds[variable] = kind if passes_derivatives else _without_derivatives(kind)
+        has_derivative = is_inexact(self.types[variable])
+        if not has_derivative or not self.reach[variable]:
+            kind = _without_derivative(kind)
+        self.kinds[variable] = kind
 
     def copy(self, variable: Variable) -> Variable:
         """A new mixed variable of the same type."""
-        number = new_variable(self.types, self.types[variable])
+        copy = new_variable(self.types, self.types[variable])
         self.reach.append(self.reach[variable])
-        self.kinds[number] = Kind.MIXED
-        return number
+        self.kinds[copy] = Kind.MIXED
+        return copy
 
 
 class _Draft:
     """One program, or the body of one loop, while it is rewritten.
 
     Attributes:
-        at: the classifier; it is shared, for variables are unique over all nested bodies.
+        classifier: shared by all drafts, for variables are unique over nested bodies.
         invariant: the body's inputs that are the same in every step.
         hoisted: those of them that need a noise of their own, with new inputs that bring it.
         renamed: what has taken the place of inputs with weight noise.
         equations: the rewritten program so far.
     """
 
-    def __init__(self, classifier: Classifier, invariant: Sequence[Variable] = ()) -> None:
-        self.at = classifier
+    def __init__(
+        self,
+        classifier: Classifier,
+        invariant: Sequence[Variable] = (),
+    ) -> None:
+        self.classifier = classifier
         self.invariant = set(invariant)
         self.hoisted: dict[Variable, Variable] = {}
         self.renamed: dict[Variable, Variable] = {}
         self.equations: list[Equation] = []
 
     def rename(self, atom: Atom) -> Atom:
-        return atom if isinstance(atom, Constant) else self.renamed.get(atom, atom)
+        if isinstance(atom, Constant):
+            return atom
+        return self.renamed.get(atom, atom)
 
     def promote(self, variable: Atom, origin: Any) -> Variable:
         """Give a parameter a noise of its own at this use.
@@ -126,24 +143,28 @@ class _Draft:
         What is the same in every step of a loop gets it outside: one noise for all steps.
         """
         assert not isinstance(variable, Constant)
-        if variable not in self.invariant:
-            copy = self.at.copy(variable)
-            self.equations.append(Equation(None, (variable,), (copy,), origin=origin))
-            return copy
-        if variable not in self.hoisted:
-            self.hoisted[variable] = self.at.copy(variable)
-        return self.hoisted[variable]
+        if variable in self.hoisted:
+            return self.hoisted[variable]
+        copy = self.classifier.copy(variable)
+        if variable in self.invariant:
+            self.hoisted[variable] = copy
+        else:
+            identity = Equation(None, (variable,), (copy,), origin=origin)
+            self.equations.append(identity)
+        return copy
 
-    def promote_if_due(self, atom: Atom, kind: Kind, origin: Any) -> Atom:
+    def promote_if_due(self, atom: Atom, due: Kind, origin: Any) -> Atom:
         """A parameter with a noise of its own where a mixed value is due; others as they are."""
-        if kind is Kind.MIXED and self.at.kind(atom) is Kind.PARAMETER:
+        if due is Kind.MIXED and self.classifier.is_parameter(atom):
             return self.promote(atom, origin)
         return atom
 
     def promote_all(self, atoms: Sequence[Atom], origin: Any) -> tuple[Atom, ...]:
         """An equation's inputs, each parameter with one noise however often it is read."""
-        parameters = [v for v in variables(atoms) if self.at.kinds[v] is Kind.PARAMETER]
-        copies: dict[Atom, Atom] = {v: self.promote(v, origin) for v in dict.fromkeys(parameters)}
+        copies: dict[Atom, Atom] = {}
+        for variable in variables(atoms):
+            if variable not in copies and self.classifier.is_parameter(variable):
+                copies[variable] = self.promote(variable, origin)
         return tuple(copies.get(atom, atom) for atom in atoms)
 
     def add_all(self, equations: Sequence[Equation]) -> None:
@@ -153,58 +174,59 @@ class _Draft:
 
     def add(self, equation: Equation) -> None:
         """Classify an equation; where a parameter may not enter as it is, promote it."""
-        kinds = {self.at.kind(atom) for atom in equation.inputs}
-        is_live = equation_reach(equation, self.at.reach) != 0
-        if equation.name == "stop_gradient":
-            kinds = set(map(_without_derivatives, kinds))
+        kinds = set(map(self.classifier.kind, equation.inputs))
+        is_live = equation_reach(equation, self.classifier.reach) != 0
+        if equation.facts.stops_derivatives:
+            kinds = set(map(_without_derivative, kinds))
         elif is_live:
             self.check_custom_rules(equation, kinds)
 
-        takes_parameter = is_live and Kind.PARAMETER in kinds
-        if takes_parameter and equation.loop is not None and _have_data(kinds):
-            self.add_loop(equation, equation.loop)
-            return
-        if takes_parameter and not _may_enter(equation, kinds):
-            inputs = self.promote_all(equation.inputs, equation.origin)
-            equation = dataclasses.replace(equation, inputs=inputs)
-            kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
+        if is_live and Kind.PARAMETER in kinds:
+            if equation.loop is not None and _have_data(kinds):
+                self.add_loop(equation, equation.loop)
+                return
+            if not _may_enter(equation, kinds):
+                inputs = self.promote_all(equation.inputs, equation.origin)
+                equation = dataclasses.replace(equation, inputs=inputs)
+                kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
         # A loop in which no parameter meets data is one operation like any other.
-        equation = dataclasses.replace(equation, loop=None)
-        self.append(equation, [_join(kinds)] * len(equation.outputs))
+        operation = dataclasses.replace(equation, loop=None)
+        kind = _join(kinds)
+        self.append(operation, [kind] * len(operation.outputs))
 
     def check_custom_rules(self, equation: Equation, kinds: set[Kind]) -> None:
-        """Raise where the noise of a site would have to pass a rule that forward mode lacks."""
-        if equation.name.startswith("custom_vjp_call"):
-            if Kind.MIXED in kinds or {Kind.PARAMETER, Kind.DATA} <= kinds:
+        """Raise where noise would have to pass a custom rule that forward mode cannot use."""
+        facts = equation.facts
+        if facts.lacks_jvp:
+            if _join(kinds) is Kind.MIXED:
                 raise custom_vjp_error(equation.origin)
             return
-        # The body of a loop comes here by itself; the user's own derivative covers what it hides.
-        if equation.loop is not None or equation.name == "custom_jvp_call":
+        # The equations of a loop's body come here one by one.
+        if equation.loop is not None or facts.has_own_jvp or equation.origin is None:
             return
-        if equation.origin is None:
-            return
-        varies = [self.at.kind(a) in (Kind.MIXED, Kind.PARAMETER) for a in equation.inputs]
-        check_inside(equation.origin, varies)
+        kinds_in_order = map(self.classifier.kind, equation.inputs)
+        has_noise = [kind in (Kind.MIXED, Kind.PARAMETER) for kind in kinds_in_order]
+        check_inside(equation.origin, has_noise)
 
     def append(self, equation: Equation, kinds: Sequence[Kind]) -> None:
         for variable, kind in zip(equation.outputs, kinds, strict=True):
-            self.at.define(variable, kind)
+            self.classifier.define(variable, kind)
         self.equations.append(equation)
 
     def add_loop(self, equation: Equation, loop: Loop) -> None:
-        """Add a scan in which parameters meet data; its carries' kinds are the least fixed point."""
-        given = [self.at.kind(atom) for atom in equation.inputs]
-        consts, carry, xs = loop.split(given)
-        # A carry stays a parameter only if the loop returns it as it is: of another one each step
-        # would have its own noise. Such carries grow from constant over data to mixed, so this ends.
+        """Add a scan in which parameters meet data; the kinds of its carries are a fixed point."""
+        given = map(self.classifier.kind, equation.inputs)
+        consts, carry, xs = loop.split(list(given))
+        # A carry stays a parameter only if the loop returns it as it is: of another one, each step
+        # has its own noise. The kinds of such carries only grow, constant to data to mixed.
         carry = [
             kind if same else _as_carried(kind)
             for kind, same in zip(carry, loop.unchanged, strict=True)
         ]
         while True:
             body = self.body_draft(loop, [*consts, *carry, *xs])
-            returned = [self.at.kind(atom) for atom in loop.body.outputs]
-            after, stacked = loop.split_outputs(returned)
+            returned = map(self.classifier.kind, loop.body.outputs)
+            after, stacked = loop.split_outputs(list(returned))
             grown = [
                 kind if same else _join({kind, _as_carried(new)})
                 for kind, new, same in zip(carry, after, loop.unchanged, strict=True)
@@ -216,59 +238,67 @@ class _Draft:
 
     def body_draft(self, loop: Loop, kinds: Sequence[Kind]) -> "_Draft":
         """The body rewritten for inputs of these kinds."""
-        for variable, kind in zip(loop.body.inputs, kinds, strict=True):
-            self.at.define(variable, kind)
-        consts, carry, _ = loop.split(loop.body.inputs)
-        unchanged = [v for v, same in zip(carry, loop.unchanged, strict=True) if same]
-        draft = _Draft(self.at, [*consts, *unchanged])
-        draft.add_all(loop.body.equations)
+        body = loop.body
+        for variable, kind in zip(body.inputs, kinds, strict=True):
+            self.classifier.define(variable, kind)
+        invariant, carry, _ = loop.split(body.inputs)
+        for variable, same in zip(carry, loop.unchanged, strict=True):
+            if same:
+                invariant.append(variable)
+        draft = _Draft(self.classifier, invariant)
+        draft.add_all(body.equations)
         return draft
 
     def append_loop(
         self,
         equation: Equation,
         loop: Loop,
-        body: "_Draft",
+        draft: "_Draft",
         carry_kinds: Sequence[Kind],
         stacked_kinds: Sequence[Kind],
     ) -> None:
-        """Append a loop with its rewritten body; carries that become mixed are so from the start."""
+        """Append a loop with its rewritten body; carries that become mixed are so at the start."""
         origin = equation.origin
         after, stacked = loop.split_outputs(loop.body.outputs)
-        after = [
-            body.promote_if_due(atom, kind, origin)
-            for atom, kind in zip(after, carry_kinds, strict=True)
-        ]
+        for i, kind in enumerate(carry_kinds):
+            after[i] = draft.promote_if_due(after[i], kind, origin)
         consts, before, xs = loop.split(equation.inputs)
-        before = [
-            self.promote_if_due(atom, kind, origin)
-            for atom, kind in zip(before, carry_kinds, strict=True)
-        ]
+        for i, kind in enumerate(carry_kinds):
+            before[i] = self.promote_if_due(before[i], kind, origin)
         outer = dict(zip(loop.body.inputs, equation.inputs, strict=True))
-        hoisted = [self.promote(outer[v], origin) for v in body.hoisted]
+        hoisted = [self.promote(outer[v], origin) for v in draft.hoisted]
 
-        body_inputs = (*body.hoisted.values(), *loop.body.inputs)
-        rewritten = Program(body_inputs, tuple(body.equations), (*after, *stacked))
-        new_equation = dataclasses.replace(
+        body = Program(
+            (*draft.hoisted.values(), *loop.body.inputs),
+            tuple(draft.equations),
+            (*after, *stacked),
+        )
+        rewritten = dataclasses.replace(
             equation,
             inputs=(*hoisted, *consts, *before, *xs),
-            loop=loop.with_body(rewritten, len(hoisted)),
+            loop=loop.with_body(body, len(hoisted)),
         )
-        self.append(new_equation, [*carry_kinds, *stacked_kinds])
+        self.append(rewritten, [*carry_kinds, *stacked_kinds])
 
 
-def _without_derivatives(kind: Kind) -> Kind:
+def _without_derivative(kind: Kind) -> Kind:
     """What a value counts as when no derivative passes through it."""
-    return {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
+    if kind is Kind.PARAMETER:
+        return Kind.CONSTANT
+    if kind is Kind.MIXED:
+        return Kind.DATA
+    return kind
 
 
 def _as_carried(kind: Kind) -> Kind:
-    """What a carry counts as that the steps of a loop change."""
-    return Kind.MIXED if kind is Kind.PARAMETER else kind
+    """What a value counts as in a carry that the steps change."""
+    if kind is Kind.PARAMETER:
+        return Kind.MIXED
+    return kind
 
 
 def _have_data(kinds: set[Kind]) -> bool:
-    return not kinds.isdisjoint({Kind.DATA, Kind.MIXED})
+    return Kind.DATA in kinds or Kind.MIXED in kinds
 
 
 def _join(kinds: set[Kind]) -> Kind:
@@ -279,11 +309,10 @@ def _join(kinds: set[Kind]) -> Kind:
 
 
 def _may_enter(equation: Equation, kinds: set[Kind]) -> bool:
-    """Whether a parameter may enter as it is: reverse mode crosses its chain, or the site, alone."""
-    if equation.contains("while"):
+    """Whether a parameter may enter as it is: where reverse mode can take an error to it."""
+    if equation.contains(lambda facts: facts.irreversible):
         return False
     if not _have_data(kinds):
         return True
-    # An operation with programs inside is no site: the error would be backprop's inside it.
-    known = equation.name == "custom_jvp_call" or equation.name.startswith("scatter")
-    return known or not list(jex.jaxprs_in_params(equation.params))
+    # With programs inside, an operation is no site: its errors would be backprop's.
+    return equation.facts.one_site or not equation.has_inner_programs

@@ -7,8 +7,7 @@ import jax
 from jax import Array, lax
 
 from forwax._programs.evaluate import Values, bind, read
-from forwax._programs.primitives import BILINEAR
-from forwax._programs.program import Atom, Constant, Equation, Variable, variables
+from forwax._programs.program import Atom, Constant, Equation, Variable
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Kinds, Level, LoopPlan
 from forwax._sites.model import Sites
@@ -61,7 +60,7 @@ def forward_with_feedback(
         plan = level.loop_of(equation)
         if plan is not None:
             outputs = _loop(plan, kinds, values, feedback)
-        elif equation.name in BILINEAR and variables(equation.inputs) and _is_site(equation, kinds):
+        elif equation.facts.bilinear and equation.variables and _is_site(equation, kinds):
             outputs = [_aligned(equation, values, twins)]
         else:
             outputs = bind(equation, values)

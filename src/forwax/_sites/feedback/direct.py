@@ -8,7 +8,6 @@ from jax import Array
 
 from forwax import _tree
 from forwax._programs.evaluate import Values
-from forwax._programs.primitives import ADDITIVE
 from forwax._programs.program import Variable
 from forwax._sites.model import Site, Sites
 from forwax._sites.passes.keep import forward
@@ -21,7 +20,7 @@ def output_sites(sites: Sites) -> list[Site]:
         for site in sites.places
         if site.exact
         and not site.region.promoted
-        and not all(equation.name in ADDITIVE for equation in site.region.equations)
+        and not all(equation.facts.additive for equation in site.region.equations)
         and (site.mapped or sites.num_examples is None)
     ]
 
