@@ -116,7 +116,7 @@ def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values)
         loop.unroll,
     )
     feedback.update({o: twins[v] for o, v in plan.stacked.items()})
-    feedback.update(known([(o, atom) for o, atom in plan.kept.items()]))
+    feedback.update(known([(o, atom) for o, atom in plan.unchanged.items()]))
     return [*carry, *ys]
 
 

@@ -131,7 +131,7 @@ def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
 
     outputs, stacked = jax.vmap(step, axis_size=plan.loop.length)(mapped)
     env.update(stacked)
-    env.update({outer: read(atom, env) for outer, atom in plan.kept.items()})
+    env.update({outer: read(atom, env) for outer, atom in plan.unchanged.items()})
     return outputs
 
 
