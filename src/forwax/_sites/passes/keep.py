@@ -131,7 +131,7 @@ def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
     of_steps = scanned | records
     outputs, stacked = jax.vmap(step, axis_size=plan.loop.length)(of_steps)
     env.update(stacked)
-    for outer, atom in plan.kept.items():
+    for outer, atom in plan.unchanged.items():
         env[outer] = read(atom, env)
     return outputs
 
