@@ -60,8 +60,8 @@ class Hadamard(IndependentTangents):
         start = 0
         for signs, spec in zip(shared, specs, strict=True):
             # [1, *shape] * [c, *shape]
-            own_signs = _walsh(indices, start, spec).astype(spec.dtype)
-            leaves.append(signs[None] * own_signs)
+            shared_signs = signs[None]
+            leaves.append(shared_signs * _walsh(indices, start, spec).astype(spec.dtype))
             start += math.prod(spec.shape)
         return leaves
 
