@@ -1,4 +1,4 @@
-"""The diagram of the forward gradient, computed with `forwax.value_and_grad` on a function of two parameters.
+"""The forward gradient of a function of two parameters, computed with `forwax.value_and_grad`.
 
 Left: a random direction v, the slope <g, v> as a projection of the gradient g, and the estimate
 slope · v. Right: many estimates. Their mean is g, and none of them points away from g, since <g,
@@ -14,24 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import forwax as fx
+from figures import drawing
 from forwax.lab import style
-from forwax.lab.diagrams import drawing
 
 __all__ = ["forward_gradient"]
 
-POINT, CONDITION, ESTIMATES = (0.9, 0.5), 3.0, 4096
-TRUE, ESTIMATE, DIRECTION = (
-    style.PALETTE["backprop"],
-    style.PALETTE["forward"],
-    style.PALETTE["forward-16"],
-)
+POINT = (0.9, 0.5)
+CONDITION = 3.0
+ESTIMATES = 4096
+TRUE = style.PALETTE["backprop"]
+ESTIMATE = style.PALETTE["forward"]
+DIRECTION = style.PALETTE["forward-16"]
 DIRECTION_INK = "#b87a00"
 SHOWN = 800
 
 
 @style.styled
 def forward_gradient(key: jax.Array | None = None) -> Figure:
-    """Draw the forward gradient: one direction, slope and estimate, and the cloud of estimates around the gradient.
+    """Draw one direction, slope and estimate, and the cloud of estimates around the gradient.
 
     Args:
         key: The PRNG key of the estimates, `jax.random.key(0)` when None. The left side shows the
@@ -58,7 +58,7 @@ def forward_gradient(key: jax.Array | None = None) -> Figure:
 
 
 def _estimates(key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return the gradient g [2] at POINT and forward gradients [ESTIMATES, 2] of the quadratic function."""
+    """Return the gradient [2] at POINT and forward gradients [ESTIMATES, 2] of a quadratic."""
     loss = fx.functions.quadratic(CONDITION)
     rule = fx.WeightPerturbation(tangents=fx.tangents.Normal())
     _, gradient = fx.value_and_grad(loss, fx.Backprop())(key, jnp.array(POINT))
@@ -82,12 +82,14 @@ def _legible(gradient: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, f
 
 
 def _one_estimate(axes: Axes, gradient: np.ndarray, direction: np.ndarray, slope: float) -> None:
-    """Draw one random direction, its slope as a projection, and the estimate, over the function's contours."""
-    origin, unit = np.array(POINT), direction / np.linalg.norm(direction)
+    """Draw a random direction, its slope as a projection, and the estimate, over contours."""
+    origin = np.array(POINT)
+    unit = direction / np.linalg.norm(direction)
     below = np.array([unit[1], -unit[0]])
     axes.set(xlim=(-0.25, 4.25), ylim=(-0.95, 2.75))
     _contours(axes)
-    foot, tip = origin + (gradient @ unit) * unit, origin + slope * direction
+    foot = origin + (gradient @ unit) * unit
+    tip = origin + slope * direction
     _line(axes, origin - 0.8 * unit, tip + 0.6 * unit)
     _line(axes, origin + gradient, foot)
     _right_angle(axes, foot, unit, -below)
@@ -185,7 +187,7 @@ def _right_angle(axes: Axes, corner: np.ndarray, one: np.ndarray, other: np.ndar
 
 
 def _angle(direction: np.ndarray) -> float:
-    """Return the direction's angle in degrees, turned so that text along it reads from left to right."""
+    """Return the direction's angle in degrees, turned so that text along it reads rightwards."""
     x, y = direction if direction[0] >= 0 else -direction
     return float(np.degrees(np.arctan2(y, x)))
 

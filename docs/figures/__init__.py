@@ -1,17 +1,17 @@
-"""Three diagrams for learners: the forward step, the backward step, and the forward gradient."""
+"""Three figures for learners: the forward step, the backward step, and the forward gradient."""
 
 import os
 from pathlib import Path
 
+from figures.gradient import forward_gradient
+from figures.neurons import backward_step, forward_step
 from forwax.lab import style
-from forwax.lab.diagrams.gradient import forward_gradient
-from forwax.lab.diagrams.neurons import backward_step, forward_step
 
 __all__ = ["backward_step", "forward_gradient", "forward_step", "save_all"]
 
 
 def save_all(folder: str | os.PathLike[str]) -> list[Path]:
-    """Save the three diagrams as PNG files in the folder, which is made when absent, and return their paths.
+    """Save the three figures as PNG files and return their paths; the folder is made when absent.
 
     Example: `save_all("docs/pictures")` writes forward-step.png, backward-step.png and
         forward-gradient.png.

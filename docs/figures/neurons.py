@@ -1,4 +1,4 @@
-"""The diagrams of the forward and the backward step: one neuron, L = (relu(w x + b) - t)², with its real numbers.
+"""The forward and the backward step of one neuron, L = (relu(w x + b) - t)², with its numbers.
 
 The numbers are what `jax.jvp` and `jax.vjp` return for that neuron.
 """
@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from figures import drawing
 from forwax.lab import style
-from forwax.lab.diagrams import drawing
 
 __all__ = ["backward_step", "forward_step"]
 
-X, TARGET = 2.0, 1.0
-PARAMETERS, DIRECTION = (1.5, -1.0), (1.0, -1.0)
+X = 2.0
+TARGET = 1.0
+PARAMETERS = (1.5, -1.0)
+DIRECTION = (1.0, -1.0)
 
 # The canvas, in inches: one column per step of the program; the parameters w and b share the first
 # column.
@@ -183,7 +185,7 @@ def forward_step() -> Figure:
 
 @style.styled
 def backward_step() -> Figure:
-    """Draw reverse mode: values flow right and are kept, then cotangents flow back to the left and use them up.
+    """Draw reverse mode: values flow right and are kept, then cotangents flow back and use them.
 
     Example: `style.save(backward_step(), "backward-step.png")`.
     """

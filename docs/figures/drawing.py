@@ -1,4 +1,4 @@
-"""The few strokes that diagrams are made of: a canvas in inches, text, boxes, chips and arrows."""
+"""The few strokes that the figures are made of: a canvas in inches, text, boxes and arrows."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 10.4, 5.3
 
 
 def canvas(title: str, subtitle: str) -> tuple[Figure, Axes]:
-    """Return a figure of WIDTH × HEIGHT inches with its headings; its one bare axes measures inches.
+    """Return a figure of WIDTH × HEIGHT with its headings; its one bare axes measures inches.
 
     >>> figure, axes = canvas("A title", "and what to see")
     >>> [float(x) for x in axes.get_xlim()]
@@ -54,7 +54,8 @@ def box(
     **look: Any,
 ) -> None:
     """Draw a rounded box with its centre at (x, y)."""
-    corner, rounding = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.09"
+    corner = (x - width / 2, y - height / 2)
+    rounding = "round,pad=0,rounding_size=0.09"
     axes.add_patch(
         FancyBboxPatch(
             corner, width, height, boxstyle=rounding, edgecolor=edge, facecolor=fill, **look
