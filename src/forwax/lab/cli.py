@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "run a paper's experiments, ours beside the paper's",
     ),
     "data": (
-        "forwax.lab.data.command",
+        "forwax.lab.commands.data",
         "DataOptions",
         "fetch, verify and cache a data set, or say where it is",
     ),
