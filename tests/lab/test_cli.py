@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from forwax.lab import cli, options
+from forwax.lab import cli
+from forwax.lab.catalogue import options
+from forwax.lab.catalogue.named_rules import LINES
 from forwax.lab.cli import COMMANDS, main
-from forwax.lab.compare.named_rules import LINES
-from forwax.lab.train import progress
+from forwax.lab.training import progress
 
 
 def test_help_names_every_command(capsys):
@@ -168,7 +169,7 @@ def test_ctrl_c_before_training(monkeypatch, capsys, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forwax.lab.problem.load", interrupted)
+    monkeypatch.setattr("forwax.lab.training.problem.load", interrupted)
     assert main(["train", "--runs", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "Stopped.\n"
 

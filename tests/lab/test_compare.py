@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from forwax.lab import cli
-from forwax.lab.compare import command as compare
-from forwax.lab.compare import findings, named_rules, picture, rates, setup, tables, timing
+from forwax.lab.catalogue import named_rules
+from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.commands import compare
+from forwax.lab.compare import findings, picture, rates, setup, tables
 from forwax.lab.compare.options import CompareOptions
-from forwax.lab.compare.training import Scorer, build_program, evaluation_steps, train
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.loop import build_trainer
+from forwax.lab.training import timing
+from forwax.lab.training.comparison import Scorer, build_program, evaluation_steps, train
+from forwax.lab.training.program import build_trainer
 
 RULES = ("backprop", "forward", "projection-4")
 TINY = CompareOptions(
@@ -199,7 +201,7 @@ def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_res
     program, monkeypatch
 ):
     made, score = program
-    monkeypatch.setattr("forwax.lab.train.loop.loops_well", lambda problem: False)
+    monkeypatch.setattr("forwax.lab.training.program.loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-3)
     single = build_program(made.problem, made.settings, made._data)

@@ -8,19 +8,21 @@ import jax
 import pytest
 
 import forwax as fx
-from forwax.lab import choices, cli, optimizers
+from forwax.lab import cli
+from forwax.lab.catalogue import columns, optimizers
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.columns import COLUMNS
+from forwax.lab.catalogue.entries import Entry
+from forwax.lab.catalogue.options import resolve
+from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.commands import reproduce
+from forwax.lab.commands.reproduce import ReproduceOptions
 from forwax.lab.data import load
-from forwax.lab.options import resolve
-from forwax.lab.problem import problem_of
-from forwax.lab.ren2023 import columns, runs, table
-from forwax.lab.ren2023 import command as reproduce
-from forwax.lab.ren2023.columns import COLUMNS
-from forwax.lab.ren2023.command import ReproduceOptions
-from forwax.lab.ren2023.entries import Entry
+from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.loop import split_seed
-from forwax.lab.train.runs import write_json
+from forwax.lab.training.folder import write_json
+from forwax.lab.training.problem import problem_of
+from forwax.lab.training.program import split_seed
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 KINDS = ("BP", "FA", "FG-W", "FG-A")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from forwax.lab import cli
-from forwax.lab.experiments import EXPERIMENTS
+from forwax.lab.catalogue.experiments import EXPERIMENTS
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

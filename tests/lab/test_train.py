@@ -17,16 +17,18 @@ import pytest
 
 import forwax as fx
 from cases import quick_jit
-from forwax.lab import choices, experiments
+from forwax.lab.catalogue import experiments
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.experiments import Experiment
+from forwax.lab.catalogue.options import resolve
+from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.commands import train
+from forwax.lab.commands.train import TrainOptions
 from forwax.lab.data import DataSet
-from forwax.lab.experiments import Experiment
-from forwax.lab.options import resolve
-from forwax.lab.problem import problem_of
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train import command as train
-from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.command import TrainOptions
-from forwax.lab.train.loop import (
+from forwax.lab.training.checkpoints import Checkpoints
+from forwax.lab.training.folder import CHECKPOINTS, CONFIG, METRICS, Run, write_json
+from forwax.lab.training.problem import problem_of
+from forwax.lab.training.program import (
     MAX_BLOCK,
     Trainer,
     build_trainer,
@@ -34,7 +36,6 @@ from forwax.lab.train.loop import (
     loops_well,
     make_step,
 )
-from forwax.lab.train.runs import CHECKPOINTS, CONFIG, METRICS, Run, write_json
 from forwax.models import MLP, Conv
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -68,7 +69,7 @@ def tiny_data(seed=0):
 
 @pytest.fixture(autouse=True)
 def tiny_experiment(monkeypatch):
-    monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data())
+    monkeypatch.setattr("forwax.lab.training.problem.load", lambda name, data_dir: tiny_data())
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
     # the picture has tests of its own, and takes longer than these runs
     monkeypatch.setattr(
@@ -126,7 +127,7 @@ def reference(tmp_path_factory):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data())
+        patch.setattr("forwax.lab.training.problem.load", lambda name, data_dir: tiny_data())
         patch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
         assert start(folder) == 0
     return only_run(folder)
@@ -207,7 +208,7 @@ def test_an_epoch_sees_every_example_once_and_the_next_in_another_order(monkeypa
 
         return step
 
-    monkeypatch.setattr("forwax.lab.train.loop.make_step", spy)
+    monkeypatch.setattr("forwax.lab.training.program.make_step", spy)
     data = tiny_data()
     data.train_images[:, 0, 0, 0] = np.arange(22)
     settings = resolve(TINY, "default", {}, num_examples=22, num_parameters=55)
@@ -222,7 +223,7 @@ def test_steps_outside_a_loop_are_the_same(monkeypatch):
     """Networks with convolutions run step by step on a CPU."""
     looped = trainer()
     expected = looped.run(12)
-    monkeypatch.setattr("forwax.lab.train.loop.loops_well", lambda problem: False)
+    monkeypatch.setattr("forwax.lab.training.program.loops_well", lambda problem: False)
     single = trainer()
     assert single._call(12).losses.shape == (1,)
     got = single.run(11)
@@ -296,7 +297,7 @@ def test_a_block_has_limits():
 
 
 def test_the_evaluation_counts_every_test_example_once(monkeypatch):
-    monkeypatch.setattr("forwax.lab.train.loop.EVALUATION_BATCH", 4)
+    monkeypatch.setattr("forwax.lab.training.program.EVALUATION_BATCH", 4)
     one = trainer()
     loss, accuracy = one.evaluate()
     images, labels = one.problem.test
@@ -375,7 +376,9 @@ def test_a_finished_run_says_so(reference, capsys):
 
 def test_changed_data_are_refused(reference, tmp_path, monkeypatch):
     run = copy_without(reference, tmp_path, "summary.json")
-    monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data(seed=1))
+    monkeypatch.setattr(
+        "forwax.lab.training.problem.load", lambda name, data_dir: tiny_data(seed=1)
+    )
     with pytest.raises(
         UsageError,
         match=r"The data set tiny is not the one that .* was trained on \(its checksum differs\)",
@@ -483,10 +486,12 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("tiny_child", {file!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-from forwax.lab import cli, experiments
-from forwax.lab.train import checkpoints, progress, runs, signals, command as train
-import forwax.lab.problem
-forwax.lab.problem.load = lambda name, data_dir: tests.tiny_data()
+from forwax.lab import cli
+from forwax.lab.catalogue import experiments
+from forwax.lab.training import checkpoints, progress, folder as runs, signals
+from forwax.lab.commands import train
+import forwax.lab.training.problem
+forwax.lab.training.problem.load = lambda name, data_dir: tests.tiny_data()
 experiments.EXPERIMENTS["tiny"] = tests.TINY
 progress.SECONDS_BETWEEN_LINES = 0.0
 signals.BLOCK_SECONDS = 0.0

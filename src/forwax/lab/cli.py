@@ -9,17 +9,17 @@ from typing import Any
 
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "train": (
-        "forwax.lab.train.command",
+        "forwax.lab.commands.train",
         "TrainOptions",
         "train a model on real data, by default without backpropagation",
     ),
     "compare": (
-        "forwax.lab.compare.command",
+        "forwax.lab.commands.compare",
         "CompareOptions",
         "train the same model by several rules, side by side",
     ),
     "diagnose": (
-        "forwax.lab.diagnose",
+        "forwax.lab.commands.diagnose",
         "DiagnoseOptions",
         "measure what rules give and cost, and say which to use",
     ),
@@ -29,7 +29,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "minimise a test function by backprop and without it",
     ),
     "reproduce": (
-        "forwax.lab.ren2023.command",
+        "forwax.lab.commands.reproduce",
         "ReproduceOptions",
         "run a paper's experiments, ours beside the paper's",
     ),
@@ -97,8 +97,8 @@ def _run(name: str, words: list[str]) -> int:
     try:
         import tyro
 
+        from forwax.lab.catalogue.settings import UsageError
         from forwax.lab.data import DataError
-        from forwax.lab.settings import UsageError
 
         module_name, options_name, _ = COMMANDS[name]
         module: Any = import_module(module_name)

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from forwax.lab.compare import timing
 from forwax.lab.compare.setup import Comparison
-from forwax.lab.compare.training import Program, Scorer, build_program, evaluation_steps, train
+from forwax.lab.training import timing
+from forwax.lab.training.comparison import Program, Scorer, build_program, evaluation_steps, train
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from forwax.lab.compare.named_rules import NamedRule
+from forwax.lab.catalogue.named_rules import NamedRule
 from forwax.lab.compare.rates import edge_note
-from forwax.lab.compare.timing import LOSS
+from forwax.lab.training.timing import LOSS
 
 NOT_REACHED = "not reached"
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from forwax.lab.catalogue.options import OneLossName
+from forwax.lab.catalogue.settings import UsageError
 from forwax.lab.flags import Chosen
-from forwax.lab.options import OneLossName
-from forwax.lab.settings import UsageError
-from forwax.lab.train.runs import CONFIG, Run, write_json
-from forwax.lab.train.sitting import versions
+from forwax.lab.training.folder import CONFIG, Run, write_json
+from forwax.lab.training.session import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def check(options: CompareOptions) -> None:
     >>> check(CompareOptions(seeds=0))
     Traceback (most recent call last):
         ...
-    forwax.lab.settings.UsageError: --seeds must be at least 1, got 0.
+    forwax.lab.catalogue.settings.UsageError: --seeds must be at least 1, got 0.
     """
     for name in (
         "steps",

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from forwax.lab import choices
-from forwax.lab.compare import named_rules
-from forwax.lab.compare.named_rules import NamedRule
+from forwax.lab.catalogue import named_rules
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.experiments import Experiment
+from forwax.lab.catalogue.named_rules import NamedRule
+from forwax.lab.catalogue.options import find_experiment, resolve
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.compare.options import CompareOptions, check, make_folder, resumed
-from forwax.lab.experiments import Experiment
-from forwax.lab.options import find_experiment, resolve
-from forwax.lab.problem import Problem, build_problem
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.runs import write_json
+from forwax.lab.training.folder import write_json
+from forwax.lab.training.problem import Problem, build_problem
 
 PARTS = "parts"
 """The folder of the finished parts, one JSON file each."""

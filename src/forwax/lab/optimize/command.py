@@ -10,11 +10,12 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.lab import choices, style
+from forwax.lab import style
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.flags import Chosen
 from forwax.lab.optimize import numbers, picture
 from forwax.lab.optimize.descent import Plan, descend, measure
-from forwax.lab.settings import Settings, UsageError
 
 DEFAULTS: dict[str, tuple[float, int]] = {
     "beale": (0.01, 1000),

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forwax.lab.ren2023.columns import RULES
-from forwax.lab.ren2023.entries import Entry
-from forwax.lab.settings import UsageError
-from forwax.lab.train.runs import CONFIG, SUMMARY
+from forwax.lab.catalogue.columns import RULES
+from forwax.lab.catalogue.entries import Entry
+from forwax.lab.catalogue.settings import UsageError
+from forwax.lab.training.folder import CONFIG, SUMMARY
 
 
 def folder_of(column: Path, entry: Entry, seed: int) -> Path:

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from forwax.lab.problem import Problem
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.loop import (
+from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.training.checkpoints import Checkpoints
+from forwax.lab.training.folder import CHECKPOINTS, CONFIG, SUMMARY, Metrics, Run, write_json
+from forwax.lab.training.problem import Problem
+from forwax.lab.training.program import (
     MAX_BLOCK,
     Trainer,
     build_trainer,
@@ -23,9 +24,8 @@ from forwax.lab.train.loop import (
     init_state,
     make_evaluator,
 )
-from forwax.lab.train.runs import CHECKPOINTS, CONFIG, SUMMARY, Metrics, Run, write_json
-from forwax.lab.train.signals import Signals, block_size
-from forwax.lab.train.sitting import versions
+from forwax.lab.training.session import versions
+from forwax.lab.training.signals import Signals, block_size
 
 CHECKPOINT_SECONDS = 60.0
 """The least time between two checkpoints; one is written at a stop too."""

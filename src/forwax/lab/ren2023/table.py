@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from forwax.lab.ren2023.columns import Column
-from forwax.lab.ren2023.entries import Entry
+from forwax.lab.catalogue.columns import Column
+from forwax.lab.catalogue.entries import Entry
 from forwax.lab.ren2023.paper import reported
 
 HEADINGS = (

@@ -29,7 +29,7 @@ import jax
 import optax
 
 import forwax as fx
-from forwax.lab.settings import Settings
+from forwax.lab.catalogue.settings import Settings
 from forwax.models.ren2023 import HEADS
 
 MOMENTUM = 0.9

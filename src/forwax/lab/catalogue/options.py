@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 
-from forwax.lab import choices, optimizers
-from forwax.lab.experiments import EXPERIMENTS, Experiment
+from forwax.lab.catalogue import columns, optimizers
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.flags import Chosen
-from forwax.lab.ren2023 import columns
-from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
     ExperimentName = OneLossName = RuleName = TangentsName = CombineName = OptimizerName = (
@@ -255,7 +255,7 @@ def check_open_choices(experiment: Experiment, settings: Settings, given: dict[s
     >>> check_open_choices(find_experiment("digits"), Settings(size="M/1/16"), {"size": "M/1/16"})
     Traceback (most recent call last):
         ...
-    forwax.lab.settings.UsageError: --size belongs to local-mixer, but the experiment is digits.
+    forwax.lab.catalogue.settings.UsageError: --size belongs to local-mixer, but the experiment is digits.
     """
     is_open = experiment.specialise is not None
     published = choices.RULES[settings.rule].published
@@ -296,7 +296,7 @@ def check_ranges(settings: Settings, num_examples: int) -> None:
     >>> check_ranges(Settings(batch_size=2000), num_examples=1437)
     Traceback (most recent call last):
         ...
-    forwax.lab.settings.UsageError: --batch-size must be at most the 1437 examples of the training
+    forwax.lab.catalogue.settings.UsageError: --batch-size must be at most the 1437 examples of the training
     set, got 2000.
     """
     for names, holds, wanted in (
@@ -328,7 +328,7 @@ def check_against_parameters(settings: Settings, num_parameters: int) -> None:
     >>> check_against_parameters(Settings(tangents="orthonormal", num_tangents=700), num_parameters=650)
     Traceback (most recent call last):
         ...
-    forwax.lab.settings.UsageError: ...700...
+    forwax.lab.catalogue.settings.UsageError: ...700...
     """
     if settings.warm_up >= settings.steps and settings.warm_up:
         raise UsageError(

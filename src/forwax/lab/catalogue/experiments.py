@@ -13,9 +13,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from forwax.lab import optimizers
-from forwax.lab.ren2023 import columns
-from forwax.lab.settings import Settings
+from forwax.lab.catalogue import columns, optimizers
+from forwax.lab.catalogue.settings import Settings
 from forwax.models import MLP, ConvNet, logistic_regression
 
 ModelFactory = Callable[[tuple[int, int, int], int, jax.Array], eqx.Module]
@@ -64,7 +63,7 @@ class Experiment:
         suggested_epochs: how long settings train that say neither steps nor epochs; None for the
             configuration's steps.
         gradient: from the model's static half, the map of pixels to inputs, the settings and the
-            largest pixel to a function of a rule, see `forwax.lab.problem.Problem.gradient`; None
+            largest pixel to a function of a rule, see `forwax.lab.training.problem.Problem.gradient`; None
             for softmax cross-entropy by `forwax.value_and_grad`.
 
     >>> EXPERIMENTS["digits"].data_set
@@ -100,7 +99,7 @@ class Experiment:
             rule: the forwax rule.
             num_parameters: the size of the model.
             noise: gives the number of noise coordinates of one example, see
-                `forwax.lab.problem.Problem.noise`.
+                `forwax.lab.training.problem.Problem.noise`.
         """
         if self.suggested_rate is not None:
             return self.suggested_rate(settings)

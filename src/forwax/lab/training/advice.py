@@ -7,10 +7,10 @@ import math
 
 import jax
 
-from forwax.lab import choices
-from forwax.lab.options import find_experiment
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.sitting import Sitting
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.options import find_experiment
+from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.training.session import Sitting
 
 
 def advice(sitting: Sitting, loss: float) -> str:

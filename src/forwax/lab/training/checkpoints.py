@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from forwax.lab.train.loop import TrainState
+from forwax.lab.training.program import TrainState
 
 KEEP = 2
 """How many checkpoints stay; the one before the last is the way back from a damaged disk."""

@@ -12,20 +12,26 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from forwax.lab import choices
-from forwax.lab.experiments import EXPERIMENTS, describe
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.experiments import EXPERIMENTS, describe
+from forwax.lab.catalogue.options import (
+    ExperimentName,
+    SettingOptions,
+    asked,
+    find_experiment,
+    resolve,
+)
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.flags import Chosen
-from forwax.lab.options import ExperimentName, SettingOptions, asked, find_experiment, resolve
-from forwax.lab.problem import Problem, build_problem
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.advice import advice
-from forwax.lab.train.checkpoints import Checkpoint, Checkpoints
-from forwax.lab.train.loop import MAX_BLOCK, Block, build_trainer, init_state
-from forwax.lab.train.monitor import monitored
-from forwax.lab.train.progress import Reporter, make_reporter
-from forwax.lab.train.runs import CHECKPOINTS, CURVES, SUMMARY, Metrics, Run, write_json
-from forwax.lab.train.signals import INTERRUPTED, NOT_FINITE, TERMINATED, Signals, block_size
-from forwax.lab.train.sitting import Sitting, make_summary, versions
+from forwax.lab.training.advice import advice
+from forwax.lab.training.checkpoints import Checkpoint, Checkpoints
+from forwax.lab.training.folder import CHECKPOINTS, CURVES, SUMMARY, Metrics, Run, write_json
+from forwax.lab.training.monitor import monitored
+from forwax.lab.training.problem import Problem, build_problem
+from forwax.lab.training.program import MAX_BLOCK, Block, build_trainer, init_state
+from forwax.lab.training.progress import Reporter, make_reporter
+from forwax.lab.training.session import Sitting, make_summary, versions
+from forwax.lab.training.signals import INTERRUPTED, NOT_FINITE, TERMINATED, Signals, block_size
 
 
 @dataclass(frozen=True, kw_only=True)

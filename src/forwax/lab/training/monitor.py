@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 import forwax as fx
-from forwax.lab import choices
-from forwax.lab.settings import Settings
-from forwax.lab.train.loop import TrainState
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.training.program import TrainState
 
 NAMES = ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped")
 

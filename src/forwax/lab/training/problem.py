@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import forwax as fx
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.data import DataSet, load
-from forwax.lab.settings import Settings, UsageError
 
 if TYPE_CHECKING:
-    from forwax.lab.experiments import Experiment, Gradient
+    from forwax.lab.catalogue.experiments import Experiment, Gradient
 
 Loss = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -79,7 +79,7 @@ def build_problem(
         DataError: when the data set cannot be loaded.
         UsageError: when the model that the settings name does not fit the data.
 
-    >>> from forwax.lab.experiments import EXPERIMENTS
+    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
     >>> build_problem(EXPERIMENTS["digits"], Settings()).num_parameters
     2410
     """
@@ -91,7 +91,7 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
     experiment, shape = experiment.of(settings), data.train_images.shape[1:]
     make = lambda key: eqx.partition(
         experiment.model(shape, data.num_classes, key), eqx.is_inexact_array
-    )  # noqa: E731
+    )
     try:  # the part that is not parameters holds no arrays, so an abstract key serves to build it
         static = eqx.filter_eval_shape(make, jax.random.key(0))[1]
     except ValueError as error:

@@ -13,7 +13,7 @@ class UsageError(Exception):
     >>> raise UsageError("--steps must be at least 1, got 0.")
     Traceback (most recent call last):
         ...
-    forwax.lab.settings.UsageError: --steps must be at least 1, got 0.
+    forwax.lab.catalogue.settings.UsageError: --steps must be at least 1, got 0.
     """
 
 
@@ -22,12 +22,12 @@ class Settings:
     """Every choice that a run's result depends on; `None` where a choice does not apply or is still open.
 
     Attributes:
-        rule: how the gradient is found, a name of `forwax.lab.choices.RULES`.
-        tangents: the distribution of the tangents, a name of `forwax.lab.choices.TANGENTS`; None
+        rule: how the gradient is found, a name of `forwax.lab.catalogue.rules.RULES`.
+        tangents: the distribution of the tangents, a name of `forwax.lab.catalogue.rules.TANGENTS`; None
             for the rule's own.
         num_tangents: how many tangents a step draws.
         combine: how slopes and tangents become one estimate, a name of
-            `forwax.lab.choices.COMBINES`.
+            `forwax.lab.catalogue.rules.COMBINES`.
         density: the share of non-zero entries of sparse tangents.
         chunk_size: how many tangents are pushed forward at once; None means all.
         epsilon: the step of finite differences.
@@ -36,11 +36,11 @@ class Settings:
         skip_bad_slopes: whether slopes that are not finite count as zero, instead of stopping the
             run.
         guess_decay: how slowly the guess, an exponential mean of past estimates, forgets.
-        optimizer: a name of `forwax.lab.optimizers.OPTIMIZERS`.
+        optimizer: a name of `forwax.lab.catalogue.optimizers.OPTIMIZERS`.
         learning_rate: the rate at the start of the schedule (its peak, with a warm-up).
         backprop_rate: the rate tuned for SGD with true gradients, from which an open
             `learning_rate` is found.
-        schedule: a name of `forwax.lab.optimizers.SCHEDULES`.
+        schedule: a name of `forwax.lab.catalogue.optimizers.SCHEDULES`.
         decay_rate: k of the exponential schedule rate · exp(-k · step).
         warm_up: the number of steps over which the rate rises from zero.
         weight_decay: the share of each parameter taken off per unit of learning rate.

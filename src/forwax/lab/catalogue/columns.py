@@ -3,7 +3,7 @@
 The settings on MNIST are ours, since the paper's were not found: docs/results/ren2023.md says which
 rates were searched, on held-out training images, and which were set without a search. Those on
 CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's code is said in
-`forwax.lab.ren2023.objectives`.
+`forwax.lab.catalogue.objectives`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from forwax.lab.ren2023 import objectives
-from forwax.lab.settings import Settings
+from forwax.lab.catalogue import objectives
+from forwax.lab.catalogue.settings import Settings
 from forwax.models import LocalMixer, ren2023
 from forwax.models.local_mixer import SIZES
 
@@ -262,7 +262,7 @@ def build_model(
 def build_gradient(
     static: Any, scale: Callable[[jax.Array], jax.Array], settings: Settings, largest_pixel: int
 ) -> Callable[[Any], Any]:
-    """Give the gradient of the settings' objective; see `forwax.lab.ren2023.objectives`."""
+    """Give the gradient of the settings' objective; see `forwax.lab.catalogue.objectives`."""
     if settings.objective == "contrastive":
         return objectives.contrastive(static, scale, settings, largest_pixel)
     return objectives.supervised(static, scale, settings)

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from forwax.lab import choices
-from forwax.lab.settings import Settings
-from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.loop import Trainer
-from forwax.lab.train.runs import Metrics, Run
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.training.checkpoints import Checkpoints
+from forwax.lab.training.folder import Metrics, Run
+from forwax.lab.training.program import Trainer
 
 
 @dataclass(eq=False)

@@ -21,8 +21,8 @@ from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
 from forwax.lab.compare.options import CompareOptions
 from forwax.lab.compare.setup import Comparison, make_ready
-from forwax.lab.train.runs import write_json
-from forwax.lab.train.sitting import versions
+from forwax.lab.training.folder import write_json
+from forwax.lab.training.session import versions
 
 __all__ = ["CompareOptions", "compare", "run"]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import forwax as fx
-from forwax.lab.settings import Settings, UsageError
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.models import ren2023
 
 TANGENTS: Mapping[str, Callable[[Settings, Any], Any]] = {
@@ -208,7 +208,7 @@ def needs_guess(settings: Settings) -> bool:
 
 
 def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
-    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.train.loop`.
+    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.training.program`.
 
     A step whose loss is not finite is not skipped: the loop stops before it, and keeps a
     checkpoint. So it does where a slope that is not skipped makes the gradient so.

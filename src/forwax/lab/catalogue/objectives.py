@@ -29,8 +29,8 @@ from jax import Array, lax
 
 import forwax as fx
 from forwax.lab import augment
-from forwax.lab.problem import cast
-from forwax.lab.settings import Settings
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.training.problem import cast
 from forwax.models import local_losses, ren2023
 
 
@@ -45,7 +45,7 @@ def supervised(
         settings: the run's settings.
 
     Returns:
-        A function of a rule, see `forwax.lab.problem.Problem.gradient`.
+        A function of a rule, see `forwax.lab.training.problem.Problem.gradient`.
     """
     dtype, reading = jnp.dtype(settings.dtype), ren2023.READINGS[settings.rule]
     parts = settings.parts and reading.draws_noise

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from forwax.lab import choices
-from forwax.lab.ren2023.columns import DRAWING, RULES, Column
-from forwax.lab.settings import Settings, UsageError
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.columns import DRAWING, RULES, Column
+from forwax.lab.catalogue.settings import Settings, UsageError
 
 
 @dataclass(frozen=True)

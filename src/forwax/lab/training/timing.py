@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from forwax.lab.compare.training import Program
-from forwax.lab.problem import Problem
-from forwax.lab.train.loop import MAX_BLOCK, loops_well
+from forwax.lab.training.comparison import Program
+from forwax.lab.training.problem import Problem
+from forwax.lab.training.program import MAX_BLOCK, loops_well
 
 LOSS = "loss"
 """The name under which the time of evaluating the loss once is given."""

@@ -14,13 +14,13 @@ from rich.console import Console
 
 import forwax as fx
 from forwax.diagnosis import Diagnosis
-from forwax.lab import choices
-from forwax.lab.compare import named_rules
-from forwax.lab.compare.named_rules import NamedRule
+from forwax.lab.catalogue import named_rules
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.named_rules import NamedRule
+from forwax.lab.catalogue.options import OneLossName, find_configuration, find_experiment
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.flags import Chosen
-from forwax.lab.options import OneLossName, find_configuration, find_experiment
-from forwax.lab.problem import Problem, build_problem
-from forwax.lab.settings import Settings, UsageError
+from forwax.lab.training.problem import Problem, build_problem
 
 DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
 

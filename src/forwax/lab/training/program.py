@@ -18,10 +18,10 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import forwax as fx
-from forwax.lab import choices
-from forwax.lab.optimizers import build_optimizer
-from forwax.lab.problem import Problem
-from forwax.lab.settings import Settings, UsageError
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.optimizers import build_optimizer
+from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.training.problem import Problem
 
 MAX_BLOCK = 4096
 """The most steps of one block: the size of the buffers of losses and accuracies."""
@@ -82,8 +82,8 @@ def split_seed(seed: int) -> Keys:
 def init_state(problem: Problem, settings: Settings) -> TrainState:
     """Give the state before the first step.
 
-    >>> from forwax.lab.experiments import EXPERIMENTS
-    >>> from forwax.lab.problem import build_problem
+    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
+    >>> from forwax.lab.training.problem import build_problem
     >>> settings = Settings(learning_rate=0.1)
     >>> int(init_state(build_problem(EXPERIMENTS["digits"], settings), settings).step)
     0
@@ -105,7 +105,7 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
 def _optimizer(settings: Settings) -> optax.GradientTransformation:
     if settings.learning_rate is None:
         raise ValueError(
-            "expected settings with a learning rate, got None; use forwax.lab.options.resolve"
+            "expected settings with a learning rate, got None; use forwax.lab.catalogue.options.resolve"
         )
     return build_optimizer(settings, settings.learning_rate)
 
@@ -364,15 +364,15 @@ def build_trainer(problem: Problem, settings: Settings, state: TrainState | None
 
     Args:
         problem: the experiment made ready.
-        settings: settings with a learning rate, see `forwax.lab.options.resolve`.
+        settings: settings with a learning rate, see `forwax.lab.catalogue.options.resolve`.
         state: a state to go on from; the initial one by default. Its memory is given to the
             trainer.
 
     Returns:
         A trainer that has not made a step yet.
 
-    >>> from forwax.lab.experiments import EXPERIMENTS
-    >>> from forwax.lab.problem import build_problem
+    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
+    >>> from forwax.lab.training.problem import build_problem
     >>> settings = Settings(learning_rate=0.01)
     >>> trainer = build_trainer(build_problem(EXPERIMENTS["digits"], settings), settings)
     >>> trainer.run(3).losses.shape, trainer.step

@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from forwax.lab.settings import UsageError
+from forwax.lab.catalogue.settings import UsageError
 
 CONFIG, METRICS, SUMMARY, CURVES, CHECKPOINTS = (
     "config.json",

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from forwax.lab.problem import Problem
-from forwax.lab.settings import Settings
-from forwax.lab.train.loop import (
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.training.problem import Problem
+from forwax.lab.training.program import (
     MAX_BLOCK,
     TrainState,
     in_batches,

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
+from forwax.lab.catalogue.columns import COLUMNS, RULES, Column
+from forwax.lab.catalogue.entries import Entry
+from forwax.lab.catalogue.experiments import EXPERIMENTS
+from forwax.lab.catalogue.options import check_ranges
+from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.data import DataSet, load
-from forwax.lab.experiments import EXPERIMENTS
 from forwax.lab.flags import Chosen
-from forwax.lab.options import check_ranges
-from forwax.lab.problem import checksum_of, problem_of
 from forwax.lab.ren2023 import runs, table
-from forwax.lab.ren2023.columns import COLUMNS, RULES, Column
-from forwax.lab.ren2023.entries import Entry
 from forwax.lab.ren2023.finished import finished, folder_of
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.runs import write_text
-from forwax.lab.train.signals import INTERRUPTED, NOT_FINITE, TERMINATED, Signals
+from forwax.lab.training.folder import write_text
+from forwax.lab.training.problem import checksum_of, problem_of
+from forwax.lab.training.signals import INTERRUPTED, NOT_FINITE, TERMINATED, Signals
 
 if TYPE_CHECKING:
     ColumnName = str

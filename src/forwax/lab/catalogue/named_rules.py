@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forwax.lab import choices, style
-from forwax.lab.settings import UsageError
+from forwax.lab import style
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.settings import UsageError
 
 MANY = 16
 """The tangents of a many-tangent rule whose name has no number."""
@@ -22,7 +23,7 @@ class Line:
 
     Attributes:
         about: what it is, for people; {k} stands for the number of tangents.
-        settings: the settings that make it, by field of `forwax.lab.settings.Settings`.
+        settings: the settings that make it, by field of `forwax.lab.catalogue.settings.Settings`.
         tangents: how many tangents it draws without a number in its name; None where it draws none.
         colour: a name of `forwax.lab.style.PALETTE`; by default the rule's own, or the next free
             one.
