@@ -14,8 +14,9 @@ from forwax.lab import cli
 from forwax.lab.catalogue import named_rules
 from forwax.lab.catalogue.settings import Settings, UsageError
 from forwax.lab.commands import compare
-from forwax.lab.compare import findings, picture, rates, setup, tables
+from forwax.lab.compare import findings, rates, setup, tables
 from forwax.lab.compare.options import CompareOptions
+from forwax.lab.pictures import comparison as picture
 from forwax.lab.training import timing
 from forwax.lab.training.comparison import Scorer, build_program, evaluation_steps, train
 from forwax.lab.training.program import build_trainer

@@ -162,7 +162,7 @@ def test_views_are_of_values_up_to_one_and_have_keys_of_their_own(monkeypatch):
     settings = dataclasses.replace(COLUMNS["mnist-s"].settings, objective="contrastive")
     problem = problem_of(load("digits"), reproduce.EXPERIMENTS["local-mixer"], settings)
     monkeypatch.setattr(
-        "forwax.lab.augment.two_views",
+        "forwax.lab.catalogue.augment.two_views",
         lambda key, images: seen.extend((key, images)) or (images,) * 2,
     )
     with pytest.raises(StopIteration):
@@ -313,7 +313,7 @@ def test_the_table_leaves_out_what_is_not_run():
 
 
 def test_the_picture_has_a_line_for_each_computation():
-    from forwax.lab.ren2023 import picture
+    from forwax.lab.pictures import reproduction as picture
 
     summary = {"finite": True, "epochs": [1.0, 2.0], "test_errors": [9.0, 5.0]}
     entries = [Entry("BP"), Entry("L-BP"), Entry("LG-BP"), Entry.parse("FG-A:4")]

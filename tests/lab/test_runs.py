@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from forwax.lab.catalogue.settings import UsageError
-from forwax.lab.train.curves import draw_curves, smooth
+from forwax.lab.pictures.curves import draw_curves, smooth
 from forwax.lab.training import folder as runs
 from forwax.lab.training.checkpoints import Checkpoints
 from forwax.lab.training.folder import METRICS, Metrics, Run, write_json

@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "measure what rules give and cost, and say which to use",
     ),
     "optimize": (
-        "forwax.lab.optimize.command",
+        "forwax.lab.commands.optimize",
         "OptimizeOptions",
         "minimise a test function by backprop and without it",
     ),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from forwax.lab.settings import UsageError
+from forwax.lab.catalogue.settings import UsageError
 
 _T = TypeVar("_T")
 

@@ -55,7 +55,7 @@ class Settings:
         parts: whether local losses come in one part for each patch and group, where noise is on
             activities or weights.
         augment: whether supervised training images are shifted and flipped, see
-            `forwax.lab.augment.shifted`.
+            `forwax.lab.catalogue.objectives.shifted`.
         data_parallel: whether each batch is spread over all local devices.
 
     >>> Settings(rule="weight", num_tangents=8).num_tangents

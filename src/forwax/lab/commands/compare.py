@@ -147,7 +147,7 @@ def save(comparison: Comparison, results: dict[str, Any]) -> None:
     """Write the figure, the tables in markdown, and results.json last, since it marks the comparison as finished."""
     # imported here: matplotlib takes a second that `forwax compare --help` need not wait for
     from forwax.lab import style
-    from forwax.lab.compare import picture
+    from forwax.lab.pictures import comparison as picture
 
     style.save(picture.draw(results), comparison.folder / FIGURE, dpi=120)
     (comparison.folder / TABLE).write_text(tables.markdown(results))

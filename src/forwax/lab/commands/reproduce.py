@@ -252,7 +252,7 @@ def save(folder: Path, column: Column, checksum: str, facts: str) -> None:
     """Write the table and the curves of all that is finished on this data, by this call or another."""
     # imported here: matplotlib takes a second that `forwax reproduce --help` need not wait for
     from forwax.lab import style
-    from forwax.lab.ren2023 import picture
+    from forwax.lab.pictures import reproduction as picture
 
     entries, results = finished(folder, checksum)
     write_text(folder / TABLE, table.markdown(column, entries, results, facts))

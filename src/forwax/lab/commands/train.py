@@ -274,7 +274,7 @@ def _finish(sitting: Sitting, started: float) -> None:
     """Draw the curves, write the summary (last, since it marks the run as finished), and tell the result."""
     # imported here: matplotlib takes a second that `forwax train --help` need not wait for
     from forwax.lab import style
-    from forwax.lab.train import curves
+    from forwax.lab.pictures import curves
 
     run, rows = sitting.run, sitting.run.metrics()
     summary = make_summary(sitting, rows)
