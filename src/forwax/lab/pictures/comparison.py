@@ -1,4 +1,4 @@
-"""The figure of a comparison: validation loss against steps and against seconds, each seed thin, the median thick."""
+"""The figure of a comparison: validation loss against steps and seconds, the median thick."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from forwax.lab.compare import tables
 
 @style.styled
 def draw(results: dict[str, Any]) -> Figure:
-    """Draw the two panels.
+    """Draw the two panels, each seed thin and the median over seeds thick.
 
     Args:
         results: what results.json holds.
@@ -27,45 +27,62 @@ def draw(results: dict[str, Any]) -> Figure:
     for each in results["rules"].values():
         _draw_rule(left, each, 1.0)
         _draw_rule(right, each, each["seconds_per_step"])
-    left.set(xlabel="steps", ylabel="validation loss", xscale="log")
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    left.set(
+        xlabel="steps",
+        ylabel="validation loss",
+        xscale="log",
+    )
+    left.xaxis.set_major_formatter("{x:,.0f}")
     _set_loss_axis(left, results)
-    right.set(xlabel="seconds of training (steps × median time of a step)", xscale="log")
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    for axes in (left, right):
-        _target(axes, results["target_loss"])
+    right.set(
+        xlabel="seconds of training (steps × median time of a step)",
+        xscale="log",
+    )
+    style.plain_numbers(right.xaxis)
+    if results["target_loss"] is not None:
+        _draw_target(left, results["target_loss"])
+        _draw_target(right, results["target_loss"])
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2))
-    figure.suptitle(_title(results), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), 2),
+    )
+    rates = "the paper's rates" if results["search"] is None else "each rule at its own tuned rate"
+    style.headline(figure, f"{results['experiment']}, batch {results['batch_size']}: {rates}")
     return figure
 
 
 def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
-    for run in each["runs"] if len(each["runs"]) > 1 else []:
-        axes.plot(
-            *_points(run, scale),
-            color=each["colour"],
-            linestyle=each["dashes"],
-            alpha=0.35,
-            linewidth=0.7,
-        )
-    lost = (
-        f" ({each['non_finite']} of {len(each['runs'])} not finite)" if each["non_finite"] else ""
+    look = {"color": each["colour"], "linestyle": each["dashes"]}
+    count = len(each["runs"])
+    if count > 1:
+        for run in each["runs"]:
+            axes.plot(
+                *_points(run, scale),
+                alpha=0.35,
+                linewidth=0.7,
+                **look,
+            )
+    label = f"{each['about']}: {tables.accuracy(each)} test accuracy"
+    if each["non_finite"]:
+        label += f" ({each['non_finite']} of {count} not finite)"
+    axes.plot(
+        *_points(each["curve"], scale),
+        linewidth=2.2,
+        label=label,
+        **look,
     )
-    label = f"{each['about']}: {tables.accuracy(each)} test accuracy{lost}"
-    look = {"color": each["colour"], "linestyle": each["dashes"], "linewidth": 2.2}
-    axes.plot(*_points(each["curve"], scale), **look, label=label)
 
 
 def _points(curve: dict[str, Any], scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Give the finite points of a curve; step 0 has no place on a logarithmic axis and is left out."""
-    kept = [
-        (scale * step, loss)
-        for step, loss in zip(curve["steps"], curve["validation_losses"], strict=True)
-        if loss is not None and step
-    ]
-    points = np.array(kept or [(np.nan, np.nan)], dtype=float)
-    return points[:, 0], points[:, 1]
+    """Give a curve's steps times the scale, and its losses, NaN where they were not finite."""
+    steps = np.array(curve["steps"], dtype=float)
+    losses = np.array(curve["validation_losses"], dtype=float)
+    # a logarithmic axis has no place for step 0, and a line goes on over what is left out
+    shown = np.isfinite(losses) & (steps > 0)
+    return scale * steps[shown], losses[shown]
 
 
 def _set_loss_axis(axes: Axes, results: dict[str, Any]) -> None:
@@ -77,25 +94,19 @@ def _set_loss_axis(axes: Axes, results: dict[str, Any]) -> None:
         axes.set_ylim(low - 0.15 * (high - low), high + 0.3 * (high - low))
         return
     axes.set(yscale="log", ylim=(0.8 * low, 1.3 * high))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    style.plain_numbers(axes.yaxis, minor_digits="25")
 
 
-def _target(axes: Axes, target: float | None) -> None:
-    if target is not None:
-        axes.axhline(target, color=style.PALETTE["muted"], linestyle=":", linewidth=1)
-        place = axes.get_yaxis_transform()
-        axes.text(
-            0.01,
-            target,
-            f"target {target:g}",
-            color=style.PALETTE["muted"],
-            fontsize=8,
-            va="bottom",
-            transform=place,
-        )
-
-
-def _title(results: dict[str, Any]) -> str:
-    rates = "the paper's rates" if results["search"] is None else "each rule at its own tuned rate"
-    return f"{results['experiment']}, batch {results['batch_size']}: {rates}"
+def _draw_target(axes: Axes, target: float) -> None:
+    grey = style.PALETTE["muted"]
+    axes.axhline(target, color=grey, linestyle=":", linewidth=1)
+    # 0.01 of the width, at the target's height
+    axes.text(
+        0.01,
+        target,
+        f"target {target:g}",
+        color=grey,
+        fontsize=8,
+        va="bottom",
+        transform=axes.get_yaxis_transform(),
+    )

@@ -11,12 +11,14 @@ from matplotlib.figure import Figure
 
 from forwax.lab import style
 
+Columns = dict[str, np.ndarray]
+
 
 @style.styled
 def draw_curves(
     rows: list[dict[str, Any]], title: str, colour: str = style.PALETTE["forward"]
 ) -> Figure:
-    """Draw four panels: the loss above, the accuracy below; against steps on the left, seconds on the right.
+    """Draw loss (above) and accuracy (below) against steps (left) and seconds (right).
 
     Args:
         rows: the lines of metrics.jsonl.
@@ -32,18 +34,18 @@ def draw_curves(
     """
     figure = style.new_figure(9, 5.6)
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
-    train, test = _columns(rows, "loss"), _columns(rows, "test_accuracy")
-    for column, axis in enumerate(("step", "seconds")):
-        _draw_loss(panels[0, column], train, axis, colour)
-        _draw_accuracy(panels[1, column], train, test, axis, colour)
+    train = _columns(rows, "loss", "accuracy")
+    test = _columns(rows, "test_accuracy")
+    for axis, (above, below) in zip(("step", "seconds"), panels.T, strict=True):
+        _draw_loss(above, train, axis, colour)
+        _draw_accuracy(below, train, test, axis, colour)
     panels[0, 0].set_ylabel("training loss")
-    panels[1, 0].set_ylabel("accuracy")
-    panels[1, 0].set_xlabel("steps")
-    panels[1, 1].set_xlabel("seconds of training")
     panels[0, 1].legend(loc="upper right")
+    panels[1, 0].set(xlabel="steps", ylabel="accuracy")
+    panels[1, 0].xaxis.set_major_formatter("{x:,.0f}")
+    panels[1, 1].set_xlabel("seconds of training")
     panels[1, 1].legend(loc="lower right")
-    panels[1, 0].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    style.headline(figure, title)
     return figure
 
 
@@ -54,45 +56,61 @@ def save_curves(
     style.save(draw_curves(rows, title, colour), path)
 
 
-def _draw_loss(axes: Axes, train: dict[str, np.ndarray], axis: str, colour: str) -> None:
+def _draw_loss(axes: Axes, train: Columns, axis: str, colour: str) -> None:
+    x = train[axis]
+    loss = train["loss"]
     axes.plot(
-        train[axis], train["loss"], color=colour, alpha=0.18, linewidth=0.6, label="one batch"
+        x,
+        loss,
+        color=colour,
+        alpha=0.18,
+        linewidth=0.6,
+        label="one batch",
     )
-    axes.plot(train[axis], smooth(train["loss"]), color=colour, label="mean of neighbours")
-    if len(train["loss"]) and np.nanmin(train["loss"]) > 0:
+    axes.plot(x, smooth(loss), color=colour, label="mean of neighbours")
+    if len(loss) and np.nanmin(loss) > 0:
         axes.set_yscale("log")
 
 
-def _draw_accuracy(
-    axes: Axes, train: dict[str, np.ndarray], test: dict[str, np.ndarray], axis: str, colour: str
-) -> None:
+def _draw_accuracy(axes: Axes, train: Columns, test: Columns, axis: str, colour: str) -> None:
+    grey = style.PALETTE["muted"]
     axes.plot(
         train[axis],
         smooth(train["accuracy"]),
-        color=style.PALETTE["muted"],
+        color=grey,
         linewidth=1,
         label="training",
     )
+    x = test[axis]
+    accuracy = test["test_accuracy"]
     axes.plot(
-        test[axis], test["test_accuracy"], color=colour, marker="o", markersize=3.5, label="test"
+        x,
+        accuracy,
+        color=colour,
+        marker="o",
+        markersize=3.5,
+        label="test",
     )
     axes.set_ylim(0, 1.02)
-    if len(test["test_accuracy"]):
-        last = test["test_accuracy"][-1]
+    if len(accuracy):
         axes.annotate(
-            f"{last:.1%}", (test[axis][-1], last), (0, -14), textcoords="offset points", ha="right"
+            f"{accuracy[-1]:.1%}",
+            (x[-1], accuracy[-1]),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="right",
         )
 
 
-def _columns(rows: list[dict[str, Any]], name: str) -> dict[str, np.ndarray]:
-    """Gather the rows that have the named value into arrays."""
-    kept = [row for row in rows if name in row]
-    names = ("step", "seconds", "loss", "accuracy") if name == "loss" else ("step", "seconds", name)
-    return {each: np.array([row[each] for row in kept], dtype=float) for each in names}
+def _columns(rows: list[dict[str, Any]], *names: str) -> Columns:
+    """Gather the rows that have the first of the named values into arrays."""
+    kept = [row for row in rows if names[0] in row]
+    names = ("step", "seconds", *names)
+    return {name: np.array([row[name] for row in kept], dtype=float) for name in names}
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Average each value with its neighbours within a hundredth of the length; the ends use fewer.
+    """Average each value with its neighbours within a hundredth of the length; ends use fewer.
 
     >>> smooth(np.array([1.0, 3.0])).tolist()
     [1.0, 3.0]
@@ -100,5 +118,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     reach = len(values) // 100
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    low = np.maximum(index - reach, 0)
+    high = np.minimum(index + reach + 1, len(values))
     return (total[high] - total[low]) / (high - low)
