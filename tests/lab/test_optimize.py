@@ -12,11 +12,12 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.lab.catalogue.settings import UsageError
-from forwax.lab.optimize import command as optimize
-from forwax.lab.optimize import descent, numbers, picture
-from forwax.lab.optimize.command import OptimizeOptions
+from forwax.lab.commands import optimize
+from forwax.lab.commands.optimize import OptimizeOptions
+from forwax.lab.flags import UsageError
+from forwax.lab.optimize import descent, numbers
 from forwax.lab.optimize.descent import Descent, Plan, Timing
+from forwax.lab.pictures import descent as picture
 
 NORMAL = fx.WeightPerturbation(tangents=fx.tangents.Normal())
 KEYS = jax.random.split(jax.random.key(0), 10)

@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "measure what rules give and cost, and say which to use",
     ),
     "optimize": (
-        "forwax.lab.optimize.command",
+        "forwax.lab.commands.optimize",
         "OptimizeOptions",
         "minimise a test function by backprop and without it",
     ),
@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
         "run a paper's experiments, ours beside the paper's",
     ),
     "data": (
-        "forwax.lab.data.command",
+        "forwax.lab.commands.data",
         "DataOptions",
         "fetch, verify and cache a data set, or say where it is",
     ),
@@ -97,8 +97,8 @@ def _run(name: str, words: list[str]) -> int:
     try:
         import tyro
 
-        from forwax.lab.catalogue.settings import UsageError
         from forwax.lab.data import DataError
+        from forwax.lab.flags import UsageError
 
         module_name, options_name, _ = COMMANDS[name]
         module: Any = import_module(module_name)

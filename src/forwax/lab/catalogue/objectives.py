@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import forwax as fx
-from forwax.lab import augment
+from forwax.lab.catalogue import augment
 from forwax.lab.catalogue.settings import Settings
 from forwax.models import local_losses, ren2023
 

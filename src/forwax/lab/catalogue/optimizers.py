@@ -81,9 +81,7 @@ _momentum = functools.partial(optax.sgd, momentum=MOMENTUM)
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(optax.sgd),
     "momentum": OptimizerChoice(_momentum, factor=1 - MOMENTUM),
-    "nesterov": OptimizerChoice(
-        functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM
-    ),
+    "nesterov": OptimizerChoice(functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM),
     "adam": OptimizerChoice(optax.adam, 1e-3),
     "adamw": OptimizerChoice(optax.adamw, 1e-3, decays=True),
     "adamax": OptimizerChoice(optax.adamax, 2e-3),

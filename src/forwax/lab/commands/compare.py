@@ -63,9 +63,7 @@ def run(options: CompareOptions) -> int:
     try:
         results = compare(comparison)
     except KeyboardInterrupt:
-        print(
-            f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {folder}"
-        )
+        print(f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {folder}")
         return 130
     save(comparison, results)
     # a log has no width of its own; the tables need this much

@@ -223,9 +223,7 @@ def _tell(line: str) -> None:
 def _facts(settings: Settings, summary: dict[str, Any], held: int) -> str:
     told = table.facts(settings, summary, os.cpu_count())
     if held:
-        told += (
-            f" Errors are on {held} training images that were held out, not on the test set."
-        )
+        told += f" Errors are on {held} training images that were held out, not on the test set."
     return told
 
 

@@ -139,7 +139,10 @@ def in_batches(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
     size = min(EVALUATION_BATCH, len(images))
     pad = -len(images) % size
     weights = np.ones(len(images), bool)
-    padded = (np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)]) for x in (images, labels, weights))
+    padded = (
+        np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)])
+        for x in (images, labels, weights)
+    )
     return [x.reshape(-1, size, *x.shape[1:]) for x in padded]
 
 

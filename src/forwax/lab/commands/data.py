@@ -1,4 +1,4 @@
-"""``forwax data``: where each data set is; ``forwax data SET``: fetch, verify and cache one, or say where it is."""
+"""``forwax data``: where each data set is; ``forwax data SET``: fetch one, or say where it is."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,9 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from forwax.lab.data import DataError, DataSet, find_source, load, locate, names
+from forwax.lab import report
+from forwax.lab.data import DataError, find_source, load, locate, names
 from forwax.lab.flags import Chosen
 
 
@@ -53,7 +51,7 @@ def run(options: DataOptions) -> int:
         ```
     """
     if options.name is None:
-        Console().print(table(options.data_dir))
+        report.print_tables(table(options.data_dir))
     else:
         print(describe(options.name, options.data_dir))
     return 0
@@ -85,35 +83,41 @@ def describe(name: str, data_dir: Path | None = None) -> str:
     data = load(name, data_dir)
     place = place or f"fetched, now {_place(name, data_dir)}"
     verified = "" if name == "digits" else ", checksums verified"
-    return "\n".join([f"{name}: {place}{verified}", *_split_lines(data), *_class_lines(data)])
+    lines = [f"{name}: {place}{verified}"]
+    for split, images in (("training", data.train_images), ("test", data.test_images)):
+        shape = "x".join(str(size) for size in images.shape[1:])
+        lines.append(f"  {split}: {len(images):,} images of {shape}, uint8 from 0 to {data.scale}")
+    lines.append(f"  {'class':<14}{'training':>10}{'test':>10}")
+    train = np.bincount(data.train_labels, minlength=data.num_classes)
+    test = np.bincount(data.test_labels, minlength=data.num_classes)
+    for label, in_train, in_test in zip(data.class_names, train, test, strict=True):
+        lines.append(f"  {label:<14}{in_train:>10,}{in_test:>10,}")
+    return "\n".join(lines)
 
 
-def table(data_dir: Path | None = None) -> Table:
+def table(data_dir: Path | None = None) -> report.Table:
     """All sets and where each is, found without reading or fetching anything.
 
     Args:
         data_dir: a folder to look into first.
 
     Returns:
-        A table for rich to print, one row a set.
+        A table, one row a set.
 
     Example:
-        >>> table().row_count
+        >>> len(table().rows)
         4
     """
-    rows = Table("set", "classes", "where")
-    rows.add_row("digits", "10", _place("digits", data_dir))
+    rows = [("digits", "10", _place("digits", data_dir) or "")]
     for name in names()[1:]:
         source = find_source(name)
+        absent = f"not here; `forwax data {name}` fetches it ({source.megabytes} MB)"
         try:
-            place = (
-                _place(name, data_dir)
-                or f"not here; `forwax data {name}` fetches it ({source.megabytes} MB)"
-            )
+            place = _place(name, data_dir) or absent
         except DataError as error:
             place = str(error)
-        rows.add_row(name, str(len(source.class_names)), Text(place, overflow="fold"))
-    return rows
+        rows.append((name, str(len(source.class_names)), place))
+    return report.Table(("set", "classes", "where"), rows, numeric=False)
 
 
 def _place(name: str, data_dir: Path | None) -> str | None:
@@ -121,24 +125,3 @@ def _place(name: str, data_dir: Path | None) -> str | None:
         return "comes with scikit-learn"
     folder = locate(find_source(name), data_dir)
     return f"found in {folder}" if folder else None
-
-
-def _split_lines(data: DataSet) -> list[str]:
-    splits = {"training": data.train_images, "test": data.test_images}
-    return [
-        f"  {split}: {len(images):,} images of {'x'.join(map(str, images.shape[1:]))}, uint8 from "
-        f"0 to {data.scale}"
-        for split, images in splits.items()
-    ]
-
-
-def _class_lines(data: DataSet) -> list[str]:
-    counts = [
-        np.bincount(labels, minlength=data.num_classes)
-        for labels in (data.train_labels, data.test_labels)
-    ]
-    rows = zip(data.class_names, *counts, strict=True)
-    return [
-        f"  {'class':<14}{'training':>10}{'test':>10}",
-        *(f"  {label:<14}{train:>10,}{test:>10,}" for label, train, test in rows),
-    ]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from forwax.lab import style
 from forwax.lab.catalogue.columns import Column
-from forwax.lab.catalogue.entries import Entry
+from forwax.lab.catalogue.names import Entry
 from forwax.lab.ren2023.table import Results
 from forwax.models import ren2023
 
@@ -38,37 +38,27 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     for entry in dict.fromkeys(entries):
         runs = [run for run in results.get(entry.name, ()) if run["finite"]]
         if runs:
-            axes.plot(*_mean_curve(runs), label=entry.name, **_look(entry))
+            count = min(len(run["epochs"]) for run in runs)
+            errors = np.mean([run["test_errors"][:count] for run in runs], axis=0)
+            axes.plot(runs[0]["epochs"][:count], errors, label=entry.name, **_look(entry))
     axes.set(xlabel="epochs", ylabel="test error, %", xscale="log", yscale="log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(
-        lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else ""
-    )
+    style.plain_numbers(axes.xaxis)
+    style.plain_numbers(axes.yaxis, minor_digits="235")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right center")
-    figure.suptitle(column.title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    style.headline(figure, column.title)
     return figure
-
-
-def _mean_curve(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    count = min(len(run["epochs"]) for run in runs)
-    return np.array(runs[0]["epochs"][:count]), np.mean(
-        [run["test_errors"][:count] for run in runs], axis=0
-    )
 
 
 def _look(entry: Entry) -> dict[str, Any]:
     reading = ren2023.READINGS[entry.rule]
-    colour = style.PALETTE[_COLOURS.get(reading.kind, "activity")]
     number = entry.num_tangents or 1
-    plain = entry.name == entry.row
     look = {
-        "color": colour,
+        "color": style.PALETTE[_COLOURS.get(reading.kind, "activity")],
         "linestyle": _DASHES[reading.losses],
-        "linewidth": 2.2 if number > 1 else 1.5,
+        "linewidth": 1.5,
+        "alpha": 1.0 if entry.name == entry.row else 0.4,
     }
-    look |= {} if plain else {"alpha": 0.4}
-    return look | (
-        {"marker": f"${number}$", "markersize": 8, "markevery": 0.2} if number > 1 else {}
-    )
+    if number > 1:
+        look |= {"linewidth": 2.2, "marker": f"${number}$", "markersize": 8, "markevery": 0.2}
+    return look
