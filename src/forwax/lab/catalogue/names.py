@@ -161,7 +161,7 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """Read "RULE", or a forward gradient as "RULE:NUMBER:DISTRIBUTION:one-slope" or parts of it.
+        """Read "RULE", or a forward gradient as "RULE:NUMBER:DISTRIBUTION:one-slope" in part.
 
         Raises:
             UsageError: when the rule or one of the words is unknown, or two words say the same
