@@ -1,4 +1,4 @@
-"""`forwax optimize`: that it ends where the paper does, and that its table, numbers and picture tell what happened."""
+"""`forwax optimize`: that it ends where the paper does; its table, numbers and picture."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ import forwax as fx
 from forwax.lab.catalogue.settings import UsageError
 from forwax.lab.commands import optimize
 from forwax.lab.commands.optimize import OptimizeOptions
-from forwax.lab.optimize import descent, numbers
+from forwax.lab.optimize import descent
 from forwax.lab.optimize.descent import Descent, Plan, Timing
 from forwax.lab.pictures import descent as picture
 
@@ -130,15 +130,13 @@ def test_lost_runs_are_told_in_the_table_the_numbers_and_the_picture():
     plan = dataclasses.replace(SHORT, iterations=3)
     rules = {"backprop": fx.Backprop(), "forward": NORMAL}
     whole = dataclasses.replace(_lost(), values=np.ones((3, 4)))
-    descents, timings = (
-        {"backprop": whole, "forward": _lost()},
-        {name: Timing(1.0, 0.0) for name in rules},
-    )
-    found = numbers.summarise(plan, rules, descents, timings, seed=0)
+    descents = {"backprop": whole, "forward": _lost()}
+    timings = {name: Timing(1.0, 0.0) for name in rules}
+    found = descent.summarise(plan, rules, descents, timings, seed=0)
     assert found["methods"]["forward"]["final"] == [1.0, None, 3.0]
     assert found["methods"]["forward"]["median"] == 3.0
     paper = io.StringIO()
-    Console(width=100, file=paper).print(numbers.make_table(found))
+    Console(width=100, file=paper).print(descent.make_table(found))
     lines = [" ".join(line.split()) for line in paper.getvalue().splitlines()]
     assert "│ runs not finite │ 0 of 3 │ 1 of 3 │" in lines
     assert "│ final f, range │ 1 │ 1 to not finite │" in lines
