@@ -92,9 +92,9 @@ def final_parameters(run: Path) -> list[np.ndarray]:
 
     from forwax.lab.catalogue.experiments import EXPERIMENTS
     from forwax.lab.catalogue.settings import Settings
-    from forwax.lab.training.checkpoints import Checkpoints
+    from forwax.lab.training.folder import Checkpoints
     from forwax.lab.training.problem import build_problem
-    from forwax.lab.training.program import init_state
+    from forwax.lab.training.step import init_state
 
     settings = Settings.from_dict(json.loads((run / "config.json").read_text()))
     problem = build_problem(EXPERIMENTS["digits"], settings)

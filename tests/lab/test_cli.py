@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from forwax.lab import cli
-from forwax.lab.catalogue import options
-from forwax.lab.catalogue.named_rules import LINES
+from forwax.lab.catalogue.names import LINES
 from forwax.lab.cli import COMMANDS, main
+from forwax.lab.compare import setup
 from forwax.lab.training import progress
 
 
@@ -81,7 +81,7 @@ def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypat
     assert "(default: None)" not in out
     assert "(default: )" not in out
     source = Path(sys.modules[COMMANDS[command][0]].__file__ or "").parent
-    for file in [*source.glob("*.py"), Path(options.__file__)]:
+    for file in [*source.glob("*.py"), Path(setup.__file__)]:
         assert not re.search(
             r'^    [a-z_]+: .+ = .+\n    """[^"]+\n', file.read_text(encoding="utf-8"), re.MULTILINE
         )

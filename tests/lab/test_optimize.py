@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.lab.catalogue.settings import UsageError
 from forwax.lab.commands import optimize
 from forwax.lab.commands.optimize import OptimizeOptions
+from forwax.lab.flags import UsageError
 from forwax.lab.optimize import descent
 from forwax.lab.optimize.descent import Descent, Plan, Timing
 from forwax.lab.pictures import descent as picture

@@ -17,10 +17,11 @@ from forwax.lab.catalogue.options import (
     find_experiment,
     resolve,
 )
-from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet
+from forwax.lab.flags import UsageError
 from forwax.lab.training.problem import problem_of
-from forwax.lab.training.program import init_state, make_step
+from forwax.lab.training.step import init_state, make_step
 from forwax.models import logistic_regression, ren2023
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

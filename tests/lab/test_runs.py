@@ -10,12 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from forwax.lab.catalogue.settings import UsageError
+from forwax.lab.flags import UsageError
 from forwax.lab.pictures.curves import draw_curves, smooth
 from forwax.lab.training import folder as runs
-from forwax.lab.training.checkpoints import Checkpoints
-from forwax.lab.training.folder import METRICS, Metrics, Run, write_json
-from forwax.lab.training.program import TrainState
+from forwax.lab.training.folder import METRICS, Checkpoints, Metrics, Run, write_json
+from forwax.lab.training.step import TrainState
 
 
 def test_a_folder_appears_with_its_config(tmp_path):

@@ -21,21 +21,22 @@ from forwax.lab.catalogue import experiments
 from forwax.lab.catalogue import rules as choices
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.options import resolve
-from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.commands import train
 from forwax.lab.commands.train import TrainOptions
 from forwax.lab.data import DataSet
-from forwax.lab.training.checkpoints import Checkpoints
-from forwax.lab.training.folder import CHECKPOINTS, CONFIG, METRICS, Run, write_json
-from forwax.lab.training.problem import problem_of
-from forwax.lab.training.program import (
-    MAX_BLOCK,
-    Trainer,
-    build_trainer,
-    init_state,
-    loops_well,
-    make_step,
+from forwax.lab.flags import UsageError
+from forwax.lab.training.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    Checkpoints,
+    Run,
+    write_json,
 )
+from forwax.lab.training.problem import problem_of
+from forwax.lab.training.program import MAX_BLOCK, Scorer, Trainer, build_trainer, loops_well
+from forwax.lab.training.step import init_state, make_step
 from forwax.models import MLP, Conv
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -279,11 +280,12 @@ def test_remembered_slopes_are_checkpointed_bit_for_bit(tmp_path):
     one.run(15)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(one.state, seconds=1.0)
-    state = checkpoints.restore(jax.eval_shape(lambda: init_state(one.problem, one.settings))).state
+    problem, settings = one.program.problem, one.program.settings
+    state = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings))).state
     checkpoints.close()
     assert int(state.slopes.num_steps) == 15
     assert int(state.slopes.num_clipped) > 0
-    again = build_trainer(one.problem, one.settings, state)
+    again = one.program.start(one.learning_rate, one.seed, state)
     for each in (one, again):
         each.run(10)
     jax.tree.map(np.testing.assert_array_equal, again.state, one.state)
@@ -299,10 +301,11 @@ def test_a_block_has_limits():
 def test_the_evaluation_counts_every_test_example_once(monkeypatch):
     monkeypatch.setattr("forwax.lab.training.program.EVALUATION_BATCH", 4)
     one = trainer()
-    loss, accuracy = one.evaluate()
-    images, labels = one.problem.test
+    problem = one.program.problem
+    loss, accuracy = Scorer(problem, problem.test)(one.state.params)
+    images, labels = problem.test
     assert len(images) == 9
-    losses, correct = jax.vmap(one.problem.loss, (None, 0, 0))(one.state.params, images, labels)
+    losses, correct = jax.vmap(problem.loss, (None, 0, 0))(one.state.params, images, labels)
     assert loss == pytest.approx(float(losses.mean()), rel=1e-5)
     assert accuracy == pytest.approx(float(correct.mean()))
 
@@ -488,19 +491,19 @@ tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
 from forwax.lab import cli
 from forwax.lab.catalogue import experiments
-from forwax.lab.training import checkpoints, progress, folder as runs, signals
+from forwax.lab.training import folder, progress, session
 from forwax.lab.commands import train
 import forwax.lab.training.problem
 forwax.lab.training.problem.load = lambda name, data_dir: tests.tiny_data()
 experiments.EXPERIMENTS["tiny"] = tests.TINY
 progress.SECONDS_BETWEEN_LINES = 0.0
-signals.BLOCK_SECONDS = 0.0
+session.BLOCK_SECONDS = 0.0
 {extra}
 sys.exit(train.run(train.TrainOptions({options})))
 """
 
 KILL_IN_METRICS = """
-plain = runs.Metrics.append
+plain = folder.Metrics.append
 def append(self, rows):
     rows = list(rows)
     if rows[0]["step"] == {step}:
@@ -508,7 +511,7 @@ def append(self, rows):
         self._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self, rows)
-runs.Metrics.append = append
+folder.Metrics.append = append
 """
 
 KILL_IN_CHECKPOINT = """
@@ -521,12 +524,12 @@ os.rename = rename
 """
 
 KILL_AFTER_CHECKPOINT = """
-plain = checkpoints.Checkpoints.save
+plain = folder.Checkpoints.save
 def save(self, state, seconds):
     plain(self, state, seconds)
     if int(state.step) == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.Checkpoints.save = save
+folder.Checkpoints.save = save
 """
 
 

@@ -97,8 +97,8 @@ def _run(name: str, words: list[str]) -> int:
     try:
         import tyro
 
-        from forwax.lab.catalogue.settings import UsageError
         from forwax.lab.data import DataError
+        from forwax.lab.flags import UsageError
 
         module_name, options_name, _ = COMMANDS[name]
         module: Any = import_module(module_name)

@@ -1,4 +1,4 @@
-"""The columns of the tables of Ren et al. 2023, and one small one: a model, a data set, and settings for each method.
+"""The columns of the tables of Ren et al. 2023, and two small ones: a model, data, settings.
 
 The settings on MNIST are ours, since the paper's were not found: docs/results/ren2023.md says which
 rates were searched, on held-out training images, and which were set without a search. Those on
@@ -16,7 +16,6 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from forwax.lab.catalogue import objectives
 from forwax.lab.catalogue.settings import Settings
 from forwax.models import LocalMixer, ren2023
 from forwax.models.local_mixer import SIZES
@@ -57,6 +56,10 @@ class Column:
     longer: Mapping[str, int] = field(default_factory=dict)
     warm_up: int = 0
 
+    def rate_of(self, row: str) -> float:
+        """The learning rate of a row, such as "LG-FG-A:4", else of its method."""
+        return self.rates.get(row, self.rates[row.split(":")[0]])
+
     def epochs_of(self, row: str) -> int:
         """The epochs of a row, such as "LG-FG-A:4", else of its method, else of the column.
 
@@ -82,7 +85,7 @@ def _rates(
     return {rule: kinds[reading.kind] for rule, reading in ren2023.READINGS.items()}
 
 
-_SUPERVISED = Settings(
+_MNIST = Settings(
     rule="LG-FG-A",
     combine=None,
     density=None,
@@ -92,89 +95,77 @@ _SUPERVISED = Settings(
     schedule="cosine",
     weight_decay=1e-4,
     batch_size=128,
+    data="mnist",
     objective="supervised",
 )
-_MNIST = dataclasses.replace(_SUPERVISED, data="mnist")
-_CIFAR = dataclasses.replace(_SUPERVISED, data="cifar10")
+_CIFAR = dataclasses.replace(_MNIST, data="cifar10", size="S/4/8")
 _LARGE = dataclasses.replace(
     _CIFAR, size="M/8/16", batch_size=256, data_parallel=True, dtype="bfloat16"
 )
 _CONTRASTIVE = dataclasses.replace(
-    _LARGE, objective="contrastive", optimizer="lars", batch_size=512, learning_rate=None
+    _LARGE, objective="contrastive", optimizer="lars", batch_size=512
 )
 
-COLUMNS: Mapping[str, Column] = {
-    column.name: column
-    for column in (
-        Column(
-            "mnist-s",
-            "MNIST, S/1/1",
-            20,
-            dataclasses.replace(_MNIST, size="S/1/1"),
-            _rates(0.1, 0.1, 0.2, 0.02, 0.005)
-            | {
-                "LG-BP": 0.2,
-                "LG-FA": 0.2,
-                "L-FG-A": 0.01,
-                "LG-FG-A": 0.01,
-                "FG-A:8": 0.03,
-                "LG-FG-A:8": 0.03,
-            },
-            {
-                **dict.fromkeys(DRAWING, 60),
-                **dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 150),
-                **dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 30),
-            },
-        ),
-        Column(
-            "mnist-m",
-            "MNIST, M/1/16",
-            20,
-            dataclasses.replace(_MNIST, size="M/1/16"),
-            _rates(0.1, 0.1, 0.2, 0.04, 0.05)
-            | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "FG-A:4": 0.06}
-            | {"LG-FG-A:4": 0.1, "LG-FG-A:8": 0.1, "LG-FG-A:16": 0.2},
-            {
-                **dict.fromkeys(DRAWING, 40),
-                **dict.fromkeys(("FG-A", "LG-FG-A"), 120),
-                "L-FG-A": 60,
-                **dict.fromkeys(("FG-A:4", "LG-FG-A:4", "LG-FG-A:8"), 30),
-                "LG-FG-A:16": 20,
-            },
-        ),
-        Column(
-            "cifar-small",
-            "CIFAR-10, S/4/8 (not in the paper)",
-            5,
-            dataclasses.replace(_CIFAR, size="S/4/8"),
-            _rates(0.05, 0.05, 0.02, 0.005, 0.02),
-        ),
-        Column(
-            "cifar-small-contrastive",
-            "CIFAR-10, S/4/8, contrastive (not in the paper)",
-            3,
-            dataclasses.replace(_CIFAR, size="S/4/8", objective="contrastive", batch_size=256),
-            _rates(0.1, 0.1, 0.1, 0.02, 0.05),
-        ),
-        Column("cifar-m", "CIFAR-10, M/8/16", 200, _LARGE, _rates(0.1, 0.05, 0.02, 0.005, 0.02)),
-        Column(
-            "cifar-m-contrastive",
-            "CIFAR-10, M/8/16, contrastive",
-            800,
-            _CONTRASTIVE,
-            _rates(0.2, 0.2, 0.2, 0.2, 0.2),
-            warm_up=10,
-        ),
-        Column(
-            "cifar-l-contrastive",
-            "CIFAR-10, L/8/64, contrastive",
-            800,
-            dataclasses.replace(_CONTRASTIVE, size="L/8/64"),
-            _rates(0.2, 0.2, 0.2, 0.2, 0.2),
-            warm_up=10,
-        ),
-    )
-}
+_ALL = (
+    Column(
+        "mnist-s",
+        "MNIST, S/1/1",
+        20,
+        dataclasses.replace(_MNIST, size="S/1/1"),
+        _rates(0.1, 0.1, 0.2, 0.02, 0.005)
+        | dict.fromkeys(("LG-BP", "LG-FA"), 0.2)
+        | dict.fromkeys(("L-FG-A", "LG-FG-A"), 0.01)
+        | dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 0.03),
+        dict.fromkeys(DRAWING, 60)
+        | dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 150)
+        | dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 30),
+    ),
+    Column(
+        "mnist-m",
+        "MNIST, M/1/16",
+        20,
+        dataclasses.replace(_MNIST, size="M/1/16"),
+        _rates(0.1, 0.1, 0.2, 0.04, 0.05)
+        | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "FG-A:4": 0.06}
+        | {"LG-FG-A:4": 0.1, "LG-FG-A:8": 0.1, "LG-FG-A:16": 0.2},
+        dict.fromkeys(DRAWING, 40)
+        | dict.fromkeys(("FG-A", "LG-FG-A"), 120)
+        | dict.fromkeys(("FG-A:4", "LG-FG-A:4", "LG-FG-A:8"), 30)
+        | {"L-FG-A": 60, "LG-FG-A:16": 20},
+    ),
+    Column(
+        "cifar-small",
+        "CIFAR-10, S/4/8 (not in the paper)",
+        5,
+        _CIFAR,
+        _rates(0.05, 0.05, 0.02, 0.005, 0.02),
+    ),
+    Column(
+        "cifar-small-contrastive",
+        "CIFAR-10, S/4/8, contrastive (not in the paper)",
+        3,
+        dataclasses.replace(_CIFAR, objective="contrastive", batch_size=256),
+        _rates(0.1, 0.1, 0.1, 0.02, 0.05),
+    ),
+    Column("cifar-m", "CIFAR-10, M/8/16", 200, _LARGE, _rates(0.1, 0.05, 0.02, 0.005, 0.02)),
+    Column(
+        "cifar-m-contrastive",
+        "CIFAR-10, M/8/16, contrastive",
+        800,
+        _CONTRASTIVE,
+        dict.fromkeys(RULES, 0.2),
+        warm_up=10,
+    ),
+    Column(
+        "cifar-l-contrastive",
+        "CIFAR-10, L/8/64, contrastive",
+        800,
+        dataclasses.replace(_CONTRASTIVE, size="L/8/64"),
+        dict.fromkeys(RULES, 0.2),
+        warm_up=10,
+    ),
+)
+COLUMNS: Mapping[str, Column] = {column.name: column for column in _ALL}
 """Every column by its name."""
 
 DEFAULT = "mnist-m"
@@ -182,7 +173,9 @@ DEFAULT = "mnist-m"
 
 
 def column_of(settings: Settings) -> Column:
-    """Give the column with the settings' size, data and objective; else one with their objective, else the default.
+    """Give the column with the settings' size, data and objective, or the nearest.
+
+    That is one with their data and objective, else their objective, else the default.
 
     >>> column_of(COLUMNS["mnist-s"].settings).name
     'mnist-s'
@@ -200,7 +193,7 @@ def row_of(settings: Settings) -> str:
     >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'
     """
-    several = settings.num_tangents is not None and settings.num_tangents > 1
+    several = (settings.num_tangents or 1) > 1
     return f"{settings.rule}:{settings.num_tangents}" if several else settings.rule
 
 
@@ -210,8 +203,7 @@ def learning_rate(settings: Settings) -> float:
     >>> learning_rate(COLUMNS["mnist-m"].settings) == COLUMNS["mnist-m"].rates["LG-FG-A"]
     True
     """
-    rates = column_of(settings).rates
-    return rates.get(row_of(settings), rates[settings.rule])
+    return column_of(settings).rate_of(row_of(settings))
 
 
 def epochs(settings: Settings) -> int:
@@ -230,16 +222,12 @@ def configurations() -> dict[str, Settings]:
     56160
     """
     sizes = {"mnist": 60_000, "cifar10": 50_000}
-    return {
-        name: column.warmed_up(
-            dataclasses.replace(
-                column.settings,
-                steps=epochs(column.settings)
-                * (sizes[column.settings.data or ""] // column.settings.batch_size),
-            )
-        )
-        for name, column in COLUMNS.items()
-    }
+    found = {}
+    for name, column in COLUMNS.items():
+        settings = column.settings
+        steps = epochs(settings) * (sizes[settings.data or ""] // settings.batch_size)
+        found[name] = column.warmed_up(dataclasses.replace(settings, steps=steps))
+    return found
 
 
 def build_model(
@@ -251,18 +239,8 @@ def build_model(
     >>> sum(leaf.size for leaf in jax.tree.leaves(model))
     429076
     """
-    options: dict[str, Any] = dict(
-        SIZES[settings.size or COLUMNS[DEFAULT].settings.size or ""].options
-    )
+    size = settings.size or COLUMNS[DEFAULT].settings.size or ""
+    options: dict[str, Any] = dict(SIZES[size].options)
     if settings.objective == "contrastive":
         options["projection"] = PROJECTION
     return lambda shape, classes, key: LocalMixer(shape, classes, **options, key=key)
-
-
-def build_gradient(
-    static: Any, scale: Callable[[jax.Array], jax.Array], settings: Settings, largest_pixel: int
-) -> Callable[[Any], Any]:
-    """Give the gradient of the settings' objective; see `forwax.lab.catalogue.objectives`."""
-    if settings.objective == "contrastive":
-        return objectives.contrastive(static, scale, settings, largest_pixel)
-    return objectives.supervised(static, scale, settings)

@@ -1,6 +1,6 @@
-"""How a batch trains a LocalMixer: supervised or contrastive, by a method of Ren et al. 2023.
+"""What is trained: softmax cross-entropy of one example, or the losses of a LocalMixer.
 
-The contrastive columns on GPUs follow the paper's code (local_forward_gradient in google-research):
+LocalMixers learn supervised or contrastive, by a method of Ren et al. 2023. The contrastive columns on GPUs follow the paper's code (local_forward_gradient in google-research):
 LARS at a rate of 0.1 for 256 examples, ten epochs of warm-up, decay on the backbone's weights
 alone, crops of 8 % of the area and more. Still different are
 
@@ -19,7 +19,7 @@ alone, crops of 8 % of the area and more. Still different are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -30,24 +30,67 @@ from jax import Array, lax
 import forwax as fx
 from forwax.lab.catalogue import augment
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.training.problem import cast
 from forwax.models import local_losses, ren2023
 
+Scale = Callable[[Array], Array]
+"""From pixels to inputs."""
 
-def supervised(
-    static: Any, scale: Callable[[Array], Array], settings: Settings
-) -> Callable[[Any], Any]:
+Gradient = Callable[[Any], Callable[..., Any]]
+"""From a rule to a function of a batch, which gives ((loss, correct), grads).
+
+The function takes (key, params, images, labels).
+"""
+
+Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
+"""From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """All leaves in another floating type.
+
+    >>> cast({"w": jnp.ones(2)}, jnp.bfloat16)["w"].dtype
+    dtype(bfloat16)
+    """
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def parameter_dtype(dtype: str) -> jnp.dtype:
+    """The type that parameters are kept in.
+
+    Half precision computes in its type and keeps its parameters in float32, or small steps would be
+    rounded off.
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
+    """Softmax cross-entropy of one example, its accuracy beside it; logits in at least float32.
+
+    Args:
+        static: the model's half that holds no parameters.
+        scale: from pixels to inputs.
+        dtype: what the model computes in.
+    """
+
+    def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
+        model = eqx.combine(cast(params, dtype), static)
+        logits = model(scale(image).astype(dtype)).astype(parameter_dtype(dtype))
+        return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
+
+    return loss
+
+
+def supervised(static: Any, scale: Scale, settings: Settings, largest_pixel: int) -> Gradient:
     """Local cross-entropies, see `forwax.models.local_losses`.
 
     Args:
         static: the model's half that holds no parameters.
         scale: from pixels to inputs.
         settings: the run's settings.
-
-    Returns:
-        A function of a rule, see `forwax.lab.training.problem.Problem.gradient`.
+        largest_pixel: of the data set, see `DataSet.scale`.
     """
-    dtype, reading = jnp.dtype(settings.dtype), ren2023.READINGS[settings.rule]
+    dtype = jnp.dtype(settings.dtype)
+    reading = ren2023.READINGS[settings.rule]
     parts = settings.parts and reading.draws_noise
 
     def loss(params: Any, x: Array, label: Array) -> Any:
@@ -55,8 +98,8 @@ def supervised(
         losses = local_losses(model, x, label, reading.losses, parts=parts)
         # the same forward pass again, which XLA merges with the first; no rule sees parameters in
         # it
-        logits = lax.stop_gradient(eqx.combine(cast(lax.stop_gradient(params), dtype), static)(x))
-        return losses, jnp.argmax(logits) == label
+        seen = eqx.combine(cast(lax.stop_gradient(params), dtype), static)
+        return losses, jnp.argmax(lax.stop_gradient(seen(x))) == label
 
     def gradient(rule: Any) -> Callable[..., Any]:
         of_batch = fx.value_and_grad(loss, rule, has_aux=True, in_axes=(None, 0, 0))
@@ -83,27 +126,18 @@ def shifted(key: Array, images: Array) -> Array:
     return jax.vmap(augment.flip)(second, moved) if images.shape[-1] == 3 else moved
 
 
-def contrastive(
-    static: Any, scale: Callable[[Array], Array], settings: Settings, largest_pixel: int
-) -> Callable[[Any], Any]:
-    """NT-Xent between two views of each image, the readout trained along; the accuracy is its own on the first view.
+def contrastive(static: Any, scale: Scale, settings: Settings, largest_pixel: int) -> Gradient:
+    """NT-Xent between two views of each image, the readout trained along.
 
-    Args:
-        static: as for `supervised`.
-        scale: likewise.
-        settings: likewise.
-        largest_pixel: of the data set, see `forwax.lab.data.DataSet.scale`.
-
-    Returns:
-        As `supervised`.
+    The accuracy is the readout's on the first view; the arguments are those of `supervised`.
     """
-    dtype, reading = jnp.dtype(settings.dtype), ren2023.READINGS[settings.rule]
+    dtype = jnp.dtype(settings.dtype)
+    reading = ren2023.READINGS[settings.rule]
     parts = settings.parts and reading.draws_noise
 
     def gradient(rule: Any) -> Callable[..., Any]:
-        of_batch = ren2023.contrastive(
-            ren2023.Method(settings.rule, reading.losses, parts, rule), static
-        )
+        method = ren2023.Method(settings.rule, reading.losses, parts, rule)
+        of_batch = ren2023.contrastive(method, static)
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
             key, shown = jax.random.split(key)
@@ -118,3 +152,10 @@ def contrastive(
         return estimate
 
     return gradient
+
+
+GRADIENTS: Mapping[str, Callable[[Any, Scale, Settings, int], Gradient]] = {
+    "supervised": supervised,
+    "contrastive": contrastive,
+}
+"""Every objective of a LocalMixer."""

@@ -19,6 +19,7 @@ found so:
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -41,42 +42,28 @@ class OptimizerChoice:
     """An optimizer of the command line.
 
     Attributes:
-        build: from (schedule, weight decay) to the optax transformation.
-        factor: its learning rate over SGD's, for optimizers that are linear in the gradient.
+        build: from a schedule to the optax transformation; it takes `weight_decay` too where it
+            decays by itself.
         base_rate: the usual rate with true gradients, for optimizers that divide by the gradient's
             size.
+        factor: its learning rate over SGD's, for optimizers that are linear in the gradient.
+        decays: whether it decays weights by itself; elsewhere decay is a term of the gradient.
 
     >>> OPTIMIZERS["adam"].base_rate, OPTIMIZERS["sgd"].base_rate
     (0.001, None)
     """
 
-    build: Callable[[Any, float], optax.GradientTransformation]
-    factor: float = 1.0
+    build: Callable[..., optax.GradientTransformation]
     base_rate: float | None = None
-
-
-def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, float], Any]:
-    """Add weight decay, as a term of the gradient, in front of an optimizer that has none of its own."""
-
-    def with_decay(rate: Any, weight_decay: float) -> optax.GradientTransformation:
-        return (
-            optax.chain(optax.add_decayed_weights(weight_decay), build(rate))
-            if weight_decay
-            else build(rate)
-        )
-
-    return with_decay
-
-
-def _decoupled(build: Callable[..., optax.GradientTransformation]) -> Callable[[Any, float], Any]:
-    """Pass weight decay on to an optimizer that has its own."""
-    return lambda rate, weight_decay: build(rate, weight_decay=weight_decay)
+    factor: float = 1.0
+    decays: bool = False
 
 
 def decayed_by_lars(params: Any) -> Any:
-    """Say of each leaf whether LARS takes decay off it: weights alone, neither biases nor heads and readouts.
+    """Say of each leaf whether LARS takes decay off it.
 
-    So does the code of Ren et al. 2023; its trust ratio, as here, is on every leaf.
+    It does off weights alone, neither off biases nor off heads and readouts. So does the code of
+    Ren et al. 2023; its trust ratio, as here, is on every leaf.
 
     >>> from forwax.models import logistic_regression
     >>> sum(jax.tree.leaves(decayed_by_lars(logistic_regression(4, 3, key=jax.random.key(0)))))
@@ -90,30 +77,25 @@ def decayed_by_lars(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _lars(rate: Any, weight_decay: float) -> optax.GradientTransformation:
-    return optax.lars(rate, weight_decay, weight_decay_mask=decayed_by_lars)
-
-
+_momentum = functools.partial(optax.sgd, momentum=MOMENTUM)
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
-    "sgd": OptimizerChoice(_decayed(optax.sgd)),
-    "momentum": OptimizerChoice(
-        _decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM
+    "sgd": OptimizerChoice(optax.sgd),
+    "momentum": OptimizerChoice(_momentum, factor=1 - MOMENTUM),
+    "nesterov": OptimizerChoice(functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM),
+    "adam": OptimizerChoice(optax.adam, 1e-3),
+    "adamw": OptimizerChoice(optax.adamw, 1e-3, decays=True),
+    "adamax": OptimizerChoice(optax.adamax, 2e-3),
+    "nadam": OptimizerChoice(optax.nadam, 1e-3),
+    "radam": OptimizerChoice(optax.radam, 1e-3),
+    "adabelief": OptimizerChoice(optax.adabelief, 1e-3),
+    "adagrad": OptimizerChoice(optax.adagrad, 1e-2),
+    "rmsprop": OptimizerChoice(optax.rmsprop, 1e-3),
+    "lion": OptimizerChoice(optax.lion, 1e-4, decays=True),
+    "lamb": OptimizerChoice(optax.lamb, 1e-3, decays=True),
+    "lars": OptimizerChoice(
+        functools.partial(optax.lars, weight_decay_mask=decayed_by_lars), 1e-1, decays=True
     ),
-    "nesterov": OptimizerChoice(
-        _decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM
-    ),
-    "adam": OptimizerChoice(_decayed(optax.adam), base_rate=1e-3),
-    "adamw": OptimizerChoice(_decoupled(optax.adamw), base_rate=1e-3),
-    "adamax": OptimizerChoice(_decayed(optax.adamax), base_rate=2e-3),
-    "nadam": OptimizerChoice(_decayed(optax.nadam), base_rate=1e-3),
-    "radam": OptimizerChoice(_decayed(optax.radam), base_rate=1e-3),
-    "adabelief": OptimizerChoice(_decayed(optax.adabelief), base_rate=1e-3),
-    "adagrad": OptimizerChoice(_decayed(optax.adagrad), base_rate=1e-2),
-    "rmsprop": OptimizerChoice(_decayed(optax.rmsprop), base_rate=1e-3),
-    "lion": OptimizerChoice(_decoupled(optax.lion), base_rate=1e-4),
-    "lamb": OptimizerChoice(_decoupled(optax.lamb), base_rate=1e-3),
-    "lars": OptimizerChoice(_lars, base_rate=1e-1),
-    "yogi": OptimizerChoice(_decayed(optax.yogi), base_rate=1e-2),
+    "yogi": OptimizerChoice(optax.yogi, 1e-2),
 }
 """Every optimizer of the command line."""
 
@@ -125,7 +107,7 @@ SCHEDULES: Mapping[str, Callable[[float, Settings, int], optax.Schedule]] = {
         rate, 1, math.exp(-(settings.decay_rate or 0))
     ),
 }
-"""Every schedule, from (rate, settings, the number of steps after the warm-up) to a function of the step."""
+"""Every schedule, from (rate, settings, the steps after the warm-up) to a function of the step."""
 
 
 def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
@@ -142,13 +124,12 @@ def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
     >>> round(float(schedule(10_000)) / 2e-4, 3)
     0.368
     """
-    after = SCHEDULES[settings.schedule](learning_rate, settings, settings.steps - settings.warm_up)
-    if not settings.warm_up:
+    warm_up = settings.warm_up
+    after = SCHEDULES[settings.schedule](learning_rate, settings, settings.steps - warm_up)
+    if not warm_up:
         return after
-    rise = optax.linear_schedule(
-        learning_rate / settings.warm_up, learning_rate, max(settings.warm_up - 1, 1)
-    )
-    return optax.join_schedules([rise, after], [settings.warm_up])
+    rise = optax.linear_schedule(learning_rate / warm_up, learning_rate, max(warm_up - 1, 1))
+    return optax.join_schedules([rise, after], [warm_up])
 
 
 def build_optimizer(settings: Settings, learning_rate: float) -> optax.GradientTransformation:
@@ -160,8 +141,14 @@ def build_optimizer(settings: Settings, learning_rate: float) -> optax.GradientT
 
     >>> state = build_optimizer(Settings(optimizer="adam"), 1e-3).init({"w": 0.0})
     """
-    build = OPTIMIZERS[settings.optimizer].build
-    return build(build_schedule(settings, learning_rate), settings.weight_decay)
+    choice = OPTIMIZERS[settings.optimizer]
+    schedule = build_schedule(settings, learning_rate)
+    if choice.decays:
+        return choice.build(schedule, weight_decay=settings.weight_decay)
+    optimizer = choice.build(schedule)
+    if not settings.weight_decay:
+        return optimizer
+    return optax.chain(optax.add_decayed_weights(settings.weight_decay), optimizer)
 
 
 def suggest_rate(
@@ -171,7 +158,7 @@ def suggest_rate(
     effective_dimension: int | None = None,
     noise: int | None = None,
 ) -> float:
-    """Find a learning rate for a rule from the one tuned for backprop; the module's docstring tells how.
+    """Find a learning rate for a rule from the one tuned for backprop, as told above.
 
     Args:
         settings: the run's settings; `backprop_rate` and `optimizer` are read.
@@ -184,13 +171,14 @@ def suggest_rate(
     Returns:
         A learning rate.
 
-    >>> suggest_rate(Settings(backprop_rate=0.5), fx.Backprop(), n=1000)
+    >>> settings = Settings(backprop_rate=0.5, batch_size=64)
+    >>> suggest_rate(settings, fx.Backprop(), n=1000)
     0.5
-    >>> round(suggest_rate(Settings(backprop_rate=0.5), fx.WeightPerturbation(), n=1000), 6)
+    >>> round(suggest_rate(settings, fx.WeightPerturbation(), n=1000), 6)
     0.0005
-    >>> round(suggest_rate(Settings(backprop_rate=0.5), fx.WeightPerturbation(), n=1000, effective_dimension=100), 6)
+    >>> round(suggest_rate(settings, fx.WeightPerturbation(), 1000, effective_dimension=100), 6)
     0.005
-    >>> round(suggest_rate(Settings(backprop_rate=0.5, batch_size=64), fx.ActivityPerturbation(), n=1000, noise=97), 6)
+    >>> round(suggest_rate(settings, fx.ActivityPerturbation(), n=1000, noise=97), 6)
     0.071429
     """
     choice = OPTIMIZERS[settings.optimizer]

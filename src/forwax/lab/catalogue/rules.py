@@ -1,4 +1,4 @@
-"""Tables of the rules, tangents and combinations that the command line offers: one line adds one."""
+"""Tables of the rules, tangents and combinations of the command line: one line adds one."""
 
 from __future__ import annotations
 
@@ -11,34 +11,38 @@ import jax
 import jax.numpy as jnp
 
 import forwax as fx
-from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax import combine, tangents
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import UsageError, flag
 from forwax.models import ren2023
 
-TANGENTS: Mapping[str, Callable[[Settings, Any], Any]] = {
-    "rademacher": lambda settings, guess: fx.tangents.Rademacher(),
-    "low-rank": lambda settings, guess: fx.tangents.LowRank(),
-    "normal": lambda settings, guess: fx.tangents.Normal(),
-    "sphere": lambda settings, guess: fx.tangents.Sphere(),
-    "coordinate": lambda settings, guess: fx.tangents.Coordinate(),
-    "coordinate-without-replacement": lambda settings, guess: fx.tangents.Coordinate(replace=False),
-    "hadamard": lambda settings, guess: fx.tangents.Hadamard(),
-    "orthonormal": lambda settings, guess: fx.tangents.Orthonormal(),
-    "sparse": lambda settings, guess: fx.tangents.Sparse(settings.density or 0.1),
-    "guided": lambda settings, guess: fx.tangents.Guided(guess),
+TANGENTS: Mapping[str, Any] = {
+    "rademacher": tangents.Rademacher(),
+    "low-rank": tangents.LowRank(),
+    "normal": tangents.Normal(),
+    "sphere": tangents.Sphere(),
+    "coordinate": tangents.Coordinate(),
+    "coordinate-without-replacement": tangents.Coordinate(replace=False),
+    "hadamard": tangents.Hadamard(),
+    "orthonormal": tangents.Orthonormal(),
+    "sparse": tangents.Sparse(0.1),
+    "guided": tangents.Guided(None),
 }
-"""How to build each distribution of tangents from the settings and the guess."""
+"""Every distribution of tangents; a density and a guess are put in where a rule is built."""
 
-COMBINES: Mapping[str, Callable[[Any], Any]] = {
-    "mean": lambda guess: fx.combine.Mean(),
-    "projection": lambda guess: fx.combine.Projection(),
-    "shrinkage": lambda guess: fx.combine.Shrinkage(),
-    "control-variate": lambda guess: fx.combine.ControlVariate(guess),
+COMBINES: Mapping[str, Any] = {
+    "mean": combine.Mean(),
+    "projection": combine.Projection(),
+    "shrinkage": combine.Shrinkage(),
+    "control-variate": combine.ControlVariate(None),
 }
-"""How to build each combination from the guess."""
-
+"""Every combination; likewise."""
 
 FEEDBACK = 0xFEED
 """Folded into a seed's key for fixed feedback: the small numbers give the run's other keys."""
+
+Build = Callable[[Settings, Any], fx.Rule]
+"""From the settings and what the rule keeps between steps to the rule."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class RuleChoice:
     """A rule of the command line.
 
     Attributes:
-        build: from the settings and what the rule keeps between steps to the rule.
+        build: builds it.
         takes: the settings that it takes.
         about: one line about it.
         backward: what it does backwards, in one sentence for the end of a run.
@@ -60,7 +64,7 @@ class RuleChoice:
     ('chunk_size',)
     """
 
-    build: Callable[[Settings, Any], Any]
+    build: Build
     takes: tuple[str, ...]
     about: str
     backward: str = "No reverse mode was used: no backward pass, and nothing kept for one."
@@ -71,74 +75,80 @@ class RuleChoice:
     tangents: str = "rademacher"
 
 
+def _tangents(settings: Settings, guess: Any) -> tangents.Tangents:
+    name = settings.tangents or RULES[settings.rule].tangents
+    if name == "sparse":
+        return tangents.Sparse(settings.density or 0.1)
+    return tangents.Guided(guess) if name == "guided" else TANGENTS[name]
+
+
 def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
     """Build what all rules with tangents share."""
+    name = settings.combine or "mean"
+    combination = COMBINES[name]
+    if name == "control-variate":
+        combination = dataclasses.replace(combination, guess=guess)
     return {
-        "tangents": TANGENTS[settings.tangents or RULES[settings.rule].tangents](settings, guess),
+        "tangents": _tangents(settings, guess),
         "num_tangents": settings.num_tangents or 1,
-        "combine": COMBINES[settings.combine or "mean"](guess),
+        "combine": combination,
     }
 
 
-def _weight(settings: Settings, guess: Any) -> Any:
+def _weight(settings: Settings, guess: Any) -> fx.Rule:
     return fx.WeightPerturbation(**_parts(settings, guess), chunk_size=settings.chunk_size)
 
 
-def _exact(settings: Settings, guess: Any) -> Any:
+def _exact(settings: Settings, guess: Any) -> fx.Rule:
     return fx.Exact() if settings.chunk_size is None else fx.Exact(chunk_size=settings.chunk_size)
 
 
-def _finite_difference(settings: Settings, guess: Any) -> Any:
+def _finite_difference(settings: Settings, guess: Any) -> fx.Rule:
     return fx.FiniteDifference(**_parts(settings, guess), epsilon=settings.epsilon or 1e-3)
 
 
-def _backprop(settings: Settings, guess: Any) -> Any:
-    return fx.Backprop()
-
-
-def _activity(settings: Settings, guess: Any) -> Any:
+def _activity(settings: Settings, guess: Any) -> fx.Rule:
     return fx.ActivityPerturbation(**_parts(settings, guess))
 
 
-def _feedback(settings: Settings, feedback: Any) -> Any:
+def _backprop(settings: Settings, guess: Any) -> fx.Rule:
+    return fx.Backprop()
+
+
+def _feedback(settings: Settings, feedback: Any) -> fx.Rule:
     return fx.FeedbackAlignment(feedback)
 
 
-def _direct_feedback(settings: Settings, guess: Any) -> Any:
+def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
     return fx.DirectFeedbackAlignment(jax.random.fold_in(jax.random.key(settings.seed), FEEDBACK))
 
 
+def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
+    drawn: dict[str, Any] = {
+        "tangents": _tangents(settings, None),
+        "num_tangents": settings.num_tangents or 1,
+    }
+    return ren2023.method(settings.rule, None, jax.random.key(settings.seed), **drawn).rule
+
+
 _LOCAL = (
-    "No error crossed two layers: reverse mode was used inside single layers and behind "
-    "the "
-    "last one alone."
+    "No error crossed two layers: reverse mode was used inside single layers and behind the last "
+    "one alone."
 )
-
 _SAFETY = ("clip_slopes", "skip_bad_slopes")
-
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 
-def _published(name: str) -> RuleChoice:
-    """A method of Ren et al. 2023 by its name in the paper."""
-    reading = ren2023.READINGS[name]
-
-    def build(settings: Settings, feedback: Any) -> Any:
-        if reading.draws_noise:
-            noise, key = (
-                TANGENTS[settings.tangents or "hadamard"](settings, None),
-                jax.random.key(settings.seed),
-            )
-            return ren2023.method(
-                name, None, key, tangents=noise, num_tangents=settings.num_tangents or 1
-            ).rule
-        return {"BP": _backprop, "FA": _feedback, "DFA": _direct_feedback}[reading.kind](
-            settings, feedback
-        )
-
-    aligned, crosses = reading.kind == "FA", reading.kind in ("BP", "FA")
+def _published(reading: ren2023.Reading) -> RuleChoice:
+    """A method of Ren et al. 2023."""
+    without_noise: dict[str, Build] = {
+        "BP": _backprop,
+        "FA": _feedback,
+        "DFA": _direct_feedback,
+    }
+    crosses = reading.kind in ("BP", "FA")
     return RuleChoice(
-        build,
+        without_noise.get(reading.kind, _published_noise),
         ("tangents", "num_tangents") if reading.draws_noise else (),
         "as in Ren et al. 2023",
         "" if crosses else _LOCAL,
@@ -146,7 +156,7 @@ def _published(name: str) -> RuleChoice:
         reverse_mode=crosses,
         needs_data=True,
         published=True,
-        keeps_feedback=aligned,
+        keeps_feedback=reading.kind == "FA",
     )
 
 
@@ -175,7 +185,7 @@ RULES: Mapping[str, RuleChoice] = {
         (),
         "errors cross layers through fixed random matrices",
         "",
-        True,
+        reverse_mode=True,
         needs_data=True,
         keeps_feedback=True,
     ),
@@ -187,7 +197,7 @@ RULES: Mapping[str, RuleChoice] = {
         needs_data=True,
     ),
     "backprop": RuleChoice(_backprop, (), "reverse mode, the reference", "", reverse_mode=True),
-    **{name: _published(name) for name in ren2023.NAMES},
+    **{name: _published(reading) for name, reading in ren2023.READINGS.items()},
 }
 """Every rule of the command line."""
 
@@ -196,19 +206,19 @@ RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon", *_SAFETY)
 
 
 def needs_guess(settings: Settings) -> bool:
-    """Say whether the rule uses a guess of the gradient, kept as an exponential mean of past estimates.
+    """Say whether the rule uses a guess of the gradient, a running mean of past estimates.
 
-    >>> needs_guess(Settings(tangents="guided")), needs_guess(Settings(rule="backprop", tangents="guided"))
-    (True, False)
+    >>> needs_guess(Settings(tangents="guided"))
+    True
+    >>> needs_guess(Settings(rule="backprop", tangents="guided"))
+    False
     """
-    takes = RULES[settings.rule].takes
-    return "tangents" in takes and (
-        settings.tangents == "guided" or settings.combine == "control-variate"
-    )
+    guesses = settings.tangents == "guided" or settings.combine == "control-variate"
+    return guesses and "tangents" in RULES[settings.rule].takes
 
 
 def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
-    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones; see `forwax.lab.training.program`.
+    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones.
 
     A step whose loss is not finite is not skipped: the loop stops before it, and keeps a
     checkpoint. So it does where a slope that is not skipped makes the gradient so.
@@ -216,15 +226,14 @@ def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
     >>> guard_rule(Settings(), fx.WeightPerturbation()) == fx.WeightPerturbation()
     True
     """
-    if settings.clip_slopes is None and not settings.skip_bad_slopes:
+    skip = bool(settings.skip_bad_slopes)
+    if settings.clip_slopes is None and not skip:
         return rule
-    return fx.Safe(
-        rule, clip=settings.clip_slopes, skip=bool(settings.skip_bad_slopes), history=history
-    )
+    return fx.Safe(rule, clip=settings.clip_slopes, skip=skip, history=history)
 
 
 def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
-    """Give what the rule keeps between steps: a guess of zero, fixed feedback matrices, or nothing.
+    """Give what the rule keeps between steps: a guess of zero, fixed feedback, or nothing.
 
     Args:
         settings: the run's settings.
@@ -277,30 +286,26 @@ def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
     >>> check_rule(Settings(rule="exact"), {}).num_tangents is None
     True
     """
-    takes = set(RULES[settings.rule].takes)
-    settings = dataclasses.replace(
-        settings, tangents=settings.tangents or RULES[settings.rule].tangents
-    )
+    rule = RULES[settings.rule]
+    settings = dataclasses.replace(settings, tangents=settings.tangents or rule.tangents)
+    takes = set(rule.takes)
     if settings.tangents != "sparse":
         takes.discard("density")
     if not needs_guess(settings):
         takes.discard("guess_decay")
-    refused = [name for name in RULE_SETTINGS if name in given and name not in takes]
-    if refused:
-        raise UsageError(_refusal(refused[0], settings))
-    dropped = dict.fromkeys(name for name in RULE_SETTINGS if name not in takes)
-    return dataclasses.replace(settings, **dropped)
+    left_out = [name for name in RULE_SETTINGS if name not in takes]
+    for name in left_out:
+        if name in given:
+            raise UsageError(f"{flag(name)} {_why_not(name, settings)}.")
+    return dataclasses.replace(settings, **dict.fromkeys(left_out))
 
 
-def _refusal(name: str, settings: Settings) -> str:
-    option = "--" + name.replace("_", "-")
-    if name == "density" and "tangents" in RULES[settings.rule].takes:
-        return f"{option} belongs to --tangents sparse, but the tangents are {settings.tangents}."
-    if name == "guess_decay" and "tangents" in RULES[settings.rule].takes:
-        return (
-            f"{option} belongs to --tangents guided or --combine control-variate, and "
-            f"neither "
-            f"was chosen."
-        )
+def _why_not(name: str, settings: Settings) -> str:
+    """Say why the settings do not take one of their own."""
+    draws = "tangents" in RULES[settings.rule].takes
+    if draws and name == "density":
+        return f"belongs to --tangents sparse, but the tangents are {settings.tangents}"
+    if draws and name == "guess_decay":
+        return "belongs to --tangents guided or --combine control-variate, and neither was chosen"
     takers = ", ".join(rule for rule, choice in RULES.items() if name in choice.takes)
-    return f"{option} does not apply to --rule {settings.rule}; it belongs to: {takers}."
+    return f"does not apply to --rule {settings.rule}; it belongs to: {takers}"

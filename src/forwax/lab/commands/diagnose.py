@@ -1,10 +1,10 @@
-"""`forwax diagnose`: what rules give and cost on an experiment's own loss, and one sentence of advice."""
+"""`forwax diagnose`: what rules give and cost on an experiment's own loss, and advice."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,12 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.diagnosis import Diagnosis
-from forwax.lab.catalogue import named_rules
-from forwax.lab.catalogue import rules as choices
-from forwax.lab.catalogue.named_rules import NamedRule
+from forwax.lab.catalogue import names
+from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_configuration, find_experiment
-from forwax.lab.catalogue.settings import Settings, UsageError
-from forwax.lab.flags import Chosen
+from forwax.lab.catalogue.rules import build_rule, initial_guess
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import Chosen, Count, UsageError, check_ranges
 from forwax.lab.training.problem import Problem, build_problem
 
 DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
@@ -27,7 +26,7 @@ DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseOptions:
-    """Measure what rules give and cost on an experiment, beside backprop, and say in one sentence which to use.
+    """Measure what rules give and cost on an experiment, beside backprop, and say which to use.
 
     Example:
         ```sh
@@ -39,12 +38,12 @@ class DiagnoseOptions:
     experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
     """Whose loss, on what data."""
     rules: tuple[str, ...] = DEFAULT_RULES
-    """The rules, by the names of `forwax compare`, followed by a number of tangents where wanted."""
-    batch_size: Chosen[int] = None
+    """The rules, by the names of `forwax compare`, and a number of tangents where wanted."""
+    batch_size: Chosen[Count] = None
     """The number of examples; the default belongs to the experiment."""
-    draws: int = 16
+    draws: Count = 16
     """How many estimates of each rule are compared with the exact gradient."""
-    rounds: int = 10
+    rounds: Count = 10
     """How often each program is timed, all of them in turn."""
     seed: int = 0
     """The seed of the initial parameters, the batch and the tangents."""
@@ -66,16 +65,13 @@ def run(options: DiagnoseOptions) -> int:
         forwax diagnose digits --batch-size 256
         ```
     """
-    for name in ("batch_size", "draws", "rounds"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    named = named_rules.parse_all(options.rules)
+    check_ranges(options)
+    named = names.parse_all(options.rules)
     experiment = find_experiment(options.experiment)
     problem = build_problem(experiment, Settings(), options.data_dir)
     size = options.batch_size or find_configuration(experiment, "default").batch_size
-    if size > len(problem.train[0]):
-        most = len(problem.train[0])
+    most = len(problem.train[0])
+    if size > most:
         raise UsageError(
             f"--batch-size must be at most the {most} examples of the training set, got {size}."
         )
@@ -87,10 +83,8 @@ def run(options: DiagnoseOptions) -> int:
     return 0
 
 
-def measure(
-    problem: Problem, named: list[NamedRule], size: int, options: DiagnoseOptions
-) -> Diagnosis:
-    """Diagnose the rules on one random batch at the initial parameters."""
+def measure(problem: Problem, named: list[NamedRule], size: int, options: DiagnoseOptions) -> Any:
+    """Diagnose the rules on one random batch at the initial parameters; see `forwax.diagnose`."""
     init, feedback, key = jax.random.split(jax.random.key(options.seed), 3)
     params = problem.init(init)
     chosen = np.random.default_rng(options.seed).choice(len(problem.train[0]), size, replace=False)
@@ -98,9 +92,7 @@ def measure(
     rules = {}
     for each in named:
         settings = Settings(**each.given)
-        rules[each.about] = choices.build_rule(
-            settings, choices.initial_guess(settings, params, feedback)
-        )
+        rules[each.about] = build_rule(settings, initial_guess(settings, params, feedback))
     diagnose = fx.diagnose(
         problem.loss,
         rules,

@@ -12,8 +12,8 @@ from rich.console import Console
 import forwax as fx
 from forwax.lab import style
 from forwax.lab.catalogue import rules as choices
-from forwax.lab.catalogue.settings import Settings, UsageError
-from forwax.lab.flags import Chosen
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import Chosen, UsageError
 from forwax.lab.optimize import numbers
 from forwax.lab.optimize.descent import Plan, descend, measure
 from forwax.lab.pictures import descent as picture

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
+from forwax.lab import report
 from forwax.lab.catalogue.columns import COLUMNS, RULES, Column
-from forwax.lab.catalogue.entries import Entry
 from forwax.lab.catalogue.experiments import EXPERIMENTS
-from forwax.lab.catalogue.options import check_ranges
-from forwax.lab.catalogue.settings import Settings, UsageError
+from forwax.lab.catalogue.names import Entry
+from forwax.lab.catalogue.options import check_numbers
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
-from forwax.lab.flags import Chosen
+from forwax.lab.flags import Chosen, Count, Natural, UsageError, check_ranges
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
-from forwax.lab.training.folder import write_text
 from forwax.lab.training.problem import checksum_of, problem_of
-from forwax.lab.training.signals import INTERRUPTED, NOT_FINITE, TERMINATED, Signals
+from forwax.lab.training.session import NOT_FINITE, Signals
 
 if TYPE_CHECKING:
     ColumnName = str
@@ -41,7 +37,7 @@ class ReproduceOptions:
 
     Example:
         ```sh
-        forwax reproduce ren2023                                   # LocalMixer M/1/16 on MNIST, all 13 methods
+        forwax reproduce ren2023                   # LocalMixer M/1/16 on MNIST, all 13 methods
         forwax reproduce ren2023 --column mnist-s --seeds 3
         forwax reproduce ren2023 --rules BP LG-FG-A LG-FG-A:4      # one noise a step, and four
         forwax reproduce ren2023 --column cifar-m --rules LG-FG-A  # for a GPU
@@ -49,31 +45,31 @@ class ReproduceOptions:
     """
 
     paper: Annotated[Literal["ren2023"], tyro.conf.Positional] = "ren2023"
-    """Whose experiments: Ren, Kornblith, Liao, Hinton 2023, "Scaling Forward Gradient With Local Losses"."""
+    """Whose experiments: Ren et al. 2023, "Scaling Forward Gradient With Local Losses"."""
     column: ColumnName = "mnist-m"
     """The model, the data set and the objective."""
     rules: tuple[str, ...] = RULES
-    """Methods; of forward gradients also so many noises (LG-FG-A:4), of a kind (:normal), or :one-slope an example."""
-    seeds: int = 3
+    """Methods; of forward gradients also LG-FG-A:4 (noises), :normal (kind), :one-slope."""
+    seeds: Count = 3
     """How many seeds; the first is 0."""
-    epochs: Chosen[int] = None
+    epochs: Chosen[Count] = None
     """Passes over the training set, instead of the column's."""
-    steps: Chosen[int] = None
+    steps: Chosen[Count] = None
     """Training steps, instead of epochs."""
-    batch_size: Chosen[int] = None
+    batch_size: Chosen[Count] = None
     """The number of examples of a step, instead of the column's."""
     learning_rate: Chosen[float] = None
     """One rate for all methods, instead of the column's own for each."""
     augment: Chosen[bool] = None
-    """Whether supervised training images are shifted by up to 2 pixels, and flipped where coloured."""
+    """Whether supervised images are shifted by up to 2 pixels, and flipped where coloured."""
     dtype: Chosen[Literal["float32", "bfloat16"]] = None
     """The floating type that the model computes in, instead of the column's."""
-    examples: Chosen[int] = None
+    examples: Chosen[Count] = None
     """Use only so many training and test images, to try a command out."""
-    holdout: int = 0
-    """Hold out so many of the last training images and report errors on them, to choose settings by."""
+    holdout: Natural = 0
+    """Hold out so many of the last training images, to choose settings by errors on them."""
     out: Path = Path("runs/ren2023")
-    """The folder of results; what is finished is kept there, and the same command goes on where it stopped."""
+    """The folder of results; the same command goes on there where it stopped."""
     data_dir: Chosen[Path] = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
@@ -113,30 +109,30 @@ def run(options: ReproduceOptions) -> int:
         forwax reproduce ren2023 --rules BP LG-BP LG-FG-A --seeds 1
         ```
     """
-    column, entries = COLUMNS[options.column], parse_entries(options)
+    column = COLUMNS[options.column]
+    entries = parse_entries(options)
     data = prepared(load(column.settings.data or "", options.data_dir), options)
+    checksum = checksum_of(data)
     folder = options.out / column.name
-    checksum, finite = checksum_of(data), True
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
             f"--out: the folder {folder} cannot be made ({error.strerror}); choose another."
         ) from error
+    finite = True
     with Signals().watch() as signals:
         try:
             for seed in range(options.seeds):
                 for entry in dict.fromkeys(entries):
                     summary = run_one(folder, column, entry, seed, data, options, signals)
                     finite &= summary["finite"]
-                    save(
-                        folder, column, checksum, _facts(column, entries[0], data, options, summary)
-                    )
+                    settings = settings_of(column, entries[0], data, options, seed=0)
+                    save(folder, column, checksum, _facts(settings, summary, options.holdout))
         except KeyboardInterrupt:
             print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
-            return TERMINATED if signals.received == signal.SIGTERM else INTERRUPTED
-    console = Console() if sys.stdout.isatty() else Console(width=150)
-    console.print(table.make_table(column, *finished(folder, checksum)))
+            return signals.code
+    report.print_tables(table.make_table(column, *finished(folder, checksum)), width_in_logs=150)
     print(f"Table, curves and runs: {folder}")
     return 0 if finite else NOT_FINITE
 
@@ -150,48 +146,38 @@ def parse_entries(options: ReproduceOptions) -> list[Entry]:
     >>> [entry.name for entry in parse_entries(ReproduceOptions(rules=("BP", "LG-FG-A:4")))]
     ['BP', 'LG-FG-A:4']
     """
-    for name in ("seeds", "epochs", "examples", "steps", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    check_ranges(options)
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--steps and --epochs both say how long to train; give one of them.")
     if not options.rules:
         raise UsageError(
             "--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run."
         )
-    if options.holdout < 0:
-        raise UsageError(f"--holdout must be zero or more, got {options.holdout}.")
     return [Entry.parse(text) for text in options.rules]
 
 
 def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
-    """Cut the data down to what the options ask for: fewer examples, or a part held out in place of the test set.
+    """Cut the data down: fewer examples, or a part held out in place of the test set.
 
     Raises:
         UsageError: when nothing would be left to train on.
     """
-    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
-    if options.holdout:
-        if options.holdout >= len(train[0]):
-            raise UsageError(
-                f"--holdout must leave images to train on; there are {len(train[0])} in all."
-            )
-        train, test = [x[: -options.holdout] for x in train], [x[-options.holdout :] for x in train]
-    (train_images, train_labels), (test_images, test_labels) = (
-        [x[: options.examples] for x in y] for y in (train, test)
-    )
-    return dataclasses.replace(
-        data,
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
-    )
+    train = [data.train_images, data.train_labels]
+    test = [data.test_images, data.test_labels]
+    held = options.holdout
+    if held:
+        total = len(train[0])
+        if held >= total:
+            raise UsageError(f"--holdout must leave images to train on; there are {total} in all.")
+        test = [x[-held:] for x in train]
+        train = [x[:-held] for x in train]
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    cut = [x[: options.examples] for x in (*train, *test)]
+    return dataclasses.replace(data, **dict(zip(names, cut, strict=True)))
 
 
 def settings_of(
-    column: Column, entry: Entry, num_examples: int, options: ReproduceOptions, seed: int
+    column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, seed: int
 ) -> Settings:
     """Give the settings of one run.
 
@@ -199,9 +185,11 @@ def settings_of(
         UsageError: when one is out of range.
     """
     names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
-    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    named = {name: getattr(options, name) for name in names}
+    changes = {name: value for name, value in named.items() if value is not None}
+    num_examples = len(data.train_images)
     settings = entry.settings(column, num_examples, seed=seed, **changes)
-    check_ranges(settings, num_examples)
+    check_numbers(settings, num_examples)
     return settings
 
 
@@ -221,39 +209,31 @@ def run_one(
     """
     if signals.received is not None:
         raise KeyboardInterrupt
-    settings = settings_of(column, entry, len(data.train_images), options, seed)
+    settings = settings_of(column, entry, data, options, seed)
     problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
-    print(
-        f"{column.title}: {entry.name}, seed {seed}, learning rate {settings.learning_rate:g}",
-        flush=True,
-    )
-    return runs.train(folder_of(folder, entry, seed), problem, settings, _teller(), signals)
+    rate = f"learning rate {settings.learning_rate:g}"
+    print(f"{column.title}: {entry.name}, seed {seed}, {rate}", flush=True)
+    return runs.train(folder_of(folder, entry, seed), problem, settings, _tell, signals)
 
 
-def _teller() -> Callable[[str], None]:
-    return lambda line: print(f"  {line}", flush=True)
+def _tell(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
-def _facts(
-    column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, summary: dict[str, Any]
-) -> str:
-    settings = settings_of(column, entry, len(data.train_images), options, 0)
-    told = table.facts(column, settings, summary, os.cpu_count())
-    if options.holdout:
-        told += (
-            f" Errors are on {options.holdout} training images that were held out, not on "
-            f"the "
-            f"test set."
-        )
+def _facts(settings: Settings, summary: dict[str, Any], held: int) -> str:
+    told = table.facts(settings, summary, os.cpu_count())
+    if held:
+        told += f" Errors are on {held} training images that were held out, not on the test set."
     return told
 
 
 def save(folder: Path, column: Column, checksum: str, facts: str) -> None:
-    """Write the table and the curves of all that is finished on this data, by this call or another."""
+    """Write the table and the curves of all that is finished on this data, by any call."""
     # imported here: matplotlib takes a second that `forwax reproduce --help` need not wait for
     from forwax.lab import style
-    from forwax.lab.pictures import reproduction as picture
+    from forwax.lab.pictures import reproduction
 
     entries, results = finished(folder, checksum)
-    write_text(folder / TABLE, table.markdown(column, entries, results, facts))
-    style.save(picture.draw(column, entries, results), folder / FIGURE, dpi=120)
+    cells = table.make_table(column, entries, results).markdown()
+    report.write_text(folder / TABLE, f"**{column.title}**\n\n{cells}\n\n{facts}\n")
+    style.save(reproduction.draw(column, entries, results), folder / FIGURE, dpi=120)

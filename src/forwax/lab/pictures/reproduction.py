@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from forwax.lab import style
 from forwax.lab.catalogue.columns import Column
-from forwax.lab.catalogue.entries import Entry
+from forwax.lab.catalogue.names import Entry
 from forwax.lab.ren2023.table import Results
 from forwax.models import ren2023
 

@@ -1,27 +1,24 @@
-"""The training loop: a compiled program that runs a block of steps, however many, and stops before a non-finite one.
+"""Compiled training: a program that runs a block of steps and stops before a non-finite one.
 
 The order of the data depends on (seed, epoch) and the tangents on (seed, step) alone, so that the
-result does not depend on how the steps are cut into blocks.
+result does not depend on how the steps are cut into blocks. The learning rate and the seed are
+inputs, so that one program serves every run of a rule.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import forwax as fx
-from forwax.lab.catalogue import rules as choices
-from forwax.lab.catalogue.optimizers import build_optimizer
-from forwax.lab.catalogue.settings import Settings, UsageError
-from forwax.lab.training.problem import Problem
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.training.problem import Examples, Problem
+from forwax.lab.training.step import TrainState, init_state, make_step, placement, split_seed
 
 MAX_BLOCK = 4096
 """The most steps of one block: the size of the buffers of losses and accuracies."""
@@ -29,27 +26,8 @@ MAX_BLOCK = 4096
 EVALUATION_BATCH = 500
 
 
-class TrainState(NamedTuple):
-    """Everything that the next step depends on, besides the settings and the data."""
-
-    params: Any
-    opt_state: Any
-    guess: Any
-    step: jax.Array
-    slopes: Any = None
-    """What `forwax.Safe` remembers of them, or None."""
-
-
-class Keys(NamedTuple):
-    """The three independent keys of a run."""
-
-    init: jax.Array
-    data: jax.Array
-    noise: jax.Array
-
-
 class Block(NamedTuple):
-    """What a block of steps reports: a loss and an accuracy for each step that it made, and whether it had to stop.
+    """What a block of steps reports: a loss and an accuracy for each step that it made.
 
     `stopped_by` is the loss of the first step that was not made because it was not finite, or None.
     """
@@ -61,6 +39,7 @@ class Block(NamedTuple):
 
 class _Carry(NamedTuple):
     state: TrainState
+    # the epoch and its permutation of the data pass from block to block
     epoch: jax.Array
     order: jax.Array
     done: jax.Array
@@ -70,108 +49,18 @@ class _Carry(NamedTuple):
     accuracies: jax.Array
 
 
-def split_seed(seed: int) -> Keys:
-    """Give the keys of a seed.
-
-    >>> split_seed(0).init.shape
-    ()
-    """
-    return Keys(*jax.random.split(jax.random.key(seed), 3))
-
-
-def init_state(problem: Problem, settings: Settings) -> TrainState:
-    """Give the state before the first step.
-
-    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
-    >>> from forwax.lab.training.problem import build_problem
-    >>> settings = Settings(learning_rate=0.1)
-    >>> int(init_state(build_problem(EXPERIMENTS["digits"], settings), settings).step)
-    0
-    """
-    optimizer = _optimizer(settings)
-
-    def init() -> TrainState:
-        key = split_seed(settings.seed).init
-        params = problem.init(key)
-        guess = choices.initial_guess(settings, params, jax.random.fold_in(key, choices.FEEDBACK))
-        rule = choices.guard_rule(settings, choices.build_rule(settings, guess))
-        slopes = rule.init().history if isinstance(rule, fx.Safe) else None
-        return TrainState(params, optimizer.init(params), guess, jnp.int32(0), slopes)
-
-    # one program instead of one for each operation
-    return jax.jit(init)()
-
-
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    if settings.learning_rate is None:
-        raise ValueError(
-            "expected settings with a learning rate, got None; use forwax.lab.catalogue.options.resolve"
-        )
-    return build_optimizer(settings, settings.learning_rate)
-
-
-def make_step(problem: Problem, settings: Settings) -> Any:
-    """Make one training step as a pure function, not compiled.
-
-    Args:
-        problem: the experiment made ready.
-        settings: the run's settings.
-
-    Returns:
-        A function from (state, images uint8 [batch, ...], labels [batch]) to (state, loss,
-        accuracy, finite). Where the loss or the squared norm of the gradient is not finite, the
-        state comes back unchanged.
-
-    Example: `state, loss, accuracy, finite = make_step(problem, settings)(state, images, labels)`
-    """
-    optimizer, noise_key = _optimizer(settings), split_seed(settings.seed).noise
-
-    def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
-        key, slopes = jax.random.fold_in(noise_key, state.step), state.slopes
-        rule = choices.guard_rule(settings, choices.build_rule(settings, state.guess), slopes)
-        if isinstance(rule, fx.Safe) and problem.custom_gradient is None:
-            gradient = rule.step(problem.loss, has_aux=True, in_axes=(None, 0, 0))
-            (loss, correct), grads, rule = gradient(key, state.params, images, labels)
-            slopes = rule.history
-        else:
-            (loss, correct), grads = problem.gradient(rule)(key, state.params, images, labels)
-        finite = jnp.isfinite(loss) & jnp.isfinite(_squared_norm(grads))
-        # a branch, not a select: a select would copy all parameters at every step
-        advance = lambda s: _advance(s, grads, optimizer, settings)._replace(slopes=slopes)  # noqa: E731
-        state = jax.lax.cond(finite, advance, lambda s: s, state)
-        return state, loss, jnp.mean(correct, dtype=jnp.float32), finite
-
-    return step
-
-
-def _squared_norm(tree: Any) -> jax.Array:
-    return sum((jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(tree)), jnp.float32(0))
-
-
-def _advance(
-    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, settings: Settings
-) -> TrainState:
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    guess = state.guess
-    if choices.needs_guess(settings):
-        kept = settings.guess_decay or 0.0
-        guess = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
-    return TrainState(optax.apply_updates(state.params, updates), opt_state, guess, state.step + 1)
-
-
 def make_block(problem: Problem, settings: Settings) -> Any:
-    """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
-
-    `epoch` and `order` pass the epoch's permutation on from block to block. The learning rate and
-    the seed of the settings may be traced values, so that one program serves many.
-    """
-    step, data_key = make_step(problem, settings), split_seed(settings.seed).data
-    looped, num_examples, batch = loops_well(problem), len(problem.train[0]), settings.batch_size
+    """Make the function that runs `count` steps, or one at a time where `loops_well` says no."""
+    step = make_step(problem, settings)
+    data_key = split_seed(settings.seed).data
     spread = placement(settings)[1]
-    per_epoch, numbers = num_examples // batch, jnp.arange(num_examples, dtype=jnp.int32)
+    batch = settings.batch_size
+    num_examples = len(problem.train[0])
+    looped = loops_well(problem)
+    numbers = jnp.arange(num_examples, dtype=jnp.int32)
 
     def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
-        epoch, position = jnp.divmod(carry.state.step, per_epoch)
+        epoch, position = jnp.divmod(carry.state.step, num_examples // batch)
         order = jax.lax.cond(
             epoch == carry.epoch,
             lambda: carry.order,
@@ -191,54 +80,16 @@ def make_block(problem: Problem, settings: Settings) -> Any:
             accuracies=carry.accuracies.at[carry.done].set(accuracy),
         )
 
-    def block(
-        state: TrainState, epoch: Any, order: Any, count: Any, images: Any, labels: Any
-    ) -> _Carry:
+    def block(state: TrainState, epoch: Any, order: Any, count: Any, *data: Any) -> _Carry:
         buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
-        start = _Carry(
-            state, epoch, order, jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer
-        )
+        none = jnp.int32(0), jnp.bool(True), jnp.float32(0)
+        start = _Carry(state, epoch, order, *none, buffer, buffer)
         if not looped:  # one step, whatever the count
-            return body(start, images, labels)
-        return jax.lax.while_loop(
-            lambda carry: (carry.done < count) & carry.finite,
-            lambda carry: body(carry, images, labels),
-            start,
-        )
+            return body(start, *data)
+        goes_on = lambda carry: (carry.done < count) & carry.finite  # noqa: E731
+        return jax.lax.while_loop(goes_on, lambda carry: body(carry, *data), start)
 
     return block
-
-
-def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any], Any]]:
-    """Say where a run's arrays lie, and spread a batch over the devices where the settings say so.
-
-    Args:
-        settings: the run's settings.
-
-    Returns:
-        A sharding that copies an array to every local device, or None for the one default device;
-        and a function that spreads the leading axis of arrays inside a compiled program.
-
-    Raises:
-        UsageError: when a batch cannot be spread evenly.
-
-    >>> placement(Settings())[0] is None
-    True
-    """
-    devices = jax.local_devices()
-    if not settings.data_parallel or len(devices) == 1:
-        return None, lambda batch: batch
-    if settings.batch_size % len(devices):
-        raise UsageError(
-            f"--batch-size must be a multiple of the {len(devices)} local devices that share it, "
-            f"got "
-            f"{settings.batch_size}."
-        )
-    mesh = jax.make_mesh((len(devices),), ("examples",), (AxisType.Auto,), devices=devices)
-    rows = NamedSharding(mesh, PartitionSpec("examples"))
-    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(
-        batch, rows
-    )
 
 
 def loops_well(problem: Problem) -> bool:
@@ -256,49 +107,53 @@ def loops_well(problem: Problem) -> bool:
     return not (convolves and jax.default_backend() == "cpu")
 
 
-def make_evaluator(problem: Problem) -> Any:
-    """Make the function from parameters and images in batches to the summed loss and the number of right answers."""
+class Scorer:
+    """Gives the mean loss and the accuracy of parameters on one set, the same way for every rule.
 
-    def of_batch(
-        params: Any, images: jax.Array, labels: jax.Array, weight: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images, labels)
-        return jnp.sum(jnp.where(weight, losses, 0)), jnp.sum(correct & weight)
+    Example: `loss, accuracy = Scorer(problem, problem.test)(params)`
+    """
 
-    def evaluate(
-        params: Any, images: jax.Array, labels: jax.Array, weights: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        losses, correct = jax.lax.map(
-            lambda batch: of_batch(params, *batch), (images, labels, weights)
-        )
-        return losses.sum(), correct.sum()
+    def __init__(self, problem: Problem, examples: Examples):
+        self._count = len(examples[0])
+        self._batches = jax.device_put(in_batches(*examples))
 
-    return evaluate
+        def of_batch(params: Any, batch: Any) -> Any:
+            images, labels, weights = batch
+            losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images, labels)
+            return jnp.sum(jnp.where(weights, losses, 0)), jnp.sum(correct & weights)
+
+        def evaluate(params: Any, *batches: Any) -> Any:
+            losses, correct = jax.lax.map(lambda batch: of_batch(params, batch), batches)
+            return losses.sum(), correct.sum()
+
+        self._evaluate = jax.jit(evaluate)
+
+    def __call__(self, params: Any) -> tuple[float, float]:
+        """Give the mean loss and the accuracy in [0, 1]."""
+        losses, correct = self._evaluate(params, *self._batches)
+        return float(losses) / self._count, float(correct) / self._count
 
 
-def in_batches(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut the test set into equal batches; the padding of the last one has weight False."""
+def in_batches(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """Cut a set into equal batches; the padding of the last one has weight False."""
     size = min(EVALUATION_BATCH, len(images))
-    count = -(-len(images) // size)
-    pad = count * size - len(images)
-    padded = np.concatenate([images, np.zeros((pad, *images.shape[1:]), images.dtype)])
-    padded_labels = np.concatenate([labels, np.zeros(pad, labels.dtype)])
-    weights = np.arange(count * size) < len(images)
-    return (
-        padded.reshape(count, size, *images.shape[1:]),
-        padded_labels.reshape(count, size),
-        weights.reshape(count, size),
+    pad = -len(images) % size
+    weights = np.ones(len(images), bool)
+    padded = (
+        np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)])
+        for x in (images, labels, weights)
     )
+    return [x.reshape(-1, size, *x.shape[1:]) for x in padded]
 
 
 @dataclass(eq=False)
-class Trainer:
-    """The compiled programs of one run, and its state.
+class Program:
+    """The compiled block of steps of one problem and rule, for every learning rate and seed.
 
     Attributes:
         problem: the experiment made ready.
-        settings: the run's settings, with every number filled in.
-        state: the state after the last finite step.
+        settings: the rule's settings; their learning rate and seed stand for any other.
+        data: the training set on the device.
         compile_seconds: how long tracing and compiling took.
         temporary_bytes: the temporary memory of the compiled block, as XLA reports it, or None
             where it does not.
@@ -306,13 +161,46 @@ class Trainer:
 
     problem: Problem
     settings: Settings
-    state: TrainState
+    data: Any
     compile_seconds: float
     temporary_bytes: int | None
     _block: Any
-    _evaluate: Any
-    _data: Any
-    _test: Any
+    _init: Any
+    _where: Any
+
+    def start(self, learning_rate: float, seed: int, state: TrainState | None = None) -> Trainer:
+        """Give a run before its first step, or after the one that led to a state.
+
+        The initial parameters of a seed are the same for every rule.
+
+        Args:
+            learning_rate: the rate at the start of the schedule.
+            seed: the seed of everything.
+            state: a state to go on from; its memory is given away.
+        """
+        state = self._init(np.uint32(seed)) if state is None else state
+        order = jnp.zeros(len(self.problem.train[0]), jnp.int32)
+        at = state, jnp.int32(-1), order
+        if self._where is not None:
+            at = jax.device_put(at, self._where)
+        return Trainer(self, learning_rate, seed, *at)
+
+
+@dataclass(eq=False)
+class Trainer:
+    """A run of a program: its rate and seed, and where it is.
+
+    Attributes:
+        program: what makes its steps.
+        learning_rate: the rate at the start of the schedule.
+        seed: the seed of everything.
+        state: the state after the last finite step.
+    """
+
+    program: Program
+    learning_rate: float
+    seed: int
+    state: TrainState
     _epoch: Any
     _order: Any
 
@@ -335,73 +223,94 @@ class Trainer:
         """
         if not 1 <= count <= MAX_BLOCK:
             raise ValueError(f"a block has 1 to {MAX_BLOCK} steps, got {count}")
-        blocks = [self._call(count)]
-        while (done := sum(len(each.losses) for each in blocks)) < count and blocks[
-            -1
-        ].stopped_by is None:
-            blocks.append(self._call(count - done))
+        blocks = []
+        # a block makes one step, whatever the count, where the model does not loop well
+        while count and (not blocks or blocks[-1].stopped_by is None):
+            blocks.append(self._call(count))
+            count -= len(blocks[-1].losses)
         losses, accuracies, stops = zip(*blocks, strict=True)
         return Block(np.concatenate(losses), np.concatenate(accuracies), stops[-1])
 
     def _call(self, count: int) -> Block:
-        carry = self._block(self.state, self._epoch, self._order, np.int32(count), *self._data)
-        done, finite = int(carry.done), bool(carry.finite)
+        carry = self.program._block(
+            self.state,
+            self._epoch,
+            self._order,
+            np.int32(count),
+            _rate(self.learning_rate),
+            np.uint32(self.seed),
+            *self.program.data,
+        )
         self.state, self._epoch, self._order = carry.state, carry.epoch, carry.order
-        stopped_by = None if finite else float(carry.last_loss)
+        done = int(carry.done)
+        stopped_by = None if carry.finite else float(carry.last_loss)
         return Block(
             np.asarray(carry.losses)[:done], np.asarray(carry.accuracies)[:done], stopped_by
         )
 
-    def evaluate(self) -> tuple[float, float]:
-        """Give the mean loss and the accuracy in [0, 1] on the test set."""
-        losses, correct = self._evaluate(self.state.params, *self._test)
-        count = len(self.problem.test[0])
-        return float(losses) / count, float(correct) / count
+
+def _rate(learning_rate: float) -> jax.Array:
+    """The rate in the widest type of the day."""
+    return jnp.asarray(learning_rate, float)
 
 
-def build_trainer(problem: Problem, settings: Settings, state: TrainState | None = None) -> Trainer:
-    """Put the data on the device and compile the block of steps and the evaluation ahead of time.
+def build_program(problem: Problem, settings: Settings, data: Any = None) -> Program:
+    """Compile the block of steps ahead of time.
 
     Args:
         problem: the experiment made ready.
         settings: settings with a learning rate, see `forwax.lab.catalogue.options.resolve`.
-        state: a state to go on from; the initial one by default. Its memory is given to the
-            trainer.
-
-    Returns:
-        A trainer that has not made a step yet.
+        data: the training set on the device, where several programs share it.
 
     >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
     >>> from forwax.lab.training.problem import build_problem
     >>> settings = Settings(learning_rate=0.01)
-    >>> trainer = build_trainer(build_problem(EXPERIMENTS["digits"], settings), settings)
+    >>> program = build_program(build_problem(EXPERIMENTS["digits"], settings), settings)
+    >>> trainer = program.start(0.01, seed=0)
     >>> trainer.run(3).losses.shape, trainer.step
     ((3,), 3)
     """
-    start: Any = init_state(problem, settings) if state is None else state
-    everywhere = placement(settings)[0]
-    epoch, order = jnp.int32(-1), jnp.zeros(len(problem.train[0]), jnp.int32)
-    data, test = jax.device_put((problem.train, in_batches(*problem.test)), everywhere)
-    if everywhere is not None:
-        start = TrainState(*jax.device_put(tuple(start), everywhere))
-        epoch, order = jax.device_put((epoch, order), everywhere)
+    where = placement(settings)[0]
+    if data is None:
+        data = jax.device_put(problem.train, where)
+
+    def block(state: Any, epoch: Any, order: Any, count: Any, rate: Any, seed: Any, *data: Any):
+        own = dataclasses.replace(settings, learning_rate=rate, seed=seed)
+        return make_block(problem, own)(state, epoch, order, count, *data)
+
+    def init(seed: Any) -> TrainState:
+        return init_state(problem, dataclasses.replace(settings, seed=seed))
+
+    shardings: dict[str, Any] = {"in_shardings": where, "out_shardings": where} if where else {}
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    order = jax.ShapeDtypeStruct(problem.train[1].shape, jnp.int32)
     started = time.perf_counter()
-    options: dict[str, Any] = {"out_shardings": everywhere} if everywhere else {}
-    block = jax.jit(make_block(problem, settings), donate_argnums=(0, 1, 2), **options)
-    compiled = block.lower(start, epoch, order, np.int32(1), *data).compile()
-    evaluate = jax.jit(make_evaluator(problem)).lower(start.params, *test).compile()
+    lowered = jax.jit(block, donate_argnums=(0, 1, 2), **shardings).lower(
+        jax.eval_shape(init, np.uint32(0)),
+        number,
+        order,
+        number,
+        _rate(0),
+        np.uint32(0),
+        *data,
+    )
+    compiled = lowered.compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    return Trainer(
-        problem=problem,
-        settings=settings,
-        state=start,
-        compile_seconds=seconds,
-        temporary_bytes=None if memory is None else int(memory.temp_size_in_bytes),
-        _block=compiled,
-        _evaluate=evaluate,
-        _data=data,
-        _test=test,
-        _epoch=epoch,
-        _order=order,
+    temporary_bytes = None if memory is None else int(memory.temp_size_in_bytes)
+    return Program(
+        problem, settings, data, seconds, temporary_bytes, compiled, jax.jit(init), where
     )
+
+
+def build_trainer(problem: Problem, settings: Settings, state: TrainState | None = None) -> Trainer:
+    """Compile a program for one run, and go to its start.
+
+    Args:
+        problem: the experiment made ready.
+        settings: as for `build_program`.
+        state: a state to go on from; its memory is given away.
+    """
+    program = build_program(problem, settings)
+    assert settings.learning_rate is not None
+    return program.start(settings.learning_rate, settings.seed, state)

@@ -15,7 +15,10 @@ SECONDS_BETWEEN_LINES = 3.0
 
 
 class Reporter(AbstractContextManager["Reporter"], Protocol):
-    """What the training loop tells about its progress."""
+    """What a session tells about its progress."""
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave what is shown as it is."""
 
     def update(self, step: int, loss: float, accuracy: float, steps_per_second: float) -> None:
         """Tell the step reached, the training loss and accuracy of the last block, and the pace."""
@@ -63,11 +66,10 @@ class Lines(Reporter):
     """
 
     def __init__(self, name: str, steps: int, seconds_between: float):
-        self._name, self._steps, self._seconds_between = name, steps, seconds_between
+        self._name = name
+        self._steps = steps
+        self._seconds_between = seconds_between
         self._last = time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        """Do nothing: a line is complete when it is printed."""
 
     def update(self, step: int, loss: float, accuracy: float, steps_per_second: float) -> None:
         """Print a line where the last one is old enough, and at the last step."""
@@ -78,8 +80,7 @@ class Lines(Reporter):
         pace = f"{steps_per_second:,.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2g}"
         print(
             f"{self._name}: step {step} of {self._steps}, loss {loss:.4f}, accuracy "
-            f"{accuracy:.3f}, "
-            f"{pace} steps/s, {left} left",
+            f"{accuracy:.3f}, {pace} steps/s, {left} left",
             flush=True,
         )
 
@@ -92,8 +93,6 @@ def make_reporter(name: str, steps: int, start: int) -> Reporter:
         steps: the number of steps of the whole run.
         start: the step that the run goes on from.
     """
-    return (
-        Bar(name, steps, start)
-        if sys.stdout.isatty()
-        else Lines(name, steps, SECONDS_BETWEEN_LINES)
-    )
+    if sys.stdout.isatty():
+        return Bar(name, steps, start)
+    return Lines(name, steps, SECONDS_BETWEEN_LINES)

@@ -1,56 +1,32 @@
-"""The time of one step under each rule, and of evaluating the loss once: warm, interleaved, medians."""
+"""The time of one step under each rule, and of evaluating the loss once: warm, in turns."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from forwax.lab.training.comparison import Program
-from forwax.lab.training.problem import Problem
-from forwax.lab.training.program import MAX_BLOCK, loops_well
+from forwax._timing import interleaved, seconds_of
+from forwax.lab.training.program import MAX_BLOCK, Program, loops_well
 
 LOSS = "loss"
 """The name under which the time of evaluating the loss once is given."""
 
 ROUNDS, BLOCK_SECONDS, TOTAL_SECONDS = 15, 0.2, 60.0
-"""Rounds over all rules; how long one measurement lasts; rounds stop after the total, but for the first three."""
+"""How many rounds over all rules; how long one measurement, and all of them, should last."""
 
-
-def make_evaluations(problem: Problem, batch_size: int) -> Callable[..., jax.Array]:
-    """Make the function that evaluates the mean loss of `count` batches, one after another, without a gradient.
-
-    Args:
-        problem: the experiment made ready.
-        batch_size: the number of examples of a batch.
-    """
-    per_epoch = len(problem.train[0]) // batch_size
-
-    def evaluations(
-        params: Any, order: jax.Array, count: jax.Array, images: jax.Array, labels: jax.Array
-    ) -> jax.Array:
-        def body(i: jax.Array, total: jax.Array) -> jax.Array:
-            chosen = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)
-            losses, _ = jax.vmap(problem.loss, in_axes=(None, 0, 0))(
-                params, images[chosen], labels[chosen]
-            )
-            return total + losses.mean()
-
-        return jax.lax.fori_loop(0, count, body, jnp.float32(0))
-
-    return evaluations
+Run = Callable[[int], object]
+"""Does so many steps."""
 
 
 def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Measure the seconds of a step under each rule, and of evaluating the loss of a batch (`LOSS`).
+    """Measure the seconds of a step under each rule, and of evaluating the loss of a batch.
 
     One round measures each in turn, so that a change of the machine's load meets all of them alike.
     A step is a whole training step: choosing the batch, the gradient and the update. Evaluating the
-    loss includes choosing the batch.
+    loss (`LOSS`) includes choosing the batch.
 
     Args:
         programs: the compiled programs by rule.
@@ -59,63 +35,47 @@ def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, lis
     Returns:
         The seconds of each round, by rule.
     """
-    runners = {LOSS: _loss_runner(next(iter(programs.values())))}
-    runners |= {name: _step_runner(program) for name, program in programs.items()}
-    counts = {name: _calibrate(run) for name, run in runners.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    started = time.perf_counter()
-    for number in range(rounds):
-        if number >= 3 and time.perf_counter() - started > TOTAL_SECONDS:
-            break
-        for name, run in runners.items():
-            seconds[name].append(_time(run, counts[name]) / counts[name])
-    return seconds
-
-
-def _step_runner(program: Program) -> Callable[[int], None]:
-    at = program.start(0)
+    runs = {LOSS: _evaluations(next(iter(programs.values())))}
     # at rate zero the parameters stay where they are, and the work is the same
-    return lambda count: program.run(at, count, 0.0, 0) and None
+    runs |= {name: program.start(0.0, seed=0).run for name, program in programs.items()}
+    counts = {name: _calibrate(run) for name, run in runs.items()}
+    calls = {name: lambda run=run, n=counts[name]: run(n) for name, run in runs.items()}
+    seconds = interleaved(calls, rounds, TOTAL_SECONDS)
+    return {name: (times / counts[name]).tolist() for name, times in seconds.items()}
 
 
-def _loss_runner(program: Program) -> Callable[[int], None]:
-    if not loops_well(program.problem):  # one call each, as the steps are made
-        return _single_runner(program)
-    evaluations = jax.jit(make_evaluations(program.problem, program.settings.batch_size))
-    order = jnp.asarray(
-        np.random.default_rng(0).permutation(len(program.problem.train[0])), jnp.int32
-    )
-    params = program.start(0).state.params
-    return lambda count: (
-        evaluations(params, order, np.int32(count), *program._data).block_until_ready() and None
-    )
+def _evaluations(program: Program) -> Run:
+    """Evaluate the mean loss of one batch after another, in a compiled loop if the steps have one."""
+    problem = program.problem
+    num_examples = len(problem.train[0])
+    batch_size = program.settings.batch_size
+    losses = jax.vmap(problem.loss, in_axes=(None, 0, 0))
+    order = jnp.asarray(np.random.default_rng(0).permutation(num_examples), jnp.int32)
+    params = program.start(0.0, seed=0).state.params
 
+    @jax.jit
+    def evaluate(count: jax.Array, first: jax.Array, params, images, labels) -> jax.Array:
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            start = i % (num_examples // batch_size) * batch_size
+            chosen = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
+            return total + losses(params, images[chosen], labels[chosen])[0].mean()
 
-def _single_runner(program: Program) -> Callable[[int], None]:
-    images, labels = (each[: program.settings.batch_size] for each in program._data)
-    params, losses = (
-        program.start(0).state.params,
-        jax.vmap(program.problem.loss, in_axes=(None, 0, 0)),
-    )
-    mean_loss = jax.jit(lambda params, images, labels: losses(params, images, labels)[0].mean())
+        if loops_well(problem):
+            return jax.lax.fori_loop(first, first + count, add, jnp.float32(0))
+        return add(first, jnp.float32(0))
 
     def run(count: int) -> None:
-        for _ in range(count):
-            mean_loss(params, images, labels).block_until_ready()
+        parts = [(count, 0)] if loops_well(problem) else [(1, first) for first in range(count)]
+        for part in parts:
+            evaluate(*map(np.int32, part), params, *program.data).block_until_ready()
 
     return run
 
 
-def _calibrate(run: Callable[[int], None]) -> int:
+def _calibrate(run: Run) -> int:
     """Choose how many steps one measurement has; this warms up as well."""
-    _time(run, 1)
+    run(1)
     count = 1
-    while (seconds := _time(run, count)) < BLOCK_SECONDS / 4 and count < MAX_BLOCK:
+    while (seconds := seconds_of(lambda: run(count))) < BLOCK_SECONDS / 4 and count < MAX_BLOCK:
         count = min(4 * count, MAX_BLOCK)
     return int(np.clip(BLOCK_SECONDS * count / seconds, 1, MAX_BLOCK))
-
-
-def _time(run: Callable[[int], None], count: int) -> float:
-    started = time.perf_counter()
-    run(count)
-    return time.perf_counter() - started
