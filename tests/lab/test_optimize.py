@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -96,9 +97,10 @@ def test_more_variables_keep_no_points():
 
 
 def test_seconds_are_the_median_of_counted_calls(monkeypatch):
-    # Two programs in turn take 1 and 10 seconds, then 2 and 20, then 6 and 60.
-    clock = iter([0, 1, 0, 10, 0, 2, 0, 20, 0, 6, 0, 60])
-    monkeypatch.setattr(descent.time, "perf_counter", lambda: float(next(clock)))
+    # Two programs in turn take 1 and 10 seconds, then 20 and 2, then 6 and 60. The clock is read
+    # at the start, and in each further round to see whether time is up.
+    clock = iter([0, 0, 1, 0, 10, 0, 20, 0, 2, 0, 6, 0, 60])
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     seconds = descent.seconds_of([jax.random.bits, jax.random.normal], jax.random.key(0), repeats=3)
     assert seconds == [2.0, 20.0]
 

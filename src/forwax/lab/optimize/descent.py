@@ -6,8 +6,8 @@ one run would wait.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import forwax as fx
+from forwax._timing import interleaved
 from forwax.lab.report import Table, finite, machine
 
 __all__ = [
@@ -154,21 +155,11 @@ def measure(
 def seconds_of(
     programs: list[Callable[[jax.Array], Any]], key: jax.Array, repeats: int = REPEATS
 ) -> list[float]:
-    """Return the median seconds of each program on that key, compiled and warm.
-
-    The programs take turns, so that a slow moment of the machine does not fall on one of them
-    alone.
-    """
-    compiled = [jax.jit(program).lower(key).compile() for program in programs]
-    for program in compiled:
-        jax.block_until_ready(program(key))
-    taken = np.zeros((repeats, len(compiled)))
-    for i in range(repeats):
-        for j, program in enumerate(compiled):
-            begin = time.perf_counter()
-            jax.block_until_ready(program(key))
-            taken[i, j] = time.perf_counter() - begin
-    return np.median(taken, axis=0).tolist()
+    """Return the median seconds of each program on that key, compiled and warm, in turns."""
+    calls = {str(i): partial(jax.jit(program), key) for i, program in enumerate(programs)}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    return [float(np.median(seconds)) for seconds in interleaved(calls, repeats).values()]
 
 
 def summarise(
