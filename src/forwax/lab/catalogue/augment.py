@@ -1,4 +1,4 @@
-"""Random views of images: flip, crop, colour jitter, greyscale, blur, solarise; small shifts for supervised training.
+"""Random views of images: flips, crops, colours, blur; small shifts for supervised training.
 
 After Grill et al. 2020 (BYOL, arXiv 2006.07733), appendix B. Every function takes a key and one
 image (height, width, channels) with values from 0 to 1, and gives an image of the same shape; the
@@ -8,9 +8,7 @@ same key gives the same image.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +65,12 @@ def two_views(key: Array, images: Array) -> tuple[Array, Array]:
     >>> x.shape, y.shape
     ((2, 8, 8, 3), (2, 8, 8, 3))
     """
-    first, second = (jax.random.split(each, len(images)) for each in jax.random.split(key))
-    make = jax.vmap(view, in_axes=(0, 0, None))
-    return make(first, images, FIRST_VIEW), make(second, images, SECOND_VIEW)
+    first, second = jax.random.split(key)
+    views = jax.vmap(view, in_axes=(0, 0, None))
+    return (
+        views(jax.random.split(first, len(images)), images, FIRST_VIEW),
+        views(jax.random.split(second, len(images)), images, SECOND_VIEW),
+    )
 
 
 def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> Array:
@@ -84,14 +85,14 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
-        x = _sometimes(
-            keys[2], augmentation.jitter, functools.partial(jitter, augmentation=augmentation), x
-        )
-        x = _sometimes(
-            keys[3], augmentation.greyscale, lambda _, x: jnp.broadcast_to(_grey(x), x.shape), x
-        )
-    x = _sometimes(keys[4], augmentation.blur, blur, x)
-    return _sometimes(keys[5], augmentation.solarise, lambda _, x: jnp.where(x < 0.5, x, 1 - x), x)
+        keep, change = jax.random.split(keys[2])
+        x = _sometimes(keep, augmentation.jitter, jitter(change, x, augmentation), x)
+        keep, _ = jax.random.split(keys[3])
+        x = _sometimes(keep, augmentation.greyscale, _grey(x), x)
+    keep, change = jax.random.split(keys[4])
+    x = _sometimes(keep, augmentation.blur, blur(change, x), x)
+    keep, _ = jax.random.split(keys[5])
+    return _sometimes(keep, augmentation.solarise, jnp.where(x < 0.5, x, 1 - x), x)
 
 
 def flip(key: Array, image: Array) -> Array:
@@ -109,7 +110,8 @@ def shift(key: Array, image: Array, pixels: int = 2) -> Array:
     >>> shift(jax.random.key(0), jnp.ones((4, 4, 1)), 1).shape
     (4, 4, 1)
     """
-    wide = jnp.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), constant_values=image.min())
+    border = ((pixels, pixels), (pixels, pixels), (0, 0))
+    wide = jnp.pad(image, border, constant_values=image.min())
     top, left = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
     return jax.lax.dynamic_slice(wide, (top, left, 0), image.shape)
 
@@ -125,14 +127,21 @@ def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
     >>> jax.jit(crop)(jax.random.key(0), jnp.ones((8, 8, 3))).shape
     (8, 8, 3)
     """
-    first, second, third = jax.random.split(key, 3)
-    area = jax.random.uniform(first, minval=least_area, maxval=1.0)
-    ratio = jnp.exp(jax.random.uniform(second, minval=math.log(3 / 4), maxval=math.log(4 / 3)))
-    sides = jnp.minimum(jnp.sqrt(area * jnp.stack([ratio, 1 / ratio])), 1.0)
+    for_area, for_ratio, for_place = jax.random.split(key, 3)
+    area = jax.random.uniform(for_area, minval=least_area, maxval=1.0)
+    widest = math.log(4 / 3)
+    ratio = jnp.exp(jax.random.uniform(for_ratio, minval=-widest, maxval=widest))
+    sides = jnp.sqrt(area * jnp.stack([ratio, 1 / ratio]))
+    sides = jnp.minimum(sides, 1.0)  # [2], shares of the image's
     size = jnp.array(image.shape[:2], image.dtype)
-    corner = jax.random.uniform(third, (2,)) * (1 - sides) * size
+    corner = jax.random.uniform(for_place, (2,)) * (1 - sides) * size
     return jax.image.scale_and_translate(
-        image, image.shape, (0, 1), 1 / sides, -corner / sides, method="linear"
+        image,
+        image.shape,
+        spatial_dims=(0, 1),
+        scale=1 / sides,
+        translation=-corner / sides,
+        method="linear",
     )
 
 
@@ -142,14 +151,12 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
     >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
     (4, 4, 3)
     """
-    strengths = jnp.array(
-        [augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue]
-    )
-    amounts = jax.random.uniform(key, (4,), minval=-1.0) * strengths
-    x = image + amounts[0]
-    x = _away(x, jnp.mean(_grey(x)), amounts[1])
-    x = _away(x, _grey(x), amounts[2])
-    return jnp.clip(_turn(x, 2 * jnp.pi * amounts[3]), 0.0, 1.0)
+    amounts = jax.random.uniform(key, (4,), minval=-1.0)
+    x = image + augmentation.brightness * amounts[0]
+    x = _away(x, jnp.mean(_grey(x)), augmentation.contrast * amounts[1])
+    x = _away(x, _grey(x), augmentation.saturation * amounts[2])
+    angle = 2 * jnp.pi * (augmentation.hue * amounts[3])
+    return jnp.clip(_turn(x, angle), 0.0, 1.0)
 
 
 def blur(key: Array, image: Array) -> Array:
@@ -165,20 +172,18 @@ def blur(key: Array, image: Array) -> Array:
     reach = max(1, image.shape[0] // 20)
 
     def band(size: int) -> Array:
-        distance = jnp.arange(size)[:, None] - jnp.arange(size)[None, :]
-        weights = jnp.where(
-            jnp.abs(distance) <= reach, jnp.exp(-(distance**2) / (2 * width**2)), 0.0
-        )
+        position = jnp.arange(size)
+        distance = position[:, None] - position
+        weights = jnp.exp(-(distance**2) / (2 * width**2))
+        weights = jnp.where(jnp.abs(distance) <= reach, weights, 0.0)
         return weights / jnp.sum(weights, axis=1, keepdims=True)
 
-    return jnp.einsum("ij,jkc,lk->ilc", band(image.shape[0]), image, band(image.shape[1]))
+    height, breadth, _ = image.shape
+    return jnp.einsum("ij,jkc,lk->ilc", band(height), image, band(breadth))
 
 
-def _sometimes(
-    key: Array, probability: float, change: Callable[[Array, Array], Array], image: Array
-) -> Array:
-    first, second = jax.random.split(key)
-    return jnp.where(jax.random.bernoulli(first, probability), change(second, image), image)
+def _sometimes(key: Array, probability: float, changed: Array, image: Array) -> Array:
+    return jnp.where(jax.random.bernoulli(key, probability), changed, image)
 
 
 def _grey(image: Array) -> Array:
@@ -192,6 +197,7 @@ def _away(image: Array, centre: Array, amount: Array) -> Array:
 def _turn(image: Array, angle: Array) -> Array:
     """Turn the hue: a rotation of the two colour axes of YIQ."""
     to_yiq = jnp.array([GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], image.dtype)
-    one, zero, cos, sin = jnp.ones(()), jnp.zeros(()), jnp.cos(angle), jnp.sin(angle)
-    turn = jnp.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos]).reshape(3, 3)
+    cos = jnp.cos(angle)
+    sin = jnp.sin(angle)
+    turn = jnp.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
     return image @ (jnp.linalg.inv(to_yiq) @ turn @ to_yiq).T

@@ -1,4 +1,4 @@
-"""``forwax optimize``: gradient descent on test functions, with backprop and with forward gradients."""
+"""``forwax optimize``: descent on test functions, with backprop and with forward gradients."""
 
 import math
 from dataclasses import dataclass
@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import tyro
-from rich.console import Console
 
 import forwax as fx
-from forwax.lab import style
-from forwax.lab.catalogue import rules as choices
+from forwax.lab import report, style
+from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Chosen, UsageError
-from forwax.lab.optimize import numbers
-from forwax.lab.optimize.descent import Plan, descend, measure
+from forwax.lab.flags import (
+    Chosen,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    UsageError,
+    check_ranges,
+)
+from forwax.lab.optimize.descent import Plan, descend, make_table, measure, summarise
 from forwax.lab.pictures import descent as picture
 
 DEFAULTS: dict[str, tuple[float, int]] = {
@@ -27,7 +34,7 @@ DEFAULTS: dict[str, tuple[float, int]] = {
     "styblinski-tang": (0.005, 500),
     "quadratic": (0.002, 2000),
 }
-"""Learning rate and iterations for n = 2: Baydin et al.'s for the first two, tested ones for the others.
+"""Learning rate and iterations for n = 2: Baydin et al.'s for the first two, tested ones after.
 
 From their starts Ackley's and Rastrigin's functions lead plain descent into a local minimum; at
 Ackley's rate the noise of forward gradients jumps out of it again.
@@ -41,30 +48,26 @@ if TYPE_CHECKING:
 else:
     FunctionName = Literal[tuple(DEFAULTS)]
     RuleName = Literal[
-        tuple(
-            name
-            for name, rule in choices.RULES.items()
-            if name != "backprop" and not rule.needs_data
-        )
+        tuple(name for name, rule in RULES.items() if name != "backprop" and not rule.needs_data)
     ]
-    # what needs a guess of the gradient is left out: the guess would be a state that plain descent
+    # what needs a guess of the gradient is left out: it would be a state, which plain descent
     # does not keep
-    TangentsName = Literal[tuple(name for name in choices.TANGENTS if name != "guided")]
-    CombineName = Literal[tuple(name for name in choices.COMBINES if name != "control-variate")]
+    TangentsName = Literal[tuple(name for name in TANGENTS if name != "guided")]
+    CombineName = Literal[tuple(name for name in COMBINES if name != "control-variate")]
 
 
 @dataclass(frozen=True)
 class OptimizeOptions:
-    """Descend a test function with backprop and with forward gradients from the same start, several runs each.
+    """Descend a test function by backprop and by forward gradients from the same start.
 
-    Prints a table and saves a picture: both ways over the function's contours, loss against
-    iterations, loss against seconds. The numbers are saved next to it as JSON. The seconds are
-    those of one compiled, warm run.
+    Prints a table and saves a picture of several runs each: both ways over the function's contours,
+    loss against iterations, loss against seconds. The numbers are saved next to it as JSON. The
+    seconds are those of one compiled, warm run.
 
     Example:
         ```sh
-        forwax optimize                                        # Beale's function, as Baydin et al. 2022 ran it
-        forwax optimize rosenbrock                             # 25,000 iterations
+        forwax optimize                     # Beale's function, as Baydin et al. 2022 ran it
+        forwax optimize rosenbrock          # 25,000 iterations
         forwax optimize himmelblau --tangents rademacher --runs 20
         forwax optimize rosenbrock --n 10 --num-tangents 4 --combine projection
         ```
@@ -72,32 +75,29 @@ class OptimizeOptions:
 
     function: Annotated[FunctionName, tyro.conf.Positional] = "beale"
     """The function to descend."""
-    n: Chosen[int] = None
+    n: Chosen[Count] = None
     """The number of variables; 2 by default, or as many as --start has."""
     start: Chosen[tuple[float, ...]] = None
     """The first point; the function's usual start by default."""
-    runs: int = 10
+    runs: Count = 10
     """The number of runs of each method, each with its own key."""
-    iterations: Chosen[int] = None
+    iterations: Chosen[Count] = None
     """The number of steps; the default belongs to the function."""
-    learning_rate: Chosen[float] = None
-    """The learning rate of both methods; the default belongs to the function and shrinks like 4/(n + 2)."""
-    decay: float = 0.0
-    """k of the rate η exp(-k i) at step i.
-
-    Baydin et al.'s results on Beale and Rosenbrock come with 0.
-    """
+    learning_rate: Chosen[Positive] = None
+    """The rate of both methods; the default belongs to the function and shrinks like 4/(n + 2)."""
+    decay: NotNegative = 0.0
+    """k of the rate η exp(-k i) at step i; Baydin et al.'s Beale and Rosenbrock come with 0."""
     rule: RuleName = "weight"
     """The rule that is compared with backprop."""
     tangents: TangentsName = "normal"
     """The distribution of the tangents; normal, as in the paper."""
-    num_tangents: int = 1
+    num_tangents: Count = 1
     """How many tangents each step draws."""
     combine: CombineName = "mean"
     """How slopes and tangents become one estimate."""
-    condition_number: float = 100.0
+    condition_number: Annotated[float, Range("at least 1", lambda x: 1 <= x < math.inf)] = 100.0
     """The condition number of the quadratic function."""
-    seed: int = 0
+    seed: Natural = 0
     """The seed of all runs."""
     out: Chosen[Path] = None
     """Where the picture goes, .png, .svg or .pdf; runs/optimize-FUNCTION.png by default."""
@@ -122,21 +122,16 @@ def run(options: OptimizeOptions) -> int:
     path = options.out or Path("runs") / f"optimize-{options.function}.png"
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out must end in .png, .svg or .pdf, got {str(path)!r}.")
-    rules = {
-        "backprop": fx.Backprop(),
-        "forward" if options.rule == "weight" else options.rule: rule,
-    }
+    name = "forward" if options.rule == "weight" else options.rule
+    rules = {"backprop": fx.Backprop(), name: rule}
     keys = jax.random.split(jax.random.key(options.seed), options.runs)
     descents = {name: descend(plan, rule, keys) for name, rule in rules.items()}
     timings = dict(zip(rules, measure(plan, list(rules.values()), keys[0]), strict=True))
-    found = numbers.summarise(plan, rules, descents, timings, options.seed)
-    console = Console()
-    console.print(numbers.make_table(found))
+    numbers = summarise(plan, rules, descents, timings, options.seed)
+    report.print_tables(make_table(numbers))
     style.save(picture.draw(plan, descents, timings), path)
-    numbers.write(found, path.with_suffix(".json"))
-    console.print(
-        f"Picture: {path}\nNumbers: {path.with_suffix('.json')}", highlight=False, soft_wrap=True
-    )
+    report.write_json(path.with_suffix(".json"), numbers)
+    print(f"Picture: {path}\nNumbers: {path.with_suffix('.json')}")
     return 0
 
 
@@ -150,13 +145,20 @@ def make_plan(options: OptimizeOptions) -> Plan:
     >>> make_plan(OptimizeOptions(function="rosenbrock", n=6)).learning_rate
     0.00025
     """
-    _check_ranges(options)
-    n = options.n or (2 if options.start is None else len(options.start))
+    check_ranges(options)
+    start = options.start
+    if start is not None and not (start and all(map(math.isfinite, start))):
+        raise UsageError(f"--start must be one or more finite numbers, got {start}.")
+    n = options.n or (2 if start is None else len(start))
     try:
-        function = _function(options).in_dimensions(n)
+        if options.function == "quadratic":
+            function = fx.functions.quadratic(options.condition_number)
+        else:
+            function = fx.functions.by_name(options.function.replace("-", "_"))
+        function = function.in_dimensions(n)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    start = function.start if options.start is None else options.start
+    start = function.start if start is None else start
     if len(start) != n:
         raise UsageError(f"--start must have n = {n} numbers, got {len(start)}.")
     rate, iterations = DEFAULTS[options.function]
@@ -176,39 +178,17 @@ def make_rule(options: OptimizeOptions, n: int) -> fx.Rule:
     >>> make_rule(OptimizeOptions(tangents="sphere"), n=2).tangents
     Sphere()
     """
-    settings = Settings(
-        rule=options.rule,
-        tangents=options.tangents,
-        num_tangents=options.num_tangents,
-        combine=options.combine,
+    rule = build_rule(
+        Settings(
+            rule=options.rule,
+            tangents=options.tangents,
+            num_tangents=options.num_tangents,
+            combine=options.combine,
+        )
     )
-    rule = choices.build_rule(settings)
     try:
         if isinstance(rule, fx.WeightPerturbation | fx.FiniteDifference):
             rule.tangents.check(n, options.num_tangents)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return rule
-
-
-def _function(options: OptimizeOptions) -> fx.functions.Function:
-    """Return the function that the options name."""
-    if options.function == "quadratic":
-        return fx.functions.quadratic(options.condition_number)
-    return fx.functions.by_name(options.function.replace("-", "_"))
-
-
-def _check_ranges(options: OptimizeOptions) -> None:
-    """Refuse numbers that lie out of range."""
-    for names, holds, wanted in (
-        (("n", "runs", "iterations", "num_tangents"), lambda x: x >= 1, "at least 1"),
-        (("learning_rate",), lambda x: 0 < x < math.inf, "a positive number"),
-        (("decay", "seed"), lambda x: 0 <= x < math.inf, "zero or more"),
-        (("condition_number",), lambda x: 1 <= x < math.inf, "at least 1"),
-    ):
-        for name in names:
-            value = getattr(options, name)
-            if value is not None and not holds(value):
-                raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, got {value}.")
-    if options.start is not None and not (options.start and all(map(math.isfinite, options.start))):
-        raise UsageError(f"--start must be one or more finite numbers, got {options.start}.")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from forwax.lab import style
-from forwax.lab.optimize.descent import Descent, Plan, Timing
+from forwax.lab.optimize.descent import Descent, Plan, Timing, label
 
 __all__ = ["draw"]
 
@@ -83,11 +83,11 @@ def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum:
     if np.any(values != values[0]):
         for run in values:
             axes.plot(x, _positive(run), **look | THIN)
-    label = name if name == "backprop" else f"{name} gradient"
+    text = label(name)
     if descent.non_finite:
-        label += f"\n{descent.non_finite} of {len(values)} runs not finite"
+        text += f"\n{descent.non_finite} of {len(values)} runs not finite"
     median = np.median(values, axis=0)
-    axes.plot(x, _positive(median), label=label, **look)
+    axes.plot(x, _positive(median), label=text, **look)
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
