@@ -177,13 +177,14 @@ class Entry:
                     f"{rule} draws no noise, so that {text!r} means nothing; write {rule}."
                 )
             return cls(rule)
-        given = dict(_read(word, text) for word in words)
+        given: dict[str, Any] = dict(_read(word, text) for word in words)
         if len(given) < len(words):
             raise UsageError(
                 f"{text!r} says twice how many noises, of which kind or one-slope; say each once."
             )
         count = given.setdefault("num_tangents", 1)
-        return cls(rule, **{"tangents": _signs(count)} | given)
+        given.setdefault("tangents", _signs(count))
+        return cls(rule, **given)
 
     @property
     def name(self) -> str:
