@@ -33,7 +33,8 @@ class LocalLosses:
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
         >>> loss = lambda w: fx.LocalLosses({"first": w**2, "second": jnp.sum(w)})
-        >>> value, grads = fx.value_and_grad(loss, fx.Exact())(jax.random.key(0), jnp.array([1.0, 2.0]))
+        >>> value_and_grad = fx.value_and_grad(loss, fx.Exact())
+        >>> value, grads = value_and_grad(jax.random.key(0), jnp.array([1.0, 2.0]))
         >>> float(value), grads.tolist()
         (8.0, [3.0, 5.0])
     """
@@ -62,7 +63,8 @@ class Problem:
         ...     def estimate(self, key, problem):
         ...         value, aux = problem.objective(problem.params)
         ...         return value, aux, jax.tree.map(lambda x: 2 * x, problem.params)
-        >>> fx.grad(lambda x: jnp.sum(x**2), Doubled())(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
+        >>> grad = fx.grad(lambda x: jnp.sum(x**2), Doubled())
+        >>> grad(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
         [2.0, 4.0]
     """
 

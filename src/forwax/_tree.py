@@ -163,6 +163,15 @@ def conjugate(tree: Tree) -> Tree:
     return jax.tree.map(jnp.conj, tree)
 
 
+def check_guess(name: str, got: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> None:
+    """Raise a ValueError for a guess whose leaves have other shapes than the parameters."""
+    if got != expected:
+        raise ValueError(
+            f"{name}: the guess must have the parameters' structure; expected leaf shapes "
+            f"{expected}, got {got}."
+        )
+
+
 def describe(leaf: Any) -> str:
     """A short name for a leaf in an error message: dtype and shape, or its Python type."""
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
