@@ -45,7 +45,7 @@ AxisRule: TypeAlias = Callable[[Crossing, Factor], Link]
 
 
 def join_all(at: Crossing, link: Factor) -> Link:
-    """What holds for every operation: each coordinate of the operand may change all of the result."""
+    """What holds for every operation: each coordinate may change all of the result."""
     return None
 
 
@@ -172,7 +172,7 @@ def pad(at: Crossing, link: Factor) -> Link:
     low, _, interior = at.params["padding_config"][axis]
     if at.position != 0:
         return None
-    if interior:
+    if interior:  # holes, which change how far apart groups are
         return None
     return shifted(link, -low, at.shape[axis], at.out[axis])
 
@@ -229,7 +229,7 @@ def _feature_groups(at: Crossing, link: Factor, axis: int) -> Link:
     groups = at.params["feature_group_count"]
     out_width = at.out[link.axis] // groups
     in_width = at.shape[axis] // groups
-    if groups == 1:
+    if groups == 1:  # each result hears all features
         return None
     if link.inner % out_width:
         return None
@@ -285,6 +285,7 @@ def dynamic_update_slice(at: Crossing, link: Factor) -> Link:
     """The operand, and what replaces a window of it at an unknown place."""
     if at.position > 1:
         return None
+    # Along an axis that is replaced as a whole the place can only be 0.
     return _if_whole(at, link)
 
 
@@ -331,6 +332,7 @@ def scatter_add(at: Crossing, link: Factor) -> Link:
         shared = numbers.scatter_indices_batching_dims
         column = shared[batching.index(link.axis)]
         return moved(link, columns[column])
+    # Along the other axes the indices say where an update goes.
     hidden = (*numbers.inserted_window_dims, *batching)
     windows = _axes_without(hidden, operand)
     if link.axis not in windows:

@@ -86,6 +86,7 @@ class Loop:
     @property
     def unchanged(self) -> list[bool]:
         """For each carry whether every step hands it on as it is."""
+        # Variables are numbers: such a body has the same one among its inputs and its outputs.
         before = self.body.inputs[self.carries_of_inputs]
         after = self.body.outputs[self.carries_of_outputs]
         return [new == old for new, old in zip(after, before, strict=True)]
@@ -202,6 +203,7 @@ class Traced:
     @property
     def parameters(self) -> tuple[Variable, ...]:
         """The inputs that are leaves of the function's first argument."""
+        # [closed-over arrays, parameters, data]
         first = len(self.closed)
         return self.program.inputs[first : first + self.num_parameters]
 
@@ -229,6 +231,7 @@ def renamed(atoms: Iterable[Atom], names: Mapping[Variable, Atom]) -> tuple[Atom
 
 def is_inexact(aval: Any) -> bool:
     """Whether values of this type carry derivatives."""
+    # Tokens have no dtype, and keys an extended one.
     dtype = getattr(aval, "dtype", jnp.int32)
     return jnp.issubdtype(dtype, jnp.inexact)
 

@@ -1,4 +1,4 @@
-"""From a function to its program: `jit` and `remat` inlined, `scan` as a loop over a sub-program."""
+"""From a function to its program: `jit` and `remat` inlined, `scan` a loop over a program."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +26,7 @@ from forwax._tree import Tree
 
 def trace(fun: Callable[..., Any], params: Tree, *specs: Any) -> Traced:
     """The program of a function of abstract parameters and of further abstract arguments."""
+    # The structure of what it returns is known only once the function runs.
     structure: list[Any] = []
 
     def flat(*args: Any) -> list[Any]:
@@ -63,7 +64,7 @@ def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], 
 
 
 def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) -> Program:
-    """The program of a function of some atoms; its variables are numbered behind those of `types`."""
+    """The program of a function of some atoms; its variables follow those of `types`."""
     given = variables(atoms)
 
     def flat(*values: Any) -> Any:
@@ -159,8 +160,10 @@ class _Conversion:
     ) -> Sequence[Atom]:
         """Append what an equation calls; the atoms of its outputs."""
         params = eqn.params
+        # `jit` and `remat` call it the one, plain calls the other.
         name = "jaxpr" if "jaxpr" in params else "call_jaxpr"
         jaxpr, consts = opened(params[name])
+        # Several calls may share one jaxpr: each gets variables of its own.
         env = _constants(jaxpr, consts)
         env.update(zip(jaxpr.invars, inputs, strict=True))
         self.convert(jaxpr, env, equations)
