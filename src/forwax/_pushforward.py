@@ -12,9 +12,9 @@ from typing import Any, Protocol, Self
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import jaxpr_as_fun
 
-from forwax import _mesh
+from forwax import _mesh, _tree
+from forwax._programs.tracing import staged
 from forwax._tree import Tree
 
 Objective = Callable[[Tree], tuple[Array, Tree]]
@@ -163,8 +163,8 @@ def slopes(
         return total, (value, found), aux
 
     firsts = jnp.arange(chunks) * size
-    staged = not directions.is_concrete
-    total, (values, found), aux = in_turn(chunk, start(), firsts, staged=staged)
+    as_scan = not directions.is_concrete
+    total, (values, found), aux = in_turn(chunk, start(), firsts, as_scan=as_scan)
     found = found.reshape(-1, *found.shape[2:])[:num_tangents]  # from [chunks, size, ...]
     return Slopes(values[0], aux, found, guarded(found), total)
 
@@ -231,7 +231,7 @@ def in_turn(
     start: Tree,
     xs: Array,
     *,
-    staged: bool,
+    as_scan: bool,
     reverse: bool = False,
 ) -> tuple[Tree, Tree, Tree]:
     """Steps one after the other: a scan, or a Python loop where the loss may branch on values.
@@ -240,14 +240,14 @@ def in_turn(
         step: takes a carry and one of `xs` to `(carry, out, aux)`.
         start: the first carry.
         xs: what each step gets, stacked.
-        staged: whether it is a scan, which traces the step once.
+        as_scan: whether it is a scan, which traces the step once.
         reverse: whether a scan runs backwards, so that its aux is that of the first step.
 
     Returns:
         `(carry, stacked outputs, aux)`, the aux of one step: the first in a Python loop, the last
         in a scan.
     """
-    if staged:
+    if as_scan:
         return scan_with_aux(step, start, xs, reverse=reverse)
     carry, out, aux = step(start, xs[0])
     outputs = [out]
@@ -269,38 +269,24 @@ def scan_with_aux(
     An aux may be as large as the activities: it is carried, not stacked. Its form is known once the
     step is traced, and the loop runs that trace, so that the user's loss is not traced again.
     """
-    traced, shapes = jax.make_jaxpr(step, return_shape=True)(start, xs[0])
-    run = jaxpr_as_fun(traced)
-    structure = jax.tree.structure(shapes)
-    num_aux = len(jax.tree.leaves(shapes[2]))
-    avals = traced.out_avals[structure.num_leaves - num_aux :]
+    run, (_, _, aux) = staged(step, start, xs[0])
+    avals, structure = jax.tree.flatten(aux)
     unset = [_mesh.vary(jnp.zeros(aval.shape, aval.dtype), _mesh.type_axes(aval)) for aval in avals]
 
     def body(state: tuple[Tree, list[Array]], x: Array) -> tuple[tuple[Tree, list[Array]], Tree]:
-        carry, out, aux = structure.unflatten(run(*jax.tree.leaves((state[0], x))))
+        carry, out, aux = run(state[0], x)
         return (carry, jax.tree.leaves(aux)), out
 
     (carry, leaves), outs = lax.scan(body, (start, unset), xs, reverse=reverse)
-    return carry, outs, jax.tree.unflatten(jax.tree.structure(shapes[2]), leaves)
+    return carry, outs, structure.unflatten(leaves)
 
 
 def is_concrete(tree: Tree) -> bool:
     """Whether no leaf is abstract and no trace of a whole program, such as `jit`, is running."""
-    return not is_staged() and not any(map(is_abstract, jax.tree.leaves(tree)))
+    return not is_staged() and not any(map(_tree.is_abstract, jax.tree.leaves(tree)))
 
 
 def is_staged() -> bool:
     """Whether a trace of a whole program, such as `jit`, is running; `vmap` and `jvp` alone are none."""
     # abstract under jit even when every leaf is a captured constant
-    return is_abstract(jnp.zeros(()))
-
-
-def is_abstract(leaf: Any) -> bool:
-    """Whether a leaf is a tracer that has no value yet."""
-    if not isinstance(leaf, jax.Array):
-        return False
-    try:
-        leaf.addressable_data(0)
-    except jax.errors.ConcretizationTypeError:
-        return True
-    return False
+    return _tree.is_abstract(jnp.zeros(()))

@@ -1,28 +1,17 @@
 """What moves, dots, convolutions and look-ups make of a tangent in factors, without forming it."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.extend.core import primitives
 
-from forwax import _mesh
 from forwax._directions.add import Pair
 from forwax._directions.convolution import one_feature
 from forwax._directions.direction import Shape
 from forwax._directions.factored import Factored
-from forwax._programs.primitives import MOVES
+from forwax._programs.moves import Move
 from forwax._programs.program import Equation
-
-_UNCHANGED = {"copy", "name", "reduce_precision", "sharding_constraint"}
-
-
-_VARY = "pvary"
-
-
-_MOVES = MOVES | _UNCHANGED | {"slice", "dynamic_slice", _VARY}
 
 
 def is_move(equation: Equation) -> bool:
@@ -30,107 +19,28 @@ def is_move(equation: Equation) -> bool:
 
     Then the tangents move with them.
     """
-    if equation.name == "convert_element_type":
+    facts = equation.facts
+    if facts.casts:
         return bool(jnp.issubdtype(equation.params["new_dtype"], jnp.inexact))
-    return equation.name in _MOVES
+    return facts.move_of_factors is not None
 
 
 def moved(
     equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape
 ) -> Factored | None:
     """The tangent behind a move from one shape to another; None where the factors would mix."""
+    rule = equation.facts.move_of_factors
+    if rule is None:
+        return None
+    move = Move(equation.params, values, shape, out)
     pairs: list[Pair] = []
     for left, right in tangent.pairs:
-        new_left = _moved(equation, left, values, shape, out)
-        new_right = _moved(equation, right, values, shape, out)
+        new_left = rule(move, left)
+        new_right = rule(move, right)
         if new_left is None or new_right is None:
             return None
         pairs.append((new_left, new_right))
     return Factored.of(pairs)
-
-
-def _moved(
-    equation: Equation, factor: Array, values: Sequence[Any], shape: Shape, out: Shape
-) -> Array | None:
-    name = equation.name
-    params = equation.params
-    if name in _UNCHANGED:
-        return factor
-    if name == _VARY:
-        return _mesh.vary(factor, params["axes"])
-    if name == "convert_element_type":
-        return factor.astype(params["new_dtype"])
-    if name == "transpose":
-        return lax.transpose(factor, params["permutation"])
-    if name == "squeeze":
-        return lax.squeeze(factor, params["dimensions"])
-    if name == "reshape" and params.get("dimensions") is None:
-        return _reshaped(factor, shape, out)
-    if name == "broadcast_in_dim":
-        sizes = dict(zip(params["broadcast_dimensions"], factor.shape, strict=True))
-        return factor.reshape([sizes.get(axis, 1) for axis in range(len(out))])
-    if name == "slice":
-        return _sliced(factor, params)
-    if name == "dynamic_slice":
-        return _sliced_anywhere(factor, params, values[1:])
-    return None
-
-
-def _sliced(factor: Array, params: Any) -> Array:
-    strides = params["strides"] or [1] * factor.ndim
-    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    cuts = [slice(*bound) for bound in bounds]
-    cuts = [cut if n > 1 else slice(None) for cut, n in zip(cuts, factor.shape, strict=True)]
-    return factor[tuple(cuts)]
-
-
-def _sliced_anywhere(factor: Array, params: Any, starts: Sequence[Any]) -> Array:
-    depends = [n > 1 for n in factor.shape]
-    starts = [
-        start if own else jnp.zeros_like(start) for start, own in zip(starts, depends, strict=True)
-    ]
-    sizes = [n if own else 1 for n, own in zip(params["slice_sizes"], depends, strict=True)]
-    return lax.dynamic_slice(factor, starts, sizes)
-
-
-def _reshaped(factor: Array, shape: Shape, out: Shape) -> Array | None:
-    """A factor whose variable is reshaped.
-
-    It must depend on all or none of the axes that are merged or cut together.
-    """
-    sizes: list[int] = []
-    for old, new in _blocks(shape, out):
-        own = [n for n in factor.shape[old] if n > 1]
-        if not own:
-            sizes += [1] * len(out[new])
-        elif math.prod(own) == math.prod(shape[old]):
-            sizes += out[new]
-        else:
-            return None
-    return factor.reshape(sizes)
-
-
-def _blocks(shape: Shape, out: Shape) -> list[tuple[slice, slice]]:
-    """The smallest runs of axes of both shapes that hold equally many entries."""
-    blocks: list[tuple[slice, slice]] = []
-    i = 0
-    j = 0
-    while i < len(shape) or j < len(out):
-        first = (i, j)
-        left = 1
-        right = 1
-        while True:
-            takes_left = i < len(shape) and (left <= right or j == len(out))
-            if takes_left:
-                left *= shape[i]
-                i += 1
-            else:
-                right *= out[j]
-                j += 1
-            if left == right or (i == len(shape) and j == len(out)):
-                break
-        blocks.append((slice(first[0], i), slice(first[1], j)))
-    return blocks
 
 
 def ordered(
@@ -162,11 +72,12 @@ def product(
     Returns:
         None where the tangent must be formed.
     """
-    if equation.name == "dot_general":
+    facts = equation.facts
+    if facts.is_dot:
         through = _dot_product
-    elif equation.name == "conv_general_dilated" and position == 1:
+    elif facts.is_convolution and position == 1:
         through = _convolution
-    elif equation.primitive is primitives.gather_p and position == 0:
+    elif facts.looks_up and position == 0:
         through = _look_up
     else:
         return None
@@ -282,7 +193,7 @@ def _look_up(
     own = tuple(n if axis in indexed else min(n, rows.shape[axis]) for axis, n in enumerate(sizes))
     # a row that is not there has no tangent
     params = {**equation.params, "slice_sizes": own, "fill_value": 0}
-    looked_up = primitives.gather_p.bind(rows, values[1], **params)
+    looked_up = equation.primitive.bind(rows, values[1], **params)
     kept = [axis for axis in range(len(sizes)) if axis not in numbers.collapsed_slice_dims]
     shape = [1] * len(out)
     for place, axis in zip(numbers.offset_dims, kept, strict=True):

@@ -14,7 +14,6 @@ from forwax._directions.factored import Factored
 from forwax._directions.operations import is_move, moved, product
 from forwax._programs.evaluate import bind, inject, read
 from forwax._programs.order import behind
-from forwax._programs.primitives import BILINEAR
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, variables
 
 
@@ -95,7 +94,7 @@ class _Run:
         if loop is None:
             self.open(equation.inputs)
             outputs = self.operation(equation, self.read(equation))
-            if equation.name in BILINEAR:
+            if equation.facts.bilinear:
                 outputs = [in_step(outputs[0])]
                 self.last = outputs if self.push.lazy else []
             return outputs
@@ -155,8 +154,8 @@ class _Run:
         noise = product(equation, position, tangent, values, out)
         if noise is None:
             return None
-        is_convolution = equation.name == "conv_general_dilated"
-        value = in_pieces(equation, values) if is_convolution else bind(equation, values)[0]
+        whole = not equation.facts.is_convolution
+        value = bind(equation, values)[0] if whole else in_pieces(equation, values)
         return [inject(value, noise, self.push.time)]
 
     def is_factored(self, atom: Atom) -> bool:

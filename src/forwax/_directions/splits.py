@@ -11,11 +11,7 @@ from jax import Array
 from forwax import _tree
 from forwax._directions.operations import is_move
 from forwax._programs.axes import Factor, back
-from forwax._programs.primitives import BILINEAR
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable
-
-_LOOKED_UP = "gather"
-
 
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
 """The axes of a parameter that its two factors depend on; those in both have a pair of factors each."""
@@ -106,9 +102,9 @@ class _Finder:
                 origin = _origin(atom, origins)
                 if origin is None:
                     continue
-                if equation.name in BILINEAR:
+                if equation.facts.bilinear:
                     self.use(origin, self.split(equation, position, origin))
-                elif equation.name == _LOOKED_UP and position == 0:
+                elif equation.facts.looks_up and position == 0:
                     self.use(origin, default_split(self.shape(origin.parameter)))
                 elif position == 0 and is_move(equation):
                     origins[equation.outputs[0]] = origin.behind(equation)
@@ -178,7 +174,7 @@ def _origin(atom: Atom, origins: Mapping[Variable, Origin]) -> Origin | None:
 def _axes_of(equation: Equation, position: int, rank: int) -> tuple[list[int], list[int]] | None:
     """The contracted and the free axes of an operand."""
     params = equation.params
-    if equation.name == "dot_general":
+    if equation.facts.is_dot:
         contracted, batch = params["dimension_numbers"]
         own = list(contracted[position])
         mixed = batch[position]

@@ -92,9 +92,9 @@ class FiniteDifference(Rule):
             return None, (value, slope), aux
 
         # backwards, so that the aux is that of the first evaluation
-        staged = not directions.is_concrete
+        as_scan = not directions.is_concrete
         _, (values, slopes), aux = in_turn(
-            evaluate, None, jnp.arange(k), staged=staged, reverse=True
+            evaluate, None, jnp.arange(k), as_scan=as_scan, reverse=True
         )
         if self.combine.joint or not self.tangents.one_by_one:
             drawn = draw(jnp.arange(k))
@@ -139,8 +139,8 @@ class FiniteDifference(Rule):
             return None, value, aux
 
         signs = jnp.array([1.0, -1.0])
-        staged = not is_concrete((point, tangent))
-        _, values, aux = in_turn(side, None, signs, staged=staged, reverse=True)
+        as_scan = not is_concrete((point, tangent))
+        _, values, aux = in_turn(side, None, signs, as_scan=as_scan, reverse=True)
         wide = values.astype(_tree.accumulation_dtype(values.dtype))
         slope = (wide[0] - wide[1]) / (2 * jnp.asarray(self.epsilon, wide.dtype))
         return jnp.mean(values), slope, aux

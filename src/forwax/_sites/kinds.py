@@ -5,7 +5,6 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
-import jax.extend.core as jex
 import jax.numpy as jnp
 
 from forwax._programs.custom_rules import check_inside, custom_vjp_error
@@ -134,17 +133,17 @@ class _Level:
     def add(self, equation: Equation) -> None:
         kinds = {self.at.kind(atom) for atom in equation.inputs}
         live = equation_reach(equation, self.at.reach)
-        if equation.name == "stop_gradient":
+        if equation.facts.stops_derivatives:
             kinds = {
                 {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
                 for kind in kinds
             }
-        elif live and equation.name.startswith("custom_vjp_call"):
+        elif live and equation.facts.lacks_jvp:
             _check_custom_vjp(equation, kinds)
         elif (
             live
             and equation.loop is None
-            and equation.name != "custom_jvp_call"
+            and not equation.facts.has_own_jvp
             and equation.origin is not None
         ):
             check_inside(
@@ -234,12 +233,11 @@ def _join(kinds: set[Kind]) -> Kind:
 
 def _differentiable(equation: Equation, kinds: set[Kind]) -> bool:
     """Whether a parameter may enter here as it is: in an operation, or in a chain that reverse mode can cross."""
-    if equation.contains("while"):
+    if equation.contains(lambda facts: facts.irreversible):
         return False
     if not kinds & {Kind.DATA, Kind.MIXED}:
         return True
-    known = equation.name == "custom_jvp_call" or equation.name.startswith("scatter")
-    return known or not list(jex.jaxprs_in_params(equation.params))
+    return equation.facts.one_site or not equation.has_inner_programs
 
 
 def _check_custom_vjp(equation: Equation, kinds: set[Kind]) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from forwax._programs.dataflow import Reach, equation_reach
-from forwax._programs.primitives import ADDITIVE, BILINEAR, MOVES
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -24,14 +23,6 @@ from forwax._programs.program import (
 )
 from forwax._sites.kinds import Kind
 from forwax._sites.noise_point import NOISE_POINT
-
-_SCALING = {"mul", "div"}
-
-
-_PASSED = ADDITIVE | MOVES | {"expand_dims", "neg", "copy"}
-
-
-_ELEMENTWISE = ADDITIVE | _SCALING | {"pow", "max", "min", "select_n"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +67,7 @@ class _Reader:
         used = [
             v
             for e in program.equations
-            if self.live(e) and e.name != "stop_gradient"
+            if self.live(e) and not e.facts.stops_derivatives
             for v in e.variables
         ]
         self.uses = Counter([*used, *(v for v in variables(program.outputs) if reach[v])])
@@ -159,16 +150,16 @@ def _may_join(equation: Equation, reader: _Reader, carried: list[Variable]) -> b
         return False
     if not all(reader.same_size(v, equation.outputs[0]) for v in carried):
         return False
-    if equation.name in _SCALING:  # a gain: the other factor is a parameter
-        first = equation.name == "mul" or equation.inputs[0] in carried
-        return len(carried) == 1 and first and reader.takes_parameter(equation)
-    return equation.name in _PASSED
+    if equation.facts.scaled:  # a gain: the other factor is a parameter
+        scaled = [equation.inputs[i] for i in equation.facts.scaled]
+        return len(carried) == 1 and carried[0] in scaled and reader.takes_parameter(equation)
+    return equation.facts.passed_by_regions
 
 
 def _marked_regions(program: Program, reader: _Reader) -> list[Region]:
     regions = []
     for mark in program.equations:
-        if mark.name == "name" and mark.params.get("name") == NOISE_POINT and reader.is_mixed(mark):
+        if _is_mark(mark) and reader.is_mixed(mark):
             equations = _before_mark(mark, program, reader)
             if equations:
                 regions.append(Region((*equations, mark), mark.outputs))
@@ -186,13 +177,13 @@ def _before_mark(mark: Equation, program: Program, reader: _Reader) -> list[Equa
         if not all(0 < inside[v] == reader.uses[v] for v in outputs):
             continue
         site = reader.is_site(equation)
-        if equation.primitive is None or _is_mark(equation) or equation.contains("while"):
+        if equation.primitive is None or _is_mark(equation) or _is_irreversible(equation):
             continue
-        if not site and equation.name in BILINEAR:
+        if not site and equation.facts.bilinear:
             continue
         chosen.append(equation)
         if (
-            not site or equation.name in _ELEMENTWISE
+            not site or equation.facts.elementwise_for_regions
         ):  # beyond an operation such as a dot the error must not go
             inside.update(equation.variables)
     return _behind_a_site(list(reversed(chosen)), reader)
@@ -209,4 +200,8 @@ def _behind_a_site(equations: list[Equation], reader: _Reader) -> list[Equation]
 
 
 def _is_mark(equation: Equation) -> bool:
-    return equation.name == "name" and equation.params.get("name") == NOISE_POINT
+    return equation.facts.marks_noise_points and equation.params.get("name") == NOISE_POINT
+
+
+def _is_irreversible(equation: Equation) -> bool:
+    return equation.contains(lambda facts: facts.irreversible)
