@@ -3,17 +3,23 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 FEWEST_ROUNDS = 3
 
+Seconds: TypeAlias = dict[str, np.ndarray]
+"""The seconds of calls by name, each [rounds]."""
+
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, *, max_seconds: float = math.inf
-) -> dict[str, np.ndarray]:
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    max_seconds: float = math.inf,
+) -> Seconds:
     """Seconds of each call in each round; every round makes all calls once.
 
     Args:
@@ -31,27 +37,26 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for number in range(rounds):
-        if number >= FEWEST_ROUNDS and time.perf_counter() - begin > max_seconds:
+        is_late = time.perf_counter() - begin > max_seconds
+        if is_late and number >= FEWEST_ROUNDS:
             break
         # The order turns: a call may leave the caches warm, or the processor hot, for the next one.
         first = number % len(names)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds_of(calls[name]))
+        in_turn = names[first:] + names[:first]
+        for name in in_turn:
+            start = time.perf_counter()
+            jax.block_until_ready(calls[name]())
+            stop = time.perf_counter()
+            seconds[name].append(stop - start)
     return {name: np.array(times) for name, times in seconds.items()}
 
 
-def medians(seconds: Mapping[str, np.ndarray]) -> dict[str, float]:
+def medians(seconds: Seconds) -> dict[str, float]:
     """The median over the rounds of each call's seconds."""
     return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
-def ratios(seconds: Mapping[str, np.ndarray], reference: str) -> dict[str, float]:
+def ratios(seconds: Seconds, reference: str) -> dict[str, float]:
     """The median of each call over that of the reference."""
     median = medians(seconds)
     return {name: each / median[reference] for name, each in median.items()}
-
-
-def _seconds_of(call: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begin
