@@ -20,7 +20,7 @@ from forwax._sites.outputs import (
     Tail,
     blocked_variables,
     is_crossed,
-    is_site_barrier,
+    site_barrier,
     is_sum,
     output_regions,
     tail_from,
@@ -98,7 +98,7 @@ def make_sources(
     """
     program = level.program
     barrier = (
-        is_site_barrier(level, kinds) if exact else lambda equation: not is_sum(equation, kinds)
+        site_barrier(level, kinds) if exact else lambda equation: not is_sum(equation, kinds)
     )
     blocked = blocked_variables(program, reach, barrier)
     ends = [
