@@ -8,7 +8,7 @@ estimate, and costs nothing.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,19 @@ class Safe(LearningRule):
     def unbiased(self) -> bool:
         """Whether the rule is and nothing is clipped."""
         return self.clip is None and self.rule.unbiased
+
+    @property
+    def inner(self) -> Rule:
+        """The rule that is guarded."""
+        return self.rule.inner
+
+    def law(self, problem: Problem) -> float | None:
+        """That of the rule, as if nothing were clipped."""
+        return self.rule.law(problem)
+
+    def sites(self, problem: Problem) -> Any:
+        """Those of the rule."""
+        return self.rule.sites(problem)
 
     def init(self) -> "Safe":
         """The rule with an empty history, so that its structure stays the same in all steps."""

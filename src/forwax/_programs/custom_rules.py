@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import source_info_util
 
-from forwax import _mesh
+from forwax import _mesh, _tree
 from forwax._programs.evaluate import bind, read
 from forwax._programs.primitives import facts_of
 from forwax._programs.program import Equation, Program, Traced, equations_of, is_inexact
-from forwax._pushforward import is_abstract
 from forwax._signature import Problem
 
 
@@ -95,7 +94,7 @@ def reads_its_trace(traced: Traced) -> bool:
     `jax.jvp` of that function can use the value, and a program that was traced before cannot.
     """
     return any(
-        is_abstract(value) and all(value is not known for known in traced.closed)
+        _tree.is_abstract(value) and all(value is not known for known in traced.closed)
         for equation in _custom(traced.program)
         for value in _closed_over(equation, traced.types)
     )

@@ -20,6 +20,7 @@ from forwax._programs.program import (
     opened,
     variables,
 )
+from forwax._tree import Tree
 
 
 def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
@@ -36,6 +37,22 @@ def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
     types: list[Any] = []
     program = _convert(closed_jaxpr.jaxpr, types)
     return Traced(program, list(closed_jaxpr.consts), num_parameters, types, structure[0])
+
+
+def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tree]:
+    """A function that is traced once, for these arguments and others of the same types.
+
+    Returns:
+        A function that runs the trace, and the abstract values of what it returns.
+    """
+    traced, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    structure = jax.tree.structure(shapes)
+    flat = jex.jaxpr_as_fun(traced)
+
+    def run(*args: Tree) -> Tree:
+        return structure.unflatten(flat(*jax.tree.leaves(args)))
+
+    return run, structure.unflatten(traced.out_avals)
 
 
 def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) -> Program:
