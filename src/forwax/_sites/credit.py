@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax._programs.axes import back
-from forwax._programs.dataflow import mapped_variables
+from forwax._programs.dataflow import fixed_point, mapped_variables
 from forwax._programs.links import Factor, Link, Shape
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Traced, Variable
 
@@ -184,21 +184,21 @@ class _Follower:
     Attributes:
         types: of its variables.
         noisy: those that depend on a noise.
-        links: how each of them is tied to the sources, by all uses so far. More tags are added,
-            and a link may become None, but none becomes finer: so loops come to an end.
+        links: how each of them is tied to the sources, by all uses so far. Tags are added and
+            links become None, but none becomes finer: so loops come to an end.
     """
 
     def __init__(self, types: Sequence[Any], noisy: set[Variable]) -> None:
         self.types = types
         self.noisy = noisy
-        self.links: dict[Variable, dict[Tag, Link]] = {}
+        self.links: dict[Variable, Links] = {}
 
     def links_of(self, variable: Variable) -> Links:
         return self.links.get(variable, {})
 
     def follow(self, program: Program, seeds: Sequence[Links]) -> None:
         for atom, links in zip(program.outputs, seeds, strict=True):
-            self.meet(atom, links)
+            self.add_use(atom, links)
         for equation in reversed(program.equations):
             outputs = [self.links_of(v) for v in equation.outputs]
             if not any(outputs):
@@ -208,16 +208,10 @@ class _Follower:
             else:
                 self.cross(equation, outputs)
 
-    def meet(self, atom: Atom, links: Links) -> None:
-        """Add one use of a value: what differs between two uses cannot be told apart."""
+    def add_use(self, atom: Atom, links: Links) -> None:
         if isinstance(atom, Constant) or atom not in self.noisy:
             return
-        known = self.links.setdefault(atom, {})
-        for tag, link in links.items():
-            if tag in known and known[tag] != link:
-                known[tag] = None
-            else:
-                known[tag] = link
+        self.links[atom] = _meet(self.links_of(atom), links)
 
     def cross(self, equation: Equation, outputs: Sequence[Links]) -> None:
         """From the links of an operation's results to those of its operands."""
@@ -239,34 +233,40 @@ class _Follower:
                             outs,
                         )
                     operand_links[tag] = link
-                self.meet(atom, operand_links)
+                self.add_use(atom, operand_links)
 
     def cross_loop(self, equation: Equation, loop: Loop, outputs: Sequence[Links]) -> None:
         """From the links of a loop's outputs to those of its inputs: a fixed point."""
         after, stacked = loop.split_outputs(outputs)
         stacked = [_each(_inside, links) for links in stacked]
-        inputs = loop.body.inputs
-        _, carry, _ = loop.split(inputs)
-        while True:
-            before = self.copied(inputs)
-            self.follow(loop.body, [*after, *stacked])
-            after = [self.links_of(v) for v in carry]
-            if before == self.copied(inputs):
-                break
 
-        consts, carry, xs = loop.split(self.copied(inputs))
+        def step_back(seeds: list[Links]) -> list[Links]:
+            self.follow(loop.body, seeds)
+            return [self.links_of(v) for v in loop.body.inputs]
+
+        seeds = [*after, *stacked]
+        _, links = fixed_point(loop, seeds, step_back, _meet, backward=True)
+        consts, carry, xs = loop.split(links)
         xs = [_each(_outside, links) for links in xs]
         input_links = [*consts, *carry, *xs]
         for atom, links in zip(equation.inputs, input_links, strict=True):
-            self.meet(atom, links)
-
-    def copied(self, variables: Sequence[Variable]) -> list[Links]:
-        return [dict(self.links_of(v)) for v in variables]
+            self.add_use(atom, links)
 
     def shape(self, atom: Atom) -> Shape:
         if isinstance(atom, Constant):
             return tuple(jnp.shape(atom.value))
         return tuple(self.types[atom].shape)
+
+
+def _meet(one: Links, other: Links) -> Links:
+    """The links of a value of two uses: what differs between them cannot be told apart."""
+    met = dict(one)
+    for tag, link in other.items():
+        if tag in met and met[tag] != link:
+            met[tag] = None
+        else:
+            met[tag] = link
+    return met
 
 
 def _each(change: Callable[[Factor], Link], links: Links) -> Links:
