@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from forwax._directions.factored import Factored
-from forwax._directions.signs import unpacked
 from forwax._sites.levels import LoopPlan
 from forwax._sites.passes.replay import like
 from forwax._sites.regions import Region
@@ -45,7 +43,7 @@ def dense(plan, drawn):
     """The tangents [k, ...] that a `WeightPlan` never forms, as a tree of the parameters' structure."""
 
     def one(drawn):
-        pairs = zip(plan.leaves, plan.tangents(unpacked(drawn)), strict=True)
-        return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]
+        pairs = zip(plan.leaves, plan.directions(drawn), strict=True)
+        return [direction.dense(leaf.shape) for leaf, direction in pairs]
 
     return jax.tree.unflatten(jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn)))

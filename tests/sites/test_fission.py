@@ -8,8 +8,8 @@ from jax import lax
 
 import forwax as fx
 from cases import quick_jit
-from forwax._sites.passes import keep
 from forwax._signature import Signature
+from forwax._sites.passes import keep
 from sites.programs import PROGRAMS, normal, squares
 
 P = {"i": normal(0, 2, 3), "h": normal(1, 3, 3), "o": normal(2, 3, 2)}

@@ -8,8 +8,8 @@ from jax import lax
 
 import forwax as fx
 from cases import QUICK, quick_jit
-from forwax._sites.passes import keep
 from forwax._signature import Signature
+from forwax._sites.passes import keep
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS
 from sites.test_sharding import PARAMS, sharded

@@ -25,7 +25,7 @@ def _backward(program: Program, seeds: Sequence[int], types: Sequence[Any], mask
     for atom, mask in zip(program.outputs, seeds, strict=True):
         _add(atom, mask, types, masks)
     for equation in reversed(program.equations):
-        if not equation_reach(equation, masks) or equation.name == "stop_gradient":
+        if not equation_reach(equation, masks) or equation.facts.stops_derivatives:
             continue
         if equation.loop is not None:
             incoming = _through_loop(

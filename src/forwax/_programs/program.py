@@ -5,13 +5,19 @@ closed, so both are derived from what all versions share: ranks, and `getattr(j,
 """
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NewType, TypeAlias, TypeVar
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend import source_info_util
+
+from forwax._programs.primitives import UNKNOWN, Facts, facts_of
+from forwax._tree import Tree
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,7 +31,8 @@ class Constant:
     value: Any
 
 
-Variable: TypeAlias = int
+Variable = NewType("Variable", int)
+"""The number of a value. It is unique in a program and the bodies of its loops together."""
 
 
 Atom: TypeAlias = Variable | Constant
@@ -51,6 +58,33 @@ class Loop:
     length: int
     reverse: bool
     unroll: Any
+
+    def split(self, inputs: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+        """Constants, carries and scanned arrays, from one entry for each input."""
+        first, last = self.num_consts, self.num_consts + self.num_carry
+        return list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
+
+    def split_outputs(self, outputs: Sequence[T]) -> tuple[list[T], list[T]]:
+        """Carries and stacked outputs, from one entry for each output."""
+        return list(outputs[: self.num_carry]), list(outputs[self.num_carry :])
+
+    @property
+    def unchanged(self) -> list[bool]:
+        """For each carry whether every step hands it on as it is."""
+        _, before, _ = self.split(self.body.inputs)
+        after, _ = self.split_outputs(self.body.outputs)
+        return [new == old for new, old in zip(after, before, strict=True)]
+
+    def scan(
+        self, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+    ) -> tuple[Any, Any]:
+        """`jax.lax.scan` of a step of one's own, as often and in the order that this loop runs."""
+        return lax.scan(step, carry, xs, self.length, self.reverse, self.unroll)
+
+    def with_body(self, body: "Program", num_new_consts: int = 0) -> "Loop":
+        """The same loop over another body, whose new constants come first."""
+        num_consts = self.num_consts + num_new_consts
+        return dataclasses.replace(self, body=body, num_consts=num_consts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,11 +124,20 @@ class Equation:
             source_info_util.summarize(self.origin.source_info) if self.origin is not None else ""
         )
 
-    def contains(self, *names: str) -> bool:
-        """Whether this is, or carries inside it, a primitive of one of the names."""
-        return self.name in names or any(
-            _contains(inner, names) for inner in jex.jaxprs_in_params(self.params)
-        )
+    @property
+    def facts(self) -> Facts:
+        """What is known about the primitive."""
+        return UNKNOWN if self.primitive is None else facts_of(self.primitive)
+
+    @property
+    def has_inner_programs(self) -> bool:
+        """Whether the parameters hold programs, as those of `cond` and of custom rules do."""
+        return any(True for _ in jex.jaxprs_in_params(self.params))
+
+    def contains(self, is_wanted: Callable[[Facts], bool]) -> bool:
+        """Whether something is true of this operation's facts, or of one inside it."""
+        inside = jex.jaxprs_in_params(self.params)
+        return is_wanted(self.facts) or any(_contains(inner, is_wanted) for inner in inside)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,16 +160,33 @@ class Traced:
     """A function's program with what it closes over.
 
     Attributes:
-        program: inputs are the closed-over arrays, then the function's own inputs.
+        program: inputs are the closed-over arrays, the parameters, the function's other inputs.
         closed: the closed-over arrays.
+        num_parameters: the number of arrays in the function's first argument.
         types: the abstract value of each variable, by number; promotions append to it.
         out_tree: the structure of the function's output.
     """
 
     program: Program
     closed: list[Array]
+    num_parameters: int
     types: list[Any]
     out_tree: Any
+
+    @property
+    def parameters(self) -> tuple[Variable, ...]:
+        """The inputs that are leaves of the function's first argument."""
+        first = len(self.closed)
+        return self.program.inputs[first : first + self.num_parameters]
+
+    @property
+    def data(self) -> tuple[Variable, ...]:
+        """The inputs that are leaves of the function's further arguments."""
+        return self.program.inputs[len(self.closed) + self.num_parameters :]
+
+    def arguments(self, params: Tree, data: Iterable[Any] = ()) -> list[Any]:
+        """The values of the program's inputs, from the function's first argument and further leaves."""
+        return [*self.closed, *jax.tree.leaves(params), *data]
 
 
 def variables(atoms: Iterable[Atom]) -> list[Variable]:
@@ -140,13 +200,18 @@ def is_inexact(aval: Any) -> bool:
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """A jaxpr that may be closed, and what it closes over."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
-def _contains(jaxpr: Any, names: tuple[str, ...]) -> bool:
+def _contains(jaxpr: Any, is_wanted: Callable[[Facts], bool]) -> bool:
+    return any(is_wanted(facts_of(eqn.primitive)) for eqn in equations_of(jaxpr))
+
+
+def equations_of(jaxpr: Any) -> Iterator[Any]:
+    """A jaxpr's equations, those of jaxprs inside them included."""
     inside, _ = opened(jaxpr)
-    return any(
-        eqn.primitive.name in names
-        or any(_contains(inner, names) for inner in jex.jaxprs_in_params(eqn.params))
-        for eqn in inside.eqns
-    )
+    for eqn in inside.eqns:
+        yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from equations_of(inner)

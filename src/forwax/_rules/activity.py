@@ -1,4 +1,4 @@
-"""Activity perturbation: noise on what sites put out, and each site's own derivative (Ren et al. 2023).
+"""Activity perturbation: noise on what sites put out, and each site's own derivative.
 
 Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXiv 2210.03310.
 """
@@ -18,6 +18,7 @@ from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values
 from forwax._programs.order import behind
 from forwax._programs.program import Variable
+from forwax._pushforward import over_tangents
 from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
@@ -46,8 +47,8 @@ class ActivityPerturbation(Rule):
     loss, and the slope c gives the parameter its estimate (∂z/∂w)ᵀ c·u. No error crosses two sites.
     With `in_axes` each example has a slope of its own, which takes the other examples' noise out of
     the estimate; with `forwax.LocalLosses` a site takes the slopes of the losses that it reaches.
-    For a layer of fan-out q and batch N the squared error of the mean gradient is (q -
-    1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
+    For a layer of fan-out q and batch N the squared error of the mean gradient is
+    (q - 1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
 
     Sites after which no site comes get their exact error from reverse mode over the parameter-free
     rest of the loss, and no noise. Parameters inside `while_loop` and `cond` bodies, and in a
@@ -101,14 +102,13 @@ class ActivityPerturbation(Rule):
         check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
         if self.memory not in _MEMORY:
             raise ValueError(
-                f"ActivityPerturbation: expected memory to be one of {_MEMORY}, got "
-                f"{self.memory!r}."
+                f"ActivityPerturbation: expected memory to be one of {_MEMORY}, "
+                f"got {self.memory!r}."
             )
         if isinstance(self.combine, Combine) and not isinstance(self.combine, Mean | Shrinkage):
             raise ValueError(
-                f"ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got "
-                f"{self.combine}. Slopes of "
-                "single examples cannot be combined over all parameters."
+                "ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got "
+                f"{self.combine}. Slopes of single examples cannot be combined over all parameters."
             )
 
     @property
@@ -118,16 +118,18 @@ class ActivityPerturbation(Rule):
 
     def sites(self, problem: Problem) -> Sites:
         """The sites of a problem under this rule."""
+        has_credit = self.memory != "shared"
+        name = type(self).__name__
         chosen = selection(self.where)
-        if self.memory == "shared":
-            return find_sites(problem, type(self).__name__, chosen, self.exact_outputs)
-        sites = find_sites(problem, type(self).__name__, chosen, self.exact_outputs, credit=True)
+        sites = find_sites(problem, name, chosen, self.exact_outputs, credit=has_credit)
+        # A replay visits one step of a loop after the other: its steps share their slopes.
         return with_slopes_of_loops(sites) if self.memory == "replay" else sites
 
     def basis(self, problem: Problem) -> "ActivityPerturbation":
-        """This rule with each coordinate of its noise once: its estimate is the mean over all noise."""
+        """This rule with each coordinate of its noise once: its estimate is the mean of all."""
         tangents = Coordinate(replace=False)
-        n = num_coordinates(self.sites(problem), tangents, own_slopes=self.memory != "shared")
+        own_slopes = self.memory != "shared"
+        n = num_coordinates(self.sites(problem), tangents, own_slopes=own_slopes)
         return dataclasses.replace(self, tangents=tangents, num_tangents=max(1, n))
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
@@ -135,8 +137,8 @@ class ActivityPerturbation(Rule):
         check_directions("ActivityPerturbation", self.tangents, self.combine)
         check_shared("ActivityPerturbation", self.tangents)
         over = _mesh.axes(key)  # a key of its own gives each device an estimate of its own
-        own = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
-        sites = self.sites(dataclasses.replace(problem, params=own))
+        params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
+        sites = self.sites(dataclasses.replace(problem, params=params))
         if self.memory == "replay" and sites.noisy:
             return self._replayed(key, sites)
         noise = self._draw(key, sites)
@@ -145,33 +147,38 @@ class ActivityPerturbation(Rule):
         if self.memory == "shared":
             return value, out.aux, self._shared(sites, noise, out, over)
         slopes = self._slopes(sites, out) if noise else {}
-        return value, out.aux, self._own(sites, noise, slopes, out.records)
+        return value, out.aux, self._assembled(sites, noise, slopes, out.records)
 
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
         """The noise [k, ...] of all noisy sites."""
-        return draw_noise(
-            sites, self.tangents, key, self.num_tangents, own_slopes=self.memory != "shared"
-        )
+        own_slopes = self.memory != "shared"
+        return draw_noise(sites, self.tangents, key, self.num_tangents, own_slopes=own_slopes)
 
     def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
-        """For each noisy site what multiplies its noise: [k, ...], with axes that broadcast to it."""
+        """For each noisy site what multiplies its noise: [k, ...], axes that broadcast to it."""
         products = keep.products(sites, out) if sites.credit else []
-        known: dict[Any, Array] = {}
+        # Sites that hear of the same have their slopes summed once.
+        sums: dict[Any, Array] = {}
         slopes: dict[Variable, Array] = {}
         for site in sites.noisy:
-            own = tuple(sites.credit.get(site.variable, ()))
-            unit = (site.reach, site.mapped, site.axes, own, site.shape if own else ())
-            if unit not in known:
-                total = (
-                    _told_apart(site, own, products, sites)
-                    if sites.credit
-                    else _credited(site, out.slopes, sites)
-                )
-                known[unit] = total * self._scale(sites, site)
-            slopes[site.variable] = known[unit]
+            site_credits = tuple(sites.credit.get(site.variable, ()))
+            hears = (
+                site.reach,
+                site.mapped,
+                site.axes,
+                site_credits,
+                site.shape if site_credits else (),
+            )
+            if hears not in sums:
+                if sites.credit:
+                    total = _told_apart(site, site_credits, products, sites)
+                else:
+                    total = _credited(site, out.slopes, sites)
+                sums[hears] = total * self._scale(sites, site)
+            slopes[site.variable] = sums[hears]
         return slopes
 
-    def _own(
+    def _assembled(
         self,
         sites: Sites,
         noise: Sequence[Array],
@@ -180,90 +187,76 @@ class ActivityPerturbation(Rule):
     ) -> Tree:
         """The gradient from each site's noise and slopes."""
         errors = keep.output_errors(sites, records)
-        errors |= {
-            s.variable: _weighted(slopes[s.variable], u)
-            for s, u in zip(sites.noisy, noise, strict=True)
-        }
+        for site, u in zip(sites.noisy, noise, strict=True):
+            errors[site.variable] = _weighted(slopes[site.variable], u)
         return keep.assemble(sites, records, errors)
 
     def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
-        """As `_own`, but assembled by a second evaluation, with the same noise, begun when the slopes are known.
-
-        All data wait for the slopes: of equal data XLA would merge both evaluations and keep all
-        values of the first.
-        """
-        problem, traced = sites.problem, sites.traced
+        """As `_assembled`, by a second evaluation with the same noise once the slopes are known."""
         first = self._source(key, sites)
         if isinstance(first, Drawn):
             out = push_drawn(sites, first)
         else:
-            out = keep.push(
-                sites, [first.values[site.variable] for site in sites.noisy], self.num_tangents
-            )
-        exact, slopes = keep.output_errors(sites, out.records), self._slopes(sites, out)
-        slopes = {
-            site.variable: of_a_step(sites, site, slopes[site.variable]) for site in sites.noisy
-        }
-        total = sum(
-            (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in out.slopes), start=jnp.zeros(())
-        )
-        new = dataclasses.replace(problem, mapped=tuple(behind(x, [total]) for x in problem.mapped))
-        closed = [behind(x, [total]) for x in traced.closed]
-        same = dataclasses.replace(
-            sites, problem=new, traced=dataclasses.replace(traced, closed=closed)
-        )
-        grads = replay(
-            same,
-            self._source(key, same),
-            exact,
-            lambda site, u: _weighted(slopes[site.variable], u),
-        )
+            noise = [first.values[site.variable] for site in sites.noisy]
+            out = keep.push(sites, noise, self.num_tangents)
+        exact = keep.output_errors(sites, out.records)
+        slopes = self._slopes(sites, out)
+        slopes = {s.variable: of_a_step(sites, s, slopes[s.variable]) for s in sites.noisy}
+
+        def error(site: Site, u: Array) -> Array:
+            return _weighted(slopes[site.variable], u)
+
+        again = _behind_slopes(sites, out.slopes)
+        grads = replay(again, self._source(key, again), exact, error)
         return keep.value(sites, out.losses), out.aux, grads
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
         tangents = cast(IndependentTangents, self.tangents)
-        if not tangents.one_by_one or tangents.joint or not tangents.coordinatewise:
-            lead = {
-                site.variable: 1 + (site.mapped and sites.num_examples is not None)
-                for site in sites.noisy
-            }
-            return Held(dict(zip(lead, self._draw(key, sites), strict=True)), lead)
+        is_independent = tangents.one_by_one and not tangents.joint
+        if not is_independent or not tangents.coordinatewise:
+            # The axis of the outermost loop lies behind [k], or [k, examples].
+            has_examples = sites.num_examples is not None
+            loop_axis = {s.variable: 1 + (s.mapped and has_examples) for s in sites.noisy}
+            return Held(dict(zip(loop_axis, self._draw(key, sites), strict=True)), loop_axis)
 
         def draw(key: Array, like: Any) -> Array:
-            return _tree.from_real(tangents.draw_one(key, _tree.real_specs([like])), [like])[0]
+            real = tangents.draw_one(key, _tree.real_specs([like]))
+            return _tree.from_real(real, [like])[0]
 
         return Drawn(typed_key(key), draw, self.num_tangents)
 
     def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass, over: _mesh.Axes) -> Tree:
-        """All examples with one slope: the noise's own gradient needs no slope, so nothing is kept for later."""
+        """All examples with one slope.
+
+        The noise's own gradient needs no slope, so that nothing is kept for later.
+        """
         total = keep.assemble(sites, out.records, keep.output_errors(sites, out.records))
+
+        def pulled_back(noise: Values) -> tuple[Tree, None]:
+            return keep.assemble(sites, out.records, jax.tree.map(jnp.conj, noise)), None
+
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
-            mine = {
-                s.variable: u for s, u in zip(sites.noisy, noise, strict=True) if s.reach == mask
-            }
-            first = next(s for s in sites.noisy if s.reach == mask)
-            slopes = _credited(
-                dataclasses.replace(first, mapped=False, axes=over), out.slopes, sites
-            )
-            pulled = _each(
-                lambda u: keep.assemble(sites, out.records, jax.tree.map(jnp.conj, u)),
-                mine,
-                self.num_tangents,
-            )
-            total = _plus(total, slopes * self._scale(sites, first), pulled)
+            pairs = zip(sites.noisy, noise, strict=True)
+            of_mask = {site.variable: u for site, u in pairs if site.reach == mask}
+            first = next(site for site in sites.noisy if site.reach == mask)
+            shared = dataclasses.replace(first, mapped=False, axes=over)
+            slopes = _credited(shared, out.slopes, sites)
+            gradients, _ = over_tangents(pulled_back, of_mask, self.num_tangents)
+            total = _plus(total, slopes * self._scale(sites, first), gradients)
         return total
 
     def _scale(self, sites: Sites, site: Site) -> float:
-        """1/k, and for `Shrinkage` the factor that suits the noise that shares a slope with this site."""
+        """1/k, and for `Shrinkage` the factor that suits what a slope here hears."""
+        k = self.num_tangents
         if not isinstance(self.combine, Shrinkage):
-            return 1 / self.num_tangents
-        own = self.memory != "shared"
-        n = math.ceil(sum(shared_noise(sites, site, other, own) for other in sites.noisy))
-        law = self.tangents.relative_mse(max(n, 1), self.num_tangents)
-        return 1 / (
-            self.num_tangents * (1 + max(law, 0))
-        )  # a slope may hear fewer coordinates than were drawn jointly
+            return 1 / k
+        own_slopes = self.memory != "shared"
+        heard = [shared_noise(sites, site, other, own_slopes) for other in sites.noisy]
+        n = max(math.ceil(sum(heard)), 1)
+        # A slope may hear fewer coordinates than were drawn jointly: then the law is below zero.
+        law = max(self.tangents.relative_mse(n, k), 0)
+        return 1 / (k * (1 + law))
 
     def law(self, problem: Problem) -> float | None:
         """None: each slope's error grows with the noise that shares it, a number for each site."""
@@ -286,57 +279,67 @@ def selection(where: str | Callable[[str], bool] | None) -> Callable[[str], bool
     return where
 
 
+def _behind_slopes(sites: Sites, slopes: Sequence[Array]) -> Sites:
+    """The same sites, whose data wait for the slopes.
+
+    Of equal data XLA would merge both evaluations and keep all values of the first.
+    """
+    sums = (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in slopes)
+    total = sum(sums, start=jnp.zeros(()))
+    mapped = tuple(behind(x, [total]) for x in sites.problem.mapped)
+    closed = [behind(x, [total]) for x in sites.traced.closed]
+    problem = dataclasses.replace(sites.problem, mapped=mapped)
+    traced = dataclasses.replace(sites.traced, closed=closed)
+    return dataclasses.replace(sites, problem=problem, traced=traced)
+
+
 def _credited(site: Site, slopes: Sequence[Array], sites: Sites) -> Array:
-    """The slopes of the losses that a site reaches: [k, examples] for an example's own noise, else [k]."""
+    """The slopes of the losses that a site reaches.
+
+    They are [k, examples] for an example's own noise, else [k].
+    """
     num_examples = sites.num_examples
-    mine = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
-    total = sum(mine[1:], start=mine[0])
-    total = _mesh.total(
-        total, _mesh.axes(total) - site.axes
-    )  # one noise for all devices hears of all their losses
+    reached = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
+    total = sum(reached[1:], start=reached[0])
+    # One noise for all devices hears of all their losses.
+    total = _mesh.total(total, _mesh.axes(total) - site.axes)
     if num_examples is None:
         return total
     return total / num_examples if site.mapped else jnp.mean(total, axis=1)
 
 
 def _told_apart(
-    site: Site, own: Sequence[Credit], products: Sequence[Array], sites: Sites
+    site: Site, site_credits: Sequence[Credit], products: Sequence[Array], sites: Sites
 ) -> Array:
-    """The slopes of the sources that a site reaches, each summed over the axes along which its noise spreads."""
+    """The slopes of a site's sources, summed over the axes along which its noise spreads."""
     lead = 1 if sites.num_examples is None or not site.mapped else 2
     total = jnp.zeros((1,) * (lead + len(site.shape)))
-    for credit in own:
+    for credit in site_credits:
         product = products[credit.source]
         if product.ndim - len(credit.shape) > lead:  # one noise for all examples
             product = jnp.sum(product, axis=1)
         total += credit.slopes(product, lead, site.shape)
-    return _mesh.total(
-        total, _mesh.axes(total) - site.axes
-    )  # one noise for all devices hears of all their losses
+    # One noise for all devices hears of all their losses.
+    return _mesh.total(total, _mesh.axes(total) - site.axes)
 
 
 def _weighted(slopes: Array, noise: Array) -> Array:
     """Σ_j c_j conj(u_j), with a slope for each example where slopes are [k, examples]."""
+    conjugate = jnp.conj(noise) if _tree.is_complex(noise) else noise
+    wide = conjugate.astype(_tree.accumulation_dtype(noise.dtype))
     shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
-    wide = (jnp.conj(noise) if _tree.is_complex(noise) else noise).astype(
-        _tree.accumulation_dtype(noise.dtype)
-    )
     slopes = slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape)
-    if noise.shape[0] > _UNROLLED:
+    num_tangents = noise.shape[0]
+    if num_tangents > _UNROLLED:
         return jnp.sum(slopes * wide, axis=0)
-    # term by term: a sum over the leading axis of a product runs many times slower on CPU
-    return functools.reduce(jnp.add, (slopes[j] * wide[j] for j in range(noise.shape[0])))
-
-
-def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
-    """The gradients of k noises [k, ...]."""
-    if num_tangents == 1:
-        return jax.tree.map(lambda x: x[None], pull({v: x[0] for v, x in noise.items()}))
-    return jax.vmap(pull)(noise)
+    # Term by term: a sum over the leading axis of a product runs many times slower on CPU.
+    return functools.reduce(jnp.add, (slopes[j] * wide[j] for j in range(num_tangents)))
 
 
 def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:
     """The total and the weighted sum of gradients [k, ...]."""
-    return jax.tree.map(
-        lambda x, g: x + _weighted(weights, jnp.conj(g)).astype(x.dtype), total, gradients
-    )
+
+    def add(x: Array, gradients: Array) -> Array:
+        return x + _weighted(weights, jnp.conj(gradients)).astype(x.dtype)
+
+    return jax.tree.map(add, total, gradients)

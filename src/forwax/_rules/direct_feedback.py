@@ -69,17 +69,18 @@ class DirectFeedbackAlignment(Rule):
         errors = dict(exact)
         for index, site in enumerate(sites.noisy):
             heard = direct.heard_by(site, sites, type(self).__name__)
-            through = self._map(index, sum(s.size for s in heard), direct.step_size(site, sites))
+            rows = sum(output.size for output in heard)
+            through = self._map(index, rows, direct.step_size(site, sites))
             errors[site.variable] = direct.sent(site, sites, heard, exact, through)
-        return keep.value(sites, out.losses), out.aux, keep.assemble(sites, out.records, errors)
+        value = keep.value(sites, out.losses)
+        return value, out.aux, keep.assemble(sites, out.records, errors)
 
     def _check_count(self, expected: int) -> None:
         if isinstance(self.feedback, tuple | list) and len(self.feedback) != expected:
             raise ValueError(
-                f"DirectFeedbackAlignment: expected one map for each site that is not a last one, "
-                f"{expected} in all, "
-                f"got {len(self.feedback)}. forwax.explain lists the sites; pass a PRNG key to "
-                f"have the maps drawn."
+                "DirectFeedbackAlignment: expected one map for each site that is not a last one, "
+                f"{expected} in all, got {len(self.feedback)}. forwax.explain lists the sites; "
+                "pass a PRNG key to have the maps drawn."
             )
 
     def _map(self, index: int, rows: int, columns: int) -> Array:
@@ -87,10 +88,8 @@ class DirectFeedbackAlignment(Rule):
             if self.feedback[index].shape != (rows, columns):
                 raise ValueError(
                     f"DirectFeedbackAlignment: expected map {index} of shape {(rows, columns)} "
-                    f"(size of the output "
-                    f"error, size of the site), got {self.feedback[index].shape}. Pass a PRNG key "
-                    f"to have the maps "
-                    "drawn."
+                    f"(size of the output error, size of the site), got "
+                    f"{self.feedback[index].shape}. Pass a PRNG key to have the maps drawn."
                 )
             return self.feedback[index]
         advice = "Pass jax.random.key(0), or the maps as a tuple."

@@ -62,7 +62,8 @@ class FDFA(LearningRule):
         >>> rule = fx.FDFA().init(loss, in_axes=(None, 0))(params, jnp.ones((4, 2)))
         >>> [m.shape for m in rule.maps]
         [(1, 3)]
-        >>> value, grads, rule = rule.step(loss, in_axes=(None, 0))(jax.random.key(0), params, jnp.ones((4, 2)))
+        >>> step = rule.step(loss, in_axes=(None, 0))
+        >>> value, grads, rule = step(jax.random.key(0), params, jnp.ones((4, 2)))
         >>> grads["first"].shape
         (2, 3)
     """
@@ -107,9 +108,8 @@ class FDFA(LearningRule):
         signature = Signature(loss, argnums, has_aux, in_axes, "FDFA.init", keyed=False)
 
         def init_for(*args: Any, **kwargs: Any) -> FDFA:
-            return dataclasses.replace(
-                self, maps=self._zeros(self.sites(signature.bind(args, kwargs)))
-            )
+            sites = self.sites(signature.bind(args, kwargs))
+            return dataclasses.replace(self, maps=self._zeros(sites))
 
         return init_for
 
@@ -117,8 +117,9 @@ class FDFA(LearningRule):
         """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""
         check_directions("FDFA", self.tangents)
         check_shared("FDFA", self.tangents)
-        own = lambda leaf: _mesh.vary(leaf, _mesh.axes(key))  # noqa: E731 (a key of its own: nothing is shared)
-        sites = self.sites(dataclasses.replace(problem, params=jax.tree.map(own, problem.params)))
+        over = _mesh.axes(key)  # a key of its own gives each device an estimate of its own
+        params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
+        sites = self.sites(dataclasses.replace(problem, params=params))
         rule = dataclasses.replace(self, maps=self._learnt(key, sites))
         return *rule._sent(sites), rule
 
@@ -127,13 +128,15 @@ class FDFA(LearningRule):
         return self._sent(self.sites(problem))
 
     def _sent(self, sites: Sites) -> tuple[Array, Tree, Tree]:
-        maps, out = self._checked(sites), keep.push(sites)
+        maps = self._checked(sites)
+        out = keep.push(sites)
         exact = keep.output_errors(sites, out.records)
         errors = dict(exact)
         for site, through in zip(sites.noisy, maps, strict=True):
             heard = direct.heard_by(site, sites, type(self).__name__)
             errors[site.variable] = direct.sent(site, sites, heard, exact, through)
-        return keep.value(sites, out.losses), out.aux, keep.assemble(sites, out.records, errors)
+        value = keep.value(sites, out.losses)
+        return value, out.aux, keep.assemble(sites, out.records, errors)
 
     def _learnt(self, key: Array, sites: Sites) -> Maps:
         """The running mean with one more sample."""
@@ -141,19 +144,16 @@ class FDFA(LearningRule):
         if not maps:
             return ()
         noise = draw_noise(sites, self.tangents, key, self.num_tangents)
+        slopes = direct.push_outputs(sites, noise, self.num_tangents)
         outputs = [site.variable for site in direct.output_sites(sites)]
-        slopes = dict(
-            zip(outputs, direct.push_outputs(sites, noise, self.num_tangents), strict=True)
-        )
+        slope_of = dict(zip(outputs, slopes, strict=True))
         samples = []
         for site, u in zip(sites.noisy, noise, strict=True):
             heard = direct.heard_by(site, sites, type(self).__name__)
-            samples.append(
-                _outer([slopes[s.variable] for s in heard], u, site.mapped, sites.num_examples)
-            )
-        return tuple(
-            self.decay * m + (1 - self.decay) * x for m, x in zip(maps, samples, strict=True)
-        )
+            slopes_heard = [slope_of[output.variable] for output in heard]
+            samples.append(_outer(slopes_heard, u, site.mapped, sites.num_examples))
+        pairs = zip(maps, samples, strict=True)
+        return tuple(self.decay * m + (1 - self.decay) * x for m, x in pairs)
 
     def _zeros(self, sites: Sites) -> Maps:
         shapes = direct.map_shapes(sites, type(self).__name__)
@@ -166,9 +166,8 @@ class FDFA(LearningRule):
         if self.maps is None or got != expected:
             raise ValueError(
                 f"FDFA: expected maps of shapes {expected} (size of the output error, size of the "
-                f"site), got {got}. "
-                "Make them with rule.init(loss)(*args), and let rule.step(loss)(key, *args) learn "
-                "them."
+                f"site), got {got}. Make them with rule.init(loss)(*args), and let "
+                "rule.step(loss)(key, *args) learn them."
             )
         return self.maps
 
@@ -188,6 +187,7 @@ def _outer(slopes: Sequence[Array], noise: Array, mapped: bool, num_examples: in
     u = direct.coordinates(noise, 2 if mapped and lead == 2 else 1)
     if lead == 2 and not mapped:  # all examples have one noise
         t = jnp.mean(t, axis=1)
-    t, u = t.reshape(-1, t.shape[-1]), u.reshape(-1, u.shape[-1])
+    t = t.reshape(-1, t.shape[-1])  # [k · examples, e]
+    u = u.reshape(-1, u.shape[-1])  # [k · examples, z]
     dtype = _tree.accumulation_dtype(jnp.promote_types(t.dtype, u.dtype))
     return t.astype(dtype).T @ u.astype(dtype) / t.shape[0]

@@ -44,8 +44,10 @@ class FeedbackAlignment(Rule):
         >>> rule = fx.FeedbackAlignment({"first": None, "second": 2 * params["second"]})
         >>> grads = fx.grad(loss, rule)(jax.random.key(0), params, jnp.ones((1, 2)))
         >>> exact = fx.grad(loss, fx.Backprop())(jax.random.key(0), params, jnp.ones((1, 2)))
-        >>> (grads["first"] / exact["first"]).tolist()[0], (grads["second"] / exact["second"]).tolist()[0]
-        ([2.0, 2.0, 2.0], [1.0])
+        >>> (grads["first"] / exact["first"]).tolist()[0]
+        [2.0, 2.0, 2.0]
+        >>> (grads["second"] / exact["second"]).tolist()[0]
+        [1.0]
     """
 
     feedback: Tree
@@ -61,7 +63,10 @@ class FeedbackAlignment(Rule):
         """The aligned gradient; see `Rule.estimate`."""
         sites = find_sites(problem, type(self).__name__, None, exact_outputs=False)
         feedback = _matched(self.feedback, problem.params)
-        aligned = lambda params: alignment.aligned(sites, params, feedback)  # noqa: E731
+
+        def aligned(params: Tree) -> tuple[Array, Tree]:
+            return alignment.aligned(sites, params, feedback)
+
         (value, aux), grads = jax.value_and_grad(aligned, has_aux=True)(problem.params)
         return value, aux, grads
 
@@ -88,7 +93,8 @@ def random_feedback(key: Any, params: Tree) -> Tree:
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
-        >>> feedback = fx.random_feedback(jax.random.key(0), {"w": jnp.ones((3, 4)), "b": jnp.ones(4)})
+        >>> params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+        >>> feedback = fx.random_feedback(jax.random.key(0), params)
         >>> feedback["w"].shape, feedback["b"]
         ((3, 4), None)
     """
@@ -107,10 +113,9 @@ def random_feedback(key: Any, params: Tree) -> Tree:
 def _like(key: Array, leaf: Array) -> Array:
     if leaf.size == 0:
         return leaf
-    scale = jnp.sqrt(jnp.mean(jnp.abs(leaf) ** 2))
-    return jax.random.normal(key, leaf.shape, leaf.dtype) * jnp.where(
-        scale > 0, scale, leaf.shape[-1] ** -0.5
-    )
+    root_mean_square = jnp.sqrt(jnp.mean(jnp.abs(leaf) ** 2))
+    scale = jnp.where(root_mean_square > 0, root_mean_square, leaf.shape[-1] ** -0.5)
+    return jax.random.normal(key, leaf.shape, leaf.dtype) * scale
 
 
 def _matched(feedback: Tree, params: Tree) -> list[Array | None]:
@@ -118,21 +123,23 @@ def _matched(feedback: Tree, params: Tree) -> list[Array | None]:
 
     None among the parameters themselves stands for no parameter.
     """
-    is_none = lambda x: x is None  # noqa: E731
-    got, expected = jax.tree.flatten(feedback, is_none), jax.tree.flatten(params, is_none)
-    if got[1] != expected[1]:
+
+    def is_none(x: Any) -> bool:
+        return x is None
+
+    matrices, structure = jax.tree.flatten(feedback, is_none)
+    leaves, expected = jax.tree.flatten(params, is_none)
+    if structure != expected:
         raise ValueError(
-            f"FeedbackAlignment: expected feedback of the parameters' structure {expected[1]}, got "
-            f"{got[1]}. Draw it "
-            "with forwax.random_feedback(key, params); None stands for a parameter that is its own "
-            "feedback."
+            f"FeedbackAlignment: expected feedback of the parameters' structure {expected}, got "
+            f"{structure}. Draw it with forwax.random_feedback(key, params); None stands for a "
+            "parameter that is its own feedback."
         )
-    pairs = [(b, w) for b, w in zip(got[0], expected[0], strict=True) if w is not None]
+    pairs = [(b, w) for b, w in zip(matrices, leaves, strict=True) if w is not None]
     for b, w in pairs:
         if b is not None and jnp.shape(b) != w.shape:
             raise ValueError(
                 f"FeedbackAlignment: expected feedback of the parameter's shape {w.shape}, got "
-                f"{jnp.shape(b)}. Draw it "
-                "with forwax.random_feedback(key, params)."
+                f"{jnp.shape(b)}. Draw it with forwax.random_feedback(key, params)."
             )
     return [b for b, _ in pairs]

@@ -1,6 +1,7 @@
 """The noise of all sites: held from the start, or drawn again where it is needed."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,41 +40,38 @@ class Drawn:
         numbers = [v for region in level.regions for v in region.outputs]
         if not numbers:
             return self
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(self.key, jnp.array(numbers, jnp.uint32))
-        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        keys = fold(keys, jnp.arange(self.num_tangents))
+        of_sites = jax.vmap(jax.random.fold_in, (None, 0))
+        site_keys = of_sites(self.key, jnp.array(numbers, jnp.uint32))  # [sites]
+        of_directions = jax.vmap(of_sites, (0, None))
+        keys = of_directions(site_keys, jnp.arange(self.num_tangents))  # [sites, k]
         return dataclasses.replace(self, keys=dict(zip(numbers, keys, strict=True)))
 
     def one(self, variable: Variable, like: Any, index: Any, after: Array) -> Array:
-        """One direction of a site's noise, drawn once the value `after` is there, so that it need not be kept."""
+        """One direction of a site's noise, drawn once `after` is there, so that none is kept."""
         key = self.keys[variable][index]
-        key = _mesh.own_key(
-            key, _mesh.axes(like) - _mesh.axes(key)
-        )  # before `after` hides that shards share a key
+        # Before `after` hides that shards share a key.
+        key = _mesh.own_key(key, _mesh.axes(like) - _mesh.axes(key))
         data = behind(jax.random.key_data(key), [after])
-        return self.draw(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), like)
+        key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+        return self.draw(key, like)
 
     def all(self, variable: Variable, like: Any, after: Array) -> Array:
         """All directions [k, ...]."""
         if self.num_tangents == 1:
             return self.one(variable, like, 0, after)[None]
-        return jax.vmap(lambda index: self.one(variable, like, index, after))(
-            jnp.arange(self.num_tangents)
-        )
+        direction = functools.partial(self.one, variable, like)
+        return jax.vmap(direction, (0, None))(jnp.arange(self.num_tangents), after)
 
     def slices(self, plan: LoopPlan) -> Any:
         """What a loop is to scan over to give each step its noise."""
         return jnp.arange(plan.loop.length, dtype=jnp.uint32)
 
     def inside(self, plan: LoopPlan, counter: Any) -> "Drawn":
-        """The noise of one step.
-
-        No site has the number of a loop, so that no two keys are the same.
-        """
+        """The noise of one step."""
+        # Variables are unique over nested bodies and no site is a loop's output: no key comes twice.
         loop_key = jax.random.fold_in(self.key, plan.equation.outputs[0])
-        return dataclasses.replace(self, key=jax.random.fold_in(loop_key, counter)).at_level(
-            plan.level
-        )
+        step_key = jax.random.fold_in(loop_key, counter)
+        return dataclasses.replace(self, key=step_key).at_level(plan.level)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,10 +97,9 @@ class Held:
 
     def slices(self, plan: LoopPlan) -> Any:
         """What a loop is to scan over to give each step its noise."""
-        inner = [
-            v for region, _ in plan.level.all_regions() for v in region.outputs if v in self.values
-        ]
-        return {v: jnp.moveaxis(self.values[v], self.loop_axis[v], 0) for v in inner}
+        sites = [v for region, _ in plan.level.all_regions() for v in region.outputs]
+        noisy = [v for v in sites if v in self.values]
+        return {v: jnp.moveaxis(self.values[v], self.loop_axis[v], 0) for v in noisy}
 
     def inside(self, plan: LoopPlan, values: Any) -> "Held":
         """The noise of one step."""
@@ -126,7 +123,11 @@ def draw_noise(
         return _draw(tangents, key, sites.specs(), axes, num_tangents)
     specs = [Spec(site.shape, site.dtype) for site in sites.noisy]
     keys = jax.random.split(typed_key(key), sites.num_examples)
-    return jax.vmap(lambda key: _draw(tangents, key, specs, axes, num_tangents), out_axes=1)(keys)
+
+    def of_example(key: Array) -> list[Array]:
+        return _draw(tangents, key, specs, axes, num_tangents)
+
+    return jax.vmap(of_example, out_axes=1)(keys)  # [k, examples, *shape]
 
 
 def num_coordinates(sites: Sites, tangents: Tangents, *, own_slopes: bool = True) -> int:
@@ -153,20 +154,22 @@ def _draw(
     axes: Sequence[_mesh.Axes],
     num_tangents: int,
 ) -> list[Array]:
-    """Noise [k, *spec] for each spec, in one draw; those of one shape are stacked, which compiles faster."""
+    """Noise [k, *spec] for each spec, in one draw.
+
+    Specs of one shape are stacked, which compiles faster.
+    """
     if not specs:
         return []
-    members: dict[Any, list[int]] = {}
-    for i, (spec, over) in enumerate(zip(specs, axes, strict=True)):
-        members.setdefault((spec.shape, spec.dtype, over), []).append(i)
+    places: dict[Any, list[int]] = {}
+    for place, (spec, over) in enumerate(zip(specs, axes, strict=True)):
+        places.setdefault((spec.shape, spec.dtype, over), []).append(place)
     stacked = [
-        _mesh.like((len(part), *shape), dtype, over)
-        for (shape, dtype, over), part in members.items()
+        _mesh.like((len(stack), *shape), dtype, over)
+        for (shape, dtype, over), stack in places.items()
     ]
-    drawn = sampler(tangents, key, stacked, num_tangents, hold=True)(jnp.arange(num_tangents))
-    noise = {
-        i: x[:, j]
-        for x, part in zip(drawn, members.values(), strict=True)
-        for j, i in enumerate(part)
-    }
-    return [noise[i] for i in range(len(specs))]
+    draw = sampler(tangents, key, stacked, num_tangents, hold=True)
+    noise: dict[int, Array] = {}
+    for stack, drawn in zip(places.values(), draw(jnp.arange(num_tangents)), strict=True):
+        for row, place in enumerate(stack):  # drawn: [k, stack, *shape]
+            noise[place] = drawn[:, row]
+    return [noise[place] for place in range(len(specs))]

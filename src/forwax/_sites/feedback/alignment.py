@@ -7,8 +7,7 @@ import jax
 from jax import Array, lax
 
 from forwax._programs.evaluate import Values, bind, read
-from forwax._programs.primitives import BILINEAR
-from forwax._programs.program import Atom, Constant, Equation, Variable, variables
+from forwax._programs.program import Atom, Constant, Equation, Variable
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Kinds, Level, LoopPlan
 from forwax._sites.model import Sites
@@ -17,20 +16,22 @@ from forwax._tree import Tree
 
 
 def aligned(sites: Sites, params: Tree, feedback: Sequence[Array | None]) -> tuple[Array, Tree]:
-    """`(value, aux)`, whose reverse pass crosses dots and convolutions through the feedback; None: as they are."""
-    leaves = jax.tree.leaves(params)
-    start = len(sites.traced.closed)
-    names = sites.level.program.inputs[start : start + len(leaves)]
-    twins = {v: lax.stop_gradient(x) for v, x in zip(names, feedback, strict=True) if x is not None}
+    """`(value, aux)`; errors cross dots and convolutions through the feedback.
+
+    None stands for a parameter that is its own feedback.
+    """
+    pairs = zip(sites.traced.parameters, feedback, strict=True)
+    twins = {v: lax.stop_gradient(x) for v, x in pairs if x is not None}
 
     def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
-        inputs = [*sites.traced.closed, *leaves, *mapped]
+        inputs = sites.traced.arguments(params, mapped)
         outputs = forward_with_feedback(sites.level, sites.kinds, inputs, dict(twins))
         losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
         return losses, aux
 
     if sites.num_examples is not None:
-        one = jax.vmap(one, (list(sites.problem.mapped_axes),), axis_size=sites.num_examples)
+        axes = list(sites.problem.mapped_axes)
+        one = jax.vmap(one, (axes,), axis_size=sites.num_examples)
     losses, aux = one(list(sites.problem.mapped))
     return value(sites, losses), aux
 
@@ -54,21 +55,24 @@ def forward_with_feedback(
     env: Values = dict(zip(level.program.inputs, inputs, strict=True))
     for equation in level.program.equations:
         values = [read(atom, env) for atom in equation.inputs]
-        twins = [
-            feedback.get(a, v) if not isinstance(a, Constant) else v
-            for a, v in zip(equation.inputs, values)
-        ]  # noqa: B905
-        plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
+        plan = level.loop_of(equation)
         if plan is not None:
             outputs = _loop(plan, kinds, values, feedback)
-        elif equation.name in BILINEAR and variables(equation.inputs) and _is_site(equation, kinds):
-            outputs = [_aligned(equation, values, twins)]
+        elif _is_product_with_a_parameter(equation, kinds):
+            outputs = [_aligned(equation, values, _twins(equation, values, feedback))]
         else:
             outputs = bind(equation, values)
             if _is_chain(equation, kinds):
-                feedback.update(zip(equation.outputs, bind(equation, twins), strict=True))
+                twins = bind(equation, _twins(equation, values, feedback))
+                feedback.update(zip(equation.outputs, twins, strict=True))
         env.update(zip(equation.outputs, outputs, strict=True))
     return [read(atom, env) for atom in level.program.outputs]
+
+
+def _twins(equation: Equation, values: Sequence[Any], feedback: Values) -> list[Any]:
+    """What stands for an equation's inputs on the way back: the feedback, else the values."""
+    inputs = zip(equation.inputs, values, strict=True)
+    return [x if isinstance(atom, Constant) else feedback.get(atom, x) for atom, x in inputs]
 
 
 def _aligned(equation: Equation, values: Sequence[Any], twins: Sequence[Any]) -> Any:
@@ -80,56 +84,47 @@ def _aligned(equation: Equation, values: Sequence[Any], twins: Sequence[Any]) ->
 
     @operation.defjvp
     def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        (values, twins), (moved, _) = primals, tangents
-        first = bind(equation, [moved[0], twins[1]])[0]
-        second = bind(equation, [twins[0], moved[1]])[0]
+        values, twins = primals
+        (first_moved, second_moved), _ = tangents
+        first = bind(equation, [first_moved, twins[1]])[0]
+        second = bind(equation, [twins[0], second_moved])[0]
         return operation(values, twins), first + second
 
     return operation(list(values), [lax.stop_gradient(x) for x in twins])
 
 
 def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values) -> list[Any]:
-    loop, body = plan.loop, plan.level.program
-    first, last = loop.num_consts, loop.num_consts + loop.num_carry
-    outer = list(zip(body.inputs, plan.equation.inputs, strict=True))
+    loop = plan.loop
+    consts, first_carry, scanned = loop.split(values)
+    pairs = list(zip(plan.level.program.inputs, plan.equation.inputs, strict=True))
+    const_pairs, carry_pairs, scanned_pairs = loop.split(pairs)
 
     def known(pairs: Sequence[tuple[Variable, Atom]]) -> Values:
         return {v: feedback[a] for v, a in pairs if not isinstance(a, Constant) and a in feedback}
 
-    fixed = {v: x for v, x in known(outer[:last]).items() if kinds[v] is Kind.PARAMETER}
-    stacked = list(plan.stacked.values())
+    # A carry is a parameter only if the body returns it as it is; so is its feedback.
+    entering = known([*const_pairs, *carry_pairs])
+    fixed = {v: twin for v, twin in entering.items() if kinds[v] is Kind.PARAMETER}
 
     def step(carry: list[Any], slices: tuple[list[Any], Values]) -> tuple[list[Any], Any]:
-        xs, own = slices
-        inner = {**fixed, **own}
-        outputs = forward_with_feedback(plan.level, kinds, [*values[:first], *carry, *xs], inner)
-        return outputs[: loop.num_carry], (
-            outputs[loop.num_carry :],
-            {v: inner[v] for v in stacked},
-        )
+        xs, twins_of_step = slices
+        inner = {**fixed, **twins_of_step}
+        inputs = [*consts, *carry, *xs]
+        outputs = forward_with_feedback(plan.level, kinds, inputs, inner)
+        carry, ys = loop.split_outputs(outputs)
+        return carry, (ys, {v: inner[v] for v in plan.stacked.values()})
 
-    carry, (ys, twins) = lax.scan(
-        step,
-        list(values[first:last]),
-        (list(values[last:]), known(outer[last:])),
-        loop.length,
-        loop.reverse,
-        loop.unroll,
-    )
-    feedback.update({o: twins[v] for o, v in plan.stacked.items()})
-    feedback.update(known([(o, atom) for o, atom in plan.kept.items()]))
+    carry, (ys, twins) = loop.scan(step, first_carry, (scanned, known(scanned_pairs)))
+    feedback.update({outer: twins[inner] for outer, inner in plan.stacked.items()})
+    feedback.update(known(list(plan.unchanged.items())))
     return [*carry, *ys]
 
 
-def _is_site(equation: Equation, kinds: Kinds) -> bool:
-    return kinds[equation.outputs[0]] is Kind.MIXED and any(
-        _is_parameter(a, kinds) for a in equation.inputs
-    )
+def _is_product_with_a_parameter(equation: Equation, kinds: Kinds) -> bool:
+    if not equation.facts.bilinear or kinds[equation.outputs[0]] is not Kind.MIXED:
+        return False
+    return any(kinds[v] is Kind.PARAMETER for v in equation.variables)
 
 
 def _is_chain(equation: Equation, kinds: Kinds) -> bool:
     return any(kinds[v] is Kind.PARAMETER for v in equation.outputs)
-
-
-def _is_parameter(atom: Atom, kinds: Kinds) -> bool:
-    return not isinstance(atom, Constant) and kinds[atom] is Kind.PARAMETER

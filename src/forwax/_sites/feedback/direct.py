@@ -1,4 +1,4 @@
-"""The output sites' exact error, sent straight to every other site by maps; and what maps must be like to be right."""
+"""The output sites' exact error, sent straight to every other site by maps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,22 +8,26 @@ from jax import Array
 
 from forwax import _tree
 from forwax._programs.evaluate import Values
-from forwax._programs.primitives import ADDITIVE
 from forwax._programs.program import Variable
+from forwax._pushforward import along, over_tangents
 from forwax._sites.model import Site, Sites
 from forwax._sites.passes.keep import forward
 
 
 def output_sites(sites: Sites) -> list[Site]:
-    """The last sites that put something out; an added weight decay has a constant error, which tells nothing."""
-    return [
-        site
-        for site in sites.places
-        if site.exact
-        and not site.region.promoted
-        and not all(equation.name in ADDITIVE for equation in site.region.equations)
-        and (site.mapped or sites.num_examples is None)
-    ]
+    """The last sites that put something out.
+
+    An added weight decay is none: its error is constant, which tells nothing.
+    """
+    return [site for site in sites.places if site.exact and _tells_something(site, sites)]
+
+
+def _tells_something(site: Site, sites: Sites) -> bool:
+    if site.region.promoted:
+        return False
+    if all(equation.facts.additive for equation in site.region.equations):
+        return False
+    return site.mapped or sites.num_examples is None
 
 
 def heard_by(site: Site, sites: Sites, name: str) -> list[Site]:
@@ -43,37 +47,38 @@ def heard_by(site: Site, sites: Sites, name: str) -> list[Site]:
 
 
 def map_shapes(sites: Sites, name: str) -> list[tuple[int, int]]:
-    """For each site that is not a last one, the sizes of the errors that it hears of and of its own value."""
-    return [(sum(s.size for s in heard_by(site, sites, name)), site.size) for site in sites.noisy]
+    """For each site that is not a last one, the sizes of the errors it hears and of its value."""
+    heard = [heard_by(site, sites, name) for site in sites.noisy]
+    sizes = [sum(output.size for output in outputs) for outputs in heard]
+    return [(size, site.size) for size, site in zip(sizes, sites.noisy, strict=True)]
 
 
 def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> list[Array]:
-    """The slope of each output site's value along noises [k, *spec]: [k, *shape], with examples before the shape."""
+    """The slope of each output site's value along noises [k, *spec].
+
+    Shapes are [k, *shape], with examples [k, examples, *shape].
+    """
     outputs = [site.variable for site in output_sites(sites)]
-    inputs = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params)]
-    axes = (
-        list(sites.problem.mapped_axes),
-        {s.variable: 0 if s.mapped else None for s in sites.noisy},
-    )
+    mapped_axes = list(sites.problem.mapped_axes)
+    noise_axes = {site.variable: sites.axis_of(site.variable) for site in sites.noisy}
 
     def one(mapped: Sequence[Array], noise: Values, time: Array) -> list[Array]:
-        values, _ = forward(sites.level, [*inputs, *mapped], noise, time, frozenset(), outputs)
+        inputs = sites.traced.arguments(sites.problem.params, mapped)
+        values, _ = forward(sites.level, inputs, noise, time, frozenset(), outputs)
         return values[len(values) - len(outputs) :]
 
-    def slopes(noise: Values) -> list[Array]:
-        def values(time: Array) -> list[Array]:
+    def slopes(noise: Values) -> tuple[list[Array], None]:
+        def values(time: Array) -> tuple[list[Array], None]:
             if sites.num_examples is None:
-                return one((), noise, time)
-            return jax.vmap(one, (*axes, None), axis_size=sites.num_examples)(
-                list(sites.problem.mapped), noise, time
-            )
+                return one((), noise, time), None
+            each = jax.vmap(one, (mapped_axes, noise_axes, None), axis_size=sites.num_examples)
+            return each(list(sites.problem.mapped), noise, time), None
 
-        return jax.jvp(values, (jnp.zeros(()),), (jnp.ones(()),))[1]
+        _, tangents, _ = along(values)
+        return tangents, None
 
     named = dict(zip([site.variable for site in sites.noisy], noise, strict=True))
-    if num_tangents == 1:
-        return [x[None] for x in slopes({v: x[0] for v, x in named.items()})]
-    return jax.vmap(slopes)(named)
+    return over_tangents(slopes, named, num_tangents)[0]
 
 
 def sent(
@@ -83,23 +88,23 @@ def sent(
     errors: Mapping[Variable, Array],
     through: Array,
 ) -> Array:
-    """A site's error: that of the outputs it hears of, as real coordinates [..., e], times a map [e, z].
+    """A site's error: that of the outputs it hears, as real coordinates [..., e], times a map [e, z].
 
     A map of the size of one step's value serves every step of the loops around the site.
     """
     lead = () if sites.num_examples is None else (sites.num_examples,)
-    flat = jnp.concatenate(
-        [coordinates(jnp.conj(errors[s.variable]), len(lead)) for s in heard], axis=-1
-    )
-    error = flat @ through.astype(flat.dtype)
-    if lead and not site.mapped:
-        error, lead = jnp.sum(error, axis=0), ()
-    own = sites.own_shape(site)
-    whole = error.shape[-1] == site.size
-    shape = site.shape if whole else (*[1] * (len(site.shape) - len(own)), *own)
+    parts = [coordinates(jnp.conj(errors[output.variable]), len(lead)) for output in heard]
+    flat = jnp.concatenate(parts, axis=-1)  # [*lead, e]
+    error = flat @ through.astype(flat.dtype)  # [*lead, z]
+    if lead and not site.mapped:  # one value for all examples has the sum of their errors
+        error = jnp.sum(error, axis=0)
+        lead = ()
+    of_step = sites.own_shape(site)
+    is_whole = error.shape[-1] == site.size
+    shape = site.shape if is_whole else (*[1] * (len(site.shape) - len(of_step)), *of_step)
     spec = _tree.Spec(shape, site.dtype)
-    parts = error.reshape(*lead, *_tree.real_specs(spec)[0].shape)
-    value = _tree.from_real([parts], spec, len(lead))
+    real_shape = _tree.real_specs(spec)[0].shape
+    value = _tree.from_real([error.reshape(*lead, *real_shape)], spec, len(lead))
     return jnp.broadcast_to(jnp.conj(value), (*lead, *site.shape))
 
 

@@ -15,17 +15,20 @@ from jax import Array, lax
 from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values, bind, evaluate, inject, read
 from forwax._programs.program import Equation, Variable
+from forwax._pushforward import along, over_tangents
 from forwax._sites.levels import Level, LoopPlan
 from forwax._sites.model import Pass, Sites
 from forwax._sites.outputs import Tail
 from forwax._sites.regions import Region
 from forwax._tree import Tree
 
+Noise = Mapping[Variable, Array]
+
 
 def forward(
     level: Level,
     inputs: Sequence[Any],
-    noise: Mapping[Variable, Array],
+    noise: Noise,
     time: Array | None,
     extra: frozenset,
     taps: Sequence[Variable] = (),
@@ -48,47 +51,42 @@ def forward(
     records: Values = {}
     for equation in level.program.equations:
         values = [read(atom, env) for atom in equation.inputs]
-        plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
+        plan = level.loop_of(equation)
         if plan is None:
             outputs = bind(equation, values)
         else:
-            outputs, inner = _forward_loop(plan, values, noise, time)
-            records.update(inner)
+            outputs, inner_records = _forward_loop(plan, values, noise, time)
+            records.update(inner_records)
         for v, value in zip(equation.outputs, outputs, strict=True):
-            env[v] = value if v not in noise else inject(value, noise[v], time)
-    records.update({v: lax.stop_gradient(env[v]) for v in level.records | extra})
-    return [read(atom, env) for atom in (*level.program.outputs, *taps)], records
+            env[v] = inject(value, noise[v], time) if v in noise else value
+    # Records are constants of the assembly: nothing is ever differentiated through two sites.
+    for v in level.records | extra:
+        records[v] = lax.stop_gradient(env[v])
+    returned = (*level.program.outputs, *taps)
+    return [read(atom, env) for atom in returned], records
 
 
 def _forward_loop(
-    plan: LoopPlan, values: Sequence[Any], noise: Mapping[Variable, Array], time: Array | None
-):
-    loop, level = plan.loop, plan.level
-    first, last = loop.num_consts, loop.num_consts + loop.num_carry
-    own = {v: noise[v] for region, _ in level.all_regions() for v in region.outputs if v in noise}
+    plan: LoopPlan, values: Sequence[Any], noise: Noise, time: Array | None
+) -> tuple[list[Any], Values]:
+    consts, first_carry, scanned = plan.loop.split(values)
+    # Noise inside the loop has a leading axis of steps: each step takes its slice.
+    inner_sites = [v for region, _ in plan.level.all_regions() for v in region.outputs]
+    inner_noise = {v: noise[v] for v in inner_sites if v in noise}
 
-    def step(
-        carry: list[Any], slices: tuple[list[Any], Values]
-    ) -> tuple[list[Any], tuple[list[Any], Values]]:
-        xs, noise = slices
-        outputs, records = forward(level, [*values[:first], *carry, *xs], noise, time, frozenset())
-        return outputs[: loop.num_carry], (outputs[loop.num_carry :], records)
+    def step(carry: list[Any], slices: tuple[list[Any], Values]) -> tuple[list[Any], Any]:
+        xs, step_noise = slices
+        inputs = [*consts, *carry, *xs]
+        outputs, records = forward(plan.level, inputs, step_noise, time, frozenset())
+        carry, ys = plan.loop.split_outputs(outputs)
+        return carry, (ys, records)
 
-    carry, (ys, records) = lax.scan(
-        step,
-        list(values[first:last]),
-        (list(values[last:]), own),
-        loop.length,
-        loop.reverse,
-        loop.unroll,
-    )
+    carry, (ys, records) = plan.loop.scan(step, first_carry, (scanned, inner_noise))
     return [*carry, *ys], records
 
 
 def local(
-    level: Level,
-    env: Values,
-    apply: Callable[[Equation, list[Any]], list[Any]] = bind,
+    level: Level, env: Values, apply: Callable[[Equation, list[Any]], list[Any]] = bind
 ) -> Values:
     """The regions' outputs from parameters and records.
 
@@ -121,50 +119,60 @@ def _local_region(region: Region, env: Values, apply: Callable) -> Values:
 def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
     """The steps do not depend on one another any more: a vmap over recorded time."""
     fixed = {v: read(atom, env) for v, atom in plan.fixed.items()}
-    mapped = {v: read(atom, env) for v, atom in plan.scanned.items()}
-    mapped |= {v: env[v] for v in plan.level.all_records()}
+    scanned = {v: read(atom, env) for v, atom in plan.scanned.items()}
+    records = {v: env[v] for v in plan.level.all_records()}
 
-    def step(mapped: Values) -> tuple[Values, Values]:
-        inner = {**fixed, **mapped}
-        outputs = local(plan.level, inner, apply)
-        return outputs, {outer: inner[v] for outer, v in plan.stacked.items()}
+    def step(of_step: Values) -> tuple[Values, Values]:
+        scope = {**fixed, **of_step}
+        outputs = local(plan.level, scope, apply)
+        stacked = {outer: scope[inner] for outer, inner in plan.stacked.items()}
+        return outputs, stacked
 
-    outputs, stacked = jax.vmap(step, axis_size=plan.loop.length)(mapped)
+    of_steps = scanned | records
+    outputs, stacked = jax.vmap(step, axis_size=plan.loop.length)(of_steps)
     env.update(stacked)
-    env.update({outer: read(atom, env) for outer, atom in plan.kept.items()})
+    for outer, atom in plan.unchanged.items():
+        env[outer] = read(atom, env)
     return outputs
 
 
 def push(sites: Sites, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
-    """Evaluate the loss, and its slopes along k noises [k, *spec]; with no noise there are no slopes."""
-    table = dict(zip([site.variable for site in sites.noisy], noise, strict=False))
-    if not table:
+    """Evaluate the loss and its slopes along k noises [k, *spec]; without noise, the loss alone."""
+    if not noise or not sites.noisy:
         (losses, *_), (aux, records) = _run(sites, {}, None)
         return Pass(losses, aux, [], [], records)
+    variables = [site.variable for site in sites.noisy]
+    table = dict(zip(variables, noise, strict=True))
     return push_along(functools.partial(_run, sites), table, num_tangents)
 
 
 def _run(sites: Sites, noise: Values, time: Array | None) -> tuple[Any, Any]:
-    """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
-    taps = sites.sources.starts if sites.sources is not None else ()
+    """`((losses, sums of losses, sources), (aux, records))`, examples on a leading axis of each."""
+    taps = () if sites.sources is None else sites.sources.starts
     extra = sites.tail_records
 
     def one(mapped: Sequence[Array], noise: Values) -> tuple[Any, Any, Values]:
-        inputs = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params), *mapped]
+        inputs = sites.traced.arguments(sites.problem.params, mapped)
         outputs, records = forward(sites.level, inputs, noise, time, extra, taps)
-        cut = len(outputs) - len(taps)
-        losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs[:cut])
-        return (losses, list(map(_sum, losses)), outputs[cut:]), aux, records
+        num_outputs = len(outputs) - len(taps)
+        losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs[:num_outputs])
+        sums = [_sum(x) for x in losses]
+        return (losses, sums, outputs[num_outputs:]), aux, records
 
     if sites.num_examples is None:
         out, aux, records = one((), noise)
         return out, (aux, records)
-    axes = {v: sites.axis_of(v) for v in sites.level.all_records() | extra}
-    in_axes = (list(sites.problem.mapped_axes), {v: sites.axis_of(v) for v in noise})
-    out_axes = ((0, 0, [sites.axis_of(v) for v in taps]), 0, axes)
-    out, aux, records = jax.vmap(one, in_axes, out_axes, axis_size=sites.num_examples)(
-        list(sites.problem.mapped), noise
+    recorded = sites.level.all_records() | extra
+    noise_axes = {v: sites.axis_of(v) for v in noise}
+    record_axes = {v: sites.axis_of(v) for v in recorded}
+    source_axes = [sites.axis_of(v) for v in taps]
+    each = jax.vmap(
+        one,
+        in_axes=(list(sites.problem.mapped_axes), noise_axes),
+        out_axes=((0, 0, source_axes), 0, record_axes),
+        axis_size=sites.num_examples,
     )
+    out, aux, records = each(list(sites.problem.mapped), noise)
     return out, (aux, records)
 
 
@@ -177,18 +185,15 @@ def push_along(run: Callable[[Any, Array], tuple[Any, Any]], noise: Any, num_tan
         noise: a tree with a leading axis k.
         num_tangents: the number k.
     """
-    time = jnp.zeros((), jnp.float32)
 
-    def slopes(noise: Any) -> tuple[list[Array], list[Array], list[Array], Any]:
-        primal, tangent, rest = jax.jvp(lambda t: run(noise, t), (time,), (time + 1,), has_aux=True)
-        return primal[0], tangent[1], tangent[2], rest
+    def slopes(noise: Any) -> tuple[Any, Any]:
+        primal, tangent, rest = along(functools.partial(run, noise))
+        losses, _, _ = primal
+        _, sums, sources = tangent
+        return (sums, sources), (losses, *rest)  # only the first carry a tangent index
 
-    if num_tangents == 1:
-        losses, sums, taps, rest = slopes(jax.tree.map(lambda x: x[0], noise))
-        sums, taps = [x[None] for x in sums], [x[None] for x in taps]
-    else:
-        losses, sums, taps, rest = jax.vmap(slopes, out_axes=(None, 0, 0, None))(noise)
-    return Pass(losses, rest[0], sums, taps, rest[1])
+    (sums, sources), (losses, aux, records) = over_tangents(slopes, noise, num_tangents)
+    return Pass(losses, aux, sums, sources, records)
 
 
 def output_errors(sites: Sites, records: Values) -> Values:
@@ -197,10 +202,14 @@ def output_errors(sites: Sites, records: Values) -> Values:
 
 
 def products(sites: Sites, out: Pass) -> list[Array]:
-    """For each source its tangents times its error: slopes of the objective before they are summed."""
+    """For each source its tangents times its error: the objective's slopes before they are summed.
+
+    Shapes are [k, *source], with examples [k, examples, *source].
+    """
     assert sites.sources is not None
     errors = _errors(sites, sites.sources, out.records)
-    return [_product(errors[v], x) for v, x in zip(sites.sources.starts, out.tangents, strict=True)]
+    pairs = zip(sites.sources.starts, out.tangents, strict=True)
+    return [_product(errors[v], tangents) for v, tangents in pairs]
 
 
 def _product(error: Array, tangent: Array) -> Array:
@@ -214,20 +223,19 @@ def _errors(sites: Sites, tail: Tail, records: Values) -> Values:
     if not tail.starts:
         return {}
     used = {v: records[v] for v in tail.records}
-    axes = {v: sites.axis_of(v) for v in used}
     shifts = {v: zeros(sites, v) for v in tail.starts}
 
-    def objective(shifts: Values) -> Array:
-        def one(shifts: Values, used: Values) -> Array:
-            losses = tail.run(shifts, used)
-            return sum(map(_sum, losses), start=jnp.zeros(()))
+    def objective_of_one(shifts: Values, used: Values) -> Array:
+        losses = tail.run(shifts, used)
+        return sum((_sum(x) for x in losses), start=jnp.zeros(()))
 
+    def objective(shifts: Values) -> Array:
         if sites.num_examples is None:
-            return one(shifts, used)
-        each = jax.vmap(
-            one, ({v: sites.axis_of(v) for v in shifts}, axes), axis_size=sites.num_examples
-        )
-        return jnp.mean(each(shifts, used))
+            return objective_of_one(shifts, used)
+        shift_axes = {v: sites.axis_of(v) for v in shifts}
+        used_axes = {v: sites.axis_of(v) for v in used}
+        of_each = jax.vmap(objective_of_one, (shift_axes, used_axes), axis_size=sites.num_examples)
+        return jnp.mean(of_each(shifts, used))
 
     return jax.grad(objective)(shifts)
 
@@ -235,23 +243,26 @@ def _errors(sites: Sites, tail: Tail, records: Values) -> Values:
 def zeros(sites: Sites, variable: Variable) -> Array:
     """An error of zero at a variable of the top level."""
     aval = sites.traced.types[variable]
-    lead = (sites.num_examples,) if sites.axis_of(variable) == 0 else ()
-    return _mesh.vary(jnp.zeros((*lead, *aval.shape), aval.dtype), _mesh.type_axes(aval))  # type: ignore[arg-type]
+    lead = () if sites.axis_of(variable) is None else (sites.num_examples,)
+    value = jnp.zeros((*lead, *aval.shape), aval.dtype)  # type: ignore[arg-type]
+    return _mesh.vary(value, _mesh.type_axes(aval))
 
 
 def assemble(sites: Sites, records: Values, errors: Mapping[Variable, Array]) -> Tree:
-    """The gradient from the objective's error at sites: each region's own reverse pass, none across two.
+    """The gradient from the objective's error at sites: each region's reverse pass, none across two.
 
     Sites without an error add nothing.
     """
-    mine = [site for site in sites.places if site.variable in errors]
+    with_error = [site for site in sites.places if site.variable in errors]
 
     def values(params: Tree) -> Values:
         outputs = regions(sites, params, records)
-        return {site.variable: outputs[site.variable] for site in mine}
+        return {site.variable: outputs[site.variable] for site in with_error}
 
     _, pull = jax.vjp(values, sites.problem.params)
-    return pull({site.variable: errors[site.variable].astype(site.dtype) for site in mine})[0]
+    cotangents = {s.variable: errors[s.variable].astype(s.dtype) for s in with_error}
+    (gradient,) = pull(cotangents)
+    return gradient
 
 
 def regions(
@@ -261,27 +272,25 @@ def regions(
     apply: Callable[[Equation, list[Any]], list[Any]] = bind,
 ) -> Values:
     """The sites' values from parameters and records."""
-    start = len(sites.traced.closed)
-    leaves = jax.tree.leaves(params)
-    names = sites.level.program.inputs[start : start + len(leaves)]
+    given = dict(zip(sites.traced.parameters, jax.tree.leaves(params), strict=True))
 
     def one(records: Values) -> Values:
-        return local(sites.level, {**dict(zip(names, leaves, strict=True)), **records}, apply)
+        return local(sites.level, {**given, **records}, apply)
 
     used = {v: records[v] for v in sites.level.all_records()}
     if sites.num_examples is None:
         return one(used)
-    outs = {site.variable: sites.axis_of(site.variable) for site in sites.places}
-    axes = {v: sites.axis_of(v) for v in used}
-    return jax.vmap(one, (axes,), outs, axis_size=sites.num_examples)(used)
+    used_axes = {v: sites.axis_of(v) for v in used}
+    output_axes = {site.variable: sites.axis_of(site.variable) for site in sites.places}
+    return jax.vmap(one, (used_axes,), output_axes, axis_size=sites.num_examples)(used)
 
 
 def value(sites: Sites, losses: Sequence[Array]) -> Array:
     """The objective of the losses: their sum, and the mean over the examples."""
-    sums = [
-        jnp.sum(x) if sites.num_examples is None else jnp.sum(x.reshape(x.shape[0], -1), 1)
-        for x in losses
-    ]
+    if sites.num_examples is None:
+        sums = [jnp.sum(x) for x in losses]
+    else:
+        sums = [jnp.sum(x.reshape(x.shape[0], -1), 1) for x in losses]
     return jnp.mean(sum(sums[1:], start=sums[0]))
 
 

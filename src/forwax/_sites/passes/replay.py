@@ -1,4 +1,4 @@
-"""Slopes along noise that each site draws when it is visited, so that nothing is kept."""
+"""Two passes that keep nothing: slopes along noise that sites draw themselves, and the assembly."""
 
 import dataclasses
 import functools
@@ -37,11 +37,11 @@ def batch_of(sites: Sites) -> Batch:
 
 def inputs_of(sites: Sites) -> Values:
     """The values of the program's inputs for all examples."""
-    mapped = [
-        jnp.moveaxis(x, a, 0)
-        for x, a in zip(sites.problem.mapped, sites.problem.mapped_axes, strict=True)
-    ]
-    values = [*sites.traced.closed, *jax.tree.leaves(sites.problem.params), *mapped]
+    problem = sites.problem
+    # The axis of examples comes first.
+    axes = zip(problem.mapped, problem.mapped_axes, strict=True)
+    mapped = [jnp.moveaxis(x, axis, 0) for x, axis in axes]
+    values = sites.traced.arguments(problem.params, mapped)
     return dict(zip(sites.level.program.inputs, values, strict=True))
 
 
@@ -51,30 +51,33 @@ def table_of(sites: Sites) -> dict[Variable, Site]:
 
 
 def push_drawn(sites: Sites, noise: Drawn) -> Pass:
-    """As `Sites.push`, with noise that is drawn at each site; of the records only those of the tail."""
+    """As `keep.push`, with noise that each site draws; of the records only those of the tail."""
     run = functools.partial(_evaluate, sites, noise)
-    return push_along(
-        run, np.arange(noise.num_tangents), noise.num_tangents
-    )  # NumPy's: a single index is a constant
+    indices = np.arange(noise.num_tangents)  # NumPy's: a single index is a constant of the program
+    return push_along(run, indices, noise.num_tangents)
 
 
 def _evaluate(sites: Sites, noise: Drawn, index: Any, time: Array) -> tuple[Any, Any]:
-    """`((losses, sums of losses, sources), (aux, records))`; each with a leading axis of examples."""
-    batch, env = batch_of(sites), inputs_of(sites)
-    outputs = _DrawnPass(
-        sites, table_of(sites), batch, noise.at_level(sites.level), index, time
-    ).run(sites.level, env)
-    outputs = [
-        batch.spread(x, atom) for x, atom in zip(outputs, sites.level.program.outputs, strict=True)
-    ]
-    losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
+    """`((losses, sums of losses, sources), (aux, records))`, examples on a leading axis of each."""
+    level = sites.level
+    batch = batch_of(sites)
+    env = inputs_of(sites)
+    drawn = noise.at_level(level)
+    outputs = _DrawnPass(sites, table_of(sites), batch, drawn, index, time).run(level, env)
+    atoms = level.program.outputs
+    spread = [batch.spread(x, atom) for x, atom in zip(outputs, atoms, strict=True)]
+    losses, aux = jax.tree.unflatten(sites.traced.out_tree, spread)
+    sums = [_sum_of_each(x, batch) for x in losses]
+    sources = () if sites.sources is None else sites.sources.starts
+    records = {v: lax.stop_gradient(env[v]) for v in sites.tail_records}
+    return (losses, sums, [env[v] for v in sources]), (aux, records)
+
+
+def _sum_of_each(loss: Array, batch: Batch) -> Array:
+    """The sum of a loss's entries, for each example where there are examples."""
     lead = 0 if batch.size is None else 1
-    sums = [
-        jnp.sum(x.astype(_tree.accumulation_dtype(x.dtype)), tuple(range(lead, x.ndim)))
-        for x in losses
-    ]
-    taps = [env[v] for v in sites.sources.starts] if sites.sources is not None else []
-    return (losses, sums, taps), (aux, {v: lax.stop_gradient(env[v]) for v in sites.tail_records})
+    wide = loss.astype(_tree.accumulation_dtype(loss.dtype))
+    return jnp.sum(wide, tuple(range(lead, loss.ndim)))
 
 
 @jax.custom_jvp
@@ -107,26 +110,33 @@ class _DrawnPass:
 
     def at_region(self, region: Region, env: Values) -> None:
         for v in region.outputs:
-            if not self.table[v].exact:
-                noise = self.noise.one(v, like(self.sites, self.table[v]), self.index, env[v])
+            site = self.table[v]
+            if not site.exact:
+                noise = self.noise.one(v, like(self.sites, site), self.index, env[v])
                 env[v] = _inject_in_order(env[v], noise, self.time)
 
     def at_loop(self, plan: LoopPlan, env: Values) -> list[Any]:
         def step(inner: Values, state: None, counter: Any) -> tuple[list[Any], None, None]:
-            push = dataclasses.replace(self, noise=self.noise.inside(plan, counter))
-            return push.run(plan.level, inner), None, None
+            of_step = dataclasses.replace(self, noise=self.noise.inside(plan, counter))
+            return of_step.run(plan.level, inner), None, None
 
-        return scan(plan, env, self.batch, step, None, self.noise.slices(plan))[0]
+        outputs, _, _ = scan(plan, env, self.batch, step, None, self.noise.slices(plan))
+        return outputs
 
 
 Error: TypeAlias = Callable[[Site, Array], Array]
-"""Takes a site and its noise [k, ...], inside a loop that of one step, to the objective's error there."""
+"""From a site and its noise [k, ...] to the objective's error there; inside a loop, of one step."""
 
 
 def replay(
     sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], error: Error
 ) -> Tree:
-    """The gradient from a forward pass of its own.
+    """The gradient from a forward pass of its own, which assembles as it goes by.
+
+    It visits the sites one by one with the values of all examples, takes a region's own reverse
+    pass as soon as the region has been evaluated, and goes on only when that is done, so that
+    nothing older is ever kept. What the regions' reverse passes leave at chains of parameters goes
+    back to the leaves at the end; inside a loop, in each step.
 
     Args:
         sites: the problem's sites.
@@ -134,21 +144,19 @@ def replay(
         exact: the errors of the output sites.
         error: of the others.
     """
-    leaves, structure = jax.tree.flatten(sites.problem.params)
-    env, start = inputs_of(sites), len(sites.traced.closed)
-    names = sites.level.program.inputs[start : start + len(leaves)]
-    again = _Replay(
-        sites, table_of(sites), batch_of(sites), noise.at_level(sites.level), exact, error
-    )
-    _, cotangents = again.run(sites.level, env, names)
-    return structure.unflatten([cotangents[v] for v in names])
+    structure = jax.tree.structure(sites.problem.params)
+    parameters = sites.traced.parameters
+    drawn = noise.at_level(sites.level)
+    again = _Replay(sites, table_of(sites), batch_of(sites), drawn, exact, error)
+    _, cotangents = again.run(sites.level, inputs_of(sites), parameters)
+    return structure.unflatten([cotangents[v] for v in parameters])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Replay:
     """A forward pass that assembles.
 
-    `kept` are the values that the levels around need from this one, `found` the cotangents of its
+    `kept` are the values that the levels around need from this one, `cotangents` those of its
     parameters so far.
     """
 
@@ -159,78 +167,81 @@ class _Replay:
     exact: Mapping[Variable, Array]
     error: Error
     kept: frozenset[Variable] = frozenset()
-    found: Values = dataclasses.field(default_factory=dict)
+    cotangents: Values = dataclasses.field(default_factory=dict)
 
     def run(self, level: Level, env: Values, names: Sequence[Variable]) -> tuple[list[Any], Values]:
-        """The level's outputs, and the cotangents of those of its inputs that are named; `env` gets all values."""
+        """The level's outputs, and the cotangents of its named inputs; `env` gets all values."""
         kinds = self.sites.kinds
         chain = chains(level, kinds, parameters_read(level, kinds))
-        here = dataclasses.replace(self, kept=self.kept | chain.all_records(), found={})
+        kept = self.kept | chain.all_records()
+        here = dataclasses.replace(self, kept=kept, cotangents={})
         outputs = walk(level, env, self.batch, here.at_region, here.at_loop)
-        return outputs, _pulled(chain, env, here.found, names)
+        return outputs, _pulled(chain, env, here.cotangents, names)
 
     def add(self, cotangents: Values) -> None:
         for v, x in cotangents.items():
-            self.found[v] = self.found[v] + x if v in self.found else x
+            self.cotangents[v] = self.cotangents[v] + x if v in self.cotangents else x
 
     def at_region(self, region: Region, env: Values) -> None:
         errors = {v: self.site_error(self.table[v], env[v]) for v in region.outputs}
-        given = {v: env[v] for v in region.inputs if self.is_parameter(v)}
+        parameters = {v: env[v] for v in region.inputs if self.is_parameter(v)}
+        inputs = {v: env[v] for v in region.inputs}
 
-        def outputs(given: Values) -> Values:
-            scope = {**{v: env[v] for v in region.inputs}, **given}
-            made = self.batch.bind(region.equations, scope)
-            return {v: made[v] for v in region.outputs}
+        def outputs(parameters: Values) -> Values:
+            computed = self.batch.bind(region.equations, {**inputs, **parameters})
+            return {v: computed[v] for v in region.outputs}
 
-        (cotangents,) = jax.vjp(outputs, given)[1](errors)
-        env.update({v: behind(env[v], cotangents.values()) for v in region.outputs})
+        _, pull = jax.vjp(outputs, parameters)
+        (cotangents,) = pull(errors)
+        # Nothing goes on before this region's reverse pass is done: its inputs are free then.
+        for v in region.outputs:
+            env[v] = behind(env[v], cotangents.values())
         self.add(cotangents)
 
     def site_error(self, site: Site, value: Array) -> Array:
         if site.exact:
             return self.exact[site.variable].astype(site.dtype)
-        return self.error(
-            site, self.noise.all(site.variable, like(self.sites, site), value)
-        ).astype(site.dtype)
+        noise = self.noise.all(site.variable, like(self.sites, site), value)
+        return self.error(site, noise).astype(site.dtype)
 
     def at_loop(self, plan: LoopPlan, env: Values) -> list[Any]:
         """In each step the body's constants add to running sums; slices get theirs at once."""
-        entering = {
-            v: a for v, a in [*plan.fixed.items(), *plan.scanned.items()] if self.is_parameter(v)
-        }
+        read = {**plan.fixed, **plan.scanned}
+        entering = {v: atom for v, atom in read.items() if self.is_parameter(v)}
         names = list(entering) if has_sites(plan) else []
-        start = {v: _zeros(env[entering[v]]) for v in names if v in plan.fixed}  # type: ignore[index]
+        fixed = [v for v in names if v in plan.fixed]
+        scanned = [v for v in names if v not in plan.fixed]
+        start = {v: _zeros(env[entering[v]]) for v in fixed}  # type: ignore[index]
 
-        def step(
-            inner: Values, sums: Values, slices: Any
-        ) -> tuple[list[Any], Values, tuple[Values, Values]]:
+        def step(inner: Values, sums: Values, slices: Any) -> tuple[list[Any], Values, Any]:
             body = dataclasses.replace(self, noise=self.noise.inside(plan, slices))
             outputs, cotangents = body.run(plan.level, inner, names)
-            sums = {v: x + cotangents[v] for v, x in sums.items()}
-            own = {v: cotangents[v] for v in names if v not in sums}
-            return outputs, sums, (own, {v: inner[v] for v in self.kept if v in inner})
+            sums = {v: total + cotangents[v] for v, total in sums.items()}
+            of_step = {v: cotangents[v] for v in scanned}
+            records = {v: inner[v] for v in self.kept if v in inner}
+            return outputs, sums, (of_step, records)
 
-        outputs, sums, (own, records) = scan(
-            plan, env, self.batch, step, start, self.noise.slices(plan)
-        )
+        slices = self.noise.slices(plan)
+        outputs, sums, (of_steps, records) = scan(plan, env, self.batch, step, start, slices)
         env.update(records)
-        self.add({entering[v]: x for v, x in [*sums.items(), *own.items()]})  # type: ignore[misc]
+        self.add({entering[v]: x for v, x in [*sums.items(), *of_steps.items()]})  # type: ignore[misc]
         return outputs
 
     def is_parameter(self, variable: Variable) -> bool:
         return self.sites.kinds[variable] is Kind.PARAMETER
 
 
-def _pulled(chain: Level, env: Values, found: Values, names: Sequence[Variable]) -> Values:
-    """Cotangents taken back through the chains of one level to those of its inputs that are named."""
+def _pulled(chain: Level, env: Values, cotangents: Values, names: Sequence[Variable]) -> Values:
+    """Cotangents taken back through the chains of one level to its named inputs."""
 
-    def values(given: Values) -> Values:
-        scope = {**env, **given}
+    def values(inputs: Values) -> Values:
+        scope = {**env, **inputs}
         local(chain, scope)
-        return {v: scope[v] for v in found}
+        return {v: scope[v] for v in cotangents}
 
     outputs, pull = jax.vjp(values, {v: env[v] for v in names})
-    return pull({v: found[v].astype(x.dtype) for v, x in outputs.items()})[0]
+    (pulled,) = pull({v: cotangents[v].astype(x.dtype) for v, x in outputs.items()})
+    return pulled
 
 
 def _zeros(x: Array) -> Array:

@@ -1,6 +1,6 @@
-"""A level evaluated for all examples at once, from site to site, so that something may be done at each site.
+"""A level evaluated for all examples at once, so that something may be done at each site.
 
-The interpreters in `run` evaluate one example and are mapped as a whole. Here what lies between two
+The interpreters in `keep` evaluate one example and are mapped as a whole. Here what lies between two
 sites is mapped, and the values at the sites carry the examples: what is done at a site is done for
 the whole batch.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from forwax._programs.evaluate import Values, evaluate, read
 from forwax._programs.program import Atom, Constant, Equation, Variable
@@ -37,26 +36,25 @@ class Batch:
 
     def bind(self, equations: Sequence[Equation], env: Values) -> Values:
         """What equations compute for all examples, mapped together."""
-        made = {v: 0 if self.has(v) else None for e in equations for v in e.outputs}
-        slices = {
-            v: env[v] for e in equations for v in e.variables if v not in made and self.has(v)
-        }
+        out_axes = {v: 0 if self.has(v) else None for e in equations for v in e.outputs}
+        inputs = {v for e in equations for v in e.variables} - set(out_axes)
+        mapped = {v: env[v] for v in inputs if self.has(v)}
 
-        def one(slices: Values) -> Values:
-            scope = {**env, **slices}
+        def one(mapped: Values) -> Values:
+            scope = {**env, **mapped}
             evaluate(equations, scope)
-            return {v: scope[v] for v in made}
+            return {v: scope[v] for v in out_axes}
 
-        return jax.vmap(one, out_axes=made, axis_size=self.size)(slices) if slices else one({})
+        if not mapped:
+            return one({})
+        return jax.vmap(one, out_axes=out_axes, axis_size=self.size)(mapped)
 
     def spread(self, value: Any, atom: Atom) -> Any:
-        """A value without the axis, repeated along it unless the atom's value has it."""
+        """A value with the axis of examples: as it is, or repeated along a new one."""
         value = jnp.asarray(value)
-        return (
-            value
-            if self.size is None or self.has(atom)
-            else jnp.broadcast_to(value, (self.size, *value.shape))
-        )
+        if self.size is None or self.has(atom):
+            return value
+        return jnp.broadcast_to(value, (self.size, *value.shape))
 
 
 def walk(
@@ -79,19 +77,21 @@ def walk(
     Returns:
         The program's outputs.
     """
-    last = {id(region.equations[-1]): region for region in level.regions}
+    # Equations live as long as the level, so that their identities serve as keys.
+    region_behind = {id(region.equations[-1]): region for region in level.regions}
     waiting: list[Equation] = []
     for equation in level.program.equations:
-        plan = level.loops.get(equation.outputs[0]) if equation.outputs else None
+        plan = level.loop_of(equation)
+        region = region_behind.get(id(equation))
         if plan is None:
             waiting.append(equation)
-        if plan is not None or id(equation) in last:
+        if plan is not None or region is not None:
             env.update(batch.bind(waiting, env))
             waiting = []
         if plan is not None:
             env.update(zip(equation.outputs, at_loop(plan, env), strict=True))
-        if id(equation) in last:
-            at_region(last[id(equation)], env)
+        if region is not None:
+            at_region(region, env)
     env.update(batch.bind(waiting, env))
     return [read(atom, env) for atom in level.program.outputs]
 
@@ -118,35 +118,37 @@ def scan(
     Returns:
         The loop's outputs, the last state, and what was stacked.
     """
-    loop, body = plan.loop, plan.level.program
-    first, last = loop.num_consts, loop.num_consts + loop.num_carry
+    loop = plan.loop
+    body = plan.level.program
     values = [read(atom, env) for atom in plan.equation.inputs]
-    names, carries = body.inputs, body.inputs[first:last]
+    consts, first_carry, scanned = loop.split(values)
+    _, carry_atoms, _ = loop.split(plan.equation.inputs)
+    _, carry_inputs, scanned_inputs = loop.split(body.inputs)
+    carry_results, _ = loop.split_outputs(body.outputs)
+    _, stacked_outputs = loop.split_outputs(plan.equation.outputs)
 
-    def like(
-        values: Sequence[Any], atoms: Sequence[Atom]
-    ) -> list[Any]:  # a carry has the axis in every step or none
-        pairs = zip(values, atoms, carries, strict=True)
-        return [batch.spread(x, atom) if batch.has(v) else x for x, atom, v in pairs]
+    def like_carries(values: Sequence[Any], atoms: Sequence[Atom]) -> list[Any]:
+        # A carry has the axis of examples in every step or in none.
+        carries = zip(values, atoms, carry_inputs, strict=True)
+        return [batch.spread(x, atom) if batch.has(v) else x for x, atom, v in carries]
 
-    def body_step(old: Any, both: Any) -> Any:
-        (carry, state), (xs, more) = old, both
-        outputs, state, stacked = step(
-            dict(zip(names, [*values[:first], *carry, *xs], strict=True)), state, more
-        )
-        carry = like(outputs[: loop.num_carry], body.outputs[: loop.num_carry])
-        return (carry, state), (outputs[loop.num_carry :], stacked)
+    def body_step(carried: Any, of_step: Any) -> Any:
+        carry, state = carried
+        xs, more = of_step
+        scope = dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
+        outputs, state, stacked = step(scope, state, more)
+        carry, ys = loop.split_outputs(outputs)
+        return (like_carries(carry, carry_results), state), (ys, stacked)
 
-    start = (like(values[first:last], plan.equation.inputs[first:last]), state)
+    start = (like_carries(first_carry, carry_atoms), state)
+    # The axis of steps comes first inside the scan, that of examples outside of it.
     xs = [
         jnp.moveaxis(x, 1, 0) if batch.has(v) else x
-        for x, v in zip(values[last:], names[last:], strict=True)
+        for x, v in zip(scanned, scanned_inputs, strict=True)
     ]
-    (carry, state), (ys, stacked) = lax.scan(
-        body_step, start, (xs, slices), loop.length, loop.reverse, loop.unroll
-    )
+    (carry, state), (ys, stacked) = loop.scan(body_step, start, (xs, slices))
     ys = [
-        jnp.moveaxis(y, 0, 1) if batch.has(o) else y
-        for y, o in zip(ys, body.outputs[loop.num_carry :], strict=True)
+        jnp.moveaxis(y, 0, 1) if batch.has(v) else y
+        for y, v in zip(ys, stacked_outputs, strict=True)
     ]
     return [*carry, *ys], state, stacked
