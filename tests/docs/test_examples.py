@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "equinox_digits": {"epochs": 1, "batch": 512},

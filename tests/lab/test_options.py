@@ -17,7 +17,6 @@ from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.loop import init_state, make_step
 from forwax.models import logistic_regression, ren2023
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 DIGITS = EXPERIMENTS["digits"]
 TINY = Experiment(
     name="tiny",

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax.lab import choices, experiments
 from forwax.lab.data import DataSet
 from forwax.lab.experiments import Experiment
@@ -418,7 +417,7 @@ def step_of(loss, **given):
     )
     problem = dataclasses.replace(problem_of(tiny_data(), TINY, settings), loss=loss)
     state = init_state(problem, settings)
-    after, _, _, finite = quick_jit(make_step(problem, settings))(
+    after, _, _, finite = jax.jit(make_step(problem, settings))(
         state, problem.train[0][:4], problem.train[1][:4]
     )
     return state, after, bool(finite)

@@ -11,7 +11,6 @@ import pytest
 from jax import Array
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from sites.programs import normal
 
@@ -80,7 +79,7 @@ def check(model: Model) -> None:
     """Unbiased by the sum over all noise, value and aux kept, traced once; feedback alignment is backprop with W."""
     with jax.numpy_rank_promotion("allow"):  # the libraries rely on it
         _check_sites(model)
-        results = quick_jit(_every_rule(model))(*model.args)
+        results = jax.jit(_every_rule(model))(*model.args)
     (value, truth), scale = results["backprop"], _norm(results["backprop"][1])
     assert float(scale) > 0
     for name in ("activity", "feedback"):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites.axes import Factor
 from forwax.sites.sources import tangent_program
@@ -165,7 +164,7 @@ def test_the_mean_over_all_noise_is_the_gradient(memory, name):
     rule = dataclasses.replace(rule, memory=memory)
     program = Program(loss, P, (data,), (None, 0) if mapped else None)
     _, grads = basis_mean(program, rule)
-    truth = quick_jit(fx.grad(loss, fx.Backprop(), **program.options))(KEY, *program.args)
+    truth = jax.jit(fx.grad(loss, fx.Backprop(), **program.options))(KEY, *program.args)
     for name in P:
         np.testing.assert_allclose(grads[name], truth[name], rtol=2e-4, atol=1e-5)
 
@@ -223,7 +222,7 @@ def leak(sites, problem):
     level = Level(program.program, (), frozenset(), {})
     noises = [jnp.zeros(site.shape, site.dtype) for site in sites.noisy]
     tangents = lambda noises: forward(level, [*leaves, *noises], {}, None, frozenset())[0]
-    jacobians = quick_jit(jax.jacfwd(tangents))(noises)
+    jacobians = jax.jit(jax.jacfwd(tangents))(noises)
     worst = 0.0
     for j, site in enumerate(sites.noisy):
         for credit in sites.credit[site.variable]:
@@ -260,7 +259,7 @@ def test_the_table_tells_the_axes():
 def spread(loss, data, rule, **options):
     """The squared error of the first layer's gradient, over 512 draws."""
     grad = fx.grad(loss, rule, **options)
-    grads = quick_jit(jax.vmap(lambda key: grad(key, P, data)["w"]))(jax.random.split(KEY, 512))
+    grads = jax.jit(jax.vmap(lambda key: grad(key, P, data)["w"]))(jax.random.split(KEY, 512))
     return float(jnp.sum(jnp.var(grads, axis=0)))
 
 

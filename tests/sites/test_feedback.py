@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
@@ -36,7 +35,7 @@ def grads(program, *rules):
             fx.value_and_grad(program.loss, rule, **program.options)(KEY, *args) for rule in rules
         ]
 
-    return quick_jit(every)(*program.args)
+    return jax.jit(every)(*program.args)
 
 
 def assert_close(got, expected, rtol=1e-5):
@@ -73,7 +72,7 @@ def test_random_feedback_keeps_the_scale_of_the_weights():
         "b": jnp.ones(4),
         "none": jnp.zeros((3, 0)),
     }
-    feedback = quick_jit(fx.random_feedback)(KEY, params)
+    feedback = jax.jit(fx.random_feedback)(KEY, params)
     assert feedback["b"] is None
     assert feedback["none"].shape == (3, 0)
     assert float(jnp.std(feedback["w"])) == pytest.approx(3, rel=0.05)
@@ -112,7 +111,7 @@ def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
         fx.Exact() if name == "while_loop" else fx.Backprop(),
     )
 
-    @quick_jit
+    @jax.jit
     def both(key, *args):
         return [
             fx.value_and_grad(program.loss, each, **program.options)(key, *args)

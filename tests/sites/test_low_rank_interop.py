@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank
 from sites.drawn import dense
@@ -51,7 +50,7 @@ def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
         plan = plan_low_rank(problem)
         assert any(split is not None for split in plan.splits)
 
-        @quick_jit
+        @jax.jit
         def both(leaves):
             here = plan.at(leaves)
             params, drawn = here.problem.params, fx.tangents.Normal().sample(KEY, here.specs(), 1)

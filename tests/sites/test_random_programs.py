@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from forwax.sites import plan_low_rank, plan_signs
 
@@ -56,7 +55,7 @@ def test_no_random_program_is_biased(recipe, rule):
                 for r in (listed, reference)
             ]
 
-        (value, grads), (true_value, truth) = quick_jit(both)(params, data)
+        (value, grads), (true_value, truth) = jax.jit(both)(params, data)
         assert jnp.isfinite(true_value)
         assert abs(value - true_value) <= 1e-9 * (1 + abs(true_value))
         scale = 1 + jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(truth)))
@@ -76,7 +75,7 @@ def test_weight_tangents_give_the_slopes_of_their_directions_in_full(recipe, nam
         problem = Signature(loss, 0, False, in_axes).bind((params, *data), {})
         plan = PLANS[name](problem)
 
-        @quick_jit
+        @jax.jit
         def both(key):
             drawn = plan.draw(key, jnp.arange(2))
             full = dense(plan, drawn)

@@ -7,7 +7,6 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import QUICK, quick_jit
 from forwax._signature import Signature
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS
@@ -29,7 +28,7 @@ def kept(rule, program):
             sites, noise, rule._slopes(sites, out), out.records
         )
 
-    return quick_jit(estimate)
+    return jax.jit(estimate)
 
 
 def assert_equal(got, expected):
@@ -41,7 +40,7 @@ def assert_equal(got, expected):
 def test_it_is_the_estimate_of_keep_for_the_same_noise(name):
     program = PROGRAMS[name]
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), num_tangents=2, memory="replay")
-    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
+    got = jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
     assert_equal(got, kept(rule, program)(KEY, *program.args))
 
 
@@ -49,7 +48,7 @@ def test_it_is_the_estimate_of_keep_for_the_same_noise(name):
 def test_signs_without_examples_and_of_complex_values(name):
     program = PROGRAMS[name]
     rule = fx.ActivityPerturbation(memory="replay")
-    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
+    got = jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
     assert_equal(got, kept(rule, program)(KEY, *program.args))
 
 
@@ -68,8 +67,7 @@ def test_noise_that_is_held_is_that_of_keep(name, tangents):
         for memory in ("keep", "replay")
     )
     both = [
-        quick_jit(fx.value_and_grad(program.loss, rule, **program.options))
-        for rule in (keep, replay)
+        jax.jit(fx.value_and_grad(program.loss, rule, **program.options)) for rule in (keep, replay)
     ]
     assert_equal(*(f(KEY, *program.args) for f in both))
 
@@ -78,7 +76,7 @@ def test_noise_from_a_generator_that_cannot_be_mapped():
     """Under `jax.vmap` "rbg" takes the first key of the batch alone: both passes must do it alike."""
     program, key = PROGRAMS["tied"], jax.random.key(0, impl="rbg")
     rule = fx.ActivityPerturbation(num_tangents=3, memory="replay")
-    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(key, *program.args)
+    got = jax.jit(fx.value_and_grad(program.loss, rule, **program.options))(key, *program.args)
     assert_equal(got, kept(rule, program)(key, *program.args))
 
 
@@ -86,7 +84,7 @@ def test_each_step_of_a_loop_has_noise_of_its_own():
     program = PROGRAMS["nested_scans"]
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), memory="replay")
     sites = rule.sites(Signature(program.loss, 0, False, program.in_axes).bind(program.args, {}))
-    noise = quick_jit(lambda key: noise_of(sites, rule._source(key, sites)))(KEY)
+    noise = jax.jit(lambda key: noise_of(sites, rule._source(key, sites)))(KEY)
     drawn = np.concatenate([u.ravel() for u in noise])
     assert len(np.unique(drawn)) == drawn.size == sum(site.size * 2 for site in sites.noisy)
 
@@ -111,7 +109,7 @@ def temporaries(loss, rule, depth):
     if loss is by_loop:
         params = [[spec(x.shape[1:], x.dtype)] * depth for x in params]
     grad = jax.jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))
-    compiled = grad.lower(KEY, params, spec((BATCH, WIDTH), jnp.float32)).compile(QUICK)
+    compiled = grad.lower(KEY, params, spec((BATCH, WIDTH), jnp.float32)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -138,7 +136,7 @@ def test_the_noise_of_shards_is_independent():
             lambda x: x[None], fx.grad(program.loss, rule, **program.options)(key, params, xs)
         )
 
-    grads = quick_jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(
+    grads = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(
         KEY, *program.args
     )
     for leaf in jax.tree.leaves(grads):

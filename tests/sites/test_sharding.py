@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from sites.programs import normal
 
@@ -66,10 +65,10 @@ def alone_and_together(estimates):
     keys, x = jax.random.split(jax.random.key(0), 4), jnp.asarray(normal(3, 8, 3))
     shard = lambda keys, p, x: jax.tree.map(lambda g: g[None], estimates(keys[0], p, x))
     specs = (P("d"), P(), P("d"))
-    got = quick_jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("d")))(
+    got = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("d")))(
         keys, PARAMS, x
     )
-    expected = quick_jit(jax.vmap(estimates, (0, None, 0)))(keys, PARAMS, x.reshape(4, 2, 3))
+    expected = jax.jit(jax.vmap(estimates, (0, None, 0)))(keys, PARAMS, x.reshape(4, 2, 3))
     return jax.tree.leaves(got), jax.tree.leaves(expected)
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from sites.programs import PROGRAMS
 
@@ -25,7 +24,7 @@ FORWARD_ONLY = ["while_loop", "spectral_norm"]  # reverse mode rejects them
 def basis_mean(program, rule):
     """Value and the mean of the estimates over all coordinates of the noise."""
     listed = rule.basis(Signature(program.loss, 0, False, program.in_axes).bind(program.args, {}))
-    return quick_jit(fx.value_and_grad(program.loss, listed, **program.options))(KEY, *program.args)
+    return jax.jit(fx.value_and_grad(program.loss, listed, **program.options))(KEY, *program.args)
 
 
 CASES = [("keep", name) for name in PROGRAMS]
@@ -38,7 +37,7 @@ def test_the_mean_over_all_noise_is_the_gradient(rule, name):
     program = PROGRAMS[name]
     value, grads = basis_mean(program, RULES[rule])
     reference = fx.Exact() if name in FORWARD_ONLY else fx.Backprop()
-    true_value, truth = quick_jit(fx.value_and_grad(program.loss, reference, **program.options))(
+    true_value, truth = jax.jit(fx.value_and_grad(program.loss, reference, **program.options))(
         KEY, *program.args
     )
     scale = jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(truth)))
