@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from forwax.diagnosis import Diagnosis, DiagnosisRow
-from forwax.diagnostics import named_rules
+from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
+from forwax._reports.diagnostics import named_rules
 
 KEY = jax.random.key(3)
 
@@ -113,7 +113,7 @@ def test_a_loss_that_reverse_mode_rejects():
 
 
 def test_without_a_reference_errors_are_laws_alone(monkeypatch):
-    monkeypatch.setattr("forwax.diagnostics.EXACT_LIMIT", 2)
+    monkeypatch.setattr("forwax._reports.diagnostics.EXACT_LIMIT", 2)
     found = fx.diagnose(growing, [fx.WeightPerturbation()], draws=2, rounds=1)(KEY, jnp.ones(3))
     (row,) = found.rules
     assert (row.name, row.predicted_mse, row.mse, row.cosine) == (

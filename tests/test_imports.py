@@ -1,5 +1,7 @@
 """Importing forwax costs jax and numpy only, and imports run one way."""
 
+import ast
+import collections
 import json
 import pathlib
 import shutil
@@ -46,6 +48,43 @@ def test_import_rules_hold():
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_no_private_jax(path):
     assert "jax._src" not in path.read_text()
+
+
+READERS_OF_JAXPRS = ("jax.extend.core", "make_jaxpr", "jaxprs_in_params", "jax.core", "eqns")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in CORE if "_programs" not in path.parts],
+    ids=lambda path: str(path.relative_to(SOURCE)),
+)
+def test_only_programs_reads_jaxprs(path):
+    assert not [word for word in READERS_OF_JAXPRS if word in path.read_text()]
+
+
+PUBLIC = {"combine", "functions", "lab", "losses", "models", "tangents", "testing", "types"}
+
+
+def test_what_is_private_has_an_underscore():
+    inside = {path.stem for path in SOURCE.iterdir() if path.suffix in ("", ".py")}
+    assert {name for name in inside if not name.startswith("_")} == PUBLIC
+
+
+def test_no_class_is_declared_twice():
+    names = [
+        node.name.lstrip("_")
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [name for name, count in collections.Counter(names).items() if count > 1] == []
+
+
+def test_explain_is_the_function_alone():
+    import forwax as fx
+
+    assert callable(fx.explain)
+    assert "forwax.explain" not in sys.modules
 
 
 def test_the_front_page_is_short():

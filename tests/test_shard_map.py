@@ -358,7 +358,7 @@ def test_feedback_alignment_takes_explicit_mesh_axes():
 
 def test_several_accelerators_talk_once_a_step(monkeypatch):
     """The order of layers must not be a condition that every device has to hear of."""
-    monkeypatch.setattr("forwax.sites.order.has_several_accelerators", lambda: True)
+    monkeypatch.setattr("forwax._programs.order.has_several_accelerators", lambda: True)
     x = jax.device_put(X, NamedSharding(MESH, P("data")))
     params = jax.device_put(PARAMS, NamedSharding(MESH, P()))
     estimate = jax.jit(fx.grad(loss, fx.WeightPerturbation()))

@@ -4,13 +4,12 @@ from forwax import combine as combine
 from forwax import functions as functions
 from forwax import tangents as tangents
 from forwax import testing as testing
-from forwax._signature import LocalLosses
-from forwax.diagnostics import diagnose
-from forwax.explain import explain
-from forwax.fused import update
-from forwax.learning_rate import suggest_learning_rate
-from forwax.momentum import Momentum
-from forwax.rules import (
+from forwax._fused import update
+from forwax._learning_rate import suggest_learning_rate
+from forwax._momentum import Momentum
+from forwax._reports.diagnostics import diagnose
+from forwax._reports.explain import explain
+from forwax._rules import (
     FDFA,
     ActivityPerturbation,
     Backprop,
@@ -23,9 +22,10 @@ from forwax.rules import (
     WeightPerturbation,
     random_feedback,
 )
-from forwax.safety import Safe
-from forwax.sites import noise_point
-from forwax.transforms import grad, value_and_grad
+from forwax._safety import Safe
+from forwax._signature import LocalLosses
+from forwax._sites.noise_point import noise_point
+from forwax._transforms import grad, value_and_grad
 
 __version__ = "0.1.0"
 

@@ -146,7 +146,15 @@ def by_name(name: str) -> Function:
     """
     known = {
         f.name: f
-        for f in (beale, rosenbrock, himmelblau, ackley, rastrigin, styblinski_tang, quadratic())
+        for f in (
+            beale,
+            rosenbrock,
+            himmelblau,
+            ackley,
+            rastrigin,
+            styblinski_tang,
+            quadratic(),
+        )
     }
     if name not in known:
         raise ValueError(f"There is no test function {name!r}; choose one of {', '.join(known)}.")

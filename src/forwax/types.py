@@ -1,10 +1,10 @@
 """What calls return and what rules and tangents receive: to annotate with, and to read."""
 
+from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
+from forwax._reports.explain import Explanation, SiteRow
+from forwax._safety import History, Monitor
 from forwax._signature import Problem
 from forwax._tree import Spec
-from forwax.diagnosis import Diagnosis, DiagnosisRow
-from forwax.explain import Explanation, SiteRow
-from forwax.safety import History, Monitor
 
 __all__ = [
     "Diagnosis",

@@ -12,6 +12,7 @@ PAGES = sorted(
     path.name for path in DOCS.glob("*.md") if "{code-cell}" in path.read_text(encoding="utf-8")
 )
 
+
 def execute(page: str):
     """Run a page in a kernel of its own and return the notebook with its outputs."""
     notebook = jupytext.read(DOCS / page)

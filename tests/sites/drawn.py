@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from forwax.sites.factored import Factored
-from forwax.sites.plan import LoopPlan
-from forwax.sites.push import like
-from forwax.sites.regions import Region
-from forwax.sites.signs import unpacked
+from forwax._directions.factored import Factored
+from forwax._directions.signs import unpacked
+from forwax._sites.levels import LoopPlan
+from forwax._sites.passes.replay import like
+from forwax._sites.regions import Region
 
 
 def noise_of(sites, source):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from forwax._programs.axes import Factor
 from forwax._signature import Signature
-from forwax.sites.axes import Factor
-from forwax.sites.sources import tangent_program
+from forwax._sites.sources import tangent_program
 from sites.programs import PROGRAMS, Program, normal
 from sites.test_unbiased import KEY, basis_mean
 
@@ -216,8 +216,8 @@ def leak(sites, problem):
         for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)
     ]
     leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]
-    from forwax.sites.plan import Level
-    from forwax.sites.run import forward
+    from forwax._sites.levels import Level
+    from forwax._sites.passes.keep import forward
 
     level = Level(program.program, (), frozenset(), {})
     noises = [jnp.zeros(site.shape, site.dtype) for site in sites.noisy]

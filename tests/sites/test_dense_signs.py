@@ -8,8 +8,8 @@ from jax import lax
 
 import forwax as fx
 from cases import assert_trees_close, normal
+from forwax._directions.signs import Places, draw_signs
 from forwax._tree import Spec
-from forwax.sites.signs import Places, draw_signs
 from forwax.tangents.rademacher import draw_words, words_at
 
 KEY = jax.random.key(7)

@@ -7,11 +7,11 @@ import pytest
 from jax import lax
 
 import forwax as fx
+from forwax._directions.convolution import in_pieces
+from forwax._directions.plan import plan_low_rank
+from forwax._directions.signs import Signs
+from forwax._programs.tracing import trace
 from forwax._signature import Signature
-from forwax.sites import plan_low_rank
-from forwax.sites.convolution import _one_feature, in_pieces
-from forwax.sites.program import trace
-from forwax.sites.signs import Signs
 from sites.drawn import dense
 from sites.programs import PROGRAMS, normal, squares
 from sites.test_unbiased import KEY
@@ -158,7 +158,7 @@ def test_a_convolution_with_one_feature(name):
         )
 
     params = jax.make_jaxpr(convolve)(x, kernel).eqns[0].params
-    found = _one_feature(x, kernel, 40, params)
+    found = one_feature(x, kernel, 40, params)
     assert (found is not None) == done
     if done:
         expected = convolve(x, kernel)
@@ -179,7 +179,7 @@ def test_a_large_convolution_piece_by_piece(layout, monkeypatch):
     )
     equation = trace(convolve, x, kernel).program.equations[-1]
     expected = convolve(x, kernel)
-    monkeypatch.setattr("forwax.sites.convolution._PATCHES", 3000)  # fits two examples
+    monkeypatch.setattr("forwax._directions.convolution._PATCHES", 3000)  # fits two examples
     pieces = jax.jit(lambda x, kernel: in_pieces(equation, [x, kernel]))
     assert (
         f"tensor<{'x'.join(str(2 if a == 'N' else sizes[a]) for a in layout[0])}xf32>"
@@ -230,7 +230,7 @@ def test_signs_are_unpacked_once(monkeypatch):
         return step.lower(KEY, params, x).compile().as_text().count(" shift-left(")
 
     once = unpacked()
-    monkeypatch.setattr("forwax.sites.signs.settled", lambda signs: signs)
+    monkeypatch.setattr("forwax._directions.signs.settled", lambda signs: signs)
     assert once <= unpacked() - 4  # at least one fewer for each layer
 
 

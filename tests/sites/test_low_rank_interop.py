@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from forwax._directions.plan import plan_low_rank
 from forwax._signature import Signature
-from forwax.sites import plan_low_rank
 from sites.drawn import dense
 from sites.interop import KEY
 

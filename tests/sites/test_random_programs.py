@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
+from forwax._directions.plan import plan_low_rank, plan_signs
 from forwax._signature import Signature
-from forwax.sites import plan_low_rank, plan_signs
 
 hypothesis = pytest.importorskip("hypothesis")
 from sites.drawn import dense  # noqa: E402

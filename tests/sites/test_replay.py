@@ -8,6 +8,7 @@ from jax import lax
 
 import forwax as fx
 from forwax._signature import Signature
+from forwax._sites.passes import keep
 from sites.drawn import noise_of
 from sites.programs import PROGRAMS
 from sites.test_sharding import PARAMS, sharded
@@ -23,8 +24,8 @@ def kept(rule, program):
         problem = Signature(program.loss, 0, False, program.in_axes).bind(args, {})
         sites = rule.sites(problem)
         noise = noise_of(sites, rule._source(key, sites))
-        out = sites.push(noise, rule.num_tangents)
-        return sites.value(out.losses), rule._own(
+        out = keep.push(sites, noise, rule.num_tangents)
+        return keep.value(sites, out.losses), rule._own(
             sites, noise, rule._slopes(sites, out), out.records
         )
 

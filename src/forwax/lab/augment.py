@@ -85,10 +85,16 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
         x = _sometimes(
-            keys[2], augmentation.jitter, functools.partial(jitter, augmentation=augmentation), x
+            keys[2],
+            augmentation.jitter,
+            functools.partial(jitter, augmentation=augmentation),
+            x,
         )
         x = _sometimes(
-            keys[3], augmentation.greyscale, lambda _, x: jnp.broadcast_to(_grey(x), x.shape), x
+            keys[3],
+            augmentation.greyscale,
+            lambda _, x: jnp.broadcast_to(_grey(x), x.shape),
+            x,
         )
     x = _sometimes(keys[4], augmentation.blur, blur, x)
     return _sometimes(keys[5], augmentation.solarise, lambda _, x: jnp.where(x < 0.5, x, 1 - x), x)
@@ -143,7 +149,12 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
     (4, 4, 3)
     """
     strengths = jnp.array(
-        [augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue]
+        [
+            augmentation.brightness,
+            augmentation.contrast,
+            augmentation.saturation,
+            augmentation.hue,
+        ]
     )
     amounts = jax.random.uniform(key, (4,), minval=-1.0) * strengths
     x = image + amounts[0]
@@ -175,7 +186,10 @@ def blur(key: Array, image: Array) -> Array:
 
 
 def _sometimes(
-    key: Array, probability: float, change: Callable[[Array, Array], Array], image: Array
+    key: Array,
+    probability: float,
+    change: Callable[[Array, Array], Array],
+    image: Array,
 ) -> Array:
     first, second = jax.random.split(key)
     return jnp.where(jax.random.bernoulli(first, probability), change(second, image), image)

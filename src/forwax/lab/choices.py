@@ -158,7 +158,9 @@ RULES: Mapping[str, RuleChoice] = {
         tangents="low-rank",
     ),
     "exact": RuleChoice(
-        _exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"
+        _exact,
+        ("chunk_size",),
+        "the true gradient by forward mode, one basis vector after another",
     ),
     "finite-difference": RuleChoice(
         _finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"
@@ -219,7 +221,10 @@ def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
     if settings.clip_slopes is None and not settings.skip_bad_slopes:
         return rule
     return fx.Safe(
-        rule, clip=settings.clip_slopes, skip=bool(settings.skip_bad_slopes), history=history
+        rule,
+        clip=settings.clip_slopes,
+        skip=bool(settings.skip_bad_slopes),
+        history=history,
     )
 
 

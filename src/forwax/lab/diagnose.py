@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.diagnosis import Diagnosis
+from forwax._reports.diagnosis import Diagnosis
 from forwax.lab import choices
 from forwax.lab.compare import named_rules
 from forwax.lab.compare.named_rules import NamedRule

@@ -91,7 +91,11 @@ class Experiment:
         return self if self.specialise is None else self.specialise(self, settings)
 
     def suggest_rate(
-        self, settings: Settings, rule: Any, num_parameters: int, noise: Callable[[Any], int | None]
+        self,
+        settings: Settings,
+        rule: Any,
+        num_parameters: int,
+        noise: Callable[[Any], int | None],
     ) -> float:
         """The learning rate for settings that name none.
 
@@ -136,7 +140,11 @@ NO_PAPER_CNN = (
 
 
 def _on(
-    data_set: str, model: str, default: Settings, effective_dimension: int | None, description: str
+    data_set: str,
+    model: str,
+    default: Settings,
+    effective_dimension: int | None,
+    description: str,
 ) -> Experiment:
     """Make the experiment `<data set>-<model>` of one of Baydin et al.'s three models."""
     factory, paper = {

@@ -55,7 +55,9 @@ class OptimizerChoice:
     base_rate: float | None = None
 
 
-def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[Any, float], Any]:
+def _decayed(
+    build: Callable[[Any], optax.GradientTransformation],
+) -> Callable[[Any, float], Any]:
     """Add weight decay, as a term of the gradient, in front of an optimizer that has none of its own."""
 
     def with_decay(rate: Any, weight_decay: float) -> optax.GradientTransformation:
@@ -68,7 +70,9 @@ def _decayed(build: Callable[[Any], optax.GradientTransformation]) -> Callable[[
     return with_decay
 
 
-def _decoupled(build: Callable[..., optax.GradientTransformation]) -> Callable[[Any, float], Any]:
+def _decoupled(
+    build: Callable[..., optax.GradientTransformation],
+) -> Callable[[Any, float], Any]:
     """Pass weight decay on to an optimizer that has its own."""
     return lambda rate, weight_decay: build(rate, weight_decay=weight_decay)
 
@@ -100,7 +104,8 @@ OPTIMIZERS: Mapping[str, OptimizerChoice] = {
         _decayed(lambda rate: optax.sgd(rate, MOMENTUM)), factor=1 - MOMENTUM
     ),
     "nesterov": OptimizerChoice(
-        _decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)), factor=1 - MOMENTUM
+        _decayed(lambda rate: optax.sgd(rate, MOMENTUM, nesterov=True)),
+        factor=1 - MOMENTUM,
     ),
     "adam": OptimizerChoice(_decayed(optax.adam), base_rate=1e-3),
     "adamw": OptimizerChoice(_decoupled(optax.adamw), base_rate=1e-3),

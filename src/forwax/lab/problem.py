@@ -60,7 +60,9 @@ class Problem:
         image, label = (jnp.asarray(x[:1]) for x in self.train)
         table = fx.explain(self.loss, rule, has_aux=True, in_axes=(None, 0, 0))
         rows = table(
-            jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0))), image, label
+            jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0))),
+            image,
+            label,
         ).rows
         return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
@@ -100,7 +102,10 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
             f"{experiment.name} does not fit images of {shape}: {error}{advice}"
         ) from error
     init = lambda key: cast(make(key)[0], _parameter_dtype(settings.dtype))  # noqa: E731
-    abstract, scale = jax.eval_shape(init, jax.random.key(0)), standardiser(data.train_images)
+    abstract, scale = (
+        jax.eval_shape(init, jax.random.key(0)),
+        standardiser(data.train_images),
+    )
     return Problem(
         init=init,
         loss=_cross_entropy(static, scale, jnp.dtype(settings.dtype)),
@@ -155,7 +160,12 @@ def _cross_entropy(static: Any, scale: Callable[[jax.Array], jax.Array], dtype: 
 def checksum_of(data: DataSet) -> str:
     """The SHA-256 of a data set's shapes, types and values."""
     digest = hashlib.sha256()
-    for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
+    for array in (
+        data.train_images,
+        data.train_labels,
+        data.test_images,
+        data.test_labels,
+    ):
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -53,7 +53,14 @@ PALETTE: dict[str, str] = {
 
 _CYCLE = [
     PALETTE[name]
-    for name in ("forward", "projection", "forward-16", "activity", "finite-difference", "exact")
+    for name in (
+        "forward",
+        "projection",
+        "forward-16",
+        "activity",
+        "finite-difference",
+        "exact",
+    )
 ]
 
 SETTINGS: dict[Any, Any] = {

@@ -58,7 +58,12 @@ def info_nce(
 
 
 def nt_xent(
-    x: Any, y: Any, temperature: Any = 0.5, *, axis_name: Any = None, stop_gradient: bool = True
+    x: Any,
+    y: Any,
+    temperature: Any = 0.5,
+    *,
+    axis_name: Any = None,
+    stop_gradient: bool = True,
 ) -> Array:
     """Tell an example's other view from all views of all others: normalised, temperature-scaled cross-entropy.
 

@@ -136,7 +136,10 @@ def _cross_entropy_jvp(
     common = [jnp.sum(error * part, axis=-1) for part in head_slopes(features, dw, db)]
     if moves(dtargets):
         common.append(
-            -jnp.sum(dtargets.astype(logits.dtype) * log_probabilities(logits, targets), axis=-1)
+            -jnp.sum(
+                dtargets.astype(logits.dtype) * log_probabilities(logits, targets),
+                axis=-1,
+            )
         )
     slopes = [spread(added(common), x)] if common else []
     if moves(dx):

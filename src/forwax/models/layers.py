@@ -68,7 +68,11 @@ class Conv(eqx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve one example of shape (height, width, in)."""
         z = jax.lax.conv_general_dilated(
-            x[None], self.weight, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x[None],
+            self.weight,
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return z[0] + self.bias[None, None]
 

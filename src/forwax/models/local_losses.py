@@ -48,7 +48,12 @@ class LocalModel(Protocol):
 
 
 def local_losses(
-    model: LocalModel, x: Array, label: Any, losses: Where = "greedy", *, parts: bool = True
+    model: LocalModel,
+    x: Array,
+    label: Any,
+    losses: Where = "greedy",
+    *,
+    parts: bool = True,
 ) -> LocalLosses:
     """The supervised losses of one example: cross-entropies of the blocks' heads and of the readout.
 

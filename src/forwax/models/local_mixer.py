@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from forwax import noise_point
-from forwax.models.layers import ChannelDense, DepthwiseConv, GroupedDense, TokenDense, standardize
+from forwax.models.layers import (
+    ChannelDense,
+    DepthwiseConv,
+    GroupedDense,
+    TokenDense,
+    standardize,
+)
 from forwax.models.local_losses import pooled
 from forwax.models.local_model import grouped
 

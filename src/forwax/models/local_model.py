@@ -105,7 +105,11 @@ def local(
         ChannelDense(size, width, key=each) for size, each in zip(sizes, head_keys, strict=True)
     )
     return Local(
-        tuple(blocks), heads, ChannelDense(sizes[-1], out_size, key=last), counts, channel_axis
+        tuple(blocks),
+        heads,
+        ChannelDense(sizes[-1], out_size, key=last),
+        counts,
+        channel_axis,
     )
 
 

@@ -169,7 +169,11 @@ def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array,
 
 
 def contrastive(
-    method: Method, static: Any = None, *, temperature: float = 0.5, axis_name: Any = None
+    method: Method,
+    static: Any = None,
+    *,
+    temperature: float = 0.5,
+    axis_name: Any = None,
 ) -> Callable[..., tuple[Array, Any]]:
     """The value and estimated gradient of `forwax.models.contrastive_losses` over a batch, by a method.
 
@@ -198,7 +202,11 @@ def contrastive(
         return functools.partial(_view_by_view, method, static, temperature)
 
     def loss(params: Any, x: Array, y: Array, labels: Array) -> LocalLosses:
-        options = {"temperature": temperature, "parts": method.parts, "axis_name": axis_name}
+        options = {
+            "temperature": temperature,
+            "parts": method.parts,
+            "axis_name": axis_name,
+        }
         return contrastive_losses(_model(params, static), x, y, labels, method.losses, **options)
 
     return value_and_grad(loss, method.rule)
@@ -219,7 +227,11 @@ def _view_by_view(
         return contrastive_loss_of_view(model, view, index, label, views, temperature=temperature)
 
     views = projections(_model(params, static), x, y)
-    both = jnp.concatenate([x, y]), jnp.arange(2 * len(x)), jnp.concatenate([labels, labels])
+    both = (
+        jnp.concatenate([x, y]),
+        jnp.arange(2 * len(x)),
+        jnp.concatenate([labels, labels]),
+    )
     return value_and_grad(loss, method.rule, in_axes=(None, 0, 0, 0, None))(
         key, params, *both, views
     )

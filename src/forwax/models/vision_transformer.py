@@ -52,7 +52,12 @@ class PatchEmbedding(eqx.Module):
     patches: int = eqx.field(static=True)
 
     def __init__(
-        self, in_shape: tuple[int, int, int], *, patches: int, channels: int, key: jax.Array
+        self,
+        in_shape: tuple[int, int, int],
+        *,
+        patches: int,
+        channels: int,
+        key: jax.Array,
     ):
         height, width, in_channels = in_shape
         if height % patches or width % patches:

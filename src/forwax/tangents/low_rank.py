@@ -61,13 +61,19 @@ class LowRank(IndependentTangents):
         """Draw one direction in full: a leaf's last axis, and all others together, are the sides of a matrix."""
         parts = []
         for spec in specs:
-            rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1] if spec.shape else 1
+            rows, columns = (
+                math.prod(spec.shape[:-1]),
+                spec.shape[-1] if spec.shape else 1,
+            )
             thin = min(rows, columns) > 1
             parts += [Spec((self.rank, n), spec.dtype) for n in (rows, columns)] if thin else [spec]
         drawn = iter(Rademacher().draw_one(key, parts))
         leaves = []
         for spec in specs:
-            rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1] if spec.shape else 1
+            rows, columns = (
+                math.prod(spec.shape[:-1]),
+                spec.shape[-1] if spec.shape else 1,
+            )
             if min(rows, columns) > 1:
                 left, right = next(drawn), next(drawn)
                 leaves.append(

@@ -79,7 +79,8 @@ def words_at(data: Array, places: Array) -> Array:
         places: uint32 [c].
     """
     high, low = jnp.split(
-        threefry_2x32((data[0], data[1]), jnp.concatenate([jnp.zeros_like(places), places])), 2
+        threefry_2x32((data[0], data[1]), jnp.concatenate([jnp.zeros_like(places), places])),
+        2,
     )
     return high ^ low
 

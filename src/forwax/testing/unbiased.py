@@ -12,12 +12,12 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
+from forwax._rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
 from forwax._signature import Signature
+from forwax._transforms import value_and_grad
 from forwax._tree import Tree
-from forwax.rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
 from forwax.tangents import Coordinate, LowRank
 from forwax.testing import _statistics
-from forwax.transforms import value_and_grad
 
 _PILOT = 2048
 _LEAF_TOLERANCE = 0.5  # finds a leaf at zero or doubled
@@ -129,7 +129,12 @@ def assert_unbiased(
     check.compare(draw(jax.random.fold_in(key, 2), num_draws), fail)
     scale = detect / math.sqrt(num_draws)
     return Unbiased(
-        num_draws, scale * float(whole), scale * float(leaves.max()), power, false_alarm, basis_sum
+        num_draws,
+        scale * float(whole),
+        scale * float(leaves.max()),
+        power,
+        false_alarm,
+        basis_sum,
     )
 
 

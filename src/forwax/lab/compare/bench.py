@@ -13,7 +13,13 @@ import numpy as np
 
 from forwax.lab.compare import timing
 from forwax.lab.compare.setup import Comparison
-from forwax.lab.compare.training import Program, Scorer, build_program, evaluation_steps, train
+from forwax.lab.compare.training import (
+    Program,
+    Scorer,
+    build_program,
+    evaluation_steps,
+    train,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -64,7 +70,11 @@ class Bench:
         count = self.comparison.options.search_rates
         what = f"validation loss {loss:.4g}" if finite else "not finite"
         print(f"{name}: rate {rate:.3g} ({number + 1} of {count}), {what}", flush=True)
-        return {"learning_rate": rate, "steps": steps, "validation_loss": loss if finite else None}
+        return {
+            "learning_rate": rate,
+            "steps": steps,
+            "validation_loss": loss if finite else None,
+        }
 
     def run(self, name: str, rate: float, seed: int) -> dict[str, Any]:
         """Train under one rule from one seed, and test."""

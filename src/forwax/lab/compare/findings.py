@@ -45,7 +45,11 @@ def gather(
     seconds = {name: float(np.median(values)) for name, values in timing["seconds"].items()}
     found = {
         rule.name: _of_rule(
-            rule, seconds, timing["temporary_bytes"], searches.get(rule.name, []), runs[rule.name]
+            rule,
+            seconds,
+            timing["temporary_bytes"],
+            searches.get(rule.name, []),
+            runs[rule.name],
         )
         for rule in rules
     }
@@ -53,7 +57,9 @@ def gather(
     reference = found.get("backprop")
     for each in found.values():
         each |= _reached(
-            each, None if target is None else settled_step(each["curve"], target), "target"
+            each,
+            None if target is None else settled_step(each["curve"], target),
+            "target",
         )
         each |= _against(each, reference)
     return {
@@ -92,7 +98,10 @@ def _of_rule(
         "test_accuracy_sd": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else None,
         "non_finite": sum(not run["finite"] for run in runs),
         "best_validation_loss": _number(best),
-        "curve": {"steps": steps, "validation_losses": [_number(loss) for loss in losses]},
+        "curve": {
+            "steps": steps,
+            "validation_losses": [_number(loss) for loss in losses],
+        },
         "runs": runs,
     }
 
@@ -137,7 +146,8 @@ def first_touch(curve: dict[str, Any], target: float) -> int | None:
     5
     """
     return next(
-        (step for step, loss in _points(curve) if loss is not None and loss <= target), None
+        (step for step, loss in _points(curve) if loss is not None and loss <= target),
+        None,
     )
 
 
@@ -162,7 +172,10 @@ def _points(curve: dict[str, Any]) -> list[tuple[int, float | None]]:
 def _reached(each: dict[str, Any], step: int | None, what: str) -> dict[str, float | str]:
     if step is None:
         return {f"steps_to_{what}": NOT_REACHED, f"seconds_to_{what}": NOT_REACHED}
-    return {f"steps_to_{what}": step, f"seconds_to_{what}": step * each["seconds_per_step"]}
+    return {
+        f"steps_to_{what}": step,
+        f"seconds_to_{what}": step * each["seconds_per_step"],
+    }
 
 
 def _against(
@@ -175,7 +188,10 @@ def _against(
     touch = lambda rule: None if best is None else first_touch(rule["curve"], best)  # noqa: E731
     reached = _reached(each, touch(each), "backprops_best")
     own = _reached(reference, touch(reference), "backprops_best")
-    ours, theirs = reached["seconds_to_backprops_best"], own["seconds_to_backprops_best"]
+    ours, theirs = (
+        reached["seconds_to_backprops_best"],
+        own["seconds_to_backprops_best"],
+    )
     ratio = (
         NOT_REACHED
         if isinstance(ours, str) or isinstance(theirs, str) or not theirs

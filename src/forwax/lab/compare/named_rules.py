@@ -56,7 +56,9 @@ LINES: Mapping[str, Line] = {
     "projection": Line("projection, {k}", {**_SIGNS, "combine": "projection"}, MANY),
     "shrinkage": Line("shrinkage, {k}", {**_SIGNS, "combine": "shrinkage"}, MANY),
     "orthonormal": Line(
-        "orthonormal, {k}", {"rule": "weight", "tangents": "orthonormal", "combine": "mean"}, MANY
+        "orthonormal, {k}",
+        {"rule": "weight", "tangents": "orthonormal", "combine": "mean"},
+        MANY,
     ),
     "finite-difference": Line(
         "finite differences, {k}",
@@ -64,7 +66,9 @@ LINES: Mapping[str, Line] = {
         1,
     ),
     "activity": Line(
-        "activity noise, {k}", {"rule": "activity", "tangents": "rademacher", "combine": "mean"}, 1
+        "activity noise, {k}",
+        {"rule": "activity", "tangents": "rademacher", "combine": "mean"},
+        1,
     ),
     "feedback": Line("feedback alignment", {"rule": "feedback"}),
     "direct-feedback": Line("direct feedback alignment", {"rule": "direct-feedback"}),

@@ -134,7 +134,10 @@ def make_folder(options: CompareOptions) -> Path:
     Raises:
         UsageError: when it cannot be made, or holds a comparison already.
     """
-    config = dataclasses.asdict(options) | {"rules": list(options.rules), "versions": versions()}
+    config = dataclasses.asdict(options) | {
+        "rules": list(options.rules),
+        "versions": versions(),
+    }
     config |= {
         "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
         "out": None,

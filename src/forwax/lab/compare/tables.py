@@ -102,7 +102,9 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _contents(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def _contents(
+    results: dict[str, Any],
+) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
     return [
         (_title(results), COLUMNS, rows(results)),
         (

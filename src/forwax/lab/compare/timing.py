@@ -31,7 +31,11 @@ def make_evaluations(problem: Problem, batch_size: int) -> Callable[..., jax.Arr
     per_epoch = len(problem.train[0]) // batch_size
 
     def evaluations(
-        params: Any, order: jax.Array, count: jax.Array, images: jax.Array, labels: jax.Array
+        params: Any,
+        order: jax.Array,
+        count: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
     ) -> jax.Array:
         def body(i: jax.Array, total: jax.Array) -> jax.Array:
             chosen = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)

@@ -5,4 +5,12 @@ from forwax.lab.data.files import cache_dir, locate
 from forwax.lab.data.loading import load
 from forwax.lab.data.sources import find_source, names
 
-__all__ = ["DataError", "DataSet", "cache_dir", "find_source", "load", "locate", "names"]
+__all__ = [
+    "DataError",
+    "DataSet",
+    "cache_dir",
+    "find_source",
+    "load",
+    "locate",
+    "names",
+]

@@ -27,7 +27,9 @@ class DataOptions:
     """
 
     name: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SET", help_behavior_hint="")
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="SET", help_behavior_hint=""),
     ] = None
     """The set: digits, mnist, fashion-mnist or cifar10. Without it, a table of all sets."""
 

@@ -23,7 +23,10 @@ def load_digits() -> DataSet:
     images = np.asarray(images).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = np.asarray(labels).astype(np.int32)
     train, test = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=TEST_SIZE, random_state=SPLIT_SEED, stratify=labels
+        np.arange(len(labels)),
+        test_size=TEST_SIZE,
+        random_state=SPLIT_SEED,
+        stratify=labels,
     )
     return DataSet(
         name="digits",

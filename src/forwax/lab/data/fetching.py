@@ -161,7 +161,10 @@ def _file_contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:
     for file in source.checksums:
         url, packed = f"{source.home}{file}.gz", folder / f"{file}.gz"
         _download(source, url, packed)
-        yield file, verified(source, file, packed.read_bytes(), where=url, remedy=REMEDY)
+        yield (
+            file,
+            verified(source, file, packed.read_bytes(), where=url, remedy=REMEDY),
+        )
 
 
 def _archive_contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes]]:

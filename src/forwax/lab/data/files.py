@@ -40,7 +40,10 @@ def search_path(data_dir: Path | None = None) -> Iterator[Path]:
         >>> next(search_path(Path.cwd())) == Path.cwd()
         True
     """
-    for given, origin in ((data_dir, "--data-dir"), (os.environ.get("FORWAX_DATA"), "FORWAX_DATA")):
+    for given, origin in (
+        (data_dir, "--data-dir"),
+        (os.environ.get("FORWAX_DATA"), "FORWAX_DATA"),
+    ):
         if not given:
             continue
         root = Path(given).expanduser()
@@ -61,7 +64,10 @@ def find_file(folder: Path, file: str) -> Path | None:
         >>> find_file(Path("no-such-folder"), "train-images-idx3-ubyte") is None
         True
     """
-    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+    return next(
+        (path for path in (folder / file, folder / f"{file}.gz") if path.is_file()),
+        None,
+    )
 
 
 def locate(source: Source, data_dir: Path | None = None) -> Path | None:

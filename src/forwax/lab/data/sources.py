@@ -42,13 +42,26 @@ class Source:
 
 
 def _idx_source(
-    name: str, home: str, megabytes: int, md5s: tuple[str, ...], class_names: tuple[str, ...]
+    name: str,
+    home: str,
+    megabytes: int,
+    md5s: tuple[str, ...],
+    class_names: tuple[str, ...],
 ) -> Source:
     train = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
     test = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     checksums: dict[str, str] = dict(zip(train + test, md5s, strict=True))
     return Source(
-        name, name, (train,), (test,), checksums, decode_idx, home, False, megabytes, class_names
+        name,
+        name,
+        (train,),
+        (test,),
+        checksums,
+        decode_idx,
+        home,
+        False,
+        megabytes,
+        class_names,
     )
 
 

@@ -40,7 +40,14 @@ def write(
     **look: Any,
 ) -> None:
     """Write text with its centre at (x, y)."""
-    axes.text(x, y, text, color=colour, fontsize=size, **{"ha": "center", "va": "center", **look})
+    axes.text(
+        x,
+        y,
+        text,
+        color=colour,
+        fontsize=size,
+        **{"ha": "center", "va": "center", **look},
+    )
 
 
 def box(
@@ -57,7 +64,13 @@ def box(
     corner, rounding = (x - width / 2, y - height / 2), "round,pad=0,rounding_size=0.09"
     axes.add_patch(
         FancyBboxPatch(
-            corner, width, height, boxstyle=rounding, edgecolor=edge, facecolor=fill, **look
+            corner,
+            width,
+            height,
+            boxstyle=rounding,
+            edgecolor=edge,
+            facecolor=fill,
+            **look,
         )
     )
 
@@ -69,7 +82,11 @@ def chip(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
 
 
 def arrow(
-    axes: Axes, tail: tuple[float, float], head: tuple[float, float], colour: str, **look: Any
+    axes: Axes,
+    tail: tuple[float, float],
+    head: tuple[float, float],
+    colour: str,
+    **look: Any,
 ) -> None:
     """Draw an arrow from tail to head, points in the units of the axes."""
     look = {

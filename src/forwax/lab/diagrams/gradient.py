@@ -46,7 +46,8 @@ def forward_gradient(key: jax.Array | None = None) -> Figure:
     )
     left = figure.add_axes((0.038, 0.03, 0.43, 0.7), title="One direction, its slope, its estimate")
     right = figure.add_axes(
-        (0.53, 0.03, 0.43, 0.7), title=f"{SHOWN} of {ESTIMATES:,} estimates around the gradient"
+        (0.53, 0.03, 0.43, 0.7),
+        title=f"{SHOWN} of {ESTIMATES:,} estimates around the gradient",
     )
     for axes in (left, right):
         axes.set(aspect="equal", xticks=[], yticks=[])
@@ -95,7 +96,12 @@ def _one_estimate(axes: Axes, gradient: np.ndarray, direction: np.ndarray, slope
     _vector(axes, origin, origin + direction, DIRECTION, 2.2, 15)
     _vector(axes, origin, origin + gradient, TRUE, 2.8, 17)
     axes.plot(
-        *foot, "o", markerfacecolor="white", markeredgecolor=style.INK, markersize=5.5, zorder=6
+        *foot,
+        "o",
+        markerfacecolor="white",
+        markeredgecolor=style.INK,
+        markersize=5.5,
+        zorder=6,
     )
     _label(axes, origin + gradient + (0, 0.15), "gradient $g$", TRUE)
     _label(
@@ -131,7 +137,12 @@ def _many_estimates(axes: Axes, gradient: np.ndarray, estimates: np.ndarray) -> 
     axes.set(xlim=(-2.15 * size, 2.55 * size), ylim=(-1.05 * size, 2.82 * size))
     _line(axes, -9 * size * across, 9 * size * across)
     axes.plot(
-        *estimates[:SHOWN].T, "o", color=ESTIMATE, markersize=3.2, alpha=0.32, markeredgewidth=0
+        *estimates[:SHOWN].T,
+        "o",
+        color=ESTIMATE,
+        markersize=3.2,
+        alpha=0.32,
+        markeredgewidth=0,
     )
     _vector(axes, np.zeros(2), gradient, TRUE, 2.8, 17)
     mean = estimates.mean(axis=0)
@@ -147,7 +158,14 @@ def _many_estimates(axes: Axes, gradient: np.ndarray, estimates: np.ndarray) -> 
     _label(axes, 0.5 * gradient - 0.14 * size * across, "$g$", TRUE)
     _label(axes, mean + 0.3 * size * unit, "mean of all", style.INK)
     aside = 0.85 * size * across - 0.2 * size * unit
-    _label(axes, aside, "no estimate on this side", style.MUTED, rotation=_angle(across), size=10.5)
+    _label(
+        axes,
+        aside,
+        "no estimate on this side",
+        style.MUTED,
+        rotation=_angle(across),
+        size=10.5,
+    )
 
 
 def _contours(axes: Axes) -> None:
@@ -159,7 +177,12 @@ def _contours(axes: Axes) -> None:
 
 
 def _vector(
-    axes: Axes, tail: np.ndarray, head: np.ndarray, colour: str, width: float, size: float
+    axes: Axes,
+    tail: np.ndarray,
+    head: np.ndarray,
+    colour: str,
+    width: float,
+    size: float,
 ) -> None:
     """Draw a vector."""
     ends = (float(tail[0]), float(tail[1])), (float(head[0]), float(head[1]))
@@ -191,11 +214,25 @@ def _angle(direction: np.ndarray) -> float:
 
 
 def _label(
-    axes: Axes, point: np.ndarray, text: str, colour: str, size: float = 11.5, **look: Any
+    axes: Axes,
+    point: np.ndarray,
+    text: str,
+    colour: str,
+    size: float = 11.5,
+    **look: Any,
 ) -> None:
     """Write text on a white ground, so that lines and dots do not cross it."""
     ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
     x, y = point
     drawing.write(
-        axes, x, y, text, colour, size, bbox=ground, zorder=7, rotation_mode="anchor", **look
+        axes,
+        x,
+        y,
+        text,
+        colour,
+        size,
+        bbox=ground,
+        zorder=7,
+        rotation_mode="anchor",
+        **look,
     )

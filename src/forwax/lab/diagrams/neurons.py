@@ -79,7 +79,11 @@ def _link(
 
 
 def _nodes(
-    axes: Axes, values: dict[str, float], others: dict[str, float], accent: str, colour: str
+    axes: Axes,
+    values: dict[str, float],
+    others: dict[str, float],
+    accent: str,
+    colour: str,
 ) -> None:
     """Draw every box with its formula, its value and its tangent or cotangent."""
     for name, (x, y) in COLUMNS.items():
@@ -110,7 +114,10 @@ def _flows(axes: Axes, lower: str, colour: str, upper: str = "values", back: boo
     drawing.arrow(axes, (left, y), (right, y), VALUE)
     drawing.write(axes, right + 0.12, y, upper, VALUE, size=10.5, ha="left")
     drawing.arrow(
-        axes, (right if back else left, y - 0.28), (left if back else right, y - 0.28), colour
+        axes,
+        (right if back else left, y - 0.28),
+        (left if back else right, y - 0.28),
+        colour,
     )
     drawing.write(axes, right + 0.12, y - 0.28, lower, colour, size=10.5, ha="left")
 
@@ -165,9 +172,16 @@ def forward_step() -> Figure:
     values, tangents = jax.jvp(_neuron, PARAMETERS, DIRECTION)
     slope = float(tangents[-1])
     figure, axes = drawing.canvas(
-        "The forward step", "One pass carries each value and its tangent: how it changes along $v$."
+        "The forward step",
+        "One pass carries each value and its tangent: how it changes along $v$.",
     )
-    _nodes(axes, _numbers(*PARAMETERS, values), _numbers(*DIRECTION, tangents), r"\dot", TANGENT)
+    _nodes(
+        axes,
+        _numbers(*PARAMETERS, values),
+        _numbers(*DIRECTION, tangents),
+        r"\dot",
+        TANGENT,
+    )
     _flows(axes, "tangents", TANGENT)
     for name, rule in FORWARD_RULES.items():
         drawing.write(axes, COLUMNS[name][0], 1.83, rule, TANGENT, size=13)

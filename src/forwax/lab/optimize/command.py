@@ -133,7 +133,9 @@ def run(options: OptimizeOptions) -> int:
     style.save(picture.draw(plan, descents, timings), path)
     numbers.write(found, path.with_suffix(".json"))
     console.print(
-        f"Picture: {path}\nNumbers: {path.with_suffix('.json')}", highlight=False, soft_wrap=True
+        f"Picture: {path}\nNumbers: {path.with_suffix('.json')}",
+        highlight=False,
+        soft_wrap=True,
     )
     return 0
 

@@ -103,7 +103,11 @@ def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Trace]:
         )
         last, (values, points) = jax.lax.scan(body, jnp.array(plan.start), (keys, indices))
         values = jnp.append(values, plan.function(last))
-        return values, None if points is None else jnp.concatenate([points, last[None]]), last
+        return (
+            values,
+            None if points is None else jnp.concatenate([points, last[None]]),
+            last,
+        )
 
     return run
 
@@ -125,7 +129,9 @@ def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
     """
     values, points, last = jax.jit(jax.vmap(one_run(plan, rule)))(keys)
     return Descent(
-        np.asarray(values), None if points is None else np.asarray(points), np.asarray(last)
+        np.asarray(values),
+        None if points is None else np.asarray(points),
+        np.asarray(last),
     )
 
 

@@ -93,7 +93,10 @@ def make_table(numbers: Mapping[str, Any]) -> Table:
         table.add_column(name if name == "backprop" else f"{name} gradient", justify="right")
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("final f, median", lambda m: _show(m["median"])),
-        ("final f, range", lambda m: " to ".join(dict.fromkeys(map(_show, (m["low"], m["high"]))))),
+        (
+            "final f, range",
+            lambda m: " to ".join(dict.fromkeys(map(_show, (m["low"], m["high"])))),
+        ),
         ("distance to nearest minimum", lambda m: _show(m["distance"])),
         ("runs not finite", lambda m: f"{m['non_finite_runs']} of {numbers['runs']}"),
         ("seconds per run", lambda m: f"{m['seconds']:.2g}"),

@@ -68,7 +68,11 @@ def _dress(by_iteration: Axes, by_second: Axes, plan: Plan) -> None:
     """Set the titles, scales and labels of the two loss panels."""
     for axes, title, label in (
         (by_iteration, "Loss against iterations", "iteration"),
-        (by_second, "Loss against seconds", "seconds of one compiled run (logarithmic)"),
+        (
+            by_second,
+            "Loss against seconds",
+            "seconds of one compiled run (logarithmic)",
+        ),
     ):
         axes.set_title(title)
         axes.set_xlabel(label)
@@ -99,8 +103,19 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Mapping[str, Descent]) -> None:
         "markerfacecolor": style.PALETTE["memory"],
         "markeredgecolor": style.INK,
     }
-    axes.plot(*zip(*plan.function.minima, strict=True), "*", zorder=6, label="minimum", **least)
-    axes.set(xlim=(lower[0], upper[0]), ylim=(lower[1], upper[1]), xlabel="$x_1$", ylabel="$x_2$")
+    axes.plot(
+        *zip(*plan.function.minima, strict=True),
+        "*",
+        zorder=6,
+        label="minimum",
+        **least,
+    )
+    axes.set(
+        xlim=(lower[0], upper[0]),
+        ylim=(lower[1], upper[1]),
+        xlabel="$x_1$",
+        ylabel="$x_2$",
+    )
     axes.set_title(f"{plan.function.name.replace('_', '-').title()}: where the runs go")
     axes.grid(False)
     axes.legend(loc="best", facecolor="white", frameon=True, framealpha=0.8, edgecolor="none")
@@ -116,7 +131,14 @@ def _draw_contours(axes: Axes, plan: Plan, lower: np.ndarray, upper: np.ndarray)
     levels = np.linspace(logarithm.min(), logarithm.max(), 15)
     axes.contourf(x, y, logarithm, levels=levels, cmap=GROUND, zorder=0)
     axes.contour(
-        x, y, logarithm, levels=levels, colors="white", linewidths=0.6, linestyles="solid", zorder=0
+        x,
+        y,
+        logarithm,
+        levels=levels,
+        colors="white",
+        linewidths=0.6,
+        linestyles="solid",
+        zorder=0,
     )
 
 

@@ -78,7 +78,13 @@ def _rates(
     backprop: float, feedback: float, direct: float, weight: float, activity: float
 ) -> dict[str, float]:
     """Give the methods of one kind the same rate."""
-    kinds = {"BP": backprop, "FA": feedback, "DFA": direct, "FG-W": weight, "FG-A": activity}
+    kinds = {
+        "BP": backprop,
+        "FA": feedback,
+        "DFA": direct,
+        "FG-W": weight,
+        "FG-A": activity,
+    }
     return {rule: kinds[reading.kind] for rule, reading in ren2023.READINGS.items()}
 
 
@@ -100,7 +106,11 @@ _LARGE = dataclasses.replace(
     _CIFAR, size="M/8/16", batch_size=256, data_parallel=True, dtype="bfloat16"
 )
 _CONTRASTIVE = dataclasses.replace(
-    _LARGE, objective="contrastive", optimizer="lars", batch_size=512, learning_rate=None
+    _LARGE,
+    objective="contrastive",
+    optimizer="lars",
+    batch_size=512,
+    learning_rate=None,
 )
 
 COLUMNS: Mapping[str, Column] = {
@@ -156,7 +166,13 @@ COLUMNS: Mapping[str, Column] = {
             dataclasses.replace(_CIFAR, size="S/4/8", objective="contrastive", batch_size=256),
             _rates(0.1, 0.1, 0.1, 0.02, 0.05),
         ),
-        Column("cifar-m", "CIFAR-10, M/8/16", 200, _LARGE, _rates(0.1, 0.05, 0.02, 0.005, 0.02)),
+        Column(
+            "cifar-m",
+            "CIFAR-10, M/8/16",
+            200,
+            _LARGE,
+            _rates(0.1, 0.05, 0.02, 0.005, 0.02),
+        ),
         Column(
             "cifar-m-contrastive",
             "CIFAR-10, M/8/16, contrastive",
@@ -260,7 +276,10 @@ def build_model(
 
 
 def build_gradient(
-    static: Any, scale: Callable[[jax.Array], jax.Array], settings: Settings, largest_pixel: int
+    static: Any,
+    scale: Callable[[jax.Array], jax.Array],
+    settings: Settings,
+    largest_pixel: int,
 ) -> Callable[[Any], Any]:
     """Give the gradient of the settings' objective; see `forwax.lab.ren2023.objectives`."""
     if settings.objective == "contrastive":

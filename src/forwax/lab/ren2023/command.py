@@ -130,7 +130,10 @@ def run(options: ReproduceOptions) -> int:
                     summary = run_one(folder, column, entry, seed, data, options, signals)
                     finite &= summary["finite"]
                     save(
-                        folder, column, checksum, _facts(column, entries[0], data, options, summary)
+                        folder,
+                        column,
+                        checksum,
+                        _facts(column, entries[0], data, options, summary),
                     )
         except KeyboardInterrupt:
             print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
@@ -171,13 +174,19 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     Raises:
         UsageError: when nothing would be left to train on.
     """
-    train, test = (data.train_images, data.train_labels), (data.test_images, data.test_labels)
+    train, test = (
+        (data.train_images, data.train_labels),
+        (data.test_images, data.test_labels),
+    )
     if options.holdout:
         if options.holdout >= len(train[0]):
             raise UsageError(
                 f"--holdout must leave images to train on; there are {len(train[0])} in all."
             )
-        train, test = [x[: -options.holdout] for x in train], [x[-options.holdout :] for x in train]
+        train, test = (
+            [x[: -options.holdout] for x in train],
+            [x[-options.holdout :] for x in train],
+        )
     (train_images, train_labels), (test_images, test_labels) = (
         [x[: options.examples] for x in y] for y in (train, test)
     )
@@ -191,7 +200,11 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
 
 
 def settings_of(
-    column: Column, entry: Entry, num_examples: int, options: ReproduceOptions, seed: int
+    column: Column,
+    entry: Entry,
+    num_examples: int,
+    options: ReproduceOptions,
+    seed: int,
 ) -> Settings:
     """Give the settings of one run.
 
@@ -235,7 +248,11 @@ def _teller() -> Callable[[str], None]:
 
 
 def _facts(
-    column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, summary: dict[str, Any]
+    column: Column,
+    entry: Entry,
+    data: DataSet,
+    options: ReproduceOptions,
+    summary: dict[str, Any],
 ) -> str:
     settings = settings_of(column, entry, len(data.train_images), options, 0)
     told = table.facts(column, settings, summary, os.cpu_count())

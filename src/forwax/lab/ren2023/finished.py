@@ -40,7 +40,12 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[d
             summary = json.loads(path.read_text()) | {"learning_rate": config["learning_rate"]}
             found.setdefault(entry, {})[seed] = summary
     entries = sorted(
-        found, key=lambda entry: (RULES.index(entry.rule), entry.num_tangents or 1, entry.name)
+        found,
+        key=lambda entry: (
+            RULES.index(entry.rule),
+            entry.num_tangents or 1,
+            entry.name,
+        ),
     )
     return entries, {
         entry.name: [found[entry][seed] for seed in sorted(found[entry])] for entry in entries

@@ -14,7 +14,12 @@ from forwax.lab.ren2023.entries import Entry
 from forwax.lab.ren2023.table import Results
 from forwax.models import ren2023
 
-_COLOURS = {"BP": "backprop", "FA": "finite-difference", "FG-W": "forward-16", "FG-A": "forward"}
+_COLOURS = {
+    "BP": "backprop",
+    "FA": "finite-difference",
+    "FG-W": "forward-16",
+    "FG-A": "forward",
+}
 _DASHES = {"global": ":", "local": "--", "greedy": "-"}
 
 

@@ -65,7 +65,11 @@ def train(
         trainer = build_trainer(problem, settings, found.state if found else None)
         run.cut_metrics(trainer.step)
         sitting = _Sitting(
-            trainer, metrics, checkpoints, found.seconds if found else 0.0, _begun(run.metrics())
+            trainer,
+            metrics,
+            checkpoints,
+            found.seconds if found else 0.0,
+            _begun(run.metrics()),
         )
         finite = _epochs(sitting, tell, signals or Signals())
     finally:

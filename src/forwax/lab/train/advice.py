@@ -20,7 +20,8 @@ def advice(sitting: Sitting, loss: float) -> str:
     rule = choices.build_rule(settings, jax.numpy.zeros(n))
     rate = settings.learning_rate or 0.0
     smaller = min(
-        experiment.suggest_rate(settings, rule, n, sitting.trainer.problem.noise), rate / 3
+        experiment.suggest_rate(settings, rule, n, sitting.trainer.problem.noise),
+        rate / 3,
     )
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:

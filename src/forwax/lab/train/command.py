@@ -15,7 +15,13 @@ import tyro
 from forwax.lab import choices
 from forwax.lab.experiments import EXPERIMENTS, describe
 from forwax.lab.flags import Chosen
-from forwax.lab.options import ExperimentName, SettingOptions, asked, find_experiment, resolve
+from forwax.lab.options import (
+    ExperimentName,
+    SettingOptions,
+    asked,
+    find_experiment,
+    resolve,
+)
 from forwax.lab.problem import Problem, build_problem
 from forwax.lab.settings import Settings, UsageError
 from forwax.lab.train.advice import advice
@@ -24,7 +30,13 @@ from forwax.lab.train.loop import MAX_BLOCK, Block, build_trainer, init_state
 from forwax.lab.train.monitor import monitored
 from forwax.lab.train.progress import Reporter, make_reporter
 from forwax.lab.train.runs import CHECKPOINTS, CURVES, SUMMARY, Metrics, Run, write_json
-from forwax.lab.train.signals import INTERRUPTED, NOT_FINITE, TERMINATED, Signals, block_size
+from forwax.lab.train.signals import (
+    INTERRUPTED,
+    NOT_FINITE,
+    TERMINATED,
+    Signals,
+    block_size,
+)
 from forwax.lab.train.sitting import Sitting, make_summary, versions
 
 
@@ -158,7 +170,10 @@ def _start(options: TrainOptions) -> Sitting:
 
 def _resume(run: Run, options: TrainOptions) -> Sitting:
     """Load what the run had, cut its metrics back to its checkpoint, and compile."""
-    experiment, settings = find_experiment(run.config["experiment"]), Settings.from_dict(run.config)
+    experiment, settings = (
+        find_experiment(run.config["experiment"]),
+        Settings.from_dict(run.config),
+    )
     stored = run.config["data_dir"]
     problem = build_problem(
         experiment, settings, options.data_dir or (Path(stored) if stored else None)
@@ -220,7 +235,9 @@ def _run_blocks(sitting: Sitting, reporter: Reporter, signals: Signals) -> float
     size, saved = 1, time.monotonic()
     while trainer.step < steps and signals.received is None:
         count = min(
-            size, MAX_BLOCK, _next_evaluation(trainer.step, sitting.settings) - trainer.step
+            size,
+            MAX_BLOCK,
+            _next_evaluation(trainer.step, sitting.settings) - trainer.step,
         )
         before, started = trainer.step, time.perf_counter()
         block = trainer.run(count)
@@ -230,7 +247,10 @@ def _run_blocks(sitting: Sitting, reporter: Reporter, signals: Signals) -> float
             return block.stopped_by
         pace = count / seconds
         reporter.update(
-            trainer.step, float(block.losses.mean()), float(block.accuracies.mean()), pace
+            trainer.step,
+            float(block.losses.mean()),
+            float(block.accuracies.mean()),
+            pace,
         )
         size = block_size(pace, size)
         if time.monotonic() - saved >= sitting.checkpoint_seconds:

@@ -48,7 +48,10 @@ def draw_curves(
 
 
 def save_curves(
-    rows: list[dict[str, Any]], title: str, path: Path, colour: str = style.PALETTE["forward"]
+    rows: list[dict[str, Any]],
+    title: str,
+    path: Path,
+    colour: str = style.PALETTE["forward"],
 ) -> None:
     """Draw the picture and save it in one move; see `draw_curves`."""
     style.save(draw_curves(rows, title, colour), path)
@@ -56,7 +59,12 @@ def save_curves(
 
 def _draw_loss(axes: Axes, train: dict[str, np.ndarray], axis: str, colour: str) -> None:
     axes.plot(
-        train[axis], train["loss"], color=colour, alpha=0.18, linewidth=0.6, label="one batch"
+        train[axis],
+        train["loss"],
+        color=colour,
+        alpha=0.18,
+        linewidth=0.6,
+        label="one batch",
     )
     axes.plot(train[axis], smooth(train["loss"]), color=colour, label="mean of neighbours")
     if len(train["loss"]) and np.nanmin(train["loss"]) > 0:
@@ -64,7 +72,11 @@ def _draw_loss(axes: Axes, train: dict[str, np.ndarray], axis: str, colour: str)
 
 
 def _draw_accuracy(
-    axes: Axes, train: dict[str, np.ndarray], test: dict[str, np.ndarray], axis: str, colour: str
+    axes: Axes,
+    train: dict[str, np.ndarray],
+    test: dict[str, np.ndarray],
+    axis: str,
+    colour: str,
 ) -> None:
     axes.plot(
         train[axis],
@@ -74,13 +86,22 @@ def _draw_accuracy(
         label="training",
     )
     axes.plot(
-        test[axis], test["test_accuracy"], color=colour, marker="o", markersize=3.5, label="test"
+        test[axis],
+        test["test_accuracy"],
+        color=colour,
+        marker="o",
+        markersize=3.5,
+        label="test",
     )
     axes.set_ylim(0, 1.02)
     if len(test["test_accuracy"]):
         last = test["test_accuracy"][-1]
         axes.annotate(
-            f"{last:.1%}", (test[axis][-1], last), (0, -14), textcoords="offset points", ha="right"
+            f"{last:.1%}",
+            (test[axis][-1], last),
+            (0, -14),
+            textcoords="offset points",
+            ha="right",
         )
 
 

@@ -149,7 +149,10 @@ def _squared_norm(tree: Any) -> jax.Array:
 
 
 def _advance(
-    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, settings: Settings
+    state: TrainState,
+    grads: Any,
+    optimizer: optax.GradientTransformation,
+    settings: Settings,
 ) -> TrainState:
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     guess = state.guess
@@ -166,9 +169,16 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     the seed of the settings may be traced values, so that one program serves many.
     """
     step, data_key = make_step(problem, settings), split_seed(settings.seed).data
-    looped, num_examples, batch = loops_well(problem), len(problem.train[0]), settings.batch_size
+    looped, num_examples, batch = (
+        loops_well(problem),
+        len(problem.train[0]),
+        settings.batch_size,
+    )
     spread = placement(settings)[1]
-    per_epoch, numbers = num_examples // batch, jnp.arange(num_examples, dtype=jnp.int32)
+    per_epoch, numbers = (
+        num_examples // batch,
+        jnp.arange(num_examples, dtype=jnp.int32),
+    )
 
     def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
         epoch, position = jnp.divmod(carry.state.step, per_epoch)
@@ -196,7 +206,14 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     ) -> _Carry:
         buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
         start = _Carry(
-            state, epoch, order, jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer
+            state,
+            epoch,
+            order,
+            jnp.int32(0),
+            jnp.bool(True),
+            jnp.float32(0),
+            buffer,
+            buffer,
         )
         if not looped:  # one step, whatever the count
             return body(start, images, labels)
@@ -349,7 +366,9 @@ class Trainer:
         self.state, self._epoch, self._order = carry.state, carry.epoch, carry.order
         stopped_by = None if finite else float(carry.last_loss)
         return Block(
-            np.asarray(carry.losses)[:done], np.asarray(carry.accuracies)[:done], stopped_by
+            np.asarray(carry.losses)[:done],
+            np.asarray(carry.accuracies)[:done],
+            stopped_by,
         )
 
     def evaluate(self) -> tuple[float, float]:

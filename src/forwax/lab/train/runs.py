@@ -58,7 +58,10 @@ class Run:
             draft = parent / f".{name}-{os.getpid()}-{datetime.now():%H%M%S%f}.part"
             draft.mkdir()
             write_json(draft / CONFIG, config)
-            return cls(_move_to_free_name(draft, f"{name}-{datetime.now():%Y%m%d-%H%M%S}"), config)
+            return cls(
+                _move_to_free_name(draft, f"{name}-{datetime.now():%Y%m%d-%H%M%S}"),
+                config,
+            )
         except OSError as error:
             raise UsageError(
                 f"Cannot make a run's folder in {parent}: {error.strerror}; choose --runs."

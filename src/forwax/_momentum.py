@@ -1,0 +1,154 @@
+"""Momentum that remembers keys and slopes instead of a copy of the parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from forwax._rule import check_count
+from forwax._rules import WeightPerturbation
+from forwax._safety import Safe
+from forwax._signature import check_key
+from forwax.tangents import LowRank
+from forwax.tangents._base import typed_key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Momentum:
+    """Heavy-ball momentum m_t = decay · m_{t-1} + ĝ_t in factored form, for `forwax.update`.
+
+    An estimate is slopes times tangents, which the step's key draws again. So
+
+        m_t = Σ_{s < window} decay^s ĝ_{t-s},    ĝ_t = Σ_j c_{t,j} v_j(key_t)
+
+    needs the keys and the k slopes of the last `window` steps, a dozen bytes a step at k = 1, in
+    place of an array like the parameters. What is older is left out: of the whole weight 1 / (1 -
+    decay) a share of decay^window, which is 0.1 % at the defaults and below the rounding of float32
+    from `window=152` on.
+
+    The price is time: each step draws window · k tangents and adds them to the parameters. With
+    `tangents.LowRank` that is as much arithmetic as a forward pass of window · k · rank rows, and a
+    pass over the parameters for each eight of them; dense tangents are drawn in full. In low
+    precision the parameters are rounded after each such pass. Where the memory for a copy of the
+    parameters is at hand, an optimiser's own momentum on `forwax.value_and_grad` is faster.
+
+    Attributes:
+        decay: what a step leaves of the momentum, from 0 to below 1; may be an array.
+        window: how many steps are remembered.
+        keys: the data of their keys [window, words], in a ring; None until `init` or the first step
+            makes it.
+        coefficients: the weights of their tangents [window, k], or [window, k, examples] with
+            `tangents.LowRank(per_example=True)`; None like the keys.
+        num_steps: how many steps were made.
+
+    Raises:
+        ValueError: when the window is not a positive integer, or the decay is no such number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> loss = lambda w: jnp.sum(w**2)
+        >>> def step(key, w, momentum):
+        ...     return fx.update(loss, learning_rate=1e-3, momentum=momentum)(key, w)
+        >>> step, w = jax.jit(step, donate_argnums=(1, 2)), jnp.ones(50)
+        >>> momentum = fx.Momentum(decay=0.9, window=32).init(jax.random.key(0), fx.WeightPerturbation())
+        >>> for i in range(20):
+        ...     value, w, momentum = step(jax.random.key(i), w, momentum)
+        >>> int(momentum.num_steps), momentum.coefficients.shape
+        (20, (32, 1))
+    """
+
+    decay: float | Array = 0.9
+    window: int = dataclasses.field(default=66, metadata={"static": True})
+    keys: Array | None = None
+    coefficients: Array | None = None
+    num_steps: Array | None = None
+
+    def __post_init__(self) -> None:
+        check_count("Momentum", "window", self.window)
+        if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
+            raise ValueError(f"Momentum: expected decay from 0 to below 1, got {self.decay}.")
+
+    def init(
+        self,
+        key: Array,
+        rule: WeightPerturbation | Safe,
+        num_examples: int | None = None,
+    ) -> "Momentum":
+        """The momentum before the first step, so that its structure stays the same in all steps.
+
+        Args:
+            key: any key of the kind that the steps will get.
+            rule: the rule of the steps.
+            num_examples: how many examples a step has, needed with
+                `tangents.LowRank(per_example=True)`.
+
+        Raises:
+            ValueError: when the number of examples is needed and missing.
+        """
+        key = check_key(
+            key,
+            "Momentum.init",
+            advice="Pass any key of the kind that the steps will get.",
+        )
+        weight: Any = rule.rule if isinstance(rule, Safe) else rule
+        shape: tuple[int, ...] = (weight.num_tangents,)
+        if isinstance(weight.tangents, LowRank) and weight.tangents.per_example:
+            if num_examples is None:
+                raise ValueError(
+                    "Momentum.init: tangents.LowRank(per_example=True) has a slope for each "
+                    "example: expected "
+                    "num_examples, got None."
+                )
+            shape = (*shape, num_examples)
+        return self._empty(typed_key(key), shape, jnp.float32)
+
+    def add(self, key: Array, coefficients: Array) -> "Momentum":
+        """The momentum with one more step: its typed key, and the weights of its tangents [k(, examples)]."""
+        old = self
+        if old.keys is None or old.coefficients is None or old.num_steps is None:
+            old = self._empty(key, coefficients.shape, coefficients.dtype)
+        data = jax.random.key_data(key)
+        got, expected = (
+            (data.shape, coefficients.shape),
+            (old.keys.shape[1:], old.coefficients.shape[1:]),
+        )  # type: ignore[union-attr]
+        if got != expected:
+            raise ValueError(
+                f"Momentum: expected a key of {expected[0]} words and slopes {list(expected[1])} "
+                f"in each step, got "
+                f"{got[0]} and {list(got[1])}. Make it with momentum.init(key, rule) for the rule "
+                f"that is used."
+            )
+        at = old.num_steps % self.window  # type: ignore[operator]
+        return dataclasses.replace(
+            self,
+            keys=old.keys.at[at].set(data),  # type: ignore[union-attr]
+            coefficients=old.coefficients.at[at].set(coefficients.astype(old.coefficients.dtype)),  # type: ignore[union-attr]
+            num_steps=old.num_steps + 1,  # type: ignore[operator]
+        )
+
+    def last(self, impl: str) -> tuple[Array, Array, Array]:
+        """Of the steps in the ring their typed keys [window], weights decay^s · c, and the number of these steps."""
+        assert self.keys is not None
+        assert self.coefficients is not None
+        assert self.num_steps is not None
+        ages = (self.num_steps - 1 - jnp.arange(self.window)) % self.window
+        weights = jnp.asarray(self.decay, self.coefficients.dtype) ** ages
+        weights = weights.reshape(-1, *[1] * (self.coefficients.ndim - 1)) * self.coefficients
+        return (
+            jax.random.wrap_key_data(self.keys, impl=impl),
+            weights,
+            jnp.minimum(self.num_steps, self.window),
+        )
+
+    def _empty(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> "Momentum":
+        data = jax.random.key_data(key)
+        return dataclasses.replace(
+            self,
+            keys=jnp.zeros((self.window, *data.shape), data.dtype),
+            coefficients=jnp.zeros((self.window, *shape), dtype),
+            num_steps=jnp.int32(0),
+        )

@@ -1,0 +1,1 @@
+"""Traced programs: the only package that reads jaxprs; it knows nothing of noise."""

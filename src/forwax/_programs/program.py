@@ -1,0 +1,202 @@
+"""A traced program as plain data: equations over numbered variables, loops as sub-programs.
+
+Jaxprs differ between JAX versions in how `scan` writes its counts and in whether inner jaxprs are
+closed, so both are derived from what all versions share: ranks, and `getattr(j, "jaxpr", j)`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NewType, TypeAlias, TypeVar
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend import source_info_util
+
+from forwax._tree import Tree
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A value that is written into the program.
+
+    Attributes:
+        value: a Python scalar or an array.
+    """
+
+    value: Any
+
+
+Variable = NewType("Variable", int)
+"""The number of a value. It is unique in a program and the bodies of its loops together."""
+
+
+Atom: TypeAlias = Variable | Constant
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loop:
+    """What a `scan` repeats.
+
+    Attributes:
+        body: inputs are constants, carries and slices of the scanned arrays; outputs are carries
+            and stacked outputs.
+        num_consts: how many inputs are constants.
+        num_carry: how many inputs, and outputs, are carries.
+        length: the number of steps.
+        reverse: whether it runs from the last step to the first.
+        unroll: as in `jax.lax.scan`.
+    """
+
+    body: "Program"
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+    def split(self, inputs: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+        """Constants, carries and scanned arrays, from one entry for each input."""
+        first, last = self.num_consts, self.num_consts + self.num_carry
+        return list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
+
+    def split_outputs(self, outputs: Sequence[T]) -> tuple[list[T], list[T]]:
+        """Carries and stacked outputs, from one entry for each output."""
+        return list(outputs[: self.num_carry]), list(outputs[self.num_carry :])
+
+    @property
+    def unchanged(self) -> list[bool]:
+        """For each carry whether every step hands it on as it is."""
+        _, before, _ = self.split(self.body.inputs)
+        after, _ = self.split_outputs(self.body.outputs)
+        return [new == old for new, old in zip(after, before, strict=True)]
+
+    def scan(
+        self, step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+    ) -> tuple[Any, Any]:
+        """`jax.lax.scan` of a step of one's own, as often and in the order that this loop runs."""
+        return lax.scan(step, carry, xs, self.length, self.reverse, self.unroll)
+
+    def with_body(self, body: "Program", num_new_consts: int = 0) -> "Loop":
+        """The same loop over another body, whose new constants come first."""
+        num_consts = self.num_consts + num_new_consts
+        return dataclasses.replace(self, body=body, num_consts=num_consts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Equation:
+    """One operation.
+
+    Attributes:
+        primitive: what is computed; None for an identity that gives a parameter a noise of its own.
+        inputs: variables and constants.
+        outputs: variables.
+        params: the primitive's parameters.
+        loop: the body, when this is a `scan`.
+        origin: the jaxpr's equation, for its place in the user's source.
+    """
+
+    primitive: Any
+    inputs: tuple[Atom, ...]
+    outputs: tuple[Variable, ...]
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    loop: Loop | None = None
+    origin: Any = None
+
+    @property
+    def name(self) -> str:
+        """The primitive's name, or "parameter" for an identity."""
+        return "parameter" if self.primitive is None else self.primitive.name
+
+    @property
+    def variables(self) -> list[Variable]:
+        """The inputs that are variables."""
+        return variables(self.inputs)
+
+    @property
+    def source(self) -> str:
+        """Where in the user's code this operation stands, as `file:line (function)`."""
+        return (
+            source_info_util.summarize(self.origin.source_info) if self.origin is not None else ""
+        )
+
+    def contains(self, *names: str) -> bool:
+        """Whether this is, or carries inside it, a primitive of one of the names."""
+        return self.name in names or any(
+            _contains(inner, names) for inner in jex.jaxprs_in_params(self.params)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """Equations in order.
+
+    Attributes:
+        inputs: the variables that must be given.
+        equations: what is computed from them.
+        outputs: what is returned.
+    """
+
+    inputs: tuple[Variable, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Atom, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A function's program with what it closes over.
+
+    Attributes:
+        program: inputs are the closed-over arrays, the parameters, the function's other inputs.
+        closed: the closed-over arrays.
+        num_parameters: the number of arrays in the function's first argument.
+        types: the abstract value of each variable, by number; promotions append to it.
+        out_tree: the structure of the function's output.
+    """
+
+    program: Program
+    closed: list[Array]
+    num_parameters: int
+    types: list[Any]
+    out_tree: Any
+
+    @property
+    def parameters(self) -> tuple[Variable, ...]:
+        """The inputs that are leaves of the function's first argument."""
+        first = len(self.closed)
+        return self.program.inputs[first : first + self.num_parameters]
+
+    @property
+    def data(self) -> tuple[Variable, ...]:
+        """The inputs that are leaves of the function's further arguments."""
+        return self.program.inputs[len(self.closed) + self.num_parameters :]
+
+    def arguments(self, params: Tree, data: Iterable[Any] = ()) -> list[Any]:
+        """The values of the program's inputs, from the function's first argument and further leaves."""
+        return [*self.closed, *jax.tree.leaves(params), *data]
+
+
+def variables(atoms: Iterable[Atom]) -> list[Variable]:
+    """The atoms that are variables."""
+    return [atom for atom in atoms if not isinstance(atom, Constant)]
+
+
+def is_inexact(aval: Any) -> bool:
+    """Whether values of this type carry derivatives."""
+    return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
+
+
+def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def _contains(jaxpr: Any, names: tuple[str, ...]) -> bool:
+    inside, _ = opened(jaxpr)
+    return any(
+        eqn.primitive.name in names
+        or any(_contains(inner, names) for inner in jex.jaxprs_in_params(eqn.params))
+        for eqn in inside.eqns
+    )

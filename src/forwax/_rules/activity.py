@@ -1,0 +1,350 @@
+"""Activity perturbation: noise on what sites put out, and each site's own derivative.
+
+Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXiv 2210.03310.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from forwax import _mesh, _tree
+from forwax._programs.evaluate import Values
+from forwax._programs.order import behind
+from forwax._programs.program import Variable
+from forwax._rule import Rule, check_count, check_directions, check_shared
+from forwax._signature import Problem
+from forwax._sites.credit import Credit
+from forwax._sites.find import find_sites
+from forwax._sites.model import Pass, Site, Sites
+from forwax._sites.noise import Drawn, Held, draw_noise, num_coordinates
+from forwax._sites.passes import keep
+from forwax._sites.passes.replay import push_drawn, replay
+from forwax._sites.sources import of_a_step, shared_noise, with_slopes_of_loops
+from forwax._tree import Tree
+from forwax.combine import Combine, Mean, Shrinkage
+from forwax.tangents import Coordinate, Rademacher, Tangents
+from forwax.tangents._base import IndependentTangents, typed_key
+
+_UNROLLED = 16
+_MEMORY = ("keep", "replay", "shared")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ActivityPerturbation(Rule):
+    """Slopes along noise on the activities, assembled by each site's own reverse pass.
+
+    A site is an operation z = φ(w, h) in which a parameter meets data; forwax finds the sites of
+    any JAX program. Noise u enters at every z, one Jacobian-vector product carries all of it to the
+    loss, and the slope c gives the parameter its estimate (∂z/∂w)ᵀ c·u. No error crosses two sites.
+    With `in_axes` each example has a slope of its own, which takes the other examples' noise out of
+    the estimate; with `forwax.LocalLosses` a site takes the slopes of the losses that it reaches.
+    For a layer of fan-out q and batch N the squared error of the mean gradient is
+    (q - 1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
+
+    Sites after which no site comes get their exact error from reverse mode over the parameter-free
+    rest of the loss, and no noise. Parameters inside `while_loop` and `cond` bodies, and in a
+    scan's initial state, get weight noise. The estimate is unbiased all the same; `forwax.explain`
+    shows which is which.
+
+    Attributes:
+        tangents: the distribution of the noise; where its coordinates depend on one another
+            (`Orthonormal`, `Sphere`, `Coordinate`) each example of `in_axes` draws its own, of
+            which the slope of a patch or group hears a part: their law there is about that of
+            normals.
+        num_tangents: the number k of noises.
+        combine: `Mean`, or `Shrinkage` for each slope by itself.
+        where: which parameters get activity noise: a regular expression searched in a parameter's
+            path such as "['dense']['kernel']", or a function of that path; None for all. The others
+            get weight noise.
+        memory: "keep" the sites' inputs until the slopes are known, "replay" the forward pass then,
+            or give all examples one "shared" slope, with which nothing is kept, at a much larger
+            variance.
+        exact_outputs: whether the last sites take their exact error; False for an estimate without
+            any reverse pass through the loss.
+
+    Raises:
+        ValueError: when a field has no such value, `where` selects no parameter, or the loss has no
+            data.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> def loss(params, x, y):  # of one example
+        ...     hidden = jnp.tanh(x @ params["first"])
+        ...     return jnp.sum((hidden @ params["second"] - y) ** 2)
+        >>> params = {"first": jnp.ones((3, 4)), "second": jnp.ones((4, 2))}
+        >>> grad = fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0, 0))
+        >>> grads = grad(jax.random.key(0), params, jnp.ones((5, 3)), jnp.zeros((5, 2)))
+        >>> grads["first"].shape, grads["second"].shape
+        ((3, 4), (4, 2))
+    """
+
+    tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
+    num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
+    combine: Combine = Mean()  # noqa: RUF009
+    where: str | Callable[[str], bool] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    memory: Literal["keep", "replay", "shared"] = dataclasses.field(
+        default="keep", metadata={"static": True}
+    )
+    exact_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
+        if self.memory not in _MEMORY:
+            raise ValueError(
+                f"ActivityPerturbation: expected memory to be one of {_MEMORY}, "
+                f"got {self.memory!r}."
+            )
+        if isinstance(self.combine, Combine) and not isinstance(self.combine, Mean | Shrinkage):
+            raise ValueError(
+                "ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got "
+                f"{self.combine}. Slopes of single examples cannot be combined over all parameters."
+            )
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the combination keeps the estimate unbiased."""
+        return self.combine.unbiased
+
+    def sites(self, problem: Problem) -> Sites:
+        """The sites of a problem under this rule."""
+        has_credit = self.memory != "shared"
+        name = type(self).__name__
+        chosen = selection(self.where)
+        sites = find_sites(problem, name, chosen, self.exact_outputs, credit=has_credit)
+        # A replay visits one step of a loop after the other: its steps share their slopes.
+        return with_slopes_of_loops(sites) if self.memory == "replay" else sites
+
+    def basis(self, problem: Problem) -> "ActivityPerturbation":
+        """This rule with each coordinate of its noise once: its estimate is the mean of all."""
+        tangents = Coordinate(replace=False)
+        own_slopes = self.memory != "shared"
+        n = num_coordinates(self.sites(problem), tangents, own_slopes=own_slopes)
+        return dataclasses.replace(self, tangents=tangents, num_tangents=max(1, n))
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """One estimate; see `Rule.estimate`."""
+        check_directions("ActivityPerturbation", self.tangents, self.combine)
+        check_shared("ActivityPerturbation", self.tangents)
+        over = _mesh.axes(key)  # a key of its own gives each device an estimate of its own
+        params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
+        sites = self.sites(dataclasses.replace(problem, params=params))
+        if self.memory == "replay" and sites.noisy:
+            return self._replayed(key, sites)
+        noise = self._draw(key, sites)
+        out = keep.push(sites, noise, self.num_tangents)
+        value = keep.value(sites, out.losses)
+        if self.memory == "shared":
+            return value, out.aux, self._shared(sites, noise, out, over)
+        slopes = self._slopes(sites, out) if noise else {}
+        return value, out.aux, self._assembled(sites, noise, slopes, out.records)
+
+    def _draw(self, key: Array, sites: Sites) -> list[Array]:
+        """The noise [k, ...] of all noisy sites."""
+        own_slopes = self.memory != "shared"
+        return draw_noise(sites, self.tangents, key, self.num_tangents, own_slopes=own_slopes)
+
+    def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
+        """For each noisy site what multiplies its noise: [k, ...], axes that broadcast to it."""
+        products = keep.products(sites, out) if sites.credit else []
+        # Sites that hear of the same have their slopes summed once.
+        sums: dict[Any, Array] = {}
+        slopes: dict[Variable, Array] = {}
+        for site in sites.noisy:
+            site_credits = tuple(sites.credit.get(site.variable, ()))
+            hears = (
+                site.reach,
+                site.mapped,
+                site.axes,
+                site_credits,
+                site.shape if site_credits else (),
+            )
+            if hears not in sums:
+                if sites.credit:
+                    total = _told_apart(site, site_credits, products, sites)
+                else:
+                    total = _credited(site, out.slopes, sites)
+                sums[hears] = total * self._scale(sites, site)
+            slopes[site.variable] = sums[hears]
+        return slopes
+
+    def _assembled(
+        self,
+        sites: Sites,
+        noise: Sequence[Array],
+        slopes: Mapping[Variable, Array],
+        records: Values,
+    ) -> Tree:
+        """The gradient from each site's noise and slopes."""
+        errors = keep.output_errors(sites, records)
+        for site, u in zip(sites.noisy, noise, strict=True):
+            errors[site.variable] = _weighted(slopes[site.variable], u)
+        return keep.assemble(sites, records, errors)
+
+    def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
+        """As `_assembled`, by a second evaluation with the same noise once the slopes are known."""
+        first = self._source(key, sites)
+        if isinstance(first, Drawn):
+            out = push_drawn(sites, first)
+        else:
+            noise = [first.values[site.variable] for site in sites.noisy]
+            out = keep.push(sites, noise, self.num_tangents)
+        exact = keep.output_errors(sites, out.records)
+        slopes = self._slopes(sites, out)
+        slopes = {s.variable: of_a_step(sites, s, slopes[s.variable]) for s in sites.noisy}
+
+        def error(site: Site, u: Array) -> Array:
+            return _weighted(slopes[site.variable], u)
+
+        again = _behind_slopes(sites, out.slopes)
+        grads = replay(again, self._source(key, again), exact, error)
+        return keep.value(sites, out.losses), out.aux, grads
+
+    def _source(self, key: Array, sites: Sites) -> Drawn | Held:
+        """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
+        tangents = self.tangents
+        is_independent = isinstance(tangents, IndependentTangents) and not tangents.joint
+        if not is_independent or not tangents.coordinatewise:
+            # The axis of the outermost loop lies behind [k], or [k, examples].
+            has_examples = sites.num_examples is not None
+            loop_axis = {s.variable: 1 + (s.mapped and has_examples) for s in sites.noisy}
+            return Held(dict(zip(loop_axis, self._draw(key, sites), strict=True)), loop_axis)
+
+        def draw(key: Array, like: Any) -> Array:
+            real = tangents.draw_one(key, _tree.real_specs([like]))
+            return _tree.from_real(real, [like])[0]
+
+        return Drawn(typed_key(key), draw, self.num_tangents)
+
+    def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass, over: _mesh.Axes) -> Tree:
+        """All examples with one slope.
+
+        The noise's own gradient needs no slope, so that nothing is kept for later.
+        """
+        total = keep.assemble(sites, out.records, keep.output_errors(sites, out.records))
+
+        def pulled_back(noise: Values) -> Tree:
+            return keep.assemble(sites, out.records, jax.tree.map(jnp.conj, noise))
+
+        for mask in dict.fromkeys(site.reach for site in sites.noisy):
+            pairs = zip(sites.noisy, noise, strict=True)
+            of_mask = {site.variable: u for site, u in pairs if site.reach == mask}
+            first = next(site for site in sites.noisy if site.reach == mask)
+            shared = dataclasses.replace(first, mapped=False, axes=over)
+            slopes = _credited(shared, out.slopes, sites)
+            gradients = _each(pulled_back, of_mask, self.num_tangents)
+            total = _plus(total, slopes * self._scale(sites, first), gradients)
+        return total
+
+    def _scale(self, sites: Sites, site: Site) -> float:
+        """1/k, and for `Shrinkage` the factor that suits what a slope here hears."""
+        k = self.num_tangents
+        if not isinstance(self.combine, Shrinkage):
+            return 1 / k
+        own_slopes = self.memory != "shared"
+        heard = [shared_noise(sites, site, other, own_slopes) for other in sites.noisy]
+        n = max(math.ceil(sum(heard)), 1)
+        # A slope may hear fewer coordinates than were drawn jointly: then the law is below zero.
+        law = max(self.tangents.relative_mse(n, k), 0)
+        return 1 / (k * (1 + law))
+
+    def relative_mse(self, n: int) -> float:
+        """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
+        mean = self.tangents.relative_mse(n, self.num_tangents)
+        return self.combine.relative_mse(mean, n, self.num_tangents)
+
+    def learning_rate_scale(self, n: int) -> float:
+        """1 / (1 + M) for the law M of n noise coordinates that share a slope."""
+        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
+
+
+def selection(
+    where: str | Callable[[str], bool] | None,
+) -> Callable[[str], bool] | None:
+    """A predicate of a parameter's path."""
+    if isinstance(where, str):
+        return lambda path: re.search(where, path) is not None
+    return where
+
+
+def _behind_slopes(sites: Sites, slopes: Sequence[Array]) -> Sites:
+    """The same sites, whose data wait for the slopes.
+
+    Of equal data XLA would merge both evaluations and keep all values of the first.
+    """
+    sums = (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in slopes)
+    total = sum(sums, start=jnp.zeros(()))
+    mapped = tuple(behind(x, [total]) for x in sites.problem.mapped)
+    closed = [behind(x, [total]) for x in sites.traced.closed]
+    problem = dataclasses.replace(sites.problem, mapped=mapped)
+    traced = dataclasses.replace(sites.traced, closed=closed)
+    return dataclasses.replace(sites, problem=problem, traced=traced)
+
+
+def _credited(site: Site, slopes: Sequence[Array], sites: Sites) -> Array:
+    """The slopes of the losses that a site reaches.
+
+    They are [k, examples] for an example's own noise, else [k].
+    """
+    num_examples = sites.num_examples
+    reached = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
+    total = sum(reached[1:], start=reached[0])
+    # One noise for all devices hears of all their losses.
+    total = _mesh.total(total, _mesh.axes(total) - site.axes)
+    if num_examples is None:
+        return total
+    return total / num_examples if site.mapped else jnp.mean(total, axis=1)
+
+
+def _told_apart(
+    site: Site, site_credits: Sequence[Credit], products: Sequence[Array], sites: Sites
+) -> Array:
+    """The slopes of a site's sources, summed over the axes along which its noise spreads."""
+    lead = 1 if sites.num_examples is None or not site.mapped else 2
+    total = jnp.zeros((1,) * (lead + len(site.shape)))
+    for credit in site_credits:
+        product = products[credit.source]
+        if product.ndim - len(credit.shape) > lead:  # one noise for all examples
+            product = jnp.sum(product, axis=1)
+        total += credit.slopes(product, lead, site.shape)
+    # One noise for all devices hears of all their losses.
+    return _mesh.total(total, _mesh.axes(total) - site.axes)
+
+
+def _weighted(slopes: Array, noise: Array) -> Array:
+    """Σ_j c_j conj(u_j), with a slope for each example where slopes are [k, examples]."""
+    conjugate = jnp.conj(noise) if _tree.is_complex(noise) else noise
+    wide = conjugate.astype(_tree.accumulation_dtype(noise.dtype))
+    shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
+    slopes = slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape)
+    num_tangents = noise.shape[0]
+    if num_tangents > _UNROLLED:
+        return jnp.sum(slopes * wide, axis=0)
+    # Term by term: a sum over the leading axis of a product runs many times slower on CPU.
+    return functools.reduce(jnp.add, (slopes[j] * wide[j] for j in range(num_tangents)))
+
+
+def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
+    """The gradients of k noises [k, ...]."""
+    if num_tangents == 1:
+        only = {v: x[0] for v, x in noise.items()}
+        return jax.tree.map(lambda x: x[None], pull(only))
+    return jax.vmap(pull)(noise)
+
+
+def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:
+    """The total and the weighted sum of gradients [k, ...]."""
+
+    def add(x: Array, gradients: Array) -> Array:
+        return x + _weighted(weights, jnp.conj(gradients)).astype(x.dtype)
+
+    return jax.tree.map(add, total, gradients)

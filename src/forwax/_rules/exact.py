@@ -1,0 +1,92 @@
+"""The exact gradient by forward mode: one slope per coordinate."""
+
+import dataclasses
+
+import jax
+from jax import Array
+
+from forwax import _mesh, _tree
+from forwax._pushforward import pushforward
+from forwax._rule import Rule, check_count
+from forwax._signature import Problem
+from forwax._tree import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Exact(Rule):
+    """The gradient without reverse mode: n slopes along the basis vectors, in chunks.
+
+    Costs 1 + 2n forward passes (and one more per further chunk): for programs of few parameters
+    that reverse mode rejects, and as the reference for random rules. Needs no noise; the key is
+    ignored.
+
+    Attributes:
+        chunk_size: the most basis vectors at a time, None for all n at once.
+
+    Raises:
+        ValueError: when the chunk size is not a positive integer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> def loss(x):  # reverse mode rejects a while_loop
+        ...     return jax.lax.while_loop(lambda s: jnp.sum(s) < 100, lambda s: s * 2, x).sum()
+        >>> fx.grad(loss, fx.Exact())(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
+        [64.0, 64.0]
+    """
+
+    chunk_size: int | None = dataclasses.field(default=64, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None:
+            check_count("Exact", "chunk_size", self.chunk_size)
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """The gradient; see `Rule.estimate`."""
+        params, specs = problem.params, _tree.real_specs(problem.params)
+        n = _tree.count(specs)
+        if n == 0:
+            return *problem.objective(params), params
+
+        def tangents(indices: Array) -> Tree:
+            rows = jax.vmap(lambda index: _tree.basis(index, specs))(indices)
+            return jax.tree.map(
+                _mesh.vary, _tree.from_real(rows, params, lead=1), _axes_tree(params)
+            )
+
+        value, aux, slopes, _ = pushforward(
+            problem.objective, params, tangents, n, chunk_size=self.chunk_size
+        )
+        return value, aux, _gradient(slopes, params)
+
+    def relative_mse(self, n: int) -> float:
+        """Zero: nothing is random."""
+        return 0.0
+
+    def learning_rate_scale(self, n: int) -> float:
+        """One: the rate of the exact gradient."""
+        return 1.0
+
+
+def _axes_tree(params: Tree) -> Tree:
+    return jax.tree.unflatten(jax.tree.structure(params), _mesh.tree_axes(params))
+
+
+def _gradient(slopes: Array, params: Tree) -> Tree:
+    """The slopes [n] are the gradient's real coordinates; conjugate, as `jax.grad` writes complex gradients."""
+    loss_axes = _mesh.axes(slopes)
+    if any(over - loss_axes for over in _mesh.tree_axes(params)):
+        raise ValueError(
+            "Exact: inside shard_map every parameter must be one that the loss varies with on its "
+            "own device, but some "
+            "are sharded over mesh axes that the loss sums over. Use WeightPerturbation there, or "
+            "return each device's "
+            "own loss."
+        )
+    widest = [jax.ShapeDtypeStruct(spec.shape, slopes.dtype) for spec in _tree.real_specs(params)]
+    gradient = _tree.conjugate(_tree.from_real(_tree.split_flat(slopes, widest), params))
+    return jax.tree.map(
+        lambda x, leaf: _mesh.total(x, loss_axes - _mesh.axes(leaf)).astype(leaf.dtype),
+        gradient,
+        params,
+    )

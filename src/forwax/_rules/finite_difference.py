@@ -1,0 +1,162 @@
+"""Slopes from two evaluations each, without any derivative rule.
+
+The zeroth-order estimator of SPSA (Spall 1992) and MeZO (Malladi et al. 2023, "Fine-Tuning Language
+Models with Just Forward Passes").
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from forwax import _mesh, _tree
+from forwax._assemble import Assembly
+from forwax._pushforward import is_concrete, scan_with_aux
+from forwax._rule import Rule, check_count, check_directions, check_shared
+from forwax._signature import Problem
+from forwax._tree import Tree
+from forwax.combine import Combine, Mean
+from forwax.tangents import IndependentTangents, Rademacher, Tangents
+from forwax.tangents._base import sampler
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FiniteDifference(Rule):
+    """Central differences c_j = (f(θ + ε v_j) - f(θ - ε v_j)) / 2ε in place of Jacobian-vector products.
+
+    For losses without a derivative rule, `jax.custom_vjp` functions included. Costs 2k evaluations,
+    one at a time. The directions are drawn anew from their seeds when the estimate is summed up,
+    not stored, unless they are drawn jointly or the combination needs all of them.
+
+    The estimate is that of `WeightPerturbation` up to a bias of order ε² and two roundings: of
+    order u|f|/ε, with u the rounding unit of the loss (float32: 6e-8), and, relative to the slope,
+    of order u|θ|/ε, with u that of a parameter θ (bfloat16: 4e-3): a step below the spacing of the
+    floats around θ moves nothing. So ε must grow with |θ|, and parameters of low precision need a
+    large one. `value` is the mean of all evaluations, the loss up to order ε²; `aux` is that of the
+    first evaluation.
+
+    Attributes:
+        tangents: the distribution of directions.
+        num_tangents: the number k of directions.
+        combine: how slopes and directions become one estimate.
+        epsilon: the step ε, in units of a direction's entries (1e-3 as in MeZO).
+
+    Raises:
+        TypeError: when tangents or combination are of another kind.
+        ValueError: when the count is not a positive integer, or a step that is a Python number is
+            too small for the dtype of a parameter near 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> rule = fx.FiniteDifference(num_tangents=2, tangents=fx.tangents.Orthonormal(), epsilon=0.1)
+        >>> fx.grad(lambda x: jnp.sum(x**2), rule)(jax.random.key(0), jnp.array([1.0, 2.0])).round(3).tolist()
+        [2.0, 4.0]
+    """
+
+    tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
+    num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
+    combine: Combine = Mean()  # noqa: RUF009
+    epsilon: float | Array = 1e-3
+
+    def __post_init__(self) -> None:
+        check_count("FiniteDifference", "num_tangents", self.num_tangents)
+
+    @property
+    def unbiased(self) -> bool:
+        """Never: the bias is of order ε²."""
+        return False
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """One estimate; see `Rule.estimate`."""
+        check_directions("FiniteDifference", self.tangents, self.combine)
+        check_shared("FiniteDifference", self.tangents)
+        self._check_step(problem.params)
+        k, key_axes = self.num_tangents, _mesh.axes(key)
+        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
+        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
+        draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
+
+        def evaluate(index: Array) -> tuple[tuple[Array, Array], Tree]:
+            tangent = jax.tree.map(lambda x: x[0], draw(index[None]))
+            return self._slope(problem, point, tangent)
+
+        (values, slopes), aux = _each(evaluate, jnp.arange(k), is_concrete(point))
+        if self.combine.joint or not isinstance(self.tangents, IndependentTangents):
+            total = assembly.add(assembly.start(), slopes, draw(jnp.arange(k)))
+        else:
+            # The barrier makes the second drawing wait for the slopes; merged with the first, it
+            # would be stored. Behind one barrier both vary over the same mesh axes, and the key
+            # must keep its own.
+            again, _ = lax.optimization_barrier((key, _mesh.reduced(slopes, key_axes)))
+            redraw = sampler(self.tangents, again, problem.params, k)
+            total = _sum(
+                lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])),
+                k,
+                assembly.start(),
+            )
+        return jnp.mean(values), aux, assembly.finish(total, k)
+
+    def _check_step(self, params: Tree) -> None:
+        for leaf in jax.tree.leaves(params) if isinstance(self.epsilon, int | float) else []:
+            least = float(jnp.finfo(leaf.dtype).eps)
+            if not self.epsilon >= least:
+                raise ValueError(
+                    f"FiniteDifference: expected epsilon of at least {least} for parameters in "
+                    f"{leaf.dtype}, got "
+                    f"{self.epsilon}: a parameter of 1 would not move by it. Pass "
+                    f"epsilon={8 * least:.2g}, or keep the "
+                    "parameters in float32."
+                )
+
+    def _slope(
+        self, problem: Problem, point: Tree, tangent: Tree
+    ) -> tuple[tuple[Array, Array], Tree]:
+        def side(sign: Array) -> tuple[Array, Tree]:
+            step = sign * self.epsilon
+            return problem.objective(
+                jax.tree.map(
+                    lambda x, v: x + step.astype(jnp.finfo(x.dtype).dtype) * v,
+                    point,
+                    tangent,
+                )
+            )
+
+        values, aux = _each(side, jnp.array([1.0, -1.0]), is_concrete((point, tangent)))
+        wide = values.astype(_tree.accumulation_dtype(values.dtype))
+        slope = (wide[0] - wide[1]) / (2 * jnp.asarray(self.epsilon, wide.dtype))
+        return (jnp.mean(values), slope), aux
+
+    def relative_mse(self, n: int) -> float:
+        """The law of the tangents and their combination, for n real coordinates of the parameters and ε → 0."""
+        self.tangents.check(n, self.num_tangents)
+        mean = self.tangents.relative_mse(n, self.num_tangents)
+        return self.combine.relative_mse(mean, n, self.num_tangents)
+
+    def learning_rate_scale(self, n: int) -> float:
+        """As for `WeightPerturbation`."""
+        self.tangents.check(n, self.num_tangents)
+        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
+
+
+def _sum(add: Callable[[Array, Tree], Tree], k: int, start: Tree) -> Tree:
+    return add(jnp.asarray(0), start) if k == 1 else lax.fori_loop(0, k, add, start)
+
+
+def _each(
+    evaluate: Callable[[Array], tuple[Tree, Tree]], xs: Array, concrete: bool
+) -> tuple[Tree, Tree]:
+    """Evaluate one after the other, tracing once; outside a trace a Python loop, so that the loss may branch on values.
+
+    Returns the stacked first outputs, and the second output of the first evaluation.
+    """
+    if concrete:
+        out, aux = evaluate(xs[0])
+        outputs = [out, *(evaluate(x)[0] for x in xs[1:])]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), aux
+    _, stacked, aux = scan_with_aux(
+        lambda _, x: (None, *evaluate(x)), None, xs, reverse=True
+    )  # the first comes last
+    return stacked, aux

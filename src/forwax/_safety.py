@@ -1,0 +1,283 @@
+"""Safety in training: slopes clipped by their own running median, bad ones skipped, and what slopes tell of the noise.
+
+A slope is the directional derivative c = <g, v> of a weight rule. For a tangent with |v|² = n the
+estimate ĝ = c v has the norm |c| √n, so that clipping one scalar is clipping the norm of the
+estimate, and costs nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from forwax import _tree
+from forwax._rule import LearningRule, Rule, check_count
+from forwax._signature import Problem
+from forwax._tree import Tree
+
+
+class Monitor(NamedTuple):
+    """What the slopes of the last steps tell; see `Safe.monitor`. All are scalars in float32.
+
+    Attributes:
+        gradient_norm: |g|.
+        relative_mse: E|ĝ - g|² / |g|².
+        variance: E|ĝ - g|².
+        cosine: the root mean square of cos(ĝ, g).
+        error: the relative standard error of `gradient_norm`.
+        num_steps: how many steps had a finite slope since the start; of these the last `window`
+            went in.
+        num_clipped: how many slopes were clipped since the start.
+        num_skipped: how many slopes were skipped since the start, as they were not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> safe = fx.Safe(fx.WeightPerturbation()).init()
+        >>> *_, safe = safe.step(lambda x: jnp.sum(x**2))(jax.random.key(0), jnp.ones(3))
+        >>> int(safe.monitor(jnp.ones(3)).num_steps)
+        1
+    """
+
+    gradient_norm: Array
+    relative_mse: Array
+    variance: Array
+    cosine: Array
+    error: Array
+    num_steps: Array
+    num_clipped: Array
+    num_skipped: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class History:
+    """The sizes of the slopes of the last steps, in a ring.
+
+    Attributes:
+        sizes: the median over a step's slopes of |c| but for zeros, clipped as they were used
+            [window]; not a number where there is none.
+        squares: the mean over a step's slopes of c², not clipped [window].
+        num_steps: how many steps were recorded.
+        num_clipped: how many slopes were clipped.
+        num_skipped: how many slopes were skipped.
+    """
+
+    sizes: Array
+    squares: Array
+    num_steps: Array
+    num_clipped: Array
+    num_skipped: Array
+
+    @classmethod
+    def empty(cls, window: int) -> "History":
+        """The history before the first step."""
+        unused, none = jnp.full(window, jnp.nan, jnp.float32), jnp.int32(0)
+        return cls(unused, unused, none, none, none)
+
+    def add(self, slopes: Array, bound: Array) -> "History":
+        """The history with the slopes [any shape] of one more step, of which those beyond the bound were clipped."""
+        sizes = jnp.abs(slopes).astype(jnp.float32).reshape(-1)
+        finite = jnp.isfinite(sizes)
+        some = jnp.any(finite)  # a step without a finite slope leaves no trace but in the count
+        at = self.num_steps % self.sizes.shape[0]
+        used = jnp.where(
+            finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan
+        )  # a median of 0 would stop all
+        square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
+        return History(
+            self.sizes.at[at].set(jnp.where(some, jnp.nanmedian(used), self.sizes[at])),
+            self.squares.at[at].set(jnp.where(some, square, self.squares[at])),
+            self.num_steps + some,
+            self.num_clipped + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
+            self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Safe(LearningRule):
+    """A rule whose slopes are clipped by their running median, and skipped where they are not finite.
+
+    A slope beyond `clip` times the median of |c| over the last `window` steps is cut to that bound.
+    With normal tangents the clipped estimate keeps its direction in the mean: by Stein's lemma
+    E[h(c) v] = E[h'(c)] g, which for clipping at b is P(|c| < b) g. The median of normal slopes is
+    0.674 |g|: at `clip=5` 7 slopes in 10,000 are cut and the estimate is shortened by as much, at
+    `clip=1` half of them. What is remembered are the clipped slopes, so that the bound grows at
+    most `clip`-fold in half a window, and with `clip=1` never: a slow explosion, in which slopes
+    double every few dozen steps, is stopped by a small `clip` and a long window alone. Below 1 the
+    bound would fall to zero by itself.
+
+    `step` clips and remembers. `forwax.value_and_grad` clips by what is remembered and remembers
+    nothing. A rule is a frozen value, so that `step` returns the next one, to be carried through
+    the training loop and its checkpoints: the field `history` is all that changes.
+
+    Supported: `forwax.WeightPerturbation` with any tangents, combination and number of tangents,
+    each slope on its own, one for each example with `tangents.LowRank(per_example=True)`. Inside
+    `jax.shard_map` the parameters must be replicated. All other rules,
+    `forwax.ActivityPerturbation` with its slopes for each example among them, have no slope that
+    scales their estimate as a whole: there the norm |ĝ| takes the place of |c|, and an estimate
+    whose norm is not finite, or overflows when it is squared, is skipped as a whole. A rule that
+    learns from step to step, such as `forwax.FDFA`, is refused: `step` would hand out the guard's
+    successor and not the rule's own.
+
+    Attributes:
+        rule: the rule to guard.
+        clip: the largest slope, in medians; None to clip nothing.
+        skip: whether slopes that are not finite count as zero. If not, infinite ones are clipped,
+            and those that are not a number make the estimate so; for rules without slopes both make
+            it so.
+        window: how many steps are remembered.
+        warm_up: how many steps are made before the first slope is clipped.
+        history: what is remembered, or None until `init` or the first step makes it.
+
+    Raises:
+        TypeError: when the rule is itself one that learns.
+        ValueError: when a field has no such value, or where parameters are sharded.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> rule = fx.Safe(fx.WeightPerturbation(), clip=5.0).init()
+        >>> step = jax.jit(lambda rule, key, w: rule.step(lambda w: jnp.sum(w**2))(key, w))
+        >>> for i in range(20):
+        ...     value, grads, rule = step(rule, jax.random.key(i), jnp.ones(100))
+        >>> value, grads, rule = step(rule, jax.random.key(0), jnp.full(100, 1e30))  # a sudden explosion
+        >>> bool(jnp.abs(grads).max() < 1e3), int(rule.history.num_clipped)
+        (True, 1)
+    """
+
+    rule: Rule
+    clip: float | Array | None = 1.0
+    skip: bool = dataclasses.field(default=True, metadata={"static": True})
+    window: int = dataclasses.field(default=1001, metadata={"static": True})
+    warm_up: int = dataclasses.field(default=10, metadata={"static": True})
+    history: History | None = None
+
+    def __post_init__(self) -> None:
+        check_count("Safe", "window", self.window)
+        check_count("Safe", "warm_up", self.warm_up)
+        if isinstance(self.rule, LearningRule):
+            raise TypeError(
+                "Safe: expected a rule that stays the same from step to step, such as "
+                "forwax.WeightPerturbation(), got "
+                f"{type(self.rule).__name__}, which learns: Safe would never hand out what it has "
+                f"learnt. Use it as it "
+                "is."
+            )
+        if isinstance(self.clip, int | float) and not self.clip >= 1:
+            raise ValueError(
+                f"Safe: expected clip of at least 1, or None to clip nothing, got {self.clip}. "
+                f"Below 1 the bound, a "
+                "multiple of the median of slopes that were clipped by it, would fall to zero."
+            )
+
+    @property
+    def reverse_mode(self) -> bool:  # type: ignore[override]
+        """Whether the rule runs reverse mode."""
+        return self.rule.reverse_mode
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the rule is and nothing is clipped."""
+        return self.clip is None and self.rule.unbiased
+
+    def init(self) -> "Safe":
+        """The rule with an empty history, so that its structure stays the same in all steps."""
+        return dataclasses.replace(self, history=History.empty(self.window))
+
+    def bound(self) -> Array:
+        """The largest slope of the next step: `clip` times the median; infinite in the warm-up, or without a median."""
+        if self.clip is None or self.history is None:
+            return jnp.float32(jnp.inf)
+        sizes = self.history.sizes
+        some = jnp.any(jnp.isfinite(sizes))
+        median = jnp.nanmedian(jnp.where(some, sizes, 0))
+        ready = some & (self.history.num_steps >= self.warm_up)
+        return jnp.where(ready, jnp.float32(self.clip) * median, jnp.inf)
+
+    def guard(self) -> Callable[[Array], Array]:
+        """What is done to the slopes of the next step."""
+        bound = self.bound()
+
+        def guarded(slopes: Array) -> Array:
+            clipped = slopes if self.clip is None else jnp.clip(slopes, -bound, bound)
+            return jnp.where(jnp.isfinite(slopes), clipped, 0) if self.skip else clipped
+
+        return guarded
+
+    def after(self, slopes: Array) -> "Safe":
+        """The rule that has seen the slopes of one more step."""
+        history = History.empty(self.window) if self.history is None else self.history
+        return dataclasses.replace(self, history=history.add(slopes, self.bound()))
+
+    def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "Safe"]:
+        """The estimate, and the rule that remembers its slopes; see `LearningRule.advance`."""
+        value, aux, grads, slopes = self.rule.guarded(key, problem, self.guard())
+        return value, aux, grads, self.after(slopes)
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """The estimate, clipped by what is remembered; see `Rule.estimate`."""
+        return self.rule.guarded(key, problem, self.guard())[:3]
+
+    def monitor(self, params: Tree | int) -> Monitor:
+        """What the remembered slopes tell of the gradient and of the noise of its estimate.
+
+        With E[v vᵀ] = I, E c² = |g|²: the mean of c² over slopes and steps estimates |g|² without
+        bias, with a relative standard error of √(2/m) for m normal slopes while g stays as it is.
+        The inner product of the plain mean with the gradient is known exactly, <ĝ, g> = mean_j
+        c_j², whose mean is |g|². The relative MSE M is the rule's law; so E|ĝ - g|² = M |g|², E|ĝ|²
+        = (1 + M) |g|², and the mean square of the cosine is near <ĝ, g>² / (|ĝ|² |g|²) = 1 / (1 +
+        M), with normals and signs k / (n + k ± 1).
+
+        What this is not: the noise of the batch. Slopes of one batch are slopes of its own
+        gradient, whose norm this is. With `tangents.LowRank(per_example=True)` the norm is the root
+        mean square of the examples' own gradients, and relative MSE, variance and cosine are not
+        numbers: they depend on how far the examples agree. Slopes are taken before clipping.
+
+        Args:
+            params: the parameters, or their number n of real coordinates.
+
+        Raises:
+            ValueError: when nothing is remembered, or the rule has no slopes.
+        """
+        if self.history is None or not self.rule.has_slopes:
+            raise ValueError(
+                "Safe.monitor: expected the history of a rule with slopes, such as "
+                "forwax.WeightPerturbation(), got "
+                f"history={type(self.history).__name__} of {type(self.rule).__name__}. Make it "
+                f"with rule.init(), and "
+                "let rule.step(loss)(key, *args) fill it."
+            )
+        law = self.rule.relative_mse(
+            params if isinstance(params, int) else _tree.num_coordinates(params)
+        )
+        square, count = (
+            jnp.nanmean(self.history.squares),
+            jnp.sum(~jnp.isnan(self.history.squares)),
+        )
+        # the root halves a relative error
+        error = jnp.nanstd(self.history.squares) / (
+            2 * square * jnp.sqrt(jnp.maximum(count - 1, 1))
+        )
+        cosine = 1 / math.sqrt(1 + law)
+        return Monitor(
+            jnp.sqrt(square),
+            jnp.float32(law),
+            law * square,
+            jnp.float32(cosine),
+            error,
+            self.history.num_steps,
+            self.history.num_clipped,
+            self.history.num_skipped,
+        )
+
+    def relative_mse(self, n: int) -> float:
+        """That of the rule, as if nothing were clipped."""
+        return self.rule.relative_mse(n)
+
+    def learning_rate_scale(self, n: int) -> float:
+        """That of the rule."""
+        return self.rule.learning_rate_scale(n)

@@ -1,0 +1,1 @@
+"""Errors that come back through other matrices than the weights."""

@@ -1,0 +1,131 @@
+"""Feedback alignment: a forward pass whose reverse pass crosses products through fixed matrices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array, lax
+
+from forwax._programs.evaluate import Values, bind, read
+from forwax._programs.primitives import BILINEAR
+from forwax._programs.program import Atom, Constant, Equation, Variable, variables
+from forwax._sites.kinds import Kind
+from forwax._sites.levels import Kinds, Level, LoopPlan
+from forwax._sites.model import Sites
+from forwax._sites.passes.keep import value
+from forwax._tree import Tree
+
+
+def aligned(sites: Sites, params: Tree, feedback: Sequence[Array | None]) -> tuple[Array, Tree]:
+    """`(value, aux)`; errors cross dots and convolutions through the feedback.
+
+    None stands for a parameter that is its own feedback.
+    """
+    pairs = zip(sites.traced.parameters, feedback, strict=True)
+    twins = {v: lax.stop_gradient(x) for v, x in pairs if x is not None}
+
+    def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
+        inputs = sites.traced.arguments(params, mapped)
+        outputs = forward_with_feedback(sites.level, sites.kinds, inputs, dict(twins))
+        losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
+        return losses, aux
+
+    if sites.num_examples is not None:
+        axes = list(sites.problem.mapped_axes)
+        one = jax.vmap(one, (axes,), axis_size=sites.num_examples)
+    losses, aux = one(list(sites.problem.mapped))
+    return value(sites, losses), aux
+
+
+def forward_with_feedback(
+    level: Level, kinds: Kinds, inputs: Sequence[Any], feedback: Values
+) -> list[Any]:
+    """Evaluate a level so that errors cross its dots and convolutions through the feedback.
+
+    Args:
+        level: what to evaluate.
+        kinds: the kind of each variable.
+        inputs: the values of the program's inputs.
+        feedback: for the inputs that are parameters, what stands for them on the way back. Chains
+            of parameters are evaluated on it a second time.
+
+    Returns:
+        The program's outputs. The feedback of parameters that were computed on the way is added to
+        `feedback`.
+    """
+    env: Values = dict(zip(level.program.inputs, inputs, strict=True))
+    for equation in level.program.equations:
+        values = [read(atom, env) for atom in equation.inputs]
+        plan = level.loop_of(equation)
+        if plan is not None:
+            outputs = _loop(plan, kinds, values, feedback)
+        elif _is_product_with_a_parameter(equation, kinds):
+            outputs = [_aligned(equation, values, _twins(equation, values, feedback))]
+        else:
+            outputs = bind(equation, values)
+            if _is_chain(equation, kinds):
+                twins = bind(equation, _twins(equation, values, feedback))
+                feedback.update(zip(equation.outputs, twins, strict=True))
+        env.update(zip(equation.outputs, outputs, strict=True))
+    return [read(atom, env) for atom in level.program.outputs]
+
+
+def _twins(equation: Equation, values: Sequence[Any], feedback: Values) -> list[Any]:
+    """What stands for an equation's inputs on the way back: the feedback, else the values."""
+    inputs = zip(equation.inputs, values, strict=True)
+    return [x if isinstance(atom, Constant) else feedback.get(atom, x) for atom, x in inputs]
+
+
+def _aligned(equation: Equation, values: Sequence[Any], twins: Sequence[Any]) -> Any:
+    """A bilinear operation whose derivative by one operand takes the other's feedback."""
+
+    @jax.custom_jvp
+    def operation(values: Sequence[Any], twins: Sequence[Any]) -> Any:
+        return bind(equation, values)[0]
+
+    @operation.defjvp
+    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        values, twins = primals
+        (first_moved, second_moved), _ = tangents
+        first = bind(equation, [first_moved, twins[1]])[0]
+        second = bind(equation, [twins[0], second_moved])[0]
+        return operation(values, twins), first + second
+
+    return operation(list(values), [lax.stop_gradient(x) for x in twins])
+
+
+def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values) -> list[Any]:
+    loop = plan.loop
+    consts, first_carry, scanned = loop.split(values)
+    pairs = list(zip(plan.level.program.inputs, plan.equation.inputs, strict=True))
+    const_pairs, carry_pairs, scanned_pairs = loop.split(pairs)
+
+    def known(pairs: Sequence[tuple[Variable, Atom]]) -> Values:
+        return {v: feedback[a] for v, a in pairs if not isinstance(a, Constant) and a in feedback}
+
+    # A carry is a parameter only if the body returns it as it is; so is its feedback.
+    entering = known([*const_pairs, *carry_pairs])
+    fixed = {v: twin for v, twin in entering.items() if kinds[v] is Kind.PARAMETER}
+
+    def step(carry: list[Any], slices: tuple[list[Any], Values]) -> tuple[list[Any], Any]:
+        xs, twins_of_step = slices
+        inner = {**fixed, **twins_of_step}
+        inputs = [*consts, *carry, *xs]
+        outputs = forward_with_feedback(plan.level, kinds, inputs, inner)
+        carry, ys = loop.split_outputs(outputs)
+        return carry, (ys, {v: inner[v] for v in plan.stacked.values()})
+
+    carry, (ys, twins) = loop.scan(step, first_carry, (scanned, known(scanned_pairs)))
+    feedback.update({outer: twins[inner] for outer, inner in plan.stacked.items()})
+    feedback.update(known(list(plan.kept.items())))
+    return [*carry, *ys]
+
+
+def _is_product_with_a_parameter(equation: Equation, kinds: Kinds) -> bool:
+    if equation.name not in BILINEAR or kinds[equation.outputs[0]] is not Kind.MIXED:
+        return False
+    return any(kinds[v] is Kind.PARAMETER for v in equation.variables)
+
+
+def _is_chain(equation: Equation, kinds: Kinds) -> bool:
+    return any(kinds[v] is Kind.PARAMETER for v in equation.outputs)
