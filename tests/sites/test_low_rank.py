@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from forwax._directions.convolution import in_pieces
+from forwax._directions.convolution import in_pieces, one_feature
 from forwax._directions.plan import plan_low_rank
 from forwax._directions.signs import Signs
 from forwax._programs.tracing import trace
