@@ -99,5 +99,5 @@ def weighted_sum(coefficients: Array, tangents: Array) -> Array:
     """
     wide = jnp.conj(tangents).astype(_tree.accumulation_dtype(tangents.dtype))
     if tangents.shape[0] == 1:
-        return coefficients[0].astype(jnp.finfo(wide.dtype).dtype) * wide[0]
+        return coefficients[0].astype(wide.dtype) * wide[0]
     return jnp.tensordot(coefficients.astype(wide.dtype), wide, axes=1, precision=Precision.HIGHEST)

@@ -67,7 +67,7 @@ class Rule(abc.ABC):
         norm = jnp.sqrt(_tree.inner(grads, grads))
         used = guard(norm[None])[0]
         scale = jnp.where(norm == used, 1, used / jnp.where(norm == 0, 1, norm))
-        cut = lambda x: jnp.where(used == 0, 0, x * scale.astype(jnp.finfo(x.dtype).dtype))  # noqa: E731
+        cut = lambda x: jnp.where(used == 0, 0, x * scale.astype(x.dtype))  # noqa: E731
         return value, aux, jax.tree.map(cut, grads), norm[None]
 
     @abc.abstractmethod

@@ -73,9 +73,7 @@ def _outer(coefficients: Array, left: Array, right: Array, leaf: Array) -> Array
 
 def _scaled(coefficients: Array, left: Array, leaf: Array) -> Array:
     wide = _tree.accumulation_dtype(leaf.dtype)
-    scale = coefficients.reshape(*coefficients.shape, *[1] * leaf.ndim).astype(
-        jnp.finfo(wide).dtype
-    )
+    scale = coefficients.reshape(*coefficients.shape, *[1] * leaf.ndim).astype(wide)
     return scale * left.astype(wide)
 
 

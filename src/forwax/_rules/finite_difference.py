@@ -118,7 +118,7 @@ class FiniteDifference(Rule):
             step = sign * self.epsilon
             return problem.objective(
                 jax.tree.map(
-                    lambda x, v: x + step.astype(jnp.finfo(x.dtype).dtype) * v,
+                    lambda x, v: x + step.astype(x.dtype) * v,
                     point,
                     tangent,
                 )
