@@ -13,6 +13,7 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests s
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -33,10 +34,16 @@ def are_known(flags: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers, and processes that tests start, inherit the flags."""
+    """Workers, and processes that tests start, inherit the flags and the seed."""
+    os.environ.setdefault("FORWAX_SEED", str(int(time.time())))
     is_new = QUICK not in os.environ["XLA_FLAGS"] and not config.option.collectonly
     if is_new and are_known(QUICK):
         os.environ["XLA_FLAGS"] += f" {QUICK}"
+
+
+def pytest_report_header() -> str:
+    """Of the programs that `pytest -m slow` runs."""
+    return f"random programs: FORWAX_SEED={os.environ['FORWAX_SEED']}"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import forwax as fx
 from forwax._signature import Signature
-from sites.drawn import noise_of
+from helpers import noise_of
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
@@ -38,7 +38,7 @@ def test_it_is_the_rule_written_by_hand(memory):
         u, t = noise[:, 0], noise[:, 1]
     else:
         sites = rule.sites(Signature(mlp, 0, False, (None, 0)).bind((PARAMS, x), {}))
-        u, t = noise_of(sites, rule._source(KEY, sites))
+        u, t = noise_of(rule, sites, KEY)
 
     def tapped(noise, x):
         first = x @ PARAMS["w"] + PARAMS["b"] + noise[0]

@@ -12,9 +12,8 @@ from forwax._directions.plan import plan_low_rank
 from forwax._directions.signs import Signs
 from forwax._programs.tracing import trace
 from forwax._signature import Signature
-from sites.drawn import dense
+from helpers import KEY, dense
 from sites.programs import PROGRAMS, normal, squares
-from sites.test_unbiased import KEY
 
 # of each parameter in the order of its name: the axes of both factors; None for dense signs
 SPLITS = {
