@@ -372,7 +372,7 @@ def casts_to_integers(p, x):
     h = jnp.tanh(
         x @ p["w"] + x @ whole.astype(jnp.float32) + jnp.sum(whole @ whole.T).astype(jnp.float32)
     )
-    return squares(h @ p["v"]) + 0.1 * jnp.sum(p["v"].astype(bool))
+    return squares(h @ p["v"]) + 0.1 * jnp.sum(p["v"].astype(bool).astype(jnp.float32))
 
 
 @program({"table": normal(0, 5, 3), "w": normal(1, 3, 3)}, np.array([[1, 7, 4], [9, 0, 1]]))
