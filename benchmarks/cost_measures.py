@@ -14,7 +14,7 @@ from jax import Array
 
 import forwax as fx
 from cost_models import KEY, Scenario
-from timing import interleaved
+from timing import interleaved, medians, ratios
 
 RANK_1 = fx.tangents.LowRank()
 FORWARD, BACKPROP, SIGNS, ONE, EIGHT = (
@@ -100,7 +100,7 @@ def times(
         name: functools.partial(f, KEY, scenario.params, *scenario.data)
         for name, f in programs.items()
     } | others
-    return {name: float(np.median(seconds)) for name, seconds in interleaved(calls, rounds).items()}
+    return medians(interleaved(calls, rounds))
 
 
 class Descent:
@@ -129,7 +129,7 @@ def step_times(scenario: Scenario, rules: Mapping[str, fx.Rule], rounds: int) ->
         FORWARD: lambda: evaluate(KEY, scenario.params, *scenario.data)
     }
     calls |= {name: Descent(scenario, rule) for name, rule in {BACKPROP: None, **rules}.items()}
-    return {name: float(np.median(seconds)) for name, seconds in interleaved(calls, rounds).items()}
+    return medians(interleaved(calls, rounds))
 
 
 def sampling_time(scenario: Scenario, num_tangents: int, rounds: int) -> float:
@@ -141,7 +141,7 @@ def sampling_time(scenario: Scenario, num_tangents: int, rounds: int) -> float:
         )
         specs += [jax.ShapeDtypeStruct(side, leaf.dtype) for side in sides]
     draw = jax.jit(lambda key: fx.tangents.Rademacher().draw(key, specs, num_tangents))
-    return float(np.median(interleaved({"draw": lambda: draw(KEY)}, rounds)["draw"]))
+    return medians(interleaved({"draw": lambda: draw(KEY)}, rounds))["draw"]
 
 
 def temporaries(scenario: Scenario, rule: fx.Rule | None) -> int:
@@ -189,4 +189,4 @@ def torch_ratio(batch: int, widths: Sequence[int], rounds: int) -> float | None:
         return torch.func.grad(loss)(params)[-1].sum().item()
 
     seconds = interleaved({"forward": forward, BACKPROP: backprop}, rounds)
-    return float(np.median(seconds["forward"]) / np.median(seconds[BACKPROP]))
+    return ratios(seconds, BACKPROP)["forward"]

@@ -5,14 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 import forwax as fx
 from cost_measures import BACKPROP, ONE, RANK_1, SIGNS, Descent, program
 from cost_models import KEY, Scenario, perceptron, spec, stacked
 from cost_sections import Points, Row, Sizes
-from timing import interleaved
+from timing import interleaved, medians
 
 RULES = {
     ONE: fx.WeightPerturbation(RANK_1),
@@ -107,9 +106,6 @@ def fused_step(sizes: Sizes, points: Points) -> Iterator[Row]:
                 f"momentum of {window} steps" if window else "no momentum"
             )
             calls[name] = Fused(scenario, RULES[each], window)
-    found = {
-        name: float(np.median(seconds))
-        for name, seconds in interleaved(calls, sizes.rounds).items()
-    }
+    found = medians(interleaved(calls, sizes.rounds))
     for name in list(calls)[1:]:
         yield Row(f"MLP 784-1024-1024-10, batch 256: {name}", found[name] / found[BACKPROP])

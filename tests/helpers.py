@@ -15,8 +15,6 @@ import numpy as np
 
 import forwax as fx
 from forwax import _tree
-from forwax._directions.factored import Factored
-from forwax._directions.signs import unpacked
 from forwax._signature import Signature
 from forwax._sites.levels import LoopPlan
 from forwax._sites.noise import Drawn
@@ -119,7 +117,7 @@ def dense(plan, drawn):
     """The tangents [k, ...] that a `WeightPlan` never forms, as a tree of the parameters' structure."""
 
     def one(drawn):
-        pairs = zip(plan.leaves, plan.tangents(unpacked(drawn)), strict=True)
-        return [t.dense(leaf.shape) if isinstance(t, Factored) else t for leaf, t in pairs]
+        pairs = zip(plan.leaves, plan.directions(drawn), strict=True)
+        return [direction.dense(leaf.shape) for leaf, direction in pairs]
 
     return jax.tree.unflatten(jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn)))

@@ -1,15 +1,18 @@
 """The diagnosis: figures that agree with compiled programs and laws, losses that go wrong, and honest advice."""
 
 import dataclasses
+import functools
 import io
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import forwax as fx
 from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
 from forwax._reports.diagnostics import named_rules
+from forwax._reports.timing import interleaved, ratios
 
 KEY = jax.random.key(3)
 
@@ -301,3 +304,15 @@ ADVICE = {
 def test_the_advice_follows_from_the_rows(case):
     found, sentence = ADVICE[case]
     assert found.advice == sentence
+
+
+def test_calls_are_timed_in_turn():
+    """Each is made once before and once a round, in an order that turns; no round begins late."""
+    made = []
+    calls = {name: functools.partial(made.append, name) for name in "abc"}
+    seconds = interleaved(calls, 2)
+    assert "".join(made) == "abc" + "abc" + "bca"
+    assert {name: times.shape for name, times in seconds.items()} == dict.fromkeys("abc", (2,))
+    assert interleaved(calls, 9, max_seconds=0)["a"].shape == (3,)
+    known = {"a": np.array([1.0, 3.0, 2.0]), "b": np.array([4.0, 4.0, 9.0])}
+    assert ratios(known, "a") == {"a": 1, "b": 2}

@@ -1,6 +1,7 @@
 """Warnings of tests are errors; those of a plugin that happens to be installed stop no run."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,6 @@ def test_a_plugins_warning_stops_no_run_and_a_tests_own_fails_it(tmp_path, optio
     )
     said = done.stdout + done.stderr
     assert "a plugin's own" in said
-    assert "1 failed, 1 passed, 1 error" in said
+    assert re.search(r"1 failed, 1 passed, \d errors?", said)  # one in each process
     assert "UserWarning: a test's own" in said
     assert "UserWarning: an import's own" in said

@@ -21,17 +21,23 @@ def axes(x: Any) -> Axes:
 
 def type_axes(aval: Any) -> Axes:
     """The mesh axes over which values of an abstract type vary."""
-    manual = getattr(aval, "manual_axis_type", None)  # newer jax; older ones have vma alone
-    return frozenset(manual.varying if manual is not None else getattr(aval, "vma", ()))
+    manual = getattr(aval, "manual_axis_type", None)
+    if manual is not None:
+        return frozenset(manual.varying)
+    # Older jax has no `manual_axis_type`, but `vma` alone.
+    return frozenset(getattr(aval, "vma", ()))
 
 
 def like(shape: tuple[int, ...], dtype: Any, over: Axes) -> Any:
-    """What stands for an array of this type: a spec, or zeros if it varies over mesh axes, which a spec cannot say."""
-    return vary(jnp.zeros(shape, dtype), over) if over else jax.ShapeDtypeStruct(shape, dtype)
+    """What stands for an array of this type: a spec, or zeros where it varies over mesh axes."""
+    if not over:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    # A spec cannot say over which mesh axes an array varies.
+    return vary(jnp.zeros(shape, dtype), over)
 
 
 def stand_in(aval: Any) -> Any:
-    """What stands for an array of an abstract type: the same as `like`, split as the type says over explicit axes."""
+    """What stands for an array of an abstract type: as `like`, and split as the type is."""
     if _is_split(aval):
         return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding)
     return like(tuple(aval.shape), aval.dtype, type_axes(aval))
@@ -43,36 +49,47 @@ def tree_axes(tree: Any) -> list[Axes]:
 
 
 def is_split(x: Any) -> bool:
-    """Whether a value's type says that it is split over explicit mesh axes, as `jax.make_mesh` makes them."""
+    """Whether a value's type says that it is split over explicit axes of `jax.make_mesh`."""
     return _is_split(jax.typeof(x))
 
 
 def _is_split(aval: Any) -> bool:
-    sharding = getattr(aval, "sharding", None)
-    named = [axes for axes in getattr(sharding, "spec", ()) if axes is not None]
-    names = [name for axes in named for name in (axes if isinstance(axes, tuple) else (axes,))]
-    return sharding is not None and any(sharding.mesh.shape[name] > 1 for name in names)
+    sharding: Any = getattr(aval, "sharding", None)
+    # One entry for each array axis: None, the name of a mesh axis, or several names.
+    names: list[str] = []
+    for entry in getattr(sharding, "spec", ()):
+        if isinstance(entry, tuple):
+            names.extend(entry)
+        elif entry is not None:
+            names.append(entry)
+    # What is split over a mesh axis of one device is whole.
+    return any(sharding.mesh.shape[name] > 1 for name in names)
 
 
 def vary(x: Array, over: Iterable[str]) -> Array:
     """Cast a value to vary over further mesh axes."""
-    missing = tuple(sorted(set(over) - axes(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
+    missing = set(over) - axes(x)
+    if not missing:
+        return x
+    return lax.pcast(x, tuple(sorted(missing)), to="varying")
 
 
 def total(x: Array, over: Iterable[str]) -> Array:
     """Sum a value over those of the mesh axes over which it varies."""
-    names = tuple(sorted(set(over) & axes(x)))
-    return lax.psum(x, names) if names else x
+    summed = set(over) & axes(x)
+    if not summed:
+        return x
+    return lax.psum(x, tuple(sorted(summed)))
 
 
 def reduced(x: Array, to: Axes) -> Array:
-    """A value that varies over exactly the given mesh axes: summed over its others, cast to those it lacks."""
-    return vary(total(x, axes(x) - to), to)
+    """A value over exactly the given mesh axes: summed over its others, cast to those it lacks."""
+    others = axes(x) - to
+    return vary(total(x, others), to)
 
 
 def own_key(key: Array, over: Iterable[str]) -> Array:
-    """A key of its own for each index along mesh axes, so that different shards get independent noise."""
+    """A key of its own for each index along mesh axes: different shards get independent noise."""
     for name in sorted(over):
         key = jax.random.fold_in(key, lax.axis_index(name))
     return key

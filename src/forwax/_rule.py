@@ -1,6 +1,7 @@
 """What a rule is: a frozen value that says where the error signal comes from."""
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -12,7 +13,7 @@ from forwax import _mesh, _tree
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.combine import Combine
-from forwax.tangents import LowRank, Tangents
+from forwax.tangents import Tangents
 from forwax.tangents._base import typed_key
 
 
@@ -34,6 +35,32 @@ class Rule(abc.ABC):
     def unbiased(self) -> bool:
         """Whether the mean of the estimate is the gradient."""
         return True
+
+    @property
+    def inner(self) -> "Rule":
+        """The rule that makes the estimate: what `forwax.Safe` wraps; every other rule itself."""
+        return self
+
+    def law(self, problem: Problem) -> float | None:
+        """The relative MSE E|ĝ - g|² / |g|² for this problem; None without a law.
+
+        By default `relative_mse` of the number of parameters, counted in real coordinates. A rule
+        whose `relative_mse` counts anything else overrides it.
+        """
+        law = self.relative_mse(_tree.num_coordinates(problem.params))
+        return law if math.isfinite(law) else None
+
+    def sites(self, problem: Problem) -> Any:
+        """The sites that the rule finds in a problem, for `forwax.explain`; None without sites."""
+        return None
+
+    def basis(self, problem: Problem) -> "Rule | None":
+        """This rule with each coordinate of its noise once, for `forwax.testing.assert_unbiased`.
+
+        One estimate of it is the mean over all coordinate directions of the noise, and so the
+        gradient, if the rule is unbiased. None where noise cannot be listed.
+        """
+        return None
 
     @abc.abstractmethod
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
@@ -153,7 +180,7 @@ def check_directions(name: str, tangents: object, combine: object = None) -> Non
 
 def check_shared(name: str, tangents: Tangents) -> None:
     """Raise a ValueError for directions of each example's own, which weight perturbation alone can follow."""
-    if isinstance(tangents, LowRank) and tangents.per_example:
+    if tangents.per_example:
         raise ValueError(
             f"{name}: expected tangents without per_example=True, which forwax.WeightPerturbation "
             f"alone can follow, "

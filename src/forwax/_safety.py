@@ -8,7 +8,7 @@ estimate, and costs nothing.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +184,19 @@ class Safe(LearningRule):
         """Whether the rule is and nothing is clipped."""
         return self.clip is None and self.rule.unbiased
 
+    @property
+    def inner(self) -> Rule:
+        """The rule that is guarded."""
+        return self.rule.inner
+
+    def law(self, problem: Problem) -> float | None:
+        """That of the rule, as if nothing were clipped."""
+        return self.rule.law(problem)
+
+    def sites(self, problem: Problem) -> Any:
+        """Those of the rule."""
+        return self.rule.sites(problem)
+
     def init(self) -> "Safe":
         """The rule with an empty history, so that its structure stays the same in all steps."""
         return dataclasses.replace(self, history=History.empty(self.window))
@@ -254,10 +267,7 @@ class Safe(LearningRule):
         law = self.rule.relative_mse(
             params if isinstance(params, int) else _tree.num_coordinates(params)
         )
-        square, count = (
-            jnp.nanmean(self.history.squares),
-            jnp.sum(~jnp.isnan(self.history.squares)),
-        )
+        square, count = jnp.nanmean(self.history.squares), jnp.sum(~jnp.isnan(self.history.squares))
         # the root halves a relative error
         error = jnp.nanstd(self.history.squares) / (
             2 * square * jnp.sqrt(jnp.maximum(count - 1, 1))

@@ -1,11 +1,13 @@
-"""The user's signature, normalised once: argnums, has_aux, in_axes and LocalLosses become one kind of function.
+"""The user's signature, normalised once: argnums, has_aux, in_axes and LocalLosses.
 
 Behind this door there is only `Problem`: parameters, and an objective that takes them to a scalar.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from forwax import _mesh
-from forwax._tree import Tree, describe
+from forwax._tree import Tree, added, as_array, describe, with_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -31,7 +33,8 @@ class LocalLosses:
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
         >>> loss = lambda w: fx.LocalLosses({"first": w**2, "second": jnp.sum(w)})
-        >>> value, grads = fx.value_and_grad(loss, fx.Exact())(jax.random.key(0), jnp.array([1.0, 2.0]))
+        >>> value_and_grad = fx.value_and_grad(loss, fx.Exact())
+        >>> value, grads = value_and_grad(jax.random.key(0), jnp.array([1.0, 2.0]))
         >>> float(value), grads.tolist()
         (8.0, [3.0, 5.0])
     """
@@ -60,7 +63,8 @@ class Problem:
         ...     def estimate(self, key, problem):
         ...         value, aux = problem.objective(problem.params)
         ...         return value, aux, jax.tree.map(lambda x: 2 * x, problem.params)
-        >>> fx.grad(lambda x: jnp.sum(x**2), Doubled())(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
+        >>> grad = fx.grad(lambda x: jnp.sum(x**2), Doubled())
+        >>> grad(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
         [2.0, 4.0]
     """
 
@@ -74,19 +78,27 @@ class Problem:
     @property
     def num_examples(self) -> int | None:
         """The number of examples; None without `in_axes`."""
-        return self.mapped[0].shape[self.mapped_axes[0]] if self.mapped else None
+        if not self.mapped:
+            return None
+        axis = self.mapped_axes[0]
+        return self.mapped[0].shape[axis]
 
     def example_specs(self) -> list[Any]:
-        """One example's mapped leaves, to trace with: shapes and dtypes, or inside `shard_map` the first example."""
+        """One example's mapped leaves, to trace with.
 
-        def one(x: Array, axis: int) -> Any:
-            shape = list(x.shape)
-            del shape[axis]
-            if _mesh.axes(x):  # a spec cannot say over which mesh axes a value varies
-                return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
-            return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+        They are shapes and dtypes, or inside `shard_map` the first example.
+        """
+        pairs = zip(self.mapped, self.mapped_axes, strict=True)
+        return [_example_spec(x, axis) for x, axis in pairs]
 
-        return [one(x, axis) for x, axis in zip(self.mapped, self.mapped_axes, strict=True)]
+
+def _example_spec(x: Array, axis: int) -> Any:
+    if _mesh.axes(x):
+        # A spec cannot say over which mesh axes a value varies.
+        return jax.lax.index_in_dim(x, 0, axis, keepdims=False)
+    shape = list(x.shape)
+    del shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,133 +123,177 @@ class Signature:
 
     def __post_init__(self) -> None:
         if not callable(self.loss):
-            raise TypeError(
-                f"{self.name}: expected a function as the loss, got {type(self.loss).__name__}."
-            )
+            got = type(self.loss).__name__
+            raise TypeError(f"{self.name}: expected a function as the loss, got {got}.")
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
-        """Fix everything but the differentiated arguments; raises on a bad call before the loss is run."""
+        """Fix all but the differentiated arguments; a bad call raises before the loss is run."""
         numbers = self._numbers(len(args))
         in_axes = self._in_axes(args, numbers)
         for number in numbers:
             _check_leaves(args[number])
-        params = tuple(jax.tree.map(jnp.asarray, args[number]) for number in numbers)
+        params = tuple(jax.tree.map(as_array, args[number]) for number in numbers)
+        mapped = _Mapped(args, in_axes)
         statics = _Statics()
 
-        def one(*full: Any) -> tuple[Array, Tree]:
-            value, aux = self._call(full, kwargs)
+        def with_params(values: Sequence[Any], params: Tree) -> list[Any]:
+            chosen = params if isinstance(self.argnums, Sequence) else (params,)
+            arguments = list(values)
+            for number, value in zip(numbers, chosen, strict=True):
+                arguments[number] = value
+            return arguments
+
+        def loss(*arguments: Any) -> tuple[Array, Tree]:
+            value, aux = self._call(arguments, kwargs)
             return objective_value(value), statics.split(aux)
 
         def objective(params: Tree) -> tuple[Array, Tree]:
-            chosen = params if isinstance(self.argnums, Sequence) else (params,)
-            full = list(args)
-            for number, value in zip(numbers, chosen, strict=True):
-                full[number] = value
+            arguments = with_params(args, params)
             if in_axes is None:
-                return one(*full)
-            values, aux = jax.vmap(one, in_axes)(*full)
+                return loss(*arguments)
+            # values: [examples]
+            values, aux = jax.vmap(loss, in_axes)(*arguments)
             return jnp.mean(values), aux
 
-        mapped, axes, rebuild = _split_mapped(args, in_axes)
-
         def example(params: Tree, *slices: Array) -> tuple[list[Array], Tree]:
-            chosen = params if isinstance(self.argnums, Sequence) else (params,)
-            full = rebuild(slices)
-            for number, value in zip(numbers, chosen, strict=True):
-                full[number] = value
-            out, aux = self._call(full, kwargs)
-            return loss_parts(out), statics.split(aux)
+            arguments = with_params(mapped.replaced(slices), params)
+            value, aux = self._call(arguments, kwargs)
+            return loss_parts(value), statics.split(aux)
 
-        chosen = params if isinstance(self.argnums, Sequence) else params[0]
-        return Problem(chosen, objective, statics.join, example, mapped, axes)
+        return Problem(
+            params=params if isinstance(self.argnums, Sequence) else params[0],
+            objective=objective,
+            restore=statics.join,
+            example=example,
+            mapped=mapped.arrays,
+            mapped_axes=mapped.axes,
+        )
 
     def _numbers(self, num_args: int) -> tuple[int, ...]:
-        numbers = tuple(self.argnums) if isinstance(self.argnums, Sequence) else (self.argnums,)
+        """Which arguments are differentiated, counted from the front."""
+        argnums = self.argnums
+        numbers = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
         for number in numbers:
-            if not -num_args <= number < num_args:
-                raise TypeError(
-                    f"{self.name}: argnums={self.argnums} needs at least "
-                    f"{number + 1 if number >= 0 else -number} "
-                    f"positional arguments{' after the key' if self.keyed else ''}, got "
-                    f"{num_args}. argnums count the "
-                    f"loss's own arguments: call f({'key, ' if self.keyed else ''}*args)."
-                )
+            if -num_args <= number < num_args:
+                continue
+            least = number + 1 if number >= 0 else -number
+            after = " after the key" if self.keyed else ""
+            key = "key, " if self.keyed else ""
+            raise TypeError(
+                f"{self.name}: argnums={argnums} needs at least {least} positional arguments"
+                f"{after}, got {num_args}. argnums count the loss's own arguments: call "
+                f"f({key}*args)."
+            )
         numbers = tuple(number % num_args for number in numbers)
         if len(set(numbers)) < len(numbers):
             raise ValueError(
-                f"{self.name}: expected each argument once in argnums, got {self.argnums} for "
-                f"{num_args} arguments. "
-                "The gradient of an argument that is named twice would be split between both."
+                f"{self.name}: expected each argument once in argnums, got {argnums} for "
+                f"{num_args} arguments. The gradient of an argument that is named twice would be "
+                "split between both."
             )
         return numbers
 
     def _in_axes(self, args: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:
+        """One entry of `in_axes` for each argument."""
         if self.in_axes is None:
             return None
-        in_axes = (
-            (self.in_axes,) * len(args) if isinstance(self.in_axes, int) else tuple(self.in_axes)
-        )
+        if isinstance(self.in_axes, int):
+            in_axes: tuple[Any, ...] = (self.in_axes,) * len(args)
+        else:
+            in_axes = tuple(self.in_axes)
         if len(in_axes) != len(args):
             raise ValueError(
-                f"in_axes must have one entry for each positional argument of the loss: expected "
-                f"{len(args)}, got "
-                f"{len(in_axes)} in {self.in_axes}. Keyword arguments are not mapped."
+                "in_axes must have one entry for each positional argument of the loss: expected "
+                f"{len(args)}, got {len(in_axes)} in {self.in_axes}. Keyword arguments are not "
+                "mapped."
             )
         for number in numbers:
             if jax.tree.leaves(in_axes[number]):
                 raise ValueError(
                     f"in_axes maps argument {number}, which is differentiated: got "
-                    f"in_axes[{number}]="
-                    f"{in_axes[number]}. The loss of one example takes all parameters; write None "
-                    f"there, as in "
-                    "in_axes=(None, 0, 0)."
+                    f"in_axes[{number}]={in_axes[number]}. The loss of one example takes all "
+                    "parameters; write None there, as in in_axes=(None, 0, 0)."
                 )
         if not jax.tree.leaves(in_axes):
             raise ValueError(
                 f"in_axes={self.in_axes} maps no argument, so there are no examples. Pass "
-                f"in_axes=None for a loss of "
-                "the whole batch."
+                "in_axes=None for a loss of the whole batch."
             )
-        _check_batch(in_axes, args)
+        jax.tree.map(_check_batch, in_axes, args, is_leaf=_is_none)
         return in_axes
 
-    def _call(self, full: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
-        out = self.loss(*full, **kwargs)
+    def _call(self, arguments: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
+        """What the loss returns, as a pair with or without `has_aux`."""
+        out = self.loss(*arguments, **kwargs)
         if not self.has_aux:
             return out, None
-        if not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(
-                f"has_aux=True: expected the loss to return a pair (loss, aux), got "
-                f"{_type_name(out)}. Return a pair, "
-                "or drop has_aux."
-            )
-        return out
+        if isinstance(out, tuple):
+            pair = cast(tuple[Any, ...], out)
+            if len(pair) == 2:
+                return pair
+        raise TypeError(
+            f"has_aux=True: expected the loss to return a pair (loss, aux), got {_type_name(out)}. "
+            "Return a pair, or drop has_aux."
+        )
 
 
 class _Statics:
-    """Keeps the leaves of aux that are not arrays aside while the arrays pass through JAX's transformations."""
+    """Keeps the leaves of aux that are no arrays aside while JAX transforms the arrays."""
 
     def __init__(self) -> None:
         self.leaves: list[Any] = []
         self.structure: Any = None
 
     def split(self, aux: Tree) -> list[Any]:
-        self.leaves, self.structure = jax.tree.flatten(aux)
-        arrays = [leaf for leaf in self.leaves if _is_array(leaf)]
-        self.leaves = [None if _is_array(leaf) else leaf for leaf in self.leaves]
-        return arrays
+        """The arrays of aux; the rest is kept."""
+        leaves = jax.tree.leaves(aux)
+        # Arrays are not kept: inside a transformation they are tracers, which must not leave it.
+        self.leaves = [None if _is_array(leaf) else leaf for leaf in leaves]
+        self.structure = cast(Any, jax.tree.structure(aux))
+        return [leaf for leaf in leaves if _is_array(leaf)]
 
     def join(self, arrays: list[Any]) -> Tree:
+        """Aux again, with arrays in their places."""
         remaining = iter(arrays)
-        return self.structure.unflatten(
-            [next(remaining) if leaf is None else leaf for leaf in self.leaves]
-        )
+        leaves = [next(remaining) if leaf is None else leaf for leaf in self.leaves]
+        return self.structure.unflatten(leaves)
+
+
+class _Mapped:
+    """The leaves of the arguments that `in_axes` maps, and their axes of examples."""
+
+    def __init__(self, args: tuple[Any, ...], in_axes: tuple[Any, ...] | None) -> None:
+        self.args = args
+        self.leaves: list[Any] = jax.tree.leaves(args)
+        self.leaf_axes = _leaf_axes(args, in_axes)
+        pairs = zip(self.leaves, self.leaf_axes, strict=True)
+        self.arrays = tuple(as_array(leaf) for leaf, axis in pairs if axis is not None)
+        self.axes = tuple(axis for axis in self.leaf_axes if axis is not None)
+
+    def replaced(self, slices: Sequence[Array]) -> list[Any]:
+        """The arguments with slices in place of these leaves."""
+        remaining = iter(slices)
+        pairs = zip(self.leaves, self.leaf_axes, strict=True)
+        leaves = [leaf if axis is None else next(remaining) for leaf, axis in pairs]
+        return list(with_leaves(self.args, leaves))
+
+
+def _leaf_axes(args: tuple[Any, ...], in_axes: tuple[Any, ...] | None) -> list[int | None]:
+    """The mapped axis of each leaf; `in_axes` may say it for a whole subtree."""
+    if in_axes is None:
+        return [None] * len(jax.tree.leaves(args))
+    axes: list[int | None] = []
+
+    def add(axis: int | None, part: Tree) -> None:
+        axes.extend([axis] * len(jax.tree.leaves(part)))
+
+    jax.tree.map(add, in_axes, args, is_leaf=_is_none)
+    return axes
 
 
 def objective_value(out: Any) -> Array:
-    """The scalar objective of what a loss returned: itself, or the sum of all entries of its local losses."""
-    sums = [jnp.sum(part) if part.ndim else part for part in loss_parts(out)]
-    return sum(sums[1:], start=sums[0])
+    """The scalar objective of what a loss returned: itself, or the sum of its local losses."""
+    return added([jnp.sum(part) if part.ndim else part for part in loss_parts(out)])
 
 
 def loss_parts(out: Any) -> list[Array]:
@@ -247,96 +303,61 @@ def loss_parts(out: Any) -> list[Array]:
         if not leaves:
             raise TypeError("LocalLosses: expected at least one array, got an empty tree.")
         return [_checked_real(leaf) for leaf in leaves]
-    if not _is_array(out) or jnp.shape(out) != ():
-        shown = f"shape: {jnp.shape(out)}" if _is_array(out) else f"type: {_type_name(out)}"
-        raise TypeError(
-            f"Gradient only defined for scalar-output functions. Output had {shown}. Return a "
-            f"scalar, "
-            "forwax.LocalLosses(tree) for the sum of several losses, or (loss, aux) with "
-            "has_aux=True."
-        )
-    return [_checked_real(out)]
-
-
-def _split_mapped(
-    args: tuple[Any, ...], in_axes: Any
-) -> tuple[tuple[Array, ...], tuple[int, ...], Callable]:
-    """The mapped leaves of the arguments, their axes, and how to put slices of them back."""
-    leaves, structure = jax.tree.flatten(args)
-    axes: list[int | None] = []
-    if in_axes is None:
-        axes = [None] * len(leaves)
-    else:
-        jax.tree.map(
-            lambda axis, part: axes.extend([axis] * len(jax.tree.leaves(part))),
-            in_axes,
-            args,
-            is_leaf=_is_none,
-        )
-    mapped = tuple(
-        jnp.asarray(leaf) for leaf, axis in zip(leaves, axes, strict=True) if axis is not None
+    if _is_array(out) and jnp.shape(out) == ():
+        return [_checked_real(out)]
+    shown = f"shape: {jnp.shape(out)}" if _is_array(out) else f"type: {_type_name(out)}"
+    raise TypeError(
+        f"Gradient only defined for scalar-output functions. Output had {shown}. Return a scalar, "
+        "forwax.LocalLosses(tree) for the sum of several losses, or (loss, aux) with has_aux=True."
     )
 
-    def rebuild(slices: Sequence[Array]) -> list[Any]:
-        remaining = iter(slices)
-        full = [
-            leaf if axis is None else next(remaining)
-            for leaf, axis in zip(leaves, axes, strict=True)
-        ]
-        return list(structure.unflatten(full))
 
-    return mapped, tuple(axis for axis in axes if axis is not None), rebuild
+def _checked_real(leaf: Any) -> Array:
+    array = as_array(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            "value_and_grad requires real-valued outputs (output dtype that is a sub-dtype of "
+            f"np.floating), but got {array.dtype}. Return a real loss, such as jnp.abs(z)**2 of a "
+            "complex z."
+        )
+    return array
+
+
+def _check_leaves(arg: Tree) -> None:
+    """Raise a TypeError for a leaf that cannot be differentiated."""
+    leaves = cast(list[tuple[Any, Any]], jax.tree_util.tree_leaves_with_path(arg))
+    for path, leaf in leaves:
+        if _is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            continue
+        where = jax.tree_util.keystr(path) or "the argument itself"
+        raise TypeError(
+            "value_and_grad requires real- or complex-valued inputs (input dtype that is a "
+            f"sub-dtype of np.inexact), but got {describe(leaf)} at {where}. Differentiate the "
+            "floating leaves only: eqx.partition(model, eqx.is_inexact_array) for Equinox, "
+            "nnx.split(model, nnx.Param, ...) for Flax NNX."
+        )
+
+
+def _check_batch(axis: int | None, arg: Tree) -> None:
+    """Raise a ValueError when a part of the arguments has no examples along its mapped axis."""
+    if axis is None:
+        return
+    for leaf in jax.tree.leaves(arg):
+        shape = jnp.shape(leaf)
+        if not len(shape) > axis >= -len(shape):
+            raise ValueError(
+                f"in_axes: expected arrays that have the axis {axis} along which they are mapped, "
+                f"got an argument of shape {shape}. Write None for what all examples share."
+            )
+        if shape[axis] == 0:
+            raise ValueError(
+                "in_axes: expected at least one example, got an empty batch: an argument of shape "
+                f"{shape} mapped along axis {axis}. The mean over no example is undefined."
+            )
 
 
 def _is_none(x: Any) -> bool:
     return x is None
-
-
-def _checked_real(leaf: Any) -> Array:
-    leaf = jnp.asarray(leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            "value_and_grad requires real-valued outputs (output dtype that is a sub-dtype of "
-            "np.floating), but got "
-            f"{leaf.dtype}. Return a real loss, such as jnp.abs(z)**2 of a complex z."
-        )
-    return leaf
-
-
-def _check_leaves(arg: Tree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arg):
-        if not (_is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)):
-            raise TypeError(
-                "value_and_grad requires real- or complex-valued inputs (input dtype that is a "
-                "sub-dtype of "
-                f"np.inexact), but got {describe(leaf)} at "
-                f"{jax.tree_util.keystr(path) or 'the argument itself'}. "
-                "Differentiate the floating leaves only: eqx.partition(model, "
-                "eqx.is_inexact_array) for Equinox, "
-                "nnx.split(model, nnx.Param, ...) for Flax NNX."
-            )
-
-
-def _check_batch(in_axes: tuple[Any, ...], args: tuple[Any, ...]) -> None:
-    def check(axis: int | None, arg: Tree) -> None:
-        if axis is None:
-            return
-        for leaf in jax.tree.leaves(arg):
-            shape = jnp.shape(leaf)
-            if not len(shape) > axis >= -len(shape):
-                raise ValueError(
-                    f"in_axes: expected arrays that have the axis {axis} along which they are "
-                    f"mapped, got an argument "
-                    f"of shape {shape}. Write None for what all examples share."
-                )
-            if shape[axis] == 0:
-                raise ValueError(
-                    f"in_axes: expected at least one example, got an empty batch: an argument of "
-                    f"shape {shape} mapped "
-                    f"along axis {axis}. The mean over no example is undefined."
-                )
-
-    jax.tree.map(check, in_axes, args, is_leaf=lambda x: x is None)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -344,27 +365,30 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _type_name(value: Any) -> str:
-    return f"a tuple of length {len(value)}" if isinstance(value, tuple) else type(value).__name__
+    if not isinstance(value, tuple):
+        return type(value).__name__
+    length = len(cast(tuple[Any, ...], value))
+    return f"a tuple of length {length}"
 
 
 _FIRST = (
-    "The returned function takes one leading key before the loss's own "
-    "arguments: "
+    "The returned function takes one leading key before the loss's own arguments: "
     "f(jax.random.key(0), *args)."
 )
 
 
 def check_key(key: Any, name: str, what: str = "the first argument", advice: str = _FIRST) -> Array:
     """The PRNG key of a call, or an error that names what must be one and says what to do."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    dtype = getattr(key, "dtype", None)
+    shape = getattr(key, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
         if shape == ():
             return key
         raise TypeError(
             f"{name}: expected one PRNG key as {what}, got an array of keys of shape {shape}. Take "
-            f"one of them, or map "
-            "over them with jax.vmap."
+            "one of them, or map over them with jax.vmap."
         )
+    # A legacy key holds two words, or four with the generator rbg.
     if dtype == np.uint32 and shape in ((2,), (4,)):
         return key
     raise TypeError(f"{name}: {what} must be a PRNG key, got {describe(key)}. {advice}")

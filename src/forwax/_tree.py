@@ -1,13 +1,17 @@
-"""Pytree algebra: the parameters as one flat vector of real coordinates, without ever building that vector.
+"""Pytree algebra: the parameters as one flat vector of real coordinates, which is never built.
 
 A complex leaf counts as two real coordinates, stacked on a new leading axis. Everything below this
 module works on lists of real arrays only, so that no distribution of tangents has to know what a
 complex number is.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
+import functools
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +28,15 @@ def is_complex(leaf: Any) -> bool:
 
 
 def real_specs(tree: Tree) -> list[Spec]:
-    """Shape and dtype of every leaf as real coordinates: a complex leaf gets a leading axis of two."""
+    """Shape and dtype of every leaf as real coordinates: a complex leaf gets an axis of two."""
     return [_real_spec(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _real_spec(leaf: Any) -> Spec:
-    if is_complex(leaf):
-        return Spec((2, *leaf.shape), jnp.finfo(leaf.dtype).dtype)
-    return Spec(leaf.shape, leaf.dtype)
+    if not is_complex(leaf):
+        return Spec(leaf.shape, leaf.dtype)
+    part_dtype = cast(Any, jnp.finfo(leaf.dtype).dtype)
+    return Spec((2, *leaf.shape), part_dtype)
 
 
 def num_coordinates(tree: Tree) -> int:
@@ -41,42 +46,73 @@ def num_coordinates(tree: Tree) -> int:
 
 def count(specs: Sequence[Spec]) -> int:
     """The number n of coordinates of real leaves."""
-    return sum(math.prod(spec.shape) for spec in specs)
+    return sum(_sizes(specs))
+
+
+def _sizes(specs: Sequence[Spec]) -> list[int]:
+    return [math.prod(spec.shape) for spec in specs]
+
+
+def as_array(leaf: Any) -> Array:
+    """A leaf, a Python number for instance, as a JAX array."""
+    return jnp.asarray(leaf)
+
+
+def with_leaves(tree: Tree, leaves: Sequence[Any]) -> Tree:
+    """A tree of the same structure with other leaves."""
+    structure = cast(Any, jax.tree.structure(tree))
+    return structure.unflatten(leaves)
 
 
 def to_real(tree: Tree) -> list[Array]:
     """The leaves as real arrays; inverse of `from_real`."""
-    return [jnp.stack([x.real, x.imag]) if is_complex(x) else x for x in jax.tree.leaves(tree)]
+    return [_split_complex(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _split_complex(leaf: Array) -> Array:
+    if not is_complex(leaf):
+        return leaf
+    return jnp.stack([leaf.real, leaf.imag])
 
 
 def from_real(leaves: Sequence[Array], like: Tree, lead: int = 0) -> Tree:
-    """Real arrays, in the order of `real_specs(like)` behind `lead` axes, as a tree of the structure of `like`."""
-    old, structure = jax.tree.flatten(like)
-    return structure.unflatten([_join(x, leaf, lead) for x, leaf in zip(leaves, old, strict=True)])
+    """Real arrays, in the order of `real_specs(like)` behind `lead` axes, as a tree like `like`."""
+    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
+    joined = [_join_complex(real, leaf, lead) for real, leaf in pairs]
+    return with_leaves(like, joined)
 
 
-def _join(real: Array, like: Any, axis: int) -> Array:
+def _join_complex(parts: Array, like: Any, axis: int) -> Array:
     if not is_complex(like):
-        return real
-    return jax.lax.complex(*(jax.lax.index_in_dim(real, i, axis, keepdims=False) for i in (0, 1)))
+        return parts
+    # [*lead, 2, *shape] -> [*lead, *shape]
+    real = jax.lax.index_in_dim(parts, 0, axis, keepdims=False)
+    imaginary = jax.lax.index_in_dim(parts, 1, axis, keepdims=False)
+    return jax.lax.complex(real, imaginary)
 
 
 def accumulation_dtype(dtype: Any) -> np.dtype:
-    """At least float32, so that sums over many tangents or coordinates do not drown in rounding."""
-    return np.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
+    """At least float32: sums over many tangents or coordinates do not drown in rounding."""
+    if jnp.finfo(dtype).bits < 32:
+        return np.dtype(jnp.float32)
+    return np.dtype(dtype)
 
 
 def common_dtype(specs: Sequence[Spec]) -> np.dtype:
     """The dtype in which coordinates of all leaves can stand side by side: at least float32."""
-    return jnp.result_type(jnp.float32, *(spec.dtype for spec in specs))
+    dtypes = [spec.dtype for spec in specs]
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def split_flat(flat: Array, specs: Sequence[Spec]) -> list[Array]:
     """Cut an array [..., n] into leaves [..., *shape] with each leaf's dtype."""
-    sizes = [math.prod(spec.shape) for spec in specs]
-    ends = np.cumsum(sizes)
+    parts: list[Array] = []
+    start = 0
+    for size in _sizes(specs):
+        stop = start + size
+        parts.append(flat[..., start:stop])
+        start = stop
     lead = flat.shape[:-1]
-    parts = [flat[..., end - size : end] for size, end in zip(sizes, ends, strict=True)]
     return [
         part.reshape(lead + spec.shape).astype(spec.dtype)
         for part, spec in zip(parts, specs, strict=True)
@@ -85,26 +121,28 @@ def split_flat(flat: Array, specs: Sequence[Spec]) -> list[Array]:
 
 def join_flat(leaves: Sequence[Array]) -> Array:
     """Concatenate leaves to one array [n] in the common dtype."""
-    dtype = common_dtype([Spec(x.shape, x.dtype) for x in leaves])
-    return jnp.concatenate([x.astype(dtype).reshape(-1) for x in leaves])
+    specs = [Spec(leaf.shape, leaf.dtype) for leaf in leaves]
+    dtype = common_dtype(specs)
+    flat = [leaf.astype(dtype).reshape(-1) for leaf in leaves]
+    return jnp.concatenate(flat)
 
 
 def basis(index: Array, specs: Sequence[Spec], scale: float = 1.0) -> list[Array]:
     """The vector scale * e_index as leaves; an index outside [0, n) gives zeros."""
-    sizes = [math.prod(spec.shape) for spec in specs]
-    starts = np.cumsum([0, *sizes[:-1]])
-    return [
-        jnp.where(jnp.arange(size) + start == index, scale, 0.0)
-        .astype(spec.dtype)
-        .reshape(spec.shape)
-        for spec, size, start in zip(specs, sizes, starts, strict=True)
-    ]
+    leaves: list[Array] = []
+    start = 0
+    for spec, size in zip(specs, _sizes(specs), strict=True):
+        is_index = jnp.arange(size) + start == index
+        flat = jnp.where(is_index, scale, 0.0)
+        leaves.append(flat.astype(spec.dtype).reshape(spec.shape))
+        start += size
+    return leaves
 
 
 def inner(left: Tree, right: Tree) -> Array:
-    """The real inner product of two trees over all real coordinates, accumulated in at least float32."""
-    products = [_leaf_inner(a, b) for a, b in zip(to_real(left), to_real(right), strict=True)]
-    return sum(products[1:], start=products[0])
+    """The real inner product of two trees over all coordinates, summed in at least float32."""
+    pairs = zip(to_real(left), to_real(right), strict=True)
+    return added([_leaf_inner(a, b) for a, b in pairs])
 
 
 def _leaf_inner(a: Array, b: Array) -> Array:
@@ -112,13 +150,42 @@ def _leaf_inner(a: Array, b: Array) -> Array:
     return jnp.sum(a.astype(dtype) * b.astype(dtype))
 
 
+def added(terms: Sequence[Array]) -> Array:
+    """The sum of at least one term, from left to right."""
+    return functools.reduce(operator.add, terms)
+
+
 def conjugate(tree: Tree) -> Tree:
-    """The complex conjugate of every leaf: it takes gradients, as `jax.grad` writes them, to directions and back."""
+    """The complex conjugate of every leaf.
+
+    It takes gradients, as `jax.grad` writes them, to directions and back.
+    """
     return jax.tree.map(jnp.conj, tree)
+
+
+def check_guess(name: str, got: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> None:
+    """Raise a ValueError for a guess whose leaves have other shapes than the parameters."""
+    if got != expected:
+        raise ValueError(
+            f"{name}: the guess must have the parameters' structure; expected leaf shapes "
+            f"{expected}, got {got}."
+        )
 
 
 def describe(leaf: Any) -> str:
     """A short name for a leaf in an error message: dtype and shape, or its Python type."""
-    if hasattr(leaf, "dtype") and hasattr(leaf, "shape"):
-        return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-    return type(leaf).__name__
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        return type(leaf).__name__
+    shape = ",".join(map(str, leaf.shape))
+    return f"{leaf.dtype}[{shape}]"
+
+
+def is_abstract(leaf: Any) -> bool:
+    """Whether a leaf is a tracer that has no value yet."""
+    if not isinstance(leaf, jax.Array):
+        return False
+    try:
+        leaf.addressable_data(0)
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False

@@ -8,13 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forwax.lab import choices, optimizers
+from forwax.lab.catalogue import optimizers
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
+from forwax.lab.catalogue.options import (
+    SettingOptions,
+    find_configuration,
+    find_experiment,
+    resolve,
+)
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet
-from forwax.lab.experiments import EXPERIMENTS, Experiment
-from forwax.lab.options import SettingOptions, find_configuration, find_experiment, resolve
-from forwax.lab.problem import problem_of
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.loop import init_state, make_step
+from forwax.lab.flags import UsageError
+from forwax.lab.training.problem import problem_of
+from forwax.lab.training.step import init_state, make_step
 from forwax.models import logistic_regression, ren2023
 
 DIGITS = EXPERIMENTS["digits"]

@@ -211,7 +211,7 @@ def leak(sites, problem):
     """The largest derivative that the credit calls zero."""
     program = tangent_program(sites, sites.sources.starts)
     mapped = [
-        np.take(x, 0, axis=axis)
+        np.take(np.asarray(x), 0, axis=axis)
         for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)
     ]
     leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]

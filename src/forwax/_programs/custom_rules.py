@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import source_info_util
 
-from forwax import _mesh
+from forwax import _mesh, _tree
 from forwax._programs.evaluate import bind, read
-from forwax._programs.program import Equation, Program, Traced, is_inexact
-from forwax._pushforward import is_abstract
+from forwax._programs.primitives import facts_of
+from forwax._programs.program import Equation, Program, Traced, equations_of, is_inexact
 from forwax._signature import Problem
 
 
@@ -85,14 +85,7 @@ def _is_inexact(spec: Any) -> bool:
 
 
 def _find(jaxpr: Any) -> Any:
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        if equation.primitive.name.startswith("custom_vjp_call"):
-            return equation
-        for inner in jex.jaxprs_in_params(equation.params):
-            found = _find(inner)
-            if found is not None:
-                return found
-    return None
+    return next((eqn for eqn in equations_of(jaxpr) if facts_of(eqn.primitive).lacks_jvp), None)
 
 
 def reads_its_trace(traced: Traced) -> bool:
@@ -101,7 +94,7 @@ def reads_its_trace(traced: Traced) -> bool:
     `jax.jvp` of that function can use the value, and a program that was traced before cannot.
     """
     return any(
-        is_abstract(value) and all(value is not known for known in traced.closed)
+        _tree.is_abstract(value) and all(value is not known for known in traced.closed)
         for equation in _custom(traced.program)
         for value in _closed_over(equation, traced.types)
     )
@@ -111,7 +104,7 @@ def _custom(program: Program) -> Iterable[Equation]:
     for equation in program.equations:
         if equation.loop is not None:
             yield from _custom(equation.loop.body)
-        elif equation.contains("custom_jvp_call"):
+        elif equation.contains(lambda facts: facts.has_own_jvp):
             yield equation
 
 

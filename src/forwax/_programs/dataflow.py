@@ -3,15 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
-from forwax._programs.program import (
-    Atom,
-    Constant,
-    Equation,
-    Loop,
-    Program,
-    Variable,
-    is_inexact,
-)
+from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, is_inexact
 
 Reach: TypeAlias = list[int]
 """For each variable the set of losses that depend on it through derivatives, as a bit mask."""
@@ -33,7 +25,7 @@ def _backward(program: Program, seeds: Sequence[int], types: Sequence[Any], mask
     for atom, mask in zip(program.outputs, seeds, strict=True):
         _add(atom, mask, types, masks)
     for equation in reversed(program.equations):
-        if not equation_reach(equation, masks) or equation.name == "stop_gradient":
+        if not equation_reach(equation, masks) or equation.facts.stops_derivatives:
             continue
         if equation.loop is not None:
             incoming = _through_loop(

@@ -1,12 +1,217 @@
-"""Facts about primitives."""
+"""What forwax knows about JAX's primitives: a row for each, a column for each fact.
 
-ADDITIVE = frozenset({"add", "sub", "add_any"})
-"""Sums of two operands, up to a sign."""
+What has no row joins all axes, is no sum and no move: results stay right, but get coarser. The sets
+that columns make differ on purpose: `pvary` moves factors and is elementwise for credit, `sub` adds
+behind output sites but is no running sum of a loop.
+"""
+
+import dataclasses
+from typing import Any
+
+from jax.extend.core import primitives
+
+from forwax._programs import axis_rules, moves
+from forwax._programs.axis_rules import AxisRule
+from forwax._programs.moves import MoveRule
 
 
-MOVES = frozenset({"reshape", "transpose", "squeeze", "broadcast_in_dim", "convert_element_type"})
-"""Their result holds the entries of one operand in other places, repeated or in another dtype."""
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The facts about one primitive, each named for who asks.
+
+    Attributes:
+        inlined: in traced programs its inner program takes its place.
+        is_loop: in traced programs it is a `Loop`.
+        credit: which axis of an operand follows an axis of the result.
+        passed_by_regions: noise may move from one operand to behind it, for it keeps errors as
+            they are.
+        elementwise_for_regions: an error may go back through it inside one region.
+        marks_noise_points: its parameter `name` may say that noise enters there.
+        sum_behind_outputs: it adds entries up, or moves them, on the way to the losses.
+        sum_of_a_loop: it may add up what the steps of a loop give.
+        stays_in_a_loop: all steps of a loop at once would compute more: each branch, or as many
+            iterations as the longest of them.
+        move_of_factors: what it makes of factors of its first operand, whose entries it moves.
+        additive: the sum of two operands, up to a sign.
+        scaled: the operands that it multiplies, entry by entry, by what the others give.
+        is_dot: a layer, linear in each of two operands.
+        is_convolution: a layer, linear in each of two operands.
+        looks_up: it takes rows of its first operand.
+        casts: it changes the dtype alone.
+        stops_derivatives: nothing before it has derivatives through it.
+        irreversible: reverse mode cannot cross it.
+        has_own_jvp: the user wrote its derivative, which must stay in force.
+        lacks_jvp: the user wrote a derivative that forward mode cannot use.
+        one_site: where a parameter meets data in it, it is one site whatever programs it carries.
+    """
+
+    inlined: bool = False
+    is_loop: bool = False
+    credit: AxisRule = axis_rules.join_all
+    passed_by_regions: bool = False
+    elementwise_for_regions: bool = False
+    marks_noise_points: bool = False
+    sum_behind_outputs: bool = False
+    sum_of_a_loop: bool = False
+    stays_in_a_loop: bool = False
+    move_of_factors: MoveRule | None = None
+    additive: bool = False
+    scaled: tuple[int, ...] = ()
+    is_dot: bool = False
+    is_convolution: bool = False
+    looks_up: bool = False
+    casts: bool = False
+    stops_derivatives: bool = False
+    irreversible: bool = False
+    has_own_jvp: bool = False
+    lacks_jvp: bool = False
+    one_site: bool = False
+
+    @property
+    def bilinear(self) -> bool:
+        """Whether it is a layer: linear in each of two operands."""
+        return self.is_dot or self.is_convolution
 
 
-BILINEAR = frozenset({"dot_general", "conv_general_dilated"})
-"""Layers: linear in each of two operands."""
+UNKNOWN = Facts()
+"""What is true of every primitive."""
+
+
+def facts_of(primitive: Any) -> Facts:
+    """The facts about a primitive of a jaxpr."""
+    return PRIMITIVES.get(primitive.name, UNKNOWN)
+
+
+# Their names differ between versions of jax, and some are two names for one.
+_CALLS = [
+    getattr(primitives, name)
+    for name in ("jit_p", "remat_p", "closed_call_p", "call_p")
+    if hasattr(primitives, name)
+]
+
+
+PRIMITIVES: dict[str, Facts] = {
+    # programs inside programs
+    **{primitive.name: Facts(inlined=True) for primitive in _CALLS},
+    "scan": Facts(is_loop=True),
+    "while": Facts(stays_in_a_loop=True, irreversible=True),
+    "cond": Facts(stays_in_a_loop=True),
+    "custom_jvp_call": Facts(has_own_jvp=True, one_site=True),
+    "custom_vjp_call": Facts(lacks_jvp=True),
+    "stop_gradient": Facts(stops_derivatives=True),
+    # entry by entry: sums
+    "add": Facts(
+        credit=axis_rules.elementwise,
+        passed_by_regions=True,
+        elementwise_for_regions=True,
+        sum_behind_outputs=True,
+        sum_of_a_loop=True,
+        additive=True,
+    ),
+    "add_any": Facts(
+        credit=axis_rules.elementwise,
+        passed_by_regions=True,
+        elementwise_for_regions=True,
+        sum_behind_outputs=True,
+        sum_of_a_loop=True,
+        additive=True,
+    ),
+    "sub": Facts(
+        credit=axis_rules.elementwise,
+        passed_by_regions=True,
+        elementwise_for_regions=True,
+        sum_behind_outputs=True,
+        additive=True,
+    ),
+    "neg": Facts(
+        credit=axis_rules.elementwise,
+        passed_by_regions=True,
+        sum_behind_outputs=True,
+    ),
+    # entry by entry: products and choices
+    "mul": Facts(credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0, 1)),
+    "div": Facts(credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0,)),
+    "select_n": Facts(credit=axis_rules.elementwise, elementwise_for_regions=True),
+    "pow": Facts(elementwise_for_regions=True),
+    "max": Facts(elementwise_for_regions=True),
+    "min": Facts(elementwise_for_regions=True),
+    # entry by entry: the same value, or a part of it
+    "convert_element_type": Facts(
+        credit=axis_rules.elementwise,
+        passed_by_regions=True,
+        sum_behind_outputs=True,
+        move_of_factors=moves.convert_element_type,
+        casts=True,
+    ),
+    "copy": Facts(
+        credit=axis_rules.elementwise,
+        passed_by_regions=True,
+        move_of_factors=moves.unchanged,
+    ),
+    "name": Facts(
+        credit=axis_rules.elementwise,
+        marks_noise_points=True,
+        move_of_factors=moves.unchanged,
+    ),
+    "reduce_precision": Facts(credit=axis_rules.elementwise, move_of_factors=moves.unchanged),
+    "sharding_constraint": Facts(credit=axis_rules.elementwise, move_of_factors=moves.unchanged),
+    "pvary": Facts(credit=axis_rules.elementwise, move_of_factors=moves.vary),
+    "real": Facts(credit=axis_rules.elementwise),
+    "imag": Facts(credit=axis_rules.elementwise),
+    "conj": Facts(credit=axis_rules.elementwise),
+    "complex": Facts(credit=axis_rules.elementwise),
+    "optimization_barrier": Facts(credit=axis_rules.one_to_one),
+    "device_put": Facts(credit=axis_rules.one_to_one),
+    # moves of entries
+    "reshape": Facts(
+        credit=axis_rules.reshape,
+        passed_by_regions=True,
+        sum_behind_outputs=True,
+        move_of_factors=moves.reshape,
+    ),
+    "transpose": Facts(
+        credit=axis_rules.transpose,
+        passed_by_regions=True,
+        sum_behind_outputs=True,
+        move_of_factors=moves.transpose,
+    ),
+    "squeeze": Facts(
+        credit=axis_rules.squeeze,
+        passed_by_regions=True,
+        sum_behind_outputs=True,
+        move_of_factors=moves.squeeze,
+    ),
+    "broadcast_in_dim": Facts(
+        credit=axis_rules.broadcast_in_dim,
+        passed_by_regions=True,
+        sum_behind_outputs=True,
+        move_of_factors=moves.broadcast_in_dim,
+    ),
+    "slice": Facts(credit=axis_rules.slice_, move_of_factors=moves.slice_),
+    "dynamic_slice": Facts(credit=axis_rules.dynamic_slice, move_of_factors=moves.dynamic_slice),
+    "dynamic_update_slice": Facts(credit=axis_rules.dynamic_update_slice),
+    "concatenate": Facts(credit=axis_rules.concatenate, sum_behind_outputs=True),
+    "stack": Facts(credit=axis_rules.stack, sum_behind_outputs=True),
+    "split": Facts(credit=axis_rules.split),
+    "unstack": Facts(credit=axis_rules.unstack),
+    "tile": Facts(credit=axis_rules.tile),
+    "pad": Facts(credit=axis_rules.pad),
+    "rev": Facts(credit=axis_rules.rev),
+    "sort": Facts(credit=axis_rules.along("dimension")),
+    # look-ups and updates
+    "gather": Facts(credit=axis_rules.gather, looks_up=True),
+    "scatter": Facts(one_site=True),
+    "scatter-add": Facts(credit=axis_rules.scatter_add, one_site=True),
+    "scatter-sub": Facts(one_site=True),
+    "scatter-mul": Facts(one_site=True),
+    "scatter-min": Facts(one_site=True),
+    "scatter-max": Facts(one_site=True),
+    # sums along axes, and layers
+    "reduce_sum": Facts(credit=axis_rules.reduce, sum_behind_outputs=True),
+    "cumsum": Facts(credit=axis_rules.along("axis")),
+    "reduce_window_sum": Facts(credit=axis_rules.window),
+    "select_and_gather_add": Facts(credit=axis_rules.window),
+    "fft": Facts(credit=axis_rules.fft),
+    "dot_general": Facts(credit=axis_rules.dot_general, is_dot=True),
+    "conv_general_dilated": Facts(credit=axis_rules.conv_general_dilated, is_convolution=True),
+}

@@ -5,7 +5,7 @@ closed, so both are derived from what all versions share: ranks, and `getattr(j,
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NewType, TypeAlias, TypeVar
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import source_info_util
 
+from forwax._programs.primitives import UNKNOWN, Facts, facts_of
 from forwax._tree import Tree
 
 T = TypeVar("T")
@@ -123,11 +124,20 @@ class Equation:
             source_info_util.summarize(self.origin.source_info) if self.origin is not None else ""
         )
 
-    def contains(self, *names: str) -> bool:
-        """Whether this is, or carries inside it, a primitive of one of the names."""
-        return self.name in names or any(
-            _contains(inner, names) for inner in jex.jaxprs_in_params(self.params)
-        )
+    @property
+    def facts(self) -> Facts:
+        """What is known about the primitive."""
+        return UNKNOWN if self.primitive is None else facts_of(self.primitive)
+
+    @property
+    def has_inner_programs(self) -> bool:
+        """Whether the parameters hold programs, as those of `cond` and of custom rules do."""
+        return any(True for _ in jex.jaxprs_in_params(self.params))
+
+    def contains(self, is_wanted: Callable[[Facts], bool]) -> bool:
+        """Whether something is true of this operation's facts, or of one inside it."""
+        inside = jex.jaxprs_in_params(self.params)
+        return is_wanted(self.facts) or any(_contains(inner, is_wanted) for inner in inside)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,13 +200,18 @@ def is_inexact(aval: Any) -> bool:
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """A jaxpr that may be closed, and what it closes over."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
 
-def _contains(jaxpr: Any, names: tuple[str, ...]) -> bool:
+def _contains(jaxpr: Any, is_wanted: Callable[[Facts], bool]) -> bool:
+    return any(is_wanted(facts_of(eqn.primitive)) for eqn in equations_of(jaxpr))
+
+
+def equations_of(jaxpr: Any) -> Iterator[Any]:
+    """A jaxpr's equations, those of jaxprs inside them included."""
     inside, _ = opened(jaxpr)
-    return any(
-        eqn.primitive.name in names
-        or any(_contains(inner, names) for inner in jex.jaxprs_in_params(eqn.params))
-        for eqn in inside.eqns
-    )
+    for eqn in inside.eqns:
+        yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from equations_of(inner)

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
-from jax.extend.core import primitives
 
 from forwax import _mesh
+from forwax._programs.primitives import facts_of
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -20,12 +20,7 @@ from forwax._programs.program import (
     opened,
     variables,
 )
-
-_INLINED = [
-    getattr(primitives, name)
-    for name in ("jit_p", "remat_p", "closed_call_p", "call_p")
-    if hasattr(primitives, name)  # newer jax has no call_p
-]
+from forwax._tree import Tree
 
 
 def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
@@ -42,6 +37,22 @@ def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
     types: list[Any] = []
     program = _convert(closed_jaxpr.jaxpr, types)
     return Traced(program, list(closed_jaxpr.consts), num_parameters, types, structure[0])
+
+
+def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tree]:
+    """A function that is traced once, for these arguments and others of the same types.
+
+    Returns:
+        A function that runs the trace, and the abstract values of what it returns.
+    """
+    traced, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    structure = jax.tree.structure(shapes)
+    flat = jex.jaxpr_as_fun(traced)
+
+    def run(*args: Tree) -> Tree:
+        return structure.unflatten(flat(*jax.tree.leaves(args)))
+
+    return run, structure.unflatten(traced.out_avals)
 
 
 def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) -> Program:
@@ -101,14 +112,14 @@ def _convert_equations(
     jaxpr: Any, types: list[Any], env: dict[Any, Atom], equations: list[Equation]
 ) -> None:
     for eqn in jaxpr.eqns:
-        inputs = tuple(_atom(env, var) for var in eqn.invars)
-        if eqn.primitive in _INLINED:
+        inputs, facts = tuple(_atom(env, var) for var in eqn.invars), facts_of(eqn.primitive)
+        if facts.inlined:
             outputs = _inline(eqn, inputs, types, equations)
             env.update(zip(eqn.outvars, outputs, strict=True))
             continue
         outputs = tuple(new_variable(types, var.aval) for var in eqn.outvars)
         env.update(zip(eqn.outvars, outputs, strict=True))
-        loop = _loop(eqn, types) if eqn.primitive is primitives.scan_p else None
+        loop = _loop(eqn, types) if facts.is_loop else None
         equations.append(Equation(eqn.primitive, inputs, outputs, eqn.params, loop, eqn))
 
 
@@ -133,14 +144,7 @@ def _loop(eqn: Any, types: list[Any]) -> Loop:
     )
     body, params = _convert(jaxpr, types, consts), eqn.params
     num_consts = len(ranks) - num_carry - num_xs
-    return Loop(
-        body,
-        num_consts,
-        num_carry,
-        params["length"],
-        params["reverse"],
-        params["unroll"],
-    )
+    return Loop(body, num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
 
 
 def _atom(env: dict[Any, Atom], var: Any) -> Atom:

@@ -1,9 +1,9 @@
-"""What each rule would give and cost on a user's own loss, beside backprop: error, arithmetic, memory and time."""
+"""What each rule would give and cost on a user's own loss, beside backprop."""
 
 import collections
 import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,24 +13,24 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
-from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
+from forwax._reports.diagnosis import Diagnosis
+from forwax._reports.diagnosis_row import DiagnosisRow
+from forwax._reports.programs import CompiledStep, Step, compiled
+from forwax._reports.timing import interleaved, medians
 from forwax._rule import check_count
-from forwax._rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
-from forwax._safety import Safe
+from forwax._rules import ActivityPerturbation, Backprop, Exact, Rule, WeightPerturbation
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.tangents import LowRank
 from forwax.tangents._base import typed_key
 
 EXACT_LIMIT = 1024
-"""The most parameters for which forward mode gives the reference where reverse mode does not run."""
-ALONE, BACKPROP, CHECKPOINTED = (
-    "the loss alone",
-    "jax.value_and_grad",
-    "the same with jax.checkpoint",
-)
+"""The most parameters for which forward mode gives a reference that reverse mode does not."""
+ALONE = "the loss alone"
+BACKPROP = "jax.value_and_grad"
+CHECKPOINTED = "the same with jax.checkpoint"
 _REJECTIONS = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
-Step = Callable[[Array, Problem], tuple[Array, Tree, Tree]]
+_LONGEST_ERROR = 200
 
 
 def diagnose(
@@ -43,7 +43,9 @@ def diagnose(
     draws: int = 16,
     rounds: int = 10,
 ) -> Callable[..., Diagnosis]:
-    """Measure what rules give and cost on a loss, beside `jax.value_and_grad`, and say which gradient to use.
+    """Measure what rules give and cost on a loss, and say which gradient to use.
+
+    Beside them stands `jax.value_and_grad`, with and without `jax.checkpoint`.
 
     Args:
         loss: as for `forwax.value_and_grad`.
@@ -85,56 +87,52 @@ def diagnose(
     signature = Signature(loss, argnums, has_aux, in_axes, "diagnose")
 
     def diagnose_loss(key: Any, /, *args: Any, **kwargs: Any) -> Diagnosis:
-        return _diagnose(
-            typed_key(check_key(key, "diagnose")),
-            signature,
-            named,
-            args,
-            kwargs,
-            draws,
-            rounds,
-        )
+        key = typed_key(check_key(key, "diagnose"))
+        return _diagnose(key, signature, named, args, kwargs, draws, rounds)
 
     return diagnose_loss
 
 
 def named_rules(rules: Sequence[Rule] | Mapping[str, Rule] | None, in_axes: Any) -> dict[str, Rule]:
-    """The rules by name; a name that is not given tells what differs from the rule's defaults, or counts."""
+    """The rules by name; without names each gets a label, and equal labels are counted."""
     if rules is None:
-        low_rank = LowRank()
-        rules = [
-            WeightPerturbation(),
-            WeightPerturbation(low_rank),
-            WeightPerturbation(low_rank, 8),
-        ]
-        rules += [] if in_axes is None else [ActivityPerturbation()]
+        rules = _default_rules(in_axes)
     values = rules.values() if isinstance(rules, Mapping) else rules
     listed = list(values) if isinstance(values, Iterable) else []
     if not listed or not all(isinstance(rule, Rule) for rule in listed):
         raise ValueError(
-            f"diagnose: expected one or more rules, such as [forwax.WeightPerturbation()], got "
+            "diagnose: expected one or more rules, such as [forwax.WeightPerturbation()], got "
             f"{rules!r}."
         )
-    named = (
-        dict(rules)
-        if isinstance(rules, Mapping)
-        else dict(zip(_labels(listed), listed, strict=True))
-    )
-    taken = sorted({ALONE, BACKPROP, CHECKPOINTED} & set(named))
+    names = list(rules) if isinstance(rules, Mapping) else _labels(listed)
+    taken = sorted({ALONE, BACKPROP, CHECKPOINTED} & set(names))
     if taken:
         raise ValueError(
             f"diagnose: {taken} name rows that are always there. Give these rules other names."
         )
-    return named
+    return dict(zip(names, listed, strict=True))
+
+
+def _default_rules(in_axes: Any) -> list[Rule]:
+    rules: list[Rule] = [
+        WeightPerturbation(),
+        WeightPerturbation(LowRank()),
+        WeightPerturbation(LowRank(), 8),
+    ]
+    if in_axes is not None:
+        rules.append(ActivityPerturbation())
+    return rules
 
 
 def _labels(rules: Sequence[Rule]) -> list[str]:
     """A label for each rule; equal ones are numbered."""
     labels = [label(rule) for rule in rules]
-    total, seen = collections.Counter(labels), collections.Counter[str]()
+    total = collections.Counter(labels)
+    seen = collections.Counter[str]()
     for i, text in enumerate(labels):
         seen[text] += 1
-        labels[i] = f"{text} #{seen[text]}" if total[text] > 1 else text
+        if total[text] > 1:
+            labels[i] = f"{text} #{seen[text]}"
     return labels
 
 
@@ -145,9 +143,13 @@ def label(value: Any) -> str:
     'WeightPerturbation(tangents=LowRank(), num_tangents=8)'
     """
     if not dataclasses.is_dataclass(value):
+        # Arrays and functions would fill the table.
         return repr(value) if isinstance(value, bool | int | float | str | None) else "..."
-    pairs = [(field, label(getattr(value, field.name))) for field in dataclasses.fields(value)]
-    shown = [f"{field.name}={text}" for field, text in pairs if text != label(field.default)]
+    shown = []
+    for field in dataclasses.fields(value):
+        text = label(getattr(value, field.name))
+        if text != label(field.default):
+            shown.append(f"{field.name}={text}")
     return f"{type(value).__name__}({', '.join(shown)})"
 
 
@@ -162,51 +164,40 @@ def _diagnose(
 ) -> Diagnosis:
     problem = signature.bind(args, kwargs)
     n = _tree.num_coordinates(problem.params)
-    arrays, rebuild = _split_arrays(args, kwargs)
-    prepare = lambda step: _compiled(step, signature, rebuild, key, arrays)  # noqa: E731
+
+    def prepare(step: Step) -> CompiledStep:
+        return compiled(step, signature, key, args, kwargs)
+
     alone = prepare(_evaluate)
-    value = float(alone(key, arrays)[0])  # what the loss raises is the caller's
-    programs: dict[str, Any] = {ALONE: alone}
-    errors: dict[str, str] = {}
-    estimates = {name: rule.estimate for name, rule in rules.items()}
-    for name, step in {
-        BACKPROP: _backprop,
-        CHECKPOINTED: _checkpointed,
-        **estimates,
-    }.items():
-        try:
-            program = prepare(step)
-            jax.block_until_ready(program(key, arrays))  # what is too large may compile and not run
-            programs[name] = program
-        except _REJECTIONS as error:
-            errors[name] = _shortened(error)
-    calls = {name: lambda key, f=program: f(key, arrays) for name, program in programs.items()}
-    reference, source = _reference(calls, key, n, lambda: prepare(Exact().estimate)(key, arrays)[2])
-    seconds = _interleaved(calls, key, rounds)
+    value = float(alone(key)[0])  # what the loss raises is the caller's
+    estimates: dict[str, Step] = {name: rule.estimate for name, rule in rules.items()}
+    steps = {BACKPROP: Backprop().estimate, CHECKPOINTED: _checkpointed, **estimates}
+    programs, errors = _running(steps, prepare, key)
+    reference, source = _reference(programs, prepare, key, n)
+    costs = _costs({ALONE: alone, **programs}, key, rounds)
+    costs |= {name: DiagnosisRow(name, error=error) for name, error in errors.items()}
 
-    def row(name: str, **own: Any) -> DiagnosisRow:
-        if name in errors:
-            return DiagnosisRow(name, error=errors[name], **own)
-        return DiagnosisRow(name, seconds=seconds[name], **_figures(programs[name]), **own)
+    def row(name: str, rule: Rule) -> DiagnosisRow:
+        kind: dict[str, Any] = {"unbiased": rule.unbiased, "reverse_mode": rule.reverse_mode}
+        if name not in programs:
+            return dataclasses.replace(costs[name], **kind)
+        measured = {}
+        if reference is not None:
+            measured = _accuracy(programs[name], key, reference, draws)
+        law = rule.law(problem)
+        return dataclasses.replace(costs[name], predicted_mse=law, **kind, **measured)
 
-    def rule_row(name: str, rule: Rule) -> DiagnosisRow:
-        own: dict[str, Any] = {
-            "unbiased": rule.unbiased,
-            "reverse_mode": rule.reverse_mode,
-        }
-        if name in calls:
-            own["predicted_mse"] = _law(rule, n)
-            own |= {} if reference is None else _accuracy(calls[name], key, reference, draws)
-        return row(name, **own)
-
-    exact: dict[str, Any] = {
-        "predicted_mse": 0.0,
-        "mse": (0.0, 0.0),
-        "cosine": (1.0, 0.0),
-    }
-    rows = tuple(rule_row(name, rule) for name, rule in rules.items())
-    backprop, checkpointed = row(BACKPROP, **exact), row(CHECKPOINTED, **exact)
-    return Diagnosis(row(ALONE), backprop, checkpointed, rows, n, value, source, draws)
+    exact: dict[str, Any] = {"predicted_mse": 0.0, "mse": (0.0, 0.0), "cosine": (1.0, 0.0)}
+    return Diagnosis(
+        loss=costs[ALONE],
+        backprop=dataclasses.replace(costs[BACKPROP], **exact),
+        checkpointed=dataclasses.replace(costs[CHECKPOINTED], **exact),
+        rules=tuple(row(name, rule) for name, rule in rules.items()),
+        num_parameters=n,
+        value=value,
+        reference=source,
+        draws=draws,
+    )
 
 
 def _evaluate(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
@@ -214,74 +205,59 @@ def _evaluate(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
     return value, aux, None
 
 
-def _backprop(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
-    (value, aux), grads = jax.value_and_grad(problem.objective, has_aux=True)(problem.params)
-    return value, aux, grads
-
-
 def _checkpointed(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
-    return _backprop(key, dataclasses.replace(problem, objective=jax.checkpoint(problem.objective)))
+    recomputing = dataclasses.replace(problem, objective=jax.checkpoint(problem.objective))
+    return Backprop().estimate(key, recomputing)
 
 
-def _split_arrays(
-    args: Any, kwargs: Any
-) -> tuple[list[Array], Callable[[Sequence[Array]], tuple[Any, Any]]]:
-    """The arrays of a call, to be arguments of a compiled program, and how to put them back among the rest."""
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    places = [
-        i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | np.generic)
-    ]
-
-    def rebuild(arrays: Sequence[Array]) -> tuple[Any, Any]:
-        full = list(leaves)
-        for place, array in zip(places, arrays, strict=True):
-            full[place] = array
-        return structure.unflatten(full)
-
-    return [jnp.asarray(leaves[i]) for i in places], rebuild
+def _running(
+    steps: Mapping[str, Step], prepare: Callable[[Step], CompiledStep], key: Array
+) -> tuple[dict[str, CompiledStep], dict[str, str]]:
+    """The programs of the steps that run, and of the others why they do not."""
+    programs: dict[str, CompiledStep] = {}
+    errors: dict[str, str] = {}
+    for name, step in steps.items():
+        try:
+            program = prepare(step)
+            jax.block_until_ready(program(key))  # what is too large may compile and not run
+            programs[name] = program
+        except _REJECTIONS as error:
+            errors[name] = _shortened(error)
+    return programs, errors
 
 
-def _compiled(
-    step: Step, signature: Signature, rebuild: Callable, key: Array, arrays: list[Array]
-) -> Any:
-    def program(key: Array, arrays: list[Array]) -> tuple[Array, Tree, Tree]:
-        return step(key, signature.bind(*rebuild(arrays)))
-
-    return jax.jit(program).lower(key, arrays).compile()
-
-
-def _figures(program: Any) -> dict[str, Any]:
-    """Arithmetic and memory; None where a backend does not tell."""
-    costs, memory = program.cost_analysis(), program.memory_analysis()
-    flops = costs.get("flops") if isinstance(costs, dict) else None
-    return {
-        "flops": flops,
-        "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-    }
-
-
-def _reference(calls: Mapping[str, Callable], key: Array, n: int, forward_mode: Callable) -> Any:
-    """The exact gradient and how it was found."""
-    if BACKPROP in calls:
-        return calls[BACKPROP](key)[2], "backprop"
-    if n > EXACT_LIMIT:
+def _reference(
+    programs: Mapping[str, CompiledStep],
+    prepare: Callable[[Step], CompiledStep],
+    key: Array,
+    n: int,
+) -> tuple[Tree, str | None]:
+    """The exact gradient and how it was found; None and None where it is out of reach."""
+    if BACKPROP in programs:
+        return programs[BACKPROP](key)[2], "backprop"
+    if n > EXACT_LIMIT:  # forward mode runs the loss once for each parameter
         return None, None
     try:
-        return forward_mode(), "forward mode"
+        return prepare(Exact().estimate)(key)[2], "forward mode"
     except _REJECTIONS:
         return None, None
 
 
-def _interleaved(calls: Mapping[str, Callable], key: Array, rounds: int) -> dict[str, float]:
-    """The median seconds of each program, each run before; every round runs all of them once, in a turning order."""
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name](key))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times)) for name, times in seconds.items()}
+def _costs(
+    programs: Mapping[str, CompiledStep], key: Array, rounds: int
+) -> dict[str, DiagnosisRow]:
+    """A row for each program, with its time, arithmetic and memory."""
+    calls = {name: functools.partial(program, key) for name, program in programs.items()}
+    seconds = medians(interleaved(calls, rounds))
+    return {
+        name: DiagnosisRow(
+            name,
+            flops=program.flops,
+            temporary_bytes=program.temporary_bytes,
+            seconds=seconds[name],
+        )
+        for name, program in programs.items()
+    }
 
 
 @jax.jit
@@ -294,28 +270,20 @@ def _compare(grads: Tree, reference: Tree) -> tuple[Array, Array]:
 
 
 def _accuracy(
-    call: Callable, key: Array, reference: Tree, draws: int
+    program: CompiledStep, key: Array, reference: Tree, draws: int
 ) -> dict[str, tuple[float, float]]:
-    found = np.array(
-        [_compare(call(own)[2], reference) for own in jax.random.split(key, draws)],
-        np.float64,
-    )
-    deviation = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
-    errors = deviation / math.sqrt(draws)
-    return {
-        "mse": (found[:, 0].mean(), errors[0]),
-        "cosine": (found[:, 1].mean(), errors[1]),
-    }
-
-
-def _law(rule: Rule, n: int) -> float | None:
-    """The predicted relative MSE for n parameters, None where the law counts something else or there is none."""
-    if isinstance(rule.rule if isinstance(rule, Safe) else rule, ActivityPerturbation):
-        return None
-    law = rule.relative_mse(n)
-    return law if math.isfinite(law) else None
+    """Relative squared error and cosine: means over the draws, and standard errors."""
+    keys = jax.random.split(key, draws)
+    found = np.array([_compare(program(each)[2], reference) for each in keys], np.float64)
+    means = found.mean(axis=0)  # [2]
+    deviations = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
+    errors = deviations / math.sqrt(draws)
+    return {"mse": (means[0], errors[0]), "cosine": (means[1], errors[1])}
 
 
 def _shortened(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200].rsplit(" ", 1)[0] + " ..."
+    if len(text) <= _LONGEST_ERROR:
+        return text
+    whole_words, _ = text[:_LONGEST_ERROR].rsplit(" ", 1)
+    return f"{whole_words} ..."

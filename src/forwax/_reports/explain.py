@@ -5,14 +5,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from forwax._reports.table import as_rich, as_text
 from forwax._rule import check_rule
 from forwax._rules import ActivityPerturbation, Rule
-from forwax._safety import Safe
 from forwax._signature import Signature
 from forwax._sites.credit import Credit
 from forwax._sites.model import Site, Sites
+from forwax._sites.regions import Region
 
 _COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
+_MOST_NAMES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +39,9 @@ class SiteRow:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
-        shape = "×".join(map(str, self.shape)) or "scalar"
         return (
             self.operation,
-            shape,
+            "×".join(map(str, self.shape)) or "scalar",
             f"{self.weight_noise:,}",
             f"{self.activity_noise:,}",
             self.credit,
@@ -58,29 +59,23 @@ class Explanation:
     Example:
         >>> import jax.numpy as jnp, forwax as fx
         >>> loss = lambda w, x: jnp.sum(jnp.tanh(w @ x))
-        >>> table = fx.explain(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(jnp.ones((2, 3)), jnp.ones((5, 3)))
+        >>> explain = fx.explain(loss, fx.ActivityPerturbation(), in_axes=(None, 0))
+        >>> table = explain(jnp.ones((2, 3)), jnp.ones((5, 3)))
         >>> [row.shape for row in table.rows]
         [(2,)]
     """
 
     rows: tuple[SiteRow, ...]
 
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table as text, the columns' names first."""
+        return [_COLUMNS, *(row.cells() for row in self.rows)]
+
     def __str__(self) -> str:
-        table = [_COLUMNS, *(row.cells() for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(_COLUMNS))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)).rstrip()
-            for cells in table
-        ]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        return as_text(self.cells())
 
     def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table(*_COLUMNS)
-        for row in self.rows:
-            table.add_row(*row.cells())
-        return table
+        return as_rich(self.cells())
 
 
 def explain(
@@ -111,66 +106,79 @@ def explain(
         ...     return jnp.sum(jnp.tanh(jnp.tanh(x @ w["a"] + w["b"]) @ w["c"]))
         >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 4))}
         >>> table = fx.explain(loss, in_axes=(None, 0))(params, jnp.ones((5, 2)))
-        >>> [(row.operation, row.weight_noise, row.activity_noise, row.credit) for row in table.rows]
-        [('dot_general + add', 9, 3, 'one slope per example'), ('dot_general', 12, 4, 'exact
-        error')]
+        >>> for row in table.rows:
+        ...     row.operation, row.weight_noise, row.activity_noise, row.credit
+        ('dot_general + add', 9, 3, 'one slope per example')
+        ('dot_general', 12, 4, 'exact error')
     """
     signature = Signature(loss, argnums, has_aux, in_axes, "explain", keyed=False)
     check_rule("explain", rule)
 
-    inner = rule.rule if isinstance(rule, Safe) else rule
-
     def explain_loss(*args: Any, **kwargs: Any) -> Explanation:
-        find = getattr(inner, "sites", ActivityPerturbation().sites)
-        sites = find(signature.bind(args, kwargs))
-        shared = getattr(inner, "memory", "keep") == "shared"
-        return Explanation(tuple(_row(site, sites, shared) for site in sites.places))
+        problem = signature.bind(args, kwargs)
+        sites = rule.sites(problem)
+        if sites is None:
+            sites = ActivityPerturbation().sites(problem)
+        is_shared = getattr(rule.inner, "memory", "keep") == "shared"
+        return Explanation(tuple(_row(site, sites, is_shared) for site in sites.places))
 
     return explain_loss
 
 
-def _row(site: Site, sites: Sites, shared: bool) -> SiteRow:
-    region = site.region
-    operation = _shortened([equation.name for equation in region.equations])
-    if region.promoted:
-        origin = region.equations[0].origin
-        operation = (
-            f"weight noise ({origin.primitive.name})" if origin is not None else "weight noise"
-        )
+def _row(site: Site, sites: Sites, is_shared: bool) -> SiteRow:
     entering = sum(math.prod(shape) for shape in sites.parameter_shapes(site))
-    where = next((equation.source for equation in region.equations if equation.source), "")
-    return SiteRow(operation, site.shape, entering, site.size, _credit(site, sites, shared), where)
+    sources = [equation.source for equation in site.region.equations if equation.source]
+    return SiteRow(
+        operation=_operation(site.region),
+        shape=site.shape,
+        weight_noise=entering,
+        activity_noise=site.size,
+        credit=_credit(site, sites, is_shared),
+        where=sources[0] if sources else "",
+    )
 
 
-def _shortened(names: Sequence[str]) -> str:
+def _operation(region: Region) -> str:
     """The names of a region's operations, those in the middle counted if there are many."""
-    shown = names if len(names) <= 6 else [*names[:2], f"{len(names) - 3} more", names[-1]]
-    return " + ".join(shown)
+    if region.promoted:
+        # Noise enters at the parameter, and one equation stands for all that use it.
+        origin = region.equations[0].origin
+        return "weight noise" if origin is None else f"weight noise ({origin.primitive.name})"
+    names = [equation.name for equation in region.equations]
+    if len(names) > _MOST_NAMES:
+        names = [*names[:2], f"{len(names) - 3} more", names[-1]]
+    return " + ".join(names)
 
 
-def _credit(site: Site, sites: Sites, shared: bool) -> str:
+def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
+    """What multiplies a site's noise: how far its slopes are told apart, and of which losses."""
     if site.exact:
         return "exact error"
-    own = sites.credit.get(site.variable, ())
-    parts = len(sites.sources.starts) if sites.sources is not None else 1
-    along = [] if shared else _along(own)
-    if sites.num_examples is None:
-        alone = not along and (shared or len(own) in (0, parts))
-        text = "one slope for the batch: pass in_axes" if alone else "one slope"
+    by_source = sites.credit.get(site.variable, ())
+    num_parts = 1 if sites.sources is None else len(sites.sources.starts)
+    hears_all = len(by_source) in (0, num_parts)
+    along = [] if is_shared else _along(by_source)
+    if sites.num_examples is not None:
+        each = site.mapped and not is_shared
+        text = "one slope per example" if each else "one slope for all examples"
+    elif not along and (is_shared or hears_all):
+        text = "one slope for the batch: pass in_axes"
     else:
-        text = (
-            "one slope per example" if site.mapped and not shared else "one slope for all examples"
-        )
+        text = "one slope"
     text += "".join(along)
-    count = site.reach.bit_count()
     if sites.num_losses > 1:
-        return f"{text}, {count} of {sites.num_losses} losses"
-    return text if len(own) in (0, parts) else f"{text}, {len(own)} of {parts} parts of the loss"
+        return f"{text}, {site.reach.bit_count()} of {sites.num_losses} losses"
+    if hears_all:
+        return text
+    return f"{text}, {len(by_source)} of {num_parts} parts of the loss"
 
 
-def _along(own: Sequence[Credit]) -> list[str]:
+def _along(by_source: Sequence[Credit]) -> list[str]:
     """The axes of the site's value along which its slopes are told apart, whatever the source."""
-    links = [{(x.axis, x.inner) for _, x in credit.links if x.size > 1} for credit in own]
+    links = [
+        {(link.axis, link.inner) for _, link in credit.links if link.size > 1}
+        for credit in by_source
+    ]
     common = sorted(set.intersection(*links)) if links else []
     return [
         f" and position of axis {axis}" if inner == 1 else f" and {inner} positions of axis {axis}"

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values
 from forwax._programs.order import behind
 from forwax._programs.program import Variable
+from forwax._pushforward import over_tangents
 from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
@@ -211,8 +212,8 @@ class ActivityPerturbation(Rule):
 
     def _source(self, key: Array, sites: Sites) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
-        tangents = self.tangents
-        is_independent = isinstance(tangents, IndependentTangents) and not tangents.joint
+        tangents = cast(IndependentTangents, self.tangents)
+        is_independent = tangents.one_by_one and not tangents.joint
         if not is_independent or not tangents.coordinatewise:
             # The axis of the outermost loop lies behind [k], or [k, examples].
             has_examples = sites.num_examples is not None
@@ -232,8 +233,8 @@ class ActivityPerturbation(Rule):
         """
         total = keep.assemble(sites, out.records, keep.output_errors(sites, out.records))
 
-        def pulled_back(noise: Values) -> Tree:
-            return keep.assemble(sites, out.records, jax.tree.map(jnp.conj, noise))
+        def pulled_back(noise: Values) -> tuple[Tree, None]:
+            return keep.assemble(sites, out.records, jax.tree.map(jnp.conj, noise)), None
 
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             pairs = zip(sites.noisy, noise, strict=True)
@@ -241,7 +242,7 @@ class ActivityPerturbation(Rule):
             first = next(site for site in sites.noisy if site.reach == mask)
             shared = dataclasses.replace(first, mapped=False, axes=over)
             slopes = _credited(shared, out.slopes, sites)
-            gradients = _each(pulled_back, of_mask, self.num_tangents)
+            gradients, _ = over_tangents(pulled_back, of_mask, self.num_tangents)
             total = _plus(total, slopes * self._scale(sites, first), gradients)
         return total
 
@@ -257,6 +258,10 @@ class ActivityPerturbation(Rule):
         law = max(self.tangents.relative_mse(n, k), 0)
         return 1 / (k * (1 + law))
 
+    def law(self, problem: Problem) -> float | None:
+        """None: each slope's error grows with the noise that shares it, a number for each site."""
+        return None
+
     def relative_mse(self, n: int) -> float:
         """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
         mean = self.tangents.relative_mse(n, self.num_tangents)
@@ -267,9 +272,7 @@ class ActivityPerturbation(Rule):
         return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
 
 
-def selection(
-    where: str | Callable[[str], bool] | None,
-) -> Callable[[str], bool] | None:
+def selection(where: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
     """A predicate of a parameter's path."""
     if isinstance(where, str):
         return lambda path: re.search(where, path) is not None
@@ -331,14 +334,6 @@ def _weighted(slopes: Array, noise: Array) -> Array:
         return jnp.sum(slopes * wide, axis=0)
     # Term by term: a sum over the leading axis of a product runs many times slower on CPU.
     return functools.reduce(jnp.add, (slopes[j] * wide[j] for j in range(num_tangents)))
-
-
-def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
-    """The gradients of k noises [k, ...]."""
-    if num_tangents == 1:
-        only = {v: x[0] for v, x in noise.items()}
-        return jax.tree.map(lambda x: x[None], pull(only))
-    return jax.vmap(pull)(noise)
 
 
 def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:

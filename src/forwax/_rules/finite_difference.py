@@ -13,12 +13,13 @@ from jax import Array, lax
 
 from forwax import _mesh, _tree
 from forwax._assemble import Assembly
-from forwax._pushforward import is_concrete, scan_with_aux
+from forwax._directions.formed import Formed
+from forwax._pushforward import in_turn, is_concrete
 from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
-from forwax.tangents import IndependentTangents, Rademacher, Tangents
+from forwax.tangents import Rademacher, Tangents
 from forwax.tangents._base import sampler
 
 
@@ -74,60 +75,75 @@ class FiniteDifference(Rule):
         check_directions("FiniteDifference", self.tangents, self.combine)
         check_shared("FiniteDifference", self.tangents)
         self._check_step(problem.params)
-        k, key_axes = self.num_tangents, _mesh.axes(key)
+        k = self.num_tangents
+        key_axes = _mesh.axes(key)
         assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
-        draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
 
-        def evaluate(index: Array) -> tuple[tuple[Array, Array], Tree]:
+        def source(key: Array) -> Callable[[Array], Tree]:
+            return sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
+
+        directions = Formed(problem.objective, point, source)
+        draw = directions.sampler(key)
+
+        def evaluate(_: None, index: Array) -> tuple[None, tuple[Array, Array], Tree]:
             tangent = jax.tree.map(lambda x: x[0], draw(index[None]))
-            return self._slope(problem, point, tangent)
+            value, slope, aux = self._slope(problem, point, tangent)
+            return None, (value, slope), aux
 
-        (values, slopes), aux = _each(evaluate, jnp.arange(k), is_concrete(point))
-        if self.combine.joint or not isinstance(self.tangents, IndependentTangents):
-            total = assembly.add(assembly.start(), slopes, draw(jnp.arange(k)))
+        # backwards, so that the aux is that of the first evaluation
+        as_scan = not directions.is_concrete
+        _, (values, slopes), aux = in_turn(
+            evaluate, None, jnp.arange(k), as_scan=as_scan, reverse=True
+        )
+        if self.combine.joint or not self.tangents.one_by_one:
+            drawn = draw(jnp.arange(k))
+            total = directions.assemble(assembly.weights(slopes, drawn), drawn)
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it
             # would be stored. Behind one barrier both vary over the same mesh axes, and the key
             # must keep its own.
             again, _ = lax.optimization_barrier((key, _mesh.reduced(slopes, key_axes)))
-            redraw = sampler(self.tangents, again, problem.params, k)
-            total = _sum(
-                lambda j, total: assembly.add(total, slopes[j][None], redraw(j[None])),
-                k,
-                assembly.start(),
-            )
+            redraw = directions.sampler(again)
+
+            def add(j: Array, total: Tree) -> Tree:
+                drawn = redraw(j[None])
+                return directions.add(total, assembly.weights(slopes[j][None], drawn), drawn)
+
+            total = assembly.start()
+            total = add(jnp.asarray(0), total) if k == 1 else lax.fori_loop(0, k, add, total)
         return jnp.mean(values), aux, assembly.finish(total, k)
 
     def _check_step(self, params: Tree) -> None:
-        for leaf in jax.tree.leaves(params) if isinstance(self.epsilon, int | float) else []:
+        if not isinstance(self.epsilon, int | float):
+            return
+        for leaf in jax.tree.leaves(params):
             least = float(jnp.finfo(leaf.dtype).eps)
             if not self.epsilon >= least:
                 raise ValueError(
                     f"FiniteDifference: expected epsilon of at least {least} for parameters in "
-                    f"{leaf.dtype}, got "
-                    f"{self.epsilon}: a parameter of 1 would not move by it. Pass "
-                    f"epsilon={8 * least:.2g}, or keep the "
-                    "parameters in float32."
+                    f"{leaf.dtype}, got {self.epsilon}: a parameter of 1 would not move by it. "
+                    f"Pass epsilon={8 * least:.2g}, or keep the parameters in float32."
                 )
 
-    def _slope(
-        self, problem: Problem, point: Tree, tangent: Tree
-    ) -> tuple[tuple[Array, Array], Tree]:
-        def side(sign: Array) -> tuple[Array, Tree]:
+    def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[Array, Array, Tree]:
+        """The mean of both sides' values, their central difference, and the first side's aux."""
+
+        def side(_: None, sign: Array) -> tuple[None, Array, Tree]:
             step = sign * self.epsilon
-            return problem.objective(
-                jax.tree.map(
-                    lambda x, v: x + step.astype(x.dtype) * v,
-                    point,
-                    tangent,
-                )
-            )
 
-        values, aux = _each(side, jnp.array([1.0, -1.0]), is_concrete((point, tangent)))
+            def shifted(x: Array, v: Array) -> Array:
+                return x + step.astype(x.dtype) * v
+
+            value, aux = problem.objective(jax.tree.map(shifted, point, tangent))
+            return None, value, aux
+
+        signs = jnp.array([1.0, -1.0])
+        as_scan = not is_concrete((point, tangent))
+        _, values, aux = in_turn(side, None, signs, as_scan=as_scan, reverse=True)
         wide = values.astype(_tree.accumulation_dtype(values.dtype))
         slope = (wide[0] - wide[1]) / (2 * jnp.asarray(self.epsilon, wide.dtype))
-        return (jnp.mean(values), slope), aux
+        return jnp.mean(values), slope, aux
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates of the parameters and ε → 0."""
@@ -139,24 +155,3 @@ class FiniteDifference(Rule):
         """As for `WeightPerturbation`."""
         self.tangents.check(n, self.num_tangents)
         return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
-
-
-def _sum(add: Callable[[Array, Tree], Tree], k: int, start: Tree) -> Tree:
-    return add(jnp.asarray(0), start) if k == 1 else lax.fori_loop(0, k, add, start)
-
-
-def _each(
-    evaluate: Callable[[Array], tuple[Tree, Tree]], xs: Array, concrete: bool
-) -> tuple[Tree, Tree]:
-    """Evaluate one after the other, tracing once; outside a trace a Python loop, so that the loss may branch on values.
-
-    Returns the stacked first outputs, and the second output of the first evaluation.
-    """
-    if concrete:
-        out, aux = evaluate(xs[0])
-        outputs = [out, *(evaluate(x)[0] for x in xs[1:])]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), aux
-    _, stacked, aux = scan_with_aux(
-        lambda _, x: (None, *evaluate(x)), None, xs, reverse=True
-    )  # the first comes last
-    return stacked, aux

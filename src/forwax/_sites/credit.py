@@ -16,15 +16,7 @@ from jax import Array
 
 from forwax._programs.axes import Factor, Link, Shape, back
 from forwax._programs.dataflow import mapped_variables
-from forwax._programs.program import (
-    Atom,
-    Constant,
-    Equation,
-    Loop,
-    Program,
-    Traced,
-    Variable,
-)
+from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Traced, Variable
 
 Tag: TypeAlias = tuple[int, int]
 """A source's number and one of its axes, or -1: whether it is reached at all."""
@@ -69,8 +61,7 @@ class Credit:
                 total = jnp.take(total, jnp.array([link.offset]), axis=lead + axis)
         own = {axis: link for axis, link in self.links if link.size > 1}
         total = jnp.sum(
-            total,
-            axis=tuple(lead + axis for axis in range(len(self.shape)) if axis not in own),
+            total, axis=tuple(lead + axis for axis in range(len(self.shape)) if axis not in own)
         )
         kept, order = sorted(own), sorted(own, key=lambda axis: own[axis].axis)
         total = jnp.transpose(total, (*range(lead), *(lead + kept.index(axis) for axis in order)))
@@ -175,13 +166,7 @@ class _Follower:
                 )
 
     def back(
-        self,
-        equation: Equation,
-        position: int,
-        output: int,
-        link: Link,
-        shapes: Any,
-        outs: Any,
+        self, equation: Equation, position: int, output: int, link: Link, shapes: Any, outs: Any
     ) -> Link:
         return None if link is None else back(equation, position, output, link, shapes, outs)
 
@@ -202,8 +187,7 @@ class _Follower:
         for position, (atom, inner) in enumerate(zip(equation.inputs, body.inputs, strict=True)):
             links = self.links.get(inner, {})
             self.meet(
-                atom,
-                {t: _outside(x) for t, x in links.items()} if position >= last else links,
+                atom, {t: _outside(x) for t, x in links.items()} if position >= last else links
             )
 
     def shape(self, atom: Atom) -> Shape:

@@ -107,12 +107,7 @@ class Held:
 
 
 def draw_noise(
-    sites: Sites,
-    tangents: Tangents,
-    key: Array,
-    num_tangents: int,
-    *,
-    own_slopes: bool = True,
+    sites: Sites, tangents: Tangents, key: Array, num_tangents: int, *, own_slopes: bool = True
 ) -> list[Array]:
     """The noise [k, *spec] of all noisy sites.
 

@@ -9,20 +9,10 @@ from jax import Array
 
 from forwax._programs.dataflow import Reach, equation_reach
 from forwax._programs.evaluate import bind, read
-from forwax._programs.primitives import ADDITIVE, MOVES
-from forwax._programs.program import (
-    Atom,
-    Constant,
-    Equation,
-    Program,
-    Variable,
-    variables,
-)
+from forwax._programs.program import Atom, Constant, Equation, Program, Variable, variables
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Kinds, Level
 from forwax._sites.regions import Region
-
-_SUMS = ADDITIVE | MOVES | {"concatenate", "stack", "reduce_sum", "neg"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,11 +52,7 @@ def make_tail(level: Level, kinds: Kinds, reach: Reach, num_losses: int) -> Tail
 
 
 def tail_from(
-    program: Program,
-    starts: tuple[Variable, ...],
-    inside: Callable,
-    reach: Reach,
-    num_losses: int,
+    program: Program, starts: tuple[Variable, ...], inside: Callable, reach: Reach, num_losses: int
 ) -> Tail:
     """The tail from the starts on, along the equations that are inside."""
     reached, equations = set(starts), []
@@ -89,7 +75,7 @@ def tail_from(
 
 
 def is_crossed(equation: Equation, reach: Reach) -> bool:
-    return equation_reach(equation, reach) != 0 and equation.name != "stop_gradient"
+    return equation_reach(equation, reach) != 0 and not equation.facts.stops_derivatives
 
 
 def output_regions(level: Level, tail: Tail) -> list[Region]:
@@ -122,17 +108,17 @@ def is_sum(equation: Equation, kinds: Kinds) -> bool:
     if Kind.PARAMETER in entering or equation.primitive is None:
         return False
     mixed = [atom in equation.variables and kinds[atom] is Kind.MIXED for atom in equation.inputs]  # type: ignore[index]
-    scaled = sum(mixed) == 1 and (equation.name == "mul" or (equation.name == "div" and mixed[0]))
-    return equation.name in _SUMS or scaled
+    scaled = sum(mixed) == 1 and mixed.index(True) in equation.facts.scaled
+    return equation.facts.sum_behind_outputs or scaled
 
 
 def _is_barrier(equation: Equation, kinds: Kinds, noised: set[Variable]) -> bool:
     """Whether an error that crosses here would need a parameter; a sum passes it on as it is."""
     inputs = equation.variables
     weights = [v for v in inputs if kinds[v] is Kind.PARAMETER or v in noised]
-    if equation.loop is not None or equation.contains("while"):
+    if equation.loop is not None or equation.contains(lambda facts: facts.irreversible):
         return True
-    if equation.primitive is None or equation.name in ADDITIVE or not weights:
+    if equation.primitive is None or equation.facts.additive or not weights:
         return False
     return _meets_data(equation.inputs, kinds, noised)
 

@@ -10,7 +10,6 @@ from jax import Array
 from forwax import _mesh
 from forwax._programs.axes import Factor, back
 from forwax._programs.dataflow import Reach
-from forwax._programs.primitives import BILINEAR
 from forwax._programs.program import Constant, Equation, Traced, Variable, variables
 from forwax._programs.tracing import trace
 from forwax._sites.credit import Credit, credits_of
@@ -54,7 +53,7 @@ def _may_gain(sites: Sites, source: Variable) -> bool:
     if region is None:
         return bool(links)
     equation, *more = region.equations
-    if more or equation.name not in BILINEAR:
+    if more or not equation.facts.bilinear:
         return bool(links)
     shapes = [
         tuple(sites.traced.types[v].shape) for v in equation.inputs if not isinstance(v, Constant)

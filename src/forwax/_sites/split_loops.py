@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from forwax._programs.evaluate import evaluate, read
-from forwax._programs.primitives import ADDITIVE
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -26,8 +25,6 @@ from forwax._programs.program import (
     variables,
 )
 from forwax._programs.tracing import renamed_inputs, retrace
-
-_SUMS = ADDITIVE - {"sub"}
 
 
 def split_loops(traced: Traced, is_site: Callable[[Equation], bool]) -> Traced:
@@ -88,7 +85,7 @@ def _parts(loop: Loop, is_site: Callable[[Equation], bool]) -> _Parts | None:
         else:
             taken.append(equation)
     gained = any(is_site(equation) for equation in taken)
-    if not gained or any(equation.contains("cond", "while") for equation in taken):
+    if not gained or any(e.contains(lambda facts: facts.stays_in_a_loop) for e in taken):
         return None
     return _Parts(tuple(reversed(kept)), tuple(reversed(taken)), sums)
 
@@ -106,10 +103,10 @@ def _sums(loop: Loop) -> tuple[dict[int, Variable], list[Equation]]:
         while len(readers.get(carry, [])) == 1 and carry not in outputs:
             equation = readers[carry][0]
             chain.append(equation)
-            if equation.name != "convert_element_type":  # a weak type becomes a strong one
+            if not equation.facts.casts:  # a weak type becomes a strong one
                 break
             carry = equation.outputs[0]
-        if chain and chain[-1].name in _SUMS and chain[-1].outputs[0] == body.outputs[i]:
+        if chain and chain[-1].facts.sum_of_a_loop and chain[-1].outputs[0] == body.outputs[i]:
             others = [v for v in chain[-1].variables if v != carry]
             if (
                 len(others) == 1
@@ -183,10 +180,7 @@ def _added(start: Any, steps: Any) -> Any:
 
 
 def _stacked(
-    behind: dict[Variable, Any],
-    variable: Variable,
-    fixed: dict[Variable, Any],
-    loop: Loop,
+    behind: dict[Variable, Any], variable: Variable, fixed: dict[Variable, Any], loop: Loop
 ) -> Any:
     """What is added in each step, for all steps."""
     if variable in behind:

@@ -1,4 +1,4 @@
-"""The command `forwax`: finds the subcommand and imports it alone, so that the others cost nothing."""
+"""The command `forwax`: finds the subcommand and imports it alone; the others cost nothing."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "train": (
-        "forwax.lab.train.command",
+        "forwax.lab.commands.train",
         "TrainOptions",
         "train a model on real data, by default without backpropagation",
     ),
     "compare": (
-        "forwax.lab.compare.command",
+        "forwax.lab.commands.compare",
         "CompareOptions",
         "train the same model by several rules, side by side",
     ),
     "diagnose": (
-        "forwax.lab.diagnose",
+        "forwax.lab.commands.diagnose",
         "DiagnoseOptions",
         "measure what rules give and cost, and say which to use",
     ),
     "optimize": (
-        "forwax.lab.optimize.command",
+        "forwax.lab.commands.optimize",
         "OptimizeOptions",
         "minimise a test function by backprop and without it",
     ),
     "reproduce": (
-        "forwax.lab.ren2023.command",
+        "forwax.lab.commands.reproduce",
         "ReproduceOptions",
         "run a paper's experiments, ours beside the paper's",
     ),
     "data": (
-        "forwax.lab.data.command",
+        "forwax.lab.commands.data",
         "DataOptions",
         "fetch, verify and cache a data set, or say where it is",
     ),
@@ -98,7 +98,7 @@ def _run(name: str, words: list[str]) -> int:
         import tyro
 
         from forwax.lab.data import DataError
-        from forwax.lab.settings import UsageError
+        from forwax.lab.flags import UsageError
 
         module_name, options_name, _ = COMMANDS[name]
         module: Any = import_module(module_name)

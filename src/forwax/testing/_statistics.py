@@ -53,9 +53,7 @@ def sampler(
         )
         # The variance of all draws: within the chunks plus between their means.
         return Moments(
-            means.mean(0),
-            np.sqrt(variances.mean(0) + means.var(0)),
-            num_chunks * _CHUNK,
+            means.mean(0), np.sqrt(variances.mean(0) + means.var(0)), num_chunks * _CHUNK
         )
 
     return in_chunks if jit else one_by_one

@@ -85,12 +85,7 @@ def assert_contract(
 
 
 def _check_value(
-    out: Any,
-    loss: Callable,
-    args: Sequence[Any],
-    has_aux: bool,
-    in_axes: Any,
-    tolerance: float,
+    out: Any, loss: Callable, args: Sequence[Any], has_aux: bool, in_axes: Any, tolerance: float
 ) -> None:
     def own(*args: Any) -> Array:
         result = loss(*args)
@@ -130,8 +125,7 @@ def _same(left: Tree, right: Tree, tolerance: float, broken: str) -> None:
         limit = tolerance * max(1e-6, float(np.abs(x).max(initial=0)))
         worst = float(np.abs(x - y).max(initial=0))
         _expect(
-            worst <= limit or np.array_equal(x, y, equal_nan=True),
-            f"{broken} (by {worst:.3g})",
+            worst <= limit or np.array_equal(x, y, equal_nan=True), f"{broken} (by {worst:.3g})"
         )
 
 

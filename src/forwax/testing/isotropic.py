@@ -87,12 +87,7 @@ def assert_isotropic(
             f"max_draws={max_draws}. Raise max_draws or tolerance."
         )
     drawn = draw(jax.random.fold_in(key, 2), num_draws)
-    _compare(
-        drawn,
-        np.concatenate([np.ones(checks), np.eye(n).ravel()]),
-        fail,
-        _rounding(like),
-    )
+    _compare(drawn, np.concatenate([np.ones(checks), np.eye(n).ravel()]), fail, _rounding(like))
     return drawn.num_draws
 
 

@@ -7,8 +7,7 @@ import jax
 from jax import Array, lax
 
 from forwax._programs.evaluate import Values, bind, read
-from forwax._programs.primitives import BILINEAR
-from forwax._programs.program import Atom, Constant, Equation, Variable, variables
+from forwax._programs.program import Atom, Constant, Equation, Variable
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Kinds, Level, LoopPlan
 from forwax._sites.model import Sites
@@ -117,12 +116,12 @@ def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values)
 
     carry, (ys, twins) = loop.scan(step, first_carry, (scanned, known(scanned_pairs)))
     feedback.update({outer: twins[inner] for outer, inner in plan.stacked.items()})
-    feedback.update(known(list(plan.kept.items())))
+    feedback.update(known(list(plan.unchanged.items())))
     return [*carry, *ys]
 
 
 def _is_product_with_a_parameter(equation: Equation, kinds: Kinds) -> bool:
-    if equation.name not in BILINEAR or kinds[equation.outputs[0]] is not Kind.MIXED:
+    if not equation.facts.bilinear or kinds[equation.outputs[0]] is not Kind.MIXED:
         return False
     return any(kinds[v] is Kind.PARAMETER for v in equation.variables)
 

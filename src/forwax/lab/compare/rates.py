@@ -1,4 +1,4 @@
-"""The learning rate of each rule, found on the same budget: equally many candidates of equally many steps.
+"""The learning rate of each rule, found on the same budget: as many candidates and steps.
 
 The first candidates are s and √10·s, where s is the suggested rate, which is the safe end. Each
 further one goes √10 beyond the best rate where that lies at an edge, else into the wider of the two
@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-Edge = Literal["lower", "upper"] | None
 Candidate = dict[str, Any]
-"""One candidate as JSON: learning_rate, validation_loss (None where the run turned non-finite), steps."""
+"""As JSON: learning_rate, steps, and validation_loss, None where the run turned non-finite."""
+
+Tried = list[tuple[float, float]]
+"""Pairs of (rate, validation loss), the loss infinite where the run turned non-finite."""
 
 FACTOR = math.sqrt(10)
 
 
-def next_rate(tried: list[tuple[float, float]], suggested: float) -> float:
+def next_rate(tried: Tried, suggested: float) -> float:
     """Choose the next candidate.
 
     Args:
-        tried: pairs of (rate, validation loss), the loss infinite where the run turned non-finite.
+        tried: what the earlier ones gave.
         suggested: the suggested rate.
 
     >>> round(next_rate([(1.0, 0.5), (3.0, 0.2), (10.0, 0.4)], suggested=1.0), 2)
@@ -44,7 +46,7 @@ def next_rate(tried: list[tuple[float, float]], suggested: float) -> float:
     return math.sqrt(rates[low] * rates[low + 1])
 
 
-def best_rate(tried: list[tuple[float, float]]) -> float:
+def best_rate(tried: Tried) -> float:
     """Give the rate of the least loss; the smallest rate where several are equal.
 
     >>> best_rate([(1.0, 0.5), (3.0, float("inf"))])
@@ -53,7 +55,7 @@ def best_rate(tried: list[tuple[float, float]]) -> float:
     return min(tried, key=lambda pair: (pair[1], pair[0]))[0]
 
 
-def edge_of(tried: list[tuple[float, float]]) -> Edge:
+def edge_of(tried: Tried) -> str | None:
     """Say whether the best rate is the smallest or the largest of those tried.
 
     >>> edge_of([(1.0, 0.5), (3.0, 0.2), (10.0, 0.4)]) is None, edge_of([(1.0, 0.5), (3.0, 0.2)])
@@ -84,15 +86,12 @@ def search(
     return found
 
 
-def pairs(candidates: list[Candidate]) -> list[tuple[float, float]]:
+def pairs(candidates: list[Candidate]) -> Tried:
     """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
-    return [
-        (
-            each["learning_rate"],
-            math.inf if each["validation_loss"] is None else each["validation_loss"],
-        )
-        for each in candidates
-    ]
+    losses = [each["validation_loss"] for each in candidates]
+    rates = [each["learning_rate"] for each in candidates]
+    infinite = [math.inf if loss is None else loss for loss in losses]
+    return list(zip(rates, infinite, strict=True))
 
 
 def edge_note(candidates: list[Candidate]) -> str | None:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forwax.lab.ren2023.columns import RULES
-from forwax.lab.ren2023.entries import Entry
-from forwax.lab.settings import UsageError
-from forwax.lab.train.runs import CONFIG, SUMMARY
+from forwax.lab.catalogue.columns import RULES
+from forwax.lab.catalogue.names import Entry
+from forwax.lab.flags import UsageError
+from forwax.lab.training.folder import SUMMARY, Run
 
 
 def folder_of(column: Path, entry: Entry, seed: int) -> Path:
@@ -34,28 +34,22 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[d
     """
     found: dict[Entry, dict[int, dict[str, Any]]] = {}
     for path in column.glob(f"*/{SUMMARY}"):
-        entry, seed = _read_name(path.parent.name)
-        config = json.loads((path.parent / CONFIG).read_text())
-        if entry is not None and config["data_checksum"] == checksum:
+        config = Run.open(path.parent).config
+        read = _read_name(path.parent.name)
+        if read is not None and config["data_checksum"] == checksum:
+            entry, seed = read
             summary = json.loads(path.read_text()) | {"learning_rate": config["learning_rate"]}
             found.setdefault(entry, {})[seed] = summary
-    entries = sorted(
-        found,
-        key=lambda entry: (
-            RULES.index(entry.rule),
-            entry.num_tangents or 1,
-            entry.name,
-        ),
-    )
-    return entries, {
-        entry.name: [found[entry][seed] for seed in sorted(found[entry])] for entry in entries
-    }
+    place = lambda entry: (RULES.index(entry.rule), entry.num_tangents or 1, entry.name)  # noqa: E731
+    entries = sorted(found, key=place)
+    results = {entry.name: [run for _, run in sorted(found[entry].items())] for entry in entries}
+    return entries, results
 
 
-def _read_name(name: str) -> tuple[Entry | None, int]:
-    """The row and the seed that a folder's name tells; no row for other folders."""
+def _read_name(name: str) -> tuple[Entry, int] | None:
+    """The row and the seed that a folder's name tells; None for other folders."""
     row, _, seed = name.rpartition("-")
     try:
-        return (Entry.parse(row.replace("_", ":")), int(seed)) if seed.isdecimal() else (None, 0)
+        return (Entry.parse(row.replace("_", ":")), int(seed)) if seed.isdecimal() else None
     except UsageError:
-        return None, 0
+        return None

@@ -1,0 +1,95 @@
+"""Tables for people: plain text, or rich's where rich prints; and numbers with units."""
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+Cells = Sequence[Sequence[str]]
+"""The rows of a table as text, the columns' names first."""
+
+_PREFIXES = ("n", "µ", "m", "", "k", "M", "G", "T", "P")
+_BINARY_PREFIXES = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def as_text(cells: Cells, numbers: Collection[int] = ()) -> str:
+    """The table in plain text; the columns of numbers stand at the right.
+
+    >>> print(as_text([("site", "size"), ("tanh", "8")], numbers=[1]))
+    site  size
+    ----  ----
+    tanh     8
+    """
+    columns = []
+    for i, column in enumerate(zip(*cells, strict=True)):
+        width = max(map(len, column))
+        pad = str.rjust if i in numbers else str.ljust
+        name, *rest = [pad(text, width) for text in column]
+        rule = "-" * width
+        columns.append([name, rule, *rest])
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def as_rich(
+    cells: Cells,
+    numbers: Collection[int] = (),
+    notes: Sequence[str] = (),
+    conclusion: str | None = None,
+) -> Any:
+    """What rich prints: the table, and below it the notes and a conclusion that stands out."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    names, *rows = cells
+    table = Table()
+    for i, name in enumerate(names):
+        side = "right" if i in numbers else "left"
+        table.add_column(name, justify=side)
+    for row in rows:
+        # As `Text`, since a "[" in a plain string opens rich's markup.
+        table.add_row(*map(Text, row))
+    below = [Text(note) for note in notes]
+    if conclusion is not None:
+        below.append(Text(conclusion, style="bold"))
+    return Group(table, *below)
+
+
+def plus_minus(mean: float, error: float) -> str:
+    """A mean and its standard error; the mean alone where nothing varied.
+
+    >>> plus_minus(31.26, 0.54), plus_minus(1.0, 0.0)
+    ('31.3 ± 0.5', '1')
+    """
+    if error == 0:
+        return f"{mean:,.3g}"
+    return f"{mean:,.3g} ± {error:,.1g}"
+
+
+def with_prefix(number: float, unit: str) -> str:
+    """A number with three digits and an SI prefix.
+
+    >>> with_prefix(1.5e9, "FLOP"), with_prefix(2.5e-3, "s"), with_prefix(0, "s")
+    ('1.5 GFLOP', '2.5 ms', '0 s')
+    """
+    power = 0
+    if number != 0:
+        power = math.floor(math.log10(abs(number)) / 3)
+        power = min(max(power, -3), 5)
+    prefix = _PREFIXES[power + 3]
+    scaled = number / 1000**power
+    return f"{scaled:.3g} {prefix}{unit}"
+
+
+def with_binary_prefix(count: int) -> str:
+    """A number of bytes.
+
+    >>> with_binary_prefix(3 * 2**20), with_binary_prefix(20)
+    ('3 MiB', '20 B')
+    """
+    power = 0
+    if count != 0:
+        power = min(int(math.log2(count) / 10), 4)
+    prefix = _BINARY_PREFIXES[power]
+    scaled = count / 1024**power
+    return f"{scaled:.4g} {prefix}"

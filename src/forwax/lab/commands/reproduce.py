@@ -1,0 +1,239 @@
+"""`forwax reproduce`: run the experiments of a paper and set our figures beside the paper's."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from forwax.lab import report
+from forwax.lab.catalogue.columns import COLUMNS, RULES, Column
+from forwax.lab.catalogue.experiments import EXPERIMENTS
+from forwax.lab.catalogue.names import Entry
+from forwax.lab.catalogue.options import check_numbers
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.data import DataSet, load
+from forwax.lab.flags import Chosen, Count, Natural, UsageError, check_ranges
+from forwax.lab.ren2023 import runs, table
+from forwax.lab.ren2023.finished import finished, folder_of
+from forwax.lab.training.problem import checksum_of, problem_of
+from forwax.lab.training.session import NOT_FINITE, Signals
+
+if TYPE_CHECKING:
+    ColumnName = str
+else:
+    ColumnName = Literal[tuple(COLUMNS)]
+
+TABLE, FIGURE = "table.md", "curves.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """Run a column of a paper's tables over its methods and seeds.
+
+    Example:
+        ```sh
+        forwax reproduce ren2023                   # LocalMixer M/1/16 on MNIST, all 13 methods
+        forwax reproduce ren2023 --column mnist-s --seeds 3
+        forwax reproduce ren2023 --rules BP LG-FG-A LG-FG-A:4      # one noise a step, and four
+        forwax reproduce ren2023 --column cifar-m --rules LG-FG-A  # for a GPU
+        ```
+    """
+
+    paper: Annotated[Literal["ren2023"], tyro.conf.Positional] = "ren2023"
+    """Whose experiments: Ren et al. 2023, "Scaling Forward Gradient With Local Losses"."""
+    column: ColumnName = "mnist-m"
+    """The model, the data set and the objective."""
+    rules: tuple[str, ...] = RULES
+    """Methods; of forward gradients also LG-FG-A:4 (noises), :normal (kind), :one-slope."""
+    seeds: Count = 3
+    """How many seeds; the first is 0."""
+    epochs: Chosen[Count] = None
+    """Passes over the training set, instead of the column's."""
+    steps: Chosen[Count] = None
+    """Training steps, instead of epochs."""
+    batch_size: Chosen[Count] = None
+    """The number of examples of a step, instead of the column's."""
+    learning_rate: Chosen[float] = None
+    """One rate for all methods, instead of the column's own for each."""
+    augment: Chosen[bool] = None
+    """Whether supervised images are shifted by up to 2 pixels, and flipped where coloured."""
+    dtype: Chosen[Literal["float32", "bfloat16"]] = None
+    """The floating type that the model computes in, instead of the column's."""
+    examples: Chosen[Count] = None
+    """Use only so many training and test images, to try a command out."""
+    holdout: Natural = 0
+    """Hold out so many of the last training images, to choose settings by errors on them."""
+    out: Path = Path("runs/ren2023")
+    """The folder of results; the same command goes on there where it stopped."""
+    data_dir: Chosen[Path] = None
+    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
+
+
+DESCRIPTION = "\n".join(
+    [
+        "Run the experiments of a paper, and set our figures beside the paper's.",
+        "",
+        f"Methods: {', '.join(RULES)}.",
+        "",
+        "Columns:",
+        *(
+            f"- {column.name}: {column.title}, {column.epochs} epochs"
+            for column in COLUMNS.values()
+        ),
+    ]
+)
+"""What `forwax reproduce --help` says first."""
+
+
+def run(options: ReproduceOptions) -> int:
+    """Run what is missing, seed by seed, then print and save the table and the curves.
+
+    Args:
+        options: the command's options.
+
+    Returns:
+        The exit code: 0 when done, 3 when done but for runs whose loss was not finite, 130 after
+        Ctrl-C, 143 after a termination.
+
+    Raises:
+        UsageError: when the options do not go together.
+        DataError: when the data cannot be loaded.
+
+    Example:
+        ```sh
+        forwax reproduce ren2023 --rules BP LG-BP LG-FG-A --seeds 1
+        ```
+    """
+    column = COLUMNS[options.column]
+    entries = parse_entries(options)
+    data = prepared(load(column.settings.data or "", options.data_dir), options)
+    checksum = checksum_of(data)
+    folder = options.out / column.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out: the folder {folder} cannot be made ({error.strerror}); choose another."
+        ) from error
+    finite = True
+    with Signals().watch() as signals:
+        try:
+            for seed in range(options.seeds):
+                for entry in dict.fromkeys(entries):
+                    summary = run_one(folder, column, entry, seed, data, options, signals)
+                    finite &= summary["finite"]
+                    settings = settings_of(column, entries[0], data, options, seed=0)
+                    save(folder, column, checksum, _facts(settings, summary, options.holdout))
+        except KeyboardInterrupt:
+            print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
+            return signals.code
+    report.print_tables(table.make_table(column, *finished(folder, checksum)), width_in_logs=150)
+    print(f"Table, curves and runs: {folder}")
+    return 0 if finite else NOT_FINITE
+
+
+def parse_entries(options: ReproduceOptions) -> list[Entry]:
+    """Read the rows that the options ask for.
+
+    Raises:
+        UsageError: when a name is unknown or a number out of range.
+
+    >>> [entry.name for entry in parse_entries(ReproduceOptions(rules=("BP", "LG-FG-A:4")))]
+    ['BP', 'LG-FG-A:4']
+    """
+    check_ranges(options)
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError("--steps and --epochs both say how long to train; give one of them.")
+    if not options.rules:
+        raise UsageError(
+            "--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run."
+        )
+    return [Entry.parse(text) for text in options.rules]
+
+
+def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
+    """Cut the data down: fewer examples, or a part held out in place of the test set.
+
+    Raises:
+        UsageError: when nothing would be left to train on.
+    """
+    train = [data.train_images, data.train_labels]
+    test = [data.test_images, data.test_labels]
+    held = options.holdout
+    if held:
+        total = len(train[0])
+        if held >= total:
+            raise UsageError(f"--holdout must leave images to train on; there are {total} in all.")
+        test = [x[-held:] for x in train]
+        train = [x[:-held] for x in train]
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    cut = [x[: options.examples] for x in (*train, *test)]
+    return dataclasses.replace(data, **dict(zip(names, cut, strict=True)))
+
+
+def settings_of(
+    column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, seed: int
+) -> Settings:
+    """Give the settings of one run.
+
+    Raises:
+        UsageError: when one is out of range.
+    """
+    names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
+    named = {name: getattr(options, name) for name in names}
+    changes = {name: value for name, value in named.items() if value is not None}
+    num_examples = len(data.train_images)
+    settings = entry.settings(column, num_examples, seed=seed, **changes)
+    check_numbers(settings, num_examples)
+    return settings
+
+
+def run_one(
+    folder: Path,
+    column: Column,
+    entry: Entry,
+    seed: int,
+    data: DataSet,
+    options: ReproduceOptions,
+    signals: Signals,
+) -> dict[str, Any]:
+    """Train one method with one seed, or read what an earlier sitting finished.
+
+    Raises:
+        KeyboardInterrupt: after a signal.
+    """
+    if signals.received is not None:
+        raise KeyboardInterrupt
+    settings = settings_of(column, entry, data, options, seed)
+    problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
+    rate = f"learning rate {settings.learning_rate:g}"
+    print(f"{column.title}: {entry.name}, seed {seed}, {rate}", flush=True)
+    return runs.train(folder_of(folder, entry, seed), problem, settings, _tell, signals)
+
+
+def _tell(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def _facts(settings: Settings, summary: dict[str, Any], held: int) -> str:
+    told = table.facts(settings, summary, os.cpu_count())
+    if held:
+        told += f" Errors are on {held} training images that were held out, not on the test set."
+    return told
+
+
+def save(folder: Path, column: Column, checksum: str, facts: str) -> None:
+    """Write the table and the curves of all that is finished on this data, by any call."""
+    # imported here: matplotlib takes a second that `forwax reproduce --help` need not wait for
+    from forwax.lab import style
+    from forwax.lab.pictures import reproduction
+
+    entries, results = finished(folder, checksum)
+    cells = table.make_table(column, entries, results).markdown()
+    report.write_text(folder / TABLE, f"**{column.title}**\n\n{cells}\n\n{facts}\n")
+    style.save(reproduction.draw(column, entries, results), folder / FIGURE, dpi=120)
