@@ -98,7 +98,7 @@ class Rule(abc.ABC):
         scale = jnp.where(norm == used, 1, used / jnp.where(norm == 0, 1, norm))
 
         def cut(x: Array) -> Array:
-            scaled = x * scale.astype(jnp.finfo(x.dtype).dtype)
+            scaled = x * scale.astype(x.dtype)
             # A skipped estimate is zero even where its entries are not finite.
             return jnp.where(used == 0, 0, scaled)
 

@@ -24,7 +24,6 @@ from forwax.lab.training.problem import problem_of
 from forwax.lab.training.step import init_state, make_step
 from forwax.models import logistic_regression, ren2023
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 DIGITS = EXPERIMENTS["digits"]
 TINY = Experiment(
     name="tiny",

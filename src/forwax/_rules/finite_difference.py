@@ -142,8 +142,7 @@ class FiniteDifference(Rule):
             step = sign * self.epsilon
 
             def shifted(x: Array, v: Array) -> Array:
-                own = step.astype(jnp.finfo(x.dtype).dtype)
-                return x + own * v
+                return x + step.astype(x.dtype) * v
 
             params = jax.tree.map(shifted, point, tangent)
             value, aux = problem.objective(params)
