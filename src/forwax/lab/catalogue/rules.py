@@ -14,6 +14,7 @@ import forwax as fx
 from forwax import combine, tangents
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError, flag
+from forwax.lab.report import Json
 from forwax.models import ren2023
 
 TANGENTS: Mapping[str, Any] = {
@@ -82,7 +83,7 @@ def _tangents(settings: Settings, guess: Any) -> tangents.Tangents:
     return tangents.Guided(guess) if name == "guided" else TANGENTS[name]
 
 
-def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
+def _parts(settings: Settings, guess: Any) -> Json:
     """Build what all rules with tangents share."""
     name = settings.combine or "mean"
     combination = COMBINES[name]
@@ -124,7 +125,7 @@ def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
 
 
 def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
-    drawn: dict[str, Any] = {
+    drawn: Json = {
         "tangents": _tangents(settings, None),
         "num_tangents": settings.num_tangents or 1,
     }

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -20,6 +20,7 @@ from forwax.lab.data import DataSet, load
 from forwax.lab.flags import Chosen, Count, Natural, UsageError, check_ranges
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
+from forwax.lab.report import Json
 from forwax.lab.training.problem import checksum_of, problem_of
 from forwax.lab.training.session import NOT_FINITE, Signals
 
@@ -201,7 +202,7 @@ def run_one(
     data: DataSet,
     options: ReproduceOptions,
     signals: Signals,
-) -> dict[str, Any]:
+) -> Json:
     """Train one method with one seed, or read what an earlier sitting finished.
 
     Raises:
@@ -220,7 +221,7 @@ def _tell(line: str) -> None:
     print(f"  {line}", flush=True)
 
 
-def _facts(settings: Settings, summary: dict[str, Any], held: int) -> str:
+def _facts(settings: Settings, summary: Json, held: int) -> str:
     told = table.facts(settings, summary, os.cpu_count())
     if held:
         told += f" Errors are on {held} training images that were held out, not on the test set."

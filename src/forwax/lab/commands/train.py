@@ -6,7 +6,7 @@ import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import tyro
@@ -23,6 +23,7 @@ from forwax.lab.catalogue.options import (
 from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import Chosen, Range, UsageError, check_ranges
+from forwax.lab.report import Json
 from forwax.lab.training.advice import advice, monitored
 from forwax.lab.training.folder import CURVES, SUMMARY, Files, Run, opened
 from forwax.lab.training.problem import Problem, build_problem
@@ -172,33 +173,28 @@ class _Training(Session):
     """A line for each step, an evaluation every so often."""
 
     def __init__(self, files: Files, problem: Problem, settings: Settings):
-        super().__init__(build_trainer(problem, settings, files.state), files)
+        trainer = build_trainer(problem, settings, files.state)
+        steps = settings.steps
+        stops = {*range(0, steps, settings.eval_every or steps), steps}
+        super().__init__(trainer, stops, files)
         self.metrics = files.metrics
         self.score = Scorer(problem, problem.test)
-        name = files.run.config["experiment"]
-        self.reporter = make_reporter(name, settings.steps, files.step)
-
-    def next_stop(self, step: int) -> int:
-        every = self.settings.eval_every or self.steps
-        return min((step // every + 1) * every, self.steps)
 
     def after_block(self, block: Block, seconds: float) -> None:
         count = len(block.losses)
-        first = self.trainer.step - count + 1
-        each = seconds / max(count, 1)
+        numbers = range(1, count + 1)
         before = self.seconds - seconds
         self.metrics.append(
             {
-                "step": first + i,
-                "loss": float(block.losses[i]),
-                "accuracy": float(block.accuracies[i]),
-                "seconds": round(before + each * (i + 1), 6),
+                "step": self.trainer.step - count + i,
+                "loss": loss,
+                "accuracy": accuracy,
+                "seconds": round(before + seconds * i / count, 6),
             }
-            for i in range(count)
+            for i, loss, accuracy in zip(
+                numbers, block.losses.tolist(), block.accuracies.tolist(), strict=True
+            )
         )
-        if block.stopped_by is None:
-            means = float(block.losses.mean()), float(block.accuracies.mean())
-            self.reporter.update(self.trainer.step, *means, count / seconds)
 
     def at_stop(self) -> None:
         state = self.trainer.state
@@ -210,17 +206,17 @@ class _Training(Session):
 
 def _train(run: Run, session: _Training, started: float) -> int:
     """Train until something stops it, and say what did."""
-    trainer = session.trainer
-    with session.reporter:
+    name, trainer, steps = run.config["experiment"], session.trainer, session.settings.steps
+    with make_reporter(name, steps, trainer.step) as session.reporter:
         stopped_by = session.run()
     session.save()
     if stopped_by is not None:
-        print(advice(run.config["experiment"], trainer, run.path, stopped_by))
+        print(advice(name, trainer, run.path, stopped_by))
         return NOT_FINITE
-    if trainer.step < session.steps:
+    if session.stopped_early:
         print(
-            f"Stopped at step {trainer.step} of {session.steps}; go on with: forwax train "
-            f"--resume {run.path}"
+            f"Stopped at step {trainer.step} of {steps}; go on with: forwax train --resume "
+            f"{run.path}"
         )
         return session.signals.code
     _finish(run, session, started)
@@ -254,7 +250,7 @@ def _finish(run: Run, session: Session, started: float) -> None:
     print(f"Curves, metrics and summary: {run.path}")
 
 
-def _summary(run: Run, session: Session, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(run: Run, session: Session, rows: list[Json]) -> Json:
     """Gather what summary.json tells."""
     settings = session.settings
     last = [row for row in rows if "test_accuracy" in row][-1]
@@ -267,8 +263,8 @@ def _summary(run: Run, session: Session, rows: list[dict[str, Any]]) -> dict[str
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
         "train_loss": sum(losses) / len(losses),
-        "steps": session.steps,
-        "steps_per_second": session.steps / session.seconds,
+        "steps": settings.steps,
+        "steps_per_second": settings.steps / session.seconds,
         "learning_rate": settings.learning_rate,
         "seed": settings.seed,
         **session.facts(),

@@ -11,18 +11,17 @@ to touch backprop's best validation loss.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.compare.rates import edge_note
-from forwax.lab.report import finite
+from forwax.lab.report import Json, finite
 from forwax.lab.training.timing import LOSS
 
 NOT_REACHED = "not reached"
 
-Facts = dict[str, Any]
+Facts = Json
 """What JSON can hold."""
 
 

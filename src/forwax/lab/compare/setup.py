@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -23,6 +23,7 @@ from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
 from forwax.lab.catalogue.rules import build_rule, needs_guess
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import Chosen, Count, Positive, UsageError, check_ranges
+from forwax.lab.report import Json
 from forwax.lab.training.folder import CONFIG, Run
 from forwax.lab.training.problem import Examples, Problem, build_problem
 
@@ -156,7 +157,7 @@ class Comparison:
         """For how many steps each rate is tried."""
         return self.options.search_steps or self.steps
 
-    def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def part(self, name: str, make: Callable[[], Json]) -> Json:
         """Give a part that an earlier sitting finished, or make it and keep it."""
         path = self.folder / PARTS / f"{name}.json"
         if path.exists():

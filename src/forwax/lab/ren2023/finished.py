@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from forwax.lab.catalogue.columns import RULES
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 from forwax.lab.training.folder import SUMMARY, Run
 
 
@@ -21,7 +21,7 @@ def folder_of(column: Path, entry: Entry, seed: int) -> Path:
     return column / f"{entry.name.replace(':', '_')}-{seed}"
 
 
-def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[dict[str, Any]]]]:
+def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[Json]]]:
     """Read all finished runs on the same data.
 
     Args:
@@ -32,7 +32,7 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[d
         The rows in the order of the paper's methods, and the summaries of each row's seeds by its
         name.
     """
-    found: dict[Entry, dict[int, dict[str, Any]]] = {}
+    found: dict[Entry, dict[int, Json]] = {}
     for path in column.glob(f"*/{SUMMARY}"):
         config = Run.open(path.parent).config
         read = _read_name(path.parent.name)

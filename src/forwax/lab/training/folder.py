@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
-from forwax.lab.report import write_json
+from forwax.lab.report import Json, write_json
 from forwax.lab.training.problem import Problem
 from forwax.lab.training.step import TrainState, init_state
 
@@ -32,7 +31,7 @@ CURVES, CHECKPOINTS = "curves.png", "checkpoints"
 KEEP = 2
 """How many checkpoints stay; the one before the last is the way back from a damaged disk."""
 
-Row = dict[str, Any]
+Row = Json
 """A line of metrics.jsonl."""
 
 
@@ -48,10 +47,10 @@ class Run:
     """
 
     path: Path
-    config: dict[str, Any]
+    config: Json
 
     @classmethod
-    def create(cls, parent: Path, name: str, config: dict[str, Any]) -> Run:
+    def create(cls, parent: Path, name: str, config: Json) -> Run:
         """Make the folder `<parent>/<name>-<time>` in one move, with config.json inside.
 
         Args:
@@ -96,7 +95,7 @@ class Run:
         """Whether the run has made all its steps and written its summary."""
         return (self.path / SUMMARY).exists()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """Read summary.json of a finished run."""
         return json.loads((self.path / SUMMARY).read_text())
 
@@ -237,7 +236,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _as_tree(state: TrainState, seconds: float) -> dict[str, Any]:
+def _as_tree(state: TrainState, seconds: float) -> Json:
     return {"state": state._asdict(), "seconds": np.float64(seconds)}
 
 

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 import forwax as fx
 from forwax.lab.catalogue.experiments import Experiment
@@ -49,7 +50,7 @@ class Problem:
             another loss.
     """
 
-    init: Callable[[jax.Array], Any]
+    init: Callable[[Array], Any]
     loss: Loss
     train: Examples
     test: Examples
@@ -100,11 +101,11 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
     experiment = experiment.of(settings)
     shape = data.train_images.shape[1:]
 
-    def make(key: jax.Array) -> Any:
+    def make(key: Array) -> Any:
         model = experiment.model(shape, data.num_classes, key)
         return eqx.partition(model, eqx.is_inexact_array)
 
-    def init(key: jax.Array) -> Any:
+    def init(key: Array) -> Any:
         return cast(make(key)[0], parameter_dtype(settings.dtype))
 
     try:  # the part that is not parameters holds no arrays, so an abstract key serves to build it

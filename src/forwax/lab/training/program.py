@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.training.problem import Examples, Problem
@@ -38,15 +39,19 @@ class Block(NamedTuple):
 
 
 class _Carry(NamedTuple):
+    """Where a run is, and what the last block gave.
+
+    The epoch and its permutation of the data pass from block to block.
+    """
+
     state: TrainState
-    # the epoch and its permutation of the data pass from block to block
-    epoch: jax.Array
-    order: jax.Array
-    done: jax.Array
-    finite: jax.Array
-    last_loss: jax.Array
-    losses: jax.Array
-    accuracies: jax.Array
+    epoch: Array
+    order: Array
+    done: Array
+    finite: Array
+    last_loss: Array
+    losses: Array
+    accuracies: Array
 
 
 def make_block(problem: Problem, settings: Settings) -> Any:
@@ -55,12 +60,10 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     data_key = split_seed(settings.seed).data
     spread = placement(settings)[1]
     batch = settings.batch_size
-    num_examples = len(problem.train[0])
-    looped = loops_well(problem)
-    numbers = jnp.arange(num_examples, dtype=jnp.int32)
+    numbers = jnp.arange(len(problem.train[0]), dtype=jnp.int32)
 
-    def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
-        epoch, position = jnp.divmod(carry.state.step, num_examples // batch)
+    def body(carry: _Carry, images: Array, labels: Array) -> _Carry:
+        epoch, position = jnp.divmod(carry.state.step, len(numbers) // batch)
         order = jax.lax.cond(
             epoch == carry.epoch,
             lambda: carry.order,
@@ -69,25 +72,16 @@ def make_block(problem: Problem, settings: Settings) -> Any:
         chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
         state, loss, accuracy, finite = step(carry.state, *spread((images[chosen], labels[chosen])))
         loss = loss.astype(jnp.float32)
-        return _Carry(
-            state=state,
-            epoch=epoch,
-            order=order,
-            done=carry.done + finite,
-            finite=finite,
-            last_loss=loss,
-            losses=carry.losses.at[carry.done].set(loss),
-            accuracies=carry.accuracies.at[carry.done].set(accuracy),
-        )
+        losses = carry.losses.at[carry.done].set(loss)
+        accuracies = carry.accuracies.at[carry.done].set(accuracy)
+        return _Carry(state, epoch, order, carry.done + finite, finite, loss, losses, accuracies)
 
-    def block(state: TrainState, epoch: Any, order: Any, count: Any, *data: Any) -> _Carry:
-        buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
-        none = jnp.int32(0), jnp.bool(True), jnp.float32(0)
-        start = _Carry(state, epoch, order, *none, buffer, buffer)
-        if not looped:  # one step, whatever the count
-            return body(start, *data)
+    def block(carry: _Carry, count: Array, *data: Any) -> _Carry:
+        carry = carry._replace(done=jnp.int32(0), finite=jnp.bool(True))
+        if not loops_well(problem):  # one step, whatever the count
+            return body(carry, *data)
         goes_on = lambda carry: (carry.done < count) & carry.finite  # noqa: E731
-        return jax.lax.while_loop(goes_on, lambda carry: body(carry, *data), start)
+        return jax.lax.while_loop(goes_on, lambda carry: body(carry, *data), carry)
 
     return block
 
@@ -179,30 +173,25 @@ class Program:
             state: a state to go on from; its memory is given away.
         """
         state = self._init(np.uint32(seed)) if state is None else state
-        order = jnp.zeros(len(self.problem.train[0]), jnp.int32)
-        at: Any = state, jnp.int32(-1), order
+        carry = _carry(state, len(self.problem.train[0]))
         if self._where is not None:
-            at = jax.device_put(at, self._where)
-        return Trainer(self, learning_rate, seed, *at)
+            carry = jax.device_put(carry, self._where)
+        return Trainer(self, learning_rate, seed, carry)
 
 
 @dataclass(eq=False)
 class Trainer:
-    """A run of a program: its rate and seed, and where it is.
-
-    Attributes:
-        program: what makes its steps.
-        learning_rate: the rate at the start of the schedule.
-        seed: the seed of everything.
-        state: the state after the last finite step.
-    """
+    """A run of a program: its rate at the start of the schedule, its seed, and where it is."""
 
     program: Program
     learning_rate: float
     seed: int
-    state: TrainState
-    _epoch: Any
-    _order: Any
+    _carry: _Carry
+
+    @property
+    def state(self) -> TrainState:
+        """The state after the last finite step."""
+        return self._carry.state
 
     @property
     def step(self) -> int:
@@ -232,24 +221,23 @@ class Trainer:
         return Block(np.concatenate(losses), np.concatenate(accuracies), stops[-1])
 
     def _call(self, count: int) -> Block:
-        carry = self.program._block(
-            self.state,
-            self._epoch,
-            self._order,
-            np.int32(count),
-            _rate(self.learning_rate),
-            np.uint32(self.seed),
-            *self.program.data,
-        )
-        self.state, self._epoch, self._order = carry.state, carry.epoch, carry.order
+        inputs = np.int32(count), _rate(self.learning_rate), np.uint32(self.seed)
+        self._carry = carry = self.program._block(self._carry, *inputs, *self.program.data)
         done = int(carry.done)
         stopped_by = None if carry.finite else float(carry.last_loss)
-        return Block(
-            np.asarray(carry.losses)[:done], np.asarray(carry.accuracies)[:done], stopped_by
-        )
+        losses, accuracies = (np.asarray(x)[:done] for x in (carry.losses, carry.accuracies))
+        return Block(losses, accuracies, stopped_by)
 
 
-def _rate(learning_rate: float) -> jax.Array:
+def _carry(state: TrainState, num_examples: int) -> _Carry:
+    """Where a run is when its sitting begins; no epoch is the current one yet."""
+    buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
+    order = jnp.zeros(num_examples, jnp.int32)
+    nothing = jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer.copy()
+    return _Carry(state, jnp.int32(-1), order, *nothing)
+
+
+def _rate(learning_rate: float) -> Array:
     """The rate in the widest type of the day."""
     return jnp.asarray(learning_rate, float)
 
@@ -274,33 +262,26 @@ def build_program(problem: Problem, settings: Settings, data: Any = None) -> Pro
     if data is None:
         data = jax.device_put(problem.train, where)
 
-    def block(state: Any, epoch: Any, order: Any, count: Any, rate: Any, seed: Any, *data: Any):
+    def block(carry: _Carry, count: Any, rate: Any, seed: Any, *data: Any) -> _Carry:
         own = dataclasses.replace(settings, learning_rate=rate, seed=seed)
-        return make_block(problem, own)(state, epoch, order, count, *data)
+        return make_block(problem, own)(carry, count, *data)
 
     def init(seed: Any) -> TrainState:
         return init_state(problem, dataclasses.replace(settings, seed=seed))
 
-    shardings: dict[str, Any] = {"in_shardings": where, "out_shardings": where} if where else {}
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    order = jax.ShapeDtypeStruct(problem.train[1].shape, jnp.int32)
+    def start(seed: Any) -> _Carry:
+        return _carry(init(seed), len(problem.train[0]))
+
+    seed = np.uint32(0)
+    spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
     started = time.perf_counter()
-    lowered = jax.jit(block, donate_argnums=(0, 1, 2), **shardings).lower(
-        jax.eval_shape(init, np.uint32(0)),
-        number,
-        order,
-        number,
-        _rate(0),
-        np.uint32(0),
-        *data,
-    )
+    jitted = jax.jit(block, donate_argnums=0, **spread)
+    lowered = jitted.lower(jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data)
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    temporary_bytes = None if memory is None else int(memory.temp_size_in_bytes)
-    return Program(
-        problem, settings, data, seconds, temporary_bytes, compiled, jax.jit(init), where
-    )
+    temporaries = None if memory is None else int(memory.temp_size_in_bytes)
+    return Program(problem, settings, data, seconds, temporaries, compiled, jax.jit(init), where)
 
 
 def build_trainer(problem: Problem, settings: Settings, state: TrainState | None = None) -> Trainer:

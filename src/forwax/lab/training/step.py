@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import forwax as fx
@@ -33,16 +34,16 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     guess: Any
-    step: jax.Array
+    step: Array
     slopes: Any = None
 
 
 class Keys(NamedTuple):
     """The three independent keys of a run."""
 
-    init: jax.Array
-    data: jax.Array
-    noise: jax.Array
+    init: Array
+    data: Array
+    noise: Array
 
 
 def split_seed(seed: Any) -> Keys:
@@ -108,7 +109,7 @@ def make_step(problem: Problem, settings: Settings) -> Any:
     optimizer = _optimizer(settings)
     noise_key = split_seed(settings.seed).noise
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
+    def step(state: TrainState, images: Array, labels: Array) -> Any:
         key = jax.random.fold_in(noise_key, state.step)
         slopes = state.slopes
         rule = guarded_rule(settings, state.guess, slopes)
