@@ -126,7 +126,7 @@ def _facts(comparison: Comparison) -> Json:
         "experiment": options.experiment,
         "config": options.configuration,
         "num_parameters": problem.num_parameters,
-        "num_examples": len(problem.train[0]),
+        "num_examples": problem.num_examples,
         "validation_examples": len(comparison.validation[0]),
         "test_examples": len(problem.test[0]),
         "data_checksum": problem.checksum,

@@ -136,7 +136,7 @@ def _start(options: TrainOptions) -> tuple[Run, Problem, Settings]:
         experiment,
         options.config,
         given,
-        len(problem.train[0]),
+        problem.num_examples,
         problem.num_parameters,
         problem.noise,
     )
@@ -282,7 +282,7 @@ def _print_start(run: Run, settings: Settings, problem: Problem) -> None:
         how += ", skipped where they are not finite"
     print(
         f"{run.config['experiment']}: {problem.num_parameters:,} parameters, "
-        f"{len(problem.train[0]):,} examples.\n"
+        f"{problem.num_examples:,} examples.\n"
         f"Rule: {how}. Optimizer: {settings.optimizer}, learning rate "
         f"{settings.learning_rate:.3g}.\n"
         f"Run: {run.path}",

@@ -215,7 +215,7 @@ def _settings(
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
     own = {"steps": options.steps, "batch_size": options.batch_size}
     given = {**rule.given} | {name: value for name, value in own.items() if value is not None}
-    num_examples, num_parameters = len(problem.train[0]), problem.num_parameters
+    num_examples, num_parameters = problem.num_examples, problem.num_parameters
     settings = resolve(
         experiment, options.configuration, given, num_examples, num_parameters, problem.noise
     )

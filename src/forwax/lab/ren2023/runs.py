@@ -85,7 +85,7 @@ class _Epochs(Session):
     """An evaluation and a line for each epoch; `begun` is the one so far, step by step."""
 
     def __init__(self, files: Files, problem: Problem, settings: Settings, tell: Tell):
-        self.per_epoch = max(1, len(problem.train[0]) // settings.batch_size)
+        self.per_epoch = max(1, problem.num_examples // settings.batch_size)
         stops = {*range(0, settings.steps, self.per_epoch), settings.steps}
         super().__init__(build_trainer(problem, settings, files.state), stops, files)
         self.tell = tell

@@ -58,6 +58,11 @@ class Problem:
     checksum: str
     custom_gradient: Gradient | None = None
 
+    @property
+    def num_examples(self) -> int:
+        """The size of the training set."""
+        return len(self.train[0])
+
     def gradient(self, rule: Any) -> Callable[..., Any]:
         """The function that estimates the gradient of a batch by a rule; see `Gradient`."""
         if self.custom_gradient is not None:

@@ -60,7 +60,7 @@ def make_block(problem: Problem, settings: Settings) -> Any:
     data_key = split_seed(settings.seed).data
     spread = placement(settings)[1]
     batch = settings.batch_size
-    numbers = jnp.arange(len(problem.train[0]), dtype=jnp.int32)
+    numbers = jnp.arange(problem.num_examples, dtype=jnp.int32)
 
     def body(carry: _Carry, images: Array, labels: Array) -> _Carry:
         epoch, position = jnp.divmod(carry.state.step, len(numbers) // batch)
@@ -173,7 +173,7 @@ class Program:
             state: a state to go on from; its memory is given away.
         """
         state = self._init(np.uint32(seed)) if state is None else state
-        carry = _carry(state, len(self.problem.train[0]))
+        carry = _carry(state, self.problem.num_examples)
         if self._where is not None:
             carry = jax.device_put(carry, self._where)
         return Trainer(self, learning_rate, seed, carry)
@@ -270,7 +270,7 @@ def build_program(problem: Problem, settings: Settings, data: Any = None) -> Pro
         return init_state(problem, dataclasses.replace(settings, seed=seed))
 
     def start(seed: Any) -> _Carry:
-        return _carry(init(seed), len(problem.train[0]))
+        return _carry(init(seed), problem.num_examples)
 
     seed = np.uint32(0)
     spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}

@@ -50,7 +50,7 @@ def _evaluations(program: Program) -> Run:
     """Evaluate the mean loss of batch after batch, in a compiled loop where the steps have one."""
     problem = program.problem
     batch_size = program.settings.batch_size
-    num_examples = len(problem.train[0])
+    num_examples = problem.num_examples
     per_epoch = num_examples // batch_size
     looped = loops_well(problem)
     losses = jax.vmap(problem.loss, in_axes=(None, 0, 0))
