@@ -1,26 +1,20 @@
-"""Timing side by side: every function once per round, so that a busy machine slows all of them alike."""
+"""Timing side by side: every function once per round, so that a busy machine slows all alike."""
 
 import platform
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+import forwax._timing
+
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each function in each round [rounds], compiled and warm; the order turns from round to round."""
+    """Seconds of each function in each round [rounds], after one call that warms it up."""
     for function in functions.values():
         jax.block_until_ready(function())
-    names = list(functions)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(functions[name]())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(times) for name, times in seconds.items()}
+    return forwax._timing.interleaved(functions, rounds)
 
 
 def ratios(seconds: Mapping[str, np.ndarray], reference: str) -> dict[str, float]:

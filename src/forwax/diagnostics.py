@@ -2,8 +2,8 @@
 
 import collections
 import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +15,7 @@ from jax import Array
 from forwax import _tree
 from forwax._rule import check_count
 from forwax._signature import Problem, Signature, check_key
+from forwax._timing import interleaved
 from forwax._tree import Tree
 from forwax.diagnosis import Diagnosis, DiagnosisRow
 from forwax.rules import ActivityPerturbation, Exact, Rule, WeightPerturbation
@@ -172,12 +173,14 @@ def _diagnose(
             errors[name] = _shortened(error)
     calls = {name: lambda key, f=program: f(key, arrays) for name, program in programs.items()}
     reference, source = _reference(calls, key, n, lambda: prepare(Exact().estimate)(key, arrays)[2])
-    seconds = _interleaved(calls, key, rounds)
+    runs = {name: functools.partial(call, key) for name, call in calls.items()}
+    seconds = interleaved(runs, rounds)
 
     def row(name: str, **own: Any) -> DiagnosisRow:
         if name in errors:
             return DiagnosisRow(name, error=errors[name], **own)
-        return DiagnosisRow(name, seconds=seconds[name], **_figures(programs[name]), **own)
+        median = float(np.median(seconds[name]))
+        return DiagnosisRow(name, seconds=median, **_figures(programs[name]), **own)
 
     def rule_row(name: str, rule: Rule) -> DiagnosisRow:
         own: dict[str, Any] = {"unbiased": rule.unbiased, "reverse_mode": rule.reverse_mode}
@@ -250,18 +253,6 @@ def _reference(calls: Mapping[str, Callable], key: Array, n: int, forward_mode: 
         return forward_mode(), "forward mode"
     except _REJECTIONS:
         return None, None
-
-
-def _interleaved(calls: Mapping[str, Callable], key: Array, rounds: int) -> dict[str, float]:
-    """The median seconds of each program, each run before; every round runs all of them once, in a turning order."""
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name](key))
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times)) for name, times in seconds.items()}
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""The command line: help, mistakes in one sentence with exit code 2, and a run from the words to the folder."""
+"""The command line: help, mistakes in one sentence with exit code 2, from words to folder."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`forwax compare`: equal budgets, figures that agree with results.json, honest words, and resuming."""
+"""`forwax compare`: equal budgets, figures that agree with results.json, honest words, resuming."""
 
 import dataclasses
 import json
@@ -174,7 +174,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(
 
 @pytest.fixture(scope="module")
 def program():
-    """The compiled program of a forward-gradient rule on digits, its settings and its validation part."""
+    """The compiled program of a forward-gradient rule on digits, and its validation part."""
     problem = setup.build_problem(setup.find_experiment("digits"), Settings())
     problem, validation = setup.hold_out(problem, None)
     settings = Settings(

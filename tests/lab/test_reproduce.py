@@ -1,4 +1,4 @@
-"""`forwax reproduce`: a column over rules and seeds on tiny files, what it leaves, and how it goes on."""
+"""`forwax reproduce`: a column over rules and seeds, what it leaves, and how it goes on."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The folder of a run: made in one move, cut back to a step, never half-written; the picture of its metrics."""
+"""The folder of a run: made in one move, cut back to a step, never half-written; its picture."""
 
 import json
 import os

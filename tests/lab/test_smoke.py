@@ -1,4 +1,4 @@
-"""Two steps of every experiment, from the command line to the summary, on tiny files in the standard formats."""
+"""Two steps of every experiment, from the command line to the summary, on tiny files."""
 
 import json
 

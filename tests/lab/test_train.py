@@ -57,7 +57,7 @@ TINY = Experiment(
 
 
 def tiny_data(seed=0):
-    """Three classes of 3×3 images that differ in their mean: 22 to train on, so that an epoch has 5 steps of 4."""
+    """Three classes of 3×3 images; 22 to train on, so that an epoch has 5 steps of 4."""
     draw = np.random.default_rng(seed)
     labels = (np.arange(31) % 3).astype(np.int32)
     images = (draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]).astype(

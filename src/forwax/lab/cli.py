@@ -1,4 +1,4 @@
-"""The command `forwax`: finds the subcommand and imports it alone, so that the others cost nothing."""
+"""The command `forwax`: finds the subcommand and imports it alone; the others cost nothing."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the command line offers, by name: settings, rules, optimizers, experiments, the columns of a paper."""
+"""What the command line offers, by name: settings, rules, optimizers, experiments, columns."""

@@ -161,7 +161,7 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """Read "RULE", or a forward gradient as "RULE:NUMBER:DISTRIBUTION:one-slope" or parts of it.
+        """Read "RULE", or a forward gradient as "RULE:NUMBER:DISTRIBUTION:one-slope" in part.
 
         Raises:
             UsageError: when the rule or one of the words is unknown, or two words say the same
@@ -177,13 +177,14 @@ class Entry:
                     f"{rule} draws no noise, so that {text!r} means nothing; write {rule}."
                 )
             return cls(rule)
-        given = dict(_read(word, text) for word in words)
+        given: dict[str, Any] = dict(_read(word, text) for word in words)
         if len(given) < len(words):
             raise UsageError(
                 f"{text!r} says twice how many noises, of which kind or one-slope; say each once."
             )
         count = given.setdefault("num_tangents", 1)
-        return cls(rule, **{"tangents": _signs(count)} | given)
+        given.setdefault("tangents", _signs(count))
+        return cls(rule, **given)
 
     @property
     def name(self) -> str:

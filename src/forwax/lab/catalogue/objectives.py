@@ -1,8 +1,9 @@
 """What is trained: softmax cross-entropy of one example, or the losses of a LocalMixer.
 
-LocalMixers learn supervised or contrastive, by a method of Ren et al. 2023. The contrastive columns on GPUs follow the paper's code (local_forward_gradient in google-research):
-LARS at a rate of 0.1 for 256 examples, ten epochs of warm-up, decay on the backbone's weights
-alone, crops of 8 % of the area and more. Still different are
+LocalMixers learn supervised or contrastive, by a method of Ren et al. 2023. The contrastive columns
+on GPUs follow the paper's code (local_forward_gradient in google-research): LARS at a rate of 0.1
+for 256 examples, ten epochs of warm-up, decay on the backbone's weights alone, crops of 8 % of the
+area and more. Still different are
 
 - the readout: here it learns along with the rest, by LARS without decay, from the augmented views
   and the pooled features as they are; there by SGD at 0.01 without momentum, an epoch after each

@@ -1,5 +1,7 @@
 """What one training run is: every choice that its result depends on, as one flat value."""
 
+# ruff: noqa: RUF009 (`_choice` makes fields, as `dataclasses.field` does)
+
 from __future__ import annotations
 
 import dataclasses

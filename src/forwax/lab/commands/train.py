@@ -1,4 +1,4 @@
-"""`forwax train`: train an experiment's model, in a folder that any interruption leaves resumable."""
+"""`forwax train`: train an experiment's model, in a folder that resumes after any interruption."""
 
 from __future__ import annotations
 

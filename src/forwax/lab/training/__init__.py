@@ -1,1 +1,1 @@
-"""Training: a problem, its compiled steps, the folder of a run, and the session that goes through it."""
+"""Training: a problem, its compiled steps, a run's folder, the session that goes through it."""

@@ -180,7 +180,7 @@ class Program:
         """
         state = self._init(np.uint32(seed)) if state is None else state
         order = jnp.zeros(len(self.problem.train[0]), jnp.int32)
-        at = state, jnp.int32(-1), order
+        at: Any = state, jnp.int32(-1), order
         if self._where is not None:
             at = jax.device_put(at, self._where)
         return Trainer(self, learning_rate, seed, *at)

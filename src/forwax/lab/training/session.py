@@ -1,4 +1,4 @@
-"""One sitting of a training, block by block; `train`, `compare` and `reproduce` differ in its parts.
+"""One sitting of a training, block by block; commands differ in its parts.
 
 A block ends at the next stop, where a subclass evaluates, or earlier: signals are answered between
 two blocks.

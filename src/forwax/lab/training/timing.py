@@ -45,7 +45,7 @@ def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, lis
 
 
 def _evaluations(program: Program) -> Run:
-    """Evaluate the mean loss of one batch after another, in a compiled loop if the steps have one."""
+    """Evaluate the mean loss of batch after batch, in a compiled loop where the steps have one."""
     problem = program.problem
     num_examples = len(problem.train[0])
     batch_size = program.settings.batch_size
@@ -76,6 +76,8 @@ def _calibrate(run: Run) -> int:
     """Choose how many steps one measurement has; this warms up as well."""
     run(1)
     count = 1
-    while (seconds := seconds_of(lambda: run(count))) < BLOCK_SECONDS / 4 and count < MAX_BLOCK:
+    seconds = seconds_of(lambda: run(1))
+    while seconds < BLOCK_SECONDS / 4 and count < MAX_BLOCK:
         count = min(4 * count, MAX_BLOCK)
+        seconds = seconds_of(lambda n=count: run(n))
     return int(np.clip(BLOCK_SECONDS * count / seconds, 1, MAX_BLOCK))
