@@ -132,17 +132,19 @@ def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warm_up])
 
 
-def build_optimizer(settings: Settings, learning_rate: float) -> optax.GradientTransformation:
+def build_optimizer(settings: Settings) -> optax.GradientTransformation:
     """Build the optimizer with its schedule and weight decay.
 
     Args:
-        settings: the run's settings.
-        learning_rate: the rate at the schedule's start.
+        settings: the run's settings, with a learning rate.
 
-    >>> state = build_optimizer(Settings(optimizer="adam"), 1e-3).init({"w": 0.0})
+    >>> settings = Settings(optimizer="adam", learning_rate=1e-3)
+    >>> state = build_optimizer(settings).init({"w": 0.0})
     """
+    if settings.learning_rate is None:
+        raise ValueError("expected settings with a learning rate, got None; see options.resolve")
     choice = OPTIMIZERS[settings.optimizer]
-    schedule = build_schedule(settings, learning_rate)
+    schedule = build_schedule(settings, settings.learning_rate)
     if choice.decays:
         return choice.build(schedule, weight_decay=settings.weight_decay)
     optimizer = choice.build(schedule)

@@ -88,17 +88,17 @@ def compare(comparison: Comparison) -> Json:
     print(f"Folder: {comparison.folder}", flush=True)
     timing = comparison.part("timing", bench.timing)
     searches: dict[str, list[Json]] = {}
-    learning_rates: dict[str, float] = {}
+    runs: dict[str, list[Json]] = {}
+    rates_found: dict[str, float] = {}
     for name, settings in comparison.settings.items():
-        assert settings.learning_rate is not None
-        searches[name] = [] if options.paper else _search(bench, name, settings.learning_rate)
-        tried = rates.pairs(searches[name])
-        learning_rates[name] = rates.best_rate(tried) if tried else settings.learning_rate
-    runs: dict[str, list[Json]] = {name: [] for name in learning_rates}
+        rate = settings.learning_rate
+        assert rate is not None
+        searches[name] = [] if options.paper else _search(bench, name, rate)
+        rates_found[name] = rates.best_rate(rates.pairs(searches[name]) or [(rate, 0.0)])
     for seed in range(options.seeds):
-        for name, rate in learning_rates.items():
-            make = lambda name=name, rate=rate, seed=seed: bench.run(name, rate, seed)  # noqa: E731
-            runs[name].append(comparison.part(f"run-{name}-{seed}", make))
+        for name, rate in rates_found.items():
+            run = comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
+            runs.setdefault(name, []).append(run)
     return _facts(comparison) | findings.gather(
         comparison.rules, timing, searches, runs, options.target_loss
     )
@@ -106,12 +106,13 @@ def compare(comparison: Comparison) -> Json:
 
 def _search(bench: Bench, name: str, suggested: float) -> list[Json]:
     """Find the candidates of one rule; each is a part of its own."""
+    comparison = bench.comparison
 
     def candidate(number: int, rate: float) -> Json:
-        make = lambda: bench.candidate(name, number, rate)  # noqa: E731
-        return bench.comparison.part(f"search-{name}-{number}", make)
+        part = f"search-{name}-{number}"
+        return comparison.part(part, bench.candidate, name, number, rate)
 
-    candidates = rates.search(suggested, bench.comparison.options.search_rates, candidate)
+    candidates = rates.search(suggested, comparison.options.search_rates, candidate)
     note = rates.edge_note(candidates)
     best = rates.best_rate(rates.pairs(candidates))
     print(f"{name}: learning rate {best:.3g}" + (f" ({note})" if note else ""), flush=True)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -157,12 +157,12 @@ class Comparison:
         """For how many steps each rate is tried."""
         return self.options.search_steps or self.steps
 
-    def part(self, name: str, make: Callable[[], Json]) -> Json:
+    def part(self, name: str, make: Callable[..., Json], *what: Any) -> Json:
         """Give a part that an earlier sitting finished, or make it and keep it."""
         path = self.folder / PARTS / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())
-        value = make()
+        value = make(*what)
         report.write_json(path, value)
         return value
 

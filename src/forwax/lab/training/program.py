@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,34 +55,40 @@ class _Carry(NamedTuple):
     accuracies: Array
 
 
-def make_block(problem: Problem, settings: Settings) -> Any:
-    """Make the function that runs `count` steps, or one at a time where `loops_well` says no."""
-    step = make_step(problem, settings)
-    data_key = split_seed(settings.seed).data
+def make_block(problem: Problem, settings: Settings) -> Callable[..., _Carry]:
+    """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
+
+    It takes (carry, count, learning rate, seed, images, labels).
+    """
     spread = placement(settings)[1]
     batch = settings.batch_size
     numbers = jnp.arange(problem.num_examples, dtype=jnp.int32)
 
-    def body(carry: _Carry, images: Array, labels: Array) -> _Carry:
-        epoch, position = jnp.divmod(carry.state.step, len(numbers) // batch)
-        order = jax.lax.cond(
-            epoch == carry.epoch,
-            lambda: carry.order,
-            lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
-        )
-        chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
-        state, loss, accuracy, finite = step(carry.state, *spread((images[chosen], labels[chosen])))
-        loss = loss.astype(jnp.float32)
-        losses = carry.losses.at[carry.done].set(loss)
-        accuracies = carry.accuracies.at[carry.done].set(accuracy)
-        return _Carry(state, epoch, order, carry.done + finite, finite, loss, losses, accuracies)
+    def block(carry: _Carry, count: Array, rate: Any, seed: Any, *data: Any) -> _Carry:
+        own = dataclasses.replace(settings, learning_rate=rate, seed=seed)
+        step = make_step(problem, own)
+        data_key = split_seed(seed).data
 
-    def block(carry: _Carry, count: Array, *data: Any) -> _Carry:
+        def body(carry: _Carry) -> _Carry:
+            epoch, position = jnp.divmod(carry.state.step, len(numbers) // batch)
+            order = jax.lax.cond(
+                epoch == carry.epoch,
+                lambda: carry.order,
+                lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
+            )
+            chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
+            examples = spread([each[chosen] for each in data])
+            state, loss, accuracy, finite = step(carry.state, *examples)
+            loss = loss.astype(jnp.float32)
+            done = carry.done
+            losses = carry.losses.at[done].set(loss)
+            accuracies = carry.accuracies.at[done].set(accuracy)
+            return _Carry(state, epoch, order, done + finite, finite, loss, losses, accuracies)
+
         carry = carry._replace(done=jnp.int32(0), finite=jnp.bool(True))
         if not loops_well(problem):  # one step, whatever the count
-            return body(carry, *data)
-        goes_on = lambda carry: (carry.done < count) & carry.finite  # noqa: E731
-        return jax.lax.while_loop(goes_on, lambda carry: body(carry, *data), carry)
+            return body(carry)
+        return jax.lax.while_loop(lambda carry: (carry.done < count) & carry.finite, body, carry)
 
     return block
 
@@ -109,35 +116,29 @@ class Scorer:
 
     def __init__(self, problem: Problem, examples: Examples):
         self._count = len(examples[0])
-        self._batches = jax.device_put(in_batches(*examples))
+        size = min(EVALUATION_BATCH, self._count)
+        padding = -self._count % size
+        # equal batches; the padding of the last one has weight False
+        padded = (
+            np.concatenate([each, np.zeros((padding, *each.shape[1:]), each.dtype)])
+            for each in (*examples, np.ones(self._count, bool))
+        )
+        self._batches = jax.device_put([x.reshape(-1, size, *x.shape[1:]) for x in padded])
 
-        def of_batch(params: Any, batch: Any) -> Any:
-            images, labels, weights = batch
+        def of_batch(params: Any, images: Array, labels: Array, weights: Array) -> Any:
             losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images, labels)
             return jnp.sum(jnp.where(weights, losses, 0)), jnp.sum(correct & weights)
 
-        def evaluate(params: Any, *batches: Any) -> Any:
-            losses, correct = jax.lax.map(lambda batch: of_batch(params, batch), batches)
+        def evaluate(params: Any, batches: Any) -> Any:
+            losses, correct = jax.lax.map(lambda batch: of_batch(params, *batch), batches)
             return losses.sum(), correct.sum()
 
         self._evaluate = jax.jit(evaluate)
 
     def __call__(self, params: Any) -> tuple[float, float]:
         """Give the mean loss and the accuracy in [0, 1]."""
-        losses, correct = self._evaluate(params, *self._batches)
+        losses, correct = self._evaluate(params, self._batches)
         return float(losses) / self._count, float(correct) / self._count
-
-
-def in_batches(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """Cut a set into equal batches; the padding of the last one has weight False."""
-    size = min(EVALUATION_BATCH, len(images))
-    pad = -len(images) % size
-    weights = np.ones(len(images), bool)
-    padded = (
-        np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)])
-        for x in (images, labels, weights)
-    )
-    return [x.reshape(-1, size, *x.shape[1:]) for x in padded]
 
 
 @dataclass(eq=False)
@@ -262,10 +263,6 @@ def build_program(problem: Problem, settings: Settings, data: Any = None) -> Pro
     if data is None:
         data = jax.device_put(problem.train, where)
 
-    def block(carry: _Carry, count: Any, rate: Any, seed: Any, *data: Any) -> _Carry:
-        own = dataclasses.replace(settings, learning_rate=rate, seed=seed)
-        return make_block(problem, own)(carry, count, *data)
-
     def init(seed: Any) -> TrainState:
         return init_state(problem, dataclasses.replace(settings, seed=seed))
 
@@ -275,7 +272,7 @@ def build_program(problem: Problem, settings: Settings, data: Any = None) -> Pro
     seed = np.uint32(0)
     spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
     started = time.perf_counter()
-    jitted = jax.jit(block, donate_argnums=0, **spread)
+    jitted = jax.jit(make_block(problem, settings), donate_argnums=0, **spread)
     lowered = jitted.lower(jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data)
     compiled = lowered.compile()
     seconds = time.perf_counter() - started

@@ -64,7 +64,7 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
     >>> int(init_state(build_problem(EXPERIMENTS["digits"], settings), settings).step)
     0
     """
-    optimizer = _optimizer(settings)
+    optimizer = build_optimizer(settings)
 
     def init() -> TrainState:
         key = split_seed(settings.seed).init
@@ -83,15 +83,6 @@ def guarded_rule(settings: Settings, guess: Any, slopes: Any = None) -> Any:
     return guard_rule(settings, build_rule(settings, guess), slopes)
 
 
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    if settings.learning_rate is None:
-        raise ValueError(
-            "expected settings with a learning rate, got None; use "
-            "forwax.lab.catalogue.options.resolve"
-        )
-    return build_optimizer(settings, settings.learning_rate)
-
-
 def make_step(problem: Problem, settings: Settings) -> Any:
     """Make one training step, not compiled.
 
@@ -106,7 +97,7 @@ def make_step(problem: Problem, settings: Settings) -> Any:
 
     Example: `state, loss, accuracy, finite = make_step(problem, settings)(state, images, labels)`
     """
-    optimizer = _optimizer(settings)
+    optimizer = build_optimizer(settings)
     noise_key = split_seed(settings.seed).noise
 
     def step(state: TrainState, images: Array, labels: Array) -> Any:
