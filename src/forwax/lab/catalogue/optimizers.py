@@ -77,25 +77,33 @@ def decayed_by_lars(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+_ADAPTIVE = {
+    "adam": 1e-3,
+    "adamw": 1e-3,
+    "adamax": 2e-3,
+    "nadam": 1e-3,
+    "radam": 1e-3,
+    "adabelief": 1e-3,
+    "adagrad": 1e-2,
+    "rmsprop": 1e-3,
+    "lion": 1e-4,
+    "lamb": 1e-3,
+    "yogi": 1e-2,
+}
+"""The base rates of optax's optimizers of these names."""
+
 _momentum = functools.partial(optax.sgd, momentum=MOMENTUM)
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(optax.sgd),
     "momentum": OptimizerChoice(_momentum, factor=1 - MOMENTUM),
     "nesterov": OptimizerChoice(functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM),
-    "adam": OptimizerChoice(optax.adam, 1e-3),
-    "adamw": OptimizerChoice(optax.adamw, 1e-3, decays=True),
-    "adamax": OptimizerChoice(optax.adamax, 2e-3),
-    "nadam": OptimizerChoice(optax.nadam, 1e-3),
-    "radam": OptimizerChoice(optax.radam, 1e-3),
-    "adabelief": OptimizerChoice(optax.adabelief, 1e-3),
-    "adagrad": OptimizerChoice(optax.adagrad, 1e-2),
-    "rmsprop": OptimizerChoice(optax.rmsprop, 1e-3),
-    "lion": OptimizerChoice(optax.lion, 1e-4, decays=True),
-    "lamb": OptimizerChoice(optax.lamb, 1e-3, decays=True),
+    **{
+        name: OptimizerChoice(getattr(optax, name), rate, decays=name in ("adamw", "lion", "lamb"))
+        for name, rate in _ADAPTIVE.items()
+    },
     "lars": OptimizerChoice(
         functools.partial(optax.lars, weight_decay_mask=decayed_by_lars), 1e-1, decays=True
     ),
-    "yogi": OptimizerChoice(optax.yogi, 1e-2),
 }
 """Every optimizer of the command line."""
 

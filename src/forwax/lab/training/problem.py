@@ -17,6 +17,7 @@ from jax import Array
 import forwax as fx
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.objectives import (
+    Estimate,
     Gradient,
     Loss,
     Scale,
@@ -63,7 +64,7 @@ class Problem:
         """The size of the training set."""
         return len(self.train[0])
 
-    def gradient(self, rule: Any) -> Callable[..., Any]:
+    def gradient(self, rule: Any) -> Estimate:
         """The function that estimates the gradient of a batch by a rule; see `Gradient`."""
         if self.custom_gradient is not None:
             return self.custom_gradient(rule)

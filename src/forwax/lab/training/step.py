@@ -115,8 +115,11 @@ def make_step(problem: Problem, settings: Settings) -> Any:
 
         def advance(state: TrainState) -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            guess = state.guess
+            if needs_guess(settings):
+                kept = settings.guess_decay or 0.0
+                guess = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
             params = optax.apply_updates(state.params, updates)
-            guess = _next_guess(settings, state.guess, grads)
             return TrainState(params, opt_state, guess, state.step + 1, slopes)
 
         # a branch, not a select: a select would copy all parameters at every step
@@ -124,13 +127,6 @@ def make_step(problem: Problem, settings: Settings) -> Any:
         return state, loss, jnp.mean(correct, dtype=jnp.float32), finite
 
     return step
-
-
-def _next_guess(settings: Settings, guess: Any, grads: Any) -> Any:
-    if not needs_guess(settings):
-        return guess
-    kept = settings.guess_decay or 0.0
-    return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
 
 
 def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any], Any]]:
@@ -160,5 +156,5 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
         )
     mesh = jax.make_mesh((count,), ("examples",), (AxisType.Auto,), devices=devices)
     rows = NamedSharding(mesh, PartitionSpec("examples"))
-    spread = lambda batch: jax.lax.with_sharding_constraint(batch, rows)  # noqa: E731
-    return NamedSharding(mesh, PartitionSpec()), spread
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return everywhere, lambda batch: jax.lax.with_sharding_constraint(batch, rows)
