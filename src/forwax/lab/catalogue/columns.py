@@ -93,7 +93,8 @@ def _column(
         of_kind = [rule for rule, reading in ren2023.READINGS.items() if reading.kind == kind]
         for each in [row] if kind == row else of_kind:
             rates[each] = float(rate)
-            longer |= {each: int(own) for own in rest}
+            for own in rest:
+                longer[each] = int(own)
     return Column(name, title, epochs, settings, rates, longer, warm_up)
 
 

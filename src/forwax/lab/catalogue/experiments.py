@@ -217,12 +217,3 @@ _ALL = (
 
 EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 """Every experiment by its name."""
-
-
-def describe(experiment: Experiment) -> str:
-    """Give the experiment's name and description, for the command line's help.
-
-    >>> describe(EXPERIMENTS["mnist-logistic"])
-    'mnist-logistic: Logistic regression on MNIST.'
-    """
-    return f"{experiment.name}: {experiment.description}"

@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from forwax.lab import report
-from forwax.lab.catalogue.experiments import EXPERIMENTS, describe
+from forwax.lab.catalogue.experiments import EXPERIMENTS
 from forwax.lab.catalogue.options import (
     ExperimentName,
     SettingOptions,
@@ -66,7 +66,7 @@ DESCRIPTION = "\n".join(
         "Train a model on real data, by default without backpropagation.",
         "",
         "Experiments; docs/results/experiments.md tells what their defaults reached:",
-        *(f"- {describe(experiment)}" for experiment in EXPERIMENTS.values()),
+        *(f"- {name}: {experiment.description}" for name, experiment in EXPERIMENTS.items()),
         "",
         "Rules:",
         *(f"- {name}: {rule.about}" for name, rule in RULES.items() if not rule.published),
