@@ -251,8 +251,11 @@ def row_of(settings: Settings) -> str:
     >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'
     """
-    several = (settings.num_tangents or 1) > 1
-    return f"{settings.rule}:{settings.num_tangents}" if several else settings.rule
+    return (
+        f"{settings.rule}:{settings.num_tangents}"
+        if (settings.num_tangents or 1) > 1
+        else settings.rule
+    )
 
 
 def learning_rate(settings: Settings) -> float:

@@ -184,8 +184,11 @@ def _on(data_set: str, title: str, *models: str) -> list[Experiment]:
 
 def _of_local_mixer(experiment: Experiment, settings: Settings) -> Experiment:
     """Give the experiment for a size and an objective."""
-    gradient = objectives.GRADIENTS[settings.objective or "supervised"]
-    return dataclasses.replace(experiment, model=columns.build_model(settings), gradient=gradient)
+    return dataclasses.replace(
+        experiment,
+        model=columns.build_model(settings),
+        gradient=objectives.GRADIENTS[settings.objective or "supervised"],
+    )
 
 
 _COLUMNS = columns.configurations()

@@ -183,8 +183,7 @@ class Entry:
             raise UsageError(
                 f"{text!r} says twice how many noises, of which kind or one-slope; say each once."
             )
-        count = given.setdefault("num_tangents", 1)
-        given.setdefault("tangents", _signs(count))
+        given.setdefault("tangents", _signs(given.setdefault("num_tangents", 1)))
         return cls(rule, **given)
 
     @property

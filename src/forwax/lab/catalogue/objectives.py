@@ -74,8 +74,9 @@ def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
     """
 
     def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
-        model = eqx.combine(cast(params, dtype), static)
-        logits = model(scale(image).astype(dtype)).astype(parameter_dtype(dtype))
+        logits = eqx.combine(cast(params, dtype), static)(scale(image).astype(dtype)).astype(
+            parameter_dtype(dtype)
+        )
         return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
 
     return loss
@@ -99,8 +100,9 @@ def supervised(static: Any, scale: Scale, settings: Settings, largest_pixel: int
     dtype, reading, parts = _read(settings)
 
     def loss(params: Any, x: Array, label: Array) -> Any:
-        model = eqx.combine(cast(params, dtype), static)
-        losses = local_losses(model, x, label, reading.losses, parts=parts)
+        losses = local_losses(
+            eqx.combine(cast(params, dtype), static), x, label, reading.losses, parts=parts
+        )
         # the same forward pass again, which XLA merges with the first; no rule sees parameters in
         # it
         seen = eqx.combine(cast(lax.stop_gradient(params), dtype), static)
@@ -139,8 +141,9 @@ def contrastive(static: Any, scale: Scale, settings: Settings, largest_pixel: in
     dtype, reading, parts = _read(settings)
 
     def gradient(rule: Any) -> Estimate:
-        method = ren2023.Method(settings.rule, reading.losses, parts, rule)
-        of_batch = ren2023.contrastive(method, static)
+        of_batch = ren2023.contrastive(
+            ren2023.Method(settings.rule, reading.losses, parts, rule), static
+        )
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
             key, shown = jax.random.split(key)

@@ -43,8 +43,11 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, None]:
     """Leave a field of the settings open: its names, its text, and None where it is not named."""
     if field.name in _NAMES:
         kind = Literal[tuple(_NAMES[field.name])]
-    told = tyro.conf.arg(help=field.metadata["help"], help_behavior_hint="")
-    return field.name, Annotated[kind | None, told], None
+    return (
+        field.name,
+        Annotated[kind | None, tyro.conf.arg(help=field.metadata["help"], help_behavior_hint="")],
+        None,
+    )
 
 
 def _given(self: Any) -> Json:
@@ -118,8 +121,10 @@ def asked(experiment: Experiment, configuration: str, given: Json) -> Settings:
     >>> asked(find_experiment("local-mixer"), "default", {"size": "S/1/1", "epochs": 2}).size
     'S/1/1'
     """
-    named = {name: value for name, value in given.items() if name != "epochs"}
-    settings = dataclasses.replace(find_configuration(experiment, configuration), **named)
+    settings = dataclasses.replace(
+        find_configuration(experiment, configuration),
+        **{name: value for name, value in given.items() if name != "epochs"},
+    )
     check_open_choices(experiment, settings, given)
     return settings
 

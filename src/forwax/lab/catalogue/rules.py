@@ -87,8 +87,12 @@ def _drawn(rule: Callable[..., fx.Rule], settings: Settings, guess: Any, **own: 
     combination = COMBINES[settings.combine or "mean"]
     if settings.combine == "control-variate":
         combination = combine.ControlVariate(guess)
-    drawn = _tangents(settings, guess)
-    return rule(drawn, num_tangents=settings.num_tangents or 1, combine=combination, **own)
+    return rule(
+        _tangents(settings, guess),
+        num_tangents=settings.num_tangents or 1,
+        combine=combination,
+        **own,
+    )
 
 
 def _exact(settings: Settings, guess: Any) -> fx.Rule:
@@ -101,8 +105,9 @@ def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
 
 def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
     key, number = jax.random.key(settings.seed), settings.num_tangents or 1
-    drawn = _tangents(settings, None)
-    return ren2023.method(settings.rule, None, key, tangents=drawn, num_tangents=number).rule
+    return ren2023.method(
+        settings.rule, None, key, tangents=_tangents(settings, None), num_tangents=number
+    ).rule
 
 
 _LOCAL = (

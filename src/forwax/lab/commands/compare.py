@@ -97,8 +97,9 @@ def compare(comparison: Comparison) -> Json:
         rates_found[name] = rates.best_rate(rates.pairs(searches[name]) or [(rate, 0.0)])
     for seed in range(options.seeds):
         for name, rate in rates_found.items():
-            run = comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
-            runs.setdefault(name, []).append(run)
+            runs.setdefault(name, []).append(
+                comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
+            )
     return _facts(comparison) | findings.gather(
         comparison.rules, timing, searches, runs, options.target_loss
     )
@@ -109,8 +110,7 @@ def _search(bench: Bench, name: str, suggested: float) -> list[Json]:
     comparison = bench.comparison
 
     def candidate(number: int, rate: float) -> Json:
-        part = f"search-{name}-{number}"
-        return comparison.part(part, bench.candidate, name, number, rate)
+        return comparison.part(f"search-{name}-{number}", bench.candidate, name, number, rate)
 
     candidates = rates.search(suggested, comparison.options.search_rates, candidate)
     note = rates.edge_note(candidates)

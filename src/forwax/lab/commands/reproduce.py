@@ -126,11 +126,11 @@ def run(options: ReproduceOptions) -> int:
             for seed in range(options.seeds):
                 for entry in dict.fromkeys(entries):
                     settings = settings_of(column, entry, data, options, seed)
-                    own = folder_of(folder, entry, seed)
-                    summary = _train(own, column, entry, data, settings, signals)
+                    summary = _train(
+                        folder_of(folder, entry, seed), column, entry, data, settings, signals
+                    )
                     finite &= summary["finite"]
-                    facts = table.facts(settings, summary, options.holdout)
-                    save(folder, column, checksum, facts)
+                    save(folder, column, checksum, table.facts(settings, summary, options.holdout))
         except KeyboardInterrupt:
             print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
             return signals.code

@@ -184,8 +184,7 @@ class _Training(Session):
     def __init__(self, files: Files, problem: Problem, settings: Settings):
         trainer = build_trainer(problem, settings, files.state)
         steps = settings.steps
-        stops = {*range(0, steps, settings.eval_every or steps), steps}
-        super().__init__(trainer, stops, files)
+        super().__init__(trainer, {*range(0, steps, settings.eval_every or steps), steps}, files)
         self.metrics = files.metrics
         self.score = Scorer(problem, problem.test)
 

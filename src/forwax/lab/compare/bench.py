@@ -94,8 +94,9 @@ class Bench:
         if (name, steps) not in self._programs:
             settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
             print(f"Compiling {name} for {steps:,} steps.", flush=True)
-            program = build_program(self.comparison.problem, settings, self._data)
-            self._programs[name, steps] = program
+            self._programs[name, steps] = build_program(
+                self.comparison.problem, settings, self._data
+            )
         return self._programs[name, steps]
 
     def timing(self) -> Json:
@@ -105,8 +106,10 @@ class Bench:
         seconds = timing.measure(programs)
         for name, values in seconds.items():
             print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
-        temporaries = {name: each.temporary_bytes for name, each in programs.items()}
-        return {"seconds": seconds, "temporary_bytes": temporaries}
+        return {
+            "seconds": seconds,
+            "temporary_bytes": {name: each.temporary_bytes for name, each in programs.items()},
+        }
 
     def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""

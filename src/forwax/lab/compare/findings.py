@@ -63,11 +63,12 @@ def gather(
         each |= _reached(each, step, "target")
     for each in found.values():
         each |= _against(each, found.get("backprop"))
-    by_default = "the loss that the slowest rule that stayed finite ends at"
     return {
         "loss_seconds": seconds[LOSS],
         "target_loss": target,
-        "target_is": "given" if is_given else by_default,
+        "target_is": "given"
+        if is_given
+        else "the loss that the slowest rule that stayed finite ends at",
         "rules": found,
     }
 

@@ -77,9 +77,13 @@ def search(
 def pairs(candidates: list[Candidate]) -> Tried:
     """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
     losses = [each["validation_loss"] for each in candidates]
-    rates = [each["learning_rate"] for each in candidates]
-    infinite = [math.inf if loss is None else loss for loss in losses]
-    return list(zip(rates, infinite, strict=True))
+    return list(
+        zip(
+            [each["learning_rate"] for each in candidates],
+            [math.inf if loss is None else loss for loss in losses],
+            strict=True,
+        )
+    )
 
 
 def edge_note(candidates: list[Candidate]) -> str | None:

@@ -179,8 +179,9 @@ def make_ready(options: CompareOptions) -> Comparison:
     experiment = find_experiment(options.experiment)
     by_default = names.PAPER_RULES if options.paper else names.DEFAULT_RULES
     rules = names.parse_all(options.rules or by_default)
-    whole = build_problem(experiment, Settings(), options.data_dir)
-    problem, validation = hold_out(whole, options.validation_examples)
+    problem, validation = hold_out(
+        build_problem(experiment, Settings(), options.data_dir), options.validation_examples
+    )
     images, labels = (each[: options.test_examples] for each in problem.test)
     problem = dataclasses.replace(problem, test=(images, labels))
     settings = {rule.name: _settings(options, experiment, rule, problem) for rule in rules}
@@ -205,8 +206,10 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, Examples]:
         raise UsageError(f"--validation-examples must be from 1 to {total - 1}, got {count}.")
     order = np.random.default_rng(0).permutation(total)
     held, kept = np.sort(order[:count]), np.sort(order[count:])
-    rest = dataclasses.replace(problem, train=(images[kept], labels[kept]))
-    return rest, (images[held], labels[held])
+    return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
+        images[held],
+        labels[held],
+    )
 
 
 def _settings(
@@ -225,6 +228,5 @@ def _settings(
         raise UsageError(
             f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
         )
-    built = build_rule(settings)
-    rate = experiment.suggest_rate(settings, built, num_parameters, problem.noise)
+    rate = experiment.suggest_rate(settings, build_rule(settings), num_parameters, problem.noise)
     return dataclasses.replace(settings, learning_rate=rate)

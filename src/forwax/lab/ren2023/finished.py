@@ -38,8 +38,9 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[J
         if read is not None and run.config["data_checksum"] == checksum:
             entry, seed = read
             place = RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed
-            rate = run.config["learning_rate"]
-            found.append((place, entry, run.summary() | {"learning_rate": rate}))
+            found.append(
+                (place, entry, run.summary() | {"learning_rate": run.config["learning_rate"]})
+            )
     results: dict[str, list[Json]] = {}
     for _, entry, summary in sorted(found, key=lambda each: each[0]):
         results.setdefault(entry.name, []).append(summary)

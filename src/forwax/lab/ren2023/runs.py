@@ -86,8 +86,11 @@ class _Epochs(Session):
 
     def __init__(self, files: Files, problem: Problem, settings: Settings, tell: Tell):
         self.per_epoch = max(1, problem.num_examples // settings.batch_size)
-        stops = {*range(0, settings.steps, self.per_epoch), settings.steps}
-        super().__init__(build_trainer(problem, settings, files.state), stops, files)
+        super().__init__(
+            build_trainer(problem, settings, files.state),
+            {*range(0, settings.steps, self.per_epoch), settings.steps},
+            files,
+        )
         self.tell = tell
         self.metrics = files.metrics
         self.score = Scorer(problem, problem.test)

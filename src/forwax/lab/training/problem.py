@@ -75,8 +75,7 @@ class Problem:
         if not isinstance(rule, fx.ActivityPerturbation):
             return None
         image, label = (jnp.asarray(x[:1]) for x in self.train)
-        abstract = jax.eval_shape(self.init, jax.random.key(0))
-        params = jax.tree.map(jnp.zeros_like, abstract)
+        params = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0)))
         rows = fx.explain(self.loss, rule, **_BATCHED)(params, image, label).rows
         return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
@@ -108,8 +107,7 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
     shape = data.train_images.shape[1:]
 
     def make(key: Array) -> Any:
-        model = experiment.model(shape, data.num_classes, key)
-        return eqx.partition(model, eqx.is_inexact_array)
+        return eqx.partition(experiment.model(shape, data.num_classes, key), eqx.is_inexact_array)
 
     def init(key: Array) -> Any:
         return cast(make(key)[0], parameter_dtype(settings.dtype))

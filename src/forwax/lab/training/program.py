@@ -65,8 +65,7 @@ def make_block(problem: Problem, settings: Settings) -> Callable[..., _Carry]:
     numbers = jnp.arange(problem.num_examples, dtype=jnp.int32)
 
     def block(carry: _Carry, count: Array, rate: Any, seed: Any, *data: Any) -> _Carry:
-        own = dataclasses.replace(settings, learning_rate=rate, seed=seed)
-        step = make_step(problem, own)
+        step = make_step(problem, dataclasses.replace(settings, learning_rate=rate, seed=seed))
         data_key = split_seed(seed).data
 
         def body(carry: _Carry) -> _Carry:
@@ -77,13 +76,21 @@ def make_block(problem: Problem, settings: Settings) -> Callable[..., _Carry]:
                 lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
             )
             chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
-            examples = spread([each[chosen] for each in data])
-            state, loss, accuracy, finite = step(carry.state, *examples)
+            state, loss, accuracy, finite = step(
+                carry.state, *spread([each[chosen] for each in data])
+            )
             loss = loss.astype(jnp.float32)
             done = carry.done
-            losses = carry.losses.at[done].set(loss)
-            accuracies = carry.accuracies.at[done].set(accuracy)
-            return _Carry(state, epoch, order, done + finite, finite, loss, losses, accuracies)
+            return _Carry(
+                state,
+                epoch,
+                order,
+                done + finite,
+                finite,
+                loss,
+                carry.losses.at[done].set(loss),
+                carry.accuracies.at[done].set(accuracy),
+            )
 
         carry = carry._replace(done=jnp.int32(0), finite=jnp.bool(True))
         if not loops_well(problem):  # one step, whatever the count
@@ -103,8 +110,9 @@ def loops_well(problem: Problem) -> bool:
         problem: the experiment made ready.
     """
     image, label = (jax.ShapeDtypeStruct(each.shape[1:], each.dtype) for each in problem.train)
-    params = jax.eval_shape(problem.init, jax.random.key(0))
-    convolves = "conv_general_dilated" in str(jax.make_jaxpr(problem.loss)(params, image, label))
+    convolves = "conv_general_dilated" in str(
+        jax.make_jaxpr(problem.loss)(jax.eval_shape(problem.init, jax.random.key(0)), image, label)
+    )
     return not (convolves and jax.default_backend() == "cpu")
 
 
@@ -272,8 +280,9 @@ def build_program(problem: Problem, settings: Settings, data: Any = None) -> Pro
     seed = np.uint32(0)
     spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
     started = time.perf_counter()
-    jitted = jax.jit(make_block(problem, settings), donate_argnums=0, **spread)
-    lowered = jitted.lower(jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data)
+    lowered = jax.jit(make_block(problem, settings), donate_argnums=0, **spread).lower(
+        jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data
+    )
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()

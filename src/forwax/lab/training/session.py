@@ -52,8 +52,9 @@ class Signals:
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
-        is_termination = number == signal.SIGTERM
-        signal.signal(number, signal.SIG_DFL if is_termination else signal.default_int_handler)
+        signal.signal(
+            number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+        )
 
     @property
     def code(self) -> int:

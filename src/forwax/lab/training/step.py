@@ -105,8 +105,9 @@ def make_step(problem: Problem, settings: Settings) -> Any:
         slopes = state.slopes
         rule = guarded_rule(settings, state.guess, slopes)
         if isinstance(rule, fx.Safe) and problem.custom_gradient is None:
-            gradient = rule.step(problem.loss, has_aux=True, in_axes=(None, 0, 0))
-            (loss, correct), grads, rule = gradient(key, state.params, images, labels)
+            (loss, correct), grads, rule = rule.step(
+                problem.loss, has_aux=True, in_axes=(None, 0, 0)
+            )(key, state.params, images, labels)
             slopes = rule.history
         else:
             (loss, correct), grads = problem.gradient(rule)(key, state.params, images, labels)
@@ -119,8 +120,9 @@ def make_step(problem: Problem, settings: Settings) -> Any:
             if needs_guess(settings):
                 kept = settings.guess_decay or 0.0
                 guess = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
-            params = optax.apply_updates(state.params, updates)
-            return TrainState(params, opt_state, guess, state.step + 1, slopes)
+            return TrainState(
+                optax.apply_updates(state.params, updates), opt_state, guess, state.step + 1, slopes
+            )
 
         # a branch, not a select: a select would copy all parameters at every step
         state = jax.lax.cond(finite, advance, lambda state: state, state)
@@ -156,5 +158,6 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
         )
     mesh = jax.make_mesh((count,), ("examples",), (AxisType.Auto,), devices=devices)
     rows = NamedSharding(mesh, PartitionSpec("examples"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return everywhere, lambda batch: jax.lax.with_sharding_constraint(batch, rows)
+    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(
+        batch, rows
+    )
