@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -18,7 +17,7 @@ from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_configuration, find_experiment
 from forwax.lab.catalogue.rules import build_rule, initial_guess
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Chosen, Count, UsageError, check_ranges
+from forwax.lab.flags import Count, CountOrNot, PathOrNot, UsageError, check_ranges
 from forwax.lab.training.problem import Problem, build_problem
 
 DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
@@ -39,7 +38,7 @@ class DiagnoseOptions:
     """Whose loss, on what data."""
     rules: tuple[str, ...] = DEFAULT_RULES
     """The rules, by the names of `forwax compare`, and a number of tangents where wanted."""
-    batch_size: Chosen[Count] = None
+    batch_size: CountOrNot = None
     """The number of examples; the default belongs to the experiment."""
     draws: Count = 16
     """How many estimates of each rule are compared with the exact gradient."""
@@ -47,7 +46,7 @@ class DiagnoseOptions:
     """How often each program is timed, all of them in turn."""
     seed: int = 0
     """The seed of the initial parameters, the batch and the tangents."""
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 

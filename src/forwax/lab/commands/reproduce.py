@@ -16,7 +16,7 @@ from forwax.lab.catalogue.names import Entry
 from forwax.lab.catalogue.options import check_numbers
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
-from forwax.lab.flags import Chosen, Count, Natural, UsageError, check_ranges
+from forwax.lab.flags import Chosen, Count, CountOrNot, Natural, PathOrNot, UsageError, check_ranges
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
 from forwax.lab.report import Json
@@ -52,11 +52,11 @@ class ReproduceOptions:
     """Methods; of forward gradients also LG-FG-A:4 (noises), :normal (kind), :one-slope."""
     seeds: Count = 3
     """How many seeds; the first is 0."""
-    epochs: Chosen[Count] = None
+    epochs: CountOrNot = None
     """Passes over the training set, instead of the column's."""
-    steps: Chosen[Count] = None
+    steps: CountOrNot = None
     """Training steps, instead of epochs."""
-    batch_size: Chosen[Count] = None
+    batch_size: CountOrNot = None
     """The number of examples of a step, instead of the column's."""
     learning_rate: Chosen[float] = None
     """One rate for all methods, instead of the column's own for each."""
@@ -64,13 +64,13 @@ class ReproduceOptions:
     """Whether supervised images are shifted by up to 2 pixels, and flipped where coloured."""
     dtype: Chosen[Literal["float32", "bfloat16"]] = None
     """The floating type that the model computes in, instead of the column's."""
-    examples: Chosen[Count] = None
+    examples: CountOrNot = None
     """Use only so many training and test images, to try a command out."""
     holdout: Natural = 0
     """Hold out so many of the last training images, to choose settings by errors on them."""
     out: Path = Path("runs/ren2023")
     """The folder of results; the same command goes on there where it stopped."""
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 

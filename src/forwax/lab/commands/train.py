@@ -23,7 +23,7 @@ from forwax.lab.catalogue.options import (
 )
 from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Chosen, Range, UsageError, check_ranges
+from forwax.lab.flags import PathOrNot, Range, UsageError, check_ranges
 from forwax.lab.training.advice import advice, monitored
 from forwax.lab.training.folder import CURVES, SUMMARY, Files, Run, opened
 from forwax.lab.training.problem import Problem, build_problem
@@ -55,7 +55,7 @@ class TrainOptions(SettingOptions):
     """Go on with the run in this folder, bit for bit as if it had never stopped."""
     runs: Path = Path("runs")
     """The folder that the run's folder is made in."""
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     checkpoint_seconds: Annotated[float, Range("zero or more", lambda x: x >= 0)] = 5.0
     """The time between two checkpoints."""

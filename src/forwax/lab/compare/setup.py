@@ -22,7 +22,15 @@ from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
 from forwax.lab.catalogue.rules import build_rule, needs_guess
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Chosen, Count, Positive, UsageError, check_ranges
+from forwax.lab.flags import (
+    Chosen,
+    Count,
+    CountOrNot,
+    PathOrNot,
+    Positive,
+    UsageError,
+    check_ranges,
+)
 from forwax.lab.report import Json
 from forwax.lab.training.folder import CONFIG, Run
 from forwax.lab.training.problem import Examples, Problem, build_problem
@@ -56,15 +64,15 @@ class CompareOptions:
     """A configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
     paper: bool = False
     """The configuration's rate for every rule, without a search; --config is then paper."""
-    steps: Chosen[Count] = None
+    steps: CountOrNot = None
     """The number of training steps; the default belongs to the experiment."""
-    batch_size: Chosen[Count] = None
+    batch_size: CountOrNot = None
     """The number of examples of a step; the default belongs to the experiment."""
     seeds: Count = 3
     """The number of seeds, each with its initial parameters, data order and tangents."""
     search_rates: Count = 6
     """How many learning rates each rule may try."""
-    search_steps: Chosen[Count] = None
+    search_steps: CountOrNot = None
     """For how many steps each rate is tried, all by default: a short trial misses explosions."""
     target_loss: Chosen[Positive] = None
     """The validation loss to reach; by default where the slowest rule that stays finite ends."""
@@ -72,11 +80,11 @@ class CompareOptions:
     """How often the validation loss is taken."""
     validation_examples: Chosen[int] = None
     """How many training examples are held out; 2,000 by default, at most a fifth."""
-    test_examples: Chosen[Count] = None
+    test_examples: CountOrNot = None
     """How many test examples, from the first on, are used; all by default."""
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
-    out: Chosen[Path] = None
+    out: PathOrNot = None
     """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Go on with the comparison in this folder; finished parts are not done again."""
