@@ -16,6 +16,7 @@ from forwax.lab.catalogue.columns import DRAWING, Column
 from forwax.lab.catalogue.rules import RULES, TANGENTS
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 from forwax.models import ren2023
 
 MANY = 16
@@ -49,7 +50,7 @@ class Line:
     colour: str | None = None
 
 
-def _by(rule: str, tangents: str = "rademacher", combine: str = "mean") -> dict[str, Any]:
+def _by(rule: str, tangents: str = "rademacher", combine: str = "mean") -> Json:
     return {"rule": rule, "tangents": tangents, "combine": combine}
 
 
@@ -177,13 +178,12 @@ class Entry:
                     f"{rule} draws no noise, so that {text!r} means nothing; write {rule}."
                 )
             return cls(rule)
-        given: dict[str, Any] = dict(_read(word, text) for word in words)
+        given: Json = dict(_read(word, text) for word in words)
         if len(given) < len(words):
             raise UsageError(
                 f"{text!r} says twice how many noises, of which kind or one-slope; say each once."
             )
-        count = given.setdefault("num_tangents", 1)
-        given.setdefault("tangents", _signs(count))
+        given.setdefault("tangents", _signs(given.setdefault("num_tangents", 1)))
         return cls(rule, **given)
 
     @property

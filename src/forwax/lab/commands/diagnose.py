@@ -70,7 +70,7 @@ def run(options: DiagnoseOptions) -> int:
     experiment = find_experiment(options.experiment)
     problem = build_problem(experiment, Settings(), options.data_dir)
     size = options.batch_size or find_configuration(experiment, "default").batch_size
-    most = len(problem.train[0])
+    most = problem.num_examples
     if size > most:
         raise UsageError(
             f"--batch-size must be at most the {most} examples of the training set, got {size}."
@@ -87,7 +87,7 @@ def measure(problem: Problem, named: list[NamedRule], size: int, options: Diagno
     """Diagnose the rules on one random batch at the initial parameters; see `forwax.diagnose`."""
     init, feedback, key = jax.random.split(jax.random.key(options.seed), 3)
     params = problem.init(init)
-    chosen = np.random.default_rng(options.seed).choice(len(problem.train[0]), size, replace=False)
+    chosen = np.random.default_rng(options.seed).choice(problem.num_examples, size, replace=False)
     images, labels = (jnp.asarray(each[np.sort(chosen)]) for each in problem.train)
     rules = {}
     for each in named:

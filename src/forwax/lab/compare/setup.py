@@ -23,6 +23,7 @@ from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
 from forwax.lab.catalogue.rules import build_rule, needs_guess
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import Chosen, Count, Positive, UsageError, check_ranges
+from forwax.lab.report import Json
 from forwax.lab.training.folder import CONFIG, Run
 from forwax.lab.training.problem import Examples, Problem, build_problem
 
@@ -156,12 +157,12 @@ class Comparison:
         """For how many steps each rate is tried."""
         return self.options.search_steps or self.steps
 
-    def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def part(self, name: str, make: Callable[..., Json], *what: Any) -> Json:
         """Give a part that an earlier sitting finished, or make it and keep it."""
         path = self.folder / PARTS / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())
-        value = make()
+        value = make(*what)
         report.write_json(path, value)
         return value
 
@@ -178,8 +179,9 @@ def make_ready(options: CompareOptions) -> Comparison:
     experiment = find_experiment(options.experiment)
     by_default = names.PAPER_RULES if options.paper else names.DEFAULT_RULES
     rules = names.parse_all(options.rules or by_default)
-    whole = build_problem(experiment, Settings(), options.data_dir)
-    problem, validation = hold_out(whole, options.validation_examples)
+    problem, validation = hold_out(
+        build_problem(experiment, Settings(), options.data_dir), options.validation_examples
+    )
     images, labels = (each[: options.test_examples] for each in problem.test)
     problem = dataclasses.replace(problem, test=(images, labels))
     settings = {rule.name: _settings(options, experiment, rule, problem) for rule in rules}
@@ -204,8 +206,10 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, Examples]:
         raise UsageError(f"--validation-examples must be from 1 to {total - 1}, got {count}.")
     order = np.random.default_rng(0).permutation(total)
     held, kept = np.sort(order[:count]), np.sort(order[count:])
-    rest = dataclasses.replace(problem, train=(images[kept], labels[kept]))
-    return rest, (images[held], labels[held])
+    return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
+        images[held],
+        labels[held],
+    )
 
 
 def _settings(
@@ -214,7 +218,7 @@ def _settings(
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
     own = {"steps": options.steps, "batch_size": options.batch_size}
     given = {**rule.given} | {name: value for name, value in own.items() if value is not None}
-    num_examples, num_parameters = len(problem.train[0]), problem.num_parameters
+    num_examples, num_parameters = problem.num_examples, problem.num_parameters
     settings = resolve(
         experiment, options.configuration, given, num_examples, num_parameters, problem.noise
     )
@@ -224,6 +228,5 @@ def _settings(
         raise UsageError(
             f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
         )
-    built = build_rule(settings)
-    rate = experiment.suggest_rate(settings, built, num_parameters, problem.noise)
+    rate = experiment.suggest_rate(settings, build_rule(settings), num_parameters, problem.noise)
     return dataclasses.replace(settings, learning_rate=rate)
