@@ -123,10 +123,11 @@ def locate(source: Source, data_dir: Path | None = None) -> Path | None:
 
 def _search_path(data_dir: Path | None) -> Iterator[Path]:
     """The folders that may hold sets; the user's own must exist, the cache may not yet."""
-    for given, origin in ((data_dir, "--data-dir"), (os.environ.get("FORWAX_DATA"), "FORWAX_DATA")):
-        if not given:
+    given = {"--data-dir": data_dir, "FORWAX_DATA": os.environ.get("FORWAX_DATA")}
+    for origin, path in given.items():
+        if not path:
             continue
-        root = Path(given).expanduser()
+        root = Path(path).expanduser()
         if not root.is_dir():
             raise DataError(
                 f"Expected a folder of data sets at {root} ({origin}), but there is none; correct "
@@ -143,7 +144,8 @@ def _missing(source: Source, folder: Path) -> list[str]:
 
 def _find_file(folder: Path, file: str) -> Path | None:
     """The file in this folder, plain or with ``.gz``, or None."""
-    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+    paths = (folder / file, folder / f"{file}.gz")
+    return next(filter(Path.is_file, paths), None)
 
 
 def _read_split(
