@@ -1,7 +1,5 @@
 """The command `forwax`: finds the subcommand and imports it alone; the others cost nothing."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module

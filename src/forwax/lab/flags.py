@@ -1,7 +1,5 @@
 """How options read in `--help`, and what is said when one lies out of range."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

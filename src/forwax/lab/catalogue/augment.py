@@ -5,8 +5,6 @@ image (height, width, channels) with values from 0 to 1, and gives an image of t
 same key gives the same image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

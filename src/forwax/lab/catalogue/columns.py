@@ -6,8 +6,6 @@ CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's 
 `forwax.lab.catalogue.objectives`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -18,8 +18,6 @@ area and more. Still different are
   warm-up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -17,8 +17,6 @@ found so:
   with the base rate of their papers.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

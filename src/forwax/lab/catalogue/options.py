@@ -1,7 +1,5 @@
 """The options of a training run, and how they become settings: a configuration, then the user."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints

@@ -1,7 +1,5 @@
 """Tables of the rules, tangents and combinations of the command line: one line adds one."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ rate, then each seed is trained under each rule. Every finished part is a file i
 folder, so that a rerun skips it.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from datetime import datetime

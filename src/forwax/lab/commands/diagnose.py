@@ -1,7 +1,5 @@
 """`forwax diagnose`: what rules give and cost on an experiment's own loss, and advice."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`forwax reproduce`: run the experiments of a paper and set our figures beside the paper's."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

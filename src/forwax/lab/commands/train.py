@@ -1,7 +1,5 @@
 """`forwax train`: train an experiment's model, in a folder that resumes after any interruption."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from dataclasses import dataclass

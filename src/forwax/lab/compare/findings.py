@@ -8,8 +8,6 @@ al. 2022: R is the time of a step over that of evaluating the loss once; T_f/T_b
 to touch backprop's best validation loss.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -6,8 +6,6 @@ gaps beside it. The choice is made by the loss on the validation part; a candida
 non-finite loses.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

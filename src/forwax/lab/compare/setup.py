@@ -3,8 +3,6 @@
 A validation part is held out of the training set.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The tables of a comparison, for the terminal and as markdown, from what results.json holds."""
 
-from __future__ import annotations
-
 from forwax.lab.report import Json, Table
 
 COLUMNS = (

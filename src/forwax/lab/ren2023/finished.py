@@ -1,7 +1,5 @@
 """The finished runs in a column's folder, whichever call made them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from forwax.lab.catalogue.columns import RULES

@@ -1,7 +1,5 @@
 """One method and seed of a column, trained in a folder that any interruption leaves resumable."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

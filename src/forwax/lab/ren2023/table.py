@@ -1,7 +1,5 @@
 """The table of a reproduced column: ours beside the paper's."""
 
-from __future__ import annotations
-
 import os
 import statistics
 from collections.abc import Mapping, Sequence

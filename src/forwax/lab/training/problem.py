@@ -1,7 +1,5 @@
 """One experiment made ready to train: its data, its initial parameters, its loss."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One training step as a pure function: what it starts from, where its keys come from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The time of one step under each rule, and of evaluating the loss once: warm, in turns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
