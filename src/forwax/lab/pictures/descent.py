@@ -76,9 +76,7 @@ def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum:
     """Draw f above its minimum, every run and their median at each step, against scaled steps."""
     shown = _thinned(descent.values.shape[1])[1:]
     x = scale * shown
-    # what is not a number ranks above all numbers, and a logarithmic axis shows neither it nor zero
-    values = np.where(np.isfinite(descent.values), descent.values, np.inf)
-    values = values[:, shown] - minimum
+    values = descent.ranked[:, shown] - minimum
     look = _look(name)
     if np.any(values != values[0]):
         for run in values:
