@@ -1,7 +1,7 @@
 """Momentum that remembers keys and slopes instead of a copy of the parameters."""
 
 import dataclasses
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from forwax._rule import check_count
 from forwax._rules import WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import check_key
-from forwax.tangents import LowRank
 from forwax.tangents._base import typed_key
 
 
@@ -53,7 +52,8 @@ class Momentum:
         >>> def step(key, w, momentum):
         ...     return fx.update(loss, learning_rate=1e-3, momentum=momentum)(key, w)
         >>> step, w = jax.jit(step, donate_argnums=(1, 2)), jnp.ones(50)
-        >>> momentum = fx.Momentum(decay=0.9, window=32).init(jax.random.key(0), fx.WeightPerturbation())
+        >>> momentum = fx.Momentum(decay=0.9, window=32)
+        >>> momentum = momentum.init(jax.random.key(0), fx.WeightPerturbation())
         >>> for i in range(20):
         ...     value, w, momentum = step(jax.random.key(i), w, momentum)
         >>> int(momentum.num_steps), momentum.coefficients.shape
@@ -88,62 +88,65 @@ class Momentum:
         key = check_key(
             key, "Momentum.init", advice="Pass any key of the kind that the steps will get."
         )
-        weight: Any = rule.rule if isinstance(rule, Safe) else rule
+        weight = cast(WeightPerturbation, rule.inner)
         shape: tuple[int, ...] = (weight.num_tangents,)
-        if isinstance(weight.tangents, LowRank) and weight.tangents.per_example:
+        if weight.tangents.per_example:
             if num_examples is None:
                 raise ValueError(
                     "Momentum.init: tangents.LowRank(per_example=True) has a slope for each "
-                    "example: expected "
-                    "num_examples, got None."
+                    "example: expected num_examples, got None."
                 )
             shape = (*shape, num_examples)
-        return self._empty(typed_key(key), shape, jnp.float32)
+        keys, coefficients, num_steps = self._ring(typed_key(key), shape, jnp.dtype(jnp.float32))
+        return dataclasses.replace(self, keys=keys, coefficients=coefficients, num_steps=num_steps)
 
     def add(self, key: Array, coefficients: Array) -> "Momentum":
-        """The momentum with one more step: its typed key, and the weights of its tangents [k(, examples)]."""
-        old = self
-        if old.keys is None or old.coefficients is None or old.num_steps is None:
-            old = self._empty(key, coefficients.shape, coefficients.dtype)
+        """The momentum with one more step.
+
+        Args:
+            key: the step's typed key.
+            coefficients: the weights of its tangents [k] or [k, examples].
+        """
+        keys = self.keys
+        weights = self.coefficients
+        num_steps = self.num_steps
+        if keys is None or weights is None or num_steps is None:
+            keys, weights, num_steps = self._ring(key, coefficients.shape, coefficients.dtype)
         data = jax.random.key_data(key)
-        got, expected = (
-            (data.shape, coefficients.shape),
-            (old.keys.shape[1:], old.coefficients.shape[1:]),
-        )  # type: ignore[union-attr]
+        got = (data.shape, coefficients.shape)
+        expected = (keys.shape[1:], weights.shape[1:])
         if got != expected:
             raise ValueError(
                 f"Momentum: expected a key of {expected[0]} words and slopes {list(expected[1])} "
-                f"in each step, got "
-                f"{got[0]} and {list(got[1])}. Make it with momentum.init(key, rule) for the rule "
-                f"that is used."
+                f"in each step, got {got[0]} and {list(got[1])}. Make it with "
+                "momentum.init(key, rule) for the rule that is used."
             )
-        at = old.num_steps % self.window  # type: ignore[operator]
+        at = num_steps % self.window
         return dataclasses.replace(
             self,
-            keys=old.keys.at[at].set(data),  # type: ignore[union-attr]
-            coefficients=old.coefficients.at[at].set(coefficients.astype(old.coefficients.dtype)),  # type: ignore[union-attr]
-            num_steps=old.num_steps + 1,  # type: ignore[operator]
+            keys=keys.at[at].set(data),
+            coefficients=weights.at[at].set(coefficients.astype(weights.dtype)),
+            num_steps=num_steps + 1,
         )
 
     def last(self, impl: str) -> tuple[Array, Array, Array]:
-        """Of the steps in the ring their typed keys [window], weights decay^s · c, and the number of these steps."""
+        """Of the steps in the ring the typed keys [window], the weights, and how many they are.
+
+        The weights of step t - s are decay^s · c.
+        """
         assert self.keys is not None
         assert self.coefficients is not None
         assert self.num_steps is not None
         ages = (self.num_steps - 1 - jnp.arange(self.window)) % self.window
-        weights = jnp.asarray(self.decay, self.coefficients.dtype) ** ages
-        weights = weights.reshape(-1, *[1] * (self.coefficients.ndim - 1)) * self.coefficients
-        return (
-            jax.random.wrap_key_data(self.keys, impl=impl),
-            weights,
-            jnp.minimum(self.num_steps, self.window),
-        )
+        decays = jnp.asarray(self.decay, self.coefficients.dtype) ** ages
+        decays = decays.reshape(-1, *[1] * (self.coefficients.ndim - 1))
+        keys = jax.random.wrap_key_data(self.keys, impl=impl)
+        return keys, decays * self.coefficients, jnp.minimum(self.num_steps, self.window)
 
-    def _empty(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> "Momentum":
+    def _ring(
+        self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype
+    ) -> tuple[Array, Array, Array]:
+        """Keys, weights and the number of steps before the first one."""
         data = jax.random.key_data(key)
-        return dataclasses.replace(
-            self,
-            keys=jnp.zeros((self.window, *data.shape), data.dtype),
-            coefficients=jnp.zeros((self.window, *shape), dtype),
-            num_steps=jnp.int32(0),
-        )
+        keys = jnp.zeros((self.window, *data.shape), data.dtype)
+        return keys, jnp.zeros((self.window, *shape), dtype), jnp.int32(0)

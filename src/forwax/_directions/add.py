@@ -1,15 +1,25 @@
-"""Sums of scaled outer products of thin factors: as a gradient, or added to a parameter without holding the sum."""
+"""Σ c v of one parameter, where v is an array or in thin factors: by itself, or added in place.
+
+Weights have any rank, [*lead]; tangents have these axes in front: [*lead, *shape].
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.lax import Precision
 
-from forwax import _mesh, _tree
-from forwax._directions.factored import Pair
-from forwax._directions.signs import Signs
+from forwax import _tree
+
+Pair: TypeAlias = tuple[Array, Array]
+"""Two factors of a tangent's rank, of size 1 along axes on which they do not depend."""
+
+
+Cut: TypeAlias = Callable[[Array], Array]
+"""Takes a factor of the parameter to that of one block of it."""
+
 
 FEW = 8
 """So many terms are added entry by entry, in one pass over the parameter; more are a dot."""
@@ -21,123 +31,177 @@ _NUM_BLOCKS = 16
 _SMALL = 1 << 12
 
 
-def outer(coefficients: Array, pairs: Sequence[Pair], leaf: Array) -> Array:
+def weighted_sum(weights: Array, tangents: Array) -> Array:
+    """Σ c v over the leading axes, accumulated in at least float32."""
+    lead = weights.ndim
+    dtype = _tree.accumulation_dtype(tangents.dtype)
+    wide = tangents.astype(dtype)
+    if weights.size == 1:
+        weight = weights.reshape(()).astype(dtype)
+        return weight * wide.reshape(wide.shape[lead:])
+    return jnp.tensordot(
+        weights.astype(dtype),
+        wide,
+        axes=lead,
+        precision=Precision.HIGHEST,
+    )
+
+
+def outer(
+    weights: Array,
+    pairs: Sequence[Pair],
+    leaf: Array,
+) -> Array:
     """Σ c left · right over the leading axes and pairs, in at least float32.
 
     Args:
-        coefficients: one for each term, of any rank.
-        pairs: factors of the leaf's rank behind the axes of the coefficients, of size 1 where they
-            do not depend.
+        weights: one for each term.
+        pairs: the factors.
         leaf: the parameter.
     """
-    parts = [_outer(coefficients, left, right, leaf) for left, right in pairs]
-    return sum(parts[1:], start=parts[0])
+    total = None
+    for left, right in pairs:
+        term = _outer(weights, left, right, leaf)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
 
 
-def whole(tangent: Array) -> list[Pair]:
-    """A tangent that is not in factors, as if it were."""
-    return [(jnp.conj(tangent), jnp.ones([1] * tangent.ndim, tangent.real.dtype))]
+def as_pair(tangents: Array) -> Pair:
+    """Tangents that are not in factors, as if they were.
+
+    The conjugate makes complex estimates agree with the convention of `jax.grad`.
+    """
+    ones = jnp.ones([1] * tangents.ndim, tangents.real.dtype)
+    return jnp.conj(tangents), ones
 
 
-def _outer(coefficients: Array, left: Array, right: Array, leaf: Array) -> Array:
-    """Σ c left · right over the leading axes, as one dot where there are many terms."""
-    lead, wide = coefficients.ndim, _tree.accumulation_dtype(leaf.dtype)
-    scaled = _scaled(coefficients, left, leaf)
-    if math.prod(coefficients.shape) == 1:
-        return (scaled * right.astype(wide)).reshape(
-            jnp.broadcast_shapes(left.shape, right.shape)[lead:]
-        )
-    if (
-        math.prod(right.shape) == 1
-    ):  # an einsum would multiply by it, and then add up with a slow loop
-        total = jnp.tensordot(
-            coefficients.astype(scaled.dtype), left.astype(wide), lead, precision=Precision.HIGHEST
-        )
-        return total * right.reshape(()).astype(wide)
-    names = "abcdefghijklmnopqrstuvwxyz"
-    out, first = names[: leaf.ndim], names[leaf.ndim : leaf.ndim + lead]
+def _outer(
+    weights: Array,
+    left: Array,
+    right: Array,
+    leaf: Array,
+) -> Array:
+    lead = weights.ndim
+    dtype = _tree.accumulation_dtype(leaf.dtype)
+    if right.size == 1:
+        # An einsum would multiply by it, and then add up with a slow loop.
+        return weighted_sum(weights, left) * right.reshape(()).astype(dtype)
+    left = _scaled(weights, left, leaf)
+    right = right.astype(dtype)
+    if weights.size == 1:
+        product = left * right
+        return product.reshape(product.shape[lead:])
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    own = letters[: leaf.ndim]
+    terms = letters[leaf.ndim : leaf.ndim + lead]
 
-    def named(x: Array) -> tuple[Array, str]:
-        kept = [axis for axis in range(leaf.ndim) if x.shape[lead + axis] > 1]
-        return x.reshape(
-            *x.shape[:lead], *(x.shape[lead + axis] for axis in kept)
-        ), first + "".join(out[axis] for axis in kept)
+    def names_of(factor: Array) -> str:
+        """The axes on which a factor depends, by name."""
+        sizes = factor.shape[lead:]
+        return "".join(name for name, n in zip(own, sizes, strict=True) if n > 1)
 
-    (a, left_names), (b, right_names) = named(scaled), named(right.astype(wide))
-    kept = "".join(name for name in out if name in left_names + right_names)
-    return jnp.einsum(f"{left_names},{right_names}->{kept}", a, b).reshape(leaf.shape)
+    def without_ones(factor: Array) -> Array:
+        sizes = [n for n in factor.shape[lead:] if n > 1]
+        return factor.reshape(*factor.shape[:lead], *sizes)
 
-
-def _scaled(coefficients: Array, left: Array, leaf: Array) -> Array:
-    wide = _tree.accumulation_dtype(leaf.dtype)
-    scale = coefficients.reshape(*coefficients.shape, *[1] * leaf.ndim).astype(
-        jnp.finfo(wide).dtype
+    left_names = names_of(left)
+    right_names = names_of(right)
+    result = "".join(name for name in own if name in left_names + right_names)
+    total = jnp.einsum(
+        f"{terms}{left_names},{terms}{right_names}->{result}",
+        without_ones(left),
+        without_ones(right),
     )
-    return scale * left.astype(wide)
+    return total.reshape(leaf.shape)
 
 
-def add_outer(leaf: Array, coefficients: Array, pairs: Sequence[Pair]) -> Array:
-    """The leaf + Σ c left · right, see `outer`, of which no more than a block is held beside the leaf.
+def _scaled(
+    weights: Array,
+    left: Array,
+    leaf: Array,
+) -> Array:
+    """The left factors, each times its weight: [*lead, ...]."""
+    dtype = _tree.accumulation_dtype(leaf.dtype)
+    ones = [1] * leaf.ndim
+    scale = weights.reshape(*weights.shape, *ones)
+    return scale.astype(dtype) * left.astype(dtype)
+
+
+def add_outer(
+    leaf: Array,
+    weights: Array,
+    pairs: Sequence[Pair],
+) -> Array:
+    """The leaf + Σ c left · right, see `outer`; of the sum no more than a block is held.
 
     Few terms are one elementwise pass, which compilers do in place; many are a dot for each block
     of rows.
     """
-    if math.prod(coefficients.shape) * len(pairs) <= FEW:
-        return _add_terms(leaf, coefficients, pairs)
+    num_terms = weights.size * len(pairs)
+    if num_terms <= FEW:
+        return _add_terms(leaf, weights, pairs)
 
-    def add(part: Array, cut: Callable[[Array], Array]) -> Array:
-        total = outer(coefficients, [(cut(left), cut(right)) for left, right in pairs], part)
-        return (part.astype(total.dtype) + total).astype(part.dtype)
+    def add(block: Array, cut: Cut) -> Array:
+        parts = [(cut(left), cut(right)) for left, right in pairs]
+        total = outer(weights, parts, block)
+        new = block.astype(total.dtype) + total
+        return new.astype(block.dtype)
 
-    return (
-        add(leaf, lambda x: x) if leaf.size < _SMALL else _by_blocks(leaf, coefficients.ndim, add)
-    )
+    if leaf.size < _SMALL:
+        return add(leaf, lambda factor: factor)
+    return _by_blocks(leaf, weights.ndim, add)
 
 
-def _add_terms(leaf: Array, coefficients: Array, pairs: Sequence[Pair]) -> Array:
-    lead, wide = coefficients.ndim, _tree.accumulation_dtype(leaf.dtype)
-    total = leaf.astype(wide)
+def _add_terms(
+    leaf: Array,
+    weights: Array,
+    pairs: Sequence[Pair],
+) -> Array:
+    lead = weights.ndim
+    dtype = _tree.accumulation_dtype(leaf.dtype)
+
+    def flat(x: Array) -> Array:
+        """The factor with one leading axis: [terms, *shape]."""
+        num_terms = math.prod(x.shape[:lead])
+        return x.reshape(num_terms, *x.shape[lead:])
+
+    total = leaf.astype(dtype)
     for left, right in pairs:
-        scaled, right = (
-            x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:])
-            for x in (_scaled(coefficients, left, leaf), right)
-        )
-        for j in range(scaled.shape[0]):
-            total = total + scaled[j] * (right[j] if right.shape[0] > 1 else right[0]).astype(wide)
+        lefts = flat(_scaled(weights, left, leaf))
+        rights = flat(right)
+        is_shared = rights.shape[0] == 1
+        for j in range(lefts.shape[0]):
+            own = rights[0] if is_shared else rights[j]
+            total = total + lefts[j] * own.astype(dtype)
     return total.astype(leaf.dtype)
 
 
 def _by_blocks(
-    leaf: Array, lead: int, add: Callable[[Array, Callable[[Array], Array]], Array]
+    leaf: Array,
+    lead: int,
+    add: Callable[[Array, Cut], Array],
 ) -> Array:
-    """Apply `add` to one block of the first axis with several entries after the other, in place."""
+    """Apply `add` to one block of the first long axis after the other, in place."""
     axis = next(i for i, n in enumerate(leaf.shape) if n > 1)
-    size = -(-leaf.shape[axis] // _NUM_BLOCKS)
+    length = leaf.shape[axis]
+    size = -(-length // _NUM_BLOCKS)
 
     def at(leaf: Array, start: Array | int, size: int) -> Array:
-        def cut(x: Array) -> Array:
+        def cut(factor: Array) -> Array:
             own = lead + axis
-            return x if x.shape[own] == 1 else lax.dynamic_slice_in_dim(x, start, size, own)
+            if factor.shape[own] == 1:
+                return factor
+            return lax.dynamic_slice_in_dim(factor, start, size, own)
 
-        part = add(lax.dynamic_slice_in_dim(leaf, start, size, axis), cut)
-        return lax.dynamic_update_slice_in_dim(leaf, part, start, axis)
+        block = lax.dynamic_slice_in_dim(leaf, start, size, axis)
+        new = add(block, cut)
+        return lax.dynamic_update_slice_in_dim(leaf, new, start, axis)
 
-    full, rest = divmod(leaf.shape[axis], size)
-    leaf = lax.fori_loop(0, full, lambda i, leaf: at(leaf, i * size, size), leaf)
-    return at(leaf, full * size, rest) if rest else leaf
+    def step(i: Array, leaf: Array) -> Array:
+        return at(leaf, i * size, size)
 
-
-def add_signs(total: Array, coefficients: Array, signs: Signs) -> Array:
-    """Total + Σ c v over tangents [k] of dense signs, one after the other: none is held.
-
-    Added up in one pass they are unpacked entry by entry, which takes ten times as long.
-    """
-
-    def add(j: Array | int, total: Array) -> Array:
-        return total + coefficients[j].astype(total.dtype) * signs.tangent(j).unpack().astype(
-            total.dtype
-        )
-
-    if len(coefficients) == 1:
-        return add(0, total)
-    return lax.fori_loop(0, len(coefficients), add, _mesh.vary(total, _mesh.axes(add(0, total))))
+    num_full = length // size
+    rest = length % size
+    leaf = lax.fori_loop(0, num_full, step, leaf)
+    return at(leaf, num_full * size, rest) if rest else leaf

@@ -1,5 +1,6 @@
 """Convolutions piece by piece, and with a single feature."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -25,73 +26,175 @@ def in_pieces(equation: Equation, values: Sequence[Any]) -> Array:
     no longer fit into the caches, and memory is new at each call, 64 examples took 2.3 times as
     long at once as in pieces of eight.
     """
-    params, (x, kernel) = equation.params, values
+    params = equation.params
+    x, kernel = values
     lhs, rhs, out = params["dimension_numbers"]
-    shape, kernel_shape = jnp.shape(x), jnp.shape(kernel)
-    count = shape[lhs[0]]
-    taps = math.prod(n for axis, n in enumerate(kernel_shape) if axis != rhs[0])
-    size = _piece(count, taps * math.prod(shape[axis] for axis in lhs[2:]))
-    if jax.default_backend() != "cpu" or params["batch_group_count"] != 1 or size == count:
+    batch = lhs[0]
+    shape = jnp.shape(x)
+    count = shape[batch]
+    kernel_shape = jnp.shape(kernel)
+    num_taps = math.prod(kernel_shape) // max(1, kernel_shape[rhs[0]])
+    num_positions = math.prod(shape[axis] for axis in lhs[2:])
+    size = _piece(count, num_taps * num_positions)
+    is_whole = size == count or params["batch_group_count"] != 1
+    if is_whole or jax.default_backend() != "cpu":
         return bind(equation, values)[0]
 
     def one(x: Array) -> Array:
-        return bind(equation, [jnp.moveaxis(x, 0, lhs[0]), kernel])[0]
+        piece = jnp.moveaxis(x, 0, batch)
+        return bind(equation, [piece, kernel])[0]
 
-    front = jnp.moveaxis(x, lhs[0], 0)
-    found = lax.map(one, front.reshape(count // size, size, *front.shape[1:]))
-    found = jnp.moveaxis(found, 1 + out[0], 1)
-    return jnp.moveaxis(found.reshape(count, *found.shape[2:]), 0, out[0])
+    front = jnp.moveaxis(x, batch, 0)
+    pieces = front.reshape(count // size, size, *front.shape[1:])
+    result = lax.map(one, pieces)  # [pieces, *one piece's result]
+    result = jnp.moveaxis(result, 1 + out[0], 1)  # [pieces, size, *rest]
+    result = result.reshape(count, *result.shape[2:])
+    return jnp.moveaxis(result, 0, out[0])
 
 
 def _piece(count: int, entries: int) -> int:
-    """The largest number that divides the count of examples of which the patches, so many entries each, are small."""
-    return max(
-        n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * entries <= _PATCHES)
+    """The largest divisor of the count of examples of which the patches are small together.
+
+    One example's patches have so many entries.
+    """
+    most = max(1, _PATCHES // max(1, entries))
+    return max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """The spatial axes of a convolution, an entry for each.
+
+    Attributes:
+        taps: the kernel's sizes.
+        sizes: the input's.
+        pads: what `lax.pad` takes to pad and spread the input.
+        padded: the input's sizes after it.
+        strides: those of the windows.
+        dilations: the distance of two taps.
+        shape: the result's sizes.
+    """
+
+    taps: list[int]
+    sizes: list[int]
+    pads: list[tuple[int, int, int]]
+    padded: list[int]
+    strides: Sequence[int]
+    dilations: Sequence[int]
+    shape: list[int]
+
+
+def _geometry(
+    x: Array,
+    kernel: Array,
+    params: Any,
+) -> _Geometry:
+    lhs, rhs, _ = params["dimension_numbers"]
+    taps = [kernel.shape[axis] for axis in rhs[2:]]
+    sizes = [x.shape[axis] for axis in lhs[2:]]
+    strides = params["window_strides"]
+    dilations = params["rhs_dilation"]
+    pads: list[tuple[int, int, int]] = []
+    padded: list[int] = []
+    shape: list[int] = []
+    for i, n in enumerate(sizes):
+        low, high = params["padding"][i]
+        spread = params["lhs_dilation"][i]
+        pads.append((low, high, spread - 1))
+        padded.append(low + high + (n - 1) * spread + 1)
+        span = (taps[i] - 1) * dilations[i] + 1
+        shape.append((padded[i] - span) // strides[i] + 1)
+    return _Geometry(
+        taps,
+        sizes,
+        pads,
+        padded,
+        strides,
+        dilations,
+        shape,
     )
 
 
-def one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array | None:
-    """A convolution with one output feature: the taps' dots with the input's features, then their shifted sum.
+def one_feature(
+    x: Array,
+    kernel: Array,
+    features: int,
+    params: Any,
+) -> Array | None:
+    """A convolution with one output feature: the taps' dots with the input, then their shifted sum.
 
     Compilers have no fast convolution for a single feature: on CPU it took a third of the time of
     64 of them. None for large kernels and strides, for which the taps would need more memory than
     the layer itself.
     """
-    lhs, rhs, out = params["dimension_numbers"]
-    taps, sizes = [kernel.shape[axis] for axis in rhs[2:]], [x.shape[axis] for axis in lhs[2:]]
-    spans = [(k - 1) * d + 1 for k, d in zip(taps, params["rhs_dilation"], strict=True)]
-    pads = [
-        (low, high, d - 1)
-        for (low, high), d in zip(params["padding"], params["lhs_dilation"], strict=True)
-    ]
-    strides = params["window_strides"]
-    padded = [
-        low + high + (n - 1) * (inner + 1) + 1
-        for n, (low, high, inner) in zip(sizes, pads, strict=True)
-    ]
-    shape = [
-        (n - span) // stride + 1 for n, span, stride in zip(padded, spans, strides, strict=True)
-    ]
-    held = math.prod(taps) * math.prod(padded)
-    largest = max(x.shape[lhs[1]] * math.prod(sizes), features * math.prod(shape))
-    if math.prod(taps) > _MOST_TAPS or held > largest or min([*shape, *sizes]) < 1:
+    lhs, _, out = params["dimension_numbers"]
+    geometry = _geometry(x, kernel, params)
+    num_taps = math.prod(geometry.taps)
+    held = num_taps * math.prod(geometry.padded)
+    of_input = x.shape[lhs[1]] * math.prod(geometry.sizes)
+    of_result = features * math.prod(geometry.shape)
+    is_empty = min(geometry.shape + geometry.sizes) < 1
+    is_large = num_taps > _MOST_TAPS or held > max(of_input, of_result)
+    if is_large or is_empty:
         return None
     dtype = params["preferred_element_type"] or x.dtype
-    rows = lax.transpose(kernel, (rhs[1], *rhs[2:], rhs[0])).reshape(kernel.shape[rhs[1]], -1)
     wide = jnp.promote_types(dtype, jnp.float32)
-    numbers = (((lhs[1],), (0,)), ((), ()))
-    each = lax.dot_general(x, rows, numbers, params["precision"], preferred_element_type=wide)
-    rest = [axis for axis in range(x.ndim) if axis != lhs[1]]
-    each = lax.transpose(each, [*(rest.index(axis) for axis in (lhs[0], *lhs[2:])), each.ndim - 1])
-    each = lax.pad(each, jnp.zeros((), wide), [(0, 0, 0), *pads, (0, 0, 0)])
+    dots = _tap_dots(x, kernel, params, wide)
+    pads = [(0, 0, 0), *geometry.pads, (0, 0, 0)]
+    dots = lax.pad(dots, jnp.zeros((), wide), pads)
     total: Any = 0
-    for i, place in enumerate(itertools.product(*map(range, taps))):
-        starts = [j * d for j, d in zip(place, params["rhs_dilation"], strict=True)]
-        ends = [
-            a + (n - 1) * stride + 1 for a, n, stride in zip(starts, shape, strides, strict=True)
-        ]
-        window = lax.slice(each, [0, *starts, i], [each.shape[0], *ends, i + 1], [1, *strides, 1])
-        total = total + window
-    # from batch, positions, feature to the order of the result's axes
+    taps = itertools.product(*map(range, geometry.taps))
+    for i, tap in enumerate(taps):
+        total = total + _window(dots, i, tap, geometry)
+    # from [batch, *positions, 1] to the order of the result's axes
     order = [out[0], *out[2:], out[1]]
-    return lax.transpose(total, [order.index(axis) for axis in range(len(order))]).astype(dtype)
+    places = [order.index(axis) for axis in range(len(order))]
+    return lax.transpose(total, places).astype(dtype)
+
+
+def _tap_dots(
+    x: Array,
+    kernel: Array,
+    params: Any,
+    dtype: Any,
+) -> Array:
+    """Each tap's dot with the input's features: [batch, *positions, taps]."""
+    lhs, rhs, _ = params["dimension_numbers"]
+    feature = lhs[1]
+    rows = lax.transpose(kernel, (rhs[1], *rhs[2:], rhs[0]))  # [features, *taps, 1]
+    rows = rows.reshape(rows.shape[0], -1)
+    contracted = ((feature,), (0,))
+    dots = lax.dot_general(
+        x,
+        rows,
+        (contracted, ((), ())),
+        params["precision"],
+        preferred_element_type=dtype,
+    )
+    # the input's axes but the features, where the dot has left them
+    rest = [axis for axis in range(x.ndim) if axis != feature]
+    order = [lhs[0], *lhs[2:]]
+    places = [rest.index(axis) for axis in order]
+    return lax.transpose(dots, [*places, dots.ndim - 1])
+
+
+def _window(
+    dots: Array,
+    index: int,
+    tap: Sequence[int],
+    geometry: _Geometry,
+) -> Array:
+    """What one tap adds to every position: [batch, *positions, 1]."""
+    starts = [0]
+    ends = [dots.shape[0]]
+    for i, dilation in enumerate(geometry.dilations):
+        start = tap[i] * dilation
+        last = start + (geometry.shape[i] - 1) * geometry.strides[i]
+        starts.append(start)
+        ends.append(last + 1)
+    return lax.slice(
+        dots,
+        [*starts, index],
+        [*ends, index + 1],
+        [1, *geometry.strides, 1],
+    )

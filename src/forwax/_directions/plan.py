@@ -1,18 +1,23 @@
-"""Slopes along weight tangents of signs that are formed where they are used: in factors, or a layer at a time."""
+"""Directions of signs that a traced loss forms where it uses them.
+
+In factors, or a layer at a time.
+"""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from forwax import _tree
-from forwax._directions.add import add_outer, add_signs, outer, whole
-from forwax._directions.factored import Factored, Pair
+from forwax._directions.add import FEW
+from forwax._directions.direction import Dense, Direction, Whole
+from forwax._directions.factored import Factored, Sides
 from forwax._directions.push import Push
-from forwax._directions.signs import Signs, after, draw_signs, has_rows, unpacked
+from forwax._directions.signs import Signs, draw_signs, has_rows
 from forwax._directions.splits import Split, find_splits, sliced_only
 from forwax._programs.custom_rules import reads_its_trace
 from forwax._programs.program import Traced
@@ -26,9 +31,6 @@ _MANY = 1 << 12
 
 
 Drawn: TypeAlias = Array | Signs
-
-
-Tangent: TypeAlias = Factored | Drawn
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,165 +61,196 @@ class WeightPlan:
         return jax.tree.leaves(self.problem.params)
 
     @property
+    def point(self) -> list[Array]:
+        """See `Directions.point`."""
+        return self.leaves
+
+    @property
+    def is_concrete(self) -> bool:
+        """See `Directions.is_concrete`; the loss is traced already."""
+        return False
+
+    @property
     def num_examples(self) -> int:
         """How many examples have tangents of their own; 1 where all share them."""
         return (self.problem.num_examples or 1) if self.per_example else 1
 
+    @property
+    def most_held(self) -> int | None:
+        """See `Directions.most_held`; packed or thin they are small."""
+        return None
+
+    @property
+    def together(self) -> int:
+        """See `Directions.together`; dense signs are added one by one, thin factors in one pass."""
+        return 1 if self.lazy else max(1, FEW // (self.rank * self.num_examples))
+
     def specs(self) -> list[Spec]:
-        """What must be drawn for one tangent: for each leaf dense signs, or two factors for each rank."""
+        """What is drawn for one tangent: for each leaf dense signs, or two factors a rank."""
         lead = (self.num_examples,) if self.per_example else ()
-        specs = []
+        specs: list[Spec] = []
         for leaf, split in zip(self.leaves, self.splits, strict=True):
-            shapes = (
-                [leaf.shape]
-                if split is None
-                else [_factor_shape(leaf.shape, axes) for axes in split] * self.rank
-            )
-            specs += [Spec((*lead, *shape), leaf.dtype) for shape in shapes]
+            if split is None:
+                shapes = [leaf.shape]
+            else:
+                sides = [_factor_shape(leaf.shape, axes) for axes in split]
+                shapes = sides * self.rank
+            for shape in shapes:
+                specs.append(Spec((*lead, *shape), leaf.dtype))
         return specs
 
+    def sampler(self, key: Array) -> Callable[[Array], list[Drawn]]:
+        """See `Directions.sampler`."""
+        return partial(self.draw, key)
+
     def draw(self, key: Array, indices: Array) -> list[Drawn]:
-        """The signs of the tangents of the given indices [c], with a leading axis c: packed for what a scan slices."""
+        """The signs of the tangents of the given indices [c], with a leading axis c.
+
+        Those that a scan slices stay packed.
+        """
         specs = self.specs()
-        signs = draw_signs(key, _tree.real_specs(specs), indices, self.later())
-        return [
-            each
-            if packed and not _tree.is_complex(spec)
-            else _tree.from_real([each.unpack()], [spec], lead=1)[0]
-            for each, spec, packed in zip(signs, specs, self.packed(), strict=True)
-        ]
+        real_specs = _tree.real_specs(specs)
+        signs = draw_signs(key, real_specs, indices, self.later())
+        drawn: list[Drawn] = []
+        for each, spec, packed in zip(signs, specs, self.packed(), strict=True):
+            if packed and not _tree.is_complex(spec):
+                drawn.append(each)
+                continue
+            array = each.unpack()
+            drawn += _tree.from_real([array], [spec], lead=1)
+        return drawn
 
     def packed(self) -> list[bool]:
-        """For each spec whether its signs stay packed until a scan slices them, or something else uses them."""
-        return [self.lazy or (not self.per_example and sliced) for sliced in self.sliced()]
+        """For each spec whether its signs stay packed until a scan or something else uses them."""
+        if self.lazy:
+            return [True] * len(self.specs())
+        return [sliced and not self.per_example for sliced in self.sliced()]
 
     def later(self) -> list[bool]:
-        """For each spec whether its words are drawn in the scan that runs over it, where they are many."""
-        pairs = zip(self.specs(), self.sliced(), strict=True)
-        return [self.lazy and sliced and has_rows(spec, _MANY) for spec, sliced in pairs]
+        """For each spec whether its words, if many, are drawn in the scan that runs over it."""
+        specs = self.specs()
+        if not self.lazy:
+            return [False] * len(specs)
+        pairs = zip(specs, self.sliced(), strict=True)
+        return [sliced and has_rows(spec, _MANY) for spec, sliced in pairs]
 
     def sliced(self) -> list[bool]:
         """For each spec whether scans slice its parameter, and nothing else uses it."""
-        pairs = zip(
-            self.traced.program.inputs[len(self.traced.closed) :], self.splits, strict=False
-        )
-        return [
-            sliced_only(self.traced.program, name)
-            for name, split in pairs
-            for _ in range(1 if split is None else 2 * self.rank)
-        ]
+        program = self.traced.program
+        parameters = self.traced.parameters
+        sliced: list[bool] = []
+        for variable, split in zip(parameters, self.splits, strict=True):
+            num_specs = 1 if split is None else 2 * self.rank
+            is_sliced = sliced_only(program, variable)
+            sliced += [is_sliced] * num_specs
+        return sliced
 
-    def tangents(self, drawn: Sequence[Drawn]) -> list[Tangent]:
-        """The drawn signs as one tangent for each leaf."""
-        remaining, found = iter(drawn), []
+    def directions(self, drawn: Sequence[Drawn]) -> list[Direction]:
+        """The drawn signs as one direction for each leaf."""
+        scale = self.rank**-0.5
+        parts = iter(map(_whole, drawn))
+        directions: list[Direction] = []
         for split in self.splits:
             if split is None:
-                found.append(next(remaining))
-            else:
-                pairs = [
-                    (next(remaining) * self.rank**-0.5, next(remaining)) for _ in range(self.rank)
-                ]
-                found.append(Factored(tuple(pairs)))  # type: ignore[arg-type]
-        return found
+                directions.append(next(parts))
+                continue
+            sides: list[Sides] = []
+            for _ in range(self.rank):
+                left = next(parts) * scale
+                sides.append((left, next(parts)))
+            directions.append(Factored(tuple(sides)))
+        return directions
 
     def push(self, drawn: Sequence[Drawn], num_tangents: int) -> tuple[Array, Tree, Array]:
-        """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, examples]."""
-        mapped: tuple[Array, ...] = ()
-        mapped_axes: tuple[int | None, ...] = ()
-        if self.per_example:
-            mapped = tuple(self.problem.mapped)
-            mapped_axes = tuple(self.problem.mapped_axes)
+        """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, N]."""
 
         def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
             return along(lambda time: self._evaluate(mapped, drawn, time))
 
-        def slopes(drawn: Sequence[Drawn]) -> tuple[Array, tuple[Array, Tree]]:
-            one = slope
-            if self.per_example:
-                # Mapped outside of the JVP: JAX sums what a custom rule gives when only its
-                # tangent is mapped inside a scan.
-                axes = (list(mapped_axes), 0)
-                one = jax.vmap(slope, axes, axis_size=self.num_examples)
-            values, slopes, aux = one(list(mapped), drawn)
+        mapped: list[Array] = []
+        if self.per_example:
+            # Mapped outside of the JVP: JAX sums what a custom rule gives when only its tangent is
+            # mapped inside a scan.
+            mapped = list(self.problem.mapped)
+            axes = list(self.problem.mapped_axes)
+            slope = jax.vmap(slope, (axes, 0), axis_size=self.num_examples)
+
+        def of_tangent(drawn: Sequence[Drawn]) -> tuple[Array, tuple[Array, Tree]]:
+            values, slopes, aux = slope(mapped, drawn)
             return slopes, (values, aux)
 
-        found, (values, aux) = over_tangents(slopes, list(drawn), num_tangents)
-        return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
+        slopes, shared = over_tangents(of_tangent, list(drawn), num_tangents)
+        values, aux = shared
+        dtype = _tree.accumulation_dtype(slopes.dtype)
+        return jnp.mean(values), aux, slopes.astype(dtype)
 
     def _evaluate(
         self, mapped: Sequence[Array], drawn: Sequence[Drawn], time: Array
     ) -> tuple[Array, Tree]:
-        program = self.traced.program
-        env = dict(zip(program.inputs, [*self.traced.closed, *self.leaves, *mapped], strict=True))
-        tangents = dict(
-            zip(program.inputs[len(self.traced.closed) :], self.tangents(drawn), strict=False)
-        )
-        outputs = Push(self.traced.types, time, self.lazy).run(program, env, tangents)
-        losses, aux = jax.tree.unflatten(self.traced.out_tree, outputs)
+        """The sum of the losses, and aux."""
+        traced = self.traced
+        program = traced.program
+        arguments = traced.arguments(self.leaves, mapped)
+        env = dict(zip(program.inputs, arguments, strict=True))
+        directions = self.directions(drawn)
+        named = dict(zip(traced.parameters, directions, strict=True))
+        push = Push(traced.types, time, self.lazy)
+        outputs = push.run(program, env, named)
+        losses, aux = jax.tree.unflatten(traced.out_tree, outputs)
         parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
         return sum(parts[1:], start=parts[0]), aux
 
-    def assemble(self, coefficients: Array, drawn: Sequence[Drawn]) -> Tree:
-        """Σ c v in at least float32, over tangents and, where each has its own, examples: `coefficients` [k(, N)]."""
+    def assemble(self, weights: Array, drawn: Sequence[Drawn]) -> Tree:
+        """Σ c v in at least float32, over tangents and examples with their own: [k] or [k, N]."""
+        directions = self._late(weights, drawn)
+        sums = [
+            direction.sum(weights, leaf)
+            for direction, leaf in zip(directions, self.leaves, strict=True)
+        ]
+        return self.tree_of(sums)
 
-        def grad(leaf: Array, tangent: Tangent) -> Array:
-            if not isinstance(tangent, Signs):
-                return outer(coefficients, _pairs(tangent), leaf)
-            start = jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype))
-            if not tangent.drawn_by_rows:
-                return add_signs(start, coefficients, tangent)
-            return lax.map(
-                lambda i: add_signs(start[0], coefficients, tangent.row(i)), jnp.arange(len(leaf))
-            )
+    def add(self, total: Tree, weights: Array, drawn: Sequence[Drawn]) -> Tree:
+        """Total + Σ c v, in place where it is donated: no summand is held; see `assemble`."""
+        directions = self._late(weights, drawn)
+        leaves = jax.tree.leaves(total)
+        totals = [
+            direction.add(leaf, weights) for direction, leaf in zip(directions, leaves, strict=True)
+        ]
+        return self.tree_of(totals)
 
-        tangents = self.tangents(after(drawn, [coefficients]))
-        return self.tree_of(map(grad, self.leaves, tangents))
-
-    def add(self, params: Tree, coefficients: Array, drawn: Sequence[Drawn]) -> Tree:
-        """Parameters + Σ c v, in place where they are donated: no summand is held; see `assemble`."""
-
-        def new(leaf: Array, tangent: Tangent) -> Array:
-            if not isinstance(tangent, Signs):
-                return add_outer(leaf, coefficients, _pairs(tangent))
-            wide = _tree.accumulation_dtype(leaf.dtype)
-            add = lambda part, signs: add_signs(part.astype(wide), coefficients, signs).astype(
-                part.dtype
-            )  # noqa: E731
-            if not tangent.drawn_by_rows:
-                return add(leaf, tangent)
-            return lax.fori_loop(
-                0, len(leaf), lambda i, leaf: leaf.at[i].set(add(leaf[i], tangent.row(i))), leaf
-            )
-
-        tangents = self.tangents(after(drawn, [coefficients]))
-        return self.tree_of(map(new, jax.tree.leaves(params), tangents))
+    def _late(self, weights: Array, drawn: Sequence[Drawn]) -> list[Direction]:
+        """The directions, unpacked once the weights are known."""
+        return [direction.after([weights]) for direction in self.directions(drawn)]
 
     def tree_of(self, leaves: Iterable[Array]) -> Tree:
         """Leaves as a tree like the parameters."""
-        return jax.tree.unflatten(jax.tree.structure(self.problem.params), list(leaves))
+        structure = jax.tree.structure(self.problem.params)
+        return structure.unflatten(leaves)
 
     def at(self, leaves: Sequence[Array]) -> "WeightPlan":
         """The same plan with other values of the parameters."""
-        return dataclasses.replace(
-            self, problem=dataclasses.replace(self.problem, params=self.tree_of(leaves))
-        )
+        problem = dataclasses.replace(self.problem, params=self.tree_of(leaves))
+        return dataclasses.replace(self, problem=problem)
 
 
 def plan_low_rank(problem: Problem, rank: int = 1, per_example: bool = False) -> WeightPlan:
     """Trace the loss and find how each parameter's tangent is best split."""
-    leaves = jax.tree.leaves(problem.params)
+    params = problem.params
     if per_example:
-        traced = trace(problem.example, problem.params, *problem.example_specs())
+        traced = trace(problem.example, params, *problem.example_specs())
     else:
-        traced = trace(problem.objective, problem.params)
-    start = len(traced.closed)
-    names = traced.program.inputs[start : start + len(leaves)]
-    splits = find_splits(traced.program, traced.types, names, leaves)
+        traced = trace(problem.objective, params)
+    splits = find_splits(
+        traced.program,
+        traced.types,
+        traced.parameters,
+        jax.tree.leaves(params),
+    )
     return WeightPlan(problem, traced, splits, rank, per_example)
 
 
 def plan_signs(problem: Problem) -> WeightPlan | None:
-    """Dense signs for all parameters, those of `tangents.Rademacher`, but each unpacked where it is used.
+    """Dense signs for all parameters, as `tangents.Rademacher` draws them, unpacked where used.
 
     None where the traced loss has no derivative of its own, so that `jax.jvp` of the loss itself is
     needed.
@@ -225,15 +258,14 @@ def plan_signs(problem: Problem) -> WeightPlan | None:
     traced = trace(problem.objective, problem.params)
     if reads_its_trace(traced):
         return None
-    return WeightPlan(problem, traced, (None,) * len(jax.tree.leaves(problem.params)), lazy=True)
+    dense = (None,) * traced.num_parameters
+    return WeightPlan(problem, traced, dense, lazy=True)
 
 
 def _factor_shape(shape: tuple[int, ...], axes: frozenset[int]) -> tuple[int, ...]:
-    return tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
+    sizes = [n if axis in axes else 1 for axis, n in enumerate(shape)]
+    return tuple(sizes)
 
 
-def _pairs(tangent: Factored | Array) -> Sequence[Pair]:
-    if not isinstance(tangent, Factored):
-        return whole(tangent)
-    sides = iter(unpacked([side for pair in tangent.pairs for side in pair]))
-    return list(zip(sides, sides, strict=True))
+def _whole(drawn: Drawn) -> Whole:
+    return drawn if isinstance(drawn, Signs) else Dense(jnp.asarray(drawn))

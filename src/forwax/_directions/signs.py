@@ -4,11 +4,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from forwax import _mesh, _tree
+from forwax._directions.direction import RowOf, Whole
 from forwax._programs.order import behind
 from forwax._tree import Spec
 from forwax.tangents._base import draw_each, typed_key
@@ -20,6 +23,38 @@ from forwax.tangents.rademacher import (
     unpack_signs,
     words_at,
 )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Words:
+    """Words that are held.
+
+    Attributes:
+        values: uint32 [*lead, count].
+    """
+
+    values: Array
+
+    @property
+    def drawn_late(self) -> bool:
+        """Whether they are drawn where they are used."""
+        return False
+
+    def draw(self) -> Array:
+        """The words [*lead, count]."""
+        return self.values
+
+    def after(self, known: Sequence[Array]) -> "Words":
+        """The same, known only when something else is."""
+        return Words(behind(self.values, known))
+
+    def row(self, index: Array, count: int) -> "Words":
+        """The words of one row, of so many words each."""
+        lead = self.values.shape[:-1]
+        rows = self.values.reshape(*lead, -1, count)
+        row = lax.dynamic_index_in_dim(rows, index, -2, keepdims=False)
+        return Words(row)
 
 
 @jax.tree_util.register_dataclass
@@ -37,88 +72,162 @@ class Places:
     start: Array
     count: int = dataclasses.field(metadata={"static": True})
 
+    @property
+    def drawn_late(self) -> bool:
+        """Whether they are drawn where they are used."""
+        return True
+
     def draw(self) -> Array:
         """The words [*lead, count]."""
-        draw = lambda key, start: words_at(key, start + jnp.arange(self.count, dtype=jnp.uint32))  # noqa: E731
+
+        def draw(key: Array, start: Array) -> Array:
+            offsets = jnp.arange(self.count, dtype=jnp.uint32)
+            return words_at(key, start + offsets)
+
         for _ in self.start.shape:
             draw = jax.vmap(draw)
         return draw(self.key, self.start)
 
+    def after(self, known: Sequence[Array]) -> "Places":
+        """The same, known only when something else is."""
+        return dataclasses.replace(self, start=behind(self.start, known))
+
+    def row(self, index: Array, count: int) -> "Places":
+        """The words of one row, of so many words each."""
+        index = jnp.asarray(index, jnp.uint32)
+        start = self.start + index * jnp.uint32(count)
+        return Places(self.key, start, count)
+
+
+Source: TypeAlias = Words | Places
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Signs:
+class Signs(Whole):
     """Signs ±1.
 
     Attributes:
-        words: uint32, the first ones hold the first signs; further axes may lead. Or where they are
-            drawn from.
+        words: the first ones hold the first signs; further axes may lead.
         spec: shape and dtype of the signs.
         scale: what they are multiplied with.
     """
 
-    words: Array | Places
+    words: Source
     spec: Spec = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
     def __mul__(self, scale: float) -> "Signs":
         return dataclasses.replace(self, scale=self.scale * scale)
 
-    def unpack(self) -> Array:
-        """The signs themselves, behind the further axes of the words."""
-        words = self.words.draw() if isinstance(self.words, Places) else self.words
-        lead = words.shape[:-1]
-        if math.prod(lead) == 1:
-            found = settled(unpack_signs(words.reshape(-1), self.spec))
-        else:
-            one = lambda words: settled(unpack_signs(words, self.spec))  # noqa: E731
-            found = jax.vmap(one)(words.reshape(math.prod(lead), words.shape[-1]))
-        return found.reshape(*lead, *self.spec.shape) * self.scale
-
-    def tangent(self, index: Array | int) -> "Signs":
-        """Those of one tangent, for words with one further axis."""
-        return dataclasses.replace(self, words=jax.tree.map(lambda x: x[index], self.words))
-
     def after(self, known: Sequence[Array]) -> "Signs":
-        """The same, known only when something else is."""
-        words = self.words
-        if isinstance(words, Places):
-            return dataclasses.replace(
-                self, words=dataclasses.replace(words, start=behind(words.start, known))
-            )
-        return dataclasses.replace(self, words=behind(words, known))
+        """See `Direction.after`."""
+        return dataclasses.replace(self, words=self.words.after(known))
+
+    def unpack(self) -> Array:
+        """The signs themselves, behind the further axes of the words: [*lead, *shape]."""
+
+        def one(words: Array) -> Array:
+            return settled(unpack_signs(words, self.spec))
+
+        words = self.words.draw()
+        lead = words.shape[:-1]
+        num_tangents = math.prod(lead)
+        if num_tangents == 1:
+            signs = one(words.reshape(-1))
+        else:
+            flat = words.reshape(num_tangents, words.shape[-1])
+            signs = jax.vmap(one)(flat)
+        signs = signs.reshape(*lead, *self.spec.shape)
+        return signs * self.scale
+
+    def at(self, index: Array | int) -> "Signs":
+        """Those of one tangent, for words with one further axis."""
+        words = jax.tree.map(lambda x: x[index], self.words)
+        return dataclasses.replace(self, words=words)
 
     @property
     def has_rows(self) -> bool:
         """Whether the words can be cut like the signs along their first axis."""
         return has_rows(self.spec)
 
-    @property
-    def drawn_by_rows(self) -> bool:
-        """Whether each row's words are best drawn where it is used."""
-        return isinstance(self.words, Places) and self.has_rows
-
     def row(self, index: Array) -> "Signs":
         """One slice along the first axis, of signs that have rows."""
         spec = Spec(self.spec.shape[1:], self.spec.dtype)
-        count = num_words(spec)
-        if isinstance(self.words, Places):
-            start = self.words.start + jnp.asarray(index, jnp.uint32) * jnp.uint32(count)
-            return Signs(Places(self.words.key, start, count), spec, self.scale)
-        words = self.words.reshape(*self.words.shape[:-1], -1, count)
-        return Signs(lax.dynamic_index_in_dim(words, index, -2, keepdims=False), spec, self.scale)
+        words = self.words.row(index, num_words(spec))
+        return Signs(words, spec, self.scale)
+
+    def rows(self) -> tuple[Any, RowOf]:
+        """See `Direction.rows`; a step takes its own row of the words, which are not sliced."""
+        if self.has_rows:
+            return None, lambda _, index: self.row(index)
+        return self.unpacked().rows()
+
+    def sum(self, weights: Array, leaf: Array) -> Array:
+        """See `Direction.sum`; one tangent after the other."""
+        dtype = _tree.accumulation_dtype(leaf.dtype)
+        start = jnp.zeros(leaf.shape, dtype)
+        if not self._drawn_by_rows:
+            return self._added(start, weights)
+
+        def sum_row(i: Array) -> Array:
+            return self.row(i)._added(start[0], weights)
+
+        return lax.map(sum_row, jnp.arange(len(leaf)))
+
+    def add(self, leaf: Array, weights: Array) -> Array:
+        """See `Direction.add`; one tangent after the other."""
+        dtype = _tree.accumulation_dtype(leaf.dtype)
+
+        def added(signs: Signs, part: Array) -> Array:
+            total = signs._added(part.astype(dtype), weights)
+            return total.astype(part.dtype)
+
+        if not self._drawn_by_rows:
+            return added(self, leaf)
+
+        def add_row(i: Array, leaf: Array) -> Array:
+            new = added(self.row(i), leaf[i])
+            return leaf.at[i].set(new)
+
+        return lax.fori_loop(0, len(leaf), add_row, leaf)
+
+    @property
+    def _drawn_by_rows(self) -> bool:
+        """Whether each row's words are best drawn where it is used."""
+        return self.words.drawn_late and self.has_rows
+
+    def _added(self, total: Array, weights: Array) -> Array:
+        """Total + Σ c v over the tangents [k], one after the other: none is held.
+
+        Added up in one pass they are unpacked entry by entry, which takes ten times as long.
+        """
+
+        def add(j: Array | int, total: Array) -> Array:
+            weight = weights[j].astype(total.dtype)
+            signs = self.at(j).unpack()
+            return total + weight * signs.astype(total.dtype)
+
+        num_tangents = len(weights)
+        if num_tangents == 1:
+            return add(0, total)
+        over = _mesh.axes(add(0, total))
+        start = _mesh.vary(total, over)
+        return lax.fori_loop(0, num_tangents, add, start)
 
 
 def has_rows(spec: Spec, least: int = WORD) -> bool:
-    """Whether signs have several rows along their first axis, in whole words and of so many signs at least."""
-    row = math.prod(spec.shape[1:])
-    return len(spec.shape) > 0 and spec.shape[0] > 1 and row % WORD == 0 and row >= least
+    """Whether signs have several rows along their first axis, in whole words, of so many signs."""
+    if not spec.shape or spec.shape[0] < 2:
+        return False
+    size = math.prod(spec.shape[1:])
+    return size % WORD == 0 and size >= least
 
 
 def draw_signs(
     key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool] = ()
 ) -> list[Signs]:
-    """The signs of the tangents of the given indices [c], as `Rademacher` draws them; words with a leading axis c.
+    """The signs of the tangents of the given indices [c], as `Rademacher` draws them.
 
     Args:
         key: PRNG key.
@@ -126,47 +235,58 @@ def draw_signs(
         indices: which tangents.
         later: for each spec whether its words are drawn where they are used, if the key's generator
             can.
+
+    Returns:
+        Signs for each spec, their words with a leading axis c.
     """
-    key, counts = typed_key(key), list(map(num_words, specs))
-    if not any(later) or not draws_anywhere(key) or sum(counts) >= 1 << WORD:
+    key = typed_key(key)
+    num_all = sum(map(num_words, specs))
+    has_places = draws_anywhere(key) and num_all < 1 << WORD  # they are uint32
+    sources: list[Source]
+    if any(later) and has_places:
+        sources = _some_later(key, specs, indices, later)
+    else:
         words = draw_each(draw_words, key, specs, indices)
-        return [Signs(each, spec) for each, spec in zip(words, specs, strict=True)]
-    keys = jax.vmap(lambda index: jax.random.key_data(jax.random.fold_in(key, index)))(indices)
-    starts, now = (
-        list(itertools.accumulate(counts, initial=0)),
-        [i for i, late in enumerate(later) if not late],
-    )
+        sources = [Words(each) for each in words]
+    pairs = zip(sources, specs, strict=True)
+    return [Signs(source, spec) for source, spec in pairs]
+
+
+def _some_later(
+    key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool]
+) -> list[Source]:
+    """Where each spec's words come from: from their places, or drawn at once, in one draw."""
+
+    def key_words(index: Array) -> Array:
+        own = jax.random.fold_in(key, index)
+        return jax.random.key_data(own)
+
+    keys = jax.vmap(key_words)(indices)  # [c, 2]
+    counts = list(map(num_words, specs))
+    starts = list(itertools.accumulate(counts, initial=0))
+    now = [i for i, is_later in enumerate(later) if not is_later]
     held: dict[int, Array] = {}
     if now:
         places = [jnp.arange(starts[i], starts[i + 1], dtype=jnp.uint32) for i in now]
-        words = jax.vmap(words_at, (0, None))(keys, jnp.concatenate(places))
-        cuts = list(itertools.accumulate(counts[i] for i in now))[:-1]
-        held = dict(zip(now, jnp.split(words, cuts, axis=1), strict=True))
-
-    def source(i: int) -> Array | Places:
-        return (
-            held[i]
-            if i in held
-            else Places(keys, jnp.full(indices.shape, starts[i], jnp.uint32), counts[i])
-        )
-
-    return [Signs(source(i), spec) for i, spec in enumerate(specs)]
+        draw = jax.vmap(words_at, (0, None))
+        words = draw(keys, jnp.concatenate(places))  # [c, words]
+        ends = list(itertools.accumulate(counts[i] for i in now))
+        parts = jnp.split(words, ends[:-1], axis=1)
+        held = dict(zip(now, parts, strict=True))
+    sources: list[Source] = []
+    for i, count in enumerate(counts):
+        if i in held:
+            sources.append(Words(held[i]))
+        else:
+            start = jnp.full(indices.shape, starts[i], jnp.uint32)
+            sources.append(Places(keys, start, count))
+    return sources
 
 
 def settled(signs: Array) -> Array:
-    """Unpacked signs, made once: they are their own inverses, and no compiler repeats a division for each use.
+    """Unpacked signs, made once: they are their own inverses, and no compiler repeats a division.
 
     Without it the bits of a factor's sign are unpacked anew for every entry of the products that it
     enters.
     """
     return 1 / signs
-
-
-def unpacked(drawn: Sequence[Array | Signs]) -> list[Array]:
-    """What was drawn, all of it unpacked."""
-    return [x.unpack() if isinstance(x, Signs) else jnp.asarray(x) for x in drawn]
-
-
-def after(drawn: Sequence[Array | Signs], known: Sequence[Array]) -> list[Array | Signs]:
-    """What was drawn, its words known only when something else is: else signs are unpacked before they are needed."""
-    return [x.after(known) if isinstance(x, Signs) else x for x in drawn]

@@ -1,66 +1,100 @@
-"""How low-rank tangents split each parameter: by what a dot or a convolution contracts, and what it does not."""
+"""How low-rank tangents split each parameter: by what a dot or convolution contracts, or not."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array
 
 from forwax import _tree
-from forwax._directions.factored import is_move
+from forwax._directions.operations import is_move
 from forwax._programs.axes import Factor, back
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable
 
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
-"""The axes of a parameter that its two factors depend on; those that are in both have a pair of factors each."""
+"""The axes of a parameter that its two factors depend on.
+
+Each position along those in both has a pair of factors of its own.
+"""
 
 
 def find_splits(
-    program: Program, types: Sequence[Any], names: Sequence[Variable], leaves: Sequence[Array]
-):
-    """For each parameter, named by its variable, the axes of its two factors, or None for dense signs."""
+    program: Program,
+    types: Sequence[Any],
+    parameters: Sequence[Variable],
+    leaves: Sequence[Array],
+) -> tuple[Split | None, ...]:
+    """For each parameter the axes of its two factors, or None for dense signs."""
     finder = _Finder(types)
-    finder.read(program, {name: (name, ()) for name in names})
-    return tuple(_split(finder.uses.get(n, []), x) for n, x in zip(names, leaves, strict=True))
+    origins = {parameter: Origin(parameter) for parameter in parameters}
+    finder.read(program, origins)
+    splits: list[Split | None] = []
+    for parameter, leaf in zip(parameters, leaves, strict=True):
+        uses = finder.uses.get(parameter, [])
+        splits.append(_split(uses, leaf))
+    return tuple(splits)
 
 
-def sliced_only(program: Program, name: Variable) -> bool:
+def sliced_only(program: Program, variable: Variable) -> bool:
     """Whether scans that run over it are all that uses a variable."""
-    uses = [(e, i) for e in program.equations for i, atom in enumerate(e.inputs) if atom == name]
-    return name not in program.outputs and all(
-        e.loop is not None and i >= e.loop.num_consts + e.loop.num_carry for e, i in uses
-    )
+    if variable in program.outputs:
+        return False
+    for equation in program.equations:
+        others = equation.inputs
+        if equation.loop is not None:
+            consts, carries, _ = equation.loop.split(equation.inputs)
+            others = (*consts, *carries)
+        if variable in others:
+            return False
+    return True
 
 
 def default_split(shape: tuple[int, ...]) -> Split | None:
-    """All axes but the last, and the last; None when a side has one entry, so that dense signs cost no more."""
-    return _checked((frozenset(range(len(shape) - 1)), frozenset([len(shape) - 1])), shape)
+    """All axes but the last, and the last; None where dense signs cost no more."""
+    last = len(shape) - 1
+    others = frozenset(range(last))
+    return _checked((others, frozenset([last])), shape)
 
 
 def _checked(split: Split, shape: tuple[int, ...]) -> Split | None:
-    small = min(
-        math.prod(shape[axis] for axis in side)
-        for side in (split[0] - split[1], split[1] - split[0])
-    )
-    return split if small > 1 else None
+    """The split, or None when a side has one entry."""
+    left, right = split
+    for side in (left - right, right - left):
+        size = math.prod(shape[axis] for axis in side)
+        if size <= 1:
+            return None
+    return split
 
 
 def _split(uses: Sequence[Split | None], leaf: Array) -> Split | None:
     if not uses or leaf.ndim < 2 or _tree.is_complex(leaf):
         return None
-    partitions = {frozenset(use) if use is not None else None for use in uses}
-    use = uses[0]
-    return (
-        _checked(use, leaf.shape)
-        if len(partitions) == 1 and use is not None
-        else default_split(leaf.shape)
-    )
+    first = uses[0]
+    # as sets, for which of both sides is contracted does not matter
+    partitions = [None if use is None else frozenset(use) for use in uses]
+    is_one = len(set(partitions)) == 1
+    if first is None or not is_one:
+        return default_split(leaf.shape)
+    return _checked(first, leaf.shape)
 
 
-Origin: TypeAlias = tuple[Variable, tuple[Equation | None, ...]]
-"""The parameter that a variable is made of by moves alone, and these, the last first; None for a slice of a scan."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a variable comes from that is made of a parameter by moves alone.
+
+    Attributes:
+        parameter: the parameter.
+        steps: the moves, the last first; None for a slice of a scan.
+    """
+
+    parameter: Variable
+    steps: tuple[Equation | None, ...] = ()
+
+    def behind(self, step: Equation | None) -> "Origin":
+        """That of what a further move makes of the variable."""
+        return Origin(self.parameter, (step, *self.steps))
 
 
 class _Finder:
@@ -72,97 +106,108 @@ class _Finder:
 
     def read(self, program: Program, origins: dict[Variable, Origin]) -> None:
         for equation in program.equations:
-            known = [
-                (i, a)
-                for i, a in enumerate(equation.inputs)
-                if not isinstance(a, Constant) and a in origins
-            ]
             if equation.loop is not None:
                 self.read_loop(equation, equation.loop, origins)
                 continue
-            for position, atom in known:
-                leaf, steps = origins[atom]
+            for position, atom in enumerate(equation.inputs):
+                origin = _origin(atom, origins)
+                if origin is None:
+                    continue
                 if equation.facts.bilinear:
-                    self.uses.setdefault(leaf, []).append(
-                        self.split(equation, position, leaf, steps)
-                    )
-                elif equation.facts.looks_up and position == 0:
-                    self.uses.setdefault(leaf, []).append(default_split(self.shape(leaf)))
-                elif position == 0 and is_move(equation):
-                    origins[equation.outputs[0]] = (leaf, (equation, *steps))
+                    split = self.split(equation, position, origin)
+                    self.use(origin, split)
+                elif position != 0:
+                    continue
+                elif equation.facts.looks_up:
+                    shape = self.shape(origin.parameter)
+                    self.use(origin, default_split(shape))
+                elif is_move(equation):
+                    result = equation.outputs[0]
+                    origins[result] = origin.behind(equation)
 
-    def read_loop(self, equation: Equation, loop: Loop, origins: dict[Variable, Origin]) -> None:
+    def use(self, origin: Origin, split: Split | None) -> None:
+        uses = self.uses.setdefault(origin.parameter, [])
+        uses.append(split)
+
+    def read_loop(self, equation: Equation, loop: Loop, origins: Mapping[Variable, Origin]) -> None:
+        atoms = zip(loop.body.inputs, equation.inputs, strict=True)
+        pairs = [(variable, _origin(atom, origins)) for variable, atom in atoms]
+        consts, carries, scanned = loop.split(pairs)
         inner: dict[Variable, Origin] = {}
-        for i, (atom, v) in enumerate(zip(equation.inputs, loop.body.inputs, strict=True)):
-            if isinstance(atom, Constant) or atom not in origins:
-                continue
-            leaf, steps = origins[atom]
-            if i >= loop.num_consts + loop.num_carry:
-                inner[v] = (leaf, (None, *steps))
-            elif i < loop.num_consts or loop.body.outputs[i - loop.num_consts] == v:
-                inner[v] = (leaf, steps)
+        for variable, origin in consts:
+            if origin is not None:
+                inner[variable] = origin
+        for i, (variable, origin) in enumerate(carries):
+            # a carry is a parameter only if every step hands it on as it is
+            if origin is not None and loop.unchanged[i]:
+                inner[variable] = origin
+        for variable, origin in scanned:
+            if origin is not None:
+                inner[variable] = origin.behind(None)
         self.read(loop.body, inner)
 
-    def split(
-        self, equation: Equation, position: int, leaf: Variable, steps: Sequence[Equation | None]
-    ):
-        """The parameter's axes that are contracted here, and the others; what is neither belongs to both."""
+    def split(self, equation: Equation, position: int, origin: Origin) -> Split | None:
+        """The parameter's axes that are contracted here, and the others; the rest are in both."""
         shape = self.shape(equation.inputs[position])
         groups = _axes_of(equation, position, len(shape))
         if groups is None:
             return None
-        links = [
-            [self.back(axis, shape, steps) for axis in axes if shape[axis] > 1] for axes in groups
-        ]
-        contracted, free = ({axis for axis in own if axis is not None} for own in links)
-        if len(contracted) + len(free) < len(links[0]) + len(links[1]) or contracted & free:
+        sides: list[set[int]] = []
+        for axes in groups:
+            side: set[int] = set()
+            for axis in axes:
+                if shape[axis] == 1:
+                    continue
+                own = self.back(axis, shape, origin.steps)
+                if own is None or own in side:
+                    return None
+                side.add(own)
+            sides.append(side)
+        contracted, free = sides
+        if contracted & free:
             return None
-        both = set(range(len(self.shape(leaf)))) - contracted - free
+        rank = len(self.shape(origin.parameter))
+        both = set(range(rank)) - contracted - free
         return frozenset(contracted | both), frozenset(free | both)
 
     def back(
         self, axis: int, shape: tuple[int, ...], steps: Sequence[Equation | None]
     ) -> int | None:
+        """The parameter's axis that an axis of the moved variable is."""
         link: Factor | None = Factor(axis, 1, shape[axis])
         for step in steps:
-            if link is None:
-                return None
-            if step is None:
+            if step is None:  # a scan sliced the first axis off
                 link = dataclasses.replace(link, axis=link.axis + 1)
             else:
-                link = back(
-                    step,
-                    0,
-                    0,
-                    link,
-                    [self.shape(a) for a in step.inputs],
-                    [self.shape(step.outputs[0])],
-                )
-        return None if link is None or link.size == 1 else link.axis
+                shapes = [self.shape(atom) for atom in step.inputs]
+                out = self.shape(step.outputs[0])
+                link = back(step, 0, 0, link, shapes, [out])
+            if link is None:
+                return None
+        return None if link.size == 1 else link.axis
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
-        return (
-            tuple(jnp.shape(atom.value))
-            if isinstance(atom, Constant)
-            else tuple(self.types[atom].shape)
-        )
+        if isinstance(atom, Constant):
+            return tuple(jnp.shape(atom.value))
+        return tuple(self.types[atom].shape)
+
+
+def _origin(atom: Atom, origins: Mapping[Variable, Origin]) -> Origin | None:
+    return None if isinstance(atom, Constant) else origins.get(atom)
 
 
 def _axes_of(equation: Equation, position: int, rank: int) -> tuple[list[int], list[int]] | None:
     """The contracted and the free axes of an operand."""
+    params = equation.params
     if equation.facts.is_dot:
-        contracted, batch = equation.params["dimension_numbers"]
-        free = [
-            axis
-            for axis in range(rank)
-            if axis not in contracted[position] and axis not in batch[position]
-        ]
-        return list(contracted[position]), free
-    if (
-        position != 1
-        or equation.params["feature_group_count"] != 1
-        or equation.params["batch_group_count"] != 1
-    ):
+        contracted, batch = params["dimension_numbers"]
+        own = list(contracted[position])
+        others = {*own, *batch[position]}
+        return own, [axis for axis in range(rank) if axis not in others]
+    is_kernel = position == 1
+    num_groups = params["feature_group_count"] * params["batch_group_count"]
+    if not is_kernel or num_groups != 1:
         return None
-    out = equation.params["dimension_numbers"].rhs_spec[0]
-    return [axis for axis in range(rank) if axis != out], [out]
+    features = params["dimension_numbers"].rhs_spec[0]
+    others = [axis for axis in range(rank) if axis != features]
+    return others, [features]

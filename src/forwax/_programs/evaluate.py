@@ -66,5 +66,5 @@ def _inject_jvp(
     value, noise, _ = primals
     dvalue, _, dtime = tangents
     # Noise that all devices of a mesh axis share must vary where the value does.
-    moved = dtime.astype(noise.real.dtype) * noise
+    moved = dtime.astype(noise.dtype) * noise
     return value, dvalue + _mesh.vary(moved, _mesh.axes(value))

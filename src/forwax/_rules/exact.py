@@ -6,7 +6,8 @@ import jax
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._pushforward import pushforward
+from forwax._directions.formed import Formed
+from forwax._pushforward import slopes
 from forwax._rule import Rule, check_count
 from forwax._signature import Problem
 from forwax._tree import Tree
@@ -43,21 +44,21 @@ class Exact(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient; see `Rule.estimate`."""
-        params, specs = problem.params, _tree.real_specs(problem.params)
+        params = problem.params
+        specs = _tree.real_specs(params)
         n = _tree.count(specs)
         if n == 0:
             return *problem.objective(params), params
 
-        def tangents(indices: Array) -> Tree:
-            rows = jax.vmap(lambda index: _tree.basis(index, specs))(indices)
-            return jax.tree.map(
-                _mesh.vary, _tree.from_real(rows, params, lead=1), _axes_tree(params)
-            )
+        axes = jax.tree.unflatten(jax.tree.structure(params), _mesh.tree_axes(params))
 
-        value, aux, slopes, _ = pushforward(
-            problem.objective, params, tangents, n, chunk_size=self.chunk_size
-        )
-        return value, aux, _gradient(slopes, params)
+        def basis(indices: Array) -> Tree:
+            rows = jax.vmap(lambda index: _tree.basis(index, specs))(indices)
+            return jax.tree.map(_mesh.vary, _tree.from_real(rows, params, lead=1), axes)
+
+        directions = Formed(problem.objective, params, lambda key: basis)
+        result = slopes(directions, basis, n, chunk_size=self.chunk_size)
+        return result.value, result.aux, _gradient(result.found, params)
 
     def relative_mse(self, n: int) -> float:
         """Zero: nothing is random."""
@@ -68,25 +69,22 @@ class Exact(Rule):
         return 1.0
 
 
-def _axes_tree(params: Tree) -> Tree:
-    return jax.tree.unflatten(jax.tree.structure(params), _mesh.tree_axes(params))
-
-
 def _gradient(slopes: Array, params: Tree) -> Tree:
-    """The slopes [n] are the gradient's real coordinates; conjugate, as `jax.grad` writes complex gradients."""
+    """The gradient whose real coordinates are the slopes [n].
+
+    Conjugate, as `jax.grad` writes complex gradients.
+    """
     loss_axes = _mesh.axes(slopes)
     if any(over - loss_axes for over in _mesh.tree_axes(params)):
         raise ValueError(
             "Exact: inside shard_map every parameter must be one that the loss varies with on its "
-            "own device, but some "
-            "are sharded over mesh axes that the loss sums over. Use WeightPerturbation there, or "
-            "return each device's "
-            "own loss."
+            "own device, but some are sharded over mesh axes that the loss sums over. Use "
+            "WeightPerturbation there, or return each device's own loss."
         )
     widest = [jax.ShapeDtypeStruct(spec.shape, slopes.dtype) for spec in _tree.real_specs(params)]
     gradient = _tree.conjugate(_tree.from_real(_tree.split_flat(slopes, widest), params))
-    return jax.tree.map(
-        lambda x, leaf: _mesh.total(x, loss_axes - _mesh.axes(leaf)).astype(leaf.dtype),
-        gradient,
-        params,
-    )
+
+    def whole(x: Array, leaf: Array) -> Array:
+        return _mesh.total(x, loss_axes - _mesh.axes(leaf)).astype(leaf.dtype)
+
+    return jax.tree.map(whole, gradient, params)

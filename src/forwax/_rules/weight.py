@@ -1,18 +1,22 @@
-"""Weight perturbation: the forward gradient of Baydin et al. 2022, "Gradients without Backpropagation"."""
+"""Weight perturbation: the forward gradient of Baydin et al. 2022.
+
+"Gradients without Backpropagation".
+"""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._assemble import Assembly
+from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
-from forwax._pushforward import is_staged, pushforward, scan_with_aux
+from forwax._pushforward import is_staged, slopes
 from forwax._rule import Rule, check_count, check_directions, check_replicated
 from forwax._signature import Problem
 from forwax._tree import Tree
@@ -50,8 +54,10 @@ class WeightPerturbation(Rule):
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
         >>> rule = fx.WeightPerturbation(num_tangents=3, tangents=fx.tangents.Orthonormal())
-        >>> grads = fx.grad(lambda x: jnp.sum(x**2), rule)(jax.random.key(0), jnp.array([1.0, 2.0, 3.0]))
-        >>> bool(jnp.allclose(grads, jnp.array([2.0, 4.0, 6.0]), atol=1e-4))  # as many as parameters: exact
+        >>> gradient = fx.grad(lambda x: jnp.sum(x**2), rule)
+        >>> grads = gradient(jax.random.key(0), jnp.array([1.0, 2.0, 3.0]))
+        >>> expected = jnp.array([2.0, 4.0, 6.0])
+        >>> bool(jnp.allclose(grads, expected, atol=1e-4))  # as many as parameters: exact
         True
     """
 
@@ -87,31 +93,39 @@ class WeightPerturbation(Rule):
         self, key: Array, problem: Problem, guard: Callable[[Array], Array] | None
     ) -> tuple[Array, Tree, Tree, Array]:
         check_directions("WeightPerturbation", self.tangents, self.combine)
-        plan = self.plan(problem, _mesh.axes(key))
-        if plan is not None:
-            return self._planned(key, plan, guard)
-        k, key_axes = self.num_tangents, _mesh.axes(key)
-        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes, guard)
-        draw = sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
-        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
-        fold = None if self.combine.joint else assembly.add
-        value, aux, slopes, total = pushforward(
-            problem.objective,
-            point,
+        k = self.num_tangents
+        joint = self.combine.joint
+        key_axes = _mesh.axes(key)
+        directions = self.directions(problem, key_axes)
+        is_planned = isinstance(directions, WeightPlan)
+        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
+        weigh = assembly.weights
+        if is_planned:
+            # Its combination only scales the sum: here its weights, which are fewer.
+            scale = assembly.scale(k) / directions.num_examples
+            weigh = lambda slopes, drawn: slopes * scale  # noqa: E731
+        draw = directions.sampler(key)
+        result = slopes(
+            directions,
             draw,
             k,
             chunk_size=self.chunk_size,
-            fold=fold,
-            start=assembly.start(),
+            sum_to=key_axes if is_planned or guard is not None else None,
+            guard=guard,
+            weigh=None if joint else weigh,
+            start=assembly.start,
         )
-        if self.combine.joint:
-            total = assembly.add(total, slopes, draw(jnp.arange(k)))
-        if guard is not None:
-            slopes = _mesh.total(slopes, _mesh.axes(slopes) - key_axes)
-        return value, aux, assembly.finish(total, k), slopes
+        total = result.total
+        if joint:
+            drawn = draw(jnp.arange(k))
+            total = directions.assemble(weigh(result.used, drawn), drawn)
+        grads = assembly.cast(total) if is_planned else assembly.finish(total, k)
+        return result.value, result.aux, grads, result.found
 
-    def plan(self, problem: Problem, key_axes: _mesh.Axes = frozenset()) -> WeightPlan | None:
-        """How signs are formed where the traced loss uses them, or None where directions are held, for `jax.jvp`.
+    def directions(
+        self, problem: Problem, key_axes: _mesh.Axes = frozenset()
+    ) -> Formed | WeightPlan:
+        """Signs that are formed where the traced loss uses them, or directions that are held.
 
         Dense signs are planned inside a trace alone: outside, the loss may branch on concrete
         values.
@@ -120,80 +134,47 @@ class WeightPerturbation(Rule):
             ValueError: where examples cannot have directions of their own, though the tangents ask
                 for it.
         """
+        self._check_examples(problem)
+        tangents = self.tangents
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
         varied = dataclasses.replace(problem, params=point)
-        possible = self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params))
-        if isinstance(self.tangents, LowRank):
-            self._check_examples(problem, self.tangents)
-            return (
-                plan_low_rank(varied, self.tangents.rank, self.tangents.per_example)
-                if possible
-                else None
-            )
-        dense = isinstance(self.tangents, Rademacher) and possible and is_staged()
-        return plan_signs(varied) if dense else None
+        plan = None
+        if self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params)):
+            if tangents.planned == "factors":
+                rank = cast(LowRank, tangents).rank
+                plan = plan_low_rank(varied, rank, tangents.per_example)
+            elif tangents.planned == "signs" and is_staged():
+                plan = plan_signs(varied)
+        if plan is not None:
+            return plan
 
-    def _check_examples(self, problem: Problem, tangents: LowRank) -> None:
-        """Raise a ValueError where examples cannot have directions of their own, though the tangents ask for it."""
-        if not tangents.per_example:
+        def draw(key: Array) -> Callable[[Array], Tree]:
+            k = self.num_tangents
+            return sampler(tangents, key, problem.params, k, hold=self.combine.joint)
+
+        return Formed(problem.objective, point, draw)
+
+    def _check_examples(self, problem: Problem) -> None:
+        """Raise a ValueError where examples cannot have directions of their own, if asked for."""
+        if not self.tangents.per_example:
             return
         if problem.num_examples is None:
             raise ValueError(
                 "tangents.LowRank(per_example=True) needs examples: expected in_axes, got None. "
-                "Pass in_axes, as in "
-                "in_axes=(None, 0, 0), or per_example=False."
+                "Pass in_axes, as in in_axes=(None, 0, 0), or per_example=False."
             )
         if not isinstance(self.combine, Mean):
             raise ValueError(
                 "tangents.LowRank(per_example=True) gives each example its own slopes: expected "
-                "combine.Mean(), got "
-                f"{type(self.combine).__name__}, which needs the law of the whole estimate. Use "
-                f"combine.Mean(), or "
-                "per_example=False."
+                f"combine.Mean(), got {type(self.combine).__name__}, which needs the law of the "
+                "whole estimate. Use combine.Mean(), or per_example=False."
             )
         if any(_mesh.tree_axes(problem.params)):
             raise ValueError(
                 "tangents.LowRank(per_example=True) needs whole parameters on every device, but "
-                "inside shard_map they "
-                "vary over mesh axes. Replicate them, or use per_example=False."
+                "inside shard_map they vary over mesh axes. Replicate them, or use "
+                "per_example=False."
             )
-
-    def _planned(
-        self, key: Array, plan: WeightPlan, guard: Callable[[Array], Array] | None
-    ) -> tuple[Array, Tree, Tree, Array]:
-        """The slopes along signs that are pushed through the traced loss."""
-        k, params = self.num_tangents, plan.problem.params
-        num_chunks = -(-k // (self.chunk_size or k))
-        size = -(-k // num_chunks)
-        n = _tree.num_coordinates(params)
-        law = self.tangents.relative_mse(n, k) if n else 0.0
-        scale = self.combine.finish(1.0, k, law) / plan.num_examples
-
-        def used(slopes: Array, indices: Array) -> tuple[Array, Array]:
-            found = _mesh.total(slopes, _mesh.axes(slopes) - _mesh.axes(key))
-            weights = (found if guard is None else guard(found)) * scale
-            return found, jnp.where((indices < k).reshape(-1, *[1] * (slopes.ndim - 1)), weights, 0)
-
-        def chunk(total: Tree, first: Array) -> tuple[Tree, tuple[Array, Array], Tree]:
-            drawn = plan.draw(key, first + jnp.arange(size))
-            # else the compiler takes the primal out of the loop and keeps every activation
-            leaves, drawn = lax.optimization_barrier((plan.leaves, drawn))
-            here = plan.at(leaves)
-            value, aux, slopes = here.push(drawn, size)
-            found, weights = used(slopes, first + jnp.arange(size))
-            return here.add(total, weights, drawn), (value, found), aux
-
-        if num_chunks == 1:
-            drawn = plan.draw(key, jnp.arange(k))
-            value, aux, slopes = plan.push(drawn, k)
-            found, weights = used(slopes, jnp.arange(k))
-            total = plan.assemble(weights, drawn)
-        else:
-            firsts = jnp.arange(num_chunks) * size
-            start = Assembly(self.tangents, self.combine, params, _mesh.axes(key)).start()
-            total, (values, found), aux = scan_with_aux(chunk, start, firsts)
-            value, found = values[0], found.reshape(-1, *found.shape[2:])[:k]
-        return value, aux, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), total, params), found
 
     def basis(self, problem: Problem) -> "WeightPerturbation | None":
         """This rule along each coordinate once; None for factors, which other code follows."""
@@ -211,11 +192,14 @@ class WeightPerturbation(Rule):
         return self.combine.relative_mse(self._mean_law(n), n, self.num_tangents)
 
     def learning_rate_scale(self, n: int) -> float:
-        """1 / (1 + M) for the mean of relative MSE M: k / (n + k + 1) for normals, k / (n + k - 1) for signs."""
+        """1 / (1 + M) for the mean of relative MSE M.
+
+        k / (n + k + 1) for normals, k / (n + k - 1) for signs.
+        """
         return self.combine.learning_rate_scale(self._mean_law(n))
 
     def _mean_law(self, n: int) -> float:
         self.tangents.check(n, self.num_tangents)
-        if isinstance(self.tangents, LowRank) and self.tangents.per_example:
+        if self.tangents.per_example:
             return math.nan
         return self.tangents.relative_mse(n, self.num_tangents)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from forwax._programs.custom_rules import check_inside, custom_vjp_error
-from forwax._programs.dataflow import Reach, equation_reach
+from forwax._programs.dataflow import Reach, equation_reach, fixed_point
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -191,14 +191,14 @@ class _Draft:
                 kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
         # A loop in which no parameter meets data is one operation like any other.
         operation = dataclasses.replace(equation, loop=None)
-        kind = _join(kinds)
+        kind = _join(*kinds)
         self.append(operation, [kind] * len(operation.outputs))
 
     def check_custom_rules(self, equation: Equation, kinds: set[Kind]) -> None:
         """Raise where noise would have to pass a custom rule that forward mode cannot use."""
         facts = equation.facts
         if facts.lacks_jvp:
-            if _join(kinds) is Kind.MIXED:
+            if _join(*kinds) is Kind.MIXED:
                 raise custom_vjp_error(equation.origin)
             return
         # The equations of a loop's body come here one by one.
@@ -215,26 +215,23 @@ class _Draft:
 
     def add_loop(self, equation: Equation, loop: Loop) -> None:
         """Add a scan in which parameters meet data; the kinds of its carries are a fixed point."""
+        drafts: list[_Draft] = []
+
+        def step(kinds: list[Kind]) -> list[Kind]:
+            draft = self.body_draft(loop, kinds)
+            drafts.append(draft)
+            returned = map(self.classifier.kind, loop.body.outputs)
+            carry, stacked = loop.split_outputs(list(returned))
+            return [*_as_carried(loop, carry), *stacked]
+
         given = map(self.classifier.kind, equation.inputs)
         consts, carry, xs = loop.split(list(given))
-        # A carry stays a parameter only if the loop returns it as it is: of another one, each step
-        # has its own noise. The kinds of such carries only grow, constant to data to mixed.
-        carry = [
-            kind if same else _as_carried(kind)
-            for kind, same in zip(carry, loop.unchanged, strict=True)
-        ]
-        while True:
-            body = self.body_draft(loop, [*consts, *carry, *xs])
-            returned = map(self.classifier.kind, loop.body.outputs)
-            after, stacked = loop.split_outputs(list(returned))
-            grown = [
-                kind if same else _join({kind, _as_carried(new)})
-                for kind, new, same in zip(carry, after, loop.unchanged, strict=True)
-            ]
-            if grown == carry:
-                break
-            carry = grown
-        self.append_loop(equation, loop, body, carry, stacked)
+        seeds = [*consts, *_as_carried(loop, carry), *xs]
+        inputs, outputs = fixed_point(loop, seeds, step, _join)
+        _, carry, _ = loop.split(inputs)
+        _, stacked = loop.split_outputs(outputs)
+        # The last draft is that of the fixed point; earlier ones leave gaps in `types` alone.
+        self.append_loop(equation, loop, drafts[-1], carry, stacked)
 
     def body_draft(self, loop: Loop, kinds: Sequence[Kind]) -> "_Draft":
         """The body rewritten for inputs of these kinds."""
@@ -290,18 +287,25 @@ def _without_derivative(kind: Kind) -> Kind:
     return kind
 
 
-def _as_carried(kind: Kind) -> Kind:
-    """What a value counts as in a carry that the steps change."""
-    if kind is Kind.PARAMETER:
-        return Kind.MIXED
-    return kind
+def _as_carried(loop: Loop, kinds: Sequence[Kind]) -> list[Kind]:
+    """What values of these kinds count as in a loop's carries.
+
+    A carry is a parameter only if the loop returns it as it is: of another one, each step has its
+    own noise. The kinds of such carries only grow, from constant over data to mixed.
+    """
+    carried: list[Kind] = []
+    for kind, is_unchanged in zip(kinds, loop.unchanged, strict=True):
+        if kind is Kind.PARAMETER and not is_unchanged:
+            kind = Kind.MIXED
+        carried.append(kind)
+    return carried
 
 
-def _have_data(kinds: set[Kind]) -> bool:
-    return Kind.DATA in kinds or Kind.MIXED in kinds
+def _have_data(kinds: Iterable[Kind]) -> bool:
+    return any(kind in (Kind.DATA, Kind.MIXED) for kind in kinds)
 
 
-def _join(kinds: set[Kind]) -> Kind:
+def _join(*kinds: Kind) -> Kind:
     """What a value is made of, from what it is computed from."""
     if Kind.PARAMETER in kinds and _have_data(kinds):
         return Kind.MIXED

@@ -70,10 +70,6 @@ class Level:
     records: frozenset[Variable]
     loops: dict[Equation, LoopPlan]
 
-    def loop_of(self, equation: Equation) -> LoopPlan | None:
-        """The plan of an equation that is a loop; None for others."""
-        return self.loops.get(equation.outputs[0]) if equation.outputs else None
-
     @property
     def regions(self) -> list[Region]:
         """The regions of this level alone."""

@@ -1,0 +1,93 @@
+"""Directions that are arrays, along which `jax.jvp` pushes the loss itself."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from forwax import _tree
+from forwax._directions.add import FEW
+from forwax._directions.direction import Dense
+from forwax._pushforward import Objective, is_concrete, over_tangents
+from forwax._tree import Tree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Formed:
+    """Any directions of any loss: trees like the parameters, with a leading axis.
+
+    Attributes:
+        objective: takes the parameters to `(value, aux)`, a real scalar and a tree of arrays.
+        point: the parameters.
+        sampler: takes a key to a function from indices [c] to directions [c, *shape].
+    """
+
+    objective: Objective
+    point: Tree
+    sampler: Callable[[Array], Callable[[Array], Tree]]
+
+    @property
+    def is_concrete(self) -> bool:
+        """See `Directions.is_concrete`."""
+        return is_concrete(self.point)
+
+    @property
+    def num_examples(self) -> int:
+        """See `Directions.num_examples`; all examples share their directions."""
+        return 1
+
+    @property
+    def most_held(self) -> int:
+        """See `Directions.most_held`; so many are added in one pass."""
+        return FEW
+
+    @property
+    def together(self) -> int:
+        """See `Directions.together`; each is as large as the parameters."""
+        return 1
+
+    def at(self, point: Tree) -> "Formed":
+        """The same loss at another point."""
+        return dataclasses.replace(self, point=point)
+
+    def push(self, drawn: Tree, num_tangents: int) -> tuple[Array, Tree, Array]:
+        """`(value, aux, slopes [k])`, the slopes in at least float32."""
+
+        def slope(direction: Tree) -> tuple[Array, tuple[Array, Tree]]:
+            value, slope, aux = jax.jvp(
+                self.objective,
+                (self.point,),
+                (direction,),
+                has_aux=True,
+            )
+            return slope, (value, aux)
+
+        slopes, shared = over_tangents(slope, drawn, num_tangents)
+        value, aux = shared
+        dtype = _tree.accumulation_dtype(slopes.dtype)
+        return value, aux, slopes.astype(dtype)
+
+    def assemble(self, weights: Any, drawn: Tree) -> Tree:
+        """Σ c v in at least float32: weights [k], the same or one array for each leaf."""
+
+        def of_leaf(leaf: Array, v: Array, c: Array) -> Array:
+            return Dense(v).sum(c, leaf)
+
+        by_leaf = self._by_leaf(weights)
+        return jax.tree.map(of_leaf, self.point, drawn, by_leaf)
+
+    def add(self, total: Tree, weights: Any, drawn: Tree) -> Tree:
+        """Total + Σ c v, in place where it is donated; see `assemble`."""
+
+        def of_leaf(leaf: Array, v: Array, c: Array) -> Array:
+            return Dense(v).add(leaf, c)
+
+        by_leaf = self._by_leaf(weights)
+        return jax.tree.map(of_leaf, total, drawn, by_leaf)
+
+    def _by_leaf(self, weights: Any) -> Tree:
+        if isinstance(weights, Array):
+            return jax.tree.map(lambda _: weights, self.point)
+        return weights
