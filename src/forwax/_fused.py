@@ -167,7 +167,11 @@ def _slopes(
 
 
 def _add_steps(
-    directions: Directions, params: Tree, keys: Array, weights: Array, num_steps: Array | int
+    directions: Directions,
+    params: Tree,
+    keys: Array,
+    weights: Array,
+    num_steps: Array | int,
 ) -> Tree:
     """Add the tangents of the first steps of several.
 

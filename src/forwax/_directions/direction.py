@@ -18,11 +18,6 @@ RowOf: TypeAlias = Callable[[Any, Array], Any]
 class Direction(abc.ABC):
     """A tangent of one parameter or, with further axes in front, several of them."""
 
-    @property
-    @abc.abstractmethod
-    def is_thin(self) -> bool:
-        """Whether operations can use it without forming it."""
-
     @abc.abstractmethod
     def after(self, known: Sequence[Array]) -> "Direction":
         """The same, its signs known only when something else is: else they are unpacked early."""
@@ -50,11 +45,6 @@ class Direction(abc.ABC):
 
 class Whole(Direction):
     """A direction that is not in factors."""
-
-    @property
-    def is_thin(self) -> bool:
-        """Never."""
-        return False
 
     @abc.abstractmethod
     def unpack(self) -> Array:

@@ -72,16 +72,29 @@ class Formed:
     def assemble(self, weights: Any, drawn: Tree) -> Tree:
         """Σ c v in at least float32: weights [k], the same or one array for each leaf."""
 
-        def of_leaf(leaf: Array, v: Array, c: Array) -> Array:
+        def of_leaf(
+            leaf: Array,
+            v: Array,
+            c: Array,
+        ) -> Array:
             return Dense(v).sum(c, leaf)
 
         by_leaf = self._by_leaf(weights)
         return jax.tree.map(of_leaf, self.point, drawn, by_leaf)
 
-    def add(self, total: Tree, weights: Any, drawn: Tree) -> Tree:
+    def add(
+        self,
+        total: Tree,
+        weights: Any,
+        drawn: Tree,
+    ) -> Tree:
         """Total + Σ c v, in place where it is donated; see `assemble`."""
 
-        def of_leaf(leaf: Array, v: Array, c: Array) -> Array:
+        def of_leaf(
+            leaf: Array,
+            v: Array,
+            c: Array,
+        ) -> Array:
             return Dense(v).add(leaf, c)
 
         by_leaf = self._by_leaf(weights)

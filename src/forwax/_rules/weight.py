@@ -83,14 +83,20 @@ class WeightPerturbation(Rule):
         return self._estimate(key, problem, None)[:3]
 
     def guarded(
-        self, key: Array, problem: Problem, guard: Callable[[Array], Array]
+        self,
+        key: Array,
+        problem: Problem,
+        guard: Callable[[Array], Array],
     ) -> tuple[Array, Tree, Tree, Array]:
         """An estimate with guarded slopes; see `Rule.guarded`."""
         check_replicated("WeightPerturbation", problem.params, _mesh.axes(key))
         return self._estimate(key, problem, guard)
 
     def _estimate(
-        self, key: Array, problem: Problem, guard: Callable[[Array], Array] | None
+        self,
+        key: Array,
+        problem: Problem,
+        guard: Callable[[Array], Array] | None,
     ) -> tuple[Array, Tree, Tree, Array]:
         check_directions("WeightPerturbation", self.tangents, self.combine)
         k = self.num_tangents
@@ -150,7 +156,8 @@ class WeightPerturbation(Rule):
 
         def draw(key: Array) -> Callable[[Array], Tree]:
             k = self.num_tangents
-            return sampler(tangents, key, problem.params, k, hold=self.combine.joint)
+            hold = self.combine.joint  # its weights need all directions
+            return sampler(tangents, key, problem.params, k, hold=hold)
 
         return Formed(problem.objective, point, draw)
 
