@@ -90,11 +90,11 @@ def state_at_kill(run: Path) -> tuple[int, int]:
 def final_parameters(run: Path) -> list[np.ndarray]:
     import jax
 
-    from forwax.lab.experiments import EXPERIMENTS
-    from forwax.lab.problem import build_problem
-    from forwax.lab.settings import Settings
-    from forwax.lab.train.checkpoints import Checkpoints
-    from forwax.lab.train.loop import init_state
+    from forwax.lab.catalogue.experiments import EXPERIMENTS
+    from forwax.lab.catalogue.settings import Settings
+    from forwax.lab.training.folder import Checkpoints
+    from forwax.lab.training.problem import build_problem
+    from forwax.lab.training.step import init_state
 
     settings = Settings.from_dict(json.loads((run / "config.json").read_text()))
     problem = build_problem(EXPERIMENTS["digits"], settings)

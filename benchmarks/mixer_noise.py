@@ -83,12 +83,13 @@ def squared_cosine(model: LocalMixer, x: Array, labels: Array) -> float:
     return float(jnp.mean(jax.jit(lambda x, y: jax.lax.map(of_one, (x, y)))(x, labels)))
 
 
+SIGNS = fx.tangents.Rademacher()
+
+
 def kinds(model: LocalMixer) -> dict[str, Gradient]:
     """Gradients by LG-FG-A with each kind and number of noises."""
 
-    def build(
-        num_tangents: int = 1, tangents: Any = fx.tangents.Rademacher(), parts: bool = True
-    ) -> Gradient:  # noqa: B008
+    def build(num_tangents: int = 1, tangents: Any = SIGNS, parts: bool = True) -> Gradient:
         method = ren2023.method(
             "LG-FG-A", model, jax.random.key(0), tangents=tangents, num_tangents=num_tangents
         )

@@ -5,9 +5,11 @@ computes from the slopes c_j = <g, v_j>. Inner products, slopes and sums are tak
 float32 over one flat vector of all differentiated leaves.
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 import abc
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,18 +27,23 @@ class Combine(abc.ABC):
     """Whether the coefficients of one tangent depend on the others, so that all k must be held."""
 
     coordinatewise: ClassVar[bool] = False
-    """Whether the coefficients depend on the slopes alone, so that every shard of a parameter can apply its own."""
+    """Whether coefficients depend on slopes alone: each shard of a parameter can apply its own."""
 
     unbiased: ClassVar[bool] = True
     """Whether the estimate is unbiased when the tangents are."""
 
     @abc.abstractmethod
     def coefficients(self, slopes: Array, tangents: Tree) -> Array:
-        """The coefficients a_j [c] of the sum Σ_j a_j v_j, for slopes [c] and a tree of tangents [c, *shape]."""
+        """The coefficients a_j [c] of Σ_j a_j v_j: slopes are [c], tangents a tree [c, *shape]."""
 
     @abc.abstractmethod
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
-        """The estimate from the sum over all tangents; `relative_mse` is the law of the plain mean."""
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
+        """The estimate from the sum over all tangents; `relative_mse` is the law of the mean."""
 
     @abc.abstractmethod
     def relative_mse(self, mean: float, n: int, num_tangents: int) -> float:
@@ -66,9 +73,14 @@ class Mean(Combine):
         """The slopes themselves."""
         return slopes
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The sum divided by k."""
-        return jax.tree.map(lambda x: x / num_tangents, total)
+        return _divided(total, num_tangents)
 
     def relative_mse(self, mean: float, n: int, num_tangents: int) -> float:
         """That of the tangents."""
@@ -78,7 +90,7 @@ class Mean(Combine):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shrinkage(Combine):
-    """ĝ = mean_j c_j v_j / (1 + M), where M is the relative MSE of the mean: the scale of least error.
+    """ĝ = mean_j c_j v_j / (1 + M), with M the relative MSE of the mean: the scale of least error.
 
     Relative MSE M / (1 + M); biased towards zero by the factor 1 / (1 + M).
 
@@ -95,9 +107,14 @@ class Shrinkage(Combine):
         """The slopes themselves."""
         return slopes
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The mean times 1 / (1 + M)."""
-        return jax.tree.map(lambda x: x / (num_tangents * (1 + relative_mse)), total)
+        return _divided(total, num_tangents * (1 + relative_mse))
 
     def relative_mse(self, mean: float, n: int, num_tangents: int) -> float:
         """M / (1 + M)."""
@@ -111,10 +128,11 @@ class Shrinkage(Combine):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projection(Combine):
-    """ĝ = V (VᵀV)⁻¹ Vᵀ g, the gradient projected on the span of the tangents (FROG, Flügel et al. 2024).
+    """ĝ = V (VᵀV)⁻¹ Vᵀ g, the gradient projected on the span of the tangents.
 
-    Relative MSE 1 - k/n for tangents in general position; the mean is (k/n) g, and the estimate is
-    never longer than g, so that backprop's learning rate serves as it is. Holds all k tangents.
+    This is FROG of Flügel et al. 2024. Relative MSE 1 - k/n for tangents in general position; the
+    mean is (k/n) g, and the estimate is never longer than g, so that backprop's learning rate
+    serves as it is. Holds all k tangents.
 
     The k × k Gram matrix of the tangents, scaled to unit length, is factored by Cholesky after 8 k
     ε is added to its diagonal, with ε the rounding unit of its dtype. The guard changes an estimate
@@ -123,7 +141,8 @@ class Projection(Combine):
 
     Example:
         >>> import forwax as fx
-        >>> fx.WeightPerturbation(num_tangents=25, combine=fx.combine.Projection()).relative_mse(n=100)
+        >>> rule = fx.WeightPerturbation(num_tangents=25, combine=fx.combine.Projection())
+        >>> rule.relative_mse(n=100)
         0.75
     """
 
@@ -133,15 +152,25 @@ class Projection(Combine):
     def coefficients(self, slopes: Array, tangents: Tree) -> Array:
         """(VᵀV)⁻¹ c by a guarded Cholesky factorisation."""
         gram = _gram(tangents)
-        length = jnp.sqrt(jnp.diagonal(gram))
+        squares = cast(Array, jnp.diagonal(gram))
+        length = jnp.sqrt(squares)
+        # A tangent of zeros has no direction: its row and column of the system become the unit's.
         unit = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
-        k = gram.shape[0]
-        guard = 8 * k * jnp.finfo(gram.dtype).eps
-        scaled = gram * unit[:, None] * unit[None, :] + jnp.diag(jnp.where(length > 0, guard, 1))
-        factor = jax.scipy.linalg.cho_factor(scaled, lower=True)
-        return unit * jax.scipy.linalg.cho_solve(factor, unit * slopes.astype(gram.dtype))
+        rounding = cast(float, jnp.finfo(gram.dtype).eps)
+        guard = 8 * gram.shape[0] * rounding
+        # At unit length one guard suits tangents of any scale.
+        cosines = gram * unit[:, None] * unit[None, :]
+        system = cosines + jnp.diag(jnp.where(length > 0, guard, 1))
+        factor = jax.scipy.linalg.cho_factor(system, lower=True)
+        per_length = unit * slopes.astype(gram.dtype)
+        return unit * jax.scipy.linalg.cho_solve(factor, per_length)
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The sum itself."""
         return total
 
@@ -168,7 +197,8 @@ class ControlVariate(Combine):
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
         >>> rule = fx.WeightPerturbation(combine=fx.combine.ControlVariate(jnp.array([2.0, 4.0])))
-        >>> fx.grad(lambda x: jnp.sum(x**2), rule)(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
+        >>> grad = fx.grad(lambda x: jnp.sum(x**2), rule)
+        >>> grad(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
         [2.0, 4.0]
     """
 
@@ -176,43 +206,51 @@ class ControlVariate(Combine):
 
     def coefficients(self, slopes: Array, tangents: Tree) -> Array:
         """c_j - <h, v_j>."""
-        guess = _tree.conjugate(jax.tree.map(jnp.asarray, self.guess))
-        _check_guess(guess, tangents)
-        known = jax.vmap(lambda tangent: _tree.inner(guess, tangent))(tangents)
+        guess = _tree.conjugate(jax.tree.map(_tree.as_array, self.guess))
+        _tree.check_guess(
+            "combine.ControlVariate",
+            got=[x.shape for x in jax.tree.leaves(guess)],
+            expected=[x.shape[1:] for x in jax.tree.leaves(tangents)],
+        )
+
+        def known_slope(tangent: Tree) -> Array:
+            return _tree.inner(guess, tangent)
+
+        # [c]: what the guess explains of each slope
+        known = jax.vmap(known_slope)(tangents)
         return slopes - known.astype(slopes.dtype)
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The guess plus the mean."""
-        guess = jax.tree.leaves(self.guess)
-        leaves, structure = jax.tree.flatten(total)
-        return structure.unflatten(
-            [h + x / num_tangents for h, x in zip(guess, leaves, strict=True)]
-        )
+        pairs = zip(jax.tree.leaves(self.guess), jax.tree.leaves(total), strict=True)
+        leaves = [guess + x / num_tangents for guess, x in pairs]
+        return _tree.with_leaves(total, leaves)
 
     def relative_mse(self, mean: float, n: int, num_tangents: int) -> float:
         """That of the mean, which is the law for a guess of zero."""
         return mean
 
 
-def _check_guess(guess: Tree, tangents: Tree) -> None:
-    expected = [x.shape[1:] for x in jax.tree.leaves(tangents)]
-    got = [jnp.shape(x) for x in jax.tree.leaves(guess)]
-    if expected != got:
-        raise ValueError(
-            f"combine.ControlVariate: the guess must have the parameters' structure; expected leaf "
-            f"shapes {expected}, "
-            f"got {got}."
-        )
+def _divided(total: Tree, divisor: float) -> Tree:
+    leaves = [x / divisor for x in jax.tree.leaves(total)]
+    return _tree.with_leaves(total, leaves)
 
 
 def _gram(tangents: Tree) -> Array:
     """All inner products <v_i, v_j> [k, k] over the real coordinates of all leaves."""
+    return _tree.added([_leaf_gram(x) for x in jax.tree.leaves(tangents)])
 
-    def leaf_gram(x: Array) -> Array:
-        flat = x.reshape(x.shape[0], -1)
-        real = jnp.concatenate([flat.real, flat.imag], axis=1) if _tree.is_complex(x) else flat
-        wide = real.astype(_tree.accumulation_dtype(real.dtype))
-        return jnp.matmul(wide, wide.T, precision=Precision.HIGHEST)
 
-    grams = [leaf_gram(x) for x in jax.tree.leaves(tangents)]
-    return sum(grams[1:], start=grams[0])
+def _leaf_gram(x: Array) -> Array:
+    flat = x.reshape(x.shape[0], -1)
+    if _tree.is_complex(x):
+        # [k, size] -> [k, 2 size]
+        flat = jnp.concatenate([flat.real, flat.imag], axis=1)
+    wide = flat.astype(_tree.accumulation_dtype(flat.dtype))
+    # Accelerators round a product's operands by default, which is too coarse for Cholesky.
+    return jnp.matmul(wide, wide.T, precision=Precision.HIGHEST)

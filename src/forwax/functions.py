@@ -90,8 +90,7 @@ class Function:
             wanted = "[n]" if self.any_dimension else f"[{self.n}]"
             raise ValueError(
                 f"{self.name} takes one point, an array of shape {wanted}, but got shape "
-                f"{list(x.shape)}; "
-                "for many points use jax.vmap."
+                f"{list(x.shape)}; for many points use jax.vmap."
             )
         return self.formula(x)
 
@@ -119,6 +118,7 @@ class Function:
         return dataclasses.replace(
             self,
             minima=tuple(_repeat(point, n) for point in self.minima),
+            # That of a sum grows with n; all others are 0.
             minimum=self.minimum * n / self.n,
             start=_repeat(self.start, n),
             lower=_repeat(self.lower, n),
@@ -126,7 +126,7 @@ class Function:
         )
 
     def distance(self, x: jax.Array) -> jax.Array:
-        """Return the Euclidean distance from x of shape [n] to the nearest global minimiser, a scalar.
+        """Return the Euclidean distance from x of shape [n] to the nearest global minimiser.
 
         >>> print(himmelblau.distance(jnp.array([3.0, 1.0])))
         1.0
@@ -214,10 +214,10 @@ beale = Function(
     source="Beale 1958, On an iterative method for finding a local minimum of a function of more "
     "than one variable",
 )
-"""Beale's function, (1.5 - x + xy)² + (2.25 - x + xy²)² + (2.625 - x + xy³)²; least value 0 at (3, 0.5).
+"""Beale's function, (1.5 - x + xy)² + (2.25 - x + xy²)² + (2.625 - x + xy³)².
 
-The start (0, 0.5) is that of Baydin et al. 2022; Moré, Garbow and Hillstrom 1981 start at (1, 1),
-where f = 14.203125.
+Its least value is 0 at (3, 0.5). The start (0, 0.5) is that of Baydin et al. 2022; Moré, Garbow and
+Hillstrom 1981 start at (1, 1), where f = 14.203125.
 """
 
 rosenbrock = Function(
@@ -254,9 +254,10 @@ himmelblau = Function(
     upper=(5.0, 5.0),
     source="Himmelblau 1972, Applied Nonlinear Programming",
 )
-"""Himmelblau's function, (x² + y - 11)² + (x + y² - 7)²; least value 0 at four points, (3, 2) among them.
+"""Himmelblau's function, (x² + y - 11)² + (x + y² - 7)².
 
-The origin, the start here, lies near the local maximum f(-0.270845, -0.923039) ≈ 181.617.
+Its least value is 0 at four points, (3, 2) among them. The origin, the start here, lies near the
+local maximum f(-0.270845, -0.923039) ≈ 181.617.
 """
 
 ackley = Function(
@@ -270,12 +271,12 @@ ackley = Function(
     source="Ackley 1987, A Connectionist Machine for Genetic Hillclimbing; for any n, Bäck 1996",
     any_dimension=True,
 )
-"""Ackley's function, -20 exp(-0.2 √mean x²) - exp(mean cos 2πx) + 20 + e; least value 0 at the origin.
+"""Ackley's function, -20 exp(-0.2 √mean x²) - exp(mean cos 2πx) + 20 + e.
 
-At the origin it is a cone: it has no gradient there. Every automatic derivative of this
-implementation is 0 at that one point (a subgradient) instead of NaN; next to it the gradient's
-length is about 4/√n. Its usual domain is ±32.768; there is no usual start, and (2, 1.5) leaves
-several local minima on the way.
+Its least value is 0 at the origin. At the origin it is a cone: it has no gradient there. Every
+automatic derivative of this implementation is 0 at that one point (a subgradient) instead of NaN;
+next to it the gradient's length is about 4/√n. Its usual domain is ±32.768; there is no usual
+start, and (2, 1.5) leaves several local minima on the way.
 """
 
 rastrigin = Function(
@@ -290,8 +291,9 @@ rastrigin = Function(
     "1991",
     any_dimension=True,
 )
-"""Rastrigin's function, 10 n + Σ x_i² - 10 cos 2πx_i; least value 0 at the origin, local minima near all integers.
+"""Rastrigin's function, 10 n + Σ x_i² - 10 cos 2πx_i.
 
+Its least value is 0 at the origin; there are local minima near all integers.
 There is no usual start; plain descent from (2.2, 1.3) ends in the local minimum near (2, 1).
 """
 
@@ -306,14 +308,17 @@ styblinski_tang = Function(
     source="Styblinski and Tang 1990, Experiments in nonconvex optimization, Neural Networks 3",
     any_dimension=True,
 )
-"""The Styblinski-Tang function, ½ Σ x_i⁴ - 16 x_i² + 5 x_i; least value -39.166166 n where each x_i = -2.903534.
+"""The Styblinski-Tang function, ½ Σ x_i⁴ - 16 x_i² + 5 x_i.
 
-It has 2ⁿ local minima; gradient descent from the origin, the start here, ends in the global one.
+Its least value is -39.166166 n where each x_i = -2.903534. It has 2ⁿ local minima; gradient descent
+from the origin, the start here, ends in the global one.
 """
 
 
 def quadratic(condition_number: float = 100.0, n: int = 2) -> Function:
-    """Return ½ Σ λ_i x_i² with eigenvalues λ spaced evenly in the logarithm from 1 to the condition number.
+    """Return ½ Σ λ_i x_i² with eigenvalues λ from 1 to the condition number.
+
+    They are spaced evenly in the logarithm.
 
     Args:
         condition_number: The largest eigenvalue over the smallest, which is 1; at least 1.

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the command line: no network, no cache of the user's, tiny data sets."""
+"""Fixtures for the tests of the command line: no network, no cache of a user's, tiny data sets."""
 
 import importlib.util
 import shutil
@@ -11,12 +11,7 @@ import pooch
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from forwax.lab.data.sources import SOURCES
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly) -> None:
-    """No test of this folder measures what a program costs."""
+from forwax.lab.data.sets import SOURCES
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +98,7 @@ def serve(monkeypatch):
 
 @pytest.fixture(scope="module")
 def compile_once(tmp_path_factory):
-    """Share compiled programs between a file's tests and the processes that they start; most runs are the same one."""
+    """Share compiled programs between a file's tests and the processes that they start."""
     names = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

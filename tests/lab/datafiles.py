@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from forwax.lab.data.sources import SOURCES, Source
+from forwax.lab.data.sets import SOURCES, Source
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ def cifar(images: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def make_split(size: int, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Noise with a bright row at each label's height, so that a model can learn it; every class in turn."""
+    """Noise with a bright row at each label's height, so that a model can learn it."""
     labels = np.arange(size, dtype=np.int32) % 10
     images = np.random.default_rng(seed).integers(0, 100, (size, *shape), dtype=np.uint8)
     images[np.arange(size), 2 * labels + 1] = 255
@@ -48,7 +48,7 @@ def make_split(size: int, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray
 
 
 def write(name: str, root: Path, *, gz: bool = False, train: int = 60, test: int = 20) -> Tiny:
-    """Write a set under root, with `train` and `test` images (`train` in five equal batches for cifar10)."""
+    """Write a set of `train` and `test` images under root; cifar10 has five equal batches."""
     source = SOURCES[name]
     shape = (32, 32, 3) if name == "cifar10" else (28, 28, 1)
     splits = {"train": make_split(train, shape, 0), "test": make_split(test, shape, 1)}
@@ -71,13 +71,13 @@ def write(name: str, root: Path, *, gz: bool = False, train: int = 60, test: int
 def _encode(
     source: Source, splits: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[tuple[str, bytes]]:
-    for split, parts in (("train", source.train), ("test", source.test)):
+    for split, files in (("train", source.train), ("test", source.test)):
         images, labels = splits[split]
         if source.name != "cifar10":
-            yield from zip(parts[0], (idx(images[..., 0]), idx(labels)), strict=True)
+            yield from zip(files, (idx(images[..., 0]), idx(labels)), strict=True)
             continue
-        for (file,), some, their in zip(
-            parts, np.split(images, len(parts)), np.split(labels, len(parts)), strict=True
+        for file, some, their in zip(
+            files, np.split(images, len(files)), np.split(labels, len(files)), strict=True
         ):
             yield file, cifar(some, their)
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from forwax.lab import augment
-from forwax.lab.augment import Augmentation
+from forwax.lab.catalogue import augment
+from forwax.lab.catalogue.augment import Augmentation
 
 
 def image(channels=3):

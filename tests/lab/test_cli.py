@@ -1,4 +1,4 @@
-"""The command line: help, mistakes in one sentence with exit code 2, and a run from the words to the folder."""
+"""The command line: help, mistakes in one sentence with exit code 2, from words to folder."""
 
 import json
 import re
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from forwax.lab import cli, options
+from forwax.lab import cli
+from forwax.lab.catalogue.names import LINES
 from forwax.lab.cli import COMMANDS, main
-from forwax.lab.compare.named_rules import LINES
-from forwax.lab.train import progress
+from forwax.lab.compare import setup
+from forwax.lab.training import progress
 
 
 def test_help_names_every_command(capsys):
@@ -80,7 +81,7 @@ def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypat
     assert "(default: None)" not in out
     assert "(default: )" not in out
     source = Path(sys.modules[COMMANDS[command][0]].__file__ or "").parent
-    for file in [*source.glob("*.py"), Path(options.__file__)]:
+    for file in [*source.glob("*.py"), Path(setup.__file__)]:
         assert not re.search(
             r'^    [a-z_]+: .+ = .+\n    """[^"]+\n', file.read_text(encoding="utf-8"), re.MULTILINE
         )
@@ -168,7 +169,7 @@ def test_ctrl_c_before_training(monkeypatch, capsys, tmp_path):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("forwax.lab.problem.load", interrupted)
+    monkeypatch.setattr("forwax.lab.training.problem.load", interrupted)
     assert main(["train", "--runs", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "Stopped.\n"
 

@@ -1,4 +1,4 @@
-"""`forwax compare`: equal budgets, figures that agree with results.json, honest words, and resuming."""
+"""`forwax compare`: equal budgets, figures that agree with results.json, honest words, resuming."""
 
 import dataclasses
 import json
@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 from forwax.lab import cli
-from forwax.lab.compare import command as compare
-from forwax.lab.compare import findings, named_rules, picture, rates, setup, tables, timing
-from forwax.lab.compare.options import CompareOptions
-from forwax.lab.compare.training import Scorer, build_program, evaluation_steps, train
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.loop import build_trainer
+from forwax.lab.catalogue import names
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.commands import compare
+from forwax.lab.compare import findings, rates, setup, tables
+from forwax.lab.compare.bench import Trial, evaluation_steps
+from forwax.lab.compare.setup import CompareOptions
+from forwax.lab.flags import UsageError
+from forwax.lab.pictures import comparison as picture
+from forwax.lab.training import timing
+from forwax.lab.training.program import Scorer, build_program, build_trainer
 
 RULES = ("backprop", "forward", "projection-4")
 TINY = CompareOptions(
@@ -170,7 +174,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(
 
 @pytest.fixture(scope="module")
 def program():
-    """The compiled program of a forward-gradient rule on digits, its settings and its validation part."""
+    """The compiled program of a forward-gradient rule on digits, and its validation part."""
     problem = setup.build_problem(setup.find_experiment("digits"), Settings())
     problem, validation = setup.hold_out(problem, None)
     settings = Settings(
@@ -183,7 +187,8 @@ def program():
 
 def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them(program):
     made, score = program
-    history, params = train(made, 0.01, 3, score, [0, 10, 20], 1e-3)
+    history = Trial(made, 0.01, 3, score, [0, 10, 20]).train()
+    params = history.trainer.state.params
     trainer = build_trainer(
         made.problem, dataclasses.replace(made.settings, learning_rate=0.01, seed=3)
     )
@@ -192,18 +197,18 @@ def test_one_program_serves_every_rate_and_seed_as_forwax_train_would_run_them(p
         jax.tree.leaves(params), jax.tree.leaves(trainer.state.params), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
-    assert history.steps == [0, 10, 20]
+    assert history.validated == [0, 10, 20]
 
 
 def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_result(
     program, monkeypatch
 ):
     made, score = program
-    monkeypatch.setattr("forwax.lab.train.loop.loops_well", lambda problem: False)
+    monkeypatch.setattr("forwax.lab.training.program.loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-3)
-    single = build_program(made.problem, made.settings, made._data)
-    ours, theirs = (train(each, 0.01, 3, score, [0, 5], 1e-3)[0] for each in (single, made))
+    single = build_program(made.problem, made.settings, made.data)
+    ours, theirs = (Trial(each, 0.01, 3, score, [0, 5]).train() for each in (single, made))
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-4)
     assert len(ours.losses) == 5
     assert set(timing.measure({"forward": single}, rounds=1)) == {"loss", "forward"}
@@ -211,9 +216,10 @@ def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_res
 
 def test_a_run_that_explodes_ends_at_its_last_finite_step(program):
     made, score = program
-    history, params = train(made, 1e30, 0, score, [0, 20], 1e-3)
+    history = Trial(made, 1e30, 0, score, [0, 20]).train()
+    params = history.trainer.state.params
     assert not history.finite
-    assert history.steps == [0]
+    assert history.validated == [0]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
@@ -275,7 +281,7 @@ def _run(losses, steps=(0, 5, 10), finite=True, accuracy=0.9):
 
 
 def _gathered(runs, target_loss=None):
-    rules = named_rules.parse_all(tuple(runs))
+    rules = names.parse_all(tuple(runs))
     seconds = {"loss": [0.5, 1.0, 1.5], "backprop": [2.0] * 3, "forward": [4.0] * 3}
     timing = {"seconds": seconds, "temporary_bytes": {"backprop": 2**20, "forward": None}}
     results = findings.gather(rules, timing, {}, runs, target_loss)
@@ -407,8 +413,8 @@ def test_another_comparison_is_not_overwritten(finished, capsys):
 def test_every_named_rule_can_be_built():
     experiment = setup.find_experiment("digits")
     problem = setup.build_problem(experiment, Settings())
-    for name in named_rules.LINES:
-        rule = named_rules.parse(name)
+    for name in names.LINES:
+        rule = names.parse(name)
         settings = setup._settings(CompareOptions(), experiment, rule, problem)
         assert settings.learning_rate is not None
         assert settings.rule == rule.given["rule"]
@@ -419,4 +425,4 @@ def test_the_help_names_every_rule(capsys):
     with pytest.raises(SystemExit):
         cli.main(["compare", "--help"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in named_rules.LINES)
+    assert all(name in shown for name in names.LINES)

@@ -1,4 +1,4 @@
-"""Data sets: formats, where they are looked for, what each fault says, and that nothing is ever half-written."""
+"""Data sets: formats, where they are looked for, and that nothing is ever half-written."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pooch
 import pytest
 
-from forwax.lab.data import cache_dir, fetching, find_source, load, locate
+from forwax.lab.data import cache_dir, find_source, load, locate, store
 from forwax.lab.data.formats import decode_cifar, decode_idx, decompress
 
 PUBLIC = ("mnist", "fashion-mnist", "cifar10")
@@ -131,8 +131,8 @@ def test_a_server_may_unpack_on_the_way(remote, serve, datafiles):
 
 
 def test_the_bar_counts_what_the_downloader_reports():
-    with fetching.Progress(disable=True) as progress:
-        bar = fetching._Bar(progress, "file")
+    with store.Progress(disable=True) as progress:
+        bar = store._Bar(progress, "file")
         bar.total = 0
         assert bar.total is None
         bar.total = 10
@@ -170,7 +170,7 @@ def test_what_a_killed_fetch_left_is_never_read_and_later_swept(
     remote, isolated_data, serve, datafiles
 ):
     tiny = remote("mnist")
-    old, young = (isolated_data / f"{fetching.STAGING_PREFIX}{age}" for age in ("old", "young"))
+    old, young = (isolated_data / f"{store.STAGING_PREFIX}{age}" for age in ("old", "young"))
     for folder in (old, young):
         (folder / "mnist").mkdir(parents=True)
         for file in tiny.contents:

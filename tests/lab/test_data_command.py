@@ -1,6 +1,6 @@
 """`forwax data`: what it prints."""
 
-from forwax.lab.data import command as data_command
+from forwax.lab.commands import data as data_command
 from forwax.lab.data import names
 
 

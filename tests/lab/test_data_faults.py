@@ -1,4 +1,4 @@
-"""Each fault of a data set says what was expected, what came, and what to do, and leaves nothing behind."""
+"""Each fault of a data set says what was expected, what came, what to do, and leaves nothing."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""The diagrams: the numbers they show, that nothing overlaps, and that saving is all or nothing."""
+"""The figures of the guide: their numbers, that nothing overlaps, that saving is all or nothing."""
 
 import itertools
 
@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from forwax.lab import diagrams, style
-from forwax.lab.diagrams import gradient
+import figures
+from figures import gradient
+from forwax.lab import style
 
-DIAGRAMS = [diagrams.forward_step, diagrams.backward_step, diagrams.forward_gradient]
+DIAGRAMS = [figures.forward_step, figures.backward_step, figures.forward_gradient]
 
 
 def _texts(figure):
-    """Return every text and title of the figure that is not empty; tick labels are none of these diagrams' matter."""
+    """Return every text and title of the figure that is not empty, but for tick labels."""
     children = [child for axes in figure.axes for child in axes.get_children()]
     return [
         child
@@ -38,13 +39,13 @@ def test_texts_lie_inside_and_apart(draw):
 
 
 def test_forward_step_shows_the_numbers_of_jvp():
-    texts = {text.get_text() for text in _texts(diagrams.forward_step())}
+    texts = {text.get_text() for text in _texts(figures.forward_step())}
     assert {"$z = 2$", r"$\dot{z} = 1$", "$L = 1$", r"$\dot{L} = 2$"} <= texts
     assert r"forward gradient $\dot L\,v = ({2}, {-2})$" in texts
 
 
 def test_backward_step_shows_the_gradient():
-    texts = {text.get_text() for text in _texts(diagrams.backward_step())}
+    texts = {text.get_text() for text in _texts(figures.backward_step())}
     assert {
         r"$\bar{w} = 4$",
         r"$\bar{b} = 2$",
@@ -65,13 +66,13 @@ def test_forward_gradient_is_computed():
 
 
 def test_forward_gradient_depends_on_its_key():
-    one, other = (diagrams.forward_gradient(jax.random.key(seed)) for seed in (0, 1))
+    one, other = (figures.forward_gradient(jax.random.key(seed)) for seed in (0, 1))
     assert {text.get_text() for text in _texts(one)} != {text.get_text() for text in _texts(other)}
 
 
 def test_save_all_writes_three_pictures_and_leaves_the_settings(tmp_path):
     before = dict(matplotlib.rcParams)
-    paths = diagrams.save_all(tmp_path / "new" / "pictures")
+    paths = figures.save_all(tmp_path / "new" / "pictures")
     assert [path.name for path in paths] == [
         "forward-step.png",
         "backward-step.png",

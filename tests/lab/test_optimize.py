@@ -1,8 +1,9 @@
-"""`forwax optimize`: that it ends where the paper does, and that its table, numbers and picture tell what happened."""
+"""`forwax optimize`: that it ends where the paper does; its table, numbers and picture."""
 
 import dataclasses
 import io
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ import tyro
 from rich.console import Console
 
 import forwax as fx
-from forwax.lab.optimize import command as optimize
-from forwax.lab.optimize import descent, numbers, picture
-from forwax.lab.optimize.command import OptimizeOptions
+from forwax.lab.commands import optimize
+from forwax.lab.commands.optimize import OptimizeOptions
+from forwax.lab.flags import UsageError
+from forwax.lab.optimize import descent
 from forwax.lab.optimize.descent import Descent, Plan, Timing
-from forwax.lab.settings import UsageError
+from forwax.lab.pictures import descent as picture
 
 NORMAL = fx.WeightPerturbation(tangents=fx.tangents.Normal())
 KEYS = jax.random.split(jax.random.key(0), 10)
@@ -95,9 +97,10 @@ def test_more_variables_keep_no_points():
 
 
 def test_seconds_are_the_median_of_counted_calls(monkeypatch):
-    # Two programs in turn take 1 and 10 seconds, then 2 and 20, then 6 and 60.
-    clock = iter([0, 1, 0, 10, 0, 2, 0, 20, 0, 6, 0, 60])
-    monkeypatch.setattr(descent.time, "perf_counter", lambda: float(next(clock)))
+    # Two programs in turn take 1 and 10 seconds, then 20 and 2, then 6 and 60. The clock is read
+    # at the start, and in each further round to see whether time is up.
+    clock = iter([0, 0, 1, 0, 10, 0, 20, 0, 2, 0, 6, 0, 60])
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     seconds = descent.seconds_of([jax.random.bits, jax.random.normal], jax.random.key(0), repeats=3)
     assert seconds == [2.0, 20.0]
 
@@ -129,15 +132,13 @@ def test_lost_runs_are_told_in_the_table_the_numbers_and_the_picture():
     plan = dataclasses.replace(SHORT, iterations=3)
     rules = {"backprop": fx.Backprop(), "forward": NORMAL}
     whole = dataclasses.replace(_lost(), values=np.ones((3, 4)))
-    descents, timings = (
-        {"backprop": whole, "forward": _lost()},
-        {name: Timing(1.0, 0.0) for name in rules},
-    )
-    found = numbers.summarise(plan, rules, descents, timings, seed=0)
+    descents = {"backprop": whole, "forward": _lost()}
+    timings = {name: Timing(1.0, 0.0) for name in rules}
+    found = descent.summarise(plan, rules, descents, timings, seed=0)
     assert found["methods"]["forward"]["final"] == [1.0, None, 3.0]
     assert found["methods"]["forward"]["median"] == 3.0
     paper = io.StringIO()
-    Console(width=100, file=paper).print(numbers.make_table(found))
+    Console(width=100, file=paper).print(descent.make_table(found))
     lines = [" ".join(line.split()) for line in paper.getvalue().splitlines()]
     assert "│ runs not finite │ 0 of 3 │ 1 of 3 │" in lines
     assert "│ final f, range │ 1 │ 1 to not finite │" in lines

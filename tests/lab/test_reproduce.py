@@ -1,4 +1,4 @@
-"""`forwax reproduce`: a column over rules and seeds on tiny files, what it leaves, and how it goes on."""
+"""`forwax reproduce`: a column over rules and seeds, what it leaves, and how it goes on."""
 
 import dataclasses
 import json
@@ -8,19 +8,22 @@ import jax
 import pytest
 
 import forwax as fx
-from forwax.lab import choices, cli, optimizers
+from forwax.lab import cli
+from forwax.lab.catalogue import columns, objectives, optimizers
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.columns import COLUMNS
+from forwax.lab.catalogue.names import Entry
+from forwax.lab.catalogue.options import resolve
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.commands import reproduce
+from forwax.lab.commands.reproduce import ReproduceOptions
 from forwax.lab.data import load
-from forwax.lab.options import resolve
-from forwax.lab.problem import problem_of
-from forwax.lab.ren2023 import columns, runs, table
-from forwax.lab.ren2023 import command as reproduce
-from forwax.lab.ren2023.columns import COLUMNS
-from forwax.lab.ren2023.command import ReproduceOptions
-from forwax.lab.ren2023.entries import Entry
+from forwax.lab.flags import UsageError
+from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.loop import split_seed
-from forwax.lab.train.runs import write_json
+from forwax.lab.training.folder import write_json
+from forwax.lab.training.problem import problem_of
+from forwax.lab.training.step import split_seed
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 KINDS = ("BP", "FA", "FG-W", "FG-A")
@@ -102,9 +105,7 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
 def test_a_termination_is_answered_between_two_blocks(tmp_path, capsys, monkeypatch):
     asked = words(tmp_path, "--rules", "DFA", "--seeds", "1", "--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            reproduce, "_teller", lambda: lambda line: signal.raise_signal(signal.SIGTERM)
-        )
+        patch.setattr(reproduce, "_tell", lambda line: signal.raise_signal(signal.SIGTERM))
         assert cli.main(asked) == 143
     assert "Stopped; what was done is kept in" in capsys.readouterr().out
     assert cli.main(asked) == 0
@@ -160,7 +161,7 @@ def test_views_are_of_values_up_to_one_and_have_keys_of_their_own(monkeypatch):
     settings = dataclasses.replace(COLUMNS["mnist-s"].settings, objective="contrastive")
     problem = problem_of(load("digits"), reproduce.EXPERIMENTS["local-mixer"], settings)
     monkeypatch.setattr(
-        "forwax.lab.augment.two_views",
+        "forwax.lab.catalogue.augment.two_views",
         lambda key, images: seen.extend((key, images)) or (images,) * 2,
     )
     with pytest.raises(StopIteration):
@@ -203,7 +204,7 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
         asked[settings.rule] = where, parts
         raise StopIteration
 
-    monkeypatch.setattr(columns.objectives, "local_losses", losses)
+    monkeypatch.setattr(objectives, "local_losses", losses)
     problem = problem_of(
         load("mnist"), reproduce.EXPERIMENTS["local-mixer"], COLUMNS["mnist-m"].settings
     )
@@ -211,7 +212,7 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
         settings = Entry.parse(name).settings(COLUMNS["mnist-m"], 60_000)
         assert settings.rule == name
         assert all(column.rates[name] > 0 for column in COLUMNS.values())
-        gradient = columns.build_gradient({}, lambda x: x, settings, 255)(fx.Backprop())
+        gradient = objectives.supervised({}, lambda x: x, settings, 255)(fx.Backprop())
         with pytest.raises(StopIteration):
             gradient(jax.random.key(0), {}, *(x[:2] for x in problem.train))
     ways = {"": "global", "L-": "local", "LG-": "greedy"}
@@ -296,7 +297,7 @@ def test_the_table_leaves_out_what_is_not_run():
     }
     lost = {**summary, "finite": False}
     results = {"LG-BP": [summary, {**summary, "test_error": 3.0}, lost]}
-    cells = table.rows(column, [Entry("LG-BP"), Entry("BP")], results)
+    cells = table.make_table(column, [Entry("LG-BP"), Entry("BP")], results).rows
     assert cells[0][:6] == (
         "LG-BP",
         "2.50 ± 0.71 (1 not finite)",
@@ -311,7 +312,7 @@ def test_the_table_leaves_out_what_is_not_run():
 
 
 def test_the_picture_has_a_line_for_each_computation():
-    from forwax.lab.ren2023 import picture
+    from forwax.lab.pictures import reproduction as picture
 
     summary = {"finite": True, "epochs": [1.0, 2.0], "test_errors": [9.0, 5.0]}
     entries = [Entry("BP"), Entry("L-BP"), Entry("LG-BP"), Entry.parse("FG-A:4")]
@@ -341,7 +342,9 @@ def test_lars_takes_decay_off_the_weights_of_the_backbone_alone():
     decayed = [jax.tree_util.keystr(path) for path, decays in chosen if decays]
     assert decayed == [".blocks[0].dense.weight", ".blocks[0].groups.weight"]
     params = {"w": jax.numpy.ones((2, 2)), "b": jax.numpy.ones(2)}
-    optimizer = optimizers.build_optimizer(Settings(optimizer="lars", weight_decay=0.5), 1.0)
+    optimizer = optimizers.build_optimizer(
+        Settings(optimizer="lars", weight_decay=0.5, learning_rate=1.0)
+    )
     updates, _ = optimizer.update(
         jax.tree.map(jax.numpy.zeros_like, params), optimizer.init(params), params
     )

@@ -1,4 +1,4 @@
-"""The folder of a run: made in one move, cut back to a step, never half-written; the picture of its metrics."""
+"""The folder of a run: made in one move, cut back to a step, never half-written; its picture."""
 
 import json
 import os
@@ -10,12 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from forwax.lab.settings import UsageError
-from forwax.lab.train import runs
-from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.curves import draw_curves, smooth
-from forwax.lab.train.loop import TrainState
-from forwax.lab.train.runs import METRICS, Metrics, Run, write_json
+from forwax.lab.flags import UsageError
+from forwax.lab.pictures.curves import draw_curves, smooth
+from forwax.lab.training import folder as runs
+from forwax.lab.training.folder import METRICS, Checkpoints, Metrics, Run, write_json
+from forwax.lab.training.step import TrainState
 
 
 def test_a_folder_appears_with_its_config(tmp_path):

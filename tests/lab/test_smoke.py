@@ -1,11 +1,11 @@
-"""Two steps of every experiment, from the command line to the summary, on tiny files in the standard formats."""
+"""Two steps of every experiment, from the command line to the summary, on tiny files."""
 
 import json
 
 import pytest
 
 from forwax.lab import cli
-from forwax.lab.experiments import EXPERIMENTS
+from forwax.lab.catalogue.experiments import EXPERIMENTS
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

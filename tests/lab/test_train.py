@@ -16,25 +16,26 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
-from forwax.lab import choices, experiments
+from forwax.lab.catalogue import experiments
+from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.experiments import Experiment
+from forwax.lab.catalogue.options import resolve
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.commands import train
+from forwax.lab.commands.train import TrainOptions
 from forwax.lab.data import DataSet
-from forwax.lab.experiments import Experiment
-from forwax.lab.options import resolve
-from forwax.lab.problem import problem_of
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train import command as train
-from forwax.lab.train.checkpoints import Checkpoints
-from forwax.lab.train.command import TrainOptions
-from forwax.lab.train.loop import (
-    MAX_BLOCK,
-    Trainer,
-    build_trainer,
-    init_state,
-    loops_well,
-    make_step,
+from forwax.lab.flags import UsageError
+from forwax.lab.training.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    Checkpoints,
+    Run,
+    write_json,
 )
-from forwax.lab.train.runs import CHECKPOINTS, CONFIG, METRICS, Run, write_json
+from forwax.lab.training.problem import problem_of
+from forwax.lab.training.program import MAX_BLOCK, Scorer, Trainer, build_trainer, loops_well
+from forwax.lab.training.step import init_state, make_step
 from forwax.models import MLP, Conv
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -55,7 +56,7 @@ TINY = Experiment(
 
 
 def tiny_data(seed=0):
-    """Three classes of 3×3 images that differ in their mean: 22 to train on, so that an epoch has 5 steps of 4."""
+    """Three classes of 3×3 images; 22 to train on, so that an epoch has 5 steps of 4."""
     draw = np.random.default_rng(seed)
     labels = (np.arange(31) % 3).astype(np.int32)
     images = (draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]).astype(
@@ -68,11 +69,11 @@ def tiny_data(seed=0):
 
 @pytest.fixture(autouse=True)
 def tiny_experiment(monkeypatch):
-    monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data())
+    monkeypatch.setattr("forwax.lab.training.problem.load", lambda name, data_dir: tiny_data())
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
     # the picture has tests of its own, and takes longer than these runs
     monkeypatch.setattr(
-        "forwax.lab.train.curves.save_curves",
+        "forwax.lab.pictures.curves.save_curves",
         lambda rows, title, path, colour: path.write_bytes(b"curves"),
     )
 
@@ -126,7 +127,7 @@ def reference(tmp_path_factory):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data())
+        patch.setattr("forwax.lab.training.problem.load", lambda name, data_dir: tiny_data())
         patch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
         assert start(folder) == 0
     return only_run(folder)
@@ -207,7 +208,7 @@ def test_an_epoch_sees_every_example_once_and_the_next_in_another_order(monkeypa
 
         return step
 
-    monkeypatch.setattr("forwax.lab.train.loop.make_step", spy)
+    monkeypatch.setattr("forwax.lab.training.program.make_step", spy)
     data = tiny_data()
     data.train_images[:, 0, 0, 0] = np.arange(22)
     settings = resolve(TINY, "default", {}, num_examples=22, num_parameters=55)
@@ -222,7 +223,7 @@ def test_steps_outside_a_loop_are_the_same(monkeypatch):
     """Networks with convolutions run step by step on a CPU."""
     looped = trainer()
     expected = looped.run(12)
-    monkeypatch.setattr("forwax.lab.train.loop.loops_well", lambda problem: False)
+    monkeypatch.setattr("forwax.lab.training.program.loops_well", lambda problem: False)
     single = trainer()
     assert single._call(12).losses.shape == (1,)
     got = single.run(11)
@@ -278,11 +279,12 @@ def test_remembered_slopes_are_checkpointed_bit_for_bit(tmp_path):
     one.run(15)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(one.state, seconds=1.0)
-    state = checkpoints.restore(jax.eval_shape(lambda: init_state(one.problem, one.settings))).state
+    problem, settings = one.program.problem, one.program.settings
+    state = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings))).state
     checkpoints.close()
     assert int(state.slopes.num_steps) == 15
     assert int(state.slopes.num_clipped) > 0
-    again = build_trainer(one.problem, one.settings, state)
+    again = one.program.start(one.learning_rate, one.seed, state)
     for each in (one, again):
         each.run(10)
     jax.tree.map(np.testing.assert_array_equal, again.state, one.state)
@@ -296,12 +298,13 @@ def test_a_block_has_limits():
 
 
 def test_the_evaluation_counts_every_test_example_once(monkeypatch):
-    monkeypatch.setattr("forwax.lab.train.loop.EVALUATION_BATCH", 4)
+    monkeypatch.setattr("forwax.lab.training.program.EVALUATION_BATCH", 4)
     one = trainer()
-    loss, accuracy = one.evaluate()
-    images, labels = one.problem.test
+    problem = one.program.problem
+    loss, accuracy = Scorer(problem, problem.test)(one.state.params)
+    images, labels = problem.test
     assert len(images) == 9
-    losses, correct = jax.vmap(one.problem.loss, (None, 0, 0))(one.state.params, images, labels)
+    losses, correct = jax.vmap(problem.loss, (None, 0, 0))(one.state.params, images, labels)
     assert loss == pytest.approx(float(losses.mean()), rel=1e-5)
     assert accuracy == pytest.approx(float(correct.mean()))
 
@@ -375,7 +378,9 @@ def test_a_finished_run_says_so(reference, capsys):
 
 def test_changed_data_are_refused(reference, tmp_path, monkeypatch):
     run = copy_without(reference, tmp_path, "summary.json")
-    monkeypatch.setattr("forwax.lab.problem.load", lambda name, data_dir: tiny_data(seed=1))
+    monkeypatch.setattr(
+        "forwax.lab.training.problem.load", lambda name, data_dir: tiny_data(seed=1)
+    )
     with pytest.raises(
         UsageError,
         match=r"The data set tiny is not the one that .* was trained on \(its checksum differs\)",
@@ -418,7 +423,7 @@ def step_of(loss, **given):
     )
     problem = dataclasses.replace(problem_of(tiny_data(), TINY, settings), loss=loss)
     state = init_state(problem, settings)
-    after, _, _, finite = quick_jit(make_step(problem, settings))(
+    after, _, _, finite = jax.jit(make_step(problem, settings))(
         state, problem.train[0][:4], problem.train[1][:4]
     )
     return state, after, bool(finite)
@@ -483,19 +488,21 @@ import importlib.util
 spec = importlib.util.spec_from_file_location("tiny_child", {file!r})
 tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tests)
-from forwax.lab import cli, experiments
-from forwax.lab.train import checkpoints, progress, runs, signals, command as train
-import forwax.lab.problem
-forwax.lab.problem.load = lambda name, data_dir: tests.tiny_data()
+from forwax.lab import cli
+from forwax.lab.catalogue import experiments
+from forwax.lab.training import folder, progress, session
+from forwax.lab.commands import train
+import forwax.lab.training.problem
+forwax.lab.training.problem.load = lambda name, data_dir: tests.tiny_data()
 experiments.EXPERIMENTS["tiny"] = tests.TINY
 progress.SECONDS_BETWEEN_LINES = 0.0
-signals.BLOCK_SECONDS = 0.0
+session.BLOCK_SECONDS = 0.0
 {extra}
 sys.exit(train.run(train.TrainOptions({options})))
 """
 
 KILL_IN_METRICS = """
-plain = runs.Metrics.append
+plain = folder.Metrics.append
 def append(self, rows):
     rows = list(rows)
     if rows[0]["step"] == {step}:
@@ -503,7 +510,7 @@ def append(self, rows):
         self._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self, rows)
-runs.Metrics.append = append
+folder.Metrics.append = append
 """
 
 KILL_IN_CHECKPOINT = """
@@ -516,12 +523,12 @@ os.rename = rename
 """
 
 KILL_AFTER_CHECKPOINT = """
-plain = checkpoints.Checkpoints.save
+plain = folder.Checkpoints.save
 def save(self, state, seconds):
     plain(self, state, seconds)
     if int(state.step) == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoints.Checkpoints.save = save
+folder.Checkpoints.save = save
 """
 
 

@@ -37,7 +37,7 @@ def weighted_sum(weights: Array, tangents: Array) -> Array:
     dtype = _tree.accumulation_dtype(tangents.dtype)
     wide = tangents.astype(dtype)
     if weights.size == 1:
-        weight = weights.reshape(()).astype(jnp.finfo(dtype).dtype)
+        weight = weights.reshape(()).astype(dtype)
         return weight * wide.reshape(wide.shape[lead:])
     return jnp.tensordot(
         weights.astype(dtype),
@@ -125,8 +125,7 @@ def _scaled(
     dtype = _tree.accumulation_dtype(leaf.dtype)
     ones = [1] * leaf.ndim
     scale = weights.reshape(*weights.shape, *ones)
-    scale = scale.astype(jnp.finfo(dtype).dtype)
-    return scale * left.astype(dtype)
+    return scale.astype(dtype) * left.astype(dtype)
 
 
 def add_outer(

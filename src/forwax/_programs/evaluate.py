@@ -57,4 +57,4 @@ def _inject_jvp(
 ) -> tuple[Array, Array]:
     value, noise, _ = primals
     dvalue, _, dtime = tangents
-    return value, dvalue + _mesh.vary(dtime.astype(noise.real.dtype) * noise, _mesh.axes(value))
+    return value, dvalue + _mesh.vary(dtime.astype(noise.dtype) * noise, _mesh.axes(value))

@@ -59,10 +59,21 @@ class Loop:
     reverse: bool
     unroll: Any
 
+    @property
+    def carries_of_inputs(self) -> slice:
+        """Where the carries stand among the inputs."""
+        return slice(self.num_consts, self.num_consts + self.num_carry)
+
+    @property
+    def carries_of_outputs(self) -> slice:
+        """Where the carries stand among the outputs."""
+        return slice(0, self.num_carry)
+
     def split(self, inputs: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
         """Constants, carries and scanned arrays, from one entry for each input."""
-        first, last = self.num_consts, self.num_consts + self.num_carry
-        return list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
+        carries = self.carries_of_inputs
+        consts, xs = inputs[: carries.start], inputs[carries.stop :]
+        return list(consts), list(inputs[carries]), list(xs)
 
     def split_outputs(self, outputs: Sequence[T]) -> tuple[list[T], list[T]]:
         """Carries and stacked outputs, from one entry for each output."""
@@ -71,8 +82,8 @@ class Loop:
     @property
     def unchanged(self) -> list[bool]:
         """For each carry whether every step hands it on as it is."""
-        _, before, _ = self.split(self.body.inputs)
-        after, _ = self.split_outputs(self.body.outputs)
+        before = self.body.inputs[self.carries_of_inputs]
+        after = self.body.outputs[self.carries_of_outputs]
         return [new == old for new, old in zip(after, before, strict=True)]
 
     def scan(

@@ -44,11 +44,15 @@ def interleaved(
         first = number % len(names)
         in_turn = names[first:] + names[:first]
         for name in in_turn:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[name]())
-            stop = time.perf_counter()
-            seconds[name].append(stop - start)
+            seconds[name].append(seconds_of(calls[name]))
     return {name: np.array(times) for name, times in seconds.items()}
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Seconds of one call, the wait for its arrays included."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
 
 
 def medians(seconds: Seconds) -> dict[str, float]:

@@ -18,6 +18,7 @@ from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values
 from forwax._programs.order import behind
 from forwax._programs.program import Variable
+from forwax._pushforward import over_tangents
 from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
@@ -232,8 +233,8 @@ class ActivityPerturbation(Rule):
         """
         total = keep.assemble(sites, out.records, keep.output_errors(sites, out.records))
 
-        def pulled_back(noise: Values) -> Tree:
-            return keep.assemble(sites, out.records, jax.tree.map(jnp.conj, noise))
+        def pulled_back(noise: Values) -> tuple[Tree, None]:
+            return keep.assemble(sites, out.records, jax.tree.map(jnp.conj, noise)), None
 
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             pairs = zip(sites.noisy, noise, strict=True)
@@ -241,7 +242,7 @@ class ActivityPerturbation(Rule):
             first = next(site for site in sites.noisy if site.reach == mask)
             shared = dataclasses.replace(first, mapped=False, axes=over)
             slopes = _credited(shared, out.slopes, sites)
-            gradients = _each(pulled_back, of_mask, self.num_tangents)
+            gradients, _ = over_tangents(pulled_back, of_mask, self.num_tangents)
             total = _plus(total, slopes * self._scale(sites, first), gradients)
         return total
 
@@ -327,20 +328,12 @@ def _weighted(slopes: Array, noise: Array) -> Array:
     conjugate = jnp.conj(noise) if _tree.is_complex(noise) else noise
     wide = conjugate.astype(_tree.accumulation_dtype(noise.dtype))
     shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
-    slopes = slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape)
+    slopes = slopes.astype(wide.dtype).reshape(shape)
     num_tangents = noise.shape[0]
     if num_tangents > _UNROLLED:
         return jnp.sum(slopes * wide, axis=0)
     # Term by term: a sum over the leading axis of a product runs many times slower on CPU.
     return functools.reduce(jnp.add, (slopes[j] * wide[j] for j in range(num_tangents)))
-
-
-def _each(pull: Callable[[Values], Tree], noise: Values, num_tangents: int) -> Tree:
-    """The gradients of k noises [k, ...]."""
-    if num_tangents == 1:
-        only = {v: x[0] for v, x in noise.items()}
-        return jax.tree.map(lambda x: x[None], pull(only))
-    return jax.vmap(pull)(noise)
 
 
 def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:

@@ -155,8 +155,7 @@ class FiniteDifference(Rule):
             step = sign * self.epsilon
 
             def shifted(x: Array, v: Array) -> Array:
-                dtype = jnp.finfo(x.dtype).dtype  # real for complex parameters
-                return x + step.astype(dtype) * v
+                return x + step.astype(x.dtype) * v
 
             params = jax.tree.map(shifted, point, tangent)
             value, aux = problem.objective(params)

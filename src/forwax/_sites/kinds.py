@@ -1,14 +1,14 @@
-"""Forwards through a program: what each variable is made of, and where a parameter must get a noise of its own."""
+"""Forwards through a program: what its values are made of, and which parameters get own noises."""
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from forwax._programs.custom_rules import check_inside, custom_vjp_error
-from forwax._programs.dataflow import Reach, equation_reach
+from forwax._programs.dataflow import Reach, equation_reach, fixed_point
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -37,16 +37,18 @@ class Kind(enum.IntEnum):
 
 
 class Classifier:
-    """Assigns kinds, and rewrites the program so that every parameter's way to data is one that noise can be put on.
+    """Assigns kinds, and rewrites a program: noise gets a place wherever parameters meet data.
 
     Attributes:
-        types: the abstract value of each variable; new variables are appended.
+        types: the abstract value of each variable. It is append-only: a new variable's number is
+            the list's length, and a variable that is not used after all leaves a gap.
         reach: the losses that each variable reaches; extended likewise.
         kinds: the kind of each variable.
     """
 
     def __init__(self, types: list[Any], reach: Reach) -> None:
-        self.types, self.reach = types, reach
+        self.types = types
+        self.reach = reach
         self.kinds: dict[Variable, Kind] = {}
 
     def classify(
@@ -55,191 +57,266 @@ class Classifier:
         kinds: Sequence[Kind],
         unselected: Sequence[Variable],
         num_losses: int,
-    ):
-        """The rewritten program; `unselected` inputs get weight noise, and so do losses of parameters alone."""
-        level = _Level(self)
+    ) -> Program:
+        """The rewritten program.
+
+        Args:
+            program: what to rewrite; its first outputs are the losses.
+            kinds: of its inputs.
+            unselected: the inputs that get weight noise. Losses of parameters alone get it too.
+            num_losses: how many outputs are losses.
+        """
+        draft = _Draft(self)
         for variable, kind in zip(program.inputs, kinds, strict=True):
             self.define(variable, kind)
         for variable in unselected:
-            if self.kinds[variable] is Kind.PARAMETER:
-                level.renamed[variable] = level.promote(variable, None)
-        level.run(program)
-        outputs = [level.rename(atom) for atom in program.outputs]
-        promoted = [
-            level.promote(atom, None)
-            if i < num_losses and self.kind(atom) is Kind.PARAMETER
-            else atom
-            for i, atom in enumerate(outputs)
-        ]
-        return Program(program.inputs, tuple(level.equations), tuple(promoted))
+            if self.is_parameter(variable):
+                draft.renamed[variable] = draft.promote(variable, None)
+        draft.add_all(program.equations)
+
+        outputs = [draft.rename(atom) for atom in program.outputs]
+        for i, atom in enumerate(outputs[:num_losses]):
+            outputs[i] = draft.promote_if_due(atom, Kind.MIXED, None)
+        return Program(
+            program.inputs,
+            tuple(draft.equations),
+            tuple(outputs),
+        )
 
     def kind(self, atom: Atom) -> Kind:
         """The kind of a variable or constant; arrays written into the program are data."""
-        if isinstance(atom, Constant):
-            return Kind.DATA if jnp.ndim(atom.value) else Kind.CONSTANT
-        return self.kinds[atom]
+        if not isinstance(atom, Constant):
+            return self.kinds[atom]
+        if jnp.ndim(atom.value) > 0:
+            return Kind.DATA
+        return Kind.CONSTANT
+
+    def is_parameter(self, atom: Atom) -> bool:
+        """Whether an atom is a parameter, or made of parameters and constants alone."""
+        return self.kind(atom) is Kind.PARAMETER
 
     def define(self, variable: Variable, kind: Kind) -> None:
         """Set a kind; what no derivative passes through is a constant or data."""
-        if not is_inexact(self.types[variable]) or not self.reach[variable]:
-            kind = {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
+        has_derivative = is_inexact(self.types[variable])
+        if not has_derivative or not self.reach[variable]:
+            kind = _without_derivative(kind)
         self.kinds[variable] = kind
 
     def copy(self, variable: Variable) -> Variable:
         """A new mixed variable of the same type."""
-        number = new_variable(self.types, self.types[variable])
+        copy = new_variable(self.types, self.types[variable])
         self.reach.append(self.reach[variable])
-        self.kinds[number] = Kind.MIXED
-        return number
+        self.kinds[copy] = Kind.MIXED
+        return copy
 
 
-class _Level:
-    """One program, or the body of one loop, on its way to being rewritten."""
+class _Draft:
+    """One program, or the body of one loop, while it is rewritten.
 
-    def __init__(self, classifier: Classifier, invariant: Sequence[Variable] = ()) -> None:
-        self.at = classifier
+    Attributes:
+        classifier: shared by all drafts, for variables are unique over nested bodies.
+        invariant: the body's inputs that are the same in every step.
+        hoisted: those of them that need a noise of their own, with new inputs that bring it.
+        renamed: what has taken the place of inputs with weight noise.
+        equations: the rewritten program so far.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        invariant: Sequence[Variable] = (),
+    ) -> None:
+        self.classifier = classifier
         self.invariant = set(invariant)
         self.hoisted: dict[Variable, Variable] = {}
         self.renamed: dict[Variable, Variable] = {}
         self.equations: list[Equation] = []
 
     def rename(self, atom: Atom) -> Atom:
-        return atom if isinstance(atom, Constant) else self.renamed.get(atom, atom)
+        if isinstance(atom, Constant):
+            return atom
+        return self.renamed.get(atom, atom)
 
     def promote(self, variable: Atom, origin: Any) -> Variable:
-        """Give a parameter a noise of its own at this use: outside the loop if it is the same in every step."""
+        """Give a parameter a noise of its own at this use.
+
+        What is the same in every step of a loop gets it outside: one noise for all steps.
+        """
         assert not isinstance(variable, Constant)
-        if variable in self.invariant:
-            if variable not in self.hoisted:
-                self.hoisted[variable] = self.at.copy(variable)
+        if variable in self.hoisted:
             return self.hoisted[variable]
-        copy = self.at.copy(variable)
-        self.equations.append(Equation(None, (variable,), (copy,), origin=origin))
+        copy = self.classifier.copy(variable)
+        if variable in self.invariant:
+            self.hoisted[variable] = copy
+        else:
+            identity = Equation(None, (variable,), (copy,), origin=origin)
+            self.equations.append(identity)
         return copy
 
+    def promote_if_due(self, atom: Atom, due: Kind, origin: Any) -> Atom:
+        """A parameter with a noise of its own where a mixed value is due; others as they are."""
+        if due is Kind.MIXED and self.classifier.is_parameter(atom):
+            return self.promote(atom, origin)
+        return atom
+
     def promote_all(self, atoms: Sequence[Atom], origin: Any) -> tuple[Atom, ...]:
-        copies = {v: self.promote(v, origin) for v in dict.fromkeys(self.parameters(atoms))}
-        return tuple(
-            atom if isinstance(atom, Constant) else copies.get(atom, atom) for atom in atoms
-        )
+        """An equation's inputs, each parameter with one noise however often it is read."""
+        copies: dict[Atom, Atom] = {}
+        for variable in variables(atoms):
+            if variable not in copies and self.classifier.is_parameter(variable):
+                copies[variable] = self.promote(variable, origin)
+        return tuple(copies.get(atom, atom) for atom in atoms)
 
-    def parameters(self, atoms: Sequence[Atom]) -> list[Variable]:
-        return [v for v in variables(atoms) if self.at.kinds[v] is Kind.PARAMETER]
-
-    def run(self, program: Program) -> None:
-        for equation in program.equations:
-            self.add(dataclasses.replace(equation, inputs=tuple(map(self.rename, equation.inputs))))
+    def add_all(self, equations: Sequence[Equation]) -> None:
+        for equation in equations:
+            inputs = tuple(map(self.rename, equation.inputs))
+            self.add(dataclasses.replace(equation, inputs=inputs))
 
     def add(self, equation: Equation) -> None:
-        kinds = {self.at.kind(atom) for atom in equation.inputs}
-        live = equation_reach(equation, self.at.reach)
+        """Classify an equation; where a parameter may not enter as it is, promote it."""
+        kinds = set(map(self.classifier.kind, equation.inputs))
+        is_live = equation_reach(equation, self.classifier.reach) != 0
         if equation.facts.stops_derivatives:
-            kinds = {
-                {Kind.PARAMETER: Kind.CONSTANT, Kind.MIXED: Kind.DATA}.get(kind, kind)
-                for kind in kinds
-            }
-        elif live and equation.facts.lacks_jvp:
-            _check_custom_vjp(equation, kinds)
-        elif (
-            live
-            and equation.loop is None
-            and not equation.facts.has_own_jvp
-            and equation.origin is not None
-        ):
-            check_inside(
-                equation.origin,
-                [self.at.kind(a) in (Kind.MIXED, Kind.PARAMETER) for a in equation.inputs],
-            )
-        if live and Kind.PARAMETER in kinds:
-            if equation.loop is not None and kinds - {Kind.CONSTANT, Kind.PARAMETER}:
-                self.add_loop(equation)
+            kinds = set(map(_without_derivative, kinds))
+        elif is_live:
+            self.check_custom_rules(equation, kinds)
+
+        if is_live and Kind.PARAMETER in kinds:
+            if equation.loop is not None and _have_data(kinds):
+                self.add_loop(equation, equation.loop)
                 return
-            if not _differentiable(equation, kinds):
-                equation = dataclasses.replace(
-                    equation, inputs=self.promote_all(equation.inputs, equation.origin)
-                )
+            if not _may_enter(equation, kinds):
+                inputs = self.promote_all(equation.inputs, equation.origin)
+                equation = dataclasses.replace(equation, inputs=inputs)
                 kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
-        self.append(
-            dataclasses.replace(equation, loop=None), [_join(kinds)] * len(equation.outputs)
-        )
+        # A loop in which no parameter meets data is one operation like any other.
+        operation = dataclasses.replace(equation, loop=None)
+        kind = _join(*kinds)
+        self.append(operation, [kind] * len(operation.outputs))
+
+    def check_custom_rules(self, equation: Equation, kinds: set[Kind]) -> None:
+        """Raise where noise would have to pass a custom rule that forward mode cannot use."""
+        facts = equation.facts
+        if facts.lacks_jvp:
+            if _join(*kinds) is Kind.MIXED:
+                raise custom_vjp_error(equation.origin)
+            return
+        # The equations of a loop's body come here one by one.
+        if equation.loop is not None or facts.has_own_jvp or equation.origin is None:
+            return
+        kinds_in_order = map(self.classifier.kind, equation.inputs)
+        has_noise = [kind in (Kind.MIXED, Kind.PARAMETER) for kind in kinds_in_order]
+        check_inside(equation.origin, has_noise)
 
     def append(self, equation: Equation, kinds: Sequence[Kind]) -> None:
         for variable, kind in zip(equation.outputs, kinds, strict=True):
-            self.at.define(variable, kind)
+            self.classifier.define(variable, kind)
         self.equations.append(equation)
 
-    def add_loop(self, equation: Equation) -> None:
-        """A scan in which parameters meet data: the kinds of its carries are the least fixed point."""
-        loop = equation.loop
-        assert loop is not None
-        body, first = loop.body, loop.num_consts
-        kept = [body.outputs[i] == body.inputs[first + i] for i in range(loop.num_carry)]
-        kinds = [self.at.kind(atom) for atom in equation.inputs]
-        for i in range(loop.num_carry):
-            if kinds[first + i] is Kind.PARAMETER and not kept[i]:
-                kinds[first + i] = Kind.MIXED
-        while True:
-            level = self._body(body, loop, kinds, kept)
-            outs = [self.at.kind(atom) for atom in body.outputs]
-            grown = [
-                kind if same else _join({kind, Kind.MIXED if out is Kind.PARAMETER else out})
-                for kind, out, same in zip(
-                    kinds[first : first + loop.num_carry], outs, kept, strict=False
-                )
-            ]
-            if grown == kinds[first : first + loop.num_carry]:
-                break
-            kinds[first : first + loop.num_carry] = grown
-        self._finish_loop(equation, loop, level, kinds, outs)
+    def add_loop(self, equation: Equation, loop: Loop) -> None:
+        """Add a scan in which parameters meet data; the kinds of its carries are a fixed point."""
+        drafts: list[_Draft] = []
 
-    def _body(
-        self, body: Program, loop: Loop, kinds: Sequence[Kind], kept: Sequence[bool]
-    ) -> "_Level":
+        def step(kinds: list[Kind]) -> list[Kind]:
+            draft = self.body_draft(loop, kinds)
+            drafts.append(draft)
+            returned = map(self.classifier.kind, loop.body.outputs)
+            carry, stacked = loop.split_outputs(list(returned))
+            return [*_as_carried(loop, carry), *stacked]
+
+        given = map(self.classifier.kind, equation.inputs)
+        consts, carry, xs = loop.split(list(given))
+        seeds = [*consts, *_as_carried(loop, carry), *xs]
+        inputs, outputs = fixed_point(loop, seeds, step, _join)
+        _, carry, _ = loop.split(inputs)
+        _, stacked = loop.split_outputs(outputs)
+        # The last draft is that of the fixed point; earlier ones leave gaps in `types` alone.
+        self.append_loop(equation, loop, drafts[-1], carry, stacked)
+
+    def body_draft(self, loop: Loop, kinds: Sequence[Kind]) -> "_Draft":
+        """The body rewritten for inputs of these kinds."""
+        body = loop.body
         for variable, kind in zip(body.inputs, kinds, strict=True):
-            self.at.define(variable, kind)
-        carries = body.inputs[loop.num_consts : loop.num_consts + loop.num_carry]
-        same = [v for v, keep in zip(carries, kept, strict=True) if keep]
-        level = _Level(self.at, [*body.inputs[: loop.num_consts], *same])
-        level.run(body)
-        return level
+            self.classifier.define(variable, kind)
+        invariant, carry, _ = loop.split(body.inputs)
+        for variable, same in zip(carry, loop.unchanged, strict=True):
+            if same:
+                invariant.append(variable)
+        draft = _Draft(self.classifier, invariant)
+        draft.add_all(body.equations)
+        return draft
 
-    def _finish_loop(
-        self, equation: Equation, loop: Loop, level: "_Level", kinds: Sequence[Kind], outs: list
+    def append_loop(
+        self,
+        equation: Equation,
+        loop: Loop,
+        draft: "_Draft",
+        carry_kinds: Sequence[Kind],
+        stacked_kinds: Sequence[Kind],
     ) -> None:
-        body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
-        outputs = list(body.outputs)
-        outs[: loop.num_carry] = kinds[first:last]
-        for i in range(loop.num_carry):
-            if kinds[first + i] is Kind.MIXED and self.at.kind(outputs[i]) is Kind.PARAMETER:
-                outputs[i] = level.promote(outputs[i], equation.origin)
-        inputs = list(equation.inputs)
-        for i in range(first, last):
-            if kinds[i] is Kind.MIXED and self.at.kind(inputs[i]) is Kind.PARAMETER:
-                inputs[i] = self.promote(inputs[i], equation.origin)
-        outer = dict(zip(body.inputs, equation.inputs, strict=True))
-        extra = [self.promote(outer[v], equation.origin) for v in level.hoisted]
-        rewritten = Program(
-            (*level.hoisted.values(), *body.inputs), tuple(level.equations), tuple(outputs)
+        """Append a loop with its rewritten body; carries that become mixed are so at the start."""
+        origin = equation.origin
+        after, stacked = loop.split_outputs(loop.body.outputs)
+        for i, kind in enumerate(carry_kinds):
+            after[i] = draft.promote_if_due(after[i], kind, origin)
+        consts, before, xs = loop.split(equation.inputs)
+        for i, kind in enumerate(carry_kinds):
+            before[i] = self.promote_if_due(before[i], kind, origin)
+        outer = dict(zip(loop.body.inputs, equation.inputs, strict=True))
+        hoisted = [self.promote(outer[v], origin) for v in draft.hoisted]
+
+        body = Program(
+            (*draft.hoisted.values(), *loop.body.inputs),
+            tuple(draft.equations),
+            (*after, *stacked),
         )
-        new_loop = dataclasses.replace(loop, body=rewritten, num_consts=first + len(extra))
-        self.append(dataclasses.replace(equation, inputs=(*extra, *inputs), loop=new_loop), outs)
+        rewritten = dataclasses.replace(
+            equation,
+            inputs=(*hoisted, *consts, *before, *xs),
+            loop=loop.with_body(body, len(hoisted)),
+        )
+        self.append(rewritten, [*carry_kinds, *stacked_kinds])
 
 
-def _join(kinds: set[Kind]) -> Kind:
-    if Kind.PARAMETER in kinds and kinds & {Kind.DATA, Kind.MIXED}:
+def _without_derivative(kind: Kind) -> Kind:
+    """What a value counts as when no derivative passes through it."""
+    if kind is Kind.PARAMETER:
+        return Kind.CONSTANT
+    if kind is Kind.MIXED:
+        return Kind.DATA
+    return kind
+
+
+def _as_carried(loop: Loop, kinds: Sequence[Kind]) -> list[Kind]:
+    """What values of these kinds count as in a loop's carries.
+
+    A carry is a parameter only if the loop returns it as it is: of another one, each step has its
+    own noise. The kinds of such carries only grow, from constant over data to mixed.
+    """
+    carried: list[Kind] = []
+    for kind, is_unchanged in zip(kinds, loop.unchanged, strict=True):
+        if kind is Kind.PARAMETER and not is_unchanged:
+            kind = Kind.MIXED
+        carried.append(kind)
+    return carried
+
+
+def _have_data(kinds: Iterable[Kind]) -> bool:
+    return any(kind in (Kind.DATA, Kind.MIXED) for kind in kinds)
+
+
+def _join(*kinds: Kind) -> Kind:
+    """What a value is made of, from what it is computed from."""
+    if Kind.PARAMETER in kinds and _have_data(kinds):
         return Kind.MIXED
     return max(kinds, default=Kind.CONSTANT)
 
 
-def _differentiable(equation: Equation, kinds: set[Kind]) -> bool:
-    """Whether a parameter may enter here as it is: in an operation, or in a chain that reverse mode can cross."""
+def _may_enter(equation: Equation, kinds: set[Kind]) -> bool:
+    """Whether a parameter may enter as it is: where reverse mode can take an error to it."""
     if equation.contains(lambda facts: facts.irreversible):
         return False
-    if not kinds & {Kind.DATA, Kind.MIXED}:
+    if not _have_data(kinds):
         return True
+    # With programs inside, an operation is no site: its errors would be backprop's.
     return equation.facts.one_site or not equation.has_inner_programs
-
-
-def _check_custom_vjp(equation: Equation, kinds: set[Kind]) -> None:
-    if Kind.MIXED in kinds or {Kind.PARAMETER, Kind.DATA} <= kinds:
-        raise custom_vjp_error(equation.origin)

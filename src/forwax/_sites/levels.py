@@ -1,4 +1,4 @@
-"""What is needed to assemble gradients: levels of parameter chains, regions and loops, and the values to record."""
+"""What gradients are assembled from: levels of parameter chains, regions and loops, and records."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,8 @@ class LoopPlan:
         level: its body.
         fixed: values of the body that are the same in every step, with where they come from.
         scanned: values of the body that are slices of outer arrays, with these arrays.
-        kept: parameters that the loop returns unchanged: outer output and where it comes from.
+        unchanged: parameters that the loop returns as they are: outer output and where it comes
+            from.
         stacked: parameters that the body returns for each step: outer output and body variable.
     """
 
@@ -29,7 +30,7 @@ class LoopPlan:
     level: "Level"
     fixed: dict[Variable, Atom]
     scanned: dict[Variable, Atom]
-    kept: dict[Variable, Atom]
+    unchanged: dict[Variable, Atom]
     stacked: dict[Variable, Variable]
 
     @property
@@ -37,6 +38,17 @@ class LoopPlan:
         """The equation's loop."""
         assert self.equation.loop is not None
         return self.equation.loop
+
+    @property
+    def variables(self) -> list[Variable]:
+        """The outer variables that the assembly reads."""
+        return variables(
+            [
+                *self.fixed.values(),
+                *self.scanned.values(),
+                *self.unchanged.values(),
+            ]
+        )
 
 
 Step: TypeAlias = Equation | Region | LoopPlan
@@ -50,17 +62,13 @@ class Level:
         program: everything, for the forward pass.
         steps: what the assembly evaluates: parameter chains, regions and loops, in order.
         records: the variables, not made of parameters alone, whose values the assembly needs.
-        loops: plans by the identity of their scan's first output.
+        loops: plans by their equation.
     """
 
     program: Program
     steps: tuple[Step, ...]
     records: frozenset[Variable]
-    loops: dict[Variable, LoopPlan]
-
-    def loop_of(self, equation: Equation) -> LoopPlan | None:
-        """The plan of an equation that is a loop; None for others."""
-        return self.loops.get(equation.outputs[0]) if equation.outputs else None
+    loops: dict[Equation, LoopPlan]
 
     @property
     def regions(self) -> list[Region]:
@@ -77,10 +85,51 @@ class Level:
             elif isinstance(step, LoopPlan):
                 yield from step.level.all_regions((*lengths, step.loop.length))
 
+    def loop_of(self, equation: Equation) -> LoopPlan | None:
+        """The plan of an equation that is a loop in which parameters meet data."""
+        return self.loops.get(equation)
+
     def all_records(self) -> set[Variable]:
         """The variables recorded here and in the loops inside."""
         inner = [plan.level.all_records() for plan in self.loops.values()]
         return set(self.records).union(*inner)
+
+
+class _Assembly:
+    """The steps of a level while they are gathered backwards, each for what later ones read.
+
+    Attributes:
+        kinds: of all variables.
+        wanted: parameters, and what is made of them alone, that a step must give.
+        others: what else the steps read, which is recorded.
+        steps: from the last one to the first.
+    """
+
+    def __init__(self, kinds: Kinds, wanted: Iterable[Variable]) -> None:
+        self.kinds = kinds
+        self.wanted = set(wanted)
+        self.others: set[Variable] = set()
+        self.steps: list[Step] = []
+
+    def wants(self, outputs: Iterable[Variable]) -> bool:
+        return not self.wanted.isdisjoint(outputs)
+
+    def add(self, step: Step) -> None:
+        self.steps.append(step)
+        for variable in _reads(step):
+            if self.kinds[variable] is Kind.PARAMETER:
+                self.wanted.add(variable)
+            else:
+                self.others.add(variable)
+
+    def level(
+        self,
+        program: Program,
+        loops: dict[Equation, LoopPlan],
+        inputs: frozenset[Variable],
+    ) -> Level:
+        steps = tuple(reversed(self.steps))
+        return Level(program, steps, frozenset(self.others - inputs), loops)
 
 
 def make_level(
@@ -88,76 +137,67 @@ def make_level(
     kinds: Kinds,
     reach: Reach,
     types: Sequence[Any],
-    inputs: frozenset = frozenset(),
-):
+    inputs: frozenset[Variable] = frozenset(),
+) -> Level:
     """Plan one level; values of `inputs` come from outside, so that they need no record here."""
     regions = find_regions(program, kinds, reach, types)
-    last = {id(region.equations[-1]): region for region in regions}
-    loops = {
-        e.outputs[0]: _plan_loop(e, kinds, reach, types)
-        for e in program.equations
-        if e.loop is not None
-    }
-    wanted = {v for v in variables(program.outputs) if kinds[v] is Kind.PARAMETER}
-    needs: set[Variable] = set()
-    steps: list[Step] = []
+    region_at = {region.equations[-1]: region for region in regions}
+    loops: dict[Equation, LoopPlan] = {}
+    for equation in program.equations:
+        if equation.loop is not None:
+            loops[equation] = _plan_loop(equation, equation.loop, kinds, reach, types)
+
+    outputs = variables(program.outputs)
+    assembly = _Assembly(kinds, (v for v in outputs if kinds[v] is Kind.PARAMETER))
     for equation in reversed(program.equations):
-        plan = loops.get(equation.outputs[0]) if equation.outputs else None
-        if id(equation) in last:
-            step: Step = last[id(equation)]
-            reads = step.inputs
-        elif plan is not None and (plan.level.steps or wanted.intersection(equation.outputs)):
-            step, reads = (
-                plan,
-                variables([*plan.fixed.values(), *plan.scanned.values(), *plan.kept.values()]),
-            )
-        elif wanted.intersection(v for v in equation.outputs if kinds[v] is Kind.PARAMETER):
-            step, reads = equation, equation.variables
-        else:
-            continue
-        steps.append(step)
-        wanted.update(v for v in reads if kinds[v] is Kind.PARAMETER)
-        needs.update(v for v in reads if kinds[v] is not Kind.PARAMETER)
-    return Level(program, tuple(reversed(steps)), frozenset(needs - inputs), loops)
+        if equation in region_at:
+            assembly.add(region_at[equation])
+        elif equation in loops:
+            plan = loops[equation]
+            if plan.level.steps or assembly.wants(equation.outputs):
+                assembly.add(plan)
+        elif assembly.wants(equation.outputs):
+            assembly.add(equation)
+    return assembly.level(program, loops, inputs)
 
 
-def _plan_loop(equation: Equation, kinds: Kinds, reach: Reach, types: Sequence[Any]) -> LoopPlan:
-    loop = equation.loop
-    assert loop is not None
-    body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
+def _plan_loop(
+    equation: Equation,
+    loop: Loop,
+    kinds: Kinds,
+    reach: Reach,
+    types: Sequence[Any],
+) -> LoopPlan:
+    body = loop.body
+    consts, carry, xs = loop.split(body.inputs)
+    level = make_level(body, kinds, reach, types, frozenset([*consts, *xs]))
+    read = {v for step in level.steps for v in _reads(step)}
+    read.update(variables(body.outputs))
+
+    # A carry that is still a parameter comes back as it went in: it is the same in every step.
+    constant = [*consts, *(v for v in carry if kinds[v] is Kind.PARAMETER)]
     outer = dict(zip(body.inputs, equation.inputs, strict=True))
-    given = frozenset([*body.inputs[:first], *body.inputs[last:]])
-    level = make_level(body, kinds, reach, types, given)
-    read = {v for step in level.steps for v in _reads(step)} | set(variables(body.outputs))
-    constant = [
-        *body.inputs[:first],
-        *(v for v in body.inputs[first:last] if kinds[v] is Kind.PARAMETER),
-    ]
-    pairs = list(zip(equation.outputs, body.outputs, strict=True))
+    outputs = list(zip(equation.outputs, body.outputs, strict=True))
+    outputs = [(v, inner) for v, inner in outputs if kinds[v] is Kind.PARAMETER]
+    stacked_outputs = set(loop.split_outputs(equation.outputs)[1])
     return LoopPlan(
         equation,
         level,
-        {v: outer[v] for v in constant if v in read},
-        {v: outer[v] for v in body.inputs[last:] if v in read},
-        {o: outer[b] for o, b in pairs[: loop.num_carry] if _is_parameter(o, kinds)},  # type: ignore[index]
-        {o: b for o, b in pairs[loop.num_carry :] if _is_parameter(o, kinds)},  # type: ignore[misc]
+        fixed={v: outer[v] for v in constant if v in read},
+        scanned={v: outer[v] for v in xs if v in read},
+        unchanged={v: outer[b] for v, b in outputs if v not in stacked_outputs},  # type: ignore[index]
+        stacked={v: b for v, b in outputs if v in stacked_outputs},  # type: ignore[misc]
     )
-
-
-def _is_parameter(variable: Variable, kinds: Kinds) -> bool:
-    return kinds[variable] is Kind.PARAMETER
 
 
 def _reads(step: Step) -> list[Variable]:
     if isinstance(step, Region):
         return step.inputs
-    if isinstance(step, LoopPlan):
-        return variables([*step.fixed.values(), *step.scanned.values(), *step.kept.values()])
     return step.variables
 
 
 def parameters_read(level: Level, kinds: Kinds) -> set[Variable]:
-    """The parameters, and what is made of them alone, that enter the regions of a level and the loops with regions."""
+    """What is made of parameters alone and enters regions, or loops with regions, of a level."""
     read: list[Variable] = []
     for step in level.steps:
         if isinstance(step, Region):
@@ -173,47 +213,46 @@ def has_sites(plan: LoopPlan) -> bool:
 
 
 def chains(
-    level: Level, kinds: Kinds, wanted: set[Variable], inputs: frozenset[Variable] = frozenset()
+    level: Level,
+    kinds: Kinds,
+    wanted: Iterable[Variable],
+    inputs: frozenset[Variable] = frozenset(),
 ) -> Level:
-    """The part of a level that computes the wanted parameters; values of `inputs` come from outside."""
-    wanted, needs = set(wanted), set()
-    steps: list[Step] = []
-    loops: dict[Variable, LoopPlan] = {}
+    """The part of a level that computes the wanted parameters.
+
+    Values of `inputs` come from outside.
+    """
+    assembly = _Assembly(kinds, wanted)
+    loops: dict[Equation, LoopPlan] = {}
     for step in reversed(level.steps):
-        if isinstance(step, Region) or not wanted.intersection(_outputs(step)):
+        if isinstance(step, Region):
             continue
         if isinstance(step, LoopPlan):
-            step = _loop_chains(step, kinds, wanted)
-            loops[step.equation.outputs[0]] = step
-            reads = variables([*step.fixed.values(), *step.scanned.values(), *step.kept.values()])
-        else:
-            reads = step.variables
-        steps.append(step)
-        wanted.update(v for v in reads if kinds[v] is Kind.PARAMETER)
-        needs.update(v for v in reads if kinds[v] is not Kind.PARAMETER)
-    return Level(level.program, tuple(reversed(steps)), frozenset(needs - inputs), loops)
-
-
-def _outputs(step: Step) -> list[Variable]:
-    if isinstance(step, LoopPlan):
-        return [*step.kept, *step.stacked]
-    assert not isinstance(step, Region)
-    return list(step.outputs)
+            if assembly.wants([*step.unchanged, *step.stacked]):
+                plan = _loop_chains(step, kinds, assembly.wanted)
+                loops[plan.equation] = plan
+                assembly.add(plan)
+        elif assembly.wants(step.outputs):
+            assembly.add(step)
+    return assembly.level(level.program, loops, inputs)
 
 
 def _loop_chains(plan: LoopPlan, kinds: Kinds, wanted: set[Variable]) -> LoopPlan:
-    stacked = {o: v for o, v in plan.stacked.items() if o in wanted}
-    loop, body = plan.loop, plan.level.program
-    given = frozenset(
-        [*body.inputs[: loop.num_consts], *body.inputs[loop.num_consts + loop.num_carry :]]
+    stacked = {v: inner for v, inner in plan.stacked.items() if v in wanted}
+    consts, _, xs = plan.loop.split(plan.level.program.inputs)
+    level = chains(
+        plan.level,
+        kinds,
+        stacked.values(),
+        frozenset([*consts, *xs]),
     )
-    level = chains(plan.level, kinds, set(stacked.values()), given)
-    read = {v for step in level.steps for v in _reads(step)} | set(stacked.values())
+    read = {v for step in level.steps for v in _reads(step)}
+    read.update(stacked.values())
     return dataclasses.replace(
         plan,
         level=level,
         fixed={v: atom for v, atom in plan.fixed.items() if v in read},
         scanned={v: atom for v, atom in plan.scanned.items() if v in read},
-        kept={o: atom for o, atom in plan.kept.items() if o in wanted},
+        unchanged={v: atom for v, atom in plan.unchanged.items() if v in wanted},
         stacked=stacked,
     )

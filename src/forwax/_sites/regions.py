@@ -1,4 +1,4 @@
-"""Sites and the regions around them: from a parameter's meeting with data to the place where noise enters.
+"""Sites and the regions around them: from where a parameter meets data to where noise enters.
 
 A region has one exit, so that noise there reaches all that its parameters reach. A site alone is a
 region; a bias or a gain that follows, or a second site added to it, joins it as long as nothing
@@ -41,7 +41,8 @@ class Region:
     def inputs(self) -> list[Variable]:
         """The variables that come from outside."""
         inner = {v for equation in self.equations for v in equation.outputs}
-        return list(dict.fromkeys(v for e in self.equations for v in e.variables if v not in inner))
+        read = [v for equation in self.equations for v in equation.variables]
+        return [v for v in dict.fromkeys(read) if v not in inner]
 
     @property
     def promoted(self) -> bool:
@@ -51,157 +52,184 @@ class Region:
 
 @dataclasses.dataclass
 class _Growing:
-    """A region that may still grow: equations that belong to it, and moves that count once something joins."""
+    """A region that may still grow.
+
+    Attributes:
+        equations: what belongs to it.
+        pending: what follows, moves above all: they count once a site or another region joins.
+    """
 
     equations: list[Equation]
-    tail: list[Equation]
+    pending: list[Equation]
 
 
 class _Reader:
     """What the search asks about a program's variables."""
 
     def __init__(
-        self, program: Program, kinds: dict[Variable, Kind], reach: Reach, types: Sequence[Any]
+        self,
+        program: Program,
+        kinds: dict[Variable, Kind],
+        reach: Reach,
+        types: Sequence[Any],
     ) -> None:
-        self.kinds, self.reach, self.types = kinds, reach, types
-        used = [
-            v
-            for e in program.equations
-            if self.live(e) and not e.facts.stops_derivatives
-            for v in e.variables
-        ]
-        self.uses = Counter([*used, *(v for v in variables(program.outputs) if reach[v])])
+        self.kinds = kinds
+        self.reach = reach
+        self.types = types
+        self.uses: Counter[Variable] = Counter()
+        for equation in program.equations:
+            if self.is_live(equation) and not equation.facts.stops_derivatives:
+                self.uses.update(equation.variables)
+        self.uses.update(v for v in variables(program.outputs) if reach[v])
 
-    def live(self, equation: Equation) -> bool:
+    def is_live(self, equation: Equation) -> bool:
         return equation_reach(equation, self.reach) != 0
 
     def takes_parameter(self, equation: Equation) -> bool:
         return any(self.kinds[v] is Kind.PARAMETER for v in equation.variables)
 
-    def is_site(self, equation: Equation) -> bool:
-        """Whether a parameter meets data here."""
-        mixed = any(self.kinds[v] is Kind.MIXED for v in equation.outputs)
-        return equation.loop is None and mixed and self.takes_parameter(equation)
-
-    def is_mixed(self, equation: Equation) -> bool:
-        return any(self.kinds[v] is Kind.MIXED for v in equation.outputs)
-
     def noisy(self, equation: Equation) -> tuple[Variable, ...]:
         return tuple(v for v in equation.outputs if self.kinds[v] is Kind.MIXED)
+
+    def is_mixed(self, equation: Equation) -> bool:
+        return len(self.noisy(equation)) > 0
+
+    def is_site(self, equation: Equation) -> bool:
+        """Whether a parameter meets data here."""
+        if equation.loop is not None:
+            return False
+        return self.is_mixed(equation) and self.takes_parameter(equation)
 
     def same_size(self, left: Atom, right: Atom) -> bool:
         if isinstance(left, Constant) or isinstance(right, Constant):
             return False
-        return math.prod(self.types[left].shape) == math.prod(self.types[right].shape)
+        left_size = math.prod(self.types[left].shape)
+        return left_size == math.prod(self.types[right].shape)
 
 
 def find_regions(
-    program: Program, kinds: dict[Variable, Kind], reach: Reach, types: Sequence[Any]
+    program: Program,
+    kinds: dict[Variable, Kind],
+    reach: Reach,
+    types: Sequence[Any],
 ) -> list[Region]:
     """The regions at one level of a program; bodies of loops are levels of their own."""
     reader = _Reader(program, kinds, reach, types)
-    marked = _marked_regions(program, reader)
-    taken = {id(e) for region in marked for e in region.equations}
+    regions = _marked_regions(program, reader)
+    in_regions = {id(e) for region in regions for e in region.equations}
     growing: list[_Growing] = []
-    fresh: dict[Variable, _Growing] = {}
+    ends: dict[Variable, _Growing] = {}
     for equation in program.equations:
-        if id(equation) in taken or equation.loop is not None or not reader.is_mixed(equation):
+        if id(equation) in in_regions or equation.loop is not None:
             continue
-        _grow(equation, reader, growing, fresh)
+        if reader.is_mixed(equation):
+            _grow(equation, reader, growing, ends)
+
     order = {id(equation): i for i, equation in enumerate(program.equations)}
-    grown = [_finished(item, reader, order) for item in growing]
-    return sorted([*marked, *grown], key=lambda region: order[id(region.equations[-1])])
-
-
-def _finished(item: _Growing, reader: _Reader, order: dict[int, int]) -> Region:
-    equations = sorted(item.equations, key=lambda e: order[id(e)])
-    return Region(tuple(equations), reader.noisy(equations[-1]))
+    for grown in growing:
+        equations = sorted(grown.equations, key=lambda e: order[id(e)])
+        exits = reader.noisy(equations[-1])
+        regions.append(Region(tuple(equations), exits))
+    return sorted(regions, key=lambda region: order[id(region.equations[-1])])
 
 
 def _grow(
-    equation: Equation, reader: _Reader, growing: list[_Growing], fresh: dict[Variable, _Growing]
+    equation: Equation,
+    reader: _Reader,
+    growing: list[_Growing],
+    ends: dict[Variable, _Growing],
 ) -> None:
-    """Let an equation join the regions that end in its inputs, or start a region, or end them."""
-    carried = [v for v in equation.variables if v in fresh and reader.uses[v] == 1]
-    joining = [fresh[v] for v in carried] if _may_join(equation, reader, carried) else []
-    site = reader.is_site(equation)
-    if joining and (site or len(joining) > 1):
-        for item in joining:
-            growing.remove(item)
-        item = _Growing(
-            [e for part in joining for e in part.equations + part.tail] + [equation], []
-        )
-        growing.append(item)
-    elif joining:
-        item = joining[0]
-        item.tail.append(equation)
-    elif site:
-        item = _Growing([equation], [])
-        growing.append(item)
-    else:
+    """Let an equation join the regions that end in its inputs, start a region, or end them."""
+    # Only what nothing else reads may lie inside, so that the region keeps one exit.
+    carried = [v for v in equation.variables if v in ends and reader.uses[v] == 1]
+    joining: list[_Growing] = []
+    if carried and _may_join(equation, reader, carried):
+        joining = [ends[v] for v in carried]
+    is_site = reader.is_site(equation)
+    if not joining and not is_site:
         return
+
+    if len(joining) == 1 and not is_site:
+        region = joining[0]
+        region.pending.append(equation)
+    else:
+        region = _Growing([], [])
+        for part in joining:
+            growing.remove(part)
+            region.equations += part.equations + part.pending
+        region.equations.append(equation)
+        growing.append(region)
     if len(equation.outputs) == 1 and equation.primitive is not None:
-        fresh[equation.outputs[0]] = item
+        ends[equation.outputs[0]] = region
 
 
 def _may_join(equation: Equation, reader: _Reader, carried: list[Variable]) -> bool:
-    """Whether noise may move from behind these inputs to behind the equation, which must not make it larger."""
-    if not carried or len(equation.outputs) != 1:
+    """Whether noise may move from behind these inputs to behind the equation.
+
+    It must not become larger: an estimate's variance grows with the number of coordinates.
+    """
+    if len(equation.outputs) != 1:
         return False
     if not all(reader.same_size(v, equation.outputs[0]) for v in carried):
         return False
-    if equation.facts.scaled:  # a gain: the other factor is a parameter
-        scaled = [equation.inputs[i] for i in equation.facts.scaled]
-        return len(carried) == 1 and carried[0] in scaled and reader.takes_parameter(equation)
-    return equation.facts.passed_by_regions
+    if not equation.facts.scaled:
+        return equation.facts.passed_by_regions
+    # a gain: the other factor is a parameter
+    scaled = [equation.inputs[i] for i in equation.facts.scaled]
+    is_gain = len(carried) == 1 and carried[0] in scaled
+    return is_gain and reader.takes_parameter(equation)
 
 
 def _marked_regions(program: Program, reader: _Reader) -> list[Region]:
-    regions = []
+    regions: list[Region] = []
     for mark in program.equations:
-        if _is_mark(mark) and reader.is_mixed(mark):
-            equations = _before_mark(mark, program, reader)
-            if equations:
-                regions.append(Region((*equations, mark), mark.outputs))
+        if not _is_mark(mark) or not reader.is_mixed(mark):
+            continue
+        equations = _before_mark(mark, program, reader)
+        if equations:
+            regions.append(Region((*equations, mark), mark.outputs))
     return regions
 
 
 def _before_mark(mark: Equation, program: Program, reader: _Reader) -> list[Equation]:
-    """What lies between the mark and the sites of which every way leads to it, in the program's order."""
-    inside: Counter[Variable] = Counter(mark.variables)  # uses by the region so far
-    chosen: list[Equation] = []
+    """What lies between the mark and the sites of which every way leads to it, in order."""
+    uses_inside: Counter[Variable] = Counter(mark.variables)
+    inside: list[Equation] = []
     for equation in reversed(program.equations):
-        if equation is mark or not reader.is_mixed(equation) or equation.loop is not None:
+        if equation is mark or not _may_lie_inside(equation, reader):
             continue
-        outputs = reader.noisy(equation)
-        if not all(0 < inside[v] == reader.uses[v] for v in outputs):
-            continue
-        site = reader.is_site(equation)
-        if equation.primitive is None or _is_mark(equation) or _is_irreversible(equation):
-            continue
-        if not site and equation.facts.bilinear:
-            continue
-        chosen.append(equation)
-        if (
-            not site or equation.facts.elementwise_for_regions
-        ):  # beyond an operation such as a dot the error must not go
-            inside.update(equation.variables)
-    return _behind_a_site(list(reversed(chosen)), reader)
+        exits = reader.noisy(equation)
+        if not all(0 < uses_inside[v] == reader.uses[v] for v in exits):
+            continue  # something outside reads it too
+        inside.append(equation)
+        # A site such as a dot starts the region: the error must not go on beyond it.
+        if not reader.is_site(equation) or equation.facts.elementwise_for_regions:
+            uses_inside.update(equation.variables)
+    inside.reverse()
+    return _behind_a_site(inside, reader)
+
+
+def _may_lie_inside(equation: Equation, reader: _Reader) -> bool:
+    """Whether an error may go from a noise point back through an equation, or to it."""
+    if equation.loop is not None or equation.primitive is None or _is_mark(equation):
+        return False
+    if equation.contains(lambda facts: facts.irreversible):
+        return False
+    if equation.facts.bilinear and not reader.is_site(equation):
+        return False
+    return reader.is_mixed(equation)
 
 
 def _behind_a_site(equations: list[Equation], reader: _Reader) -> list[Equation]:
-    kept: list[Equation] = []
+    """The equations without those that no site of theirs leads to."""
     reached: set[Variable] = set()
+    behind: list[Equation] = []
     for equation in equations:
-        if reader.is_site(equation) or reached & set(equation.variables):
-            kept.append(equation)
+        if reader.is_site(equation) or not reached.isdisjoint(equation.variables):
+            behind.append(equation)
             reached.update(v for v in equation.outputs if is_inexact(reader.types[v]))
-    return kept
+    return behind
 
 
 def _is_mark(equation: Equation) -> bool:
     return equation.facts.marks_noise_points and equation.params.get("name") == NOISE_POINT
-
-
-def _is_irreversible(equation: Equation) -> bool:
-    return equation.contains(lambda facts: facts.irreversible)

@@ -1,4 +1,4 @@
-"""The one look of all pictures: palette, fonts, light axes, and a way to save that leaves no half-written file.
+"""The one look of all pictures: palette, fonts, light axes; and saving in one move.
 
 Pictures use `matplotlib.figure.Figure` and never `pyplot`, so they need no display and share no
 global state. Draw inside a function decorated with `styled`; save with `save`::
@@ -19,9 +19,21 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 from cycler import cycler
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-__all__ = ["PALETTE", "SETTINGS", "colour", "new_figure", "save", "styled"]
+from forwax.lab.report import replacing
+
+__all__ = [
+    "PALETTE",
+    "SETTINGS",
+    "colour",
+    "headline",
+    "new_figure",
+    "plain_numbers",
+    "save",
+    "styled",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,7 +61,7 @@ PALETTE: dict[str, str] = {
     "muted": MUTED,
     "faint": FAINT,
 }
-"""The colour of each rule (backprop, forward, forward-16, ...) and of each part of a diagram, by name."""
+"""The colour of each rule (backprop, forward, ...) and of each part of a diagram, by name."""
 
 _CYCLE = [
     PALETTE[name]
@@ -92,7 +104,7 @@ SETTINGS: dict[Any, Any] = {
 
 
 def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """Return `draw` with the house settings in force while it runs; the caller's own settings come back after it."""
+    """Return `draw` with `SETTINGS` in force while it runs; the caller's own come back after it."""
 
     @functools.wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -104,7 +116,7 @@ def styled(draw: Callable[P, T]) -> Callable[P, T]:
 
 @styled
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of that size in inches, with constrained layout, that belongs to no window.
+    """Return an empty figure of that size in inches, with constrained layout, without a window.
 
     >>> new_figure(6, 4).get_size_inches().tolist()
     [6.0, 4.0]
@@ -113,7 +125,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def colour(name: str, index: int = 0) -> str:
-    """Return the colour of a rule; a name outside `PALETTE` gets the index-th colour of a fixed cycle.
+    """Return the colour of a rule; a name outside `PALETTE` gets the index-th of a fixed cycle.
 
     >>> colour("backprop") == PALETTE["backprop"], colour("mine", 1) == PALETTE["projection"]
     (True, True)
@@ -121,12 +133,26 @@ def colour(name: str, index: int = 0) -> str:
     return PALETTE.get(name, _CYCLE[index % len(_CYCLE)])
 
 
+def headline(figure: Figure, text: str) -> None:
+    """Write a bold line above the figure, at its left."""
+    figure.suptitle(text, x=0.01, ha="left", fontweight="bold", fontsize=11)
+
+
+def plain_numbers(axis: Axis, minor_digits: str = "") -> None:
+    """Write the numbers of a logarithmic axis as 10 and 0.5, not as powers of ten.
+
+    Args:
+        axis: the x or y axis.
+        minor_digits: write minor ticks too, where their first digit is one of these.
+    """
+    axis.set_major_formatter("{x:g}")
+    if minor_digits:
+        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in minor_digits else "")
+
+
 @styled
 def save(figure: Figure, path: str | os.PathLike[str], dpi: float = 160) -> Path:
-    """Save the figure in the format that the path's suffix names, making its folder; return the path.
-
-    The picture is written next to its place and then moved there, so a reader never sees half of
-    it.
+    """Save the figure in one move, in the format that the path's suffix names; return the path.
 
     Raises:
         ValueError: When matplotlib cannot write that format.
@@ -138,11 +164,6 @@ def save(figure: Figure, path: str | os.PathLike[str], dpi: float = 160) -> Path
         raise ValueError(
             f"A picture's path needs a suffix such as .png, .svg or .pdf, but got {str(path)!r}."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as draft:
         figure.savefig(draft, format=path.suffix[1:].lower(), dpi=dpi)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path

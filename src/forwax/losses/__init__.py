@@ -1,5 +1,6 @@
-"""Losses: cross-entropy, contrastive losses, and fused losses that credit each patch and group with its own features.
+"""Losses: cross-entropy, contrastive losses, and fused losses of each patch and group.
 
+The fused ones credit each patch and group with its own features, as in
 Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
 2210.03310.
 """

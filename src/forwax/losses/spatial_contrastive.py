@@ -1,4 +1,4 @@
-"""NT-Xent on one linear projector of all patches and groups, with credit for each patch and group by itself.
+"""NT-Xent on one linear projector of all patches and groups, with credit for each by itself.
 
 As `forwax.losses.spatial`: dℓ[n, p, g] = Σ_c dx[n, p, g, c] (Σ_k w[g, c, k] ∂ℓ_n/∂z_nk) / P for the
 projections z.
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from forwax._tree import added
 from forwax.losses.contrastive import keys_of, nt_xent_of
 from forwax.losses.spatial import (
-    added,
     affine,
     checked_head,
     head_slopes,
@@ -55,7 +55,8 @@ def spatial_average_group_linear_nt_xent(
         >>> import jax, jax.numpy as jnp
         >>> from forwax.losses import spatial_average_group_linear_nt_xent
         >>> x, y = jnp.ones((7, 4, 2, 3)), jnp.ones((7, 4, 2, 3))
-        >>> jax.jit(spatial_average_group_linear_nt_xent)(x, y, jnp.ones((6, 5)), jnp.zeros(5)).shape
+        >>> losses = jax.jit(spatial_average_group_linear_nt_xent)
+        >>> losses(x, y, jnp.ones((6, 5)), jnp.zeros(5)).shape
         (14, 4, 2)
     """
     name = "spatial_average_group_linear_nt_xent"
@@ -70,44 +71,66 @@ def spatial_average_group_linear_nt_xent(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _nt_xent(axis_name: Any, x: Array, y: Array, w: Array, b: Array, temperature: Array) -> Array:
+def _nt_xent(
+    axis_name: Any,
+    x: Array,
+    y: Array,
+    w: Array,
+    b: Array,
+    temperature: Array,
+) -> Array:
     views = affine(_features(x, y), w, b)
     return spread(nt_xent_of(views, keys_of(views), temperature, axis_name), x)
 
 
 @functools.partial(_nt_xent.defjvp, symbolic_zeros=True)
 def _nt_xent_jvp(
-    axis_name: Any, primals: tuple[Array, ...], tangents: tuple[Any, ...]
+    axis_name: Any,
+    primals: tuple[Array, ...],
+    tangents: tuple[Any, ...],
 ) -> tuple[Array, Array]:
-    (x, y, w, b, temperature), (dx, dy, dw, db, dtemperature) = primals, tangents
-    features, n = _features(x, y), len(x)
+    x, y, w, b, temperature = primals
+    dx, dy, dw, db, dtemperature = tangents
+    features = _features(x, y)
     views = affine(features, w, b)
     losses = functools.partial(_losses, keys=keys_of(views), axis_name=axis_name)
     values, pull = jax.vjp(lambda views: losses(views, temperature), views)
-    (error,) = pull(
-        jnp.ones_like(values)
-    )  # keys are constants, so a row of views changes its own loss alone
+    # Keys are constants, so that a row of views changes its own loss alone.
+    (error,) = pull(jnp.ones_like(values))
     common = [jnp.sum(error * part, axis=-1) for part in head_slopes(features, dw, db)]
     if moves(dtemperature):
-        _, by_temperature = jax.jvp(
-            lambda t: losses(views, t), (temperature,), (jnp.ones_like(temperature),)
-        )
+        # All losses have the one temperature: a single forward derivative serves every slope.
+        one = jnp.ones_like(temperature)
+        _, by_temperature = jax.jvp(lambda t: losses(views, t), (temperature,), (one,))
         common.append(by_temperature * dtemperature)
-    slopes = [spread(added(common), x)] if common else []
+    slopes: list[Array] = []
+    if common:
+        slopes.append(spread(added(common), x))
     if moves(dx) or moves(dy):
-        halves = zip((dx, dy), (error[:n], error[n:]), strict=True)
-        slopes.append(jnp.concatenate([_own(d, x, w, half) for d, half in halves]))
+        n = len(x)
+        error_x = error[:n]
+        error_y = error[n:]
+        halves = [_own(dx, x, w, error_x), _own(dy, x, w, error_y)]
+        slopes.append(jnp.concatenate(halves))
     return spread(values, x), added(slopes)
 
 
 def _own(dx: Any, x: Array, w: Array, error: Array) -> Array:
     """The slopes of one view's losses along dx; zeros where the view does not move."""
-    return own_slope(dx, w, error) if moves(dx) else jnp.zeros_like(error, shape=x.shape[:-1])
+    if moves(dx):
+        return own_slope(dx, w, error)
+    return jnp.zeros_like(error, shape=x.shape[:-1])
 
 
-def _losses(views: Array, temperature: Array, keys: Array, axis_name: Any) -> Array:
+def _losses(
+    views: Array,
+    temperature: Array,
+    keys: Array,
+    axis_name: Any,
+) -> Array:
     return nt_xent_of(views, keys, temperature, axis_name)
 
 
 def _features(x: Array, y: Array) -> Array:
+    # [2N, G·C]
     return jnp.concatenate([pooled(x), pooled(y)])

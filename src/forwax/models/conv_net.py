@@ -1,4 +1,4 @@
-"""The convolutional network of Baydin et al. 2022, "Gradients without Backpropagation" (arXiv 2202.08587)."""
+"""The convolutional network of Baydin et al. 2022 (arXiv 2202.08587)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from forwax.models.layers import Conv, Dense, max_pool
 
 
 class ConvNet(eqx.Module):
-    """Four 3×3 convolutions of 64 channels, 2×2 max-pooling after the second and fourth, a dense layer of 1024, ReLU.
+    """Four 3×3 convolutions of 64 channels, a dense layer of 1024, and ReLU after each.
 
-    The paper gives these layers; it does not say how the borders are treated, so there is no
-    padding here.
+    Behind the second and the fourth comes 2×2 max-pooling. The paper gives these layers; it does
+    not say how the borders are treated, so there is no padding here.
 
     Args:
         in_shape: (height, width, channels) of one example; 28×28 and 32×32 images both fit.
@@ -46,23 +46,31 @@ class ConvNet(eqx.Module):
         key: jax.Array,
     ):
         height, width, in_channels = in_shape
-        # each pair of convolutions cuts 4 rows, each pooling halves
-        rows, columns = (((side - 4) // 2 - 4) // 2 for side in (height, width))
+        rows = _pooled(height)
+        columns = _pooled(width)
         if min(rows, columns) < 1:
             raise ValueError(f"ConvNet needs images of at least 16×16, got {height}×{width}")
         keys = jax.random.split(key, 6)
         widths = (in_channels, channels, channels, channels)
-        self.convs = tuple(
-            Conv(width, channels, size=3, key=each)
-            for width, each in zip(widths, keys[:4], strict=True)
-        )
+        pairs = zip(widths, keys[:4], strict=True)
+        self.convs = tuple(Conv(width, channels, size=3, key=each) for width, each in pairs)
         self.hidden = Dense(rows * columns * channels, dense, key=keys[4])
         self.out = Dense(dense, out_size, key=keys[5])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Give the logits, shape (out,), of one example of shape (height, width, channels)."""
         first, second, third, fourth = self.convs
-        h = max_pool(jax.nn.relu(second(jax.nn.relu(first(x)))))
-        h = max_pool(jax.nn.relu(fourth(jax.nn.relu(third(h)))))
+        h = jax.nn.relu(first(x))
+        h = jax.nn.relu(second(h))
+        h = max_pool(h)
+        h = jax.nn.relu(third(h))
+        h = jax.nn.relu(fourth(h))
+        h = max_pool(h)
         h = jax.nn.relu(self.hidden(jnp.ravel(h)))
         return self.out(h)
+
+
+def _pooled(side: int) -> int:
+    """What is left of a side: each pair of convolutions cuts 4 rows, and each pooling halves."""
+    halved = (side - 4) // 2
+    return (halved - 4) // 2

@@ -1,4 +1,4 @@
-"""Layers, and the He initialisation of those that hold parameters (He et al. 2015, arXiv 1502.01852)."""
+"""Layers, and the He initialisation of their parameters (He et al. 2015, arXiv 1502.01852)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def he_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """Draw normal weights of variance 2 / fan_in, which keeps a ReLU layer's activations at the same scale.
+    """Draw normal weights of variance 2 / fan_in, which keeps activations of ReLUs at one scale.
 
     Args:
         key: a JAX random key.
@@ -38,7 +38,7 @@ class Dense(eqx.Module):
     bias: jax.Array
 
     def __init__(self, in_size: int, out_size: int, *, key: jax.Array):
-        self.weight = he_normal(key, (out_size, in_size), in_size)
+        self.weight = he_normal(key, (out_size, in_size), fan_in=in_size)
         self.bias = jnp.zeros(out_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -47,9 +47,10 @@ class Dense(eqx.Module):
 
 
 class Conv(eqx.Module):
-    """A square convolution without padding: (height, width, in) to (height - size + 1, width - size + 1, out).
+    """A square convolution without padding.
 
-    Channels come last, which is the layout that XLA's convolutions are fastest with on a CPU.
+    It takes (height, width, in) to (height - size + 1, width - size + 1, out). Channels come last,
+    which is the layout that XLA's convolutions are fastest with on a CPU.
 
     >>> layer = Conv(3, 64, size=3, key=jax.random.key(0))
     >>> layer(jnp.ones((32, 32, 3))).shape
@@ -60,9 +61,8 @@ class Conv(eqx.Module):
     bias: jax.Array
 
     def __init__(self, in_channels: int, out_channels: int, *, size: int, key: jax.Array):
-        self.weight = he_normal(
-            key, (size, size, in_channels, out_channels), size * size * in_channels
-        )
+        shape = (size, size, in_channels, out_channels)
+        self.weight = he_normal(key, shape, fan_in=size * size * in_channels)
         self.bias = jnp.zeros(out_channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -74,19 +74,24 @@ class Conv(eqx.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Take the largest of each 2×2 square of one example (height, width, channels); an odd last row or column is cut.
+    """Take the largest of each 2×2 square of one example (height, width, channels).
+
+    An odd last row or column is cut.
 
     >>> max_pool(jnp.arange(16.0).reshape(4, 4, 1))[..., 0]
     Array([[ 5.,  7.],
            [13., 15.]], dtype=float32)
     """
-    height, width, channels = x.shape[0] // 2, x.shape[1] // 2, x.shape[2]
-    squares = x[: 2 * height, : 2 * width].reshape(height, 2, width, 2, channels)
+    rows, columns, channels = x.shape
+    height = rows // 2
+    width = columns // 2
+    even = x[: 2 * height, : 2 * width]
+    squares = even.reshape(height, 2, width, 2, channels)
     return squares.max(axis=(1, 3))
 
 
 class ChannelDense(eqx.Module):
-    """A dense layer over the last axis, z = x W + b, with W of shape (in, out), the same for all leading axes.
+    """A dense layer over the last axis, z = x W + b, with W of shape (in, out).
 
     >>> layer = ChannelDense(4, 10, key=jax.random.key(0))
     >>> layer(jnp.ones((7, 4))).shape
@@ -97,13 +102,14 @@ class ChannelDense(eqx.Module):
     bias: jax.Array
 
     def __init__(self, in_size: int, out_size: int, *, key: jax.Array):
-        self.weight = he_normal(key, (in_size, out_size), in_size)
+        self.weight = he_normal(key, (in_size, out_size), fan_in=in_size)
         self.bias = jnp.zeros(out_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map x of shape (..., in) to z of shape (..., out)."""
         z = x @ self.weight
-        return z + jnp.expand_dims(self.bias, tuple(range(z.ndim - 1)))
+        leading = tuple(range(z.ndim - 1))
+        return z + jnp.expand_dims(self.bias, leading)
 
 
 class TokenDense(eqx.Module):
@@ -118,7 +124,7 @@ class TokenDense(eqx.Module):
     bias: jax.Array
 
     def __init__(self, tokens: int, *, key: jax.Array):
-        self.weight = he_normal(key, (tokens, tokens), tokens)
+        self.weight = he_normal(key, (tokens, tokens), fan_in=tokens)
         self.bias = jnp.zeros(tokens)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -127,7 +133,7 @@ class TokenDense(eqx.Module):
 
 
 class DepthwiseConv(eqx.Module):
-    """A depthwise convolution over the square that the tokens form, zero-padded so that their number stays.
+    """A depthwise convolution over the square that tokens form, zero-padded to keep their number.
 
     >>> layer = DepthwiseConv(5, size=3, key=jax.random.key(0))
     >>> layer(jnp.ones((16, 5))).shape
@@ -138,7 +144,7 @@ class DepthwiseConv(eqx.Module):
     bias: jax.Array
 
     def __init__(self, channels: int, *, size: int, key: jax.Array):
-        self.weight = he_normal(key, (size, size, 1, channels), size * size)
+        self.weight = he_normal(key, (size, size, 1, channels), fan_in=size * size)
         self.bias = jnp.zeros(channels)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -168,7 +174,7 @@ class GroupedDense(eqx.Module):
     bias: jax.Array
 
     def __init__(self, groups: int, size: int, *, key: jax.Array):
-        self.weight = he_normal(key, (groups, size, size), size)
+        self.weight = he_normal(key, (groups, size, size), fan_in=size)
         self.bias = jnp.zeros((groups, size))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -177,9 +183,9 @@ class GroupedDense(eqx.Module):
 
 
 def standardize(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
-    """Normalise to mean 0 and variance 1 over some axes, with no learnt parameters: (x - mean) / √(variance + epsilon).
+    """Normalise to mean 0 and variance 1 over some axes: (x - mean) / √(variance + epsilon).
 
-    Its slope is at most 1/√epsilon, also where x is constant.
+    There are no learnt parameters. Its slope is at most 1/√epsilon, also where x is constant.
 
     >>> standardize(jnp.array([1.0, 3.0]), (0,), 0.0).tolist()
     [-1.0, 1.0]
@@ -187,4 +193,5 @@ def standardize(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Arra
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
     variance = jnp.mean(centred**2, axis=axes, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+    standard = centred * jax.lax.rsqrt(variance + epsilon)
+    return standard.astype(x.dtype)

@@ -28,7 +28,7 @@ from forwax.losses import (
 from forwax.models.layers import ChannelDense
 
 Where: TypeAlias = Literal["global", "local", "greedy"]
-"""Where losses sit: behind the readout alone; behind each block too; each block with a `stop_gradient` after it."""
+"""Where losses sit: behind the readout; behind each block too; and cut by `stop_gradient`."""
 
 
 class LocalModel(Protocol):
@@ -50,7 +50,7 @@ class LocalModel(Protocol):
 def local_losses(
     model: LocalModel, x: Array, label: Any, losses: Where = "greedy", *, parts: bool = True
 ) -> LocalLosses:
-    """The supervised losses of one example: cross-entropies of the blocks' heads and of the readout.
+    """The supervised losses of one example: cross-entropies of the heads and of the readout.
 
     Args:
         model: `forwax.models.LocalMixer`, or what `forwax.models.local` returns.
@@ -80,10 +80,12 @@ def local_losses(
         [(4, 3), (4, 3)]
     """
     features = _features(model, x, losses)
-    seen = lax.stop_gradient(features[-1]) if losses == "greedy" else features[-1]
-    tree: dict[str, Any] = {
-        "readout": _cross_entropy(seen, model.readout, label, parts and losses == "local")
-    }
+    last = features[-1]
+    if losses == "greedy":
+        # The last block has a loss of its own.
+        last = lax.stop_gradient(last)
+    readout_parts = parts and losses == "local"
+    tree: dict[str, Any] = {"readout": _cross_entropy(last, model.readout, label, readout_parts)}
     if losses != "global":
         pairs = zip(features, model.heads, strict=True)
         tree["blocks"] = tuple(_cross_entropy(h, head, label, parts) for h, head in pairs)
@@ -101,10 +103,11 @@ def contrastive_losses(
     parts: bool = True,
     axis_name: Any = None,
 ) -> LocalLosses:
-    """The contrastive losses of a batch, two views an example, and the readout's supervised loss on constant features.
+    """The contrastive losses of a batch, two views an example, and the readout's supervised loss.
 
-    The heads are projectors: NT-Xent of their outputs, keys being constants. The last block's
-    projector serves the global loss too. A loss of the whole batch: take it without `in_axes`.
+    The readout's features are constants. The heads are projectors: NT-Xent of their outputs, keys
+    being constants. The last block's projector serves the global loss too. A loss of the whole
+    batch: take it without `in_axes`.
 
     Args:
         model: as for `local_losses`, with a projector for each head.
@@ -139,10 +142,12 @@ def contrastive_losses(
     features = jax.vmap(lambda view: tuple(_features(model, view, losses)))(views)
     pairs = list(zip(features, model.heads, strict=True))
     if losses == "global":
-        pairs, parts = pairs[-1:], False
+        pairs = pairs[-1:]
+        parts = False
     blocks = tuple(_nt_xent(h, head, temperature, parts, axis_name) for h, head in pairs)
     logits = model.readout(pooled(lax.stop_gradient(features[-1])))
-    readout = softmax_cross_entropy(logits, jnp.concatenate([labels, labels])) / len(views)
+    both_labels = jnp.concatenate([labels, labels])
+    readout = softmax_cross_entropy(logits, both_labels) / len(views)
     return LocalLosses({"readout": readout, "blocks": blocks})
 
 
@@ -155,7 +160,7 @@ def contrastive_loss_of_view(
     *,
     temperature: float = 0.5,
 ) -> LocalLosses:
-    """The global `contrastive_losses` of one view, for rules that need a loss of one example, with `in_axes`.
+    """The global `contrastive_losses` of one view, for rules that need a loss of one example.
 
     Args:
         model: as for `contrastive_losses`.
@@ -171,7 +176,8 @@ def contrastive_loss_of_view(
     features = model.features(view)[-1]
     contrast = nt_xent_of_view(model.heads[-1](pooled(features)), index, views, temperature)
     logits = model.readout(pooled(lax.stop_gradient(features)))
-    return LocalLosses({"readout": softmax_cross_entropy(logits, label), "blocks": (contrast,)})
+    readout = softmax_cross_entropy(logits, label)
+    return LocalLosses({"readout": readout, "blocks": (contrast,)})
 
 
 def projections(model: LocalModel, x: Array, y: Array) -> Array:
@@ -207,7 +213,8 @@ def _nt_xent(
         projected = head(pooled(features))
         return nt_xent(projected[:n], projected[n:], temperature, axis_name=axis_name) / (2 * n)
     w, b = _shared(head, features)
-    x, y = features[:n], features[n:]
+    x = features[:n]
+    y = features[n:]
     losses = spatial_average_group_linear_nt_xent(x, y, w, b, temperature, axis_name=axis_name)
     return _parted(losses / (2 * n))
 
@@ -215,13 +222,16 @@ def _nt_xent(
 def _shared(head: ChannelDense, features: Array) -> tuple[Array, Array]:
     """The head itself, whose derivative each patch and group gets an equal share of."""
     share = 1 / (features.shape[-3] * features.shape[-2])
-    w, b = (
-        lax.stop_gradient(x) + share * (x - lax.stop_gradient(x)) for x in (head.weight, head.bias)
-    )
-    return w, b
+
+    def shared(x: Array) -> Array:
+        # The difference is 0: the value is x, and the derivative a share of that of x.
+        return lax.stop_gradient(x) + share * (x - lax.stop_gradient(x))
+
+    return shared(head.weight), shared(head.bias)
 
 
 def _parted(losses: Array) -> Array:
     """Entries [..., P, G], each the whole loss, as parts of it; the derivative stays."""
     count = losses.shape[-2] * losses.shape[-1]
+    # The difference is 0, as in `_shared`.
     return lax.stop_gradient(losses) / count + (losses - lax.stop_gradient(losses))

@@ -1,4 +1,4 @@
-"""The LocalMixer of Ren et al. 2023: an MLP-Mixer whose channels are cut into groups, with a head behind each block.
+"""The LocalMixer of Ren et al. 2023: an MLP-Mixer in groups, with a head behind each block.
 
 Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
 2210.03310.
@@ -61,9 +61,10 @@ S/4/8 is not the paper's but ours, for two CPU cores.
 
 
 class MixerBlock(eqx.Module):
-    """Token mixing, a dense layer over channels, and a dense layer in each group; the first block mixes no tokens.
+    """Token mixing, a dense layer over channels, and a dense layer in each group.
 
-    Every linear layer is normalised before and after; then comes the noise point with the ReLU.
+    The first block mixes no tokens. Every linear layer is normalised before and after; then comes
+    the noise point with the ReLU.
 
     Attributes:
         mixing: over tokens; None in the first block, which also has no residual connection.
@@ -94,13 +95,14 @@ class MixerBlock(eqx.Module):
 
 
 class LocalMixer(eqx.Module):
-    """An MLP-Mixer with a head behind each block: each head sees all patches and groups, averaged and concatenated.
+    """An MLP-Mixer with a head behind each block.
 
-    Use it with `forwax.models.local_losses`. `normalize="group"` is the paper's: normalisations go
-    over the channels of each token and, after grouping, of each token and group. They have no
-    learnt parameters. A group whose units are all off has variance 0, and a normalisation's slope
-    there is 1/√epsilon; activations have scale 1, so that an epsilon of 0.01 bounds it by 10 and
-    changes nothing else to speak of.
+    Each head sees all patches, averaged, and all groups, side by side. Use it with
+    `forwax.models.local_losses`. `normalize="group"` is the paper's: normalisations go over the
+    channels of each token and, after grouping, of each token and group. They have no learnt
+    parameters. A group whose units are all off has variance 0, and a normalisation's slope there is
+    1/√epsilon; activations have scale 1, so that an epsilon of 0.01 bounds it by 10 and changes
+    nothing else to speak of.
 
     Args:
         in_shape: (height, width, channels) of one example.
@@ -171,13 +173,8 @@ class LocalMixer(eqx.Module):
             elif index:
                 token = DepthwiseConv(channels, size=kernel, key=first)
             dense = ChannelDense(channels if index else inside, channels, key=second)
-            return MixerBlock(
-                token,
-                dense,
-                GroupedDense(groups, channels // groups, key=third),
-                normalize,
-                epsilon,
-            )
+            in_groups = GroupedDense(groups, channels // groups, key=third)
+            return MixerBlock(token, dense, in_groups, normalize, epsilon)
 
         self.blocks = tuple(block(i, each) for i, each in enumerate(block_keys))
         head_keys = jax.random.split(head_key, blocks)
@@ -222,15 +219,16 @@ class LocalMixer(eqx.Module):
         )
 
     def features(self, x: jax.Array, *, stop_gradients: bool = False) -> tuple[jax.Array, ...]:
-        """Each block's features [P, G, C] of one example; blocks are cut from one another by `stop_gradients`."""
-        features, h = [], patchify(x, self.patches)
+        """Each block's features [P, G, C] of one example; `stop_gradients` cuts between blocks."""
+        features: list[jax.Array] = []
+        h = patchify(x, self.patches)
         for block in self.blocks:
             h = block(jax.lax.stop_gradient(h) if stop_gradients and features else h)
             features.append(h)
         return tuple(features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Give the readout's logits, shape (out,), of one example of shape (height, width, channels)."""
+        """Give the readout's logits, shape (out,), of one example (height, width, channels)."""
         return self.readout(pooled(self.features(x)[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Local heads for any sequence of blocks: a loss for each block, patch and group, with or without `stop_gradient`."""
+"""Local heads for any sequence of blocks: a loss for each block, patch and group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from forwax.models.local_losses import pooled
 
 
 class Local(eqx.Module):
-    """A sequence of blocks with a linear head for each and a linear readout; built by `forwax.models.local`.
+    """A sequence of blocks with a linear head for each and a linear readout.
+
+    `forwax.models.local` builds it.
 
     Attributes:
         blocks: each takes what the one before returns.
@@ -31,8 +33,9 @@ class Local(eqx.Module):
     channel_axis: int = eqx.field(static=True)
 
     def features(self, x: Any, *, stop_gradients: bool = False) -> tuple[jax.Array, ...]:
-        """Each block's features [P, G, C] of one example; blocks are cut from one another by `stop_gradients`."""
-        features, h = [], x
+        """Each block's features [P, G, C] of one example; `stop_gradients` cuts between blocks."""
+        features: list[jax.Array] = []
+        h = x
         for block, groups in zip(self.blocks, self.groups, strict=True):
             h = block(jax.lax.stop_gradient(h) if stop_gradients and features else h)
             features.append(grouped(h, groups, self.channel_axis))
@@ -78,13 +81,15 @@ def local(
 
     >>> import forwax as fx, forwax.models
     >>> keys = jax.random.split(jax.random.key(0), 3)
-    >>> blocks = [eqx.nn.Sequential([eqx.nn.Linear(6, 6, key=k), eqx.nn.Lambda(jax.nn.relu)]) for k in keys]
+    >>> relu = eqx.nn.Lambda(jax.nn.relu)
+    >>> blocks = [eqx.nn.Sequential([eqx.nn.Linear(6, 6, key=key), relu]) for key in keys]
     >>> model = fx.models.local(blocks, jnp.ones(6), 10, groups=2, key=jax.random.key(1))
     >>> params, static = eqx.partition(model, eqx.is_inexact_array)
     >>> loss = lambda params, x, y: fx.models.local_losses(eqx.combine(params, static), x, y)
     >>> rule = fx.ActivityPerturbation()
     >>> value_and_grad = jax.jit(fx.value_and_grad(loss, rule, in_axes=(None, 0, 0)))
-    >>> value, grads = value_and_grad(jax.random.key(2), params, jnp.ones((5, 6)), jnp.zeros(5, int))
+    >>> x, labels = jnp.ones((5, 6)), jnp.zeros(5, int)
+    >>> value, grads = value_and_grad(jax.random.key(2), params, x, labels)
     >>> grads.heads[0].weight.shape
     (6, 10)
     """
@@ -95,17 +100,20 @@ def local(
         raise ValueError(
             f"local: expected groups for each of {len(blocks)} blocks, got {len(counts)}."
         )
-    sizes, shape = [], example
+    sizes: list[int] = []
+    features = example
     for block, count in zip(blocks, counts, strict=True):
-        shape = eqx.filter_eval_shape(block, shape)
-        sizes.append(_channels(shape.shape, count, channel_axis))
-    *head_keys, last = jax.random.split(key, len(blocks) + 1)
+        features = eqx.filter_eval_shape(block, features)
+        sizes.append(_channels(features.shape, count, channel_axis))
+    *head_keys, last_key = jax.random.split(key, len(blocks) + 1)
     width = projection or out_size
-    heads = tuple(
-        ChannelDense(size, width, key=each) for size, each in zip(sizes, head_keys, strict=True)
-    )
+    pairs = zip(sizes, head_keys, strict=True)
     return Local(
-        tuple(blocks), heads, ChannelDense(sizes[-1], out_size, key=last), counts, channel_axis
+        blocks=tuple(blocks),
+        heads=tuple(ChannelDense(size, width, key=each) for size, each in pairs),
+        readout=ChannelDense(sizes[-1], out_size, key=last_key),
+        groups=counts,
+        channel_axis=channel_axis,
     )
 
 
@@ -125,7 +133,6 @@ def _channels(shape: tuple[int, ...], groups: int, channel_axis: int) -> int:
     if groups < 1 or size % groups:
         raise ValueError(
             f"local: a block of output shape {shape} has {size} channels, which cannot be cut into "
-            f"{groups} groups. "
-            "Pass groups that divide them, one number or one for each block."
+            f"{groups} groups. Pass groups that divide them, one number or one for each block."
         )
     return size

@@ -40,8 +40,10 @@ class MLP(eqx.Module):
         if min(sizes) < 1:
             raise ValueError(f"every size of an MLP must be at least 1, got {sizes}")
         keys = jax.random.split(key, len(sizes) - 1)
-        pairs = zip(sizes[:-1], sizes[1:], keys, strict=True)
-        self.layers = tuple(Dense(before, after, key=each) for before, after, each in pairs)
+        layers: list[Dense] = []
+        for layer_key, before, after in zip(keys, sizes[:-1], sizes[1:], strict=True):
+            layers.append(Dense(before, after, key=layer_key))
+        self.layers = tuple(layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Give the logits, shape (out,), of one example."""

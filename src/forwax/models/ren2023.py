@@ -1,4 +1,4 @@
-"""The learning rules of Ren et al. 2023 by the names of its tables: where the losses sit, and a rule of forwax.
+"""The learning rules of Ren et al. 2023 by the names of its tables.
 
 Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv
 2210.03310.
@@ -128,12 +128,14 @@ def method(
         ValueError: when there is no method of this name.
 
     >>> import forwax as fx, forwax.models
-    >>> model = fx.models.LocalMixer((4, 4, 1), 10, blocks=2, patches=2, channels=6, groups=3, key=jax.random.key(0))
+    >>> shape = dict(blocks=2, patches=2, channels=6, groups=3)
+    >>> model = fx.models.LocalMixer((4, 4, 1), 10, **shape, key=jax.random.key(0))
     >>> greedy = method("LG-FG-A", model, jax.random.key(1))
     >>> greedy.losses, greedy.parts
     ('greedy', True)
     >>> value_and_grad = jax.jit(fx.models.ren2023.supervised(greedy))
-    >>> value, grads = value_and_grad(jax.random.key(2), model, jnp.ones((5, 4, 4, 1)), jnp.zeros(5, int))
+    >>> x, labels = jnp.ones((5, 4, 4, 1)), jnp.zeros(5, int)
+    >>> value, grads = value_and_grad(jax.random.key(2), model, x, labels)
     """
     if name not in READINGS:
         raise ValueError(f"ren2023.method: expected one of {', '.join(NAMES)}, got {name!r}.")
@@ -171,7 +173,7 @@ def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array,
 def contrastive(
     method: Method, static: Any = None, *, temperature: float = 0.5, axis_name: Any = None
 ) -> Callable[..., tuple[Array, Any]]:
-    """The value and estimated gradient of `forwax.models.contrastive_losses` over a batch, by a method.
+    """The value and estimated gradient of `forwax.models.contrastive_losses`, by a method.
 
     Direct feedback sends each view its own error, so that DFA takes the losses view by view,
     against keys from a first forward pass; all other methods take the batch's loss as one.

@@ -1,4 +1,4 @@
-"""A small Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv 2010.11929)."""
+"""A small Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from forwax.models.local_mixer import patchify
 
 
 class TransformerBlock(eqx.Module):
-    """Self-attention, then a dense layer of each token with a GELU, each normalised before and added to its input.
+    """Self-attention, then a dense layer of each token with a GELU.
+
+    Each is normalised before, and added to its input.
 
     >>> block = TransformerBlock(8, heads=2, key=jax.random.key(0))
     >>> block(jnp.ones((4, 8))).shape
@@ -37,13 +39,15 @@ class TransformerBlock(eqx.Module):
         h = jax.vmap(self.before_attention)(x)
         x = x + self.attention(h, h, h)
         h = jax.vmap(self.before_dense)(x)
-        return x + jax.vmap(self.narrow)(jax.nn.gelu(jax.vmap(self.wide)(h)))
+        h = jax.nn.gelu(jax.vmap(self.wide)(h))
+        return x + jax.vmap(self.narrow)(h)
 
 
 class PatchEmbedding(eqx.Module):
     """Patches of an image, each mapped to a token, with a learnt position for each.
 
-    >>> PatchEmbedding((8, 8, 1), patches=2, channels=6, key=jax.random.key(0))(jnp.ones((8, 8, 1))).shape
+    >>> embedding = PatchEmbedding((8, 8, 1), patches=2, channels=6, key=jax.random.key(0))
+    >>> embedding(jnp.ones((8, 8, 1))).shape
     (4, 6)
     """
 
@@ -61,9 +65,8 @@ class PatchEmbedding(eqx.Module):
                 f"{patches}×{patches} patches."
             )
         first, second = jax.random.split(key)
-        self.dense = Dense(
-            height // patches * (width // patches) * in_channels, channels, key=first
-        )
+        size = height // patches * (width // patches) * in_channels
+        self.dense = Dense(size, channels, key=first)
         self.positions = 0.02 * jax.random.normal(second, (patches**2, channels))
         self.patches = patches
 
@@ -87,7 +90,8 @@ class VisionTransformer(eqx.Module):
     Raises:
         ValueError: when an image cannot be cut into so many patches.
 
-    >>> model = VisionTransformer((28, 28, 1), 10, blocks=2, patches=4, channels=16, heads=2, key=jax.random.key(0))
+    >>> shape = dict(blocks=2, patches=4, channels=16, heads=2)
+    >>> model = VisionTransformer((28, 28, 1), 10, **shape, key=jax.random.key(0))
     >>> jax.eval_shape(model, jnp.ones((28, 28, 1))).shape
     (10,)
     """
@@ -119,4 +123,5 @@ class VisionTransformer(eqx.Module):
         h = self.embedding(x)
         for block in self.blocks:
             h = block(h)
-        return self.out(jnp.mean(jax.vmap(self.norm)(h), axis=0))
+        h = jax.vmap(self.norm)(h)
+        return self.out(jnp.mean(h, axis=0))

@@ -1,5 +1,7 @@
 """Distributions of tangents: random directions v with E[v vᵀ] = I, one distribution a file."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 from forwax.tangents._base import IndependentTangents, Tangents
 from forwax.tangents.coordinate import Coordinate
 from forwax.tangents.guided import Guided

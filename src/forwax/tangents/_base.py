@@ -1,5 +1,7 @@
 """What a distribution of tangents is, and how a rule draws from it."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 import abc
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, cast
@@ -14,7 +16,7 @@ from forwax._tree import Spec, Tree
 
 
 class Tangents(abc.ABC):
-    """A distribution of random directions v with E[v vᵀ] = I over the n real coordinates of the parameters.
+    """A distribution of random directions v with E[v vᵀ] = I over n real coordinates.
 
     Subclass `IndependentTangents` when the directions of one call can be drawn one by one, so that
     a rule holds one chunk of them, and this class when they are drawn jointly. A subclass is a
@@ -22,16 +24,16 @@ class Tangents(abc.ABC):
     """
 
     coordinatewise: ClassVar[bool] = False
-    """Whether the entries of one direction are independent, so that every shard of a parameter can draw its own."""
+    """Whether a direction's entries are independent: each shard of a parameter can draw its own."""
 
     one_by_one: ClassVar[bool] = False
     """Whether `draw_at` draws directions of given indices alone: see `IndependentTangents`."""
 
     drawn_twice: ClassVar[bool] = False
-    """Whether directions are worth drawing a second time from their key, as `forwax.update` does."""
+    """Whether directions are worth drawing again from their key, as `forwax.update` does."""
 
     planned: ClassVar[Literal["signs", "factors"] | None] = None
-    """As what `forwax.WeightPerturbation` follows directions that it does not hold, from its own draws.
+    """As what `forwax.WeightPerturbation` follows directions that it draws and does not hold.
 
     "signs": a bit each, formed where a traced loss uses them; "factors": two thin matrices of signs
     whose product is never formed; None where what `draw` gives is held.
@@ -41,7 +43,12 @@ class Tangents(abc.ABC):
     """Whether each example of `in_axes` has directions of its own; needs `planned` as "factors"."""
 
     @abc.abstractmethod
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call.
 
         Args:
@@ -55,7 +62,7 @@ class Tangents(abc.ABC):
 
     @abc.abstractmethod
     def relative_mse(self, n: int, num_tangents: int) -> float:
-        """The exact E|ĝ - g|² / |g|² of ĝ = mean_j <g, v_j> v_j for n real coordinates and k tangents."""
+        """The exact E|ĝ - g|² / |g|² of ĝ = mean_j <g, v_j> v_j for n coordinates, k tangents."""
 
     def check(self, n: int, num_tangents: int) -> None:  # noqa: B027 (most refuse nothing)
         """Raise a ValueError when the distribution has no k directions for n real coordinates."""
@@ -73,33 +80,45 @@ class Tangents(abc.ABC):
 
         Example:
             >>> import jax, jax.numpy as jnp, forwax as fx
-            >>> fx.tangents.Rademacher().sample(jax.random.key(0), {"w": jnp.zeros((2, 3))}, 4)["w"].shape
+            >>> params = {"w": jnp.zeros((2, 3))}
+            >>> fx.tangents.Rademacher().sample(jax.random.key(0), params, 4)["w"].shape
             (4, 2, 3)
         """
         key = check_key(
             key, "Tangents.sample", advice="Call tangents.sample(jax.random.key(0), like)."
         )
-        return sampler(self, key, like, num_tangents, hold=True)(jnp.arange(num_tangents))
+        directions = sampler(self, key, like, num_tangents, hold=True)
+        return directions(jnp.arange(num_tangents))
 
 
 class IndependentTangents(Tangents):
-    """Directions that can be drawn one by one: direction j of a call depends on the key and on j alone."""
+    """Directions that can be drawn one by one: direction j depends on the key and on j alone."""
 
     one_by_one: ClassVar[bool] = True
 
     joint: ClassVar[bool] = False
-    """Whether the directions of one call depend on one another, so that each needs the same key and its own index."""
+    """Whether directions of a call depend on one another: each needs the same key and its index."""
 
     @abc.abstractmethod
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: an array of shape and dtype `spec` per leaf."""
 
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call; see `Tangents.draw`."""
         return self.draw_at(key, specs, jnp.arange(num_tangents))
 
-    def draw_at(self, key: Array, specs: Sequence[Spec], indices: Array) -> list[Array]:
-        """Draw the directions of the given indices [c] alone: the same ones for every cut into chunks."""
+    def draw_at(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        indices: Array,
+    ) -> list[Array]:
+        """Draw the directions of given indices [c] alone, the same for every cut into chunks."""
         return draw_each(self.draw_one, key, specs, indices)
 
 
@@ -116,20 +135,26 @@ def draw_each(
 
     if indices.shape[0] == 1:
         return [x[None] for x in one(indices[0])]
-    if "rbg" in str(
-        jax.random.key_impl(key)
-    ):  # under vmap this generator uses the first key of the batch alone
-        return jax.lax.map(one, indices)
+    if "rbg" in str(jax.random.key_impl(key)):
+        # Under vmap this generator uses the first key of the batch alone.
+        return cast(list[Array], jax.lax.map(one, indices))
     return jax.vmap(one)(indices)
 
 
 def typed_key(key: Array) -> Array:
     """A legacy uint32 key as a typed one; typed keys pass through."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return cast(Array, jax.random.wrap_key_data(key))
 
 
 def sampler(
-    tangents: Tangents, key: Array, like: Tree, num_tangents: int, *, hold: bool = False
+    tangents: Tangents,
+    key: Array,
+    like: Tree,
+    num_tangents: int,
+    *,
+    hold: bool = False,
 ) -> Callable[[Array], Tree]:
     """How a rule gets at its directions: a function from indices [c] to a tree with leading axis c.
 
@@ -141,41 +166,60 @@ def sampler(
     tangents.check(_tree.num_coordinates(like), num_tangents)
     groups = _groups(tangents, like, _mesh.axes(key))
 
-    def at(indices: Array) -> Tree:
-        leaves: list[Array] = [jnp.zeros(())] * len(specs)
-        for offset, (over, members) in enumerate(groups):
-            own = _mesh.own_key(jax.random.fold_in(key, offset), over) if over or offset else key
-            drawn = draw(own, [specs[i] for i in members], indices)
-            for i, x in zip(members, drawn, strict=True):
-                leaves[i] = x
-        return _tree.from_real(leaves, like, lead=1)
-
-    def draw(own: Array, part: Sequence[Spec], indices: Array) -> list[Array]:
+    def draw(
+        key: Array,
+        specs: Sequence[Spec],
+        indices: Array,
+    ) -> list[Array]:
         if tangents.one_by_one:
-            return cast(IndependentTangents, tangents).draw_at(own, part, indices)
-        return tangents.draw(own, part, num_tangents)
+            return cast(IndependentTangents, tangents).draw_at(key, specs, indices)
+        return tangents.draw(key, specs, num_tangents)
+
+    def at(indices: Array) -> Tree:
+        drawn: dict[int, Array] = {}
+        for number, (over, members) in enumerate(groups):
+            group_key = key
+            # What varies over no further axes takes the key itself, as it does without a mesh.
+            if over or number:
+                group_key = _mesh.own_key(jax.random.fold_in(key, number), over)
+            leaves = draw(group_key, [specs[i] for i in members], indices)
+            drawn.update(zip(members, leaves, strict=True))
+        in_order = [drawn[i] for i in range(len(specs))]
+        return _tree.from_real(in_order, like, lead=1)
 
     if tangents.one_by_one and not hold:
         return at
+    # What is drawn jointly is drawn once, whatever the chunks.
     held = at(jnp.arange(num_tangents))
-    return lambda indices: (
-        jax.tree.map(lambda x: x[indices], held) if indices.shape[0] < num_tangents else held
-    )
+
+    def held_at(indices: Array) -> Tree:
+        if indices.shape[0] >= num_tangents:
+            return held
+        leaves = [x[indices] for x in jax.tree.leaves(held)]
+        return _tree.with_leaves(held, leaves)
+
+    return held_at
 
 
 def _groups(
-    tangents: Tangents, like: Tree, key_axes: _mesh.Axes
+    tangents: Tangents,
+    like: Tree,
+    key_axes: _mesh.Axes,
 ) -> list[tuple[_mesh.Axes, list[int]]]:
-    """Leaves that vary over the same mesh axes beyond the key's: each group draws with a key of its own."""
+    """Leaves that vary over the same mesh axes beyond the key's; each group has its own key."""
+    # An axis over which the key varies gives independent noise already.
     members: dict[_mesh.Axes, list[int]] = {}
     for i, over in enumerate(_mesh.tree_axes(like)):
         members.setdefault(over - key_axes, []).append(i)
     if len(members) > 1 and not tangents.coordinatewise:
         raise ValueError(
             f"{type(tangents).__name__} couples all coordinates of a direction, so inside "
-            f"shard_map all parameters "
-            f"must vary over the same mesh axes, got {sorted(map(sorted, members))}. Use "
-            f"tangents.Rademacher() or "
-            "tangents.Normal(), whose coordinates are independent."
+            "shard_map all parameters must vary over the same mesh axes, got "
+            f"{sorted(map(sorted, members))}. Use tangents.Rademacher() or tangents.Normal(), "
+            "whose coordinates are independent."
         )
-    return sorted(members.items(), key=lambda item: sorted(item[0]))
+
+    def names(group: tuple[_mesh.Axes, list[int]]) -> list[str]:
+        return sorted(group[0])
+
+    return sorted(members.items(), key=names)

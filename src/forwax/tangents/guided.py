@@ -4,9 +4,12 @@ The unbiased form of guess directions (Fournier et al. 2023, "Can Forward Gradie
 Backpropagation?").
 """
 
+# pyright: strict, reportUnknownMemberType=false
+
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +24,11 @@ from forwax.tangents.coordinate import check_at_most
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Guided(Tangents):
-    """√k·ĥ along the unit guess ĥ first, then √(k(n-1)/(k-1))·q_j with k - 1 orthonormal q_j in its complement.
+    """√k·ĥ along the unit guess ĥ first, then orthonormal directions around it.
 
-    The mean over the k tangents has relative MSE ((n-1)/(k-1) - 1)(1 - cos²(g, h)): nothing is lost
-    along the guess. A guess of zero, or one that is not finite, is replaced by a random direction.
+    They are √(k(n-1)/(k-1))·q_j, with k - 1 orthonormal q_j in the complement of ĥ. The mean over
+    the k tangents has relative MSE ((n-1)/(k-1) - 1)(1 - cos²(g, h)): nothing is lost along the
+    guess. A guess of zero, or one that is not finite, is replaced by a random direction.
 
     Attributes:
         guess: a pytree like the parameters, in the convention of `jax.grad`: a past estimate, a
@@ -49,39 +53,46 @@ class Guided(Tangents):
         if num_tangents < 2 and n > 1:
             raise ValueError(
                 "tangents.Guided needs num_tangents >= 2: the first direction is the guess, which "
-                "alone gives a biased "
-                f"estimate; got num_tangents={num_tangents}."
+                f"alone gives a biased estimate; got num_tangents={num_tangents}."
             )
         check_at_most(num_tangents, n, "Guided(guess)")
 
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call."""
         n = _tree.count(specs)
         guide = self._guide(specs)
+        # A frame [n, k] whose first column is the guess: Q keeps it, up to its sign.
         normal = jax.random.normal(key, (n, num_tangents), guide.dtype)
-        norm = jnp.linalg.norm(guide)
-        usable = jnp.isfinite(norm) & (norm > 0)
-        first = jnp.where(usable, guide / jnp.where(usable, norm, 1), normal[:, 0])
+        norm = cast(Array, jnp.linalg.norm(guide))
+        is_usable = jnp.isfinite(norm) & (norm > 0)
+        first = jnp.where(is_usable, guide / jnp.where(is_usable, norm, 1), normal[:, 0])
         frame = jnp.linalg.qr(normal.at[:, 0].set(first))[0]
-        return _tree.split_flat(
-            frame.T * self._scales(n, num_tangents, frame.dtype)[:, None], specs
-        )
+        directions = frame.T
+        scales = self._scales(n, num_tangents, frame.dtype)
+        return _tree.split_flat(directions * scales[:, None], specs)
 
     def _guide(self, specs: Sequence[Spec]) -> Array:
-        leaves = _tree.to_real(_tree.conjugate(jax.tree.map(jnp.asarray, self.guess)))
-        expected, got = [spec.shape for spec in specs], [x.shape for x in leaves]
-        if expected != got:
-            raise ValueError(
-                f"tangents.Guided: the guess must have the parameters' structure; expected leaf "
-                f"shapes {expected}, "
-                f"got {got}."
-            )
+        """The guess as one direction [n]."""
+        guess = jax.tree.map(_tree.as_array, self.guess)
+        leaves = _tree.to_real(_tree.conjugate(guess))
+        _tree.check_guess(
+            "tangents.Guided",
+            got=[leaf.shape for leaf in leaves],
+            expected=[spec.shape for spec in specs],
+        )
         return _tree.join_flat(leaves).astype(_tree.common_dtype(specs))
 
     def _scales(self, n: int, k: int, dtype: jnp.dtype) -> Array:
-        rest = math.sqrt(k * (n - 1) / (k - 1)) if k > 1 else 0.0
-        return jnp.full((k,), rest, dtype).at[0].set(math.sqrt(k))
+        """Factors [k] with which the mean of v vᵀ is I: the guess counts once in k directions."""
+        # On average the k - 1 others span a share (k - 1)/(n - 1) of what they stand for.
+        around = math.sqrt(k * (n - 1) / (k - 1)) if k > 1 else 0.0
+        return jnp.full((k,), around, dtype).at[0].set(math.sqrt(k))
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
-        """(n-1)/(k-1) - 1: the law for a guess orthogonal to the gradient, an upper bound for every other."""
+        """(n-1)/(k-1) - 1: the law for a guess orthogonal to the gradient, a bound for others."""
         return (n - 1) / (num_tangents - 1) - 1 if num_tangents > 1 else float(n > 1)

@@ -1,9 +1,11 @@
-"""Low-rank signs: a matrix's direction is an outer product of sign vectors, which a forward pass need not form."""
+"""Low-rank signs: a matrix's direction is an outer product of signs, which need not be formed."""
+
+# pyright: strict, reportUnknownMemberType=false
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,8 @@ class LowRank(IndependentTangents):
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
-        >>> v = fx.tangents.LowRank().sample(jax.random.key(0), {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)})
+        >>> params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
+        >>> v = fx.tangents.LowRank().sample(jax.random.key(0), params)
         >>> int(jnp.linalg.matrix_rank(v["w"][0])), v["b"].shape
         (1, (1, 3))
     """
@@ -56,31 +59,45 @@ class LowRank(IndependentTangents):
     planned = "factors"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        rank: Any = self.rank
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise ValueError(
-                f"tangents.LowRank: expected rank to be a positive integer, got {self.rank!r}."
+                f"tangents.LowRank: expected rank to be a positive integer, got {rank!r}."
             )
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
-        """Draw one direction in full: a leaf's last axis, and all others together, are the sides of a matrix."""
-        parts = []
+        """Draw one direction in full.
+
+        A leaf's last axis, and all others together, are the sides of a matrix.
+        """
+        parts: list[Spec] = []
         for spec in specs:
-            rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1] if spec.shape else 1
-            thin = min(rows, columns) > 1
-            parts += [Spec((self.rank, n), spec.dtype) for n in (rows, columns)] if thin else [spec]
-        drawn = iter(Rademacher().draw_one(key, parts))
-        leaves = []
-        for spec in specs:
-            rows, columns = math.prod(spec.shape[:-1]), spec.shape[-1] if spec.shape else 1
-            if min(rows, columns) > 1:
-                left, right = next(drawn), next(drawn)
-                leaves.append(
-                    (jnp.einsum("ri,rj->ij", left, right) * self.rank**-0.5).reshape(spec.shape)
-                )
+            if _is_matrix(spec):
+                parts += [Spec((self.rank, side), spec.dtype) for side in _sides(spec)]
             else:
-                leaves.append(next(drawn))
+                parts.append(spec)
+        drawn = iter(Rademacher().draw_one(key, parts))
+        leaves: list[Array] = []
+        for spec in specs:
+            leaf = next(drawn)
+            if _is_matrix(spec):
+                # Each entry sums r products of signs: variance r, which the scale makes 1.
+                product = jnp.einsum("ri,rj->ij", leaf, next(drawn))
+                leaf = (product * self.rank**-0.5).reshape(spec.shape)
+            leaves.append(leaf)
         return leaves
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
-        """(n - 1) / k at rank 1; (n + 1 - 2/r) / k at rank r, reached when the gradient lies in matrices."""
+        """(n + 1 - 2/r) / k, reached when the gradient lies in matrices; (n - 1) / k at rank 1."""
         return (n + 1 - 2 / self.rank) / num_tangents
+
+
+def _sides(spec: Spec) -> tuple[int, int]:
+    """The rows and columns of a leaf as a matrix."""
+    columns = spec.shape[-1] if spec.shape else 1
+    return math.prod(spec.shape[:-1]), columns
+
+
+def _is_matrix(spec: Spec) -> bool:
+    # With a side of 1 an outer product is a vector of signs itself.
+    return min(_sides(spec)) > 1

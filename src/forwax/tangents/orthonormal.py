@@ -1,4 +1,6 @@
-"""Directions that are orthogonal to each other: the k of one call never repeat what another has measured."""
+"""Directions that are orthogonal to each other: none repeats what another has measured."""
+
+# pyright: strict, reportUnknownMemberType=false
 
 import dataclasses
 import math
@@ -36,10 +38,16 @@ class Orthonormal(Tangents):
         """Raise a ValueError when k > n."""
         check_at_most(num_tangents, n, "Orthonormal()")
 
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call."""
         n = _tree.count(specs)
         normal = jax.random.normal(key, (n, num_tangents), _tree.common_dtype(specs))
+        # Q of normals is uniform among frames [n, k].
         frame = jnp.linalg.qr(normal)[0]
         return _tree.split_flat(math.sqrt(n) * frame.T, specs)
 

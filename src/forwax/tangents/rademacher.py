@@ -1,9 +1,11 @@
-"""Random signs: the least variance that independent unbiased tangents can have (Spall 1992, SPSA)."""
+"""Random signs: the least variance of independent unbiased tangents (Spall 1992, SPSA)."""
+
+# pyright: strict, reportUnknownMemberType=false
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +42,8 @@ class Rademacher(IndependentTangents):
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: ±1 in each leaf's shape and dtype."""
-        return [
-            unpack_signs(words, spec)
-            for words, spec in zip(draw_words(key, specs), specs, strict=True)
-        ]
+        pairs = zip(draw_words(key, specs), specs, strict=True)
+        return [unpack_signs(words, spec) for words, spec in pairs]
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
         """(n - 1) / k."""
@@ -57,37 +57,48 @@ def num_words(spec: Spec) -> int:
 
 def draw_words(key: Array, specs: Sequence[Spec]) -> list[Array]:
     """Random words for each leaf's signs [ceil(size / 32)], in one draw for all leaves."""
-    counts = list(map(num_words, specs))
-    words = jax.random.bits(key, (_padded(sum(counts)),), jnp.uint32)
-    leaves, start = [], 0
+    counts = [num_words(spec) for spec in specs]
+    num_drawn = _padded(sum(counts))
+    words = jax.random.bits(key, (num_drawn,), jnp.uint32)
+    leaves: list[Array] = []
+    start = 0
     for count in counts:
-        leaves.append(words[start : start + count])
-        start += count
+        stop = start + count
+        leaves.append(words[start:stop])
+        start = stop
     return leaves
 
 
 def draws_anywhere(key: Array) -> bool:
-    """Whether `words_at` knows the generator: JAX's default, which makes each word from the key and its place."""
-    return str(jax.random.key_impl(key)) == "threefry2x32" and bool(
-        jax.config.jax_threefry_partitionable
-    )  # type: ignore[attr-defined]
+    """Whether `words_at` knows the generator: JAX's default, with each word from key and place."""
+    if str(jax.random.key_impl(key)) != "threefry2x32":
+        return False
+    # A setting that JAX declares when it runs.
+    return bool(getattr(jax.config, "jax_threefry_partitionable"))  # noqa: B009
 
 
 def words_at(data: Array, places: Array) -> Array:
-    """Those of the words that `draw_words` draws which stand at the given places [c], uint32, without the others.
+    """Those of the words of `draw_words` that stand at the given places [c], without the others.
 
     Args:
         data: the key's own two words, as `jax.random.key_data` returns them.
         places: uint32 [c].
+
+    Returns:
+        uint32 [c].
     """
-    high, low = jnp.split(
-        threefry_2x32((data[0], data[1]), jnp.concatenate([jnp.zeros_like(places), places])), 2
-    )
+    # The generator encrypts each place, a pair of words of which the first is 0 in short draws.
+    counters = jnp.concatenate([jnp.zeros_like(places), places])
+    encrypted = cast(Array, threefry_2x32((data[0], data[1]), counters))
+    high, low = jnp.split(encrypted, 2)
     return high ^ low
 
 
 def _padded(num_words: int) -> int:
-    """Up to an even number, in whole rows for long draws: on CPU an odd number of words costs four times as much."""
+    """Up to an even number, and in whole rows for long draws.
+
+    On CPUs an odd number of words costs four times as much.
+    """
     row = _ROW if num_words > _ROW else 2
     return -(-num_words // row) * row
 
@@ -95,8 +106,9 @@ def _padded(num_words: int) -> int:
 def unpack_signs(words: Array, spec: Spec) -> Array:
     """Signs ±1 of the given shape and dtype from the bits of uint32 words [ceil(size / 32)]."""
     shifts = jnp.arange(WORD, dtype=jnp.uint32)
-    bits = jnp.left_shift(words[:, None], shifts[None, :]) & jnp.uint32(0x80000000)
-    signs = jax.lax.bitcast_convert_type(
-        bits | jnp.uint32(0x3F800000), jnp.float32
-    )  # the bits of 1.0 with this sign
-    return signs.astype(spec.dtype).reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape)
+    # [words, 32]: each bit in the place of a float's sign, beside the other bits of 1.0
+    sign_bits = jnp.left_shift(words[:, None], shifts[None, :]) & jnp.uint32(0x80000000)
+    ones = sign_bits | jnp.uint32(0x3F800000)
+    signs = jax.lax.bitcast_convert_type(ones, jnp.float32)
+    flat = signs.astype(spec.dtype).reshape(-1)
+    return flat[: math.prod(spec.shape)].reshape(spec.shape)

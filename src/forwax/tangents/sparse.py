@@ -1,5 +1,7 @@
 """Sparse signs: most coordinates stay where they are."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -16,8 +18,9 @@ from forwax.tangents._base import IndependentTangents
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sparse(IndependentTangents):
-    """Independent entries, ±1/√p with probability p and 0 otherwise; p is rounded to a multiple of 2⁻³¹.
+    """Independent entries, ±1/√p with probability p and 0 otherwise.
 
+    The probability is rounded to a multiple of 2⁻³¹.
     Relative MSE of the mean over k tangents: (n + 1/p - 2) / k (kurtosis 1/p).
 
     Attributes:
@@ -44,19 +47,23 @@ class Sparse(IndependentTangents):
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: sparse signs in each leaf's shape and dtype."""
         keys = jax.random.split(key, len(specs))
-        return [self._leaf(k, spec) for k, spec in zip(keys, specs, strict=True)]
+        pairs = zip(keys, specs, strict=True)
+        return [self._leaf(leaf_key, spec) for leaf_key, spec in pairs]
 
     def _leaf(self, key: Array, spec: Spec) -> Array:
         # One draw serves both choices: of 2³² words the first 2h keep the entry, and the first h
         # make it positive.
         bits = jax.random.bits(key, spec.shape, jnp.uint32)
-        half, size = self._half, math.sqrt(2**31 / self._half)
+        half = self._half
+        size = math.sqrt(2**31 / half)
         sign = jnp.where(bits < jnp.uint32(half), size, -size)
-        return jnp.where(bits <= jnp.uint32(2 * half - 1), sign, 0.0).astype(spec.dtype)
+        # 2h itself need not fit in 32 bits: with density 1 it is 2³².
+        is_kept = bits <= jnp.uint32(2 * half - 1)
+        return jnp.where(is_kept, sign, 0.0).astype(spec.dtype)
 
     @property
     def _half(self) -> int:
-        """Half of p · 2³²: what is drawn has exactly this density, so that E[v vᵀ] = I whatever p is."""
+        """Half of p · 2³²: exactly the density that is drawn, so that E[v vᵀ] = I for every p."""
         return max(1, round(self.density * 2**31))
 
     def relative_mse(self, n: int, num_tangents: int) -> float:

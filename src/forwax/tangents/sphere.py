@@ -1,5 +1,7 @@
 """Directions uniform on the sphere of radius √n."""
 
+# pyright: strict, reportUnknownMemberType=false
+
 import dataclasses
 from collections.abc import Sequence
 
@@ -30,10 +32,14 @@ class Sphere(IndependentTangents):
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction of norm √n."""
-        wide = [Spec(spec.shape, _tree.accumulation_dtype(spec.dtype)) for spec in specs]
-        leaves = normal_leaves(key, wide)
-        scale = jnp.sqrt(_tree.count(specs) / _tree.inner(leaves, leaves))
-        return [(x * scale).astype(spec.dtype) for x, spec in zip(leaves, specs, strict=True)]
+        wide_specs = [Spec(spec.shape, _tree.accumulation_dtype(spec.dtype)) for spec in specs]
+        leaves = normal_leaves(key, wide_specs)
+        square = _tree.inner(leaves, leaves)
+        scale = jnp.sqrt(_tree.count(specs) / square)
+        return [
+            (leaf * scale).astype(spec.dtype)  # its length is known before it is rounded
+            for leaf, spec in zip(leaves, specs, strict=True)
+        ]
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
         """(n - 1) / k."""

@@ -116,7 +116,7 @@ def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values)
 
     carry, (ys, twins) = loop.scan(step, first_carry, (scanned, known(scanned_pairs)))
     feedback.update({outer: twins[inner] for outer, inner in plan.stacked.items()})
-    feedback.update(known(list(plan.kept.items())))
+    feedback.update(known(list(plan.unchanged.items())))
     return [*carry, *ys]
 
 

@@ -9,6 +9,7 @@ from jax import Array
 from forwax import _tree
 from forwax._programs.evaluate import Values
 from forwax._programs.program import Variable
+from forwax._pushforward import along, over_tangents
 from forwax._sites.model import Site, Sites
 from forwax._sites.passes.keep import forward
 
@@ -66,21 +67,18 @@ def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> lis
         values, _ = forward(sites.level, inputs, noise, time, frozenset(), outputs)
         return values[len(values) - len(outputs) :]
 
-    def slopes(noise: Values) -> list[Array]:
-        def values(time: Array) -> list[Array]:
+    def slopes(noise: Values) -> tuple[list[Array], None]:
+        def values(time: Array) -> tuple[list[Array], None]:
             if sites.num_examples is None:
-                return one((), noise, time)
+                return one((), noise, time), None
             each = jax.vmap(one, (mapped_axes, noise_axes, None), axis_size=sites.num_examples)
-            return each(list(sites.problem.mapped), noise, time)
+            return each(list(sites.problem.mapped), noise, time), None
 
-        _, tangents = jax.jvp(values, (jnp.zeros(()),), (jnp.ones(()),))
-        return tangents
+        _, tangents, _ = along(values)
+        return tangents, None
 
     named = dict(zip([site.variable for site in sites.noisy], noise, strict=True))
-    if num_tangents == 1:
-        only = {v: x[0] for v, x in named.items()}
-        return [x[None] for x in slopes(only)]
-    return jax.vmap(slopes)(named)
+    return over_tangents(slopes, named, num_tangents)[0]
 
 
 def sent(

@@ -15,6 +15,7 @@ from jax import Array, lax
 from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values, bind, evaluate, inject, read
 from forwax._programs.program import Equation, Variable
+from forwax._pushforward import along, over_tangents
 from forwax._sites.levels import Level, LoopPlan
 from forwax._sites.model import Pass, Sites
 from forwax._sites.outputs import Tail
@@ -130,7 +131,7 @@ def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
     of_steps = scanned | records
     outputs, stacked = jax.vmap(step, axis_size=plan.loop.length)(of_steps)
     env.update(stacked)
-    for outer, atom in plan.kept.items():
+    for outer, atom in plan.unchanged.items():
         env[outer] = read(atom, env)
     return outputs
 
@@ -184,24 +185,14 @@ def push_along(run: Callable[[Any, Array], tuple[Any, Any]], noise: Any, num_tan
         noise: a tree with a leading axis k.
         num_tangents: the number k.
     """
-    time = jnp.zeros((), jnp.float32)
 
-    def slopes(noise: Any) -> tuple[list[Array], list[Array], list[Array], Any]:
-        at_time = functools.partial(run, noise)
-        primal, tangent, rest = jax.jvp(at_time, (time,), (time + 1,), has_aux=True)
+    def slopes(noise: Any) -> tuple[Any, Any]:
+        primal, tangent, rest = along(functools.partial(run, noise))
         losses, _, _ = primal
         _, sums, sources = tangent
-        return losses, sums, sources, rest
+        return (sums, sources), (losses, *rest)  # only the first carry a tangent index
 
-    if num_tangents == 1:  # without a batch axis, which would make products of matrices batched
-        only = jax.tree.map(lambda x: x[0], noise)
-        losses, sums, sources, (aux, records) = slopes(only)
-        sums = [x[None] for x in sums]
-        sources = [x[None] for x in sources]
-    else:
-        # The values carry no tangent index: they are computed once for all k.
-        along_all = jax.vmap(slopes, out_axes=(None, 0, 0, None))
-        losses, sums, sources, (aux, records) = along_all(noise)
+    (sums, sources), (losses, aux, records) = over_tangents(slopes, noise, num_tangents)
     return Pass(losses, aux, sums, sources, records)
 
 

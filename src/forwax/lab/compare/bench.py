@@ -1,21 +1,78 @@
-"""Makes the parts of a comparison: the timing, a candidate of the search, the run of one rule from one seed."""
+"""Makes the parts of a comparison: the timing, a candidate of the search, the run of one rule."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from datetime import timedelta
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
-from forwax.lab.compare import timing
 from forwax.lab.compare.setup import Comparison
-from forwax.lab.compare.training import Program, Scorer, build_program, evaluation_steps, train
+from forwax.lab.report import Json, finite
+from forwax.lab.training import timing
+from forwax.lab.training.program import Block, Program, Scorer, build_program
+from forwax.lab.training.progress import make_reporter
+from forwax.lab.training.session import Session
 
-SECONDS_BETWEEN_LINES = 10.0
+BINS = 200
+"""How many means the training losses of a run are stored as."""
+
+
+def evaluation_steps(steps: int, count: int) -> list[int]:
+    """Choose when to take the validation loss: half evenly spaced, half in geometric progression.
+
+    >>> evaluation_steps(100, 8)
+    [0, 1, 5, 22, 25, 50, 75, 100]
+    """
+    even = np.linspace(0, steps, count // 2 + 1)
+    geometric = np.geomspace(1, steps, max(count // 2, 2))
+    return sorted({round(float(step)) for step in (*even, *geometric)})
+
+
+class Trial(Session):
+    """A run of one rule, and what it showed.
+
+    Attributes:
+        losses: the training loss of each step made.
+        validated: the steps at which the validation loss was taken.
+        validation_losses: the validation losses there.
+        finite: whether every step was finite; if not, the run ended at the last finite one.
+    """
+
+    def __init__(
+        self, program: Program, rate: float, seed: int, score: Scorer, at_steps: Iterable[int]
+    ):
+        super().__init__(program.start(rate, seed), at_steps)
+        self.losses: list[float] = []
+        self.validated: list[int] = []
+        self.validation_losses: list[float] = []
+        self.finite = True
+        self._score = score
+
+    def after_block(self, block: Block, seconds: float) -> None:
+        """Keep the losses."""
+        self.losses += block.losses.tolist()
+        self.finite = block.stopped_by is None
+
+    def at_stop(self) -> None:
+        """Take the validation loss."""
+        self.validated.append(len(self.losses))
+        self.validation_losses.append(self._score(self.trainer.state.params)[0])
+
+    def train(self) -> Trial:
+        """Train from the first step to the last."""
+        if self.stops[0] == 0:
+            self.at_stop()
+        self.run()
+        return self
+
+    def binned(self) -> list[tuple[float, float]]:
+        """Give at most `BINS` pairs (middle step, mean training loss)."""
+        losses = np.array(self.losses)
+        parts = np.array_split(np.arange(len(losses)), min(BINS, len(losses)) or 1)
+        return [(float(part.mean() + 1), float(losses[part].mean())) for part in parts if len(part)]
 
 
 class Bench:
@@ -23,15 +80,15 @@ class Bench:
 
     Attributes:
         comparison: the comparison made ready.
-        seconds: the seconds of a step under each rule, once they are known.
     """
 
     def __init__(self, comparison: Comparison):
-        self.comparison, self._programs = comparison, {}
-        self._data = jax.device_put(comparison.problem.train)
-        self._validation = Scorer(comparison.problem, comparison.validation)
-        self._test = Scorer(comparison.problem, comparison.problem.test)
-        self.seconds: dict[str, float] = {}
+        problem = comparison.problem
+        self.comparison = comparison
+        self._programs: dict[tuple[str, int], Program] = {}
+        self._data = jax.device_put(problem.train)
+        self._validation = Scorer(problem, comparison.validation)
+        self._test = Scorer(problem, problem.test)
 
     def _program(self, name: str, steps: int) -> Program:
         if (name, steps) not in self._programs:
@@ -42,10 +99,10 @@ class Bench:
             )
         return self._programs[name, steps]
 
-    def timing(self) -> dict[str, Any]:
+    def timing(self) -> Json:
         """Measure the time of a step under every rule, and gather the compiled memory."""
-        steps = self.comparison.steps
-        programs = {rule.name: self._program(rule.name, steps) for rule in self.comparison.rules}
+        names = self.comparison.settings
+        programs = {name: self._program(name, self.comparison.steps) for name in names}
         seconds = timing.measure(programs)
         for name, values in seconds.items():
             print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
@@ -54,69 +111,39 @@ class Bench:
             "temporary_bytes": {name: each.temporary_bytes for name, each in programs.items()},
         }
 
-    def candidate(self, name: str, number: int, rate: float) -> dict[str, Any]:
+    def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""
         steps = self.comparison.search_steps
-        program = self._program(name, steps)
-        history, _ = train(program, rate, 0, self._validation, [steps], self.seconds[name])
-        loss = history.validation_losses[-1] if history.finite else math.inf
-        finite = math.isfinite(loss)
+        trial = Trial(self._program(name, steps), rate, 0, self._validation, [steps]).train()
+        loss = finite(trial.validation_losses[-1]) if trial.finite else None
         count = self.comparison.options.search_rates
-        what = f"validation loss {loss:.4g}" if finite else "not finite"
+        what = "not finite" if loss is None else f"validation loss {loss:.4g}"
         print(f"{name}: rate {rate:.3g} ({number + 1} of {count}), {what}", flush=True)
-        return {"learning_rate": rate, "steps": steps, "validation_loss": loss if finite else None}
+        return {"learning_rate": rate, "steps": steps, "validation_loss": loss}
 
-    def run(self, name: str, rate: float, seed: int) -> dict[str, Any]:
+    def run(self, name: str, rate: float, seed: int) -> Json:
         """Train under one rule from one seed, and test."""
         steps = self.comparison.steps
         at_steps = evaluation_steps(steps, self.comparison.options.evaluations)
-        report = _Lines(f"{name}, seed {seed}", steps, self.seconds[name])
+        program = self._program(name, steps)
         started = time.perf_counter()
-        history, params = train(
-            self._program(name, steps),
-            rate,
-            seed,
-            self._validation,
-            at_steps,
-            self.seconds[name],
-            report,
-        )
+        trial = Trial(program, rate, seed, self._validation, at_steps)
+        with make_reporter(f"{name}, seed {seed}", steps, 0) as trial.reporter:
+            trial.train()
         wall = time.perf_counter() - started
-        loss, accuracy = self._test(params)
+        loss, accuracy = self._test(trial.trainer.state.params)
+        last = trial.losses[-100:]
         return {
             "rule": name,
             "seed": seed,
             "learning_rate": rate,
-            "finite": history.finite,
-            "steps_made": len(history.losses),
-            "train_loss": history.train_loss if math.isfinite(history.train_loss) else None,
-            "test_loss": loss if math.isfinite(loss) else None,
+            "finite": trial.finite,
+            "steps_made": len(trial.losses),
+            "train_loss": finite(np.mean(last)) if last else None,
+            "test_loss": finite(loss),
             "test_accuracy": accuracy,
             "wall_seconds": wall,
-            "steps": history.steps,
-            "validation_losses": [
-                each if math.isfinite(each) else None for each in history.validation_losses
-            ],
-            "training_losses": history.binned(),
+            "steps": trial.validated,
+            "validation_losses": [finite(each) for each in trial.validation_losses],
+            "training_losses": trial.binned(),
         }
-
-
-class _Lines:
-    """Prints how far a run is, every few seconds and at its end."""
-
-    def __init__(self, name: str, steps: int, seconds_per_step: float):
-        self._name, self._steps, self._pace = name, steps, seconds_per_step
-        self._last = time.monotonic()
-
-    def __call__(self, step: int, loss: float) -> None:
-        if step < self._steps and time.monotonic() - self._last < SECONDS_BETWEEN_LINES:
-            return
-        self._last, left = (
-            time.monotonic(),
-            timedelta(seconds=round((self._steps - step) * self._pace)),
-        )
-        print(
-            f"{self._name}: step {step:,} of {self._steps:,}, training loss {loss:.4g}, {left} "
-            f"left",
-            flush=True,
-        )

@@ -1,4 +1,4 @@
-"""The learning rate of each rule, found on the same budget: equally many candidates of equally many steps.
+"""The learning rate of each rule, found on the same budget: as many candidates and steps.
 
 The first candidates are s and √10·s, where s is the suggested rate, which is the safe end. Each
 further one goes √10 beyond the best rate where that lies at an edge, else into the wider of the two
@@ -6,24 +6,24 @@ gaps beside it. The choice is made by the loss on the validation part; a candida
 non-finite loses.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-Edge = Literal["lower", "upper"] | None
 Candidate = dict[str, Any]
-"""One candidate as JSON: learning_rate, validation_loss (None where the run turned non-finite), steps."""
+"""As JSON: learning_rate, steps, and validation_loss, None where the run turned non-finite."""
+
+Tried = list[tuple[float, float]]
+"""Pairs of (rate, validation loss), the loss infinite where the run turned non-finite."""
 
 FACTOR = math.sqrt(10)
 
 
-def next_rate(tried: list[tuple[float, float]], suggested: float) -> float:
+def next_rate(tried: Tried, suggested: float) -> float:
     """Choose the next candidate.
 
     Args:
-        tried: pairs of (rate, validation loss), the loss infinite where the run turned non-finite.
+        tried: what the earlier ones gave.
         suggested: the suggested rate.
 
     >>> round(next_rate([(1.0, 0.5), (3.0, 0.2), (10.0, 0.4)], suggested=1.0), 2)
@@ -44,25 +44,13 @@ def next_rate(tried: list[tuple[float, float]], suggested: float) -> float:
     return math.sqrt(rates[low] * rates[low + 1])
 
 
-def best_rate(tried: list[tuple[float, float]]) -> float:
+def best_rate(tried: Tried) -> float:
     """Give the rate of the least loss; the smallest rate where several are equal.
 
     >>> best_rate([(1.0, 0.5), (3.0, float("inf"))])
     1.0
     """
     return min(tried, key=lambda pair: (pair[1], pair[0]))[0]
-
-
-def edge_of(tried: list[tuple[float, float]]) -> Edge:
-    """Say whether the best rate is the smallest or the largest of those tried.
-
-    >>> edge_of([(1.0, 0.5), (3.0, 0.2), (10.0, 0.4)]) is None, edge_of([(1.0, 0.5), (3.0, 0.2)])
-    (True, 'upper')
-    """
-    rates, best = sorted(rate for rate, _ in tried), best_rate(tried)
-    if best == rates[0]:
-        return "lower"
-    return "upper" if best == rates[-1] else None
 
 
 def search(
@@ -84,15 +72,16 @@ def search(
     return found
 
 
-def pairs(candidates: list[Candidate]) -> list[tuple[float, float]]:
+def pairs(candidates: list[Candidate]) -> Tried:
     """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
-    return [
-        (
-            each["learning_rate"],
-            math.inf if each["validation_loss"] is None else each["validation_loss"],
+    losses = [each["validation_loss"] for each in candidates]
+    return list(
+        zip(
+            [each["learning_rate"] for each in candidates],
+            [math.inf if loss is None else loss for loss in losses],
+            strict=True,
         )
-        for each in candidates
-    ]
+    )
 
 
 def edge_note(candidates: list[Candidate]) -> str | None:
@@ -104,8 +93,9 @@ def edge_note(candidates: list[Candidate]) -> str | None:
     tried = pairs(candidates)
     if all(loss == math.inf for _, loss in tried):
         return "no rate stayed finite"
-    edge = edge_of(tried)
-    if edge is None:
-        return None
-    which, where = ("smallest", "smaller") if edge == "lower" else ("largest", "larger")
-    return f"the {which} rate tried was the best: a {where} one may be better still"
+    rates = [rate for rate, _ in tried]
+    if best_rate(tried) == min(rates):
+        return "the smallest rate tried was the best: a smaller one may be better still"
+    if best_rate(tried) == max(rates):
+        return "the largest rate tried was the best: a larger one may be better still"
+    return None

@@ -1,65 +1,175 @@
-"""A comparison made ready: its rules and their settings, its data with a validation part held out, its folder."""
+"""A comparison made ready: its options, rules and settings, its data, its folder.
 
-from __future__ import annotations
+A validation part is held out of the training set.
+"""
 
 import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
-from forwax.lab import choices
-from forwax.lab.compare import named_rules
-from forwax.lab.compare.named_rules import NamedRule
-from forwax.lab.compare.options import CompareOptions, check, make_folder, resumed
-from forwax.lab.experiments import Experiment
-from forwax.lab.options import find_experiment, resolve
-from forwax.lab.problem import Problem, build_problem
-from forwax.lab.settings import Settings, UsageError
-from forwax.lab.train.runs import write_json
+from forwax.lab import report
+from forwax.lab.catalogue import names
+from forwax.lab.catalogue.experiments import Experiment
+from forwax.lab.catalogue.names import NamedRule
+from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
+from forwax.lab.catalogue.rules import build_rule, needs_guess
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import (
+    Chosen,
+    Count,
+    CountOrNot,
+    PathOrNot,
+    Positive,
+    UsageError,
+    check_ranges,
+)
+from forwax.lab.report import Json
+from forwax.lab.training.folder import CONFIG, Run
+from forwax.lab.training.problem import Examples, Problem, build_problem
 
 PARTS = "parts"
 """The folder of the finished parts, one JSON file each."""
 
 
-@dataclass(eq=False)
-class Comparison:
-    """A comparison made ready: its options, its folder, and the problem without the validation part."""
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Train the same model by several rules, from the same start on the same data.
 
-    options: CompareOptions
-    folder: Path
-    experiment: Experiment
-    problem: Problem
-    validation: tuple[np.ndarray, np.ndarray]
-    rules: list[NamedRule]
-    settings: dict[str, Settings]
+    Each rule first gets a learning rate, found on the same budget by the loss on a part held out of
+    the training set. Then the table tells what each rule cost and gained.
 
-    @property
-    def search_steps(self) -> int:
-        """For how many steps each rate is tried."""
-        return self.options.search_steps or self.steps
+    Example:
+        ```sh
+        forwax compare digits                                  # a few minutes
+        forwax compare mnist-mlp --steps 2000 --seeds 2
+        forwax compare mnist-mlp --rules backprop forward-4 projection-4
+        forwax compare mnist-mlp --paper                       # the rates of Baydin et al. 2022
+        forwax compare --resume runs/compare-digits-20250101-120000
+        ```
+    """
+
+    experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
+    """What to train on what."""
+    rules: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    """The rules; which ones by default is told above."""
+    config: str = "default"
+    """A configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
+    paper: bool = False
+    """The configuration's rate for every rule, without a search; --config is then paper."""
+    steps: CountOrNot = None
+    """The number of training steps; the default belongs to the experiment."""
+    batch_size: CountOrNot = None
+    """The number of examples of a step; the default belongs to the experiment."""
+    seeds: Count = 3
+    """The number of seeds, each with its initial parameters, data order and tangents."""
+    search_rates: Count = 6
+    """How many learning rates each rule may try."""
+    search_steps: CountOrNot = None
+    """For how many steps each rate is tried, all by default: a short trial misses explosions."""
+    target_loss: Chosen[Positive] = None
+    """The validation loss to reach; by default where the slowest rule that stays finite ends."""
+    evaluations: Count = 48
+    """How often the validation loss is taken."""
+    validation_examples: Chosen[int] = None
+    """How many training examples are held out; 2,000 by default, at most a fifth."""
+    test_examples: CountOrNot = None
+    """How many test examples, from the first on, are used; all by default."""
+    data_dir: PathOrNot = None
+    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
+    out: PathOrNot = None
+    """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Go on with the comparison in this folder; finished parts are not done again."""
 
     @property
     def configuration(self) -> str:
         """The name of the experiment's configuration."""
-        return _configuration(self.options)
+        return "paper" if self.paper and self.config == "default" else self.config
+
+
+def resumed(options: CompareOptions) -> CompareOptions:
+    """Give the options of the comparison that --resume names.
+
+    Raises:
+        UsageError: when other settings are given as well, or the folder holds no comparison.
+    """
+    folder = options.resume
+    assert folder is not None
+    if dataclasses.replace(options, resume=None, data_dir=None) != CompareOptions():
+        raise UsageError(
+            "--resume takes every setting from the comparison's config.json; leave the other "
+            "settings out."
+        )
+    config = Run.open(folder).config
+    if "rules" not in config or "seeds" not in config:
+        raise UsageError(
+            f"{folder} is the folder of a training run; go on with: forwax train --resume {folder}"
+        )
+    fields = {field.name for field in dataclasses.fields(CompareOptions)}
+    stored = {name: config[name] for name in fields & config.keys()}
+    data_dir = options.data_dir or (Path(config["data_dir"]) if config.get("data_dir") else None)
+    stored |= {"rules": tuple(config["rules"]), "data_dir": data_dir, "out": None, "resume": folder}
+    return CompareOptions(**stored)
+
+
+def make_folder(options: CompareOptions) -> Path:
+    """Make the comparison's folder with config.json inside.
+
+    Raises:
+        UsageError: when it cannot be made, or holds a comparison already.
+    """
+    config = dataclasses.asdict(options) | {
+        "rules": list(options.rules),
+        "versions": report.versions(),
+        "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
+        "out": None,
+        "resume": None,
+    }
+    folder = options.out
+    if folder is None:
+        return Run.create(Path("runs"), f"compare-{options.experiment}", config).path
+    if (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder} holds a comparison already; choose another --out, or --resume {folder}."
+        )
+    report.write_json(folder / CONFIG, config)
+    return folder
+
+
+@dataclass(eq=False)
+class Comparison:
+    """A comparison made ready; the problem is without the validation part."""
+
+    options: CompareOptions
+    folder: Path
+    problem: Problem
+    validation: Examples
+    rules: list[NamedRule]
+    settings: dict[str, Settings]
 
     @property
     def steps(self) -> int:
         """The number of training steps."""
         return next(iter(self.settings.values())).steps
 
-    def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    @property
+    def search_steps(self) -> int:
+        """For how many steps each rate is tried."""
+        return self.options.search_steps or self.steps
+
+    def part(self, name: str, make: Callable[..., Json], *what: Any) -> Json:
         """Give a part that an earlier sitting finished, or make it and keep it."""
         path = self.folder / PARTS / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())
-        value = make()
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, value)
+        value = make(*what)
+        report.write_json(path, value)
         return value
 
 
@@ -71,23 +181,21 @@ def make_ready(options: CompareOptions) -> Comparison:
         DataError: when the data cannot be loaded.
     """
     options = resumed(options) if options.resume else options
-    check(options)
+    check_ranges(options)
     experiment = find_experiment(options.experiment)
-    rules = named_rules.parse_all(
-        options.rules or (named_rules.PAPER_RULES if options.paper else named_rules.DEFAULT_RULES)
+    by_default = names.PAPER_RULES if options.paper else names.DEFAULT_RULES
+    rules = names.parse_all(options.rules or by_default)
+    problem, validation = hold_out(
+        build_problem(experiment, Settings(), options.data_dir), options.validation_examples
     )
-    problem = build_problem(experiment, Settings(), options.data_dir)
-    problem, validation = hold_out(problem, options.validation_examples)
-    images, labels = problem.test
-    problem = dataclasses.replace(
-        problem, test=(images[: options.test_examples], labels[: options.test_examples])
-    )
+    images, labels = (each[: options.test_examples] for each in problem.test)
+    problem = dataclasses.replace(problem, test=(images, labels))
     settings = {rule.name: _settings(options, experiment, rule, problem) for rule in rules}
     folder = options.resume or make_folder(options)
-    return Comparison(options, folder, experiment, problem, validation, rules, settings)
+    return Comparison(options, folder, problem, validation, rules, settings)
 
 
-def hold_out(problem: Problem, count: int | None) -> tuple[Problem, tuple[np.ndarray, np.ndarray]]:
+def hold_out(problem: Problem, count: int | None) -> tuple[Problem, Examples]:
     """Take a validation part out of the training set, the same for all rules and seeds.
 
     Args:
@@ -98,10 +206,11 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, tuple[np.nda
         UsageError: when that leaves nothing to train on.
     """
     images, labels = problem.train
-    count = min(2000, max(1, len(images) // 5)) if count is None else count
-    if not 1 <= count < len(images):
-        raise UsageError(f"--validation-examples must be from 1 to {len(images) - 1}, got {count}.")
-    order = np.random.default_rng(0).permutation(len(images))
+    total = len(images)
+    count = min(2000, max(1, total // 5)) if count is None else count
+    if not 1 <= count < total:
+        raise UsageError(f"--validation-examples must be from 1 to {total - 1}, got {count}.")
+    order = np.random.default_rng(0).permutation(total)
     held, kept = np.sort(order[:count]), np.sort(order[count:])
     return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
         images[held],
@@ -112,29 +221,18 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, tuple[np.nda
 def _settings(
     options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Problem
 ) -> Settings:
-    """Give the rule's settings; its learning rate is the paper's with --paper, else the suggested one."""
-    given = {**rule.given}
-    for name in ("steps", "batch_size"):
-        if getattr(options, name) is not None:
-            given[name] = getattr(options, name)
+    """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
+    own = {"steps": options.steps, "batch_size": options.batch_size}
+    given = {**rule.given} | {name: value for name, value in own.items() if value is not None}
+    num_examples, num_parameters = problem.num_examples, problem.num_parameters
     settings = resolve(
-        experiment,
-        _configuration(options),
-        given,
-        len(problem.train[0]),
-        problem.num_parameters,
-        problem.noise,
+        experiment, options.configuration, given, num_examples, num_parameters, problem.noise
     )
     if options.paper:
         return settings
-    if choices.needs_guess(settings):
+    if needs_guess(settings):
         raise UsageError(
             f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
         )
-    built = choices.build_rule(settings)
-    rate = experiment.suggest_rate(settings, built, problem.num_parameters, problem.noise)
+    rate = experiment.suggest_rate(settings, build_rule(settings), num_parameters, problem.noise)
     return dataclasses.replace(settings, learning_rate=rate)
-
-
-def _configuration(options: CompareOptions) -> str:
-    return "paper" if options.paper and options.config == "default" else options.config

@@ -1,10 +1,6 @@
 """The tables of a comparison, for the terminal and as markdown, from what results.json holds."""
 
-from __future__ import annotations
-
-from typing import Any
-
-from rich.table import Table
+from forwax.lab.report import Json, Table
 
 COLUMNS = (
     "rule",
@@ -19,43 +15,43 @@ COLUMNS = (
 )
 RATIO_COLUMNS = ("rule", "R", "R / R of backprop", "T / T of backprop")
 
-
-def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Give the cells of the main table, one row a rule, in the order of `COLUMNS`."""
-    return [_row(name, each) for name, each in results["rules"].items()]
+Facts = Json
 
 
-def _row(name: str, each: dict[str, Any]) -> tuple[str, ...]:
+def _row(each: Facts) -> tuple[str, ...]:
+    """Give the cells of one rule, in the order of `COLUMNS`."""
+    lost = f" ({each['non_finite']} not finite)" if each["non_finite"] else ""
+    temporaries = each["temporary_bytes"]
     return (
         each["about"],
         number(each["learning_rate"]) + (" (edge)" if each["edge"] else ""),
-        number(each["train_loss"])
-        + (f" ({each['non_finite']} not finite)" if each["non_finite"] else ""),
+        number(each["train_loss"]) + lost,
         accuracy(each),
         number(1000 * each["seconds_per_step"]),
-        "-" if each["time_ratio"] is None else f"{each['time_ratio']:.2f}",
-        "-" if each["temporary_bytes"] is None else f"{each['temporary_bytes'] / 2**20:.1f}",
+        _fixed(each["time_ratio"], 2),
+        _fixed(None if temporaries is None else temporaries / 2**20, 1),
         number(each["steps_to_target"]),
         number(each["seconds_to_target"]),
     )
 
 
-def ratio_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+def ratio_rows(results: Facts) -> list[tuple[str, ...]]:
     """Give the cells of the table of the paper's ratios, in the order of `RATIO_COLUMNS`."""
-    reference = results["rules"].get("backprop")
+    rules = results["rules"]
+    reference = rules["backprop"]["R"] if "backprop" in rules else None
     return [
         (
             each["about"],
-            f"{each['R']:.2f}",
-            "-" if reference is None else f"{each['R'] / reference['R']:.3f}",
+            _fixed(each["R"], 2),
+            _fixed(reference and each["R"] / reference, 3),
             number(each["T_ratio"]),
         )
-        for each in results["rules"].values()
+        for each in rules.values()
     ]
 
 
-def accuracy(each: dict[str, Any]) -> str:
-    """Give the test accuracy in percent, with the standard deviation over seeds where there are several.
+def accuracy(each: Facts) -> str:
+    """Give the test accuracy in percent, with the standard deviation over several seeds.
 
     >>> accuracy({"test_accuracy": 0.9512, "test_accuracy_sd": 0.004})
     '95.1 ± 0.4 %'
@@ -77,71 +73,48 @@ def number(value: float | str | None) -> str:
     return f"{value:.3g}" if abs(value) >= 1e6 else f"{value:#.3g}"
 
 
-def make_tables(results: dict[str, Any]) -> list[Table]:
-    """Make the tables for the terminal."""
-    tables = []
-    for title, columns, cells in _contents(results):
-        table = Table(title=title, title_justify="left")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
-        for row in cells:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
+def _fixed(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Write the tables and the notes in markdown."""
-    parts = []
-    for title, columns, cells in _contents(results):
-        lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *cells]
-        parts.append(f"{title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    found = notes(results)
-    if found:
-        parts.append("\n".join(f"- {note}" for note in found))
-    return "\n\n".join(parts) + "\n"
-
-
-def _contents(results: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+def make_tables(results: Facts) -> list[Table]:
+    """Make the table of all rules, and that of the paper's ratios."""
+    seeds, target = len(results["seeds"]), results["target_loss"]
+    goal = "no target loss"
+    if target is not None:
+        goal = f"target: validation loss {target:g}, {results['target_is']}"
+    title = (
+        f"{results['experiment']}: {results['num_parameters']:,} parameters, "
+        f"{results['steps']:,} steps of {results['batch_size']} examples, {seeds} "
+        f"seed{'' if seeds == 1 else 's'}; {goal}"
+    )
+    ratios = (
+        "The ratios of Baydin et al. 2022: R, a step's time over that of evaluating the loss once "
+        f"({1000 * results['loss_seconds']:.3g} ms); T, the time to reach backprop's best "
+        "validation loss"
+    )
     return [
-        (_title(results), COLUMNS, rows(results)),
-        (
-            "The ratios of Baydin et al. 2022: R, a step's time over that of evaluating the loss "
-            "once "
-            f"({1000 * results['loss_seconds']:.3g} ms); T, the time to reach backprop's best "
-            f"validation loss",
-            RATIO_COLUMNS,
-            ratio_rows(results),
-        ),
+        Table(COLUMNS, [_row(each) for each in results["rules"].values()], title),
+        Table(RATIO_COLUMNS, ratio_rows(results), ratios),
     ]
 
 
-def _title(results: dict[str, Any]) -> str:
-    seeds, target = len(results["seeds"]), results["target_loss"]
-    goal = (
-        "no target loss"
-        if target is None
-        else f"target: validation loss {target:g}, {results['target_is']}"
-    )
-    return (
-        f"{results['experiment']}: {results['num_parameters']:,} parameters, {results['steps']:,} "
-        f"steps of "
-        f"{results['batch_size']} examples, {seeds} seed{'' if seeds == 1 else 's'}; {goal}"
-    )
+def markdown(results: Facts) -> str:
+    """Write the tables and the notes in markdown."""
+    parts = [f"{table.title}\n\n{table.markdown()}" for table in make_tables(results)]
+    parts.append("\n".join(f"- {note}" for note in notes(results)))
+    return "\n\n".join(parts) + "\n"
 
 
-def notes(results: dict[str, Any]) -> list[str]:
-    """Give a sentence on the search, on each choice at an edge, and on each rule that did not stay finite."""
-    found = []
-    if results["search"] is None:
-        found.append("No rate was searched: every rule uses the rate of the paper.")
-    else:
-        candidates, steps = results["search"]["candidates"], results["search"]["steps"]
-        found.append(
-            f"Each rule's rate is the best of {candidates} by validation loss (in brackets), each "
-            f"tried for {steps:,} "
-            "steps."
-        )
+def notes(results: Facts) -> list[str]:
+    """Say what was searched, which choices lie at an edge, and which rules did not stay finite."""
+    search = results["search"]
+    found = ["No rate was searched: every rule uses the rate of the paper."]
+    if search is not None:
+        found = [
+            f"Each rule's rate is the best of {search['candidates']} by validation loss (in "
+            f"brackets), each tried for {search['steps']:,} steps."
+        ]
     for each in results["rules"].values():
         if each["search"]:
             found.append(f"{each['about']} tried {_tried(each['search'])}.")
@@ -150,13 +123,12 @@ def notes(results: dict[str, Any]) -> list[str]:
         if each["non_finite"]:
             found.append(
                 f"{each['about']}: {each['non_finite']} of {len(each['runs'])} runs turned "
-                f"non-finite; their last "
-                "finite parameters were tested."
+                "non-finite; their last finite parameters were tested."
             )
     return found
 
 
-def _tried(candidates: list[dict[str, Any]]) -> str:
+def _tried(candidates: list[Facts]) -> str:
     """Tell every candidate's rate with its validation loss, from the smallest rate on."""
     tried = sorted((each["learning_rate"], each["validation_loss"]) for each in candidates)
     return ", ".join(

@@ -95,22 +95,16 @@ def decode_cifar(content: bytes) -> tuple[np.ndarray, ...]:
         >>> images.shape, images[0, 0, 0].tolist(), labels.tolist()
         ((1, 32, 32, 3), [255, 0, 0], [9])
     """
-    _check_length(
-        content,
-        math.ceil(len(content) / CIFAR_RECORD) * CIFAR_RECORD,
-        f"in records of {CIFAR_RECORD}",
-    )
+    count = math.ceil(len(content) / CIFAR_RECORD)
+    _check_length(content, count * CIFAR_RECORD, f"in records of {CIFAR_RECORD}")
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
     planes = records[:, 1:].reshape(-1, *CIFAR_SHAPE)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int32)
 
 
 def _check_length(content: bytes, expected: int, why: str) -> None:
-    if len(content) < expected:
+    if len(content) != expected:
+        fault = "truncated" if len(content) < expected else "too long"
         raise ValueError(
-            f"is truncated: it should hold {expected} bytes {why}, but it holds {len(content)}"
-        )
-    if len(content) > expected:
-        raise ValueError(
-            f"is too long: it should hold {expected} bytes {why}, but it holds {len(content)}"
+            f"is {fault}: it should hold {expected} bytes {why}, but it holds {len(content)}"
         )

@@ -1,4 +1,4 @@
-"""Gradient descent on a test function under one rule: every run's values, and the seconds that one run takes.
+"""Gradient descent on a test function: every run's values, the seconds of one, and a table.
 
 All iterations are one compiled `lax.scan`. The runs are computed together under `vmap`; the seconds
 are those of single runs, compiled and warm, so that loss against seconds compares what a user of
@@ -6,8 +6,8 @@ one run would wait.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import forwax as fx
-
-__all__ = ["Descent", "Plan", "Timing", "descend", "measure", "seconds_of"]
+from forwax._reports.timing import interleaved, medians
+from forwax.lab.report import Table, finite, machine
 
 REPEATS = 5
+NON_FINITE = "runs not finite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,14 @@ class Descent:
     last: np.ndarray
 
     @property
+    def ranked(self) -> np.ndarray:
+        """The values, infinite where they are no numbers, so that these rank last."""
+        return np.where(np.isfinite(self.values), self.values, np.inf)
+
+    @property
     def final(self) -> np.ndarray:
-        """The last value of each run, [runs]; infinite where a run left the numbers, so that it ranks last."""
-        return np.where(np.isfinite(self.values[:, -1]), self.values[:, -1], np.inf)
+        """The last value of each run, [runs]; infinite where it is no number."""
+        return self.ranked[:, -1]
 
     @property
     def non_finite(self) -> int:
@@ -82,28 +88,27 @@ class Timing:
     overhead: float
 
 
-Trace = tuple[jax.Array, jax.Array | None, jax.Array]
+Descents = Mapping[str, Descent]
+Timings = Mapping[str, Timing]
 
 
-def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Trace]:
+def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Any]:
     """Return the function from a key to (values, points or None, last point) of one run."""
     step = fx.value_and_grad(plan.function, rule)
-    keep = len(plan.start) == 2
+    planar = len(plan.start) == 2
 
-    def run(key: jax.Array) -> Trace:
-        def body(x: jax.Array, per_step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+    def run(key: jax.Array) -> Any:
+        def body(x: jax.Array, per_step: Any) -> Any:
             step_key, i = per_step
             value, gradient = step(step_key, x)
             rate = plan.learning_rate * jnp.exp(-plan.decay * i)
-            return x - rate * gradient, (value, x if keep else None)
+            return x - rate * gradient, (value, x if planar else None)
 
-        keys, indices = (
-            jax.random.split(key, plan.iterations),
-            jnp.arange(plan.iterations, dtype=float),
-        )
+        keys = jax.random.split(key, plan.iterations)
+        indices = jnp.arange(plan.iterations, dtype=float)
         last, (values, points) = jax.lax.scan(body, jnp.array(plan.start), (keys, indices))
         values = jnp.append(values, plan.function(last))
-        return values, None if points is None else jnp.concatenate([points, last[None]]), last
+        return values, jnp.concatenate([points, last[None]]) if planar else None, last
 
     return run
 
@@ -120,13 +125,12 @@ def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
         The values and points of all runs.
 
     >>> plan = Plan(fx.functions.beale, (0.0, 0.5), iterations=1000, learning_rate=0.01)
-    >>> print(f"{descend(plan, fx.Backprop(), jax.random.split(jax.random.key(0), 1)).final[0]:.1e}")
+    >>> runs = descend(plan, fx.Backprop(), jax.random.split(jax.random.key(0), 1))
+    >>> print(f"{runs.final[0]:.1e}")
     5.6e-05
     """
-    values, points, last = jax.jit(jax.vmap(one_run(plan, rule)))(keys)
-    return Descent(
-        np.asarray(values), None if points is None else np.asarray(points), np.asarray(last)
-    )
+    traces = jax.jit(jax.vmap(one_run(plan, rule)))(keys)
+    return Descent(*jax.tree.map(np.asarray, traces))
 
 
 def measure(
@@ -145,18 +149,107 @@ def measure(
 def seconds_of(
     programs: list[Callable[[jax.Array], Any]], key: jax.Array, repeats: int = REPEATS
 ) -> list[float]:
-    """Return the median seconds of each program on that key, compiled, after one call that is not counted.
+    """Return the median seconds of each program on that key, compiled and warm, in turns."""
+    calls = {str(i): partial(jax.jit(program), key) for i, program in enumerate(programs)}
+    return list(medians(interleaved(calls, repeats)).values())
 
-    The programs take turns, so that a slow moment of the machine does not fall on one of them
-    alone.
+
+def summarise(
+    plan: Plan,
+    rules: Mapping[str, fx.Rule],
+    descents: Descents,
+    timings: Timings,
+    seed: int,
+) -> dict[str, Any]:
+    """Return every number of a comparison as JSON can hold it: what is not finite becomes null.
+
+    Args:
+        plan: What all runs share.
+        rules: The rule of each method, backprop first.
+        descents: The runs of each method.
+        timings: The seconds of each method.
+        seed: The seed of all runs.
+
+    Returns:
+        A dictionary with one entry per method under "methods".
+
+    Example: `summarise(plan, rules, descents, timings, seed=0)["methods"]["forward"]["median"]`.
     """
-    compiled = [jax.jit(program).lower(key).compile() for program in programs]
-    for program in compiled:
-        jax.block_until_ready(program(key))
-    taken = np.zeros((repeats, len(compiled)))
-    for i in range(repeats):
-        for j, program in enumerate(compiled):
-            begin = time.perf_counter()
-            jax.block_until_ready(program(key))
-            taken[i, j] = time.perf_counter() - begin
-    return np.median(taken, axis=0).tolist()
+    methods = {}
+    for name, rule in rules.items():
+        runs = descents[name]
+        timing = timings[name]
+        final = runs.final
+        distances = jax.vmap(plan.function.distance)(jnp.asarray(runs.last))
+        distances = np.where(np.isfinite(final), distances, np.inf)
+        methods[name] = {
+            "rule": repr(rule),
+            "median": finite(np.median(final)),
+            "low": finite(final.min()),
+            "high": finite(final.max()),
+            "final": list(map(finite, final)),
+            "distance": finite(np.median(distances)),
+            "non_finite_runs": runs.non_finite,
+            "seconds": timing.seconds,
+            "seconds_overhead": timing.overhead,
+            "times_backprop": timing.seconds / timings["backprop"].seconds,
+        }
+    return {
+        **vars(plan),
+        "function": plan.function.name,
+        "n": len(plan.start),
+        "minimum": plan.function.minimum,
+        "runs": len(descents["backprop"].final),
+        "seed": seed,
+        "methods": methods,
+        **machine(),
+    }
+
+
+def make_table(numbers: Mapping[str, Any]) -> Table:
+    """Return the table that compares the methods, one column each.
+
+    Args:
+        numbers: What `summarise` gives.
+    """
+    methods = numbers["methods"]
+    columns = [_column(method, numbers["runs"]) for method in methods.values()]
+    rows = [(title, *(column[title] for column in columns)) for title in columns[0]]
+    has_lost_runs = any(method["non_finite_runs"] for method in methods.values())
+    decay = f" · exp(-{numbers['decay']:g} i)" if numbers["decay"] else ""
+    return Table(
+        ("", *map(label, methods)),
+        rows,
+        title=f"{numbers['function']}, n = {numbers['n']}: {numbers['iterations']:,} iterations, "
+        f"learning rate {numbers['learning_rate']:g}{decay}, {numbers['runs']} runs",
+        alarming=[list(columns[0]).index(NON_FINITE)] if has_lost_runs else (),
+    )
+
+
+def _column(method: Mapping[str, Any], runs: int) -> dict[str, str]:
+    """Return the cells of one method by the titles of their rows."""
+    low = _show(method["low"])
+    high = _show(method["high"])
+    return {
+        "final f, median": _show(method["median"]),
+        "final f, range": low if low == high else f"{low} to {high}",
+        "distance to nearest minimum": _show(method["distance"]),
+        NON_FINITE: f"{method['non_finite_runs']} of {runs}",
+        "seconds per run": f"{method['seconds']:.2g}",
+        "the same for f = sum of x": f"{method['seconds_overhead']:.2g}",
+        "seconds / backprop's": f"{method['times_backprop']:.2f}",
+    }
+
+
+def _show(value: float | None) -> str:
+    """Return a number in three digits, or what stands for one that is not finite."""
+    return "not finite" if value is None else f"{value:.3g}"
+
+
+def label(name: str) -> str:
+    """Return what a method is called in tables and pictures.
+
+    >>> label("backprop"), label("forward")
+    ('backprop', 'forward gradient')
+    """
+    return name if name == "backprop" else f"{name} gradient"

@@ -1,15 +1,12 @@
 """The finished runs in a column's folder, whichever call made them."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
-from typing import Any
 
-from forwax.lab.ren2023.columns import RULES
-from forwax.lab.ren2023.entries import Entry
-from forwax.lab.settings import UsageError
-from forwax.lab.train.runs import CONFIG, SUMMARY
+from forwax.lab.catalogue.columns import RULES
+from forwax.lab.catalogue.names import Entry
+from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
+from forwax.lab.training.folder import SUMMARY, Run
 
 
 def folder_of(column: Path, entry: Entry, seed: int) -> Path:
@@ -21,7 +18,7 @@ def folder_of(column: Path, entry: Entry, seed: int) -> Path:
     return column / f"{entry.name.replace(':', '_')}-{seed}"
 
 
-def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[dict[str, Any]]]]:
+def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[Json]]]:
     """Read all finished runs on the same data.
 
     Args:
@@ -32,25 +29,26 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[d
         The rows in the order of the paper's methods, and the summaries of each row's seeds by its
         name.
     """
-    found: dict[Entry, dict[int, dict[str, Any]]] = {}
+    found: list[tuple[tuple[int, int, str, int], Entry, Json]] = []
     for path in column.glob(f"*/{SUMMARY}"):
-        entry, seed = _read_name(path.parent.name)
-        config = json.loads((path.parent / CONFIG).read_text())
-        if entry is not None and config["data_checksum"] == checksum:
-            summary = json.loads(path.read_text()) | {"learning_rate": config["learning_rate"]}
-            found.setdefault(entry, {})[seed] = summary
-    entries = sorted(
-        found, key=lambda entry: (RULES.index(entry.rule), entry.num_tangents or 1, entry.name)
-    )
-    return entries, {
-        entry.name: [found[entry][seed] for seed in sorted(found[entry])] for entry in entries
-    }
+        run = Run.open(path.parent)
+        read = _read_name(run.path.name)
+        if read is not None and run.config["data_checksum"] == checksum:
+            entry, seed = read
+            place = RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed
+            found.append(
+                (place, entry, run.summary() | {"learning_rate": run.config["learning_rate"]})
+            )
+    results: dict[str, list[Json]] = {}
+    for _, entry, summary in sorted(found, key=lambda each: each[0]):
+        results.setdefault(entry.name, []).append(summary)
+    return [Entry.parse(name) for name in results], results
 
 
-def _read_name(name: str) -> tuple[Entry | None, int]:
-    """The row and the seed that a folder's name tells; no row for other folders."""
+def _read_name(name: str) -> tuple[Entry, int] | None:
+    """The row and the seed that a folder's name tells; None for other folders."""
     row, _, seed = name.rpartition("-")
     try:
-        return (Entry.parse(row.replace("_", ":")), int(seed)) if seed.isdecimal() else (None, 0)
+        return (Entry.parse(row.replace("_", ":")), int(seed)) if seed.isdecimal() else None
     except UsageError:
-        return None, 0
+        return None

@@ -1,16 +1,15 @@
-"""The table of a reproduced column: ours beside the paper's, for the terminal and as markdown."""
+"""The table of a reproduced column: ours beside the paper's."""
 
-from __future__ import annotations
-
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
-from forwax.lab.ren2023.columns import Column
-from forwax.lab.ren2023.entries import Entry
+from forwax.lab.catalogue.columns import Column
+from forwax.lab.catalogue.names import Entry
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.ren2023.paper import reported
+from forwax.lab.report import Table
 
 HEADINGS = (
     "method",
@@ -24,26 +23,17 @@ HEADINGS = (
     "seeds",
 )
 
-Results = Mapping[str, Sequence[Mapping[str, Any]]]
+Summary = Mapping[str, Any]
+"""What a run's summary.json holds."""
+
+Results = Mapping[str, Sequence[Summary]]
 """From the name of a row to the summaries of its seeds; rows that are not run yet are missing."""
 
 
-def rows(column: Column, entries: Sequence[Entry], results: Results) -> list[tuple[str, ...]]:
-    """Give the cells, in the order of `HEADINGS`.
-
-    Args:
-        column: the column.
-        entries: its rows.
-        results: what is finished.
-    """
-    return [_row(column, entry, results.get(entry.name, ())) for entry in entries]
-
-
-def _row(column: Column, entry: Entry, runs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _row(column: Column, entry: Entry, runs: Sequence[Summary]) -> tuple[str, ...]:
     paper = reported(column.name, entry.rule)
-    lost = sum(not run["finite"] for run in runs)
     kept = [run for run in runs if run["finite"]]
-    pace = [run["seconds_per_epoch"] for run in kept]
+    lost = len(runs) - len(kept)
     return (
         entry.name,
         spread([run["test_error"] for run in kept]) + (f" ({lost} not finite)" if lost else ""),
@@ -52,7 +42,7 @@ def _row(column: Column, entry: Entry, runs: Sequence[Mapping[str, Any]]) -> tup
         "-" if paper is None or paper.train is None else f"{paper.train:.2f}",
         f"{runs[0]['learning_rate']:g}" if runs else "-",
         f"{kept[0]['epochs'][-1]:g}" if kept else "-",
-        f"{statistics.median(pace):.1f}" if pace else "-",
+        f"{statistics.median(run['seconds_per_epoch'] for run in kept):.1f}" if kept else "-",
         str(len(runs)),
     )
 
@@ -70,51 +60,37 @@ def spread(values: Sequence[float]) -> str:
 
 
 def make_table(column: Column, entries: Sequence[Entry], results: Results) -> Table:
-    """Make the table for the terminal."""
-    table = Table(title=column.title, title_justify="left")
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in rows(column, entries, results):
-        table.add_row(*row)
-    return table
-
-
-def markdown(column: Column, entries: Sequence[Entry], results: Results, facts: str) -> str:
-    """Write the table and what it rests on as markdown.
+    """Make the table.
 
     Args:
         column: the column.
         entries: its rows.
         results: what is finished.
-        facts: one line on the machine and the settings.
     """
-    lines = [
-        f"**{column.title}**",
-        "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "| --- |" + " ---: |" * (len(HEADINGS) - 1),
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(column, entries, results)]
-    return "\n".join([*lines, "", facts, ""])
+    rows = [_row(column, entry, results.get(entry.name, ())) for entry in entries]
+    return Table(HEADINGS, rows, column.title)
 
 
-def facts(column: Column, settings: Any, summary: Mapping[str, Any], cores: int | None) -> str:
+def facts(settings: Settings, summary: Summary, held_out: int) -> str:
     """Give one line on what a table rests on.
 
     Args:
-        column: the column.
         settings: those of one of its runs.
         summary: of one of its runs.
-        cores: of the machine.
+        held_out: how many training images stand for the test set, or 0.
     """
-    shifts = "images shifted by up to 2 pixels" if settings.augment else "no augmentation"
-    shown = shifts if settings.objective == "supervised" else "two views of each image"
-    return (
+    shown = "two views of each image"
+    if settings.objective == "supervised":
+        shown = "images shifted by up to 2 pixels" if settings.augment else "no augmentation"
+    told = (
         f"Batches of {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to "
-        f"zero, "
-        f"weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over seeds. "
-        f"Paper: Ren et al. "
-        f"2023, arXiv 2210.03310. {summary['device']}, {summary['num_devices']} device, {cores} "
-        f"cores, jax "
+        f"zero, weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over "
+        f"seeds. Paper: Ren et al. 2023, arXiv 2210.03310. {summary['device']}, "
+        f"{summary['num_devices']} device, {os.cpu_count()} cores, jax "
         f"{summary['versions']['jax']}."
     )
+    if held_out:
+        told += (
+            f" Errors are on {held_out} training images that were held out, not on the test set."
+        )
+    return told

@@ -1,0 +1,1 @@
+"""What the command line offers, by name: settings, rules, optimizers, experiments, columns."""

@@ -1,0 +1,225 @@
+"""Random views of images: flips, crops, colours, blur; small shifts for supervised training.
+
+After Grill et al. 2020 (BYOL, arXiv 2006.07733), appendix B. Every function takes a key and one
+image (height, width, channels) with values from 0 to 1, and gives an image of the same shape; the
+same key gives the same image.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+GREY = (0.299, 0.587, 0.114)
+"""The weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How views are made; the defaults are BYOL's first view.
+
+    Attributes:
+        least_area: the smallest share of the image's area that a crop keeps.
+        jitter: the probability of colour jitter.
+        brightness: by how much jitter may shift all values.
+        contrast: by what share it may change the contrast.
+        saturation: the saturation.
+        hue: the hue, as a share of the circle.
+        greyscale: the probability of losing all colour.
+        blur: the probability of a Gaussian blur.
+        solarise: the probability of inverting bright pixels.
+
+    >>> SECOND_VIEW.solarise
+    0.2
+    """
+
+    least_area: float = 0.08
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    greyscale: float = 0.2
+    blur: float = 1.0
+    solarise: float = 0.0
+
+
+FIRST_VIEW = Augmentation()
+"""BYOL's first view."""
+SECOND_VIEW = Augmentation(blur=0.1, solarise=0.2)
+"""BYOL's second view."""
+
+
+def two_views(key: Array, images: Array) -> tuple[Array, Array]:
+    """Two views of each image of a batch.
+
+    Args:
+        key: a JAX random key.
+        images: values from 0 to 1, [N, height, width, channels].
+
+    >>> x, y = jax.jit(two_views)(jax.random.key(0), jnp.full((2, 8, 8, 3), 0.5))
+    >>> x.shape, y.shape
+    ((2, 8, 8, 3), (2, 8, 8, 3))
+    """
+    first, second = jax.random.split(key)
+    views = jax.vmap(view, in_axes=(0, 0, None))
+    return (
+        views(jax.random.split(first, len(images)), images, FIRST_VIEW),
+        views(jax.random.split(second, len(images)), images, SECOND_VIEW),
+    )
+
+
+def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> Array:
+    """One random view: crop, flip, colour jitter, greyscale, blur, solarise.
+
+    An image without colour is not flipped, since it may be a digit, and skips what changes colours.
+
+    >>> jax.jit(view)(jax.random.key(0), jnp.full((8, 8, 1), 0.5)).shape
+    (8, 8, 1)
+    """
+    keys = jax.random.split(key, 6)
+    # of each key, whether to change the image, and how
+    whether, how = jax.vmap(jax.random.split, out_axes=1)(keys)
+    x = crop(keys[1], image, augmentation.least_area)
+    if image.shape[-1] == 3:
+        x = flip(keys[0], x)
+        jittered = jitter(how[2], x, augmentation)
+        x = _sometimes(whether[2], augmentation.jitter, jittered, x)
+        x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
+    blurred = blur(how[4], x)
+    x = _sometimes(whether[4], augmentation.blur, blurred, x)
+    solarised = jnp.where(x < 0.5, x, 1 - x)
+    return _sometimes(whether[5], augmentation.solarise, solarised, x)
+
+
+def flip(key: Array, image: Array) -> Array:
+    """Mirror left and right with probability one half.
+
+    >>> flip(jax.random.key(0), jnp.ones((4, 4, 3))).shape
+    (4, 4, 3)
+    """
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def shift(key: Array, image: Array, pixels: int = 2) -> Array:
+    """Move by up to so many pixels each way; what comes in is the image's least value.
+
+    >>> shift(jax.random.key(0), jnp.ones((4, 4, 1)), 1).shape
+    (4, 4, 1)
+    """
+    border = (pixels, pixels)
+    wide = jnp.pad(image, (border, border, (0, 0)), constant_values=image.min())
+    top, left = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
+    return jax.lax.dynamic_slice(wide, (top, left, 0), image.shape)
+
+
+def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
+    """Cut out a random part, of sides 3:4 to 4:3, and stretch it to the whole.
+
+    Args:
+        key: a JAX random key.
+        image: one image.
+        least_area: the smallest share of the area that is kept.
+
+    >>> jax.jit(crop)(jax.random.key(0), jnp.ones((8, 8, 3))).shape
+    (8, 8, 3)
+    """
+    for_area, for_ratio, for_place = jax.random.split(key, 3)
+    area = jax.random.uniform(for_area, minval=least_area, maxval=1.0)
+    widest = math.log(4 / 3)
+    ratio = jnp.exp(jax.random.uniform(for_ratio, minval=-widest, maxval=widest))
+    sides = jnp.sqrt(area * jnp.stack([ratio, 1 / ratio]))
+    sides = jnp.minimum(sides, 1.0)  # [2], shares of the image's
+    corner = jax.random.uniform(for_place, (2,)) * (1 - sides)
+    corner *= jnp.array(image.shape[:2], image.dtype)
+    return jax.image.scale_and_translate(
+        image,
+        image.shape,
+        spatial_dims=(0, 1),
+        scale=1 / sides,
+        translation=-corner / sides,
+        method="linear",
+    )
+
+
+def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> Array:
+    """Change brightness, contrast, saturation and hue at random.
+
+    >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
+    (4, 4, 3)
+    """
+    most = jnp.array(
+        [
+            augmentation.brightness,
+            augmentation.contrast,
+            augmentation.saturation,
+            augmentation.hue,
+        ]
+    )
+    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0) * most
+    x = image + brightness
+    x = _away(x, jnp.mean(_grey(x)), contrast)
+    x = _away(x, _grey(x), saturation)
+    x = _turn(x, 2 * jnp.pi * hue)
+    return jnp.clip(x, 0.0, 1.0)
+
+
+def blur(key: Array, image: Array) -> Array:
+    """A Gaussian blur of a width from 0.1 to 2 pixels, cut off at a twentieth of the height.
+
+    Two products with banded matrices: convolutions with another kernel for each image are slow on
+    CPU.
+
+    >>> blur(jax.random.key(0), jnp.ones((4, 4, 3))).shape
+    (4, 4, 3)
+    """
+    width = jax.random.uniform(key, minval=0.1, maxval=2.0)
+    reach = max(1, image.shape[0] // 20)
+
+    def band(size: int) -> Array:
+        position = jnp.arange(size)
+        distance = position[:, None] - position[None, :]
+        weights = jnp.exp(-(distance**2) / (2 * width**2))
+        near = jnp.abs(distance) <= reach
+        weights = jnp.where(near, weights, 0.0)
+        return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+    height, breadth, _ = image.shape
+    return jnp.einsum("ij,jkc,lk->ilc", band(height), image, band(breadth))
+
+
+def _sometimes(key: Array, probability: float, changed: Array, image: Array) -> Array:
+    return jnp.where(jax.random.bernoulli(key, probability), changed, image)
+
+
+def _grey(image: Array) -> Array:
+    return (image @ jnp.array(GREY, image.dtype))[..., None]
+
+
+def _away(image: Array, centre: Array, amount: Array) -> Array:
+    return centre + (1 + amount) * (image - centre)
+
+
+def _turn(image: Array, angle: Array) -> Array:
+    """Turn the hue: a rotation of the two colour axes of YIQ."""
+    to_yiq = jnp.array(
+        [
+            GREY,
+            (0.596, -0.274, -0.322),
+            (0.211, -0.523, 0.312),
+        ],
+        image.dtype,
+    )
+    cos = jnp.cos(angle)
+    sin = jnp.sin(angle)
+    turn = jnp.array(
+        [
+            [1, 0, 0],
+            [0, cos, -sin],
+            [0, sin, cos],
+        ]
+    )
+    turn = jnp.linalg.inv(to_yiq) @ turn @ to_yiq
+    return image @ turn.T

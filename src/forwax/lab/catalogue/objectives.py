@@ -1,0 +1,165 @@
+"""What is trained: softmax cross-entropy of one example, or the losses of a LocalMixer.
+
+LocalMixers learn supervised or contrastive, by a method of Ren et al. 2023. The contrastive columns
+on GPUs follow the paper's code (local_forward_gradient in google-research): LARS at a rate of 0.1
+for 256 examples, ten epochs of warm-up, decay on the backbone's weights alone, crops of 8 % of the
+area and more. Still different are
+
+- the readout: here it learns along with the rest, by LARS without decay, from the augmented views
+  and the pooled features as they are; there by SGD at 0.01 without momentum, an epoch after each
+  epoch, from images as they are and normalised features;
+- colour jitter: here brightness, contrast, saturation and hue in this order, clipped once, contrast
+  about the mean grey, saturation and hue by linear maps of the colours; there in random order,
+  clipped after each, contrast about each channel's mean, saturation and hue in HSV;
+- crops: here of any real sides, stretched linearly; there of whole pixels, by cubic splines;
+- the batch of 512 images, 800 epochs on CIFAR-10 and bfloat16: the code gives settings for ImageNet
+  only;
+- cifar-small-contrastive, which is not the paper's: SGD with momentum, decay on all parameters, no
+  warm-up.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+import forwax as fx
+from forwax.lab.catalogue import augment
+from forwax.lab.catalogue.settings import Settings
+from forwax.models import local_losses, ren2023
+
+Scale = Callable[[Array], Array]
+"""From pixels to inputs."""
+
+Estimate = Callable[[Array, Any, Array, Array], Any]
+"""From (key, params, images, labels) of a batch to ((loss, correct), grads)."""
+
+Gradient = Callable[[Any], Estimate]
+"""From a rule to what estimates the gradient by it."""
+
+Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
+"""From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """All leaves in another floating type.
+
+    >>> cast({"w": jnp.ones(2)}, jnp.bfloat16)["w"].dtype
+    dtype(bfloat16)
+    """
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def parameter_dtype(dtype: str) -> jnp.dtype:
+    """The type that parameters are kept in.
+
+    Half precision computes in its type and keeps its parameters in float32, or small steps would be
+    rounded off.
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
+    """Softmax cross-entropy of one example, its accuracy beside it; logits in at least float32.
+
+    Args:
+        static: the model's half that holds no parameters.
+        scale: from pixels to inputs.
+        dtype: what the model computes in.
+    """
+
+    def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
+        logits = eqx.combine(cast(params, dtype), static)(scale(image).astype(dtype)).astype(
+            parameter_dtype(dtype)
+        )
+        return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
+
+    return loss
+
+
+def _read(settings: Settings) -> tuple[Any, ren2023.Reading, bool]:
+    """The floating type, what the method's name says, and whether its losses come in parts."""
+    reading = ren2023.READINGS[settings.rule]
+    return jnp.dtype(settings.dtype), reading, settings.parts and reading.draws_noise
+
+
+def supervised(static: Any, scale: Scale, settings: Settings, largest_pixel: int) -> Gradient:
+    """Local cross-entropies, see `forwax.models.local_losses`.
+
+    Args:
+        static: the model's half that holds no parameters.
+        scale: from pixels to inputs.
+        settings: the run's settings.
+        largest_pixel: of the data set, see `DataSet.scale`.
+    """
+    dtype, reading, parts = _read(settings)
+
+    def loss(params: Any, x: Array, label: Array) -> Any:
+        losses = local_losses(
+            eqx.combine(cast(params, dtype), static), x, label, reading.losses, parts=parts
+        )
+        # the same forward pass again, which XLA merges with the first; no rule sees parameters in
+        # it
+        seen = eqx.combine(cast(lax.stop_gradient(params), dtype), static)
+        return losses, jnp.argmax(lax.stop_gradient(seen(x))) == label
+
+    def gradient(rule: Any) -> Estimate:
+        of_batch = fx.value_and_grad(loss, rule, has_aux=True, in_axes=(None, 0, 0))
+
+        def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
+            if settings.augment:
+                key, shown = jax.random.split(key)
+                images = shifted(shown, images)
+            return of_batch(key, params, scale(images).astype(dtype), labels)
+
+        return estimate
+
+    return gradient
+
+
+def shifted(key: Array, images: Array) -> Array:
+    """A batch for supervised training: shifts by up to 2 pixels, and flips of coloured images.
+
+    >>> shifted(jax.random.key(0), jnp.ones((3, 8, 8, 1), jnp.uint8)).shape
+    (3, 8, 8, 1)
+    """
+    first, second = (jax.random.split(each, len(images)) for each in jax.random.split(key))
+    moved = jax.vmap(augment.shift)(first, images)
+    return jax.vmap(augment.flip)(second, moved) if images.shape[-1] == 3 else moved
+
+
+def contrastive(static: Any, scale: Scale, settings: Settings, largest_pixel: int) -> Gradient:
+    """NT-Xent between two views of each image, the readout trained along.
+
+    The accuracy is the readout's on the first view; the arguments are those of `supervised`.
+    """
+    dtype, reading, parts = _read(settings)
+
+    def gradient(rule: Any) -> Estimate:
+        of_batch = ren2023.contrastive(
+            ren2023.Method(settings.rule, reading.losses, parts, rule), static
+        )
+
+        def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
+            key, shown = jax.random.split(key)
+            views = augment.two_views(shown, images / jnp.float32(largest_pixel))
+            x, y = (scale(largest_pixel * view).astype(dtype) for view in views)
+            low = cast(params, dtype)
+            loss, grads = of_batch(key, low, x, y, labels)
+            logits = jax.vmap(eqx.combine(low, static))(x)
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+            return (loss, jnp.argmax(logits, axis=-1) == labels), grads
+
+        return estimate
+
+    return gradient
+
+
+GRADIENTS: Mapping[str, Callable[[Any, Scale, Settings, int], Gradient]] = {
+    "supervised": supervised,
+    "contrastive": contrastive,
+}
+"""Every objective of a LocalMixer."""

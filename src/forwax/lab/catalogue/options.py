@@ -1,0 +1,282 @@
+"""The options of a training run, and how they become settings: a configuration, then the user."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import jax.numpy as jnp
+import tyro
+
+from forwax.lab import data
+from forwax.lab.catalogue import columns
+from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
+from forwax.lab.catalogue.optimizers import OPTIMIZERS, SCHEDULES
+from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, check_rule
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import Chosen, UsageError, check_ranges
+from forwax.lab.report import Json
+
+if TYPE_CHECKING:
+    ExperimentName = OneLossName = str
+else:
+    # the names come from the tables, so that a new line there is a new choice here
+    ExperimentName = Literal[tuple(EXPERIMENTS)]
+    OneLossName = Literal[
+        tuple(name for name, each in EXPERIMENTS.items() if each.specialise is None)
+    ]
+
+_NAMES = {
+    "rule": RULES,
+    "tangents": TANGENTS,
+    "combine": COMBINES,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "size": columns.SIZES,
+    "data": data.names(),
+}
+"""The table that a setting names an entry of."""
+
+
+def _option(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, None]:
+    """Leave a field of the settings open: its names, its text, and None where it is not named."""
+    if field.name in _NAMES:
+        kind = Literal[tuple(_NAMES[field.name])]
+    return (
+        field.name,
+        Annotated[kind | None, tyro.conf.arg(help=field.metadata["help"], help_behavior_hint="")],
+        None,
+    )
+
+
+def _given(self: Any) -> Json:
+    """Give what the user named, by field; fields of subclasses are left out."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SettingOptions)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+_EPOCHS = "The number of passes over the training set, instead of --steps."
+_KINDS = get_type_hints(Settings, include_extras=True)
+SettingOptions: Any = dataclasses.make_dataclass(
+    "SettingOptions",
+    [_option(field, _KINDS[field.name]) for field in dataclasses.fields(Settings)]
+    + [("epochs", Annotated[Chosen[float], tyro.conf.arg(help=_EPOCHS)], None)],
+    frozen=True,
+    kw_only=True,
+    namespace={"given": _given},
+)
+"""The settings that a user may name; what is left out comes from the configuration.
+
+>>> SettingOptions(steps=10).given()
+{'steps': 10}
+"""
+
+
+def find_experiment(name: str) -> Experiment:
+    """Give the experiment of that name.
+
+    Raises:
+        UsageError: when there is none.
+
+    >>> find_experiment("mnist-mlp").data_set
+    'mnist'
+    """
+    if name not in EXPERIMENTS:
+        raise UsageError(
+            f"There is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}."
+        )
+    return EXPERIMENTS[name]
+
+
+def find_configuration(experiment: Experiment, name: str) -> Settings:
+    """Give the experiment's settings of that name.
+
+    Raises:
+        UsageError: when there are none, with the reason where one is known.
+
+    >>> find_configuration(find_experiment("mnist-mlp"), "paper").learning_rate
+    2e-05
+    """
+    if name in experiment.configurations:
+        return experiment.configurations[name]
+    known = ", ".join(experiment.configurations)
+    reason = experiment.notes.get(name, f"{experiment.name} has no configuration {name!r}.")
+    raise UsageError(f"{reason} Choose --config from: {known}.")
+
+
+def asked(experiment: Experiment, configuration: str, given: Json) -> Settings:
+    """Give the configuration with what the user named.
+
+    A model, its loss and its data depend on nothing else.
+
+    Args:
+        experiment: one of `EXPERIMENTS`.
+        configuration: the name of one of its configurations.
+        given: what the user named, see `SettingOptions.given`.
+
+    Raises:
+        UsageError: when the experiment leaves no such choice open.
+
+    >>> asked(find_experiment("local-mixer"), "default", {"size": "S/1/1", "epochs": 2}).size
+    'S/1/1'
+    """
+    settings = dataclasses.replace(
+        find_configuration(experiment, configuration),
+        **{name: value for name, value in given.items() if name != "epochs"},
+    )
+    check_open_choices(experiment, settings, given)
+    return settings
+
+
+def resolve(
+    experiment: Experiment,
+    configuration: str,
+    given: Json,
+    num_examples: int,
+    num_parameters: int,
+    noise: Callable[[Any], int | None] = lambda rule: None,
+) -> Settings:
+    """Fill in every setting: the configuration, what the user named, and what follows from both.
+
+    Args:
+        experiment: one of `EXPERIMENTS`.
+        configuration: the name of one of its configurations.
+        given: what the user named, see `SettingOptions.given`.
+        num_examples: the size of the training set.
+        num_parameters: the number of parameters of the model.
+        noise: from a rule to the number of its noise coordinates for one example; see
+            `Problem.noise`.
+
+    Returns:
+        Settings whose learning rate, steps and evaluation interval are numbers.
+
+    Raises:
+        UsageError: when options do not go together or lie out of range.
+
+    >>> given = {"rule": "backprop", "epochs": 2}
+    >>> settings = resolve(find_experiment("digits"), "default", given, 1437, 2410)
+    >>> settings.learning_rate, settings.steps, settings.tangents
+    (0.5, 44, None)
+    """
+    settings = asked(experiment, configuration, given)
+    check_numbers(settings, num_examples)
+    is_exponential = settings.schedule == "exponential"
+    if not is_exponential and "decay_rate" in given:
+        raise UsageError(
+            f"--decay-rate belongs to --schedule exponential, but the schedule is "
+            f"{settings.schedule}."
+        )
+    settings = check_rule(settings, given)
+    settings = _with_steps(settings, experiment, given, num_examples)
+    if "warm_up" not in given:  # the configuration's warm-up keeps its share of the steps
+        base = find_configuration(experiment, configuration)
+        warm_up = base.warm_up * settings.steps // base.steps
+        settings = dataclasses.replace(settings, warm_up=warm_up)
+    rule = build_rule(settings, jnp.zeros(num_parameters))
+    check_room(settings, rule, num_parameters)
+    rate = settings.learning_rate
+    if rate is None:
+        rate = experiment.suggest_rate(settings, rule, num_parameters, noise)
+    return dataclasses.replace(
+        settings,
+        decay_rate=settings.decay_rate if is_exponential else None,
+        eval_every=settings.eval_every or max(1, settings.steps // 20),
+        learning_rate=rate,
+    )
+
+
+def _with_steps(
+    settings: Settings, experiment: Experiment, given: Json, num_examples: int
+) -> Settings:
+    """Turn epochs into steps; an unfinished batch at an epoch's end is left out."""
+    epochs = given.get("epochs")
+    if "steps" in given:
+        if epochs is not None:
+            raise UsageError("--steps and --epochs both say how long to train; give one of them.")
+        return settings
+    if epochs is not None and not 0 < epochs < float("inf"):
+        raise UsageError(f"--epochs must be a positive number, got {epochs}.")
+    if epochs is None and experiment.suggested_epochs is not None:
+        epochs = experiment.suggested_epochs(settings)
+    if epochs is None:
+        return settings
+    steps = round(epochs * (num_examples // settings.batch_size))
+    if steps < 1:
+        raise UsageError(
+            f"--epochs {epochs:g} gives no step; each epoch has {num_examples} examples."
+        )
+    return dataclasses.replace(settings, steps=steps)
+
+
+def check_open_choices(experiment: Experiment, settings: Settings, given: Json) -> None:
+    """Refuse a size, data set, objective or method where the experiment leaves none open.
+
+    Raises:
+        UsageError: naming the option.
+
+    >>> check_open_choices(find_experiment("digits"), Settings(size="M/1/16"), {"size": "M/1/16"})
+    Traceback (most recent call last):
+        ...
+    forwax.lab.flags.UsageError: --size belongs to local-mixer, but the experiment is digits.
+    """
+    rule = settings.rule
+    published = RULES[rule].published
+    if experiment.specialise is None:
+        closed = f"belongs to local-mixer, but the experiment is {experiment.name}."
+        for name in ("size", "data", "objective", "parts", "augment"):
+            if name in given:
+                raise UsageError(f"--{name} {closed}")
+        if published:
+            raise UsageError(f"--rule {rule} says where local losses sit; it {closed}")
+    elif not published:
+        methods = ", ".join(name for name, choice in RULES.items() if choice.published)
+        raise UsageError(
+            f"{experiment.name} takes the methods of Ren et al. 2023: --rule {methods}."
+        )
+    if published and settings.tangents == "guided":
+        raise UsageError(
+            f"--tangents guided needs a guess of the gradient, which --rule {rule} does not keep."
+        )
+
+
+def check_numbers(settings: Settings, num_examples: int) -> None:
+    """Refuse numbers that lie out of range, and batches larger than the training set.
+
+    Raises:
+        UsageError: naming the option, the range and what came.
+
+    >>> check_numbers(Settings(batch_size=2000), num_examples=1437)
+    Traceback (most recent call last):
+        ...
+    forwax.lab.flags.UsageError: --batch-size must be at most the 1437 examples of the training
+    set, got 2000.
+    """
+    check_ranges(settings)
+    if settings.batch_size > num_examples:
+        raise UsageError(
+            f"--batch-size must be at most the {num_examples} examples of the training set, got "
+            f"{settings.batch_size}."
+        )
+
+
+def check_room(settings: Settings, rule: Any, num_parameters: int) -> None:
+    """Refuse a warm-up longer than the run, and tangents that the model has no room for.
+
+    Raises:
+        UsageError: naming the option, the range and what came.
+
+    >>> settings = Settings(tangents="orthonormal", num_tangents=700)
+    >>> check_room(settings, build_rule(settings), num_parameters=650)
+    Traceback (most recent call last):
+        ...
+    forwax.lab.flags.UsageError: ...700...
+    """
+    if settings.warm_up >= settings.steps and settings.warm_up:
+        raise UsageError(
+            f"--warm-up must be shorter than the {settings.steps} steps, got {settings.warm_up}."
+        )
+    tangents = getattr(rule, "tangents", None)
+    if tangents is not None:
+        try:
+            tangents.check(num_parameters, settings.num_tangents)
+        except ValueError as error:
+            raise UsageError(str(error)) from error

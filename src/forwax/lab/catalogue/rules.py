@@ -1,0 +1,296 @@
+"""Tables of the rules, tangents and combinations of the command line: one line adds one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import forwax as fx
+from forwax import combine, tangents
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import UsageError, flag
+from forwax.models import ren2023
+
+TANGENTS: Mapping[str, Any] = {
+    "rademacher": tangents.Rademacher(),
+    "low-rank": tangents.LowRank(),
+    "normal": tangents.Normal(),
+    "sphere": tangents.Sphere(),
+    "coordinate": tangents.Coordinate(),
+    "coordinate-without-replacement": tangents.Coordinate(replace=False),
+    "hadamard": tangents.Hadamard(),
+    "orthonormal": tangents.Orthonormal(),
+    "sparse": tangents.Sparse(0.1),
+    "guided": tangents.Guided(None),
+}
+"""Every distribution of tangents; a density and a guess are put in where a rule is built."""
+
+COMBINES: Mapping[str, Any] = {
+    "mean": combine.Mean(),
+    "projection": combine.Projection(),
+    "shrinkage": combine.Shrinkage(),
+    "control-variate": combine.ControlVariate(None),
+}
+"""Every combination; likewise."""
+
+FEEDBACK = 0xFEED
+"""Folded into a seed's key for fixed feedback: the small numbers give the run's other keys."""
+
+Build = Callable[[Settings, Any], fx.Rule]
+"""From the settings and what the rule keeps between steps to the rule."""
+
+
+@dataclass(frozen=True)
+class RuleChoice:
+    """A rule of the command line.
+
+    Attributes:
+        build: builds it.
+        takes: the settings that it takes.
+        about: one line about it.
+        backward: what it does backwards, in one sentence for the end of a run.
+        reverse_mode: whether errors cross layers backwards.
+        needs_data: whether it only works on a loss with data.
+        published: whether it is a method of Ren et al. 2023, which also says where losses sit.
+        keeps_feedback: whether it keeps fixed feedback matrices between steps.
+        tangents: the tangents that it takes by default, a name of `TANGENTS`.
+
+    >>> RULES["exact"].takes
+    ('chunk_size',)
+    """
+
+    build: Build
+    takes: tuple[str, ...]
+    about: str
+    backward: str = "No reverse mode was used: no backward pass, and nothing kept for one."
+    reverse_mode: bool = False
+    needs_data: bool = False
+    published: bool = False
+    keeps_feedback: bool = False
+    tangents: str = "rademacher"
+
+
+def _tangents(settings: Settings, guess: Any) -> Any:
+    name = settings.tangents or RULES[settings.rule].tangents
+    if name == "sparse":
+        return tangents.Sparse(settings.density or 0.1)
+    return tangents.Guided(guess) if name == "guided" else TANGENTS[name]
+
+
+def _drawn(rule: Callable[..., fx.Rule], settings: Settings, guess: Any, **own: Any) -> fx.Rule:
+    """Build a rule with tangents."""
+    combination = COMBINES[settings.combine or "mean"]
+    if settings.combine == "control-variate":
+        combination = combine.ControlVariate(guess)
+    return rule(
+        _tangents(settings, guess),
+        num_tangents=settings.num_tangents or 1,
+        combine=combination,
+        **own,
+    )
+
+
+def _exact(settings: Settings, guess: Any) -> fx.Rule:
+    return fx.Exact() if settings.chunk_size is None else fx.Exact(chunk_size=settings.chunk_size)
+
+
+def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
+    return fx.DirectFeedbackAlignment(jax.random.fold_in(jax.random.key(settings.seed), FEEDBACK))
+
+
+def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
+    key, number = jax.random.key(settings.seed), settings.num_tangents or 1
+    return ren2023.method(
+        settings.rule, None, key, tangents=_tangents(settings, None), num_tangents=number
+    ).rule
+
+
+_LOCAL = (
+    "No error crossed two layers: reverse mode was used inside single layers and behind the last "
+    "one alone."
+)
+_SAFETY = ("clip_slopes", "skip_bad_slopes")
+_DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
+
+_PLAIN: Mapping[str, RuleChoice] = {
+    "weight": RuleChoice(
+        lambda settings, guess: _drawn(
+            fx.WeightPerturbation, settings, guess, chunk_size=settings.chunk_size
+        ),
+        (*_DRAWN, "chunk_size", *_SAFETY),
+        "slopes along random weight tangents, by forward mode",
+        tangents="low-rank",
+    ),
+    "exact": RuleChoice(
+        _exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"
+    ),
+    "finite-difference": RuleChoice(
+        lambda settings, guess: _drawn(
+            fx.FiniteDifference, settings, guess, epsilon=settings.epsilon or 1e-3
+        ),
+        (*_DRAWN, "epsilon"),
+        "slopes from two evaluations each",
+    ),
+    "activity": RuleChoice(
+        lambda settings, guess: _drawn(fx.ActivityPerturbation, settings, guess),
+        _DRAWN,
+        "slopes along noise on the activities, one for each example",
+        _LOCAL,
+        needs_data=True,
+    ),
+    "feedback": RuleChoice(
+        lambda settings, feedback: fx.FeedbackAlignment(feedback),
+        (),
+        "errors cross layers through fixed random matrices",
+        "",
+        reverse_mode=True,
+        needs_data=True,
+        keeps_feedback=True,
+    ),
+    "direct-feedback": RuleChoice(
+        _direct_feedback,
+        (),
+        "the output error reaches every layer by a fixed random map",
+        _LOCAL,
+        needs_data=True,
+    ),
+    "backprop": RuleChoice(
+        lambda settings, guess: fx.Backprop(),
+        (),
+        "reverse mode, the reference",
+        "",
+        reverse_mode=True,
+    ),
+}
+
+
+def _published(reading: ren2023.Reading) -> RuleChoice:
+    """A method of Ren et al. 2023: one of the rules above, or noise of its own."""
+    plain = {"BP": "backprop", "FA": "feedback", "DFA": "direct-feedback"}.get(reading.kind)
+    own = RuleChoice(_published_noise, ("tangents", "num_tangents"), "", _LOCAL)
+    return dataclasses.replace(
+        _PLAIN[plain] if plain else own,
+        about="as in Ren et al. 2023",
+        tangents="hadamard",
+        needs_data=True,
+        published=True,
+    )
+
+
+RULES: Mapping[str, RuleChoice] = {
+    **_PLAIN,
+    **{name: _published(reading) for name, reading in ren2023.READINGS.items()},
+}
+"""Every rule of the command line."""
+
+RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon", *_SAFETY)
+"""The settings that only some rules take."""
+
+
+def needs_guess(settings: Settings) -> bool:
+    """Say whether the rule uses a guess of the gradient, a running mean of past estimates.
+
+    >>> needs_guess(Settings(tangents="guided"))
+    True
+    >>> needs_guess(Settings(rule="backprop", tangents="guided"))
+    False
+    """
+    guesses = settings.tangents == "guided" or settings.combine == "control-variate"
+    return guesses and "tangents" in RULES[settings.rule].takes
+
+
+def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
+    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones.
+
+    A step whose loss is not finite is not skipped: the loop stops before it, and keeps a
+    checkpoint. So it does where a slope that is not skipped makes the gradient so.
+
+    >>> guard_rule(Settings(), fx.WeightPerturbation()) == fx.WeightPerturbation()
+    True
+    """
+    skip = bool(settings.skip_bad_slopes)
+    if settings.clip_slopes is None and not skip:
+        return rule
+    return fx.Safe(rule, clip=settings.clip_slopes, skip=skip, history=history)
+
+
+def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
+    """Give what the rule keeps between steps: a guess of zero, fixed feedback, or nothing.
+
+    Args:
+        settings: the run's settings.
+        params: the initial parameters.
+        key: the PRNG key of the feedback.
+
+    >>> initial_guess(Settings(), {}, jax.random.key(0)) is None
+    True
+    """
+    if RULES[settings.rule].keeps_feedback:
+        return fx.random_feedback(key, params)
+    return jax.tree.map(jnp.zeros_like, params) if needs_guess(settings) else None
+
+
+def build_rule(settings: Settings, guess: Any = None) -> Any:
+    """Build the rule that the settings name.
+
+    Args:
+        settings: the run's settings.
+        guess: what `initial_guess` gave, or what has become of it.
+
+    Returns:
+        A forwax rule.
+
+    Raises:
+        UsageError: when the library refuses the combination; the sentence is the library's own.
+
+    >>> build_rule(Settings(rule="backprop"))
+    Backprop()
+    """
+    try:
+        return RULES[settings.rule].build(settings, guess)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """Refuse what the rule does not take, and set to None what does not apply to it.
+
+    Args:
+        settings: settings with every default filled in.
+        given: the settings that the user named.
+
+    Returns:
+        The settings as config.json tells them.
+
+    Raises:
+        UsageError: when the user named something that the rule or its tangents do not take.
+
+    >>> check_rule(Settings(rule="exact"), {}).num_tangents is None
+    True
+    """
+    rule = RULES[settings.rule]
+    settings = dataclasses.replace(settings, tangents=settings.tangents or rule.tangents)
+    takes = set(rule.takes)
+    if settings.tangents != "sparse":
+        takes.discard("density")
+    if not needs_guess(settings):
+        takes.discard("guess_decay")
+    left_out = [name for name in RULE_SETTINGS if name not in takes]
+    for name in left_out:
+        if name in given:
+            raise UsageError(f"{flag(name)} {_why_not(name, settings)}.")
+    return dataclasses.replace(settings, **dict.fromkeys(left_out))
+
+
+def _why_not(name: str, settings: Settings) -> str:
+    """Say why the settings do not take one of their own."""
+    draws = "tangents" in RULES[settings.rule].takes
+    if draws and name == "density":
+        return f"belongs to --tangents sparse, but the tangents are {settings.tangents}"
+    if draws and name == "guess_decay":
+        return "belongs to --tangents guided or --combine control-variate, and neither was chosen"
+    takers = ", ".join(rule for rule, choice in RULES.items() if name in choice.takes)
+    return f"does not apply to --rule {settings.rule}; it belongs to: {takers}"

@@ -1,0 +1,1 @@
+"""The subcommands: their options, and what they print and write."""

@@ -1,0 +1,155 @@
+"""`forwax compare`: the same model, data order and initial parameters under several rules.
+
+First the time of a step is measured under all rules in turns, then each rule gets its learning
+rate, then each seed is trained under each rule. Every finished part is a file in the comparison's
+folder, so that a rerun skips it.
+"""
+
+import os
+import time
+from datetime import datetime
+
+from forwax.lab import report
+from forwax.lab.catalogue import names
+from forwax.lab.compare import findings, rates, tables
+from forwax.lab.compare.bench import Bench
+from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready
+from forwax.lab.report import Json
+
+__all__ = ["DESCRIPTION", "CompareOptions", "compare", "run"]
+
+RESULTS, TABLE, FIGURE = "results.json", "table.md", "comparison.png"
+
+DESCRIPTION = "\n".join(
+    [
+        "Train the same model by several rules, from the same start on the same data, and tell "
+        "what each cost and gained.",
+        "",
+        "Each rule first gets a learning rate, found on the same budget by the loss on a part held "
+        "out of the training set.",
+        "",
+        f"Rules: {', '.join(names.LINES)}. A number of tangents may follow: forward-16.",
+        "",
+        f"By default they are {' '.join(names.DEFAULT_RULES)}, and with --paper "
+        f"{' '.join(names.PAPER_RULES)}.",
+    ]
+)
+"""What `forwax compare --help` says first."""
+
+
+def run(options: CompareOptions) -> int:
+    """Compare, print the table, and save results, table and figure.
+
+    Args:
+        options: the command's options.
+
+    Returns:
+        The exit code: 0 when done, 130 after Ctrl-C.
+
+    Raises:
+        UsageError: when the options do not go together.
+        DataError: when the data cannot be loaded.
+
+    Example:
+        ```sh
+        forwax compare digits --steps 2000 --seeds 2
+        ```
+    """
+    started = time.perf_counter()
+    comparison = make_ready(options)
+    folder = comparison.folder
+    try:
+        results = compare(comparison)
+    except KeyboardInterrupt:
+        print(f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {folder}")
+        return 130
+    save(comparison, results)
+    # a log has no width of its own; the tables need this much
+    report.print_tables(*tables.make_tables(results), width_in_logs=150)
+    for note in tables.notes(results):
+        print(f"- {note}")
+    print(f"{time.perf_counter() - started:.0f} s. Results, table and figure: {folder}")
+    return 0
+
+
+def compare(comparison: Comparison) -> Json:
+    """Do every part that is not done yet, and gather the results.
+
+    Args:
+        comparison: a comparison made ready.
+
+    Returns:
+        What results.json will hold.
+    """
+    options = comparison.options
+    bench = Bench(comparison)
+    print(f"Folder: {comparison.folder}", flush=True)
+    timing = comparison.part("timing", bench.timing)
+    searches: dict[str, list[Json]] = {}
+    runs: dict[str, list[Json]] = {}
+    rates_found: dict[str, float] = {}
+    for name, settings in comparison.settings.items():
+        rate = settings.learning_rate
+        assert rate is not None
+        searches[name] = [] if options.paper else _search(bench, name, rate)
+        rates_found[name] = rates.best_rate(rates.pairs(searches[name]) or [(rate, 0.0)])
+    for seed in range(options.seeds):
+        for name, rate in rates_found.items():
+            runs.setdefault(name, []).append(
+                comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
+            )
+    return _facts(comparison) | findings.gather(
+        comparison.rules, timing, searches, runs, options.target_loss
+    )
+
+
+def _search(bench: Bench, name: str, suggested: float) -> list[Json]:
+    """Find the candidates of one rule; each is a part of its own."""
+    comparison = bench.comparison
+
+    def candidate(number: int, rate: float) -> Json:
+        return comparison.part(f"search-{name}-{number}", bench.candidate, name, number, rate)
+
+    candidates = rates.search(suggested, comparison.options.search_rates, candidate)
+    note = rates.edge_note(candidates)
+    best = rates.best_rate(rates.pairs(candidates))
+    print(f"{name}: learning rate {best:.3g}" + (f" ({note})" if note else ""), flush=True)
+    return candidates
+
+
+def _facts(comparison: Comparison) -> Json:
+    """Give what the results depend on."""
+    options, problem = comparison.options, comparison.problem
+    search = {"candidates": options.search_rates, "steps": comparison.search_steps}
+    return {
+        "experiment": options.experiment,
+        "config": options.configuration,
+        "num_parameters": problem.num_parameters,
+        "num_examples": problem.num_examples,
+        "validation_examples": len(comparison.validation[0]),
+        "test_examples": len(problem.test[0]),
+        "data_checksum": problem.checksum,
+        "steps": comparison.steps,
+        "batch_size": next(iter(comparison.settings.values())).batch_size,
+        "seeds": list(range(options.seeds)),
+        "search": None if options.paper else search,
+        "settings": {name: each.as_dict() for name, each in comparison.settings.items()},
+        "cores": os.cpu_count(),
+        "date": f"{datetime.now():%Y-%m-%d}",
+        **report.machine(),
+    }
+
+
+def save(comparison: Comparison, results: Json) -> None:
+    """Write the figure, the tables in markdown, and the results.
+
+    results.json comes last, since it marks the comparison as finished.
+    """
+    # imported here: matplotlib takes a second that `forwax compare --help` need not wait for
+    from forwax.lab import style
+    from forwax.lab.pictures import comparison as picture
+
+    folder = comparison.folder
+    style.save(picture.draw(results), folder / FIGURE, dpi=120)
+    report.write_text(folder / TABLE, tables.markdown(results))
+    report.write_json(folder / RESULTS, results)

@@ -1,0 +1,101 @@
+"""`forwax diagnose`: what rules give and cost on an experiment's own loss, and advice."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+
+import forwax as fx
+from forwax.lab.catalogue import names
+from forwax.lab.catalogue.names import NamedRule
+from forwax.lab.catalogue.options import OneLossName, find_configuration, find_experiment
+from forwax.lab.catalogue.rules import build_rule, initial_guess
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import Count, CountOrNot, PathOrNot, UsageError, check_ranges
+from forwax.lab.training.problem import Problem, build_problem
+
+DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseOptions:
+    """Measure what rules give and cost on an experiment, beside backprop, and say which to use.
+
+    Example:
+        ```sh
+        forwax diagnose digits
+        forwax diagnose mnist-mlp --rules forward low-rank low-rank-8 activity --batch-size 256
+        ```
+    """
+
+    experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
+    """Whose loss, on what data."""
+    rules: tuple[str, ...] = DEFAULT_RULES
+    """The rules, by the names of `forwax compare`, and a number of tangents where wanted."""
+    batch_size: CountOrNot = None
+    """The number of examples; the default belongs to the experiment."""
+    draws: Count = 16
+    """How many estimates of each rule are compared with the exact gradient."""
+    rounds: Count = 10
+    """How often each program is timed, all of them in turn."""
+    seed: int = 0
+    """The seed of the initial parameters, the batch and the tangents."""
+    data_dir: PathOrNot = None
+    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
+
+
+def run(options: DiagnoseOptions) -> int:
+    """Measure and print the table.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: when options lie out of range, or a rule is unknown.
+
+    Example:
+        ```sh
+        forwax diagnose digits --batch-size 256
+        ```
+    """
+    check_ranges(options)
+    named = names.parse_all(options.rules)
+    experiment = find_experiment(options.experiment)
+    problem = build_problem(experiment, Settings(), options.data_dir)
+    size = options.batch_size or find_configuration(experiment, "default").batch_size
+    most = problem.num_examples
+    if size > most:
+        raise UsageError(
+            f"--batch-size must be at most the {most} examples of the training set, got {size}."
+        )
+    print(
+        f"{experiment.name}, {size} examples, at the initial parameters of seed {options.seed}.",
+        flush=True,
+    )
+    Console().print(measure(problem, named, size, options))
+    return 0
+
+
+def measure(problem: Problem, named: list[NamedRule], size: int, options: DiagnoseOptions) -> Any:
+    """Diagnose the rules on one random batch at the initial parameters; see `forwax.diagnose`."""
+    init, feedback, key = jax.random.split(jax.random.key(options.seed), 3)
+    params = problem.init(init)
+    chosen = np.random.default_rng(options.seed).choice(problem.num_examples, size, replace=False)
+    images, labels = (jnp.asarray(each[np.sort(chosen)]) for each in problem.train)
+    rules = {}
+    for each in named:
+        settings = Settings(**each.given)
+        rules[each.about] = build_rule(settings, initial_guess(settings, params, feedback))
+    diagnose = fx.diagnose(
+        problem.loss,
+        rules,
+        has_aux=True,
+        in_axes=(None, 0, 0),
+        draws=options.draws,
+        rounds=options.rounds,
+    )
+    return diagnose(key, params, images, labels)

@@ -1,0 +1,227 @@
+"""`forwax reproduce`: run the experiments of a paper and set our figures beside the paper's."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from forwax.lab import report
+from forwax.lab.catalogue.columns import COLUMNS, RULES, Column
+from forwax.lab.catalogue.experiments import EXPERIMENTS
+from forwax.lab.catalogue.names import Entry
+from forwax.lab.catalogue.options import check_numbers
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.data import DataSet, load
+from forwax.lab.flags import Chosen, Count, CountOrNot, Natural, PathOrNot, UsageError, check_ranges
+from forwax.lab.ren2023 import runs, table
+from forwax.lab.ren2023.finished import finished, folder_of
+from forwax.lab.report import Json
+from forwax.lab.training.problem import checksum_of, problem_of
+from forwax.lab.training.session import NOT_FINITE, Signals
+
+if TYPE_CHECKING:
+    ColumnName = str
+else:
+    ColumnName = Literal[tuple(COLUMNS)]
+
+TABLE, FIGURE = "table.md", "curves.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions:
+    """Run a column of a paper's tables over its methods and seeds.
+
+    Example:
+        ```sh
+        forwax reproduce ren2023                   # LocalMixer M/1/16 on MNIST, all 13 methods
+        forwax reproduce ren2023 --column mnist-s --seeds 3
+        forwax reproduce ren2023 --rules BP LG-FG-A LG-FG-A:4      # one noise a step, and four
+        forwax reproduce ren2023 --column cifar-m --rules LG-FG-A  # for a GPU
+        ```
+    """
+
+    paper: Annotated[Literal["ren2023"], tyro.conf.Positional] = "ren2023"
+    """Whose experiments: Ren et al. 2023, "Scaling Forward Gradient With Local Losses"."""
+    column: ColumnName = "mnist-m"
+    """The model, the data set and the objective."""
+    rules: tuple[str, ...] = RULES
+    """Methods; of forward gradients also LG-FG-A:4 (noises), :normal (kind), :one-slope."""
+    seeds: Count = 3
+    """How many seeds; the first is 0."""
+    epochs: CountOrNot = None
+    """Passes over the training set, instead of the column's."""
+    steps: CountOrNot = None
+    """Training steps, instead of epochs."""
+    batch_size: CountOrNot = None
+    """The number of examples of a step, instead of the column's."""
+    learning_rate: Chosen[float] = None
+    """One rate for all methods, instead of the column's own for each."""
+    augment: Chosen[bool] = None
+    """Whether supervised images are shifted by up to 2 pixels, and flipped where coloured."""
+    dtype: Chosen[Literal["float32", "bfloat16"]] = None
+    """The floating type that the model computes in, instead of the column's."""
+    examples: CountOrNot = None
+    """Use only so many training and test images, to try a command out."""
+    holdout: Natural = 0
+    """Hold out so many of the last training images, to choose settings by errors on them."""
+    out: Path = Path("runs/ren2023")
+    """The folder of results; the same command goes on there where it stopped."""
+    data_dir: PathOrNot = None
+    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
+
+
+DESCRIPTION = "\n".join(
+    [
+        "Run the experiments of a paper, and set our figures beside the paper's.",
+        "",
+        f"Methods: {', '.join(RULES)}.",
+        "",
+        "Columns:",
+        *(
+            f"- {column.name}: {column.title}, {column.epochs} epochs"
+            for column in COLUMNS.values()
+        ),
+    ]
+)
+"""What `forwax reproduce --help` says first."""
+
+
+def run(options: ReproduceOptions) -> int:
+    """Run what is missing, seed by seed, then print and save the table and the curves.
+
+    Args:
+        options: the command's options.
+
+    Returns:
+        The exit code: 0 when done, 3 when done but for runs whose loss was not finite, 130 after
+        Ctrl-C, 143 after a termination.
+
+    Raises:
+        UsageError: when the options do not go together.
+        DataError: when the data cannot be loaded.
+
+    Example:
+        ```sh
+        forwax reproduce ren2023 --rules BP LG-BP LG-FG-A --seeds 1
+        ```
+    """
+    column = COLUMNS[options.column]
+    entries = parse_entries(options)
+    data = prepared(load(column.settings.data or "", options.data_dir), options)
+    checksum = checksum_of(data)
+    folder = options.out / column.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out: the folder {folder} cannot be made ({error.strerror}); choose another."
+        ) from error
+    finite = True
+    with Signals().watch() as signals:
+        try:
+            for seed in range(options.seeds):
+                for entry in dict.fromkeys(entries):
+                    settings = settings_of(column, entry, data, options, seed)
+                    summary = _train(
+                        folder_of(folder, entry, seed), column, entry, data, settings, signals
+                    )
+                    finite &= summary["finite"]
+                    save(folder, column, checksum, table.facts(settings, summary, options.holdout))
+        except KeyboardInterrupt:
+            print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
+            return signals.code
+    report.print_tables(table.make_table(column, *finished(folder, checksum)), width_in_logs=150)
+    print(f"Table, curves and runs: {folder}")
+    return 0 if finite else NOT_FINITE
+
+
+def parse_entries(options: ReproduceOptions) -> list[Entry]:
+    """Read the rows that the options ask for.
+
+    Raises:
+        UsageError: when a name is unknown or a number out of range.
+
+    >>> [entry.name for entry in parse_entries(ReproduceOptions(rules=("BP", "LG-FG-A:4")))]
+    ['BP', 'LG-FG-A:4']
+    """
+    check_ranges(options)
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError("--steps and --epochs both say how long to train; give one of them.")
+    if not options.rules:
+        raise UsageError(
+            "--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run."
+        )
+    return [Entry.parse(text) for text in options.rules]
+
+
+def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
+    """Cut the data down: fewer examples, or a part held out in place of the test set.
+
+    Raises:
+        UsageError: when nothing would be left to train on.
+    """
+    train = [data.train_images, data.train_labels]
+    test = [data.test_images, data.test_labels]
+    held, total = options.holdout, len(data.train_images)
+    if held >= total:
+        raise UsageError(f"--holdout must leave images to train on; there are {total} in all.")
+    if held:
+        test = [x[-held:] for x in train]
+        train = [x[:-held] for x in train]
+    few = slice(options.examples)
+    return dataclasses.replace(
+        data,
+        train_images=train[0][few],
+        train_labels=train[1][few],
+        test_images=test[0][few],
+        test_labels=test[1][few],
+    )
+
+
+def settings_of(
+    column: Column, entry: Entry, data: DataSet, options: ReproduceOptions, seed: int
+) -> Settings:
+    """Give the settings of one run.
+
+    Raises:
+        UsageError: when one is out of range.
+    """
+    names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    num_examples = len(data.train_images)
+    settings = entry.settings(column, num_examples, seed=seed, **changes)
+    check_numbers(settings, num_examples)
+    return settings
+
+
+def _train(
+    folder: Path, column: Column, entry: Entry, data: DataSet, settings: Settings, signals: Signals
+) -> Json:
+    """Train one method with one seed, or read what an earlier sitting finished."""
+    if signals.received is not None:
+        raise KeyboardInterrupt
+    problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
+    print(
+        f"{column.title}: {entry.name}, seed {settings.seed}, learning rate "
+        f"{settings.learning_rate:g}",
+        flush=True,
+    )
+    return runs.train(folder, problem, settings, _tell, signals)
+
+
+def _tell(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def save(folder: Path, column: Column, checksum: str, facts: str) -> None:
+    """Write the table and the curves of all that is finished on this data, by any call."""
+    # imported here: matplotlib takes a second that `forwax reproduce --help` need not wait for
+    from forwax.lab import style
+    from forwax.lab.pictures import reproduction
+
+    entries, results = finished(folder, checksum)
+    cells = table.make_table(column, entries, results).markdown()
+    report.write_text(folder / TABLE, f"**{column.title}**\n\n{cells}\n\n{facts}\n")
+    style.save(reproduction.draw(column, entries, results), folder / FIGURE, dpi=120)

@@ -1,0 +1,265 @@
+"""`forwax train`: train an experiment's model, in a folder that resumes after any interruption."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from forwax.lab import report
+from forwax.lab.catalogue.experiments import EXPERIMENTS
+from forwax.lab.catalogue.options import (
+    ExperimentName,
+    SettingOptions,
+    asked,
+    find_experiment,
+    resolve,
+)
+from forwax.lab.catalogue.rules import RULES
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import PathOrNot, Range, UsageError, check_ranges
+from forwax.lab.training.advice import advice, monitored
+from forwax.lab.training.folder import CURVES, SUMMARY, Files, Run, opened
+from forwax.lab.training.problem import Problem, build_problem
+from forwax.lab.training.program import Block, Scorer, build_trainer
+from forwax.lab.training.progress import make_reporter
+from forwax.lab.training.session import NOT_FINITE, Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(SettingOptions):
+    """Train a model on real data, by default without backpropagation.
+
+    Example:
+        ```sh
+        forwax train                                     # digits, 64 random tangents a step
+        forwax train mnist-mlp                           # the paper's MLP on MNIST, activity noise
+        forwax train mnist-mlp --config paper-fast       # as in Baydin et al. 2022
+        forwax train digits --rule backprop              # the reference
+        forwax train local-mixer --size M/1/16 --rule LG-FG-A  # as in Ren et al. 2023
+        forwax train --resume runs/digits-20250101-120000
+        ```
+    """
+
+    experiment: Annotated[ExperimentName, tyro.conf.Positional] = "digits"
+    """What to train on what."""
+    config: str = "default"
+    """A configuration: default, paper or paper-fast; for local-mixer a column of reproduce."""
+    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None
+    """Go on with the run in this folder, bit for bit as if it had never stopped."""
+    runs: Path = Path("runs")
+    """The folder that the run's folder is made in."""
+    data_dir: PathOrNot = None
+    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
+    checkpoint_seconds: Annotated[float, Range("zero or more", lambda x: x >= 0)] = 5.0
+    """The time between two checkpoints."""
+
+
+DESCRIPTION = "\n".join(
+    [
+        "Train a model on real data, by default without backpropagation.",
+        "",
+        "Experiments; docs/results/experiments.md tells what their defaults reached:",
+        *(f"- {name}: {experiment.description}" for name, experiment in EXPERIMENTS.items()),
+        "",
+        "Rules:",
+        *(f"- {name}: {rule.about}" for name, rule in RULES.items() if not rule.published),
+        "",
+        "Options that are left out are those of the experiment's configuration.",
+    ]
+)
+"""What `forwax train --help` says first."""
+
+
+def run(options: TrainOptions) -> int:
+    """Train, and tell how it went.
+
+    Args:
+        options: the command's options.
+
+    Returns:
+        The exit code: 0 when done, 130 after Ctrl-C, 143 after a termination, 3 after a loss that
+        is not finite.
+
+    Raises:
+        UsageError: when the options do not go together.
+        DataError: when the data cannot be loaded.
+
+    Example:
+        ```sh
+        forwax train digits --steps 2000
+        ```
+    """
+    started = time.perf_counter()
+    check_ranges(options)
+    run = None
+    if options.resume is not None:
+        if options.given() or options.config != "default":
+            raise UsageError(
+                "--resume takes every setting from the run's config.json; leave the other settings "
+                "out."
+            )
+        run = Run.open(options.resume)
+    dtype = run.config["dtype"] if run else options.dtype
+    with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
+        if run is not None and run.finished:
+            accuracy = run.summary()["test_accuracy"]
+            print(f"{run.path} is finished already: test accuracy {accuracy:.1%}.")
+            return 0
+        run, problem, settings = _resume(run, options.data_dir) if run else _start(options)
+        with opened(run, problem, settings) as files:
+            if options.resume:
+                whence = f"step {files.step} of {settings.steps}"
+                print(f"Going on with {run.path} from {whence}.", flush=True)
+            session = _Training(files, problem, settings)
+            session.checkpoint_seconds = options.checkpoint_seconds
+            with session.signals.watch():
+                return _train(run, session, started)
+
+
+def _start(options: TrainOptions) -> tuple[Run, Problem, Settings]:
+    """Check the options, load the data, make the folder."""
+    experiment = find_experiment(options.experiment)
+    given, config, data_dir = options.given(), options.config, options.data_dir
+    problem = build_problem(experiment, asked(experiment, config, given), data_dir)
+    settings = resolve(
+        experiment, config, given, problem.num_examples, problem.num_parameters, problem.noise
+    )
+    name = experiment.name
+    kept = {
+        "experiment": name,
+        "config": config,
+        **settings.as_dict(),
+        "data_dir": str(data_dir.absolute()) if data_dir else None,
+        "data_checksum": problem.checksum,
+        "num_parameters": problem.num_parameters,
+        "versions": report.versions(),
+    }
+    run = Run.create(options.runs, name, kept)
+    print(
+        f"{name}: {problem.num_parameters:,} parameters, {problem.num_examples:,} examples.\n"
+        f"Rule: {_told(settings)}. Optimizer: {settings.optimizer}, learning rate "
+        f"{settings.learning_rate:.3g}.\nRun: {run.path}",
+        flush=True,
+    )
+    return run, problem, settings
+
+
+def _told(settings: Settings) -> str:
+    """Tell the rule with what belongs to it."""
+    words = [settings.rule]
+    if settings.num_tangents is not None:
+        words.append(f"{settings.num_tangents} {settings.tangents} tangents a step")
+        words += [f"combined by {settings.combine}"] if settings.combine else []
+    if settings.clip_slopes is not None:
+        words.append(f"clipped at {settings.clip_slopes:g} running medians")
+    words += ["skipped where they are not finite"] if settings.skip_bad_slopes else []
+    return ", ".join(words)
+
+
+def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Problem, Settings]:
+    """Load the settings and the data that the run had."""
+    config = run.config
+    experiment = find_experiment(config["experiment"])
+    settings = Settings.from_dict(config)
+    stored = Path(config["data_dir"]) if config["data_dir"] else None
+    problem = build_problem(experiment, settings, data_dir or stored)
+    if problem.checksum != config["data_checksum"]:
+        raise UsageError(
+            f"The data set {experiment.data_set} is not the one that {run.path} was trained on "
+            "(its checksum differs); give the old one with --data-dir, or start a new run."
+        )
+    return run, problem, settings
+
+
+class _Training(Session):
+    """A line for each step, an evaluation every so often."""
+
+    def __init__(self, files: Files, problem: Problem, settings: Settings):
+        trainer = build_trainer(problem, settings, files.state)
+        steps = settings.steps
+        super().__init__(trainer, {*range(0, steps, settings.eval_every or steps), steps}, files)
+        self.metrics = files.metrics
+        self.score = Scorer(problem, problem.test)
+
+    def after_block(self, block: Block, seconds: float) -> None:
+        count = len(block.losses)
+        first = self.trainer.step - count + 1
+        times = self.seconds - seconds + seconds * np.arange(1, count + 1) / count
+        columns = block.losses, block.accuracies, times.round(6)
+        names = "step", "loss", "accuracy", "seconds"
+        rows = zip(range(first, first + count), *(each.tolist() for each in columns), strict=True)
+        self.metrics.append(dict(zip(names, row, strict=True)) for row in rows)
+
+    def at_stop(self) -> None:
+        state = self.trainer.state
+        loss, accuracy = self.score(state.params)
+        row = {"step": self.trainer.step, "test_loss": loss, "test_accuracy": accuracy}
+        row |= monitored(self.settings, state, self.problem.num_parameters)
+        self.metrics.append([row | {"seconds": round(self.seconds, 6)}])
+
+
+def _train(run: Run, session: _Training, started: float) -> int:
+    """Train until something stops it, and say what did."""
+    name, trainer, steps = run.config["experiment"], session.trainer, session.settings.steps
+    with make_reporter(name, steps, trainer.step) as session.reporter:
+        stopped_by = session.run()
+    session.save()
+    if stopped_by is not None:
+        print(advice(name, trainer, run.path, stopped_by))
+        return NOT_FINITE
+    if session.stopped_early:
+        print(
+            f"Stopped at step {trainer.step} of {steps}; go on with: forwax train --resume "
+            f"{run.path}"
+        )
+        return session.signals.code
+    _finish(run, session, started)
+    return 0
+
+
+def _finish(run: Run, session: Session, started: float) -> None:
+    """Draw the curves, write the summary, tell the result.
+
+    The summary comes last, since it marks the run as finished.
+    """
+    # imported here: matplotlib takes a second that `forwax train --help` need not wait for
+    from forwax.lab import style
+    from forwax.lab.pictures import curves
+
+    config, settings, rows = run.config, session.settings, run.metrics()
+    rule = RULES[settings.rule]
+    last = [row for row in rows if "test_accuracy" in row][-1]
+    losses = [row["loss"] for row in rows if "loss" in row][-100:]
+    accuracy = f"{last['test_accuracy']:.1%}"
+    pace = settings.steps / session.seconds
+    summary = {
+        "experiment": config["experiment"],
+        "config": config["config"],
+        "rule": settings.rule,
+        "reverse_mode": rule.reverse_mode,
+        "test_accuracy": last["test_accuracy"],
+        "test_loss": last["test_loss"],
+        "train_loss": sum(losses) / len(losses),
+        "steps": settings.steps,
+        "steps_per_second": pace,
+        "learning_rate": settings.learning_rate,
+        "seed": settings.seed,
+        **session.facts(),
+    }
+    title = f"{config['experiment']}, rule {settings.rule}: {accuracy} on the test set"
+    colour = style.PALETTE["backprop" if settings.rule == "backprop" else "forward"]
+    curves.save_curves(rows, title, run.path / CURVES, colour)
+    report.write_json(run.path / SUMMARY, summary)
+    total = time.perf_counter() - started
+    print(
+        f"Test accuracy {accuracy} after {settings.steps:,} steps: {session.seconds:.1f} s of "
+        f"training at {pace:,.0f} steps/s, {total:.1f} s with loading, compiling and evaluating."
+    )
+    if rule.backward:
+        print(rule.backward)
+    print(f"Curves, metrics and summary: {run.path}")

@@ -1,0 +1,123 @@
+"""The picture of one run: training loss and test accuracy against steps and against seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from forwax.lab import style
+
+Columns = dict[str, np.ndarray]
+
+
+@style.styled
+def draw_curves(
+    rows: list[dict[str, Any]], title: str, colour: str = style.PALETTE["forward"]
+) -> Figure:
+    """Draw loss (above) and accuracy (below) against steps (left) and seconds (right).
+
+    Args:
+        rows: the lines of metrics.jsonl.
+        title: the heading.
+        colour: the colour of the rule.
+
+    Returns:
+        A figure; `style.save` writes it.
+
+    >>> rows = [{"step": 1, "loss": 2.0, "accuracy": 0.1, "seconds": 0.1}]
+    >>> len(draw_curves(rows, "a run").axes)
+    4
+    """
+    figure = style.new_figure(9, 5.6)
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    train = _columns(rows, "loss", "accuracy")
+    test = _columns(rows, "test_accuracy")
+    for axis, (above, below) in zip(("step", "seconds"), panels.T, strict=True):
+        _draw_loss(above, train, axis, colour)
+        _draw_accuracy(below, train, test, axis, colour)
+    panels[0, 0].set_ylabel("training loss")
+    panels[0, 1].legend(loc="upper right")
+    panels[1, 0].set(xlabel="steps", ylabel="accuracy")
+    panels[1, 0].xaxis.set_major_formatter("{x:,.0f}")
+    panels[1, 1].set_xlabel("seconds of training")
+    panels[1, 1].legend(loc="lower right")
+    style.headline(figure, title)
+    return figure
+
+
+def save_curves(
+    rows: list[dict[str, Any]], title: str, path: Path, colour: str = style.PALETTE["forward"]
+) -> None:
+    """Draw the picture and save it in one move; see `draw_curves`."""
+    style.save(draw_curves(rows, title, colour), path)
+
+
+def _draw_loss(axes: Axes, train: Columns, axis: str, colour: str) -> None:
+    x = train[axis]
+    loss = train["loss"]
+    axes.plot(
+        x,
+        loss,
+        color=colour,
+        alpha=0.18,
+        linewidth=0.6,
+        label="one batch",
+    )
+    axes.plot(x, smooth(loss), color=colour, label="mean of neighbours")
+    if len(loss) and np.nanmin(loss) > 0:
+        axes.set_yscale("log")
+
+
+def _draw_accuracy(axes: Axes, train: Columns, test: Columns, axis: str, colour: str) -> None:
+    grey = style.PALETTE["muted"]
+    axes.plot(
+        train[axis],
+        smooth(train["accuracy"]),
+        color=grey,
+        linewidth=1,
+        label="training",
+    )
+    x = test[axis]
+    accuracy = test["test_accuracy"]
+    axes.plot(
+        x,
+        accuracy,
+        color=colour,
+        marker="o",
+        markersize=3.5,
+        label="test",
+    )
+    axes.set_ylim(0, 1.02)
+    if len(accuracy):
+        axes.annotate(
+            f"{accuracy[-1]:.1%}",
+            (x[-1], accuracy[-1]),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="right",
+        )
+
+
+def _columns(rows: list[dict[str, Any]], *names: str) -> Columns:
+    """Gather the rows that have the first of the named values into arrays."""
+    kept = [row for row in rows if names[0] in row]
+    names = ("step", "seconds", *names)
+    return {name: np.array([row[name] for row in kept], dtype=float) for name in names}
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Average each value with its neighbours within a hundredth of the length; ends use fewer.
+
+    >>> smooth(np.array([1.0, 3.0])).tolist()
+    [1.0, 3.0]
+    """
+    reach = len(values) // 100
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low = np.maximum(index - reach, 0)
+    high = np.minimum(index + reach + 1, len(values))
+    return (total[high] - total[low]) / (high - low)

@@ -1,0 +1,155 @@
+"""What commands leave behind: tables, files that are whole or absent, what a result rests on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import rich.table
+from rich.console import Console
+from rich.text import Text
+
+Json = dict[str, Any]
+"""What JSON can hold, or keyword arguments by their names."""
+
+PACKAGES = ("forwax", "jax", "jaxlib", "numpy", "optax", "equinox")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under headings, for the terminal (`print_tables`) and for markdown.
+
+    Attributes:
+        headings: one for each column.
+        rows: the cells; the first of a row names it.
+        title: the line above the table on a terminal.
+        numeric: whether all columns but the first hold numbers, which stand at the right.
+        alarming: the positions of rows that shall catch the eye.
+
+    >>> print(Table(("rule", "loss"), [("backprop", "0.1")]).markdown())
+    | rule | loss |
+    | --- | ---: |
+    | backprop | 0.1 |
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str | None = None
+    numeric: bool = True
+    alarming: Collection[int] = ()
+
+    def __rich__(self) -> rich.table.Table:
+        """Give what rich prints; cells are plain text, so that brackets in a path stay."""
+        table = rich.table.Table(title=self.title, title_justify="left")
+        for index, heading in enumerate(self.headings):
+            is_number = self.numeric and index > 0
+            table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+        for index, row in enumerate(self.rows):
+            style = "bold red" if index in self.alarming else None
+            table.add_row(*map(Text, row), style=style)
+        return table
+
+    def markdown(self) -> str:
+        """Give the table without its title."""
+        rule = "---:" if self.numeric else "---"
+        rules = ["---", *[rule] * (len(self.headings) - 1)]
+        lines = [self.headings, rules, *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def print_tables(*tables: Table, width_in_logs: int | None = None) -> None:
+    """Print tables to the standard output.
+
+    Args:
+        *tables: one below the other.
+        width_in_logs: how many columns they have where the output is no terminal.
+    """
+    console = Console(width=None if sys.stdout.isatty() else width_in_logs)
+    for table in tables:
+        console.print(table)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a draft beside a path, and move it there when the block is done.
+
+    A reader sees the old file or the new one, a block that fails leaves the old one, and a machine
+    that loses its power leaves no empty one. The folder is made where it is missing.
+
+    Args:
+        path: what is made or replaced.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "deep" / "a.txt"
+    >>> with replacing(path) as draft:
+    ...     _ = draft.write_text("whole")
+    >>> path.read_text(), len(list(path.parent.iterdir()))
+    ('whole', 1)
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one move; see `replacing`."""
+    with replacing(path) as draft:
+        draft.write_text(text)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file in one move; see `replacing`.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> write_json(path, {"a": 1})
+    >>> json.loads(path.read_text())
+    {'a': 1}
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def finite(value: SupportsFloat) -> float | None:
+    """Give a number as JSON can hold it: None where it is infinite or not a number.
+
+    >>> finite(0.5), finite(math.inf), finite(math.nan)
+    (0.5, None, None)
+    """
+    return float(value) if math.isfinite(value) else None
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of what a result depends on.
+
+    >>> sorted(versions())
+    ['equinox', 'forwax', 'jax', 'jaxlib', 'numpy', 'optax', 'python']
+    """
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return packages | {"python": platform.python_version()}
+
+
+def machine() -> dict[str, Any]:
+    """Give what a result was made with: the kind of device, and `versions`.
+
+    >>> sorted(machine())
+    ['device', 'versions']
+    """
+    # imported here: tables and files need no jax
+    import jax
+
+    return {"device": jax.devices()[0].device_kind, "versions": versions()}

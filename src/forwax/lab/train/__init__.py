@@ -1,1 +1,0 @@
-"""`forwax train`: the loop, and the folder of a run that any interruption leaves resumable."""

@@ -1,0 +1,260 @@
+"""The folder of one run: config.json, metrics.jsonl, checkpoints, curves.png, summary.json.
+
+A folder appears with config.json inside; every later file is written under another name and then
+renamed, or, as metrics.jsonl, cut back to the checkpoint's step when a run goes on. A kill at any
+moment leaves a folder that resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.flags import UsageError
+from forwax.lab.report import Json, write_json
+from forwax.lab.training.problem import Problem
+from forwax.lab.training.step import TrainState, init_state
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CURVES, CHECKPOINTS = "curves.png", "checkpoints"
+
+KEEP = 2
+"""How many checkpoints stay; the one before the last is the way back from a damaged disk."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
+
+    Attributes:
+        path: the folder.
+        config: what config.json holds.
+
+    Example: `Run.open(Path("runs/digits-20250101-120000")).config["rule"]`
+    """
+
+    path: Path
+    config: Json
+
+    @classmethod
+    def create(cls, parent: Path, name: str, config: Json) -> Run:
+        """Make the folder `<parent>/<name>-<time>` in one move, with config.json inside.
+
+        Args:
+            parent: the folder of all runs; it is made where it is missing.
+            name: what the folder's name begins with.
+            config: what config.json will hold.
+
+        Raises:
+            UsageError: when the parent cannot be written to.
+        """
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            draft = parent / f".{name}-{os.getpid()}-{datetime.now():%H%M%S%f}.part"
+            draft.mkdir()
+            write_json(draft / CONFIG, config)
+            return cls(_move_to_free_name(draft, f"{name}-{datetime.now():%Y%m%d-%H%M%S}"), config)
+        except OSError as error:
+            raise UsageError(
+                f"Cannot make a run's folder in {parent}: {error.strerror}; choose --runs."
+            ) from error
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Open a run's folder.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            UsageError: when it is none.
+        """
+        try:
+            return cls(path, json.loads((path / CONFIG).read_text()))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{path} is not the folder of a run: expected a folder with a readable {CONFIG}, "
+                "such as runs/digits-20250101-120000."
+            ) from error
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has made all its steps and written its summary."""
+        return (self.path / SUMMARY).exists()
+
+    def summary(self) -> Json:
+        """Read summary.json of a finished run."""
+        return json.loads((self.path / SUMMARY).read_text())
+
+    def metrics(self) -> list[Json]:
+        """Read all complete lines of metrics.jsonl; empty where there is no such file."""
+        return [row for row, _ in self._complete_rows()]
+
+    def cut_metrics(self, step: int) -> None:
+        """Cut metrics.jsonl back to the lines up to a step; a torn last line goes too.
+
+        Args:
+            step: the last step whose lines stay.
+        """
+        end = 0
+        for row, stop in self._complete_rows():
+            if row["step"] > step:
+                break
+            end = stop
+        if (self.path / METRICS).exists():
+            os.truncate(self.path / METRICS, end)
+
+    def _complete_rows(self) -> Iterator[tuple[Json, int]]:
+        """Give each row with the offset of its end, up to the first line that is torn."""
+        path = self.path / METRICS
+        end = 0
+        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+            end += len(line) + 1
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return
+            yield row, end
+
+
+def _move_to_free_name(draft: Path, name: str) -> Path:
+    """Rename the draft; a name that is taken (two runs in one second) gets a number."""
+    for number in range(1, 100):
+        with suppress(OSError):
+            return draft.rename(draft.with_name(name if number == 1 else f"{name}-{number}"))
+    shutil.rmtree(draft, ignore_errors=True)
+    raise FileExistsError(17, "a hundred runs began in the same second", name)
+
+
+class Metrics:
+    """Appends lines to metrics.jsonl.
+
+    Example: `Metrics(run.path).append([{"step": 1, "loss": 2.3, "accuracy": 0.1, "seconds":
+        0.01}])`
+    """
+
+    def __init__(self, folder: Path):
+        self._file = (folder / METRICS).open("ab")
+
+    def append(self, rows: Iterable[Json]) -> None:
+        """Write one line a row and hand them to the system."""
+        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk, as a checkpoint that counts on them demands."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state and how many seconds of training led to it."""
+
+    state: TrainState
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of one folder, by Orbax.
+
+    Each is written under another name, then renamed, so that a kill leaves none torn.
+
+    Args:
+        folder: where they are kept; it is made with the first one.
+
+    Example: `Checkpoints(run.path / "checkpoints").save(state, seconds=1.5)`
+    """
+
+    def __init__(self, folder: Path):
+        # imported here: it takes half a second that `forwax train --help` need not wait for
+        import orbax.checkpoint as ocp
+
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEEP, enable_async_checkpointing=False, create=True
+        )
+        self._args = ocp.args
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """Give the step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, seconds: float) -> None:
+        """Write a checkpoint and wait until it is complete; one of the same step stays as it is.
+
+        Args:
+            state: the state to keep.
+            seconds: the training time so far.
+        """
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=self._args.StandardSave(_as_tree(state, seconds)))
+            self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> Checkpoint | None:
+        """Read the newest complete checkpoint.
+
+        Args:
+            like: a state with the right structure, shapes and dtypes.
+
+        Returns:
+            The checkpoint, or None where there is none.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _as_tree(like, 0.0)
+        )
+        tree = self._manager.restore(step, args=self._args.StandardRestore(abstract))
+        return Checkpoint(TrainState(**tree["state"]), float(tree["seconds"]))
+
+    def close(self) -> None:
+        """Free what Orbax holds."""
+        self._manager.close()
+
+
+def _as_tree(state: TrainState, seconds: float) -> Json:
+    return {"state": state._asdict(), "seconds": np.float64(seconds)}
+
+
+@dataclass(eq=False)
+class Files:
+    """What a sitting writes to, and where the last one stopped: at a state, or None, at a step."""
+
+    run: Run
+    metrics: Metrics
+    checkpoints: Checkpoints
+    state: TrainState | None
+    step: int
+    seconds: float
+
+
+@contextmanager
+def opened(run: Run, problem: Problem, settings: Settings) -> Iterator[Files]:
+    """Open a run's files, its metrics cut back to its last checkpoint."""
+    checkpoints = Checkpoints(run.path / CHECKPOINTS)
+    metrics = Metrics(run.path)
+    try:
+        found = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings)))
+        state, seconds = (found.state, found.seconds) if found else (None, 0.0)
+        step = int(state.step) if state else 0
+        run.cut_metrics(step)
+        yield Files(run, metrics, checkpoints, state, step, seconds)
+    finally:
+        metrics.close()
+        checkpoints.close()

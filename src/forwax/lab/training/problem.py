@@ -1,0 +1,152 @@
+"""One experiment made ready to train: its data, its initial parameters, its loss."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import forwax as fx
+from forwax.lab.catalogue.experiments import Experiment
+from forwax.lab.catalogue.objectives import (
+    Estimate,
+    Gradient,
+    Loss,
+    Scale,
+    cast,
+    cross_entropy,
+    parameter_dtype,
+)
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.data import DataSet, load
+from forwax.lab.flags import UsageError
+
+Examples = tuple[np.ndarray, np.ndarray]
+"""(images uint8 [N, height, width, channels], labels int32 [N]) in host memory."""
+
+_BATCHED: dict[str, Any] = {"has_aux": True, "in_axes": (None, 0, 0)}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a loop needs of an experiment.
+
+    Attributes:
+        init: from a key to the parameters, a pytree of floating arrays.
+        loss: from (parameters, one uint8 image, its label) to (loss, whether the largest logit is
+            the label's).
+        train: the training set.
+        test: the test set.
+        num_parameters: how many real parameters there are.
+        checksum: the SHA-256 of all images and labels, by which a resumed run knows its data again.
+        custom_gradient: takes the place of `forwax.value_and_grad` of the loss, where training has
+            another loss.
+    """
+
+    init: Callable[[Array], Any]
+    loss: Loss
+    train: Examples
+    test: Examples
+    num_parameters: int
+    checksum: str
+    custom_gradient: Gradient | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """The size of the training set."""
+        return len(self.train[0])
+
+    def gradient(self, rule: Any) -> Estimate:
+        """The function that estimates the gradient of a batch by a rule; see `Gradient`."""
+        if self.custom_gradient is not None:
+            return self.custom_gradient(rule)
+        return fx.value_and_grad(self.loss, rule, **_BATCHED)
+
+    def noise(self, rule: Any) -> int | None:
+        """The number of noise coordinates of one example, for a rule with noise on activities."""
+        if not isinstance(rule, fx.ActivityPerturbation):
+            return None
+        image, label = (jnp.asarray(x[:1]) for x in self.train)
+        params = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0)))
+        rows = fx.explain(self.loss, rule, **_BATCHED)(params, image, label).rows
+        return sum(row.activity_noise for row in rows if row.credit != "exact error")
+
+
+def build_problem(
+    experiment: Experiment, settings: Settings, data_dir: Path | None = None
+) -> Problem:
+    """Load the data and make the model and its loss.
+
+    Args:
+        experiment: one of `EXPERIMENTS`.
+        settings: the run's settings; `dtype` is read, and all that the experiment leaves open.
+        data_dir: a folder to look for the data in first.
+
+    Raises:
+        DataError: when the data set cannot be loaded.
+        UsageError: when the model that the settings name does not fit the data.
+
+    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
+    >>> build_problem(EXPERIMENTS["digits"], Settings()).num_parameters
+    2410
+    """
+    return problem_of(load(settings.data or experiment.data_set, data_dir), experiment, settings)
+
+
+def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Problem:
+    """Make the problem of a data set that is in memory already; see `build_problem`."""
+    experiment = experiment.of(settings)
+    shape = data.train_images.shape[1:]
+
+    def make(key: Array) -> Any:
+        return eqx.partition(experiment.model(shape, data.num_classes, key), eqx.is_inexact_array)
+
+    def init(key: Array) -> Any:
+        return cast(make(key)[0], parameter_dtype(settings.dtype))
+
+    try:  # the part that is not parameters holds no arrays, so an abstract key serves to build it
+        static = eqx.filter_eval_shape(make, jax.random.key(0))[1]
+    except ValueError as error:
+        advice = " Choose another --size or --data." if experiment.gradient else ""
+        raise UsageError(
+            f"{experiment.name} does not fit images of {shape}: {error}{advice}"
+        ) from error
+    params = jax.eval_shape(init, jax.random.key(0))
+    scale = standardiser(data.train_images)
+    gradient = experiment.gradient
+    return Problem(
+        init=init,
+        loss=cross_entropy(static, scale, settings.dtype),
+        train=(data.train_images, data.train_labels.astype(np.int32)),
+        test=(data.test_images, data.test_labels.astype(np.int32)),
+        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        checksum=checksum_of(data),
+        custom_gradient=gradient and gradient(static, scale, settings, data.scale),
+    )
+
+
+def standardiser(images: np.ndarray) -> Scale:
+    """Give the map of pixels to mean 0 and variance 1, over all pixels of the images.
+
+    >>> scale = standardiser(np.array([[0, 4]], np.uint8))
+    >>> scale(jnp.array([0, 4], jnp.uint8))
+    Array([-1.,  1.], dtype=float32)
+    """
+    mean = float(images.mean(dtype=np.float64))
+    deviation = float(images.std(dtype=np.float64)) or 1.0
+    return lambda x: (x.astype(jnp.float32) - mean) / deviation
+
+
+def checksum_of(data: DataSet) -> str:
+    """The SHA-256 of a data set's shapes, types and values."""
+    digest = hashlib.sha256()
+    for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
+        digest.update(repr((array.shape, array.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

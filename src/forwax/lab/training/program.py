@@ -1,0 +1,303 @@
+"""Compiled training: a program that runs a block of steps and stops before a non-finite one.
+
+The order of the data depends on (seed, epoch) and the tangents on (seed, step) alone, so that the
+result does not depend on how the steps are cut into blocks. The learning rate and the seed are
+inputs, so that one program serves every run of a rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.training.problem import Examples, Problem
+from forwax.lab.training.step import TrainState, init_state, make_step, placement, split_seed
+
+MAX_BLOCK = 4096
+"""The most steps of one block: the size of the buffers of losses and accuracies."""
+
+EVALUATION_BATCH = 500
+
+
+class Block(NamedTuple):
+    """What a block of steps reports: a loss and an accuracy for each step that it made.
+
+    `stopped_by` is the loss of the first step that was not made because it was not finite, or None.
+    """
+
+    losses: np.ndarray
+    accuracies: np.ndarray
+    stopped_by: float | None
+
+
+class _Carry(NamedTuple):
+    """Where a run is, and what the last block gave.
+
+    The epoch and its permutation of the data pass from block to block.
+    """
+
+    state: TrainState
+    epoch: Array
+    order: Array
+    done: Array
+    finite: Array
+    last_loss: Array
+    losses: Array
+    accuracies: Array
+
+
+def make_block(problem: Problem, settings: Settings) -> Callable[..., _Carry]:
+    """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
+
+    It takes (carry, count, learning rate, seed, images, labels).
+    """
+    spread = placement(settings)[1]
+    batch = settings.batch_size
+    numbers = jnp.arange(problem.num_examples, dtype=jnp.int32)
+
+    def block(carry: _Carry, count: Array, rate: Any, seed: Any, *data: Any) -> _Carry:
+        step = make_step(problem, dataclasses.replace(settings, learning_rate=rate, seed=seed))
+        data_key = split_seed(seed).data
+
+        def body(carry: _Carry) -> _Carry:
+            epoch, position = jnp.divmod(carry.state.step, len(numbers) // batch)
+            order = jax.lax.cond(
+                epoch == carry.epoch,
+                lambda: carry.order,
+                lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
+            )
+            chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
+            state, loss, accuracy, finite = step(
+                carry.state, *spread([each[chosen] for each in data])
+            )
+            loss = loss.astype(jnp.float32)
+            done = carry.done
+            return _Carry(
+                state,
+                epoch,
+                order,
+                done + finite,
+                finite,
+                loss,
+                carry.losses.at[done].set(loss),
+                carry.accuracies.at[done].set(accuracy),
+            )
+
+        carry = carry._replace(done=jnp.int32(0), finite=jnp.bool(True))
+        if not loops_well(problem):  # one step, whatever the count
+            return body(carry)
+        return jax.lax.while_loop(lambda carry: (carry.done < count) & carry.finite, body, carry)
+
+    return block
+
+
+def loops_well(problem: Problem) -> bool:
+    """Say whether steps may run in a compiled loop.
+
+    XLA's CPU compiler runs the gradient of a convolution about twenty times slower inside a loop
+    than outside.
+
+    Args:
+        problem: the experiment made ready.
+    """
+    image, label = (jax.ShapeDtypeStruct(each.shape[1:], each.dtype) for each in problem.train)
+    convolves = "conv_general_dilated" in str(
+        jax.make_jaxpr(problem.loss)(jax.eval_shape(problem.init, jax.random.key(0)), image, label)
+    )
+    return not (convolves and jax.default_backend() == "cpu")
+
+
+class Scorer:
+    """Gives the mean loss and the accuracy of parameters on one set, the same way for every rule.
+
+    Example: `loss, accuracy = Scorer(problem, problem.test)(params)`
+    """
+
+    def __init__(self, problem: Problem, examples: Examples):
+        self._count = len(examples[0])
+        size = min(EVALUATION_BATCH, self._count)
+        padding = -self._count % size
+        # equal batches; the padding of the last one has weight False
+        padded = (
+            np.concatenate([each, np.zeros((padding, *each.shape[1:]), each.dtype)])
+            for each in (*examples, np.ones(self._count, bool))
+        )
+        self._batches = jax.device_put([x.reshape(-1, size, *x.shape[1:]) for x in padded])
+
+        def of_batch(params: Any, images: Array, labels: Array, weights: Array) -> Any:
+            losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images, labels)
+            return jnp.sum(jnp.where(weights, losses, 0)), jnp.sum(correct & weights)
+
+        def evaluate(params: Any, batches: Any) -> Any:
+            losses, correct = jax.lax.map(lambda batch: of_batch(params, *batch), batches)
+            return losses.sum(), correct.sum()
+
+        self._evaluate = jax.jit(evaluate)
+
+    def __call__(self, params: Any) -> tuple[float, float]:
+        """Give the mean loss and the accuracy in [0, 1]."""
+        losses, correct = self._evaluate(params, self._batches)
+        return float(losses) / self._count, float(correct) / self._count
+
+
+@dataclass(eq=False)
+class Program:
+    """The compiled block of steps of one problem and rule, for every learning rate and seed.
+
+    Attributes:
+        problem: the experiment made ready.
+        settings: the rule's settings; their learning rate and seed stand for any other.
+        data: the training set on the device.
+        compile_seconds: how long tracing and compiling took.
+        temporary_bytes: the temporary memory of the compiled block, as XLA reports it, or None
+            where it does not.
+    """
+
+    problem: Problem
+    settings: Settings
+    data: Any
+    compile_seconds: float
+    temporary_bytes: int | None
+    _block: Any
+    _init: Any
+    _where: Any
+
+    def start(self, learning_rate: float, seed: int, state: TrainState | None = None) -> Trainer:
+        """Give a run before its first step, or after the one that led to a state.
+
+        The initial parameters of a seed are the same for every rule.
+
+        Args:
+            learning_rate: the rate at the start of the schedule.
+            seed: the seed of everything.
+            state: a state to go on from; its memory is given away.
+        """
+        state = self._init(np.uint32(seed)) if state is None else state
+        carry = _carry(state, self.problem.num_examples)
+        if self._where is not None:
+            carry = jax.device_put(carry, self._where)
+        return Trainer(self, learning_rate, seed, carry)
+
+
+@dataclass(eq=False)
+class Trainer:
+    """A run of a program: its rate at the start of the schedule, its seed, and where it is."""
+
+    program: Program
+    learning_rate: float
+    seed: int
+    _carry: _Carry
+
+    @property
+    def state(self) -> TrainState:
+        """The state after the last finite step."""
+        return self._carry.state
+
+    @property
+    def step(self) -> int:
+        """The number of steps made."""
+        return int(self.state.step)
+
+    def run(self, count: int) -> Block:
+        """Run `count` steps, fewer where one of them is not finite.
+
+        Args:
+            count: how many steps, from 1 to `MAX_BLOCK`.
+
+        Returns:
+            The losses and accuracies of the steps made.
+
+        Raises:
+            ValueError: when the count is out of range.
+        """
+        if not 1 <= count <= MAX_BLOCK:
+            raise ValueError(f"a block has 1 to {MAX_BLOCK} steps, got {count}")
+        blocks = []
+        # a block makes one step, whatever the count, where the model does not loop well
+        while count and (not blocks or blocks[-1].stopped_by is None):
+            blocks.append(self._call(count))
+            count -= len(blocks[-1].losses)
+        losses, accuracies, stops = zip(*blocks, strict=True)
+        return Block(np.concatenate(losses), np.concatenate(accuracies), stops[-1])
+
+    def _call(self, count: int) -> Block:
+        inputs = np.int32(count), _rate(self.learning_rate), np.uint32(self.seed)
+        self._carry = carry = self.program._block(self._carry, *inputs, *self.program.data)
+        done = int(carry.done)
+        stopped_by = None if carry.finite else float(carry.last_loss)
+        losses, accuracies = (np.asarray(x)[:done] for x in (carry.losses, carry.accuracies))
+        return Block(losses, accuracies, stopped_by)
+
+
+def _carry(state: TrainState, num_examples: int) -> _Carry:
+    """Where a run is when its sitting begins; no epoch is the current one yet."""
+    buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
+    order = jnp.zeros(num_examples, jnp.int32)
+    nothing = jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer.copy()
+    return _Carry(state, jnp.int32(-1), order, *nothing)
+
+
+def _rate(learning_rate: float) -> Array:
+    """The rate in the widest type of the day."""
+    return jnp.asarray(learning_rate, float)
+
+
+def build_program(problem: Problem, settings: Settings, data: Any = None) -> Program:
+    """Compile the block of steps ahead of time.
+
+    Args:
+        problem: the experiment made ready.
+        settings: settings with a learning rate, see `forwax.lab.catalogue.options.resolve`.
+        data: the training set on the device, where several programs share it.
+
+    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
+    >>> from forwax.lab.training.problem import build_problem
+    >>> settings = Settings(learning_rate=0.01)
+    >>> program = build_program(build_problem(EXPERIMENTS["digits"], settings), settings)
+    >>> trainer = program.start(0.01, seed=0)
+    >>> trainer.run(3).losses.shape, trainer.step
+    ((3,), 3)
+    """
+    where = placement(settings)[0]
+    if data is None:
+        data = jax.device_put(problem.train, where)
+
+    def init(seed: Any) -> TrainState:
+        return init_state(problem, dataclasses.replace(settings, seed=seed))
+
+    def start(seed: Any) -> _Carry:
+        return _carry(init(seed), problem.num_examples)
+
+    seed = np.uint32(0)
+    spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
+    started = time.perf_counter()
+    lowered = jax.jit(make_block(problem, settings), donate_argnums=0, **spread).lower(
+        jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data
+    )
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    temporaries = None if memory is None else int(memory.temp_size_in_bytes)
+    return Program(problem, settings, data, seconds, temporaries, compiled, jax.jit(init), where)
+
+
+def build_trainer(problem: Problem, settings: Settings, state: TrainState | None = None) -> Trainer:
+    """Compile a program for one run, and go to its start.
+
+    Args:
+        problem: the experiment made ready.
+        settings: as for `build_program`.
+        state: a state to go on from; its memory is given away.
+    """
+    program = build_program(problem, settings)
+    assert settings.learning_rate is not None
+    return program.start(settings.learning_rate, settings.seed, state)

@@ -1,0 +1,161 @@
+"""One sitting of a training, block by block; commands differ in its parts.
+
+A block ends at the next stop, where a subclass evaluates, or earlier: signals are answered between
+two blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from bisect import bisect
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from forwax.lab import report
+from forwax.lab.training.folder import Files
+from forwax.lab.training.program import MAX_BLOCK, Block, Trainer
+from forwax.lab.training.progress import Reporter
+
+BLOCK_SECONDS = 0.25
+"""How long a block of steps should take, so that Ctrl-C is answered within half a second."""
+
+INTERRUPTED, TERMINATED, NOT_FINITE = 130, 143, 3
+"""Exit codes: stopped by Ctrl-C, by a termination, by a loss that is not finite."""
+
+
+def block_size(pace: float, last: int) -> int:
+    """Give the steps of the next block.
+
+    At most four times as many, since the first blocks measure the pace poorly.
+
+    Args:
+        pace: steps a second of the last block.
+        last: the steps that the last block was meant to have.
+
+    >>> block_size(1000.0, 16), block_size(1000.0, 200), block_size(0.1, 1)
+    (64, 250, 1)
+    """
+    return max(1, min(int(BLOCK_SECONDS * pace), 4 * last))
+
+
+class Signals:
+    """Notes Ctrl-C and termination, so that a loop can stop between two blocks.
+
+    A second one stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        signal.signal(
+            number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+        )
+
+    @property
+    def code(self) -> int:
+        """The exit code that tells which one came."""
+        return TERMINATED if self.received == signal.SIGTERM else INTERRUPTED
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Signals]:
+        """Watch while the context lasts; outside the main thread there is nothing to watch."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Session:
+    """Trains from where a trainer is to its last step; the base of each command's own.
+
+    Attributes:
+        trainer: what makes the steps.
+        stops: the steps at which a block must end, the last step among them.
+        seconds: of training so far, those of earlier sittings included.
+        signals: what stops it between two blocks.
+        reporter: is told how far the run is.
+    """
+
+    checkpoint_seconds = 60.0
+    """The least time between two checkpoints; one is written at a stop too."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        stops: Iterable[int],
+        files: Files | None = None,
+        signals: Signals | None = None,
+    ):
+        self.trainer = trainer
+        self.problem = trainer.program.problem
+        self.settings = trainer.program.settings
+        self.stops = sorted(stops)
+        self.seconds = files.seconds if files else 0.0
+        self.signals = signals or Signals()
+        self.reporter: Reporter | None = None
+        self._files = files
+
+    def after_block(self, block: Block, seconds: float) -> None:
+        """Note what a block of steps gave, and how long it took; `seconds` counts it already."""
+
+    def at_stop(self) -> None:
+        """Do what is due at each of the stops."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a step is still to be made."""
+        return self.trainer.step < self.stops[-1]
+
+    def save(self) -> None:
+        """Write a checkpoint, after the metrics that it counts on."""
+        if self._files is not None:
+            self._files.metrics.sync()
+            self._files.checkpoints.save(self.trainer.state, self.seconds)
+
+    def run(self) -> float | None:
+        """Train until the last step, a signal, or a loss that is not finite, which is returned."""
+        trainer = self.trainer
+        size = 1
+        saved = time.monotonic()
+        while self.stopped_early and self.signals.received is None:
+            stop = self.stops[bisect(self.stops, trainer.step)]
+            count = min(size, MAX_BLOCK, stop - trainer.step)
+            started = time.perf_counter()
+            block = trainer.run(count)
+            seconds = time.perf_counter() - started
+            self.seconds += seconds
+            self.after_block(block, seconds)
+            if block.stopped_by is not None:
+                return block.stopped_by
+            pace = count / seconds
+            if self.reporter is not None:
+                means = float(block.losses.mean()), float(block.accuracies.mean())
+                self.reporter.update(trainer.step, *means, pace)
+            if trainer.step == stop:
+                self.at_stop()
+            size = block_size(pace, size)
+            if time.monotonic() - saved >= self.checkpoint_seconds:
+                self.save()
+                saved = time.monotonic()
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """Give what every summary tells of the time, the memory and the machine."""
+        program = self.trainer.program
+        return {
+            "seconds": self.seconds,
+            "compile_seconds": program.compile_seconds,
+            "compiled_temporary_bytes": program.temporary_bytes,
+            "num_parameters": self.problem.num_parameters,
+            **report.machine(),
+        }

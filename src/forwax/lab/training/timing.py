@@ -1,0 +1,83 @@
+"""The time of one step under each rule, and of evaluating the loss once: warm, in turns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from forwax._reports.timing import interleaved, seconds_of
+from forwax.lab.training.program import MAX_BLOCK, Program, loops_well
+
+LOSS = "loss"
+"""The name under which the time of evaluating the loss once is given."""
+
+ROUNDS, BLOCK_SECONDS, TOTAL_SECONDS = 15, 0.2, 60.0
+"""How many rounds over all rules; how long one measurement, and all of them, should last."""
+
+Run = Callable[[int], object]
+"""Does so many steps."""
+
+
+def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Measure the seconds of a step under each rule, and of evaluating the loss of a batch.
+
+    One round measures each in turn, so that a change of the machine's load meets all of them alike.
+    A step is a whole training step: choosing the batch, the gradient and the update. Evaluating the
+    loss (`LOSS`) includes choosing the batch.
+
+    Args:
+        programs: the compiled programs by rule.
+        rounds: how many rounds.
+
+    Returns:
+        The seconds of each round, by rule.
+    """
+    runs = {LOSS: _evaluations(next(iter(programs.values())))}
+    # at rate zero the parameters stay where they are, and the work is the same
+    runs |= {name: program.start(0.0, seed=0).run for name, program in programs.items()}
+    counts = {name: _calibrate(run) for name, run in runs.items()}
+    calls = {name: lambda run=run, n=counts[name]: run(n) for name, run in runs.items()}
+    seconds = interleaved(calls, rounds, max_seconds=TOTAL_SECONDS)
+    return {name: (times / counts[name]).tolist() for name, times in seconds.items()}
+
+
+def _evaluations(program: Program) -> Run:
+    """Evaluate the mean loss of batch after batch, in a compiled loop where the steps have one."""
+    problem = program.problem
+    batch_size = program.settings.batch_size
+    num_examples = problem.num_examples
+    per_epoch = num_examples // batch_size
+    looped = loops_well(problem)
+    losses = jax.vmap(problem.loss, in_axes=(None, 0, 0))
+    order = jnp.asarray(np.random.default_rng(0).permutation(num_examples), jnp.int32)
+    params = program.start(0.0, seed=0).state.params
+
+    @jax.jit
+    def evaluate(first: int, count: int, params: Any, images: Array, labels: Array) -> Array:
+        def add(i: Array, total: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)
+            return total + losses(params, images[rows], labels[rows])[0].mean()
+
+        if looped:
+            return jax.lax.fori_loop(first, first + count, add, jnp.float32(0))
+        return add(first, jnp.float32(0))
+
+    def run(count: int) -> None:
+        for first in range(0, count, count if looped else 1):
+            evaluate(first, count, params, *program.data).block_until_ready()
+
+    return run
+
+
+def _calibrate(run: Run) -> int:
+    """Choose how many steps one measurement has; this warms up as well."""
+    run(1)
+    count = 1
+    seconds = seconds_of(lambda: run(1))
+    while seconds < BLOCK_SECONDS / 4 and count < MAX_BLOCK:
+        count = min(4 * count, MAX_BLOCK)
+        seconds = seconds_of(lambda n=count: run(n))
+    return int(np.clip(BLOCK_SECONDS * count / seconds, 1, MAX_BLOCK))
