@@ -18,7 +18,7 @@ from forwax.tangents import Tangents
 
 
 @dataclasses.dataclass(frozen=True)
-class Assembly:
+class Weighing:
     """How the slopes of one call become the weights of its directions' sum Σ_j a_j v_j.
 
     Attributes:

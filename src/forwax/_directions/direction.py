@@ -58,9 +58,9 @@ class Whole(Direction):
     def __mul__(self, scale: float) -> "Whole":
         """The direction times a number."""
 
-    def unpacked(self) -> "Dense":
+    def unpacked(self) -> "Unpacked":
         """See `Direction.unpacked`."""
-        return Dense(self.unpack())
+        return Unpacked(self.unpack())
 
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
@@ -68,7 +68,7 @@ class Whole(Direction):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dense(Whole):
+class Unpacked(Whole):
     """A direction that is an array.
 
     Attributes:
@@ -77,10 +77,10 @@ class Dense(Whole):
 
     value: Array
 
-    def __mul__(self, scale: float) -> "Dense":
-        return Dense(self.value * scale)
+    def __mul__(self, scale: float) -> "Unpacked":
+        return Unpacked(self.value * scale)
 
-    def after(self, known: Sequence[Array]) -> "Dense":
+    def after(self, known: Sequence[Array]) -> "Unpacked":
         """Itself: there is nothing to unpack."""
         return self
 
@@ -91,9 +91,9 @@ class Dense(Whole):
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`; a single row serves all steps."""
         if self.value.shape[0] == 1:
-            only = Dense(self.value[0])
+            only = Unpacked(self.value[0])
             return None, lambda _, index: only
-        return self.value, lambda row, index: Dense(row)
+        return self.value, lambda row, index: Unpacked(row)
 
     def sum(self, weights: Array, leaf: Array) -> Array:
         """See `Direction.sum`."""

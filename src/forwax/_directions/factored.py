@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax._directions.add import Pair, add_outer, outer
-from forwax._directions.direction import Dense, Direction, RowOf, Shape, Whole
+from forwax._directions.direction import Direction, RowOf, Shape, Unpacked, Whole
 
 Sides: TypeAlias = tuple[Whole, Whole]
 
@@ -31,7 +31,7 @@ class Factored(Direction):
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Factored":
         """Of pairs of arrays."""
-        sides = [(Dense(left), Dense(right)) for left, right in pairs]
+        sides = [(Unpacked(left), Unpacked(right)) for left, right in pairs]
         return cls(tuple(sides))
 
     @property

@@ -9,7 +9,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.add import FEW
-from forwax._directions.direction import Dense
+from forwax._directions.direction import Unpacked
 from forwax._pushforward import Objective, is_concrete, over_tangents
 from forwax._tree import Tree
 
@@ -77,7 +77,7 @@ class Formed:
             v: Array,
             c: Array,
         ) -> Array:
-            return Dense(v).sum(c, leaf)
+            return Unpacked(v).sum(c, leaf)
 
         by_leaf = self._by_leaf(weights)
         return jax.tree.map(of_leaf, self.point, drawn, by_leaf)
@@ -95,7 +95,7 @@ class Formed:
             v: Array,
             c: Array,
         ) -> Array:
-            return Dense(v).add(leaf, c)
+            return Unpacked(v).add(leaf, c)
 
         by_leaf = self._by_leaf(weights)
         return jax.tree.map(of_leaf, total, drawn, by_leaf)

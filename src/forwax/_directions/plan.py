@@ -14,7 +14,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.add import FEW
-from forwax._directions.direction import Dense, Direction, Whole
+from forwax._directions.direction import Direction, Unpacked, Whole
 from forwax._directions.factored import Factored, Sides
 from forwax._directions.push import Push
 from forwax._directions.signs import Signs, draw_signs, has_rows
@@ -286,4 +286,4 @@ def _factor_shape(shape: tuple[int, ...], axes: frozenset[int]) -> tuple[int, ..
 
 
 def _whole(drawn: Drawn) -> Whole:
-    return drawn if isinstance(drawn, Signs) else Dense(jnp.asarray(drawn))
+    return drawn if isinstance(drawn, Signs) else Unpacked(jnp.asarray(drawn))

@@ -70,10 +70,10 @@ class Push:
             env: the values of its inputs; those of all variables are added.
             directions: what is drawn as tangents of some inputs.
         """
-        return _Run(self, env, dict(directions)).outputs(program)
+        return _Evaluation(self, env, dict(directions)).outputs(program)
 
 
-class _Run:
+class _Evaluation:
     """One evaluation of a program.
 
     Attributes:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax._assemble import Assembly
+from forwax._assemble import Weighing
 from forwax._directions.formed import Formed
 from forwax._pushforward import in_turn, is_concrete
 from forwax._rule import Rule, check_count, check_directions, check_shared
@@ -81,7 +81,7 @@ class FiniteDifference(Rule):
         k = self.num_tangents
         key_axes = _mesh.axes(key)
         params = problem.params
-        assembly = Assembly(self.tangents, self.combine, params, key_axes)
+        weighing = Weighing(self.tangents, self.combine, params, key_axes)
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
 
         def source(key: Array) -> Callable[[Array], Tree]:
@@ -109,7 +109,7 @@ class FiniteDifference(Rule):
         values, slopes = outs
         if self.combine.joint or not self.tangents.one_by_one:
             drawn = draw(jnp.arange(k))
-            weights = assembly.weights(slopes, drawn)
+            weights = weighing.weights(slopes, drawn)
             total = directions.assemble(weights, drawn)
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it
@@ -121,15 +121,15 @@ class FiniteDifference(Rule):
 
             def add(j: Array, total: Tree) -> Tree:
                 drawn = redraw(j[None])
-                weights = assembly.weights(slopes[j][None], drawn)
+                weights = weighing.weights(slopes[j][None], drawn)
                 return directions.add(total, weights, drawn)
 
-            total = assembly.start()
+            total = weighing.start()
             if k == 1:
                 total = add(jnp.asarray(0), total)
             else:
                 total = lax.fori_loop(0, k, add, total)
-        return jnp.mean(values), aux, assembly.finish(total, k)
+        return jnp.mean(values), aux, weighing.finish(total, k)
 
     def _check_step(self, params: Tree) -> None:
         if not isinstance(self.epsilon, int | float):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._assemble import Assembly
+from forwax._assemble import Weighing
 from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
 from forwax._pushforward import is_staged, slopes
@@ -104,11 +104,11 @@ class WeightPerturbation(Rule):
         key_axes = _mesh.axes(key)
         directions = self.directions(problem, key_axes)
         is_planned = isinstance(directions, WeightPlan)
-        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
-        weigh = assembly.weights
+        weighing = Weighing(self.tangents, self.combine, problem.params, key_axes)
+        weigh = weighing.weights
         if is_planned:
             # Its combination only scales the sum: here its weights, which are fewer.
-            scale = assembly.scale(k) / directions.num_examples
+            scale = weighing.scale(k) / directions.num_examples
             weigh = lambda slopes, drawn: slopes * scale  # noqa: E731
         draw = directions.sampler(key)
         result = slopes(
@@ -119,13 +119,13 @@ class WeightPerturbation(Rule):
             sum_to=key_axes if is_planned or guard is not None else None,
             guard=guard,
             weigh=None if joint else weigh,
-            start=assembly.start,
+            start=weighing.start,
         )
         total = result.total
         if joint:
             drawn = draw(jnp.arange(k))
             total = directions.assemble(weigh(result.used, drawn), drawn)
-        grads = assembly.cast(total) if is_planned else assembly.finish(total, k)
+        grads = weighing.cast(total) if is_planned else weighing.finish(total, k)
         return result.value, result.aux, grads, result.found
 
     def directions(
