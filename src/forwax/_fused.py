@@ -188,14 +188,17 @@ def _add_steps(
     num_terms = num_steps * k
 
     def one(term: Array) -> Any:
-        drawn = directions.sampler(keys[term // k])((term % k)[None])
+        step = term // k
+        draw = directions.sampler(keys[step])
+        drawn = draw((term % k)[None])  # [1, ...]
         return jax.tree.map(lambda x: x[0], drawn)
 
     def add(i: Array, params: Tree) -> Tree:
         terms = i * size + jnp.arange(size)
         is_used = (terms < num_terms).reshape(size, *[1] * (flat.ndim - 1))
+        # what only fills the last pass is the last term once more, of weight zero
         terms = jnp.minimum(terms, steps * k - 1)
-        if size > 1:
+        if size > 1:  # each has a key of its own
             drawn = lax.map(one, terms)
         else:
             drawn = jax.tree.map(lambda x: x[None], one(terms[0]))

@@ -140,7 +140,7 @@ class Momentum:
         assert self.keys is not None
         assert self.coefficients is not None
         assert self.num_steps is not None
-        weights = self.coefficients
+        weights = self.coefficients  # [window, k] or [window, k, examples]
         places = jnp.arange(self.window)
         ages = (self.num_steps - 1 - places) % self.window
         decays = jnp.asarray(self.decay, weights.dtype) ** ages

@@ -147,7 +147,7 @@ def slopes(
 
     def push(here: Directions, drawn: Any) -> Pushed:
         value, aux, found = here.push(drawn, size)
-        if sum_to is not None:
+        if sum_to is not None:  # inside `jax.shard_map`
             others = _mesh.axes(found) - sum_to
             found = _mesh.total(found, others)
         return value, aux, found
@@ -280,7 +280,7 @@ def in_turn(
         `(carry, stacked outputs, aux)`, the aux of one step: the first in a Python loop, the last
         in a scan.
     """
-    if as_scan:
+    if as_scan:  # its aux is carried, not stacked
         return scan_with_aux(step, start, xs, reverse=reverse)
     carry, out, aux = step(start, xs[0])
     outs = [out]

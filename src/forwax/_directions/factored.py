@@ -31,7 +31,10 @@ class Factored(Direction):
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Factored":
         """Of pairs of arrays."""
-        sides = [(Unpacked(left), Unpacked(right)) for left, right in pairs]
+        sides: list[Sides] = []
+        for left, right in pairs:
+            side = (Unpacked(left), Unpacked(right))
+            sides.append(side)
         return cls(tuple(sides))
 
     @property
@@ -39,7 +42,8 @@ class Factored(Direction):
         """The factors as arrays."""
         pairs: list[Pair] = []
         for left, right in self.sides:
-            pairs.append((left.unpack(), right.unpack()))
+            pair = (left.unpack(), right.unpack())
+            pairs.append(pair)
         return pairs
 
     def after(self, known: Sequence[Array]) -> "Factored":

@@ -62,6 +62,7 @@ class Formed:
                 (direction,),
                 has_aux=True,
             )
+            # the primal stays unbatched: it is evaluated once for all directions
             return slope, (value, aux)
 
         slopes, shared = over_tangents(slope, drawn, num_tangents)
@@ -101,6 +102,6 @@ class Formed:
         return jax.tree.map(of_leaf, total, drawn, by_leaf)
 
     def _by_leaf(self, weights: Any) -> Tree:
-        if isinstance(weights, Array):
+        if isinstance(weights, Array):  # one for all leaves
             return jax.tree.map(lambda _: weights, self.point)
         return weights

@@ -112,6 +112,7 @@ class _Evaluation:
             outputs = self.operation(equation, self.read(equation))
             if equation.facts.bilinear:
                 outputs = [in_step(outputs[0])]
+                # what lazy signs wait for
                 self.last = outputs if self.push.lazy else []
             return outputs
         # What a scan runs over stays packed: each step opens its own.
@@ -186,6 +187,7 @@ class _Evaluation:
         noise = product(equation, position, tangent, values, out)
         if noise is None:
             return None
+        # with tangents in factors the convolution itself is what takes long
         whole = not equation.facts.is_convolution
         value = bind(equation, values)[0] if whole else in_pieces(equation, values)
         return [inject(value, noise, self.push.time)]
@@ -228,6 +230,7 @@ class _Evaluation:
             handed_on.add(v)
             result = equation.outputs[i]
             self.factored[result] = tangent
+        # what each step slices, and how it makes its direction of it
         slices: dict[Variable, Any] = {}
         row_of: dict[Variable, RowOf] = {}
         for v, tangent in of_scanned:

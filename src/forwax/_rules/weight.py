@@ -111,18 +111,20 @@ class WeightPerturbation(Rule):
             scale = weighing.scale(k) / directions.num_examples
             weigh = lambda slopes, drawn: slopes * scale  # noqa: E731
         draw = directions.sampler(key)
+        # A guard needs whole slopes; sharded parameters need each device's own.
+        is_summed = is_planned or guard is not None
         result = slopes(
             directions,
             draw,
             k,
             chunk_size=self.chunk_size,
-            sum_to=key_axes if is_planned or guard is not None else None,
+            sum_to=key_axes if is_summed else None,
             guard=guard,
             weigh=None if joint else weigh,
             start=weighing.start,
         )
         total = result.total
-        if joint:
+        if joint:  # the weight of each direction depends on all slopes
             drawn = draw(jnp.arange(k))
             total = directions.assemble(weigh(result.used, drawn), drawn)
         grads = weighing.cast(total) if is_planned else weighing.finish(total, k)
@@ -207,6 +209,6 @@ class WeightPerturbation(Rule):
 
     def _mean_law(self, n: int) -> float:
         self.tangents.check(n, self.num_tangents)
-        if self.tangents.per_example:
+        if self.tangents.per_example:  # it depends on how far the examples agree
             return math.nan
         return self.tangents.relative_mse(n, self.num_tangents)
