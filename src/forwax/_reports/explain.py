@@ -155,7 +155,7 @@ def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
     """What multiplies a site's noise: how far its slopes are told apart, and of which losses."""
     if site.exact:
         return "exact error"
-    # One credit for each part of the loss that the site reaches; none where slopes are not told apart.
+    # One for each part of the loss that the site reaches; none where slopes are not told apart.
     by_source = sites.credit.get(site.variable, ())
     num_parts = 1 if sites.sources is None else len(sites.sources.starts)
     hears_all = len(by_source) in (0, num_parts)
