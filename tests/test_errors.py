@@ -493,6 +493,6 @@ def test_the_projection_survives_dependent_directions():
 
 @pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
 def test_a_useless_guess_is_replaced(bad):
-    """A zero guess, as in the first step of a run, or one that is not finite: still exact at k = n."""
+    """A zero guess, as in a run's first step, or one that is not finite: still exact at k = n."""
     rule = fx.WeightPerturbation(fx.tangents.Guided(W * bad), 3)
     np.testing.assert_allclose(jax.jit(fx.grad(square, rule))(KEY, W), 2 * W, rtol=1e-3)

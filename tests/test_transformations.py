@@ -82,7 +82,7 @@ LINEAR = {
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_derivatives_of_an_estimate(name):
-    """For w M w/2 the estimate is (V Vᵀ/k) M w: linear in w, so its Jacobian is known column by column."""
+    """For w M w/2 the estimate is (V Vᵀ/k) M w, and its Jacobian is known column by column."""
 
     def estimate(w):
         return fx.grad(quadratic_form, LINEAR[name])(KEY, w)

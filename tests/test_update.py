@@ -108,7 +108,10 @@ MOMENTA = {
 
 @pytest.mark.parametrize("name", MOMENTA)
 def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
-    """In a ring of 4 that is not yet full, and then full: what is left out is exactly what is older."""
+    """In a ring of 4 that is not yet full, and then full.
+
+    What is left out is exactly what is older.
+    """
     rule, decay, window, safe = MOMENTA[name], 0.7, 4, name == "safe"
 
     @jax.jit
