@@ -141,7 +141,7 @@ def test_estimates_are_right_to_the_dtypes_rounding(dtype):
                 exact,
                 jax.value_and_grad(loss)(params),
                 one,
-                (value, (slope * jnp.conj(direction)).astype(dtype)),
+                (value, slope.astype(dtype) * jnp.conj(direction)),
             )
 
         exact, reference, one, expected = jax.jit(everything)()

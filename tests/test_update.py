@@ -60,6 +60,7 @@ def test_it_is_the_step_of_the_gradient(name):
     assert_trees_close(*jax.jit(both)(KEY, PARAMS), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.promotes("half precision: weights meet data in float32")
 def test_examples_aux_and_dtypes():
     loss = lambda w, x: (jnp.sum(jnp.tanh(x @ w)), x)
     w, axes = PARAMS["w"][0].astype(jnp.bfloat16), (None, 0)
