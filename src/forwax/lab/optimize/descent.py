@@ -18,18 +18,6 @@ import forwax as fx
 from forwax._timing import interleaved
 from forwax.lab.report import Table, finite, machine
 
-__all__ = [
-    "Descent",
-    "Plan",
-    "Timing",
-    "descend",
-    "label",
-    "make_table",
-    "measure",
-    "seconds_of",
-    "summarise",
-]
-
 REPEATS = 5
 NON_FINITE = "runs not finite"
 
@@ -100,6 +88,10 @@ class Timing:
     overhead: float
 
 
+Descents = Mapping[str, Descent]
+Timings = Mapping[str, Timing]
+
+
 def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Any]:
     """Return the function from a key to (values, points or None, last point) of one run."""
     step = fx.value_and_grad(plan.function, rule)
@@ -167,8 +159,8 @@ def seconds_of(
 def summarise(
     plan: Plan,
     rules: Mapping[str, fx.Rule],
-    descents: Mapping[str, Descent],
-    timings: Mapping[str, Timing],
+    descents: Descents,
+    timings: Timings,
     seed: int,
 ) -> dict[str, Any]:
     """Return every number of a comparison as JSON can hold it: what is not finite becomes null.
