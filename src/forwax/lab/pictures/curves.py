@@ -73,11 +73,10 @@ def _draw_loss(axes: Axes, train: Columns, axis: str, colour: str) -> None:
 
 
 def _draw_accuracy(axes: Axes, train: Columns, test: Columns, axis: str, colour: str) -> None:
-    grey = style.PALETTE["muted"]
     axes.plot(
         train[axis],
         smooth(train["accuracy"]),
-        color=grey,
+        color=style.PALETTE["muted"],
         linewidth=1,
         label="training",
     )
