@@ -143,7 +143,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Json:
     """Give what a result was made with: the kind of device, and `versions`.
 
     >>> sorted(machine())

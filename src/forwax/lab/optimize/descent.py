@@ -16,7 +16,7 @@ import numpy as np
 
 import forwax as fx
 from forwax._timing import interleaved
-from forwax.lab.report import Table, finite, machine
+from forwax.lab.report import Json, Table, finite, machine
 
 REPEATS = 5
 NON_FINITE = "runs not finite"
@@ -167,7 +167,7 @@ def summarise(
     descents: Descents,
     timings: Timings,
     seed: int,
-) -> dict[str, Any]:
+) -> Json:
     """Return every number of a comparison as JSON can hold it: what is not finite becomes null.
 
     Args:

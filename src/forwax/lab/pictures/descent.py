@@ -1,7 +1,5 @@
 """The picture of ``forwax optimize``: ways over contours; loss against steps and seconds."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +10,11 @@ from matplotlib.ticker import MaxNLocator
 
 from forwax.lab import style
 from forwax.lab.optimize.descent import Descent, Descents, Plan, Timings, label
+from forwax.lab.report import Json
 
 GROUND = LinearSegmentedColormap.from_list("ground", ["#ffffff", "#dbe3f0", "#aab9d6"])
 MOST_POINTS = 1500
-THIN: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.3}
+THIN: Json = {"linewidth": 0.6, "alpha": 0.3}
 
 
 @style.styled
@@ -60,7 +59,7 @@ def draw(plan: Plan, descents: Descents, timings: Timings) -> Figure:
     return figure
 
 
-def _look(name: str) -> dict[str, Any]:
+def _look(name: str) -> Json:
     """Return the look of a method's median, backprop's above the others."""
     return {
         "color": style.colour(name),
