@@ -30,7 +30,7 @@ Maps = tuple[Array, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FDFA(LearningRule):
-    """Forward direct feedback alignment: the output error through maps that forward gradients learn.
+    """Forward direct feedback alignment: the output error through maps that slopes teach.
 
     As in `forwax.DirectFeedbackAlignment` a site z gets the error e·M in place of its own, where e
     is the exact ∂loss/∂z of the last sites (those after which no site comes). Here M is the running

@@ -249,7 +249,7 @@ def zeros(sites: Sites, variable: Variable) -> Array:
 
 
 def assemble(sites: Sites, records: Values, errors: Mapping[Variable, Array]) -> Tree:
-    """The gradient from the objective's error at sites: each region's reverse pass, none across two.
+    """The gradient from errors at sites: each region's own reverse pass, none across two.
 
     Sites without an error add nothing.
     """
