@@ -19,40 +19,6 @@ from forwax import combine, tangents
 Tree = Any
 
 
-def known_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those compiler options that this version of XLA has."""
-
-    def is_known(name: str) -> bool:
-        try:
-            jax.jit(jnp.negative, compiler_options={name: options[name]}).lower(
-                np.float32(0)
-            ).compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" not in str(error):
-                raise
-            return False
-        return True
-
-    return {name: value for name, value in options.items() if is_known(name)}
-
-
-QUICK = known_options(
-    {
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-        "xla_cpu_use_fusion_emitters": False,
-        # not xla_cpu_opt_preset="CPU_OPT_PRESET_FAST_COMPILE": with it jax 0.10.2 gives a wrong
-        # variance in tests/models/test_local_losses.py
-    }
-)
-"""Compiler options for programs that are compiled once and run once: a quarter to a half of the time to compile."""
-
-
-def quick_jit(function: Callable) -> Callable:
-    """`jax.jit` that compiles fast."""
-    return jax.jit(function, compiler_options=QUICK)
-
-
 # --- losses ---
 
 

@@ -22,8 +22,6 @@ from forwax.tangents import (
     Sphere,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 W = jnp.array([0.5, -1.0, 2.0])
 KEY = jax.random.key(0)
 

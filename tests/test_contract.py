@@ -18,10 +18,8 @@ from cases import (
     complex_loss,
     normal,
     quadratic,
-    quick_jit,
 )
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 ALL_RULES = RULES | SITE_RULES
 
 
@@ -63,7 +61,7 @@ def test_values_and_exact_gradients_are_those_of_jax(case):
             name: split(case, case.estimate(rule, key)) for name, rule in rules.items()
         }
 
-    (value, grads), outputs = (quick_jit(everything) if case.traceable else everything)()
+    (value, grads), outputs = (jax.jit(everything) if case.traceable else everything)()
     rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(grads))
     for name, (got_value, got_grads) in outputs.items():
         assert_trees_close(got_value, value)
@@ -85,7 +83,7 @@ def test_finite_differences_in_low_precision(dtype):
         fx.tangents.Coordinate(replace=False), 3, epsilon=float(jnp.finfo(dtype).eps) ** 0.5
     )
     loss = lambda w: jnp.sum(jnp.arange(1.0, 4.0) * w.astype(jnp.float32))
-    grads = quick_jit(fx.grad(loss, rule))(jax.random.key(0), jnp.array([1.0, 2.0, -0.5], dtype))
+    grads = jax.jit(fx.grad(loss, rule))(jax.random.key(0), jnp.array([1.0, 2.0, -0.5], dtype))
     assert_trees_close(grads, jnp.arange(1.0, 4.0).astype(dtype), rtol=0.1)
 
 
@@ -132,7 +130,7 @@ def test_estimates_are_right_to_the_dtypes_rounding(dtype):
                 (value, (slope * jnp.conj(direction)).astype(dtype)),
             )
 
-        exact, reference, one, expected = quick_jit(everything)()
+        exact, reference, one, expected = jax.jit(everything)()
         eps = 8 * float(jnp.finfo(dtype).eps)
         assert_trees_close(exact, reference, rtol=eps, atol=eps)
         assert_trees_close(one, expected, rtol=eps, atol=eps)
@@ -153,7 +151,7 @@ def test_many_half_precision_tangents_are_summed_in_float32():
         return jnp.sum((curvature * w).astype(jnp.float32))
 
     assert_trees_close(
-        quick_jit(fx.grad(loss, rule))(jax.random.key(0), params), curvature, rtol=1e-2
+        jax.jit(fx.grad(loss, rule))(jax.random.key(0), params), curvature, rtol=1e-2
     )
 
 

@@ -6,9 +6,7 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import RULES, assert_trees_close, eager, normal, quick_jit, while_loss
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from cases import RULES, assert_trees_close, eager, normal, while_loss
 
 FORWARD_RULES = [name for name, rule in RULES.items() if not rule.reverse_mode]
 
@@ -48,7 +46,7 @@ def test_a_loss_with_a_while_loop_trains(name):
         return jax.tree.map(lambda p, g: p - 0.2 * g, params, grads), (value, trips)
 
     start = (normal(2, 4) * 0.3, jnp.asarray(0.5))
-    _, (values, trips) = quick_jit(lambda keys: lax.scan(step, start, keys))(
+    _, (values, trips) = jax.jit(lambda keys: lax.scan(step, start, keys))(
         jax.random.split(jax.random.key(0), 100)
     )
     assert values[-1] < 0.5 * values[0]
@@ -95,7 +93,7 @@ def test_cond_and_switch():
         )
 
     w = normal(0, 3)
-    both = quick_jit(
+    both = jax.jit(
         lambda branch: (
             fx.grad(loss, fx.Exact(chunk_size=2))(jax.random.key(0), w, branch),
             jax.grad(loss)(w, branch),

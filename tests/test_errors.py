@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 KEY = jax.random.key(0)
 W = jnp.array([1.0, 2.0, 3.0])
@@ -476,7 +473,7 @@ def test_as_many_directions_as_coordinates_are_exact():
         fx.tangents.Coordinate(replace=False),
         fx.tangents.Guided(z),
     ):
-        got = quick_jit(fx.grad(loss, fx.WeightPerturbation(tangents, 4)))(KEY, z)
+        got = jax.jit(fx.grad(loss, fx.WeightPerturbation(tangents, 4)))(KEY, z)
         np.testing.assert_allclose(got, jax.grad(loss)(z), rtol=1e-4)
         with says(ValueError, "at most n = 4 directions"):
             fx.grad(loss, fx.WeightPerturbation(tangents, 5))(KEY, z)
@@ -485,17 +482,17 @@ def test_as_many_directions_as_coordinates_are_exact():
 def test_the_projection_survives_dependent_directions():
     """K > n, duplicates: finite, and the gradient itself once the span is everything."""
     rule = fx.WeightPerturbation(fx.tangents.Rademacher(), 12, fx.combine.Projection())
-    np.testing.assert_allclose(quick_jit(fx.grad(square, rule))(KEY, W), 2 * W, rtol=1e-3)
+    np.testing.assert_allclose(jax.jit(fx.grad(square, rule))(KEY, W), 2 * W, rtol=1e-3)
     twice = fx.WeightPerturbation(fx.tangents.Coordinate(), 8, fx.combine.Projection())
-    got = np.asarray(quick_jit(fx.grad(square, twice))(KEY, W))
+    got = np.asarray(jax.jit(fx.grad(square, twice))(KEY, W))
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got[got != 0], 2 * np.asarray(W)[got != 0], rtol=1e-3)
     zeros = fx.WeightPerturbation(fx.tangents.Sparse(0.01), 4, fx.combine.Projection())
-    assert np.isfinite(np.asarray(quick_jit(fx.grad(square, zeros))(KEY, W))).all()
+    assert np.isfinite(np.asarray(jax.jit(fx.grad(square, zeros))(KEY, W))).all()
 
 
 @pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
 def test_a_useless_guess_is_replaced(bad):
     """A zero guess, as in the first step of a run, or one that is not finite: still exact at k = n."""
     rule = fx.WeightPerturbation(fx.tangents.Guided(W * bad), 3)
-    np.testing.assert_allclose(quick_jit(fx.grad(square, rule))(KEY, W), 2 * W, rtol=1e-3)
+    np.testing.assert_allclose(jax.jit(fx.grad(square, rule))(KEY, W), 2 * W, rtol=1e-3)

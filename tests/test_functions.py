@@ -5,10 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import quick_jit
 from forwax import functions
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 CASES = [
     functions.beale,
@@ -40,7 +37,7 @@ def test_value_and_gradient_at_every_minimum(function):
     with jax.enable_x64(True):
         for point in function.minima:
             x = jnp.array(point, jnp.float64)
-            value, gradient = quick_jit(jax.value_and_grad(function))(x)
+            value, gradient = jax.jit(jax.value_and_grad(function))(x)
             np.testing.assert_allclose(value, function.minimum, rtol=0, atol=1e-12)
             np.testing.assert_allclose(gradient, 0.0, atol=1e-12)
 
@@ -50,7 +47,7 @@ def test_no_nearby_point_is_lower(function):
     with jax.enable_x64(True):
         offsets = 1e-3 * np.random.default_rng(0).normal(size=(64, function.n))
         for point in function.minima:
-            values = quick_jit(jax.vmap(function))(jnp.asarray(np.asarray(point)[None] + offsets))
+            values = jax.jit(jax.vmap(function))(jnp.asarray(np.asarray(point)[None] + offsets))
             assert np.all(np.asarray(values) > function.minimum)
 
 
@@ -60,7 +57,7 @@ def test_gradient_agrees_with_central_differences(function):
         x = jnp.asarray(np.asarray(function.start) + 0.1 * np.arange(1, function.n + 1))
         steps = jnp.asarray(1e-6 * np.eye(function.n))
 
-        @quick_jit
+        @jax.jit
         def three(x, steps):
             slopes = jax.vmap(lambda step: (function(x + step) - function(x - step)) / 2e-6)(steps)
             return slopes, jax.grad(function)(x), jax.jacfwd(function)(x)
@@ -86,9 +83,9 @@ def test_vmap_is_a_loop(function):
     points = np.asarray(function.start)[None] + np.random.default_rng(1).uniform(
         size=(3, function.n)
     )
-    points, one = points.astype(np.float32), quick_jit(function)
+    points, one = points.astype(np.float32), jax.jit(function)
     np.testing.assert_allclose(
-        quick_jit(jax.vmap(function))(points), [one(point) for point in points], rtol=1e-5
+        jax.jit(jax.vmap(function))(points), [one(point) for point in points], rtol=1e-5
     )
 
 
@@ -115,7 +112,7 @@ def test_vmap_is_a_loop(function):
 def test_known_values(function, point, value):
     with jax.enable_x64(True):
         np.testing.assert_allclose(
-            quick_jit(function)(jnp.array(point, jnp.float64)), value, rtol=1e-7
+            jax.jit(function)(jnp.array(point, jnp.float64)), value, rtol=1e-7
         )
 
 
@@ -123,7 +120,7 @@ def test_himmelblau_starts_near_its_local_maximum():
     with jax.enable_x64(True):
         summit = jnp.array([-0.2708445906694, -0.9230385564666], jnp.float64)
         function = functions.himmelblau
-        gradient, hessian = quick_jit(lambda x: (jax.grad(function)(x), jax.hessian(function)(x)))(
+        gradient, hessian = jax.jit(lambda x: (jax.grad(function)(x), jax.hessian(function)(x)))(
             summit
         )
         np.testing.assert_allclose(gradient, 0.0, atol=1e-9)
@@ -131,7 +128,7 @@ def test_himmelblau_starts_near_its_local_maximum():
 
 
 def test_rosenbrock_has_a_local_minimum_in_four_dimensions():
-    @quick_jit
+    @jax.jit
     def descended(x):
         x, _ = jax.lax.scan(
             lambda x, _: (x - 1e-3 * jax.grad(functions.rosenbrock)(x), None), x, None, length=2000
@@ -146,7 +143,7 @@ def test_rosenbrock_has_a_local_minimum_in_four_dimensions():
 @pytest.mark.parametrize("n", [1, 9])
 def test_ackley_at_its_cone(n):
     ackley = functions.ackley
-    derivatives = quick_jit(lambda x: (ackley(x), jax.grad(ackley)(x), jax.jacfwd(ackley)(x)))
+    derivatives = jax.jit(lambda x: (ackley(x), jax.grad(ackley)(x), jax.jacfwd(ackley)(x)))
     for at_origin in derivatives(jnp.zeros(n)):
         np.testing.assert_array_equal(at_origin, 0.0)
     _, near, _ = derivatives(jnp.full(n, 1e-6))
@@ -154,7 +151,7 @@ def test_ackley_at_its_cone(n):
 
 
 def test_quadratic_has_its_condition_number():
-    hessian = np.asarray(quick_jit(jax.hessian(functions.quadratic(1000.0, n=4)))(jnp.ones(4)))
+    hessian = np.asarray(jax.jit(jax.hessian(functions.quadratic(1000.0, n=4)))(jnp.ones(4)))
     np.testing.assert_allclose(np.diag(hessian), [1.0, 10.0, 100.0, 1000.0], rtol=1e-5)
     np.testing.assert_array_equal(hessian - np.diag(np.diag(hessian)), 0.0)
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from cases import QUICK
 
 WIDTH, BATCH = 16, 64
 ACTIVATION = WIDTH * BATCH * 4  # bytes of one layer's activity
@@ -38,7 +37,7 @@ def unrolled(depth):
 def temporaries(loss, rule) -> int:
     """Bytes."""
     args = jax.random.key(0), jnp.zeros((WIDTH, WIDTH)), jnp.zeros((BATCH, WIDTH))
-    compiled = jax.jit(fx.value_and_grad(loss, rule)).lower(*args).compile(compiler_options=QUICK)
+    compiled = jax.jit(fx.value_and_grad(loss, rule)).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -91,7 +90,7 @@ def of_a_stack(name, depth, *, step=False):
     lowered = jax.jit(f, donate_argnums=1 if step else ()).lower(
         jax.random.key(0), params, jnp.zeros((1024, width))
     )
-    return lowered.compile(compiler_options=QUICK).memory_analysis().temp_size_in_bytes
+    return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("step", [False, True], ids=["gradient", "step"])
@@ -141,13 +140,7 @@ def test_aux_is_held_once(name):
     else:
         step = fx.value_and_grad(loss, CHUNKS_WITH_AUX[name], has_aux=True)
     args = jax.random.key(0), jnp.zeros((4, 16)), jnp.zeros((1024, 4))
-    held = (
-        jax.jit(step)
-        .lower(*args)
-        .compile(compiler_options=QUICK)
-        .memory_analysis()
-        .temp_size_in_bytes
-    )
+    held = jax.jit(step).lower(*args).compile().memory_analysis().temp_size_in_bytes
     assert held < 4.5 * 4 * 16 * 1024
 
 
@@ -172,9 +165,7 @@ def test_independent_tangents_hold_one_chunk():
 
     def held(rule):
         compiled = (
-            jax.jit(fx.value_and_grad(loss, rule))
-            .lower(jax.random.key(0), jnp.zeros(n))
-            .compile(QUICK)
+            jax.jit(fx.value_and_grad(loss, rule)).lower(jax.random.key(0), jnp.zeros(n)).compile()
         )
         return compiled.memory_analysis().temp_size_in_bytes / (4 * n)
 

@@ -22,10 +22,7 @@ from cases import (
     difference,
     inner,
     normal,
-    quick_jit,
 )
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 NUM_KEYS = 8192
 NUM_TANGENTS = 3
@@ -102,7 +99,7 @@ def measured():
             def estimate(key):
                 return {name: fx.grad(loss, rule)(key, PARAMS) for name, rule in rules.items()}
 
-            estimates = quick_jit(jax.vmap(estimate))(KEYS)
+            estimates = jax.jit(jax.vmap(estimate))(KEYS)
             cache[case.name] = {name: errors(batch) for name, batch in estimates.items()}
         return cache[case.name]
 
@@ -161,7 +158,7 @@ def test_rules_state_their_law(case, combination):
 def test_the_kurtosis_law(density):
     """(n + κ - 2)/k with κ = 1/p; a single tangent."""
     rule = fx.WeightPerturbation(fx.tangents.Sparse(density))
-    sample = errors(quick_jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS))
+    sample = errors(jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS))
     assert deviation(sample, N + 1 / density - 2) < 4
     assert rule.relative_mse(N) == pytest.approx(N + 1 / density - 2)
     assert deviation(sample, N + 1) > 4  # that of normals
@@ -172,7 +169,7 @@ def test_the_cosine_of_a_projection(name):
     """E cos² = k/n, and the mean of the estimate is (k/n) g."""
     case = next(case for case in TANGENTS if case.name == name)
     rule = fx.WeightPerturbation(case.make(GUESS), 4, fx.combine.Projection())
-    estimates = quick_jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS)
+    estimates = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS)
     squares = jax.vmap(lambda e: inner(e, GRADIENT) ** 2 / inner(e, e) / inner(GRADIENT, GRADIENT))(
         estimates
     )
@@ -195,7 +192,7 @@ def test_the_recycled_projection():
 
         return jax.lax.scan(step, jnp.zeros(n), jax.random.split(key, steps))[1]
 
-    history = quick_jit(jax.vmap(run))(KEYS[:256])
+    history = jax.jit(jax.vmap(run))(KEYS[:256])
     expected = [(1 - k / n) * (1 - (k - 1) / (n - 1)) ** t for t in range(steps)]
     assert expected[0] == pytest.approx(0.86, abs=0.005)
     assert expected[-1] == pytest.approx(0.017, abs=0.0005)
@@ -216,7 +213,7 @@ def test_a_single_tangent_of_two_parameters_separates_signs_from_normals():
         )
         return jnp.sum((estimate - gradient[None]) ** 2, axis=1) / jnp.sum(gradient**2)
 
-    signs, normals = quick_jit(
+    signs, normals = jax.jit(
         lambda: (sample(fx.tangents.Rademacher()), sample(fx.tangents.Normal()))
     )()
     assert deviation(signs, 1.0) < 4 < deviation(signs, 3.0)
@@ -236,7 +233,7 @@ SCALED = {
 def test_the_suggested_learning_rate_is_the_best_step(name):
     """E<ĝ, g> / E|ĝ|², by the ratio estimator's standard error."""
     rule = SCALED[name]
-    estimates = quick_jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS)
+    estimates = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS)
     along = np.asarray(jax.vmap(lambda e: inner(e, GRADIENT))(estimates), np.float64)
     squared = np.asarray(jax.vmap(lambda e: inner(e, e))(estimates), np.float64)
     scale = fx.suggest_learning_rate(rule, N, 1.0)

@@ -15,11 +15,8 @@ from cases import (
     assert_trees_close,
     normal,
     quadratic,
-    quick_jit,
     tree_loss,
 )
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 KEY = jax.random.key(3)
 PARAMS = {"a": normal(1, 4), "z": normal(2, 2, dtype=jnp.complex64), "s": jnp.asarray(0.5)}
@@ -44,7 +41,7 @@ def estimate(case, combination, chunk_size):
 def test_chunks_do_not_change_the_estimate(case):
     """Of any combination; k = 5 is no multiple of 2. In one program."""
     sizes = (None, 2)
-    whole, chunked = quick_jit(
+    whole, chunked = jax.jit(
         lambda: [{name: estimate(case, name, size) for name in COMBINATIONS} for size in sizes]
     )()
     for name in COMBINATIONS:
@@ -55,9 +52,7 @@ def test_chunks_do_not_change_the_estimate(case):
 def test_every_chunk_size_gives_the_same_estimate(name):
     """Of tangents drawn one by one and of those drawn jointly."""
     case = next(case for case in TANGENTS if case.name == name)
-    whole, *chunked = quick_jit(
-        lambda: [estimate(case, "mean", size) for size in (None, *CHUNKS)]
-    )()
+    whole, *chunked = jax.jit(lambda: [estimate(case, "mean", size) for size in (None, *CHUNKS)])()
     for output in chunked:
         assert_trees_close(output, whole, rtol=1e-3, atol=1e-4)
 
@@ -65,7 +60,7 @@ def test_every_chunk_size_gives_the_same_estimate(name):
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 100])
 def test_exact_is_exact_in_every_chunk_size(chunk_size):
     exact = fx.value_and_grad(tree_loss, fx.Exact(chunk_size))
-    both = quick_jit(lambda params: (exact(KEY, params), jax.value_and_grad(tree_loss)(params)))
+    both = jax.jit(lambda params: (exact(KEY, params), jax.value_and_grad(tree_loss)(params)))
     assert_trees_close(*both(PARAMS), rtol=1e-4, atol=1e-5)
 
 
@@ -78,13 +73,13 @@ def test_finite_differences_take_the_directions_of_weight_perturbation(case):
         slopes = fx.grad(of_a_product, fx.WeightPerturbation(*made))(KEY, MATRIX)
         return fx.grad(of_a_product, fx.FiniteDifference(*made, epsilon=0.1))(KEY, MATRIX), slopes
 
-    for got, expected in quick_jit(lambda: [both("mean"), both("projection")])():
+    for got, expected in jax.jit(lambda: [both("mean"), both("projection")])():
         assert_trees_close(got, expected, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_the_same_key_gives_the_same_estimate_and_another_key_another(name):
-    estimate = quick_jit(fx.grad(tree_loss, RULES[name]))
+    estimate = jax.jit(fx.grad(tree_loss, RULES[name]))
     first, again, other = (
         estimate(KEY, PARAMS),
         estimate(KEY, PARAMS),
@@ -102,8 +97,8 @@ def test_legacy_keys_are_typed_keys():
     typed, legacy = jax.random.key(7), jax.random.PRNGKey(7)
     rule = RULES["weight-chunked"]
     estimate = lambda key: fx.grad(tree_loss, rule)(key, PARAMS)
-    assert_trees_close(quick_jit(estimate)(legacy), quick_jit(estimate)(typed), rtol=0)
-    estimates = quick_jit(jax.vmap(estimate))(jax.random.split(legacy, 3))
+    assert_trees_close(jax.jit(estimate)(legacy), jax.jit(estimate)(typed), rtol=0)
+    estimates = jax.jit(jax.vmap(estimate))(jax.random.split(legacy, 3))
     assert estimates["a"].shape == (3, 4)
 
 
@@ -117,9 +112,9 @@ def test_other_generators(impl):
             key, PARAMS
         )
 
-    first = quick_jit(estimate)(key)
-    assert_trees_close(quick_jit(lambda key: estimate(key, 2))(key), first, rtol=1e-4, atol=1e-5)
-    other = quick_jit(estimate)(jax.random.key(1, impl=impl))
+    first = jax.jit(estimate)(key)
+    assert_trees_close(jax.jit(lambda key: estimate(key, 2))(key), first, rtol=1e-4, atol=1e-5)
+    other = jax.jit(estimate)(jax.random.key(1, impl=impl))
     assert not np.allclose(first["a"], other["a"])
     rows = fx.tangents.Rademacher().sample(key, jnp.zeros(64), 5)
     assert len({tuple(row) for row in rows.tolist()}) == 5
@@ -140,7 +135,7 @@ def test_a_loss_may_use_a_key_of_its_own():
 def test_the_directions_of_a_call_differ_leaf_by_leaf_and_one_by_one(case):
     like = {"first": jnp.zeros(40), "second": jnp.zeros(40)}
     guess = jax.tree.map(lambda x: x + 1, like)
-    sample = jax.device_get(quick_jit(lambda key: case.make(guess).sample(key, like, 4))(KEY))
+    sample = jax.device_get(jax.jit(lambda key: case.make(guess).sample(key, like, 4))(KEY))
     rows = np.concatenate([sample["first"], sample["second"]], axis=1)
     assert not np.array_equal(sample["first"], sample["second"])
     cosines = rows @ rows.T / np.sqrt(np.outer((rows**2).sum(1), (rows**2).sum(1)))

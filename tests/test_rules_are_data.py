@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, quick_jit, tree_loss
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, tree_loss
 
 KEY = jax.random.key(0)
 PARAMS = {"a": normal(1, 3), "b": normal(2, 2)}
@@ -32,7 +30,7 @@ def test_a_rule_is_an_argument_of_a_jitted_function(name):
     def both(rule, key):
         return fx.grad(tree_loss, rule)(key, PARAMS), fx.grad(tree_loss, ALL[name])(key, PARAMS)
 
-    got, expected = quick_jit(both)(ALL[name], KEY)
+    got, expected = jax.jit(both)(ALL[name], KEY)
     loose = {"rtol": 0.05, "atol": 0.05} if "difference" in name else {"rtol": 1e-4, "atol": 1e-5}
     assert_trees_close(got, expected, **loose)
 
@@ -122,7 +120,7 @@ def test_rules_can_be_mapped():
     )
     exact = jax.grad(tree_loss)(params)
     assert_trees_close(
-        quick_jit(estimate)(guesses), jnp.broadcast_to(exact, (4, 5)), rtol=1e-3, atol=1e-3
+        jax.jit(estimate)(guesses), jnp.broadcast_to(exact, (4, 5)), rtol=1e-3, atol=1e-3
     )
 
 

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import assert_trees_close, normal, quick_jit
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from cases import assert_trees_close, normal
 
 T = fx.tangents
 KEY = jax.random.key(0)
@@ -36,7 +34,7 @@ def filled(rule, steps=20, **fields):
     """A safe rule that has seen steps of the linear loss."""
     safe = fx.Safe(rule, **fields).init()
     body = lambda safe, key: (safe.step(linear)(key, PARAMS)[2], None)
-    return quick_jit(lambda safe: jax.lax.scan(body, safe, jax.random.split(KEY, steps))[0])(safe)
+    return jax.jit(lambda safe: jax.lax.scan(body, safe, jax.random.split(KEY, steps))[0])(safe)
 
 
 def norm(tree):
@@ -47,8 +45,8 @@ def norm(tree):
 def test_an_explosion_is_cut_to_the_bound(name):
     rule = filled(RULES[name], clip=2.0)
     bound = float(rule.bound())
-    grads = quick_jit(lambda rule: rule.step(linear)(KEY, PARAMS, 1e6)[1])(rule)
-    plain = quick_jit(lambda: fx.grad(linear, RULES[name])(KEY, PARAMS))()
+    grads = jax.jit(lambda rule: rule.step(linear)(KEY, PARAMS, 1e6)[1])(rule)
+    plain = jax.jit(lambda: fx.grad(linear, RULES[name])(KEY, PARAMS))()
     assert norm(grads) <= 1.01 * bound * (N * 2) ** 0.5
     assert norm(grads) < 1e3 * norm(plain)
 
@@ -56,8 +54,8 @@ def test_an_explosion_is_cut_to_the_bound(name):
 @pytest.mark.parametrize("name", ["several", "projection"])
 def test_slopes_within_the_bound_are_left_alone(name):
     safe = fx.Safe(RULES[name], clip=1e6).init()
-    value, grads, after = quick_jit(lambda safe: safe.step(linear)(KEY, PARAMS))(safe)
-    expected = quick_jit(lambda: fx.value_and_grad(linear, RULES[name])(KEY, PARAMS))()
+    value, grads, after = jax.jit(lambda safe: safe.step(linear)(KEY, PARAMS))(safe)
+    expected = jax.jit(lambda: fx.value_and_grad(linear, RULES[name])(KEY, PARAMS))()
     assert_trees_close((value, grads), expected, rtol=1e-5, atol=1e-5)
     assert int(after.history.num_clipped) == 0
     assert int(after.history.num_steps) == 1
@@ -65,7 +63,7 @@ def test_slopes_within_the_bound_are_left_alone(name):
 
 def test_a_clipped_slope_of_one_tangent_is_the_bound_exactly():
     rule = filled(fx.WeightPerturbation(), clip=1.0)
-    grads = quick_jit(lambda rule: fx.grad(linear, rule)(KEY, PARAMS, 1e9))(rule)
+    grads = jax.jit(lambda rule: fx.grad(linear, rule)(KEY, PARAMS, 1e9))(rule)
     for leaf in jax.tree.leaves(grads):
         np.testing.assert_allclose(np.abs(leaf), rule.bound(), rtol=1e-6)
 
@@ -99,7 +97,7 @@ def test_with_one_median_the_bound_never_grows():
 )
 def test_slopes_that_are_not_finite_are_skipped_and_leave_no_trace(name, bad):
     rule = filled(RULES[name])
-    _, grads, after = quick_jit(lambda rule: rule.step(linear)(KEY, PARAMS, bad))(rule)
+    _, grads, after = jax.jit(lambda rule: rule.step(linear)(KEY, PARAMS, bad))(rule)
     assert norm(grads) == 0
     assert int(after.history.num_skipped) == RULES[name].num_tangents
     np.testing.assert_array_equal(after.history.sizes, rule.history.sizes)
@@ -120,7 +118,7 @@ def test_without_skipping_they_go_on():
 
 def test_value_and_grad_clips_and_remembers_nothing():
     rule = filled(fx.WeightPerturbation(), clip=1.0)
-    both = quick_jit(
+    both = jax.jit(
         lambda r: (fx.grad(linear, r)(KEY, PARAMS, 1e6), r.step(linear)(KEY, PARAMS, 1e6)[1])
     )
     assert_trees_close(*both(rule))
@@ -133,7 +131,7 @@ def test_each_example_has_its_own_clipped_slope():
     loss = lambda w, x, y: (jnp.sum(jnp.tanh(x @ w)) - y) ** 2
     rule = fx.WeightPerturbation(T.LowRank(per_example=True), 2)
     safe = fx.Safe(rule, clip=1.0, warm_up=1).init()
-    step = quick_jit(lambda safe, y: safe.step(loss, in_axes=(None, 0, 0))(KEY, PARAMS["w"], x, y))
+    step = jax.jit(lambda safe, y: safe.step(loss, in_axes=(None, 0, 0))(KEY, PARAMS["w"], x, y))
     _, _, safe = step(safe, y)
     _, grads, after = step(safe, y.at[3].set(1e8))
     assert int(after.history.num_clipped) >= 16
@@ -144,11 +142,11 @@ def test_a_batch_of_rules_and_keys():
     safe = fx.Safe(fx.WeightPerturbation(), clip=1.0, warm_up=1, window=7).init()
     many = jax.tree.map(lambda x: jnp.stack([x] * 3), safe)
     keys = jax.random.split(KEY, 3)
-    _, grads, after = quick_jit(jax.vmap(lambda safe, key: safe.step(linear)(key, PARAMS)))(
+    _, grads, after = jax.jit(jax.vmap(lambda safe, key: safe.step(linear)(key, PARAMS)))(
         many, keys
     )
     assert after.history.sizes.shape == (3, 7)
-    expected = quick_jit(lambda key: fx.grad(linear)(key, PARAMS))(keys[1])
+    expected = jax.jit(lambda key: fx.grad(linear)(key, PARAMS))(keys[1])
     assert_trees_close(jax.tree.map(lambda x: x[1], grads), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -159,9 +157,7 @@ def test_other_rules_are_clipped_by_their_norm_and_skipped_as_a_whole():
     x = normal(5, 16, 8)
     loss = lambda w, x, s: s * jnp.sum(jnp.tanh(x @ w))
     safe = fx.Safe(fx.ActivityPerturbation(), clip=1.0, warm_up=1).init()
-    step = quick_jit(
-        lambda safe, s: safe.step(loss, in_axes=(None, 0, None))(KEY, PARAMS["w"], x, s)
-    )
+    step = jax.jit(lambda safe, s: safe.step(loss, in_axes=(None, 0, None))(KEY, PARAMS["w"], x, s))
     _, grads, safe = step(safe, 1.0)
     np.testing.assert_allclose(safe.bound(), norm(grads), rtol=1e-5)
     _, cut, _ = step(safe, 100.0)
@@ -180,7 +176,7 @@ def measured(rule, draws=4000):
     """Relative MSE, root mean square of the cosine, and |g|, over draws."""
     g = jax.grad(linear)(PARAMS)
     flat = lambda tree: jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(tree)])
-    many = quick_jit(jax.vmap(lambda key: flat(fx.grad(linear, rule)(key, PARAMS))))(
+    many = jax.jit(jax.vmap(lambda key: flat(fx.grad(linear, rule)(key, PARAMS))))(
         jax.random.split(KEY, draws)
     )
     g = flat(g)
@@ -203,7 +199,7 @@ def test_the_monitor_tells_what_is_measured(name):
 
 def test_the_inner_product_with_the_gradient_is_the_mean_square_of_the_slopes():
     rule = fx.WeightPerturbation(T.Normal(), 4)
-    _, grads, after = quick_jit(fx.Safe(rule, clip=None).step(linear))(KEY, PARAMS)
+    _, grads, after = jax.jit(fx.Safe(rule, clip=None).step(linear))(KEY, PARAMS)
     g = jax.grad(linear)(PARAMS)
     inner = sum(
         jnp.sum(a * b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(g), strict=True)
@@ -215,7 +211,7 @@ def test_clipping_normal_slopes_shortens_the_mean_by_the_share_that_is_not_clipp
     """Stein's lemma: at one median the mean is half the gradient."""
     rule = filled(fx.WeightPerturbation(T.Normal()), steps=2000, window=2000, clip=None)
     rule = dataclasses.replace(rule, clip=1.0)
-    many = quick_jit(jax.vmap(lambda key: fx.grad(linear, rule)(key, PARAMS)))(
+    many = jax.jit(jax.vmap(lambda key: fx.grad(linear, rule)(key, PARAMS)))(
         jax.random.split(KEY, 20_000)
     )
     g = jax.grad(linear)(PARAMS)
@@ -298,9 +294,9 @@ def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused
         KEY, {"w": w, "b": b}, x
     )[1:]
     run = lambda spec: jax.shard_map(part, mesh=mesh, in_specs=(spec, whole, data), out_specs=whole)
-    grads, after = quick_jit(run(whole))(PARAMS["w"], PARAMS["b"], x)
+    grads, after = jax.jit(run(whole))(PARAMS["w"], PARAMS["b"], x)
     both = lambda p, x: loss(p, x[:2]) + loss(p, x[2:])
-    expected, same = quick_jit(lambda: safe.step(both)(KEY, PARAMS, x)[1:])()
+    expected, same = jax.jit(lambda: safe.step(both)(KEY, PARAMS, x)[1:])()
     assert_trees_close(grads, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(after.history.sizes, same.history.sizes, rtol=1e-4)
     with pytest.raises(ValueError, match=r"inside shard_map they vary over \['data'\]"):
@@ -315,9 +311,7 @@ def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused
 def test_zero_slopes_do_not_stop_the_training():
     """Steps without a gradient leave no median behind that would cut every later slope to zero."""
     safe = fx.Safe(fx.WeightPerturbation()).init()
-    step = quick_jit(
-        lambda safe, key, on: safe.step(lambda w: on * jnp.sum(w**2))(key, jnp.ones(21))
-    )
+    step = jax.jit(lambda safe, key, on: safe.step(lambda w: on * jnp.sum(w**2))(key, jnp.ones(21)))
     for i in range(24):
         _, grads, safe = step(safe, jax.random.key(i), jnp.float32(i >= 14))
         assert bool(jnp.any(grads != 0)) == (i >= 14)
@@ -327,7 +321,7 @@ def test_zero_slopes_do_not_stop_the_training():
 def test_the_next_rule_has_the_same_types_in_double_precision():
     with jax.enable_x64(True):
         safe = fx.Safe(fx.WeightPerturbation()).init()
-        *_, after = quick_jit(
+        *_, after = jax.jit(
             lambda safe: safe.step(lambda w: jnp.sum(w**2))(jax.random.key(0), jnp.ones(3))
         )(safe)
         assert [x.dtype for x in jax.tree.leaves(after.history)] == [

@@ -13,9 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import forwax as fx
-from cases import QUICK, assert_trees_close, normal, quick_jit
-
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from cases import assert_trees_close, normal
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 KEY = jax.random.key(0)
@@ -31,7 +29,7 @@ def loss(params, x):
 
 
 def sharded(function, in_specs, out_specs):
-    return quick_jit(jax.shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs))
+    return jax.jit(jax.shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs))
 
 
 DATA_PARALLEL = {
@@ -66,7 +64,7 @@ def test_replicated_parameters_get_the_estimate_of_the_whole_batch(name):
         return lax.psum(value, "data"), grads
 
     got = sharded(shard, (P(), P(), P("data")), (P(), P()))(KEY, PARAMS, X)
-    expected = quick_jit(estimate)(KEY, PARAMS, X)
+    expected = jax.jit(estimate)(KEY, PARAMS, X)
     loose = {"rtol": 2e-2, "atol": 2e-2} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
     assert_trees_close(got, expected, **loose)
 
@@ -86,7 +84,7 @@ def test_a_loss_summed_inside_gives_the_same(name):
         lambda params, x: lax.psum(loss(params, x), "data"), DATA_PARALLEL[name]
     )
     got = sharded(estimate, (P(), P(), P("data")), (P(), P()))(KEY, PARAMS, X)
-    expected = quick_jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))(KEY, PARAMS, X)
+    expected = jax.jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))(KEY, PARAMS, X)
     loose = {"rtol": 2e-2, "atol": 2e-2} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
     assert_trees_close(got, expected, **loose)
 
@@ -102,7 +100,7 @@ def test_each_device_takes_its_own_examples():
         )
 
     got = sharded(shard, (P(), P(), P("data")), (P(), P()))(KEY, jnp.ones(3), X)
-    assert_trees_close(got, quick_jit(estimate)(KEY, jnp.ones(3), X), rtol=1e-4, atol=1e-4)
+    assert_trees_close(got, jax.jit(estimate)(KEY, jnp.ones(3), X), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +124,7 @@ def test_a_varying_key_gives_each_device_its_own_estimate(name):
 
     keys = jax.random.split(KEY, 8)
     got = sharded(shard, (P("data"), P(), P("data")), P("data"))(keys, PARAMS, X)
-    expected = quick_jit(jax.vmap(estimate, (0, None, 0)))(keys, PARAMS, X.reshape(8, 2, 3))
+    expected = jax.jit(jax.vmap(estimate, (0, None, 0)))(keys, PARAMS, X.reshape(8, 2, 3))
     loose = {"rtol": 2e-2, "atol": 2e-2} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
     assert_trees_close(got, expected, **loose)
     assert not np.allclose(got["b"][0], got["b"][1])
@@ -290,7 +288,7 @@ def test_a_mesh_of_two_axes():
     specs = (P(), P("model"), P("data", "model"))
     function = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P(None, "model"))
     w, x = normal(8, 4), normal(9, 8, 4)
-    got = quick_jit(function)(jax.random.split(KEY, 8192), w, x)
+    got = jax.jit(function)(jax.random.split(KEY, 8192), w, x)
     true = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w)
     assert within(got, true)
     assert not within(got, 1.1 * true)
@@ -303,14 +301,14 @@ def test_check_vma_off_gives_each_device_its_own():
         lambda params, x: jax.tree.map(lambda g: g[None], estimate(KEY, params, x)),
         mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False,
     )  # fmt: skip
-    got = quick_jit(function)(PARAMS, X)
+    got = jax.jit(function)(PARAMS, X)
     expected = jax.vmap(lambda x: jax.grad(loss)(PARAMS, x))(X.reshape(8, 2, 3))
     assert_trees_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["weight", "chunked", "projection", "exact-chunked"])
 def test_jit_with_sharded_inputs_gives_the_same(name):
-    estimate = quick_jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))
+    estimate = jax.jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))
     x = jax.device_put(X, NamedSharding(MESH, P("data")))
     params = jax.device_put(PARAMS, NamedSharding(MESH, P()))
     assert len(x.sharding.device_set) == 8
@@ -325,11 +323,11 @@ EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Expl
 )
 def test_explicit_mesh_axes_give_the_same(name):
     """The types then say how arrays are split."""
-    estimate = quick_jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))
+    estimate = jax.jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))
     x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
     params = jax.device_put(PARAMS, NamedSharding(EXPLICIT, P()))
     assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
-    step = quick_jit(fx.update(loss, fx.WeightPerturbation(), learning_rate=0.1))
+    step = jax.jit(fx.update(loss, fx.WeightPerturbation(), learning_rate=0.1))
     assert_trees_close(step(KEY, params, x), step(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
 
@@ -353,7 +351,7 @@ def test_feedback_alignment_takes_explicit_mesh_axes():
     x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
     params, estimate = (
         jax.device_put(PARAMS, NamedSharding(EXPLICIT, P())),
-        quick_jit(fx.grad(loss, rule)),
+        jax.jit(fx.grad(loss, rule)),
     )
     assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
@@ -364,15 +362,15 @@ def test_several_accelerators_talk_once_a_step(monkeypatch):
     x = jax.device_put(X, NamedSharding(MESH, P("data")))
     params = jax.device_put(PARAMS, NamedSharding(MESH, P()))
     estimate = jax.jit(fx.grad(loss, fx.WeightPerturbation()))
-    text = estimate.lower(KEY, params, x).compile(QUICK).as_text()
+    text = estimate.lower(KEY, params, x).compile().as_text()
     assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
     got = estimate(KEY, params, x)
     monkeypatch.undo()
-    assert_trees_close(got, quick_jit(fx.grad(loss))(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+    assert_trees_close(got, jax.jit(fx.grad(loss))(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
 
 def test_jit_with_sharded_parameters_gives_the_same():
-    estimate = quick_jit(
+    estimate = jax.jit(
         fx.value_and_grad(lambda w: jnp.sum(jnp.sin(w) ** 2), fx.WeightPerturbation(num_tangents=4))
     )
     w = normal(4, 64)

@@ -10,8 +10,6 @@ from jax import Array
 
 import forwax as fx
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
-
 PARAMS = {"w": jnp.array([[0.5, -1.0], [2.0, 0.3]]), "b": jnp.array([0.7, -0.2])}
 X = jnp.array([1.0, -2.0])
 

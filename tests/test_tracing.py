@@ -7,7 +7,6 @@ import pytest
 import forwax as fx
 from cases import RULES, SITE_RULES, normal
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 ALL_RULES = RULES | SITE_RULES
 
 

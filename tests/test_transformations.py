@@ -6,9 +6,8 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import CASES, RULES, SITE_RULES, assert_trees_close, normal, quick_jit, regression
+from cases import CASES, RULES, SITE_RULES, assert_trees_close, normal, regression
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 ALL_RULES = RULES | SITE_RULES
 
 KEY = jax.random.key(0)
@@ -34,7 +33,7 @@ def test_jit_changes_nothing(case):
     def estimate(key):
         return case.estimate(RULES["weight-chunked"], key)
 
-    assert_trees_close(quick_jit(estimate)(KEY), estimate(KEY), rtol=2e-4, atol=2e-5)
+    assert_trees_close(jax.jit(estimate)(KEY), estimate(KEY), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +50,14 @@ def test_jit_changes_nothing(case):
 def test_vmap_over_keys_and_parameters(name):
     estimate = fx.value_and_grad(regression, ALL_RULES[name])
     batch = jax.tree.map(lambda x: jnp.stack([x, 2 * x, -x]), PARAMS)
-    over_both, over_keys, over_params = quick_jit(
+    over_both, over_keys, over_params = jax.jit(
         lambda: (
             jax.vmap(estimate, (0, 0, None))(KEYS, batch, X),
             jax.vmap(estimate, (0, None, None))(KEYS, PARAMS, X),
             jax.vmap(estimate, (None, 0, None))(KEY, batch, X),
         )
     )()
-    one = quick_jit(estimate)
+    one = jax.jit(estimate)
     loose = {"rtol": 2e-2, "atol": 2e-4} if "difference" in name else {"rtol": 2e-4, "atol": 1e-5}
     for i in range(3):
         params = jax.tree.map(lambda x: x[i], batch)  # noqa: B023
@@ -90,7 +89,7 @@ def test_derivatives_of_an_estimate(name):
 
     w, u = normal(6, 4), normal(7, 4)
 
-    @quick_jit
+    @jax.jit
     def derivatives():
         columns = jax.vmap(estimate)(jnp.eye(4))  # row i is the estimate at e_i
         reverse = jax.grad(lambda w: jnp.vdot(u, estimate(w)))(w)
@@ -116,7 +115,7 @@ def test_nested_estimates_do_not_confuse_perturbations(outer, inner):
     def loss(x):
         return x * fx.grad(lambda y: x * y, LINEAR[inner])(jax.random.key(1), 2.0)
 
-    value, grads = quick_jit(fx.value_and_grad(loss, LINEAR[outer]))(KEY, 3.0)
+    value, grads = jax.jit(fx.value_and_grad(loss, LINEAR[outer]))(KEY, 3.0)
     loose = 2e-2 if "difference" in outer + inner else 1e-5
     assert float(value) == pytest.approx(9.0, rel=loose)
     assert float(grads) == pytest.approx(6.0, rel=loose)
@@ -138,15 +137,15 @@ def test_training_inside_scan(name):
         return jax.tree.map(lambda p, g: p - 0.05 * g, params, grads), value
 
     keys = jax.random.split(KEY, 40)
-    trained, values = quick_jit(lambda params: lax.scan(step, params, keys))(PARAMS)
+    trained, values = jax.jit(lambda params: lax.scan(step, params, keys))(PARAMS)
     assert values[-1] < values[0]
     if (
         "difference" not in name
     ):  # whose rounding, divided by a small step, differs from one program to another
-        params, one = PARAMS, quick_jit(step)
+        params, one = PARAMS, jax.jit(step)
         for key in keys[:10]:
             params, _ = one(params, key)
-        partial, _ = quick_jit(lambda params: lax.scan(step, params, keys[:10]))(PARAMS)
+        partial, _ = jax.jit(lambda params: lax.scan(step, params, keys[:10]))(PARAMS)
         assert_trees_close(partial, params, rtol=1e-3, atol=1e-4)
     assert jax.tree.structure(trained) == jax.tree.structure(PARAMS)
 
@@ -159,9 +158,7 @@ def test_inside_checkpoint_and_a_loss_with_checkpoint(name):
         return jnp.sum(fx.grad(quadratic_form, LINEAR[name])(KEY, w) ** 2)
 
     w = normal(6, 4)
-    plain, saved = quick_jit(
-        lambda: (jax.grad(estimate)(w), jax.grad(jax.checkpoint(estimate))(w))
-    )()
+    plain, saved = jax.jit(lambda: (jax.grad(estimate)(w), jax.grad(jax.checkpoint(estimate))(w)))()
     loose = {"rtol": 2e-2, "atol": 1e-1} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
     assert_trees_close(saved, plain, **loose)
 

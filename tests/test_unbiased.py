@@ -13,7 +13,6 @@ import pytest
 import forwax as fx
 from cases import COMBINATIONS, RULES, TANGENTS, TRACEABLE, assert_trees_close, eager, normal
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 POWER = {"tolerance": 0.05, "power": 0.99}
 RULE = fx.WeightPerturbation()
 CHUNKED = fx.WeightPerturbation(num_tangents=3, chunk_size=2)

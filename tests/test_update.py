@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import QUICK, assert_trees_close, normal, quick_jit
+from cases import assert_trees_close, normal
 
 T = fx.tangents
 KEY = jax.random.key(0)
@@ -55,7 +55,7 @@ def test_it_is_the_step_of_the_gradient(name):
         expected = value, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
         return fx.update(stack, rule, learning_rate=0.1)(key, params, X)[:2], expected
 
-    assert_trees_close(*quick_jit(both)(KEY, PARAMS), rtol=1e-5, atol=1e-6)
+    assert_trees_close(*jax.jit(both)(KEY, PARAMS), rtol=1e-5, atol=1e-6)
 
 
 def test_examples_aux_and_dtypes():
@@ -68,7 +68,7 @@ def test_examples_aux_and_dtypes():
         got = fx.update(loss, rule, learning_rate=0.1, has_aux=True, in_axes=axes)(key, w, X)
         return got, (value, (w.astype(jnp.float32) - 0.1 * grads.astype(jnp.float32)))
 
-    (value, new), (expected, expected_new) = quick_jit(both)(KEY, w)
+    (value, new), (expected, expected_new) = jax.jit(both)(KEY, w)
     assert_trees_close(value, expected, rtol=1e-5)
     assert new.dtype == jnp.bfloat16
     np.testing.assert_allclose(new.astype(jnp.float32), expected_new, rtol=0.02, atol=0.02)
@@ -79,7 +79,7 @@ def test_complex_parameters_traced_and_eagerly():
     loss = lambda z: jnp.sum(jnp.abs(z) ** 2)
     expected, step = z - 0.1 * fx.grad(loss)(KEY, z), fx.update(loss, learning_rate=0.1)
     assert_trees_close(step(KEY, z)[1], expected, rtol=1e-5)
-    assert_trees_close(quick_jit(step)(KEY, z)[1], expected, rtol=1e-5)
+    assert_trees_close(jax.jit(step)(KEY, z)[1], expected, rtol=1e-5)
 
 
 def test_an_eager_loss_may_branch_on_values():
@@ -91,7 +91,7 @@ def test_an_eager_loss_may_branch_on_values():
 
 
 def test_a_safe_rule_remembers():
-    step = quick_jit(lambda rule: fx.update(stack, rule, learning_rate=0.1)(KEY, PARAMS, X))
+    step = jax.jit(lambda rule: fx.update(stack, rule, learning_rate=0.1)(KEY, PARAMS, X))
     *_, rule = step(RULES["safe"])
     assert int(rule.history.num_steps) == 1
 
@@ -111,7 +111,7 @@ def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
     """In a ring of 4 that is not yet full, and then full: what is left out is exactly what is older."""
     rule, decay, window, safe = MOMENTA[name], 0.7, 4, name == "safe"
 
-    @quick_jit
+    @jax.jit
     def step(key, params, rule, momentum):
         _, grads, *_ = (
             rule.step(stack)(key, params, X)
@@ -145,7 +145,7 @@ def test_momentum_with_examples_needs_no_init():
     w, total, momentum = PARAMS["w"][0], 0.0, fx.Momentum(0.5, 3)
     assert momentum.init(KEY, rule, len(X)).coefficients.shape == (3, 2, 4)
 
-    @quick_jit
+    @jax.jit
     def step(key, w, momentum):
         grads = fx.grad(loss, rule, in_axes=axes)(key, w, X)
         return grads, *fx.update(loss, rule, learning_rate=0.1, momentum=momentum, in_axes=axes)(
@@ -164,13 +164,7 @@ def test_momentum_with_examples_needs_no_init():
 
 def temporaries(function, *args, **options) -> int:
     """Bytes."""
-    return (
-        jax.jit(function, **options)
-        .lower(*args)
-        .compile(QUICK)
-        .memory_analysis()
-        .temp_size_in_bytes
-    )
+    return jax.jit(function, **options).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 def of_update(loss, rule, params, x):

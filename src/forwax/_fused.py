@@ -31,7 +31,7 @@ def update(
     has_aux: bool = False,
     in_axes: Any = None,
 ) -> Callable[..., Any]:
-    """A step of gradient descent along weight tangents, w - learning_rate · ĝ, in which ĝ is never held.
+    """A step of gradient descent, w - learning_rate · ĝ, along weight tangents; ĝ is never held.
 
     For the same key it gives what `forwax.value_and_grad` and a subtraction give, up to rounding.
     Jitted with donated parameters it needs, besides these, what inference needs and, with

@@ -101,7 +101,12 @@ class Momentum:
         return dataclasses.replace(self, keys=keys, coefficients=coefficients, num_steps=num_steps)
 
     def add(self, key: Array, coefficients: Array) -> "Momentum":
-        """The momentum with one more step: its typed key, and its tangents' weights [k(, examples)]."""
+        """The momentum with one more step.
+
+        Args:
+            key: the step's typed key.
+            coefficients: the weights of its tangents [k] or [k, examples].
+        """
         keys = self.keys
         weights = self.coefficients
         num_steps = self.num_steps
@@ -125,7 +130,7 @@ class Momentum:
         )
 
     def last(self, impl: str) -> tuple[Array, Array, Array]:
-        """Of the steps in the ring their typed keys [window], decayed weights, and how many they are.
+        """Of the steps in the ring the typed keys [window], the weights, and how many they are.
 
         The weights of step t - s are decay^s · c.
         """

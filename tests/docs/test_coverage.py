@@ -1,20 +1,18 @@
 """Every public name is in docs/api.md, and the docs build's own check would find a missing one."""
 
-import importlib.util
 import re
 import types
 from pathlib import Path
 
 import pytest
 
+from helpers import module_at
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def extension(name: str):
-    spec = importlib.util.spec_from_file_location(name, DOCS / "_ext" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_at(DOCS / "_ext" / f"{name}.py")
 
 
 MODULES = extension("public_names").MODULES

@@ -1,25 +1,18 @@
 """Every example runs with tiny settings, the while-loop example finds the truth, the README prints what it says."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+from helpers import module_at
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "equinox_digits": {"epochs": 1, "batch": 512},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
     "while_loop": {"steps": 1000, "count": 6},
 }
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_example_is_tested():
@@ -35,7 +28,7 @@ def test_the_readme(capsys):
 
 
 def test_while_loop(capsys):
-    example = load("while_loop")
+    example = module_at(EXAMPLES / "while_loop.py")
     found = example.main(**TINY["while_loop"])
     assert found == pytest.approx(example.TRUTH, rel=0.02)
     by_jacfwd, by_exact = [
@@ -45,13 +38,13 @@ def test_while_loop(capsys):
 
 
 def test_optax_loop(capsys):
-    accuracy = load("optax_loop").main(**TINY["optax_loop"])
+    accuracy = module_at(EXAMPLES / "optax_loop.py").main(**TINY["optax_loop"])
     assert 0.2 < accuracy <= 1
     assert f"test accuracy {accuracy:.1%}" in capsys.readouterr().out
 
 
 def test_equinox_digits(capsys, monkeypatch):
-    example = load("equinox_digits")
+    example = module_at(EXAMPLES / "equinox_digits.py")
     rules = {name: example.RULES[name] for name in ("backprop", "projection on 32")}
     monkeypatch.setattr(example, "RULES", rules)
     accuracies = example.main(**TINY["equinox_digits"])

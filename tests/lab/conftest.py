@@ -14,11 +14,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from forwax.lab.data.sets import SOURCES
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(compile_quickly) -> None:
-    """No test of this folder measures what a program costs."""
-
-
 @pytest.fixture(autouse=True)
 def isolated_data(tmp_path_factory, monkeypatch) -> Path:
     """An empty cache, no FORWAX_DATA, and a network that is down; gives the cache."""

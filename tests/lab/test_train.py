@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax.lab.catalogue import experiments
 from forwax.lab.catalogue import rules as choices
 from forwax.lab.catalogue.experiments import Experiment
@@ -424,7 +423,7 @@ def step_of(loss, **given):
     )
     problem = dataclasses.replace(problem_of(tiny_data(), TINY, settings), loss=loss)
     state = init_state(problem, settings)
-    after, _, _, finite = quick_jit(make_step(problem, settings))(
+    after, _, _, finite = jax.jit(make_step(problem, settings))(
         state, problem.train[0][:4], problem.train[1][:4]
     )
     return state, after, bool(finite)

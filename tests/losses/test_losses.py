@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
-from cases import quick_jit
 from forwax.losses import info_nce, nt_xent, nt_xent_of_view, softmax_cross_entropy
 from losses.literal import numpy_nt_xent
 
@@ -61,7 +60,7 @@ def test_labels_that_do_not_fit_are_refused():
 
 def test_nt_xent_is_its_formula():
     x, y = jax.random.normal(KEY, (2, 5, 4))
-    np.testing.assert_allclose(quick_jit(nt_xent)(x, y, 0.3), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(nt_xent)(x, y, 0.3), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
 
 
 def test_the_loss_of_one_view_is_its_nt_xent():
@@ -73,10 +72,10 @@ def test_the_loss_of_one_view_is_its_nt_xent():
             views, jnp.arange(10)
         )
 
-    both = quick_jit(
+    both = jax.jit(
         lambda: [jax.jacrev(f, (0, 1))(x, y) for f in (one_by_one, lambda x, y: nt_xent(x, y, 0.3))]
     )
-    np.testing.assert_allclose(quick_jit(one_by_one)(x, y), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(one_by_one)(x, y), numpy_nt_xent(x, y, 0.3), rtol=1e-5)
     np.testing.assert_allclose(*both(), rtol=1e-4, atol=1e-5)
     with pytest.raises(
         ValueError,
@@ -88,7 +87,7 @@ def test_the_loss_of_one_view_is_its_nt_xent():
 @pytest.mark.parametrize("loss", [nt_xent, info_nce])
 def test_the_length_of_a_view_counts_nothing_and_a_view_of_zeros_has_a_finite_slope(loss):
     x, y = jax.random.normal(KEY, (2, 5, 4))
-    long, short, grads = quick_jit(
+    long, short, grads = jax.jit(
         lambda: (loss(x, y), loss(1e-4 * x, 1e3 * y), jax.grad(lambda x: loss(x, y).sum())(0 * x))
     )()
     np.testing.assert_allclose(short, long, rtol=1e-5)
@@ -100,7 +99,7 @@ def test_info_nce_is_its_formula():
     u, v = (np.asarray(z, np.float64) / np.linalg.norm(z, axis=-1, keepdims=True) for z in (x, y))
     s = u @ v.T / 0.3
     np.testing.assert_allclose(
-        quick_jit(info_nce)(x, y, 0.3), np.log(np.exp(s).sum(-1)) - np.diag(s), rtol=1e-5
+        jax.jit(info_nce)(x, y, 0.3), np.log(np.exp(s).sum(-1)) - np.diag(s), rtol=1e-5
     )
 
 
@@ -148,7 +147,7 @@ def test_negatives_come_from_all_devices(axis_name, stop_gradient):
     spread = jax.shard_map(
         lambda x, y: total(x, y, axis_name), mesh=mesh, in_specs=Spec(axis_name), out_specs=Spec()
     )
-    value, grads = quick_jit(jax.value_and_grad(spread, (0, 1)))(x, y)
-    expected, truth = quick_jit(jax.value_and_grad(lambda x, y: total(x, y, None), (0, 1)))(x, y)
+    value, grads = jax.jit(jax.value_and_grad(spread, (0, 1)))(x, y)
+    expected, truth = jax.jit(jax.value_and_grad(lambda x, y: total(x, y, None), (0, 1)))(x, y)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(grads, truth, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as Spec
 
-from cases import quick_jit
 from forwax.losses import (
     nt_xent,
     spatial_average_group_linear,
@@ -52,8 +51,8 @@ def test_fused_is_literal_for_any_tangent_and_cotangent(name, dtype, tolerance):
     args, tangents = (tuple(x.astype(dtype) for x in arguments(name, seed)) for seed in (0, 1))
     exact, moved = (tuple(x.astype(jnp.float32) for x in part) for part in (args, tangents))
     (cotangent,) = normals(2, jax.eval_shape(plain, *exact).shape)
-    got = quick_jit(lambda: forwards_and_backwards(fused, args, tangents, cotangent))()
-    expected = quick_jit(lambda: forwards_and_backwards(plain, exact, moved, cotangent))()
+    got = jax.jit(lambda: forwards_and_backwards(fused, args, tangents, cotangent))()
+    expected = jax.jit(lambda: forwards_and_backwards(plain, exact, moved, cotangent))()
     assert [x.dtype for x in got[2]] == [dtype] * len(args)
     for mine, true in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         mine, true = np.asarray(mine, np.float64), np.asarray(true, np.float64)
@@ -71,7 +70,7 @@ def alone(operation, args, number, tangent):
 def test_slopes_along_one_argument_add_up_to_the_slope(name):
     operation, args, tangents = OPERATIONS[name][0], arguments(name), arguments(name, 1)
 
-    @quick_jit
+    @jax.jit
     def ways():
         apart = [alone(operation, args, i, tangent) for i, tangent in enumerate(tangents)]
         return apart, jax.jvp(operation, args, tangents)
@@ -98,7 +97,7 @@ def test_a_large_batch_is_right_when_optimised(name):
 
     optimised = jax.jit(slope)
     optimised(args, jnp.nan * y)  # leaves NaN behind in memory
-    for got, expected in zip(optimised(args, y), quick_jit(slope)(args, y), strict=True):
+    for got, expected in zip(optimised(args, y), jax.jit(slope)(args, y), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max()))
 
 
@@ -125,7 +124,7 @@ def test_a_bias_may_move_alone_on_a_mesh():
     spread = jax.shard_map(
         pushed, mesh=mesh, in_specs=(Spec("data"), Spec()), out_specs=Spec("data")
     )
-    np.testing.assert_array_equal(quick_jit(spread)(x, b), jnp.broadcast_to(b, (8, P, G, K)))
+    np.testing.assert_array_equal(jax.jit(spread)(x, b), jnp.broadcast_to(b, (8, P, G, K)))
 
 
 def test_class_numbers_are_one_hot():
@@ -134,7 +133,7 @@ def test_class_numbers_are_one_hot():
     gradients = lambda y: jax.jacrev(spatial_average_group_linear_cross_entropy, (0, 1, 2))(
         x, w, b, y
     )
-    first, second = quick_jit(lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K))))()
+    first, second = jax.jit(lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K))))()
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
@@ -147,7 +146,7 @@ def test_a_class_without_weight_may_be_impossible():
         jax.value_and_grad(total, (0, 1, 2))(x, w, b, targets),
         jax.value_and_grad(total, (0, 1, 2))(x, w[:, :-1], b[:-1], targets[:, :-1]),
     ]
-    (value, (dx, dw, db)), (true_value, (true_dx, *true_head)) = quick_jit(both)()
+    (value, (dx, dw, db)), (true_value, (true_dx, *true_head)) = jax.jit(both)()
     assert float(value) == pytest.approx(float(true_value), rel=1e-5)
     np.testing.assert_allclose(dx, true_dx, rtol=1e-4, atol=1e-6)
     for mine, true in zip((dw, db), true_head, strict=True):
@@ -209,8 +208,8 @@ def test_contrastive_negatives_come_from_all_devices(axis_name):
         lambda *args: total(*args, axis_name), mesh=mesh, in_specs=specs, out_specs=Spec()
     )
     args, everything = (x, y, w, b, weights), (0, 1, 2, 3)
-    value, grads = quick_jit(jax.value_and_grad(spread, everything))(*args)
-    expected, truth = quick_jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(
+    value, grads = jax.jit(jax.value_and_grad(spread, everything))(*args)
+    expected, truth = jax.jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(
         *args
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)

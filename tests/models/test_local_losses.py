@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from forwax.losses import nt_xent, softmax_cross_entropy
 from forwax.models import LocalMixer, contrastive_losses, local, local_losses, ren2023
 from forwax.models.layers import standardize
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 KEY = jax.random.key(0)
 TINY = {"blocks": 2, "patches": 2, "channels": 8, "groups": 2}
 IN_AXES = (None, 0, 0)
@@ -69,8 +67,8 @@ def test_the_mean_forward_gradient_is_the_gradient_of_backprop(name, objective):
     loss = objective(method.losses, method.parts)
     rule = method.rule.basis(Signature(loss, 0, False, in_axes).bind((model, *args), {}))
     whole = fx.value_and_grad(objective(exact.losses, exact.parts), exact.rule, in_axes=in_axes)
-    value, grads = quick_jit(fx.value_and_grad(loss, rule, in_axes=in_axes))(KEY, model, *args)
-    true_value, truth = quick_jit(whole)(KEY, model, *args)
+    value, grads = jax.jit(fx.value_and_grad(loss, rule, in_axes=in_axes))(KEY, model, *args)
+    true_value, truth = jax.jit(whole)(KEY, model, *args)
     assert float(value) == pytest.approx(float(true_value), rel=1e-5)
     assert_same(grads, truth)
 
@@ -119,7 +117,7 @@ def test_the_variance_is_that_of_the_algorithm_written_by_hand():
         grads = fx.grad(supervised("greedy", True), method.rule)(key, model, x, label).blocks[0]
         return grads.dense.weight, grads.groups.weight
 
-    @quick_jit
+    @jax.jit
     def squared_errors(key):
         both = lambda key: (ours(key), written_by_hand(model, x, label, key))
         error = lambda pair: [jnp.sum((a - b) ** 2) for a, b in zip(pair, layers, strict=True)]
@@ -143,7 +141,7 @@ def test_heads_get_no_noise():
         found = fx.grad(loss, method.rule, in_axes=IN_AXES)(KEY, model, x, y)
         return found.heads, found.readout
 
-    exact, *noisy = quick_jit(lambda: [grads(name) for name in names])()
+    exact, *noisy = jax.jit(lambda: [grads(name) for name in names])()
     for mine in noisy:
         assert_same(mine, exact, 1e-6)
 
@@ -178,7 +176,7 @@ def test_feedback_alignment_sees_the_heads():
     plain = ren2023.method("LG-FA", model, KEY)
     rules = fx.Backprop(), fx.FeedbackAlignment(scaled)
     methods = [dataclasses.replace(plain, rule=rule) for rule in rules]
-    exact, aligned = quick_jit(
+    exact, aligned = jax.jit(
         lambda: [ren2023.supervised(each)(KEY, model, x, y)[1] for each in methods]
     )()
     assert_same((aligned.heads, aligned.readout), (exact.heads, exact.readout), 1e-6)
@@ -198,7 +196,7 @@ def test_feedback_rules_train_what_stands_last_exactly(name, objective):
         both = lambda: [
             ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y) for each in (method, backprop)
         ]
-    (value, grads), (expected, exact) = quick_jit(both)()
+    (value, grads), (expected, exact) = jax.jit(both)()
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert_same((grads.readout, grads.heads), (exact.readout, exact.heads), 1e-5)
     assert np.any(grads.blocks[0].dense.weight)
@@ -207,7 +205,7 @@ def test_feedback_rules_train_what_stands_last_exactly(name, objective):
 
 def test_the_parts_add_up_to_the_losses():
     model, (x, y) = mixer(), batch()
-    trees = quick_jit(
+    trees = jax.jit(
         lambda: [
             local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)
         ]
@@ -229,9 +227,7 @@ def test_where_the_losses_sit():
     def readout(model, where):
         return jnp.sum(local_losses(model, x[0], y[0], where).tree["readout"])
 
-    to_global, to_local, to_greedy = quick_jit(
-        lambda: [jax.grad(readout)(model, w) for w in WHERE]
-    )()
+    to_global, to_local, to_greedy = jax.jit(lambda: [jax.grad(readout)(model, w) for w in WHERE])()
     assert_same(to_local, to_global)  # the paper's L-BP sends the final loss through the blocks too
     assert not np.any(to_greedy.blocks[-1].dense.weight)
     assert set(tree("global")) == {"readout"}
@@ -248,7 +244,7 @@ def test_where_the_losses_sit():
 def test_the_contrastive_losses_are_nt_xent_of_the_projections():
     model, (x, y) = mixer(projection=5), batch()
 
-    @quick_jit
+    @jax.jit
     def both():
         found = [
             contrastive_losses(model, x, x + 1, y, where).tree["blocks"]
@@ -319,7 +315,7 @@ def test_any_blocks_get_local_losses(build, shapes):
     assert jax.tree.map(jnp.shape, estimate) == jax.tree.map(jnp.shape, params)
     if build is vit:  # the others are quicker, and nothing new
         basis = rule.basis(Signature(loss, 0, False, IN_AXES).bind(args, {}))
-        both = quick_jit(
+        both = jax.jit(
             lambda: [
                 fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (basis, fx.Backprop())
             ]
@@ -347,7 +343,7 @@ def test_methods_take_a_partitioned_model():
     blocks = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(16, 4, key=KEY)]
     params, static = eqx.partition(local(blocks, x[0], 3, groups=2, key=KEY), eqx.is_inexact_array)
     methods = [ren2023.method(name, params, KEY) for name in ("LG-FA", "LG-BP")]
-    (_, grads), (_, exact) = quick_jit(
+    (_, grads), (_, exact) = jax.jit(
         lambda: [ren2023.supervised(m, static)(KEY, params, x, y) for m in methods]
     )()
     assert_same(grads.heads, exact.heads, 1e-6)

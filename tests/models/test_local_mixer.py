@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cases import quick_jit
 from forwax.models import LocalMixer
 from forwax.models.layers import standardize
 from forwax.models.local_mixer import SIZES, noisy_relu
@@ -101,7 +100,7 @@ def test_the_architecture_is_the_papers(options, token_axes, group_axes, mix):
         [leaf + random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
     )
     image = random.normal(size=(6, 4, 3))
-    logits, features = quick_jit(lambda model, x: (model(x), model.features(x)))(
+    logits, features = jax.jit(lambda model, x: (model(x), model.features(x)))(
         model, jnp.asarray(image, jnp.float32)
     )
     expected = by_hand(model, image, token_axes, group_axes, mix)
@@ -119,7 +118,7 @@ def test_stop_gradients_cut_each_block_from_the_next():
     def last(model, stop):
         return jnp.sum(model.features(x, stop_gradients=stop)[-1] ** 3)
 
-    both = quick_jit(lambda model: (jax.grad(last)(model, True), jax.grad(last)(model, False)))
+    both = jax.jit(lambda model: (jax.grad(last)(model, True), jax.grad(last)(model, False)))
     cut, whole = both(model)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(cut.blocks[0]))
     assert np.any(whole.blocks[0].dense.weight)

@@ -11,8 +11,9 @@ import pytest
 from jax import Array
 
 import forwax as fx
-from cases import quick_jit
+from forwax._directions.plan import plan_low_rank
 from forwax._signature import Signature
+from helpers import dense, norm
 from sites.programs import normal
 
 KEY = jax.random.key(0)
@@ -80,21 +81,53 @@ def check(model: Model) -> None:
     """Unbiased by the sum over all noise, value and aux kept, traced once; feedback alignment is backprop with W."""
     with jax.numpy_rank_promotion("allow"):  # the libraries rely on it
         _check_sites(model)
-        results = quick_jit(_every_rule(model))(*model.args)
-    (value, truth), scale = results["backprop"], _norm(results["backprop"][1])
-    assert float(scale) > 0
+        results = jax.device_get(jax.jit(_every_rule(model))(*model.args))
+    value, truth = results["backprop"]
+    scale = norm(truth)
+    assert scale > 0
     for name in ("activity", "feedback"):
         got, grads = results[name]
         _assert_close(got, value, 1e-5, name)
         for (path, g), t in zip(
             jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(truth), strict=True
         ):
-            error = float(jnp.linalg.norm((g - t).ravel()))
-            assert error <= 1e-5 * scale, (name, jax.tree_util.keystr(path), error, float(scale))
+            assert norm(g - t) <= 1e-5 * scale, (name, jax.tree_util.keystr(path), g, t)
     if model.direct:
         got, grads = results["direct"]
         _assert_close(got, value, 1e-5, "direct")
-        assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+        assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+
+
+def check_factors(model: Model) -> None:
+    """Low-rank weight tangents give the slope and the estimate of the direction in full."""
+    with jax.numpy_rank_promotion("allow"):  # the libraries rely on it
+        problem = Signature(model.loss, 0, model.has_aux, model.in_axes).bind(model.args, {})
+        plan = plan_low_rank(problem)
+        assert any(split is not None for split in plan.splits)
+
+        @jax.jit
+        def both(leaves: list[Array]) -> tuple[Any, Any]:
+            here = plan.at(leaves)
+            params = here.problem.params
+            drawn = fx.tangents.Normal().sample(KEY, here.specs(), 1)
+            full = jax.tree.map(lambda v: v[0], dense(here, drawn))
+            expected, exact = jax.jvp(lambda p: problem.objective(p)[0], (params,), (full,))
+            value, _, slopes = here.push(drawn, 1)
+            estimate = jax.tree.map(lambda v: exact * v, full)
+            return (value, slopes[0], here.assemble(slopes, drawn)), (expected, exact, estimate)
+
+        got, true = jax.device_get(both(plan.leaves))
+    (value, slope, grads), (expected, exact, estimate) = got, true
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    assert float(slope) == pytest.approx(float(exact), rel=1e-4)
+    size = norm(estimate)  # sums round as the whole tree's size does where entries cancel
+    assert size > 0
+    for (path, mine), whole in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(estimate), strict=True
+    ):
+        np.testing.assert_allclose(
+            mine, whole, rtol=1e-4, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def _check_sites(model: Model) -> None:
@@ -137,9 +170,5 @@ def _every_rule(model: Model) -> Callable[..., dict[str, Any]]:
 
 def _assert_close(got: Any, expected: Any, tolerance: float, name: str) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        limit = tolerance * (1 + float(jnp.max(jnp.abs(b), initial=0)))
-        assert float(jnp.max(jnp.abs(a - b), initial=0)) <= limit, (name, a, b)
-
-
-def _norm(tree: Any) -> Array:
-    return jnp.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(tree)))
+        limit = tolerance * (1 + np.max(np.abs(b), initial=0))
+        assert np.max(np.abs(a - b), initial=0) <= limit, (name, a, b)

@@ -355,7 +355,7 @@ def parameters_in_carries(p, xs):
 @program({"w": normal(0, 3, 2, 2), "b": normal(1, 4)}, normal(2, N, 3))
 def complex_activities(p, x):
     z = lax.complex(x @ p["w"][..., 0], x @ p["w"][..., 1])
-    h = jnp.fft.fft(jnp.concatenate([z, z * z]) * p["b"])
+    h = jnp.fft.fft(jnp.concatenate([z, z * z]) * p["b"].astype(jnp.complex64))
     return jnp.sum(jnp.abs(h) ** 2 * 0.1) + squares(jnp.angle(h + 3))
 
 
@@ -369,8 +369,10 @@ def scatter_and_slices(p, x, i):
 @program({"w": 2 * normal(0, 3, 4), "v": normal(1, 4, 2)}, normal(2, N, 3))
 def casts_to_integers(p, x):
     whole = p["w"].astype(jnp.int32)
-    h = jnp.tanh(x @ p["w"] + x @ whole.astype(jnp.float32) + jnp.sum(whole @ whole.T))
-    return squares(h @ p["v"]) + 0.1 * jnp.sum(p["v"].astype(bool))
+    h = jnp.tanh(
+        x @ p["w"] + x @ whole.astype(jnp.float32) + jnp.sum(whole @ whole.T).astype(jnp.float32)
+    )
+    return squares(h @ p["v"]) + 0.1 * jnp.sum(p["v"].astype(bool).astype(jnp.float32))
 
 
 @program({"table": normal(0, 5, 3), "w": normal(1, 3, 3)}, np.array([[1, 7, 4], [9, 0, 1]]))

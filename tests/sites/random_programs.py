@@ -1,13 +1,13 @@
-"""Small random losses for Hypothesis: a list of steps, each of which takes one example's activity to the next."""
+"""Small random losses: a list of steps, each of which takes one example's activity to the next."""
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 from jax import Array, lax
 
 import forwax as fx
@@ -391,21 +391,24 @@ def forward_only(recipe: Recipe) -> bool:
     return any(step.op == "until_small" or step.chain == "spectral" for step in recipe.steps)
 
 
-_few = st.integers(0, 3)
-STEPS = st.builds(
-    Step,
-    st.sampled_from([*OPS_BY_NAME, *OFTEN]),
-    st.one_of(st.just("as it is"), st.sampled_from(list(CHAINS))),
-    st.booleans(),
-    st.one_of(st.just("nothing"), st.sampled_from(WRAPS)),
-    _few,
-    _few,
-)
-RECIPES = st.builds(
-    Recipe,
-    st.lists(STEPS, min_size=2, max_size=7).map(tuple),
-    st.sampled_from(["waves", "label", "readout"]),
-    _few,
-    st.booleans(),
-    st.one_of(st.just(True), st.booleans()),
-)
+def recipe_of(seed: int) -> Recipe:
+    """The same recipe for the same seed, on every machine."""
+    draw = random.Random(seed)
+
+    def step() -> Step:
+        return Step(
+            op=draw.choice([*OPS_BY_NAME, *OFTEN]),
+            chain=draw.choice(["as it is", draw.choice(list(CHAINS))]),
+            tied=draw.random() < 0.5,
+            wrap=draw.choice(["nothing", draw.choice(WRAPS)]),
+            a=draw.randrange(4),
+            b=draw.randrange(4),
+        )
+
+    return Recipe(
+        steps=tuple(step() for _ in range(draw.randint(2, 7))),
+        head=draw.choice(["waves", "label", "readout"]),
+        decay=draw.randrange(4),
+        local=draw.random() < 0.5,
+        mapped=draw.random() < 0.75,
+    )

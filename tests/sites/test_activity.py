@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
-from sites.drawn import noise_of
+from helpers import noise_of
 from sites.programs import PROGRAMS, normal
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 KEY = jax.random.key(0)
 PARAMS = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)}
 
@@ -34,20 +32,20 @@ def test_it_is_the_rule_written_by_hand(memory):
     """With the same noise: a slope per example times its noise, through the last step of each layer alone."""
     x, k = normal(4, 5, 3), 3
     rule = fx.ActivityPerturbation(num_tangents=k, memory=memory)
-    value, grads = quick_jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
+    value, grads = jax.jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
     if memory == "keep":
         noise = fx.tangents.Rademacher().sample(KEY, jnp.zeros((2, 5, 4)), k)
         u, t = noise[:, 0], noise[:, 1]
     else:
         sites = rule.sites(Signature(mlp, 0, False, (None, 0)).bind((PARAMS, x), {}))
-        u, t = noise_of(sites, rule._source(KEY, sites))
+        u, t = noise_of(rule, sites, KEY)
 
     def tapped(noise, x):
         first = x @ PARAMS["w"] + PARAMS["b"] + noise[0]
         second = jnp.tanh(first) @ PARAMS["v"] + noise[1]
         return jnp.sum(jnp.sin(jnp.tanh(second) @ PARAMS["o"])), (first, second)
 
-    @quick_jit
+    @jax.jit
     def slope_of(noise, x):
         zeros = [jnp.zeros(4)] * 2
         _, slope, (first, second) = jax.jvp(
@@ -65,7 +63,7 @@ def test_it_is_the_rule_written_by_hand(memory):
             expected["v"] += np.outer(first, slope * t[j, i]) / (5 * k)
         expected["o"] += np.outer(out, np.cos(out @ PARAMS["o"])) / 5
     assert float(value) == pytest.approx(
-        float(quick_jit(jax.vmap(mlp, (None, 0)))(PARAMS, x).mean()), rel=1e-5
+        float(jax.jit(jax.vmap(mlp, (None, 0)))(PARAMS, x).mean()), rel=1e-5
     )
     for name in PARAMS:
         np.testing.assert_allclose(grads[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -80,7 +78,7 @@ def test_the_squared_error_of_a_layer_is_its_law():
 
     params = {"w": jnp.asarray(PARAMS["w"]), "o": jnp.asarray(out)}
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)["w"]
-    grad = quick_jit(
+    grad = jax.jit(
         jax.vmap(
             lambda key: fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(key, params, x)[
                 "w"
@@ -97,7 +95,7 @@ def test_the_squared_error_of_a_layer_is_its_law():
 def test_an_example_hears_nothing_of_the_others():
     x, more = normal(4, 2, 3), normal(5, 3)
     rule, options = fx.ActivityPerturbation(), {"in_axes": (None, 0)}
-    first = quick_jit(fx.grad(lambda p, x: mlp(p, x) * (x[0] == 7), rule, **options))(
+    first = jax.jit(fx.grad(lambda p, x: mlp(p, x) * (x[0] == 7), rule, **options))(
         KEY, PARAMS, np.stack([x[0], more])
     )
     assert not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(first))
@@ -109,7 +107,7 @@ def test_a_site_hears_only_of_the_losses_that_it_reaches():
         {**program.loss(p, x).tree, "b": 1e3 * program.loss(p, x).tree["b"]}
     )
     quiet, loud = (
-        quick_jit(fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0)))(KEY, *program.args)
+        jax.jit(fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0)))(KEY, *program.args)
         for f in (program.loss, louder)
     )
     np.testing.assert_allclose(quiet["w"], loud["w"], rtol=1e-5)
@@ -121,7 +119,7 @@ def test_one_slope_for_the_batch_is_noisier():
 
     def error(rule):
         grad = jax.vmap(lambda key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x)["w"])
-        return float(jnp.sum(jnp.var(quick_jit(grad)(jax.random.split(KEY, 256)), axis=0)))
+        return float(jnp.sum(jnp.var(jax.jit(grad)(jax.random.split(KEY, 256)), axis=0)))
 
     assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(fx.ActivityPerturbation())
 
@@ -152,7 +150,7 @@ def test_shrinkage_scales_every_slope(name):
     rule = fx.ActivityPerturbation(**options)
     rules = rule, dataclasses.replace(rule, combine=fx.combine.Shrinkage())
     x = normal(4, 5, 3)
-    mean, shrunk = quick_jit(
+    mean, shrunk = jax.jit(
         lambda: [fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules]
     )()
     for parameter, factor in expected.items():
@@ -225,7 +223,7 @@ def test_the_loss_is_traced_once():
         calls.append(1)
         return mlp(p, x)
 
-    grad = quick_jit(fx.grad(counted, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0)))
+    grad = jax.jit(fx.grad(counted, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0)))
     grad(KEY, PARAMS, normal(4, 5, 3))
     grad(jax.random.key(1), PARAMS, normal(5, 5, 3))
     assert len(calls) == 1
@@ -239,7 +237,7 @@ def test_rules_are_arguments_of_jitted_functions():
     def both(given, key):
         return [fx.grad(mlp, each, in_axes=(None, 0))(key, PARAMS, x) for each in (given, rule)]
 
-    for got, expected in zip(*map(jax.tree.leaves, quick_jit(both)(rule, KEY)), strict=True):
+    for got, expected in zip(*map(jax.tree.leaves, jax.jit(both)(rule, KEY)), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -263,7 +261,7 @@ def test_low_precision_keeps_its_dtypes():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     x = jnp.asarray(normal(4, 5, 3), jnp.bfloat16)
     rule = fx.ActivityPerturbation(num_tangents=2)
-    value, grads = quick_jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, half, x)
+    value, grads = jax.jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, half, x)
     assert {value.dtype, *(g.dtype for g in grads.values())} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -362,11 +360,11 @@ def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
             with pytest.raises(
                 TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"
             ):
-                quick_jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
+                jax.jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
     on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
     assert bool(
         jnp.any(
-            quick_jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]
+            jax.jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]
         )
     )
 
@@ -395,7 +393,7 @@ def test_fields_are_checked():
 def test_any_tangents_serve(tangents):
     rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=2)
     assert bool(
-        jnp.any(quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))["w"])
+        jnp.any(jax.jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))["w"])
     )
 
 
@@ -417,7 +415,7 @@ def test_each_example_draws_a_direction_of_its_own(tangents):
     examples, n, k, draws = 4, 6, 2, 4000
     rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=k, exact_outputs=False)
     params, x = {"b": jnp.zeros(n)}, normal(4, examples, n)
-    estimate = quick_jit(jax.vmap(fx.grad(shifted, rule, in_axes=(None, 0)), (0, None, None)))
+    estimate = jax.jit(jax.vmap(fx.grad(shifted, rule, in_axes=(None, 0)), (0, None, None)))
     true = jax.vmap(jax.grad(shifted), (None, 0))(params, x)["b"]
     errors = estimate(jax.random.split(KEY, draws), params, x)["b"] - true.mean(0, keepdims=True)
     errors = jnp.sum(errors**2, axis=1)
@@ -428,14 +426,14 @@ def test_each_example_draws_a_direction_of_its_own(tangents):
 def test_as_many_orthonormal_directions_as_noise_of_an_example_are_exact():
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Orthonormal(), num_tangents=8)
     x = normal(4, 5, 3)
-    got = quick_jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
+    got = jax.jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
     noisy = [
         row
         for row in rows(mlp, PARAMS, x, rule=rule, in_axes=(None, 0))
         if row.credit != "exact error"
     ]
     assert sum(row.activity_noise for row in noisy) == rule.num_tangents
-    for name, true in quick_jit(fx.grad(mlp, fx.Backprop(), in_axes=(None, 0)))(
+    for name, true in jax.jit(fx.grad(mlp, fx.Backprop(), in_axes=(None, 0)))(
         KEY, PARAMS, x
     ).items():
         assert jnp.allclose(got[name], true, atol=1e-4), name
@@ -445,7 +443,7 @@ def test_losses_that_are_not_finite_propagate():
     for memory in ("keep", "replay", "shared"):
         rule = fx.ActivityPerturbation(memory=memory)
         loss = lambda p, x: mlp(p, x) * jnp.log(x[0] * 0 - 1)
-        value, grads = quick_jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))(
+        value, grads = jax.jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))(
             KEY, PARAMS, normal(4, 2, 3)
         )
         assert math.isnan(value)

@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import assert_trees_close, normal, quick_jit
+from cases import assert_trees_close, normal
 from forwax._directions.signs import Places, draw_signs
 from forwax._tree import Spec
 from forwax.tangents.rademacher import draw_words, words_at
@@ -87,7 +87,7 @@ def test_a_trace_gives_the_numbers_of_held_directions(name):
     rule = fx.WeightPerturbation(num_tangents=num_tangents, chunk_size=chunk_size)
     with jax.threefry_partitionable(partitionable):
 
-        @quick_jit
+        @jax.jit
         def all_three(key, params):
             loss = lambda params: stack(params, x)
             value, new = fx.update(loss, rule, learning_rate=1.0)(key, params)
@@ -124,9 +124,9 @@ def test_a_custom_rule_may_close_over_values_of_the_loss():
         return jnp.sum(f(w) ** 2)
 
     w, x = jnp.array([1.0, 2.0]), jnp.array([1.0, 3.0])
-    grads = quick_jit(fx.grad(loss))(KEY, w, x)
+    grads = jax.jit(fx.grad(loss))(KEY, w, x)
     assert_trees_close(grads, fx.grad(loss)(KEY, w, x))
-    step = quick_jit(fx.update(loss, learning_rate=1.0))
+    step = jax.jit(fx.update(loss, learning_rate=1.0))
     assert_trees_close(step(KEY, w, x)[1], w - grads)
 
 
@@ -154,8 +154,8 @@ def test_parameters_without_entries(name):
     params = {"none": jnp.ones((0, 4)), "w": jnp.ones((4, 2))}
     loss = lambda p: jnp.sum(p["w"] ** 2) + jnp.sum(p["none"] @ p["w"])
     rule = fx.WeightPerturbation(TANGENTS[name], 3)
-    value, grads = quick_jit(fx.value_and_grad(loss, rule))(KEY, params)
-    _, new = quick_jit(fx.update(loss, rule, learning_rate=1.0))(KEY, params)
+    value, grads = jax.jit(fx.value_and_grad(loss, rule))(KEY, params)
+    _, new = jax.jit(fx.update(loss, rule, learning_rate=1.0))(KEY, params)
     assert float(value) == 8
     assert grads["none"].shape == new["none"].shape == (0, 4)
     assert_trees_close(new["w"], params["w"] - grads["w"], rtol=1e-5)
@@ -164,13 +164,13 @@ def test_parameters_without_entries(name):
 def test_nothing_to_differentiate():
     rule = fx.WeightPerturbation(num_tangents=2, combine=fx.combine.Shrinkage())
     for params in ({}, jnp.zeros((0, 2))):
-        value, grads = quick_jit(fx.value_and_grad(lambda p: jnp.asarray(3.0), rule))(KEY, params)
+        value, grads = jax.jit(fx.value_and_grad(lambda p: jnp.asarray(3.0), rule))(KEY, params)
         assert float(value) == 3
         assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
 
 
 def test_eight_bit_floats():
     w = jnp.ones(3, jnp.float8_e4m3fn)
-    grads = quick_jit(fx.grad(lambda w: jnp.sum(w.astype(jnp.float32))))(KEY, w)
+    grads = jax.jit(fx.grad(lambda w: jnp.sum(w.astype(jnp.float32))))(KEY, w)
     assert grads.dtype == w.dtype
     assert float(jnp.abs(grads.astype(jnp.float32)).min()) >= 1

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sites.interop import KEY, Model, check, filled, wave
+from sites.interop import KEY, Model, check, check_factors, filled, wave
 from sites.programs import normal
 
 eqx = pytest.importorskip("equinox")
@@ -55,3 +55,8 @@ MODELS = {"mlp": mlp, "conv": conv, "gru": gru, "attention": attention}
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_equinox(name):
     check(MODELS[name]())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
+    check_factors(MODELS[name]())

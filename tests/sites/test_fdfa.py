@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from sites.programs import PROGRAMS, normal
 
@@ -71,12 +70,12 @@ def test_with_exact_maps_one_example_gets_its_gradient(name):
             KEY, *args
         )
 
-    got, expected = quick_jit(both)(args)
+    got, expected = jax.jit(both)(args)
     assert_close(got, expected)
 
 
 def test_the_maps_of_a_linear_network_are_its_jacobians():
-    step = quick_jit(listed(linear, (PARAMS, X), EACH).step(linear, in_axes=EACH))
+    step = jax.jit(listed(linear, (PARAMS, X), EACH).step(linear, in_axes=EACH))
     _, grads, rule = step(KEY, PARAMS, X)
     second = PARAMS["o"].T
     assert_close(rule.maps, (second @ PARAMS["v"].T, second))
@@ -85,7 +84,7 @@ def test_the_maps_of_a_linear_network_are_its_jacobians():
 
 def test_the_maps_are_a_running_mean_of_what_noise_shows():
     rule = fx.FDFA(decay=0.75, num_tangents=4096)
-    step = quick_jit(lambda rule, key: rule.step(linear, in_axes=EACH)(key, PARAMS, X)[2])
+    step = jax.jit(lambda rule, key: rule.step(linear, in_axes=EACH)(key, PARAMS, X)[2])
     first = step(rule, KEY)
     second = step(first, jax.random.key(1))
     jacobian = PARAMS["o"].T @ PARAMS["v"].T
@@ -97,7 +96,7 @@ def test_the_maps_are_a_running_mean_of_what_noise_shows():
 def test_learnt_maps_point_nearer_to_the_gradient_than_random_ones():
     x = normal(5, 32, 3)
 
-    @quick_jit
+    @jax.jit
     def estimates(keys):
         rule = fx.FDFA(decay=0.95).init(mlp, in_axes=EACH)(PARAMS, x)
         learn = lambda rule, key: (rule.step(mlp, in_axes=EACH)(key, PARAMS, x)[2], None)

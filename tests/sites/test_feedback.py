@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import quick_jit
+from helpers import estimates
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
@@ -28,26 +28,15 @@ REVERSIBLE += [
 ]
 
 
-def grads(program, *rules):
-    """Value and gradients by each rule, as one program."""
-
-    def every(*args):
-        return [
-            fx.value_and_grad(program.loss, rule, **program.options)(KEY, *args) for rule in rules
-        ]
-
-    return quick_jit(every)(*program.args)
-
-
 def assert_close(got, expected, rtol=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b))) + 1e-12)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.max(np.abs(b))) + 1e-12)
 
 
 @pytest.mark.parametrize("name", REVERSIBLE)
 def test_with_the_true_weights_it_is_backprop(name):
     program = PROGRAMS[name]
-    assert_close(*grads(program, fx.FeedbackAlignment(program.params), fx.Backprop()))
+    assert_close(*estimates(program, fx.FeedbackAlignment(program.params), fx.Backprop()))
 
 
 def mlp(p, x):
@@ -73,7 +62,7 @@ def test_random_feedback_keeps_the_scale_of_the_weights():
         "b": jnp.ones(4),
         "none": jnp.zeros((3, 0)),
     }
-    feedback = quick_jit(fx.random_feedback)(KEY, params)
+    feedback = jax.jit(fx.random_feedback)(KEY, params)
     assert feedback["b"] is None
     assert feedback["none"].shape == (3, 0)
     assert float(jnp.std(feedback["w"])) == pytest.approx(3, rel=0.05)
@@ -112,7 +101,7 @@ def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
         fx.Exact() if name == "while_loop" else fx.Backprop(),
     )
 
-    @quick_jit
+    @jax.jit
     def both(key, *args):
         return [
             fx.value_and_grad(program.loss, each, **program.options)(key, *args)

@@ -7,7 +7,6 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import quick_jit
 from forwax._signature import Signature
 from forwax._sites.passes import keep
 from sites.programs import PROGRAMS, normal, squares
@@ -86,7 +85,7 @@ def test_direct_feedback_reaches_the_loop_from_its_readout():
     both = lambda *args: [
         fx.grad(program.loss, r, **program.options)(*args) for r in (rule, fx.Backprop())
     ]
-    got, exact = quick_jit(both)(jax.random.key(1), *program.args)
+    got, exact = jax.jit(both)(jax.random.key(1), *program.args)
     np.testing.assert_allclose(got["o"], exact["o"], rtol=1e-4, atol=1e-5)
     assert bool(jnp.any(got["h"]))
 
@@ -104,6 +103,6 @@ def test_what_adds_up_keeps_its_dtype():
         _, steps, total = lax.scan(step, start, xs)[0]
         return total, lax.mul(steps, jnp.int16(1))
 
-    value = quick_jit(fx.value_and_grad(loss, fx.ActivityPerturbation(), has_aux=True))
+    value = jax.jit(fx.value_and_grad(loss, fx.ActivityPerturbation(), has_aux=True))
     (_, steps), _ = value(jax.random.key(0), P, XS)
     assert (steps.dtype, int(steps)) == (jnp.int16, 3 + int((XS[:, 0] > 0).sum()))

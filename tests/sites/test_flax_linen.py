@@ -5,7 +5,7 @@ import functools
 import jax
 import pytest
 
-from sites.interop import KEY, Model, check, filled, ones, wave
+from sites.interop import KEY, Model, check, check_factors, filled, ones, wave
 from sites.programs import normal
 
 nn = pytest.importorskip("flax.linen")
@@ -80,3 +80,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_flax_linen(name):
     check(MODELS[name]())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
+    check_factors(MODELS[name]())

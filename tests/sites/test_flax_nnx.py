@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from sites.interop import Model, check, filled, ones, wave
+from sites.interop import Model, check, check_factors, filled, ones, wave
 from sites.programs import normal
 
 nnx = pytest.importorskip("flax.nnx")
@@ -91,3 +91,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_flax_nnx(name):
     check(MODELS[name]())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
+    check_factors(MODELS[name]())

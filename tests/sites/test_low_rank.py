@@ -7,17 +7,14 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import quick_jit
 from forwax._directions.convolution import in_pieces, one_feature
 from forwax._directions.plan import plan_low_rank
 from forwax._directions.signs import Signs
 from forwax._programs.tracing import trace
 from forwax._signature import Signature
-from sites.drawn import dense
+from helpers import KEY, dense
 from sites.programs import PROGRAMS, normal, squares
-from sites.test_unbiased import KEY
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
 # of each parameter in the order of its name: the axes of both factors; None for dense signs
 SPLITS = {
     "batched_dot": [({0, 1}, {2}), ({0, 1}, {0, 2})],
@@ -53,7 +50,7 @@ def test_a_slope_is_that_of_the_direction_in_full(name):
         name
     ]
 
-    @quick_jit
+    @jax.jit
     def both(drawn):
         full = dense(plan, drawn)
         exact = jax.vmap(
@@ -87,7 +84,7 @@ def test_each_example_with_its_own_factors(name):
         slope = jax.jvp(loss, (problem.params,), (full,))[1]
         return slope, jax.tree.map(lambda x: slope * x, full)
 
-    @quick_jit
+    @jax.jit
     def both(drawn):
         slopes = plan.push(drawn, 2)[2]
         every = jax.vmap(jax.vmap(one, (0, list(problem.mapped_axes))), (0, None))
@@ -262,7 +259,7 @@ def test_packed_signs_are_the_signs(rank):
     )
     plan = plan_low_rank(problem, rank)
 
-    @quick_jit
+    @jax.jit
     def found(key):
         drawn = plan.draw(key, jnp.arange(2))
         assert sum(isinstance(x, Signs) for x in drawn) == 1 + 4 * rank
@@ -285,7 +282,7 @@ def test_a_scan_over_no_layers():
             deep(jnp.ones((2, 32)), p["no words"])
         )
 
-    grads = quick_jit(fx.grad(loss, fx.WeightPerturbation(fx.tangents.LowRank())))(
+    grads = jax.jit(fx.grad(loss, fx.WeightPerturbation(fx.tangents.LowRank())))(
         KEY, params, jnp.ones((2, 3))
     )
     assert grads["none"].shape == (0, 3, 3)
@@ -295,7 +292,7 @@ def test_a_scan_over_no_layers():
 def test_chunks_give_the_same_estimate():
     program = PROGRAMS["attention"]
     whole, cut = (
-        quick_jit(
+        jax.jit(
             fx.grad(
                 program.loss,
                 fx.WeightPerturbation(fx.tangents.LowRank(), 5, chunk_size=size),
@@ -316,9 +313,9 @@ def test_the_squared_error_is_its_law(rank):
     g, draws = jnp.asarray(normal(0, 4, 5)), 8192
     rule = fx.WeightPerturbation(fx.tangents.LowRank(rank))
     loss = lambda w, x: jnp.sum(x @ w * g)
-    grads = quick_jit(
-        jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4)))
-    )(jax.random.split(KEY, draws))
+    grads = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4))))(
+        jax.random.split(KEY, draws)
+    )
     errors = jnp.sum((grads - g[None]) ** 2, axis=(1, 2)) / jnp.sum(g**2)
     assert float(errors.mean()) == pytest.approx(
         rule.relative_mse(20), abs=5 * float(errors.std()) / draws**0.5
@@ -331,7 +328,7 @@ def test_examples_of_their_own_disagree_less():
     loss = lambda w, x: squares(x @ w)
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)
     rule = fx.WeightPerturbation(fx.tangents.LowRank(per_example=True))
-    grad = quick_jit(jax.vmap(lambda key: fx.grad(loss, rule, in_axes=(None, 0))(key, params, x)))
+    grad = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule, in_axes=(None, 0))(key, params, x)))
     errors = jnp.sum((grad(jax.random.split(KEY, 4096)) - each.mean(0)[None]) ** 2, axis=(1, 2))
     law = 11 * jnp.mean(jnp.sum(each**2, axis=(1, 2))) / 32
     assert float(errors.mean()) == pytest.approx(float(law), rel=0.1)
@@ -339,7 +336,7 @@ def test_examples_of_their_own_disagree_less():
 
 def test_low_precision_keeps_its_dtypes():
     params = [jnp.asarray(normal(i, 4, 4), jnp.bfloat16) for i in range(2)]
-    step = quick_jit(fx.value_and_grad(mlp, fx.WeightPerturbation(fx.tangents.LowRank(2), 3)))
+    step = jax.jit(fx.value_and_grad(mlp, fx.WeightPerturbation(fx.tangents.LowRank(2), 3)))
     value, grads = step(KEY, params, jnp.ones((2, 4), jnp.bfloat16))
     assert {value.dtype, *(g.dtype for g in grads)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -347,7 +344,7 @@ def test_low_precision_keeps_its_dtypes():
 def test_combinations_that_need_the_directions_form_them():
     params = [jnp.asarray(normal(i, 3, 3)) for i in range(2)]
     rule = fx.WeightPerturbation(fx.tangents.LowRank(), 4, fx.combine.Projection())
-    grads = quick_jit(fx.grad(mlp, rule))(KEY, params, jnp.ones((2, 3)))
+    grads = jax.jit(fx.grad(mlp, rule))(KEY, params, jnp.ones((2, 3)))
     assert all(np.all(np.isfinite(g)) for g in grads)
 
 
@@ -368,7 +365,7 @@ def test_the_loss_is_traced_once():
         calls.append(1)
         return mlp(params, x)
 
-    step = quick_jit(fx.grad(counted, fx.WeightPerturbation(fx.tangents.LowRank(), 3)))
+    step = jax.jit(fx.grad(counted, fx.WeightPerturbation(fx.tangents.LowRank(), 3)))
     step(KEY, [jnp.eye(3)] * 2, jnp.ones((2, 3)))
     step(jax.random.key(1), [jnp.eye(3)] * 2, jnp.ones((2, 3)))
     assert len(calls) == 1

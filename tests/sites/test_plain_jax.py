@@ -3,7 +3,7 @@
 import pytest
 
 from sites import models
-from sites.interop import check
+from sites.interop import check, check_factors
 
 MODELS = {
     "vision-transformer": models.vision_transformer,
@@ -15,3 +15,8 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_in_plain_jax(name):
     check(MODELS[name]())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
+    check_factors(MODELS[name]())

@@ -1,5 +1,7 @@
 """`memory="replay"`: the estimate of `keep` for the same noise, from temporaries that do not grow with depth."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,51 +9,38 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import QUICK, quick_jit
-from forwax._signature import Signature
-from forwax._sites.passes import keep
-from sites.drawn import noise_of
+from helpers import Given, estimates, noise_of, problem_of
 from sites.programs import PROGRAMS
-from sites.test_sharding import PARAMS, sharded
+from sites.sharded import PARAMS, sharded
 
 KEY = jax.random.key(3)
 SOME = ["local_losses", "nested_scans", "parameters_in_carries"]
 
 
-def kept(rule, program):
+def kept(rule, program, key):
     """The estimate from recorded inputs, with the noise that `replay` draws."""
-
-    def estimate(key, *args):
-        problem = Signature(program.loss, 0, False, program.in_axes).bind(args, {})
-        sites = rule.sites(problem)
-        noise = noise_of(sites, rule._source(key, sites))
-        out = keep.push(sites, noise, rule.num_tangents)
-        return keep.value(sites, out.losses), rule._own(
-            sites, noise, rule._slopes(sites, out), out.records
-        )
-
-    return quick_jit(estimate)
+    noise = jax.jit(lambda key: noise_of(rule, rule.sites(problem_of(program)), key))(key)
+    keep = dataclasses.replace(rule, tangents=Given(noise), memory="keep")
+    return estimates(program, keep)
 
 
 def assert_equal(got, expected):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.max(jnp.abs(y))))
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(np.max(np.abs(y))))
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_it_is_the_estimate_of_keep_for_the_same_noise(name):
     program = PROGRAMS[name]
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), num_tangents=2, memory="replay")
-    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
-    assert_equal(got, kept(rule, program)(KEY, *program.args))
+    assert_equal(estimates(program, rule, key=KEY), kept(rule, program, KEY))
 
 
 @pytest.mark.parametrize("name", ["batch_loss", "complex_activities"])
 def test_signs_without_examples_and_of_complex_values(name):
     program = PROGRAMS[name]
     rule = fx.ActivityPerturbation(memory="replay")
-    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(KEY, *program.args)
-    assert_equal(got, kept(rule, program)(KEY, *program.args))
+    assert_equal(estimates(program, rule, key=KEY), kept(rule, program, KEY))
 
 
 @pytest.mark.parametrize(
@@ -63,32 +52,25 @@ def test_signs_without_examples_and_of_complex_values(name):
     ],
 )
 def test_noise_that_is_held_is_that_of_keep(name, tangents):
-    program = PROGRAMS[name]
     keep, replay = (
         fx.ActivityPerturbation(tangents=tangents, num_tangents=2, memory=memory)
         for memory in ("keep", "replay")
     )
-    both = [
-        quick_jit(fx.value_and_grad(program.loss, rule, **program.options))
-        for rule in (keep, replay)
-    ]
-    assert_equal(*(f(KEY, *program.args) for f in both))
+    assert_equal(*estimates(PROGRAMS[name], keep, replay, key=KEY))
 
 
 def test_noise_from_a_generator_that_cannot_be_mapped():
     """Under `jax.vmap` "rbg" takes the first key of the batch alone: both passes must do it alike."""
     program, key = PROGRAMS["tied"], jax.random.key(0, impl="rbg")
     rule = fx.ActivityPerturbation(num_tangents=3, memory="replay")
-    got = quick_jit(fx.value_and_grad(program.loss, rule, **program.options))(key, *program.args)
-    assert_equal(got, kept(rule, program)(key, *program.args))
+    assert_equal(estimates(program, rule, key=key), kept(rule, program, key))
 
 
 def test_each_step_of_a_loop_has_noise_of_its_own():
-    program = PROGRAMS["nested_scans"]
     rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), memory="replay")
-    sites = rule.sites(Signature(program.loss, 0, False, program.in_axes).bind(program.args, {}))
-    noise = quick_jit(lambda key: noise_of(sites, rule._source(key, sites)))(KEY)
-    drawn = np.concatenate([u.ravel() for u in noise])
+    sites = rule.sites(problem_of(PROGRAMS["nested_scans"]))
+    noise = jax.jit(lambda key: noise_of(rule, sites, key))(KEY)
+    drawn = np.concatenate([np.ravel(u) for u in noise])
     assert len(np.unique(drawn)) == drawn.size == sum(site.size * 2 for site in sites.noisy)
 
 
@@ -112,7 +94,7 @@ def temporaries(loss, rule, depth):
     if loss is by_loop:
         params = [[spec(x.shape[1:], x.dtype)] * depth for x in params]
     grad = jax.jit(fx.value_and_grad(loss, rule, in_axes=(None, 0)))
-    compiled = grad.lower(KEY, params, spec((BATCH, WIDTH), jnp.float32)).compile(QUICK)
+    compiled = grad.lower(KEY, params, spec((BATCH, WIDTH), jnp.float32)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -139,7 +121,7 @@ def test_the_noise_of_shards_is_independent():
             lambda x: x[None], fx.grad(program.loss, rule, **program.options)(key, params, xs)
         )
 
-    grads = quick_jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(
+    grads = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(
         KEY, *program.args
     )
     for leaf in jax.tree.leaves(grads):
@@ -148,6 +130,6 @@ def test_the_noise_of_shards_is_independent():
 
 def test_draws_in_shards_have_the_mean_of_backprop():
     rule = fx.ActivityPerturbation(memory="replay", num_tangents=4096)
-    got, expected = sharded(rule, check=True), sharded(fx.Backprop(), check=True)
-    error = sum(float(jnp.sum((got[n] - expected[n]) ** 2)) for n in PARAMS)
-    assert error < 0.005 * sum(float(jnp.sum(expected[n] ** 2)) for n in PARAMS)
+    got, expected = sharded([rule, fx.Backprop()])
+    error = sum(np.sum((got[n] - expected[n]) ** 2) for n in PARAMS)
+    assert error < 0.005 * sum(np.sum(expected[n] ** 2) for n in PARAMS)

@@ -1,4 +1,4 @@
-"""What a direction of one parameter can do, whether it is an array, packed signs or thin factors."""
+"""What a direction of one parameter can do, be it an array, packed signs or thin factors."""
 
 import abc
 import dataclasses
@@ -11,7 +11,7 @@ from forwax._directions.add import add_outer, as_pair, outer
 
 Shape: TypeAlias = tuple[int, ...]
 
-RowOf: TypeAlias = Callable[[Any, Array], "Direction"]
+RowOf: TypeAlias = Callable[[Any, Array], Any]
 """Takes what a scan sliced of a direction, and the step's index, to the direction of that step."""
 
 
@@ -101,7 +101,8 @@ class Dense(Whole):
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`; a single row serves all steps."""
         if self.value.shape[0] == 1:
-            return None, lambda _, index: Dense(self.value[0])
+            only = Dense(self.value[0])
+            return None, lambda _, index: only
         return self.value, lambda row, index: Dense(row)
 
     def sum(self, weights: Array, leaf: Array) -> Array:

@@ -31,12 +31,16 @@ class Factored(Direction):
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Factored":
         """Of pairs of arrays."""
-        return cls(tuple((Dense(left), Dense(right)) for left, right in pairs))
+        sides = [(Dense(left), Dense(right)) for left, right in pairs]
+        return cls(tuple(sides))
 
     @property
     def pairs(self) -> list[Pair]:
         """The factors as arrays."""
-        return [(left.unpack(), right.unpack()) for left, right in self.sides]
+        pairs: list[Pair] = []
+        for left, right in self.sides:
+            pairs.append((left.unpack(), right.unpack()))
+        return pairs
 
     @property
     def is_thin(self) -> bool:
@@ -45,9 +49,10 @@ class Factored(Direction):
 
     def after(self, known: Sequence[Array]) -> "Factored":
         """See `Direction.after`."""
-        return Factored(
-            tuple((left.after(known), right.after(known)) for left, right in self.sides)
-        )
+        sides: list[Sides] = []
+        for left, right in self.sides:
+            sides.append((left.after(known), right.after(known)))
+        return Factored(tuple(sides))
 
     def unpacked(self) -> "Factored":
         """See `Direction.unpacked`."""
@@ -56,19 +61,26 @@ class Factored(Direction):
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
         products = [left * right for left, right in self.pairs]
-        return jnp.broadcast_to(sum(products[1:], start=products[0]), shape)
+        total = sum(products[1:], start=products[0])
+        return jnp.broadcast_to(total, shape)
 
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`: each factor's own."""
-        slices = [(left.rows(), right.rows()) for left, right in self.sides]
+        slices: list[tuple[Any, Any]] = []
+        makers: list[tuple[RowOf, RowOf]] = []
+        for left, right in self.sides:
+            left_slice, left_of = left.rows()
+            right_slice, right_of = right.rows()
+            slices.append((left_slice, right_slice))
+            makers.append((left_of, right_of))
 
         def row(parts: Any, index: Array) -> Direction:
-            sides: list[Any] = []
-            for (left, right), ((_, left_of), (_, right_of)) in zip(parts, slices, strict=True):
+            sides: list[Sides] = []
+            for (left, right), (left_of, right_of) in zip(parts, makers, strict=True):
                 sides.append((left_of(left, index), right_of(right, index)))
             return Factored(tuple(sides))
 
-        return [(left, right) for (left, _), (right, _) in slices], row
+        return slices, row
 
     def sum(self, weights: Array, leaf: Array) -> Array:
         """See `Direction.sum`."""

@@ -328,7 +328,7 @@ def _weighted(slopes: Array, noise: Array) -> Array:
     conjugate = jnp.conj(noise) if _tree.is_complex(noise) else noise
     wide = conjugate.astype(_tree.accumulation_dtype(noise.dtype))
     shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
-    slopes = slopes.astype(jnp.finfo(wide.dtype).dtype).reshape(shape)
+    slopes = slopes.astype(wide.dtype).reshape(shape)
     num_tangents = noise.shape[0]
     if num_tangents > _UNROLLED:
         return jnp.sum(slopes * wide, axis=0)

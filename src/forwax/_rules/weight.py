@@ -54,8 +54,10 @@ class WeightPerturbation(Rule):
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
         >>> rule = fx.WeightPerturbation(num_tangents=3, tangents=fx.tangents.Orthonormal())
-        >>> grads = fx.grad(lambda x: jnp.sum(x**2), rule)(jax.random.key(0), jnp.array([1.0, 2.0, 3.0]))
-        >>> bool(jnp.allclose(grads, jnp.array([2.0, 4.0, 6.0]), atol=1e-4))  # as many as parameters: exact
+        >>> gradient = fx.grad(lambda x: jnp.sum(x**2), rule)
+        >>> grads = gradient(jax.random.key(0), jnp.array([1.0, 2.0, 3.0]))
+        >>> expected = jnp.array([2.0, 4.0, 6.0])
+        >>> bool(jnp.allclose(grads, expected, atol=1e-4))  # as many as parameters: exact
         True
     """
 
@@ -153,7 +155,7 @@ class WeightPerturbation(Rule):
         return Formed(problem.objective, point, draw)
 
     def _check_examples(self, problem: Problem) -> None:
-        """Raise a ValueError where examples cannot have the directions of their own they ask for."""
+        """Raise a ValueError where examples cannot have directions of their own, if asked for."""
         if not self.tangents.per_example:
             return
         if problem.num_examples is None:

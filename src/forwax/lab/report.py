@@ -18,6 +18,9 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
+Json = dict[str, Any]
+"""What JSON can hold, or keyword arguments by their names."""
+
 PACKAGES = ("forwax", "jax", "jaxlib", "numpy", "optax", "equinox")
 
 

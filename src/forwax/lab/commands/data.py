@@ -8,8 +8,11 @@ import numpy as np
 import tyro
 
 from forwax.lab import report
-from forwax.lab.data import DataError, find_source, load, locate, names
+from forwax.lab.data import DataError, find_source, load, locate
+from forwax.lab.data.sets import SOURCES
 from forwax.lab.flags import Chosen
+
+DIGITS_PLACE = "comes with scikit-learn"
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,8 @@ def table(data_dir: Path | None = None) -> report.Table:
         >>> len(table().rows)
         4
     """
-    rows = [("digits", "10", _place("digits", data_dir) or "")]
-    for name in names()[1:]:
-        source = find_source(name)
+    rows = [("digits", "10", DIGITS_PLACE)]
+    for name, source in SOURCES.items():
         absent = f"not here; `forwax data {name}` fetches it ({source.megabytes} MB)"
         try:
             place = _place(name, data_dir) or absent
@@ -122,6 +124,6 @@ def table(data_dir: Path | None = None) -> report.Table:
 
 def _place(name: str, data_dir: Path | None) -> str | None:
     if name == "digits":
-        return "comes with scikit-learn"
+        return DIGITS_PLACE
     folder = locate(find_source(name), data_dir)
     return f"found in {folder}" if folder else None

@@ -1,6 +1,5 @@
 """The picture of ``forwax optimize``: ways over contours; loss against steps and seconds."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,9 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from forwax.lab import style
-from forwax.lab.optimize.descent import Descent, Plan, Timing, label
-
-__all__ = ["draw"]
+from forwax.lab.optimize.descent import Descent, Descents, Plan, Timings, label
 
 GROUND = LinearSegmentedColormap.from_list("ground", ["#ffffff", "#dbe3f0", "#aab9d6"])
 MOST_POINTS = 1500
@@ -22,7 +19,7 @@ THIN: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.3}
 
 
 @style.styled
-def draw(plan: Plan, descents: Mapping[str, Descent], timings: Mapping[str, Timing]) -> Figure:
+def draw(plan: Plan, descents: Descents, timings: Timings) -> Figure:
     """Draw the comparison: every run thin, the median thick; contours only for two variables.
 
     Args:
@@ -76,9 +73,7 @@ def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum:
     """Draw f above its minimum, every run and their median at each step, against scaled steps."""
     shown = _thinned(descent.values.shape[1])[1:]
     x = scale * shown
-    # what is not a number ranks above all numbers, and a logarithmic axis shows neither it nor zero
-    values = np.where(np.isfinite(descent.values), descent.values, np.inf)
-    values = values[:, shown] - minimum
+    values = descent.ranked[:, shown] - minimum
     look = _look(name)
     if np.any(values != values[0]):
         for run in values:
@@ -101,7 +96,7 @@ def _thinned(length: int) -> np.ndarray:
     return np.union1d(np.arange(min(length, 300)), later.astype(int))
 
 
-def _draw_ways(axes: Axes, plan: Plan, descents: Mapping[str, Descent]) -> None:
+def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
     """Draw the ways of all runs over the contours of the function."""
     ways = {
         name: descent.points for name, descent in descents.items() if descent.points is not None

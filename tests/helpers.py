@@ -1,0 +1,123 @@
+"""What several test files need, and what is never held in full, gathered.
+
+That is the noise that sites draw one by one, and tangents in factors.
+"""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import forwax as fx
+from forwax import _tree
+from forwax._signature import Signature
+from forwax._sites.levels import LoopPlan
+from forwax._sites.noise import Drawn
+from forwax._sites.passes.replay import like
+from forwax._sites.regions import Region
+from forwax.tangents._base import typed_key
+
+KEY = jax.random.key(0)
+
+
+def module_at(path: Path) -> ModuleType:
+    """A Python file that belongs to no package, as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def problem_of(program):
+    """What a rule is given of one of `sites.programs`."""
+    return Signature(program.loss, 0, False, program.in_axes).bind(program.args, {})
+
+
+def norm(tree) -> float:
+    """The length of all leaves together; by NumPy, which compiles nothing."""
+    return float(np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(tree))))
+
+
+def estimates(program, *rules, key=KEY):
+    """Value and gradients by each rule: one compiled program, and arrays of NumPy."""
+
+    def every(key, *args):
+        made = (fx.value_and_grad(program.loss, rule, **program.options) for rule in rules)
+        return [estimate(key, *args) for estimate in made]
+
+    return jax.device_get(jax.jit(every)(key, *program.args))
+
+
+def basis_of(program, rule):
+    """A rule with every coordinate of its noise once: its estimate is the mean over all noise."""
+    return rule.basis(problem_of(program))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Given(fx.tangents.Tangents):
+    """Noise that is given, [k, *shape] for each place: all of one shape are asked for at once."""
+
+    noise: list[jax.Array]
+    coordinatewise: ClassVar[bool] = True
+
+    def draw(self, key, specs, num_tangents):
+        stacks = {}
+        for u in self.noise:
+            stacks.setdefault((u.shape, u.dtype), []).append(u)
+        return jax.vmap(_tree.to_real)([jnp.stack(stack, axis=1) for stack in stacks.values()])
+
+    def relative_mse(self, n, num_tangents):
+        return 1.0
+
+
+def noise_of(rule, sites, key):
+    """The noise that each site draws for itself, as one array a site: [k, examples, loops, ...]."""
+
+    def draw(key, like):
+        real = rule.tangents.draw_one(key, _tree.real_specs([like]))
+        return _tree.from_real(real, [like])[0]
+
+    source = Drawn(typed_key(key), draw, rule.num_tangents)
+    found = {}
+
+    def visit(level, source, wrap):
+        for step in level.steps:
+            if isinstance(step, Region):
+                for site in (s for s in sites.noisy if s.region is step):
+                    found[site.variable] = wrap(
+                        lambda own, site=site: own.all(
+                            site.variable, like(sites, site), jnp.zeros(())
+                        ),
+                        site,
+                    )(source)
+            elif isinstance(step, LoopPlan):
+                visit(
+                    step.level,
+                    source,
+                    lambda f, site, plan=step, wrap=wrap: wrap(_each_step(f, plan, site), site),
+                )
+
+    def _each_step(f, plan, site):
+        axis = 1 + (site.mapped and sites.num_examples is not None)
+        return lambda own: jax.vmap(lambda t: f(own.inside(plan, t)), out_axes=axis)(
+            own.slices(plan)
+        )
+
+    visit(sites.level, source.at_level(sites.level), lambda f, site: f)
+    return [found[site.variable] for site in sites.noisy]
+
+
+def dense(plan, drawn):
+    """The tangents [k, ...] that a `WeightPlan` never forms, as a tree of the parameters' structure."""
+
+    def one(drawn):
+        pairs = zip(plan.leaves, plan.directions(drawn), strict=True)
+        return [direction.dense(leaf.shape) for leaf, direction in pairs]
+
+    return jax.tree.unflatten(jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn)))
