@@ -74,6 +74,7 @@ class Classifier:
                 draft.renamed[variable] = draft.promote(variable, None)
         draft.add_all(program.equations)
 
+        # A loss of parameters alone, such as weight decay, meets data nowhere else.
         outputs = [draft.rename(atom) for atom in program.outputs]
         for i, atom in enumerate(outputs[:num_losses]):
             outputs[i] = draft.promote_if_due(atom, Kind.MIXED, None)
@@ -101,6 +102,7 @@ class Classifier:
 
     def define(self, variable: Variable, kind: Kind) -> None:
         """Set a kind; what no derivative passes through is a constant or data."""
+        # Kinds of one variable differ only between rounds of a fixed point, and only grow there.
         has_derivative = is_inexact(self.types[variable])
         if not has_derivative or not self.reach[variable]:
             kind = _without_derivative(kind)
@@ -192,6 +194,7 @@ class _Draft:
             if equation.loop is not None and _have_data(kinds):
                 self.add_loop(equation, equation.loop)
                 return
+            # The copy is an operation's input like data: the identity in front is the site.
             if not _may_enter(equation, kinds):
                 inputs = self.promote_all(equation.inputs, equation.origin)
                 equation = dataclasses.replace(equation, inputs=inputs)
@@ -275,6 +278,7 @@ class _Draft:
         consts, before, xs = loop.split(equation.inputs)
         for i, kind in enumerate(carry_kinds):
             before[i] = self.promote_if_due(before[i], kind, origin)
+        # Hoisted inputs are new constants of the loop, and constants come first.
         outer = dict(zip(loop.body.inputs, equation.inputs, strict=True))
         hoisted = [self.promote(outer[v], origin) for v in draft.hoisted]
 

@@ -62,7 +62,7 @@ class Level:
         program: everything, for the forward pass.
         steps: what the assembly evaluates: parameter chains, regions and loops, in order.
         records: the variables, not made of parameters alone, whose values the assembly needs.
-        loops: plans by their equation.
+        loops: plans by their equation, which is compared by identity.
     """
 
     program: Program
@@ -149,6 +149,7 @@ def make_level(
         if equation.loop is not None:
             loops[equation] = _plan_loop(equation, equation.loop, kinds, reach, types)
 
+    # Backwards, so that whatever reads an equation's outputs has been added before it.
     outputs = variables(program.outputs)
     assembly = _Assembly(kinds, _parameters(outputs, kinds))
     for equation in reversed(program.equations):
@@ -156,9 +157,10 @@ def make_level(
             assembly.add(region_at[equation])
         elif equation in loops:
             plan = loops[equation]
+            # Regions inside count by themselves, chains only for the parameters that come out.
             if plan.level.steps or assembly.wants(equation.outputs):
                 assembly.add(plan)
-        elif assembly.wants(equation.outputs):
+        elif assembly.wants(equation.outputs):  # only parameters are ever wanted: it is a chain
             assembly.add(equation)
     return assembly.level(program, loops, inputs)
 
@@ -179,6 +181,7 @@ def _plan_loop(
         types,
         inputs=frozenset([*consts, *xs]),
     )
+    # Variables are unique over nested bodies, so that one table may hold those of all.
     read = {v for step in level.steps for v in _reads(step)}
     read.update(variables(body.outputs))
 

@@ -1,4 +1,4 @@
-"""The mark that users set where noise is to enter."""
+"""Noise points: marks inside a model that say where noise enters."""
 
 from typing import Any
 

@@ -77,6 +77,7 @@ class _Reader:
         self.kinds = kinds
         self.reach = reach
         self.types = types
+        # What reaches no loss does not count: noise there changes nothing.
         self.uses: Counter[Variable] = Counter()
         for equation in program.equations:
             if self.is_live(equation) and not equation.facts.stops_derivatives:
@@ -160,6 +161,7 @@ def _grow(
             region.equations += part.equations + part.pending
         region.equations.append(equation)
         growing.append(region)
+    # Weight noise stays where it is: behind what follows it would be activity noise.
     if len(equation.outputs) == 1 and equation.primitive is not None:
         ends[equation.outputs[0]] = region
 
@@ -217,6 +219,7 @@ def _may_lie_inside(equation: Equation, reader: _Reader) -> bool:
         return False
     if equation.contains(lambda facts: facts.irreversible):
         return False
+    # Beyond a dot that is no site the error would be that of backprop.
     if equation.facts.bilinear and not reader.is_site(equation):
         return False
     return reader.is_mixed(equation)

@@ -68,6 +68,7 @@ def _split(loop: Loop, is_site: Callable[[Equation], bool]) -> "_SplitLoop | Non
     for running_sum in sums.values():
         adding.update(running_sum.equations)
     after, _ = loop.split_outputs(loop.body.outputs)
+    # Backwards: what a needed value is computed from is needed too.
     needed = set(variables(atom for i, atom in enumerate(after) if i not in sums))
     recurrent: list[Equation] = []
     behind: list[Equation] = []
@@ -82,6 +83,7 @@ def _split(loop: Loop, is_site: Callable[[Equation], bool]) -> "_SplitLoop | Non
 
     if not any(map(is_site, behind)):
         return None
+    # All steps at once would take both branches of each `cond`.
     if any(map(_stays_in_a_loop, behind)):
         return None
     recurrent.reverse()
@@ -263,6 +265,7 @@ class _SplitLoop:
             evaluate(self.behind, env)
             return {v: env[v] for v in results}
 
+        # The steps do not depend on one another any more.
         all_steps = jax.vmap(one, axis_size=self.loop.length)
         return all_steps(mapped)
 
