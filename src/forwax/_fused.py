@@ -110,7 +110,7 @@ def update(
 
 def checked(rule: Any) -> WeightPerturbation:
     """The weight rule of a rule, after the checks of `update`."""
-    weight = getattr(rule, "inner", rule)  # of what is no rule, itself
+    weight = rule.inner if isinstance(rule, Safe) else rule
     if not isinstance(weight, WeightPerturbation):
         raise TypeError(
             "update: expected forwax.WeightPerturbation, or forwax.Safe around it, whose tangents "

@@ -198,7 +198,7 @@ class Safe(LearningRule):
     @property
     def inner(self) -> Rule:
         """The rule that is guarded."""
-        return self.rule.inner
+        return self.rule
 
     def law(self, problem: Problem) -> float | None:
         """That of the rule, as if nothing were clipped."""

@@ -1,4 +1,7 @@
-"""Every example runs with tiny settings, the while-loop example finds the truth, the README prints what it says."""
+"""Every example runs with tiny settings, and the README prints what it says.
+
+The while-loop example finds the truth.
+"""
 
 import re
 from pathlib import Path

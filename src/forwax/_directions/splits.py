@@ -10,7 +10,8 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.operations import is_move
-from forwax._programs.axes import Factor, back
+from forwax._programs.axes import back
+from forwax._programs.links import Factor
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable
 
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]

@@ -244,8 +244,13 @@ class _Follower:
             self.follow(loop.body, seeds)
             return [self.links_of(v) for v in loop.body.inputs]
 
-        seeds = [*after, *stacked]
-        _, links = fixed_point(loop, seeds, step_back, _meet, backward=True)
+        _, links = fixed_point(
+            loop,
+            [*after, *stacked],
+            step_back,
+            _meet,
+            backward=True,
+        )
         consts, carry, xs = loop.split(links)
         xs = [_each(_outside, links) for links in xs]
         input_links = [*consts, *carry, *xs]

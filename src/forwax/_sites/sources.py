@@ -176,7 +176,8 @@ def _noisy_variables(sites: Sites) -> set[Variable]:
     """What noise changes: not comparisons, which pass none on."""
     starts = [site.variable for site in sites.noisy]
     reached = mapped_variables(sites.level.program, starts)
-    return {v for v in reached if is_inexact(sites.traced.types[v])}
+    types = sites.traced.types
+    return {v for v in reached if is_inexact(types[v])}
 
 
 def with_slopes_of_loops(sites: Sites) -> Sites:

@@ -85,13 +85,10 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
-        jittered = jitter(how[2], x, augmentation)
-        x = _sometimes(whether[2], augmentation.jitter, jittered, x)
+        x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x, augmentation), x)
         x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
-    blurred = blur(how[4], x)
-    x = _sometimes(whether[4], augmentation.blur, blurred, x)
-    solarised = jnp.where(x < 0.5, x, 1 - x)
-    return _sometimes(whether[5], augmentation.solarise, solarised, x)
+    x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
+    return _sometimes(whether[5], augmentation.solarise, jnp.where(x < 0.5, x, 1 - x), x)
 
 
 def flip(key: Array, image: Array) -> Array:
@@ -182,8 +179,7 @@ def blur(key: Array, image: Array) -> Array:
         position = jnp.arange(size)
         distance = position[:, None] - position[None, :]
         weights = jnp.exp(-(distance**2) / (2 * width**2))
-        near = jnp.abs(distance) <= reach
-        weights = jnp.where(near, weights, 0.0)
+        weights = jnp.where(jnp.abs(distance) <= reach, weights, 0.0)
         return weights / jnp.sum(weights, axis=1, keepdims=True)
 
     height, breadth, _ = image.shape

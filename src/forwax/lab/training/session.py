@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from forwax.lab import report
+from forwax.lab.report import Json
 from forwax.lab.training.folder import Files
 from forwax.lab.training.program import MAX_BLOCK, Block, Trainer
 from forwax.lab.training.progress import Reporter
@@ -149,7 +150,7 @@ class Session:
                 saved = time.monotonic()
         return None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """Give what every summary tells of the time, the memory and the machine."""
         program = self.trainer.program
         return {

@@ -57,7 +57,7 @@ def _evaluations(program: Program) -> Run:
 
     @jax.jit
     def evaluate(first: int, count: int, params: Any, images: Array, labels: Array) -> Array:
-        def add(i: Array, total: Array) -> Array:
+        def add(i: Any, total: Array) -> Array:
             rows = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)
             return total + losses(params, images[rows], labels[rows])[0].mean()
 
