@@ -87,11 +87,12 @@ class History:
         used = jnp.where(
             finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan
         )  # a median of 0 would stop all
-        square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
+        num_finite = jnp.maximum(jnp.sum(finite), 1).astype(sizes.dtype)
+        square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / num_finite
         return History(
             self.sizes.at[at].set(jnp.where(some, jnp.nanmedian(used), self.sizes[at])),
             self.squares.at[at].set(jnp.where(some, square, self.squares[at])),
-            self.num_steps + some,
+            self.num_steps + some.astype(jnp.int32),
             self.num_clipped + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
             self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
         )
