@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from forwax._programs.evaluate import bind
 from forwax._programs.program import Equation
+from forwax._tree import promoted
 
 _MOST_TAPS = 64
 
@@ -118,7 +119,7 @@ def one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array | 
     if num_taps > _MOST_TAPS or held > max(of_input, of_result) or is_empty:
         return None
     dtype = params["preferred_element_type"] or x.dtype
-    each = _tap_dots(x, kernel, params, jnp.promote_types(dtype, jnp.float32))
+    each = _tap_dots(x, kernel, params, promoted(dtype, jnp.float32))
     each = lax.pad(each, jnp.zeros((), each.dtype), [(0, 0, 0), *geometry.pads, (0, 0, 0)])
     total: Any = 0
     for i, tap in enumerate(itertools.product(*map(range, geometry.taps))):
