@@ -1,9 +1,12 @@
 """Programs as data: what is an input of which kind, and how a loop's values are told apart."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from forwax._programs.dataflow import fixed_point
 from forwax._programs.evaluate import evaluate, read
 from forwax._programs.program import Loop, Program, Variable
 from forwax._programs.tracing import trace
@@ -80,3 +83,32 @@ def test_new_constants_of_a_body_come_first(scan, traced):
     old, new = loop.split(body.inputs), longer.split(longer.body.inputs)
     assert new[0] == [more, *old[0]]
     assert new[1:] == old[1:]
+
+
+def delay():
+    """A loop that hands a constant to its first carry, that to its second, and puts that out."""
+    fixed, first, second, x = map(Variable, range(4))
+    body = Program((fixed, first, second, x), (), (fixed, first, second))
+    return Loop(body, num_consts=1, num_carry=2, length=9, reverse=False, unroll=1)
+
+
+def test_a_fixed_point_follows_carries_from_step_to_step():
+    loop = delay()
+
+    def step(known):
+        table = dict(zip(loop.body.inputs, known, strict=True))
+        return [table[v] for v in loop.body.outputs]
+
+    found = fixed_point(loop, [True, False, False, False], step, operator.or_)
+    assert found == ([True, True, True, False], [True, True, True])
+
+
+def test_a_fixed_point_follows_carries_backwards():
+    loop = delay()
+
+    def back(known):
+        table = dict(zip(loop.body.outputs, known, strict=True))
+        return [table.get(v, set()) for v in loop.body.inputs]
+
+    found = fixed_point(loop, [set(), set(), {"y"}], back, operator.or_, backward=True)
+    assert found == ([{"y"}, {"y"}, {"y"}], [{"y"}, {"y"}, {"y"}, set()])

@@ -33,7 +33,8 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
 
     Example:
         >>> import forwax as fx
-        >>> fx.suggest_learning_rate(fx.WeightPerturbation(num_tangents=10), n=91, backprop_rate=0.5)
+        >>> rule = fx.WeightPerturbation(num_tangents=10)
+        >>> fx.suggest_learning_rate(rule, n=91, backprop_rate=0.5)
         0.05
     """
     if n < 1:
@@ -43,8 +44,7 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
     scale = rule.learning_rate_scale(n)
     if math.isnan(scale):
         raise ValueError(
-            f"suggest_learning_rate: expected a rule whose law follows from n alone, got {rule!r}. "
-            f"Measure the "
-            "error of its estimates with forwax.diagnose."
+            "suggest_learning_rate: expected a rule whose law follows from n alone, got "
+            f"{rule!r}. Measure the error of its estimates with forwax.diagnose."
         )
     return backprop_rate * scale

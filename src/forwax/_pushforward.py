@@ -19,6 +19,12 @@ from forwax._tree import Tree
 
 Objective = Callable[[Tree], tuple[Array, Tree]]
 
+Pushed = tuple[Array, Tree, Array]
+"""Value, aux and slopes."""
+
+Step = Callable[[Any, Array], tuple[Any, Any, Any]]
+"""Takes a carry and what a step gets to `(carry, out, aux)`."""
+
 
 class Directions(Protocol):
     """What slopes are taken along: arrays, or what a traced loss forms where it uses it.
@@ -52,18 +58,18 @@ class Directions(Protocol):
         """How many are best added at a time, where they are drawn again."""
         ...
 
-    def at(self, point: Any) -> Self:
+    def at(self, point: Any, /) -> Self:
         """The same at another point."""
         ...
 
-    def sampler(self, key: Array) -> Callable[[Array], Any]:
+    def sampler(self, key: Array, /) -> Callable[[Array], Any]:
         """How directions are drawn: a function of their indices [c].
 
         They depend on key and index alone, so that they can be drawn twice.
         """
         ...
 
-    def push(self, drawn: Any, num_tangents: int) -> tuple[Array, Tree, Array]:
+    def push(self, drawn: Any, num_tangents: int) -> Pushed:
         """`(value, aux, slopes)`, the slopes [c] or [c, examples] in at least float32."""
         ...
 
@@ -71,7 +77,12 @@ class Directions(Protocol):
         """Σ c v, a tree like the parameters in at least float32."""
         ...
 
-    def add(self, total: Tree, weights: Any, drawn: Any) -> Tree:
+    def add(
+        self,
+        total: Tree,
+        weights: Any,
+        drawn: Any,
+    ) -> Tree:
         """Total + Σ c v."""
         ...
 
@@ -134,39 +145,52 @@ def slopes(
     chunks = num_chunks(num_tangents, chunk_size)
     size = -(-num_tangents // chunks)
 
-    def push(here: Directions, drawn: Any) -> tuple[Array, Tree, Array]:
+    def push(here: Directions, drawn: Any) -> Pushed:
         value, aux, found = here.push(drawn, size)
-        if sum_to is not None:
-            found = _mesh.total(found, _mesh.axes(found) - sum_to)
+        if sum_to is not None:  # inside `jax.shard_map`
+            others = _mesh.axes(found) - sum_to
+            found = _mesh.total(found, others)
         return value, aux, found
 
     def guarded(found: Array) -> Array:
         return found if guard is None else guard(found)
 
-    if chunks == 1:
+    if chunks == 1:  # neither a loop nor a barrier: the primal is evaluated once
         drawn = draw(jnp.arange(num_tangents))
         value, aux, found = push(directions, drawn)
         used = guarded(found)
-        total = None if weigh is None else directions.assemble(weigh(used, drawn), drawn)
+        total = None
+        if weigh is not None:
+            weights = weigh(used, drawn)
+            total = directions.assemble(weights, drawn)
         return Slopes(value, aux, found, used, total)
 
-    def chunk(total: Tree, first: Array) -> tuple[Tree, tuple[Array, Array], Tree]:
+    def chunk(total: Tree, first: Array) -> tuple[Tree, Any, Tree]:
         indices = first + jnp.arange(size)
+        is_used = indices < num_tangents
         # What only fills the last chunk is the last direction once more, with a weight of zero.
-        is_padded = chunks * size > num_tangents
-        drawn = draw(jnp.minimum(indices, num_tangents - 1) if is_padded else indices)
+        if chunks * size > num_tangents:
+            indices = jnp.minimum(indices, num_tangents - 1)
+        drawn = draw(indices)
         here, drawn = _tied(directions, drawn)
         value, aux, found = push(here, drawn)
         if weigh is not None:
-            weights = _cut(weigh(guarded(found), drawn), indices < num_tangents)
+            weights = weigh(guarded(found), drawn)
+            weights = _cut(weights, is_used)
             total = here.add(total, weights, drawn)
         return total, (value, found), aux
 
-    firsts = jnp.arange(chunks) * size
-    as_scan = not directions.is_concrete
-    total, (values, found), aux = in_turn(chunk, start(), firsts, as_scan=as_scan)
-    found = found.reshape(-1, *found.shape[2:])[:num_tangents]  # from [chunks, size, ...]
-    return Slopes(values[0], aux, found, guarded(found), total)
+    total, outs, aux = in_turn(
+        chunk,
+        start(),
+        jnp.arange(chunks) * size,
+        as_scan=not directions.is_concrete,
+    )
+    values, found = outs
+    found = found.reshape(-1, *found.shape[2:])  # from [chunks, size, ...]
+    found = found[:num_tangents]
+    used = guarded(found)
+    return Slopes(values[0], aux, found, used, total)
 
 
 def _tied(directions: Directions, drawn: Any) -> tuple[Directions, Any]:
@@ -174,14 +198,15 @@ def _tied(directions: Directions, drawn: Any) -> tuple[Directions, Any]:
 
     One barrier for each set of mesh axes: behind the same one all would vary over the same axes.
     """
-    leaves, structure = jax.tree.flatten((directions.point, drawn))
-    groups: dict[_mesh.Axes, list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        groups.setdefault(_mesh.axes(leaf), []).append(i)
-    for members in groups.values():
-        tied = lax.optimization_barrier([leaves[i] for i in members])
-        for i, leaf in zip(members, tied, strict=True):
-            leaves[i] = leaf
+    both = (directions.point, drawn)
+    leaves, structure = jax.tree.flatten(both)
+    axes = [_mesh.axes(leaf) for leaf in leaves]
+    for over in dict.fromkeys(axes):
+        members = [i for i, own in enumerate(axes) if own == over]
+        values = [leaves[i] for i in members]
+        tied = lax.optimization_barrier(values)
+        for i, value in zip(members, tied, strict=True):
+            leaves[i] = value
     point, drawn = structure.unflatten(leaves)
     return directions.at(point), drawn
 
@@ -190,13 +215,17 @@ def _cut(weights: Tree, used: Array) -> Tree:
     """Weights [c, ...], with zeros for the directions that only fill the last chunk."""
 
     def cut(x: Array) -> Array:
-        return jnp.where(used.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+        ones = [1] * (x.ndim - 1)
+        mask = used.reshape(-1, *ones)
+        return jnp.where(mask, x, 0)
 
     return jax.tree.map(cut, weights)
 
 
 def over_tangents(
-    f: Callable[[Tree], tuple[Tree, Tree]], tangents: Tree, num_tangents: int
+    f: Callable[[Tree], tuple[Tree, Tree]],
+    tangents: Tree,
+    num_tangents: int,
 ) -> tuple[Tree, Tree]:
     """Apply a function to each of k tangents: `jax.vmap`, but a single one gets no batch axis.
 
@@ -211,8 +240,11 @@ def over_tangents(
         `(each, shared)`, the first with a leading axis k.
     """
     if num_tangents > 1:
-        return jax.vmap(f, out_axes=(0, None), axis_size=num_tangents)(tangents)
-    each, shared = f(jax.tree.map(lambda x: x[0], tangents))
+        axes = (0, None)
+        mapped = jax.vmap(f, out_axes=axes, axis_size=num_tangents)
+        return mapped(tangents)
+    only = jax.tree.map(lambda x: x[0], tangents)
+    each, shared = f(only)
     return jax.tree.map(lambda x: x[None], each), shared
 
 
@@ -223,11 +255,12 @@ def along(run: Callable[[Array], tuple[Tree, Tree]]) -> tuple[Tree, Tree, Tree]:
         run: takes the time, which scales every tangent that `inject` lets in, to `(outputs, aux)`.
     """
     time = jnp.zeros((), jnp.float32)
-    return jax.jvp(run, (time,), (time + 1,), has_aux=True)
+    rate = time + 1
+    return jax.jvp(run, (time,), (rate,), has_aux=True)
 
 
 def in_turn(
-    step: Callable[[Tree, Array], tuple[Tree, Tree, Tree]],
+    step: Step,
     start: Tree,
     xs: Array,
     *,
@@ -247,46 +280,55 @@ def in_turn(
         `(carry, stacked outputs, aux)`, the aux of one step: the first in a Python loop, the last
         in a scan.
     """
-    if as_scan:
+    if as_scan:  # its aux is carried, not stacked
         return scan_with_aux(step, start, xs, reverse=reverse)
     carry, out, aux = step(start, xs[0])
-    outputs = [out]
+    outs = [out]
     for x in xs[1:]:
         carry, out, _ = step(carry, x)
-        outputs.append(out)
-    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs), aux
+        outs.append(out)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+    return carry, stacked, aux
 
 
 def scan_with_aux(
-    step: Callable[[Tree, Array], tuple[Tree, Tree, Tree]],
+    step: Step,
     start: Tree,
     xs: Array,
     *,
     reverse: bool = False,
 ) -> tuple[Tree, Tree, Tree]:
-    """`lax.scan` of a step to `(carry, out, aux)`, which keeps the aux of the step that comes last alone.
+    """`lax.scan` of a step, which keeps the aux of the step that comes last alone.
 
     An aux may be as large as the activities: it is carried, not stacked. Its form is known once the
     step is traced, and the loop runs that trace, so that the user's loss is not traced again.
     """
-    run, (_, _, aux) = staged(step, start, xs[0])
+    run, shapes = staged(step, start, xs[0])
+    _, _, aux = shapes
     avals, structure = jax.tree.flatten(aux)
-    unset = [_mesh.vary(jnp.zeros(aval.shape, aval.dtype), _mesh.type_axes(aval)) for aval in avals]
 
-    def body(state: tuple[Tree, list[Array]], x: Array) -> tuple[tuple[Tree, list[Array]], Tree]:
-        carry, out, aux = run(state[0], x)
+    def zeros(aval: Any) -> Array:
+        over = _mesh.type_axes(aval)
+        return _mesh.vary(jnp.zeros(aval.shape, aval.dtype), over)
+
+    def body(state: Any, x: Array) -> tuple[Any, Tree]:
+        carry, _ = state  # the last step's aux is dropped
+        carry, out, aux = run(carry, x)
         return (carry, jax.tree.leaves(aux)), out
 
-    (carry, leaves), outs = lax.scan(body, (start, unset), xs, reverse=reverse)
+    unset = [zeros(aval) for aval in avals]
+    state, outs = lax.scan(body, (start, unset), xs, reverse=reverse)
+    carry, leaves = state
     return carry, outs, structure.unflatten(leaves)
 
 
 def is_concrete(tree: Tree) -> bool:
     """Whether no leaf is abstract and no trace of a whole program, such as `jit`, is running."""
-    return not is_staged() and not any(map(_tree.is_abstract, jax.tree.leaves(tree)))
+    leaves = jax.tree.leaves(tree)
+    return not is_staged() and not any(map(_tree.is_abstract, leaves))
 
 
 def is_staged() -> bool:
-    """Whether a trace of a whole program, such as `jit`, is running; `vmap` and `jvp` alone are none."""
+    """Whether a trace of a whole program, such as `jit`, is running; `vmap` alone is none."""
     # abstract under jit even when every leaf is a captured constant
     return _tree.is_abstract(jnp.zeros(()))

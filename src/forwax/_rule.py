@@ -29,7 +29,7 @@ class Rule(abc.ABC):
     """Whether the rule runs reverse mode."""
 
     has_slopes: ClassVar[bool] = False
-    """Whether scalar slopes of the loss scale the whole estimate, so that `guarded` acts on them."""
+    """Whether scalar slopes of the loss scale the whole estimate: `guarded` then acts on them."""
 
     @property
     def unbiased(self) -> bool:
@@ -38,7 +38,7 @@ class Rule(abc.ABC):
 
     @property
     def inner(self) -> "Rule":
-        """The rule that makes the estimate: what `forwax.Safe` wraps; every other rule itself."""
+        """What the rule wraps, as `forwax.Safe` does; the rule itself where it wraps nothing."""
         return self
 
     def law(self, problem: Problem) -> float | None:
@@ -47,7 +47,8 @@ class Rule(abc.ABC):
         By default `relative_mse` of the number of parameters, counted in real coordinates. A rule
         whose `relative_mse` counts anything else overrides it.
         """
-        law = self.relative_mse(_tree.num_coordinates(problem.params))
+        n = _tree.num_coordinates(problem.params)
+        law = self.relative_mse(n)
         return law if math.isfinite(law) else None
 
     def sites(self, problem: Problem) -> Any:
@@ -93,17 +94,29 @@ class Rule(abc.ABC):
         value, aux, grads = self.estimate(key, problem)
         norm = jnp.sqrt(_tree.inner(grads, grads))
         used = guard(norm[None])[0]
+        # An infinite norm that is not clipped would give ∞ / ∞.
         scale = jnp.where(norm == used, 1, used / jnp.where(norm == 0, 1, norm))
-        cut = lambda x: jnp.where(used == 0, 0, x * scale.astype(x.dtype))  # noqa: E731
+
+        def cut(x: Array) -> Array:
+            scaled = x * scale.astype(x.dtype)
+            # A skipped estimate is zero even where its entries are not finite.
+            return jnp.where(used == 0, 0, scaled)
+
         return value, aux, jax.tree.map(cut, grads), norm[None]
 
     @abc.abstractmethod
     def relative_mse(self, n: int) -> float:
-        """The law E|ĝ - g|² / |g|² for n real coordinates of what the noise enters, in most rules the parameters."""
+        """The law E|ĝ - g|² / |g|² for n real coordinates.
+
+        They are those of what the noise enters, in most rules the parameters.
+        """
 
     @abc.abstractmethod
     def learning_rate_scale(self, n: int) -> float:
-        """E<ĝ, g> / E|ĝ|²: the part of a learning rate tuned for the exact gradient that suits this estimate."""
+        """E<ĝ, g> / E|ĝ|².
+
+        The part of a learning rate tuned for the exact gradient that suits this estimate.
+        """
 
 
 class LearningRule(Rule):
@@ -145,9 +158,12 @@ class LearningRule(Rule):
         signature = Signature(loss, argnums, has_aux, in_axes, name)
 
         def step_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Tree, Self]:
-            key, problem = typed_key(check_key(key, name)), signature.bind(args, kwargs)
+            key = typed_key(check_key(key, name))
+            problem = signature.bind(args, kwargs)
             value, aux, grads, rule = self.advance(key, problem)
-            return ((value, problem.restore(aux)) if has_aux else value), grads, rule
+            if has_aux:
+                return (value, problem.restore(aux)), grads, rule
+            return value, grads, rule
 
         return step_of_loss
 
@@ -158,42 +174,51 @@ def check_count(name: str, field: str, value: object) -> None:
         raise ValueError(f"{name}: expected {field} to be a positive integer, got {value!r}.")
 
 
+def is_rule(value: object) -> bool:
+    """Whether a value is a rule."""
+    return isinstance(value, Rule)
+
+
 def check_rule(name: str, rule: object) -> None:
     """Raise a TypeError for what is no rule."""
-    if not isinstance(rule, Rule):
+    if not is_rule(rule):
         raise TypeError(
-            f"{name}: expected a rule, such as forwax.WeightPerturbation(), got {rule!r}. argnums, "
-            f"has_aux and in_axes "
-            "are keyword arguments."
+            f"{name}: expected a rule, such as forwax.WeightPerturbation(), got {rule!r}. "
+            "argnums, has_aux and in_axes are keyword arguments."
         )
 
 
 def check_directions(name: str, tangents: object, combine: object = None) -> None:
     """Raise a TypeError unless a rule's fields are values of the right kind."""
-    for field, value, kind, example in (
+    fields = (
         ("tangents", tangents, Tangents, "forwax.tangents.Rademacher()"),
         ("combine", combine, Combine, "forwax.combine.Mean()"),
-    ):
+    )
+    for field, value, kind, example in fields:
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{name}: expected {field} such as {example}, got {value!r}.")
 
 
 def check_shared(name: str, tangents: Tangents) -> None:
-    """Raise a ValueError for directions of each example's own, which weight perturbation alone can follow."""
+    """Raise a ValueError for directions of each example's own.
+
+    Weight perturbation alone can follow them.
+    """
     if tangents.per_example:
         raise ValueError(
-            f"{name}: expected tangents without per_example=True, which forwax.WeightPerturbation "
-            f"alone can follow, "
-            f"got {tangents}. Use that rule, or per_example=False."
+            f"{name}: expected tangents without per_example=True, which "
+            f"forwax.WeightPerturbation alone can follow, got {tangents}. "
+            "Use that rule, or per_example=False."
         )
 
 
 def check_replicated(name: str, params: Tree, key_axes: frozenset[str]) -> None:
     """Raise a ValueError where parameters are sharded: no device then knows a whole slope."""
-    sharded = sorted({axis for over in _mesh.tree_axes(params) for axis in over - key_axes})
+    # A key that varies gives each device an estimate, and so slopes, of its own.
+    sharded = frozenset().union(*_mesh.tree_axes(params)) - key_axes
     if sharded:
         raise ValueError(
             f"{name}: slopes can be guarded where every device holds all parameters, but inside "
-            f"shard_map they vary "
-            f"over {sharded}. Replicate the parameters, or leave forwax.Safe out."
+            f"shard_map they vary over {sorted(sharded)}. "
+            "Replicate the parameters, or leave forwax.Safe out."
         )

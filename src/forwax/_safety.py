@@ -1,4 +1,6 @@
-"""Safety in training: slopes clipped by their own running median, bad ones skipped, and what slopes tell of the noise.
+"""Safety in training: slopes clipped by their own running median, bad ones skipped.
+
+They also tell of the noise.
 
 A slope is the directional derivative c = <g, v> of a weight rule. For a tangent with |v|² = n the
 estimate ĝ = c v has the norm |c| √n, so that clipping one scalar is clipping the norm of the
@@ -75,33 +77,43 @@ class History:
     @classmethod
     def empty(cls, window: int) -> "History":
         """The history before the first step."""
-        unused, none = jnp.full(window, jnp.nan, jnp.float32), jnp.int32(0)
+        unused = jnp.full(window, jnp.nan, jnp.float32)
+        none = jnp.int32(0)
         return cls(unused, unused, none, none, none)
 
     def add(self, slopes: Array, bound: Array) -> "History":
-        """The history with the slopes [any shape] of one more step, of which those beyond the bound were clipped."""
+        """The history with one more step.
+
+        Args:
+            slopes: those of the step, before the guard [any shape].
+            bound: beyond which they were clipped.
+        """
         sizes = jnp.abs(slopes).astype(jnp.float32).reshape(-1)
         finite = jnp.isfinite(sizes)
-        some = jnp.any(finite)  # a step without a finite slope leaves no trace but in the count
+        # A step without a finite slope leaves no trace but in the count.
+        some = jnp.any(finite)
         at = self.num_steps % self.sizes.shape[0]
-        used = jnp.where(
-            finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan
-        )  # a median of 0 would stop all
+        # Zeros are left out: a median of 0 would clip all slopes to 0, for good.
+        used = jnp.where(finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan)
         num_finite = jnp.maximum(jnp.sum(finite), 1).astype(sizes.dtype)
         square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / num_finite
+        size = jnp.where(some, jnp.nanmedian(used), self.sizes[at])
+        all_sizes = self.sizes.at[at].set(size)
+        square = jnp.where(some, square, self.squares[at])
+        all_squares = self.squares.at[at].set(square)
         return History(
-            self.sizes.at[at].set(jnp.where(some, jnp.nanmedian(used), self.sizes[at])),
-            self.squares.at[at].set(jnp.where(some, square, self.squares[at])),
-            self.num_steps + some.astype(jnp.int32),
-            self.num_clipped + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
-            self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
+            sizes=all_sizes,
+            squares=all_squares,
+            num_steps=self.num_steps + some.astype(jnp.int32),
+            num_clipped=self.num_clipped + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
+            num_skipped=self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Safe(LearningRule):
-    """A rule whose slopes are clipped by their running median, and skipped where they are not finite.
+    """A rule whose slopes are clipped by their running median, and skipped if not finite.
 
     A slope beyond `clip` times the median of |c| over the last `window` steps is cut to that bound.
     With normal tangents the clipped estimate keeps its direction in the mean: by Stein's lemma
@@ -145,7 +157,8 @@ class Safe(LearningRule):
         >>> step = jax.jit(lambda rule, key, w: rule.step(lambda w: jnp.sum(w**2))(key, w))
         >>> for i in range(20):
         ...     value, grads, rule = step(rule, jax.random.key(i), jnp.ones(100))
-        >>> value, grads, rule = step(rule, jax.random.key(0), jnp.full(100, 1e30))  # a sudden explosion
+        >>> explosion = jnp.full(100, 1e30)
+        >>> value, grads, rule = step(rule, jax.random.key(0), explosion)
         >>> bool(jnp.abs(grads).max() < 1e3), int(rule.history.num_clipped)
         (True, 1)
     """
@@ -163,16 +176,14 @@ class Safe(LearningRule):
         if isinstance(self.rule, LearningRule):
             raise TypeError(
                 "Safe: expected a rule that stays the same from step to step, such as "
-                "forwax.WeightPerturbation(), got "
-                f"{type(self.rule).__name__}, which learns: Safe would never hand out what it has "
-                f"learnt. Use it as it "
-                "is."
+                f"forwax.WeightPerturbation(), got {type(self.rule).__name__}, which learns: "
+                "Safe would never hand out what it has learnt. Use it as it is."
             )
         if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(
                 f"Safe: expected clip of at least 1, or None to clip nothing, got {self.clip}. "
-                f"Below 1 the bound, a "
-                "multiple of the median of slopes that were clipped by it, would fall to zero."
+                "Below 1 the bound, a multiple of the median of slopes that were clipped by it, "
+                "would fall to zero."
             )
 
     @property
@@ -188,7 +199,7 @@ class Safe(LearningRule):
     @property
     def inner(self) -> Rule:
         """The rule that is guarded."""
-        return self.rule.inner
+        return self.rule
 
     def law(self, problem: Problem) -> float | None:
         """That of the rule, as if nothing were clipped."""
@@ -203,7 +214,10 @@ class Safe(LearningRule):
         return dataclasses.replace(self, history=History.empty(self.window))
 
     def bound(self) -> Array:
-        """The largest slope of the next step: `clip` times the median; infinite in the warm-up, or without a median."""
+        """The largest slope of the next step: `clip` times the median.
+
+        Infinite in the warm-up, and where there is no median.
+        """
         if self.clip is None or self.history is None:
             return jnp.float32(jnp.inf)
         sizes = self.history.sizes
@@ -260,29 +274,26 @@ class Safe(LearningRule):
         if self.history is None or not self.rule.has_slopes:
             raise ValueError(
                 "Safe.monitor: expected the history of a rule with slopes, such as "
-                "forwax.WeightPerturbation(), got "
-                f"history={type(self.history).__name__} of {type(self.rule).__name__}. Make it "
-                f"with rule.init(), and "
-                "let rule.step(loss)(key, *args) fill it."
+                f"forwax.WeightPerturbation(), got history={type(self.history).__name__} of "
+                f"{type(self.rule).__name__}. Make it with rule.init(), and let "
+                "rule.step(loss)(key, *args) fill it."
             )
-        law = self.rule.relative_mse(
-            params if isinstance(params, int) else _tree.num_coordinates(params)
-        )
-        square, count = jnp.nanmean(self.history.squares), jnp.sum(~jnp.isnan(self.history.squares))
-        # the root halves a relative error
-        error = jnp.nanstd(self.history.squares) / (
-            2 * square * jnp.sqrt(jnp.maximum(count - 1, 1))
-        )
-        cosine = 1 / math.sqrt(1 + law)
+        n = params if isinstance(params, int) else _tree.num_coordinates(params)
+        law = self.rule.relative_mse(n)
+        squares = self.history.squares  # [window], not a number where no step was recorded
+        square = jnp.nanmean(squares)
+        count = jnp.sum(~jnp.isnan(squares))
+        # Of |g|², the mean of `squares`; the root |g| has half its relative error.
+        error = jnp.nanstd(squares) / (2 * square * jnp.sqrt(jnp.maximum(count - 1, 1)))
         return Monitor(
-            jnp.sqrt(square),
-            jnp.float32(law),
-            law * square,
-            jnp.float32(cosine),
-            error,
-            self.history.num_steps,
-            self.history.num_clipped,
-            self.history.num_skipped,
+            gradient_norm=jnp.sqrt(square),
+            relative_mse=jnp.float32(law),
+            variance=law * square,
+            cosine=jnp.float32(1 / math.sqrt(1 + law)),
+            error=error,
+            num_steps=self.history.num_steps,
+            num_clipped=self.history.num_clipped,
+            num_skipped=self.history.num_skipped,
         )
 
     def relative_mse(self, n: int) -> float:

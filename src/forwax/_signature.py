@@ -151,10 +151,11 @@ class Signature:
             arguments = with_params(args, params)
             if in_axes is None:
                 return loss(*arguments)
-            # values: [examples]
+            # [examples], and in aux the leaves of each example stacked
             values, aux = jax.vmap(loss, in_axes)(*arguments)
             return jnp.mean(values), aux
 
+        # Not mapped: a rule traces the loss of one example, and batches what it makes of it.
         def example(params: Tree, *slices: Array) -> tuple[list[Array], Tree]:
             arguments = with_params(mapped.replaced(slices), params)
             value, aux = self._call(arguments, kwargs)
@@ -184,6 +185,7 @@ class Signature:
                 f"{after}, got {num_args}. argnums count the loss's own arguments: call "
                 f"f({key}*args)."
             )
+        # -1 and the last argument's own number mean the same argument.
         numbers = tuple(number % num_args for number in numbers)
         if len(set(numbers)) < len(numbers):
             raise ValueError(
@@ -293,6 +295,7 @@ def _leaf_axes(args: tuple[Any, ...], in_axes: tuple[Any, ...] | None) -> list[i
 
 def objective_value(out: Any) -> Array:
     """The scalar objective of what a loss returned: itself, or the sum of its local losses."""
+    # A scalar stays as it is: a sum of it would only be one more operation to trace.
     return added([jnp.sum(part) if part.ndim else part for part in loss_parts(out)])
 
 
@@ -377,7 +380,12 @@ _FIRST = (
 )
 
 
-def check_key(key: Any, name: str, what: str = "the first argument", advice: str = _FIRST) -> Array:
+def check_key(
+    key: Any,
+    name: str,
+    what: str = "the first argument",
+    advice: str = _FIRST,
+) -> Array:
     """The PRNG key of a call, or an error that names what must be one and says what to do."""
     dtype = getattr(key, "dtype", None)
     shape = getattr(key, "shape", None)

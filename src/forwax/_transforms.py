@@ -19,7 +19,9 @@ def value_and_grad(
     has_aux: bool = False,
     in_axes: Any = None,
 ) -> Callable[..., Any]:
-    """A drop-in for `jax.value_and_grad` that takes one leading PRNG key and estimates the gradient by a rule.
+    """A drop-in for `jax.value_and_grad` that estimates the gradient by a rule.
+
+    What it returns takes one leading PRNG key.
 
     Args:
         loss: returns a real floating scalar, or `forwax.LocalLosses`, whose objective is the sum of
@@ -49,7 +51,8 @@ def value_and_grad(
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
         >>> loss = lambda w, x: jnp.sum((w * x) ** 2)
-        >>> value, grads = fx.value_and_grad(loss)(jax.random.key(0), jnp.array([3.0]), jnp.array([2.0]))
+        >>> w, x = jnp.array([3.0]), jnp.array([2.0])
+        >>> value, grads = fx.value_and_grad(loss)(jax.random.key(0), w, x)
         >>> float(value), grads.tolist()  # one parameter: exact
         (36.0, [24.0])
     """
@@ -67,7 +70,9 @@ def value_and_grad(
             if better is error:
                 raise
             raise better from error
-        return ((value, problem.restore(aux)), grads) if has_aux else (value, grads)
+        if has_aux:
+            return (value, problem.restore(aux)), grads
+        return value, grads
 
     value_and_grad_of_loss.__name__ = f"value_and_grad({name})"
     value_and_grad_of_loss.__doc__ = (

@@ -60,6 +60,7 @@ def as_array(leaf: Any) -> Array:
 
 def with_leaves(tree: Tree, leaves: Sequence[Any]) -> Tree:
     """A tree of the same structure with other leaves."""
+    # JAX declares no type for structures.
     structure = cast(Any, jax.tree.structure(tree))
     return structure.unflatten(leaves)
 
@@ -72,6 +73,7 @@ def to_real(tree: Tree) -> list[Array]:
 def _split_complex(leaf: Array) -> Array:
     if not is_complex(leaf):
         return leaf
+    # [*shape] -> [2, *shape]
     return jnp.stack([leaf.real, leaf.imag])
 
 
@@ -99,6 +101,7 @@ def promoted(*dtypes: Any) -> np.dtype:
 
 def accumulation_dtype(dtype: Any) -> np.dtype:
     """At least float32: sums over many tangents or coordinates do not drown in rounding."""
+    # Floats of 16 and of 8 bits.
     if jnp.finfo(dtype).bits < 32:
         return np.dtype(jnp.float32)
     return np.dtype(dtype)
@@ -133,11 +136,16 @@ def join_flat(leaves: Sequence[Array]) -> Array:
     return jnp.concatenate(flat)
 
 
-def basis(index: Array, specs: Sequence[Spec], scale: float = 1.0) -> list[Array]:
+def basis(
+    index: Array,
+    specs: Sequence[Spec],
+    scale: float = 1.0,
+) -> list[Array]:
     """The vector scale * e_index as leaves; an index outside [0, n) gives zeros."""
     leaves: list[Array] = []
     start = 0
     for spec, size in zip(specs, _sizes(specs), strict=True):
+        # Positions count on over the leaves, so that exactly one leaf holds the index.
         is_index = jnp.arange(size) + start == index
         flat = jnp.where(is_index, scale, 0.0)
         leaves.append(flat.astype(spec.dtype).reshape(spec.shape))
@@ -169,7 +177,11 @@ def conjugate(tree: Tree) -> Tree:
     return jax.tree.map(jnp.conj, tree)
 
 
-def check_guess(name: str, got: list[tuple[int, ...]], expected: list[tuple[int, ...]]) -> None:
+def check_guess(
+    name: str,
+    got: list[tuple[int, ...]],
+    expected: list[tuple[int, ...]],
+) -> None:
     """Raise a ValueError for a guess whose leaves have other shapes than the parameters."""
     if got != expected:
         raise ValueError(

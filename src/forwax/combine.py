@@ -37,7 +37,12 @@ class Combine(abc.ABC):
         """The coefficients a_j [c] of Σ_j a_j v_j: slopes are [c], tangents a tree [c, *shape]."""
 
     @abc.abstractmethod
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The estimate from the sum over all tangents; `relative_mse` is the law of the mean."""
 
     @abc.abstractmethod
@@ -68,7 +73,12 @@ class Mean(Combine):
         """The slopes themselves."""
         return slopes
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The sum divided by k."""
         return _divided(total, num_tangents)
 
@@ -97,7 +107,12 @@ class Shrinkage(Combine):
         """The slopes themselves."""
         return slopes
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The mean times 1 / (1 + M)."""
         return _divided(total, num_tangents * (1 + relative_mse))
 
@@ -143,13 +158,19 @@ class Projection(Combine):
         unit = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
         rounding = cast(float, jnp.finfo(gram.dtype).eps)
         guard = 8 * gram.shape[0] * rounding
+        # At unit length one guard suits tangents of any scale.
         cosines = gram * unit[:, None] * unit[None, :]
         system = cosines + jnp.diag(jnp.where(length > 0, guard, 1))
         factor = jax.scipy.linalg.cho_factor(system, lower=True)
         per_length = unit * slopes.astype(gram.dtype)
         return unit * jax.scipy.linalg.cho_solve(factor, per_length)
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The sum itself."""
         return total
 
@@ -195,10 +216,16 @@ class ControlVariate(Combine):
         def known_slope(tangent: Tree) -> Array:
             return _tree.inner(guess, tangent)
 
+        # [c]: what the guess explains of each slope
         known = jax.vmap(known_slope)(tangents)
         return slopes - known.astype(slopes.dtype)
 
-    def finish(self, total: Tree, num_tangents: int, relative_mse: float) -> Tree:
+    def finish(
+        self,
+        total: Tree,
+        num_tangents: int,
+        relative_mse: float,
+    ) -> Tree:
         """The guess plus the mean."""
         pairs = zip(jax.tree.leaves(self.guess), jax.tree.leaves(total), strict=True)
         leaves = [guess + x / num_tangents for guess, x in pairs]
@@ -225,4 +252,5 @@ def _leaf_gram(x: Array) -> Array:
         # [k, size] -> [k, 2 size]
         flat = jnp.concatenate([flat.real, flat.imag], axis=1)
     wide = flat.astype(_tree.accumulation_dtype(flat.dtype))
+    # Accelerators round a product's operands by default, which is too coarse for Cholesky.
     return jnp.matmul(wide, wide.T, precision=Precision.HIGHEST)

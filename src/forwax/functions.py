@@ -118,6 +118,7 @@ class Function:
         return dataclasses.replace(
             self,
             minima=tuple(_repeat(point, n) for point in self.minima),
+            # That of a sum grows with n; all others are 0.
             minimum=self.minimum * n / self.n,
             start=_repeat(self.start, n),
             lower=_repeat(self.lower, n),

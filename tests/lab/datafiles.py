@@ -71,13 +71,13 @@ def write(name: str, root: Path, *, gz: bool = False, train: int = 60, test: int
 def _encode(
     source: Source, splits: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> Iterator[tuple[str, bytes]]:
-    for split, parts in (("train", source.train), ("test", source.test)):
+    for split, files in (("train", source.train), ("test", source.test)):
         images, labels = splits[split]
         if source.name != "cifar10":
-            yield from zip(parts[0], (idx(images[..., 0]), idx(labels)), strict=True)
+            yield from zip(files, (idx(images[..., 0]), idx(labels)), strict=True)
             continue
-        for (file,), some, their in zip(
-            parts, np.split(images, len(parts)), np.split(labels, len(parts)), strict=True
+        for file, some, their in zip(
+            files, np.split(images, len(files)), np.split(labels, len(files)), strict=True
         ):
             yield file, cifar(some, their)
 

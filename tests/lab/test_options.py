@@ -130,7 +130,7 @@ def test_slopes_are_clipped_at_one_median_or_more():
 def test_every_optimizer_lowers_a_bowl(optimizer):
     params = {"x": jnp.array([1.0, -2.0])}
     transformation = optimizers.build_optimizer(
-        Settings(optimizer=optimizer, weight_decay=0.01, steps=20), 0.01
+        Settings(optimizer=optimizer, weight_decay=0.01, steps=20, learning_rate=0.01)
     )
     state = transformation.init(params)
     for _ in range(20):

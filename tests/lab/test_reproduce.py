@@ -342,7 +342,9 @@ def test_lars_takes_decay_off_the_weights_of_the_backbone_alone():
     decayed = [jax.tree_util.keystr(path) for path, decays in chosen if decays]
     assert decayed == [".blocks[0].dense.weight", ".blocks[0].groups.weight"]
     params = {"w": jax.numpy.ones((2, 2)), "b": jax.numpy.ones(2)}
-    optimizer = optimizers.build_optimizer(Settings(optimizer="lars", weight_decay=0.5), 1.0)
+    optimizer = optimizers.build_optimizer(
+        Settings(optimizer="lars", weight_decay=0.5, learning_rate=1.0)
+    )
     updates, _ = optimizer.update(
         jax.tree.map(jax.numpy.zeros_like, params), optimizer.init(params), params
     )

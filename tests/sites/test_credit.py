@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from forwax._programs.axes import Factor
+from forwax._programs.links import Factor
 from forwax._signature import Signature
 from forwax._sites.sources import tangent_program
 from helpers import KEY, basis_of, estimates

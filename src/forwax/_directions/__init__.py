@@ -1,1 +1,1 @@
-"""Weight directions that are never formed: factors, and signs that are drawn where they are used."""
+"""Weight directions: most are never formed, but kept as factors, or as signs drawn where used."""

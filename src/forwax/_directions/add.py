@@ -17,6 +17,10 @@ Pair: TypeAlias = tuple[Array, Array]
 """Two factors of a tangent's rank, of size 1 along axes on which they do not depend."""
 
 
+Cut: TypeAlias = Callable[[Array], Array]
+"""Takes a factor of the parameter to that of one block of it."""
+
+
 FEW = 8
 """So many terms are added entry by entry, in one pass over the parameter; more are a dot."""
 
@@ -29,14 +33,25 @@ _SMALL = 1 << 12
 
 def weighted_sum(weights: Array, tangents: Array) -> Array:
     """Σ c v over the leading axes, accumulated in at least float32."""
-    wide = tangents.astype(_tree.accumulation_dtype(tangents.dtype))
-    if math.prod(weights.shape) == 1:
-        return weights.reshape(()).astype(wide.dtype) * wide.reshape(wide.shape[weights.ndim :])
-    weights = weights.astype(wide.dtype)
-    return jnp.tensordot(weights, wide, axes=weights.ndim, precision=Precision.HIGHEST)
+    lead = weights.ndim
+    dtype = _tree.accumulation_dtype(tangents.dtype)
+    wide = tangents.astype(dtype)
+    if weights.size == 1:
+        weight = weights.reshape(()).astype(dtype)
+        return weight * wide.reshape(wide.shape[lead:])
+    return jnp.tensordot(
+        weights.astype(dtype),
+        wide,
+        axes=lead,
+        precision=Precision.HIGHEST,
+    )
 
 
-def outer(weights: Array, pairs: Sequence[Pair], leaf: Array) -> Array:
+def outer(
+    weights: Array,
+    pairs: Sequence[Pair],
+    leaf: Array,
+) -> Array:
     """Σ c left · right over the leading axes and pairs, in at least float32.
 
     Args:
@@ -44,8 +59,12 @@ def outer(weights: Array, pairs: Sequence[Pair], leaf: Array) -> Array:
         pairs: the factors.
         leaf: the parameter.
     """
-    parts = [_outer(weights, left, right, leaf) for left, right in pairs]
-    return sum(parts[1:], start=parts[0])
+    total = None
+    for left, right in pairs:
+        term = _outer(weights, left, right, leaf)
+        total = term if total is None else total + term
+    assert total is not None
+    return total
 
 
 def as_pair(tangents: Array) -> Pair:
@@ -53,94 +72,140 @@ def as_pair(tangents: Array) -> Pair:
 
     The conjugate makes complex estimates agree with the convention of `jax.grad`.
     """
-    return jnp.conj(tangents), jnp.ones([1] * tangents.ndim, tangents.real.dtype)
+    ones = jnp.ones([1] * tangents.ndim, tangents.real.dtype)
+    return jnp.conj(tangents), ones
 
 
-def _outer(weights: Array, left: Array, right: Array, leaf: Array) -> Array:
+def _outer(
+    weights: Array,
+    left: Array,
+    right: Array,
+    leaf: Array,
+) -> Array:
     lead = weights.ndim
-    wide = _tree.accumulation_dtype(leaf.dtype)
-    if math.prod(right.shape) == 1:
+    dtype = _tree.accumulation_dtype(leaf.dtype)
+    if right.size == 1:
         # An einsum would multiply by it, and then add up with a slow loop.
-        return weighted_sum(weights, left) * right.reshape(()).astype(wide)
-    scaled = _scaled(weights, left, leaf)
-    if math.prod(weights.shape) == 1:
-        shape = jnp.broadcast_shapes(left.shape, right.shape)[lead:]
-        return (scaled * right.astype(wide)).reshape(shape)
-    names = "abcdefghijklmnopqrstuvwxyz"
-    own = names[: leaf.ndim]
-    terms = names[leaf.ndim : leaf.ndim + lead]
+        return weighted_sum(weights, left) * right.reshape(()).astype(dtype)
+    left = _scaled(weights, left, leaf)  # [*lead, ...], as right
+    right = right.astype(dtype)
+    if weights.size == 1:
+        product = left * right
+        return product.reshape(product.shape[lead:])
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    own = letters[: leaf.ndim]
+    terms = letters[leaf.ndim : leaf.ndim + lead]
 
-    def named(x: Array) -> tuple[Array, str]:
-        """The factor without the axes on which it does not depend, and the names of the others."""
-        axes = [axis for axis in range(leaf.ndim) if x.shape[lead + axis] > 1]
-        sizes = [x.shape[lead + axis] for axis in axes]
-        return x.reshape(*x.shape[:lead], *sizes), "".join(own[axis] for axis in axes)
+    def names_of(factor: Array) -> str:
+        """The axes on which a factor depends, by name."""
+        sizes = factor.shape[lead:]
+        return "".join(name for name, n in zip(own, sizes, strict=True) if n > 1)
 
-    left, left_names = named(scaled)
-    right, right_names = named(right.astype(wide))
+    def without_ones(factor: Array) -> Array:
+        sizes = [n for n in factor.shape[lead:] if n > 1]
+        return factor.reshape(*factor.shape[:lead], *sizes)
+
+    left_names = names_of(left)
+    right_names = names_of(right)
     result = "".join(name for name in own if name in left_names + right_names)
-    total = jnp.einsum(f"{terms}{left_names},{terms}{right_names}->{result}", left, right)
+    total = jnp.einsum(
+        f"{terms}{left_names},{terms}{right_names}->{result}",
+        without_ones(left),
+        without_ones(right),
+    )
     return total.reshape(leaf.shape)
 
 
-def _scaled(weights: Array, left: Array, leaf: Array) -> Array:
-    wide = _tree.accumulation_dtype(leaf.dtype)
-    scale = weights.reshape(*weights.shape, *[1] * leaf.ndim)
-    return scale.astype(wide) * left.astype(wide)
+def _scaled(
+    weights: Array,
+    left: Array,
+    leaf: Array,
+) -> Array:
+    """The left factors, each times its weight: [*lead, ...]."""
+    dtype = _tree.accumulation_dtype(leaf.dtype)
+    ones = [1] * leaf.ndim
+    scale = weights.reshape(*weights.shape, *ones)
+    return scale.astype(dtype) * left.astype(dtype)
 
 
-def add_outer(leaf: Array, weights: Array, pairs: Sequence[Pair]) -> Array:
+def add_outer(
+    leaf: Array,
+    weights: Array,
+    pairs: Sequence[Pair],
+) -> Array:
     """The leaf + Σ c left · right, see `outer`; of the sum no more than a block is held.
 
     Few terms are one elementwise pass, which compilers do in place; many are a dot for each block
     of rows.
     """
-    if math.prod(weights.shape) * len(pairs) <= FEW:
+    num_terms = weights.size * len(pairs)
+    if num_terms <= FEW:
         return _add_terms(leaf, weights, pairs)
 
-    def add(part: Array, cut: Callable[[Array], Array]) -> Array:
-        total = outer(weights, [(cut(left), cut(right)) for left, right in pairs], part)
-        return (part.astype(total.dtype) + total).astype(part.dtype)
+    def add(block: Array, cut: Cut) -> Array:
+        parts = [(cut(left), cut(right)) for left, right in pairs]
+        total = outer(weights, parts, block)
+        new = block.astype(total.dtype) + total
+        return new.astype(block.dtype)
 
-    if leaf.size < _SMALL:
-        return add(leaf, lambda x: x)
+    if leaf.size < _SMALL:  # a loop would cost more than it saves
+        return add(leaf, lambda factor: factor)
     return _by_blocks(leaf, weights.ndim, add)
 
 
-def _add_terms(leaf: Array, weights: Array, pairs: Sequence[Pair]) -> Array:
+def _add_terms(
+    leaf: Array,
+    weights: Array,
+    pairs: Sequence[Pair],
+) -> Array:
     lead = weights.ndim
-    wide = _tree.accumulation_dtype(leaf.dtype)
+    dtype = _tree.accumulation_dtype(leaf.dtype)
 
     def flat(x: Array) -> Array:
         """The factor with one leading axis: [terms, *shape]."""
-        return x.reshape(math.prod(x.shape[:lead]), *x.shape[lead:])
+        num_terms = math.prod(x.shape[:lead])
+        return x.reshape(num_terms, *x.shape[lead:])
 
-    total = leaf.astype(wide)
+    total = leaf.astype(dtype)
     for left, right in pairs:
         lefts = flat(_scaled(weights, left, leaf))
         rights = flat(right)
+        is_shared = rights.shape[0] == 1  # as the ones of `as_pair`
         for j in range(lefts.shape[0]):
-            one = rights[j] if rights.shape[0] > 1 else rights[0]
-            total = total + lefts[j] * one.astype(wide)
+            own = rights[0] if is_shared else rights[j]
+            total = total + lefts[j] * own.astype(dtype)
     return total.astype(leaf.dtype)
 
 
 def _by_blocks(
-    leaf: Array, lead: int, add: Callable[[Array, Callable[[Array], Array]], Array]
+    leaf: Array,
+    lead: int,
+    add: Callable[[Array, Cut], Array],
 ) -> Array:
     """Apply `add` to one block of the first long axis after the other, in place."""
     axis = next(i for i, n in enumerate(leaf.shape) if n > 1)
-    size = -(-leaf.shape[axis] // _NUM_BLOCKS)
+    length = leaf.shape[axis]
+    size = -(-length // _NUM_BLOCKS)
 
-    def at(leaf: Array, start: Array | int, size: int) -> Array:
-        def cut(x: Array) -> Array:
-            """The part of a factor that belongs to the block."""
+    def at(
+        leaf: Array,
+        start: Array | int,
+        size: int,
+    ) -> Array:
+        def cut(factor: Array) -> Array:
             own = lead + axis
-            return x if x.shape[own] == 1 else lax.dynamic_slice_in_dim(x, start, size, own)
+            if factor.shape[own] == 1:
+                return factor
+            return lax.dynamic_slice_in_dim(factor, start, size, own)
 
-        part = add(lax.dynamic_slice_in_dim(leaf, start, size, axis), cut)
-        return lax.dynamic_update_slice_in_dim(leaf, part, start, axis)
+        block = lax.dynamic_slice_in_dim(leaf, start, size, axis)
+        new = add(block, cut)
+        return lax.dynamic_update_slice_in_dim(leaf, new, start, axis)
 
-    full, rest = divmod(leaf.shape[axis], size)
-    leaf = lax.fori_loop(0, full, lambda i, leaf: at(leaf, i * size, size), leaf)
-    return at(leaf, full * size, rest) if rest else leaf
+    def step(i: Array, leaf: Array) -> Array:
+        return at(leaf, i * size, size)
+
+    num_full = length // size
+    rest = length % size
+    leaf = lax.fori_loop(0, num_full, step, leaf)
+    return at(leaf, num_full * size, rest) if rest else leaf

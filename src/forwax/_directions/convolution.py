@@ -30,23 +30,32 @@ def in_pieces(equation: Equation, values: Sequence[Any]) -> Array:
     params = equation.params
     x, kernel = values
     lhs, rhs, out = params["dimension_numbers"]
+    batch = lhs[0]
     shape = jnp.shape(x)
-    count = shape[lhs[0]]
-    taps = math.prod(n for axis, n in enumerate(jnp.shape(kernel)) if axis != rhs[0])
-    positions = math.prod(shape[axis] for axis in lhs[2:])
-    size = _piece(count, taps * positions)
-    is_small = size == count
-    if is_small or jax.default_backend() != "cpu" or params["batch_group_count"] != 1:
+    count = shape[batch]
+    kernel_shape = jnp.shape(kernel)
+    num_features = max(1, kernel_shape[rhs[0]])
+    num_taps = math.prod(kernel_shape) // num_features
+    spatial = [shape[axis] for axis in lhs[2:]]
+    entries = num_taps * math.prod(spatial)
+    size = _piece(count, entries)
+    # groups of the batch would be torn apart
+    is_whole = size == count or params["batch_group_count"] != 1
+    if is_whole or jax.default_backend() != "cpu":
         return bind(equation, values)[0]
 
     def one(x: Array) -> Array:
-        return bind(equation, [jnp.moveaxis(x, 0, lhs[0]), kernel])[0]
+        piece = jnp.moveaxis(x, 0, batch)
+        return bind(equation, [piece, kernel])[0]
 
-    front = jnp.moveaxis(x, lhs[0], 0)
-    pieces = front.reshape(count // size, size, *front.shape[1:])
+    front = jnp.moveaxis(x, batch, 0)
+    num_pieces = count // size
+    pieces = front.reshape(num_pieces, size, *front.shape[1:])
     result = lax.map(one, pieces)  # [pieces, *one piece's result]
     result = jnp.moveaxis(result, 1 + out[0], 1)  # [pieces, size, *rest]
-    return jnp.moveaxis(result.reshape(count, *result.shape[2:]), 0, out[0])
+    rest = result.shape[2:]
+    result = result.reshape(count, *rest)
+    return jnp.moveaxis(result, 0, out[0])
 
 
 def _piece(count: int, entries: int) -> int:
@@ -54,8 +63,9 @@ def _piece(count: int, entries: int) -> int:
 
     One example's patches have so many entries.
     """
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    return max(n for n in divisors if n == 1 or n * entries <= _PATCHES)
+    most = max(1, _PATCHES // max(1, entries))
+    sizes = range(1, min(count, most) + 1)
+    return max(n for n in sizes if count % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,28 +91,43 @@ class _Geometry:
     shape: list[int]
 
 
-def _geometry(x: Array, kernel: Array, params: Any) -> _Geometry:
+def _geometry(
+    x: Array,
+    kernel: Array,
+    params: Any,
+) -> _Geometry:
     lhs, rhs, _ = params["dimension_numbers"]
     taps = [kernel.shape[axis] for axis in rhs[2:]]
     sizes = [x.shape[axis] for axis in lhs[2:]]
     strides = params["window_strides"]
     dilations = params["rhs_dilation"]
-    pads = [
-        (low, high, spread - 1)
-        for (low, high), spread in zip(params["padding"], params["lhs_dilation"], strict=True)
-    ]
-    padded = [
-        low + high + (n - 1) * (inner + 1) + 1
-        for n, (low, high, inner) in zip(sizes, pads, strict=True)
-    ]
-    spans = [(k - 1) * d + 1 for k, d in zip(taps, dilations, strict=True)]
-    shape = [
-        (n - span) // stride + 1 for n, span, stride in zip(padded, spans, strides, strict=True)
-    ]
-    return _Geometry(taps, sizes, pads, padded, strides, dilations, shape)
+    pads: list[tuple[int, int, int]] = []
+    padded: list[int] = []
+    shape: list[int] = []
+    for i, n in enumerate(sizes):
+        low, high = params["padding"][i]
+        spread = params["lhs_dilation"][i]
+        pads.append((low, high, spread - 1))
+        padded.append(low + high + (n - 1) * spread + 1)
+        span = (taps[i] - 1) * dilations[i] + 1
+        shape.append((padded[i] - span) // strides[i] + 1)
+    return _Geometry(
+        taps,
+        sizes,
+        pads,
+        padded,
+        strides,
+        dilations,
+        shape,
+    )
 
 
-def one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array | None:
+def one_feature(
+    x: Array,
+    kernel: Array,
+    features: int,
+    params: Any,
+) -> Array | None:
     """A convolution with one output feature: the taps' dots with the input, then their shifted sum.
 
     Compilers have no fast convolution for a single feature: on CPU it took a third of the time of
@@ -112,42 +137,74 @@ def one_feature(x: Array, kernel: Array, features: int, params: Any) -> Array | 
     lhs, _, out = params["dimension_numbers"]
     geometry = _geometry(x, kernel, params)
     num_taps = math.prod(geometry.taps)
-    held = num_taps * math.prod(geometry.padded)
-    of_input = x.shape[lhs[1]] * math.prod(geometry.sizes)
+    of_taps = num_taps * math.prod(geometry.padded)
+    num_inputs = x.shape[lhs[1]]
+    of_input = num_inputs * math.prod(geometry.sizes)
     of_result = features * math.prod(geometry.shape)
-    is_empty = min([*geometry.shape, *geometry.sizes]) < 1
-    if num_taps > _MOST_TAPS or held > max(of_input, of_result) or is_empty:
+    is_empty = min(geometry.shape + geometry.sizes) < 1
+    of_layer = max(of_input, of_result)
+    is_large = num_taps > _MOST_TAPS or of_taps > of_layer
+    if is_large or is_empty:
         return None
     dtype = params["preferred_element_type"] or x.dtype
-    each = _tap_dots(x, kernel, params, promoted(dtype, jnp.float32))
-    each = lax.pad(each, jnp.zeros((), each.dtype), [(0, 0, 0), *geometry.pads, (0, 0, 0)])
+    wide = promoted(dtype, jnp.float32)
+    dots = _tap_dots(x, kernel, params, wide)
+    pads = [(0, 0, 0), *geometry.pads, (0, 0, 0)]
+    dots = lax.pad(dots, jnp.zeros((), wide), pads)
+    # each tap's dots, shifted to the positions that they add to
     total: Any = 0
-    for i, tap in enumerate(itertools.product(*map(range, geometry.taps))):
-        total = total + _window(each, i, tap, geometry)
+    taps = itertools.product(*map(range, geometry.taps))
+    for i, tap in enumerate(taps):
+        total = total + _window(dots, i, tap, geometry)
     # from [batch, *positions, 1] to the order of the result's axes
     order = [out[0], *out[2:], out[1]]
-    return lax.transpose(total, [order.index(axis) for axis in range(len(order))]).astype(dtype)
+    places = [order.index(axis) for axis in range(len(order))]
+    return lax.transpose(total, places).astype(dtype)
 
 
-def _tap_dots(x: Array, kernel: Array, params: Any, dtype: Any) -> Array:
+def _tap_dots(
+    x: Array,
+    kernel: Array,
+    params: Any,
+    dtype: Any,
+) -> Array:
     """Each tap's dot with the input's features: [batch, *positions, taps]."""
     lhs, rhs, _ = params["dimension_numbers"]
+    feature = lhs[1]
     rows = lax.transpose(kernel, (rhs[1], *rhs[2:], rhs[0]))  # [features, *taps, 1]
     rows = rows.reshape(rows.shape[0], -1)
-    numbers = (((lhs[1],), (0,)), ((), ()))
-    each = lax.dot_general(x, rows, numbers, params["precision"], preferred_element_type=dtype)
-    rest = [axis for axis in range(x.ndim) if axis != lhs[1]]
-    front = [rest.index(axis) for axis in (lhs[0], *lhs[2:])]
-    return lax.transpose(each, [*front, each.ndim - 1])
+    contracted = ((feature,), (0,))
+    dots = lax.dot_general(
+        x,
+        rows,
+        (contracted, ((), ())),
+        params["precision"],
+        preferred_element_type=dtype,
+    )
+    # the input's axes but the features, where the dot has left them
+    rest = [axis for axis in range(x.ndim) if axis != feature]
+    order = [lhs[0], *lhs[2:]]
+    places = [rest.index(axis) for axis in order]
+    return lax.transpose(dots, [*places, dots.ndim - 1])
 
 
-def _window(each: Array, index: int, tap: Sequence[int], geometry: _Geometry) -> Array:
+def _window(
+    dots: Array,
+    index: int,
+    tap: Sequence[int],
+    geometry: _Geometry,
+) -> Array:
     """What one tap adds to every position: [batch, *positions, 1]."""
-    starts = [i * dilation for i, dilation in zip(tap, geometry.dilations, strict=True)]
-    ends = [
-        start + (n - 1) * stride + 1
-        for start, n, stride in zip(starts, geometry.shape, geometry.strides, strict=True)
-    ]
-    first = [0, *starts, index]
-    last = [each.shape[0], *ends, index + 1]
-    return lax.slice(each, first, last, [1, *geometry.strides, 1])
+    starts = [0]
+    ends = [dots.shape[0]]
+    for i, dilation in enumerate(geometry.dilations):
+        start = tap[i] * dilation
+        last = start + (geometry.shape[i] - 1) * geometry.strides[i]
+        starts.append(start)
+        ends.append(last + 1)
+    return lax.slice(
+        dots,
+        [*starts, index],
+        [*ends, index + 1],
+        [1, *geometry.strides, 1],
+    )

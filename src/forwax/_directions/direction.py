@@ -1,4 +1,4 @@
-"""What a direction of one parameter can do, whether it is an array, packed signs or thin factors."""
+"""What a direction of one parameter can do, be it an array, packed signs or thin factors."""
 
 import abc
 import dataclasses
@@ -11,17 +11,12 @@ from forwax._directions.add import add_outer, as_pair, outer
 
 Shape: TypeAlias = tuple[int, ...]
 
-RowOf: TypeAlias = Callable[[Any, Array], "Direction"]
+RowOf: TypeAlias = Callable[[Any, Array], Any]
 """Takes what a scan sliced of a direction, and the step's index, to the direction of that step."""
 
 
 class Direction(abc.ABC):
     """A tangent of one parameter or, with further axes in front, several of them."""
-
-    @property
-    @abc.abstractmethod
-    def is_thin(self) -> bool:
-        """Whether operations can use it without forming it."""
 
     @abc.abstractmethod
     def after(self, known: Sequence[Array]) -> "Direction":
@@ -51,11 +46,6 @@ class Direction(abc.ABC):
 class Whole(Direction):
     """A direction that is not in factors."""
 
-    @property
-    def is_thin(self) -> bool:
-        """Never."""
-        return False
-
     @abc.abstractmethod
     def unpack(self) -> Array:
         """The array that it stands for."""
@@ -68,9 +58,9 @@ class Whole(Direction):
     def __mul__(self, scale: float) -> "Whole":
         """The direction times a number."""
 
-    def unpacked(self) -> "Dense":
+    def unpacked(self) -> "Unpacked":
         """See `Direction.unpacked`."""
-        return Dense(self.unpack())
+        return Unpacked(self.unpack())
 
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
@@ -78,7 +68,7 @@ class Whole(Direction):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dense(Whole):
+class Unpacked(Whole):
     """A direction that is an array.
 
     Attributes:
@@ -87,10 +77,10 @@ class Dense(Whole):
 
     value: Array
 
-    def __mul__(self, scale: float) -> "Dense":
-        return Dense(self.value * scale)
+    def __mul__(self, scale: float) -> "Unpacked":
+        return Unpacked(self.value * scale)
 
-    def after(self, known: Sequence[Array]) -> "Dense":
+    def after(self, known: Sequence[Array]) -> "Unpacked":
         """Itself: there is nothing to unpack."""
         return self
 
@@ -100,9 +90,10 @@ class Dense(Whole):
 
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`; a single row serves all steps."""
-        if self.value.shape[0] == 1:
-            return None, lambda _, index: Dense(self.value[0])
-        return self.value, lambda row, index: Dense(row)
+        if self.value.shape[0] == 1:  # a factor that does not depend on the scanned axis
+            only = Unpacked(self.value[0])
+            return None, lambda _, index: only
+        return self.value, lambda row, index: Unpacked(row)
 
     def sum(self, weights: Array, leaf: Array) -> Array:
         """See `Direction.sum`."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax._directions.add import Pair, add_outer, outer
-from forwax._directions.direction import Dense, Direction, RowOf, Shape, Whole
+from forwax._directions.direction import Direction, RowOf, Shape, Unpacked, Whole
 
 Sides: TypeAlias = tuple[Whole, Whole]
 
@@ -31,23 +31,28 @@ class Factored(Direction):
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Factored":
         """Of pairs of arrays."""
-        return cls(tuple((Dense(left), Dense(right)) for left, right in pairs))
+        sides: list[Sides] = []
+        for left, right in pairs:
+            side = (Unpacked(left), Unpacked(right))
+            sides.append(side)
+        return cls(tuple(sides))
 
     @property
     def pairs(self) -> list[Pair]:
         """The factors as arrays."""
-        return [(left.unpack(), right.unpack()) for left, right in self.sides]
-
-    @property
-    def is_thin(self) -> bool:
-        """Always."""
-        return True
+        pairs: list[Pair] = []
+        for left, right in self.sides:
+            pair = (left.unpack(), right.unpack())
+            pairs.append(pair)
+        return pairs
 
     def after(self, known: Sequence[Array]) -> "Factored":
         """See `Direction.after`."""
-        return Factored(
-            tuple((left.after(known), right.after(known)) for left, right in self.sides)
-        )
+        sides: list[Sides] = []
+        for left, right in self.sides:
+            late = (left.after(known), right.after(known))
+            sides.append(late)
+        return Factored(tuple(sides))
 
     def unpacked(self) -> "Factored":
         """See `Direction.unpacked`."""
@@ -55,20 +60,30 @@ class Factored(Direction):
 
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
-        products = [left * right for left, right in self.pairs]
-        return jnp.broadcast_to(sum(products[1:], start=products[0]), shape)
+        products = [left * right for left, right in self.pairs]  # of the shape, up to ones
+        total = sum(products[1:], start=products[0])
+        return jnp.broadcast_to(total, shape)
 
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`: each factor's own."""
-        slices = [(left.rows(), right.rows()) for left, right in self.sides]
+        slices: list[tuple[Any, Any]] = []
+        makers: list[tuple[RowOf, RowOf]] = []
+        for left, right in self.sides:
+            left_slice, left_of = left.rows()
+            right_slice, right_of = right.rows()
+            slices.append((left_slice, right_slice))
+            makers.append((left_of, right_of))
 
         def row(parts: Any, index: Array) -> Direction:
-            sides: list[Any] = []
-            for (left, right), ((_, left_of), (_, right_of)) in zip(parts, slices, strict=True):
-                sides.append((left_of(left, index), right_of(right, index)))
+            sides: list[Sides] = []
+            for i, (left_of, right_of) in enumerate(makers):
+                left_part, right_part = parts[i]
+                left = left_of(left_part, index)
+                right = right_of(right_part, index)
+                sides.append((left, right))
             return Factored(tuple(sides))
 
-        return [(left, right) for (left, _), (right, _) in slices], row
+        return slices, row
 
     def sum(self, weights: Array, leaf: Array) -> Array:
         """See `Direction.sum`."""

@@ -9,7 +9,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.add import FEW
-from forwax._directions.direction import Dense
+from forwax._directions.direction import Unpacked
 from forwax._pushforward import Objective, is_concrete, over_tangents
 from forwax._tree import Tree
 
@@ -56,23 +56,52 @@ class Formed:
         """`(value, aux, slopes [k])`, the slopes in at least float32."""
 
         def slope(direction: Tree) -> tuple[Array, tuple[Array, Tree]]:
-            value, slope, aux = jax.jvp(self.objective, (self.point,), (direction,), has_aux=True)
+            value, slope, aux = jax.jvp(
+                self.objective,
+                (self.point,),
+                (direction,),
+                has_aux=True,
+            )
+            # the primal stays unbatched: it is evaluated once for all directions
             return slope, (value, aux)
 
-        slopes, (value, aux) = over_tangents(slope, drawn, num_tangents)
-        return value, aux, slopes.astype(_tree.accumulation_dtype(slopes.dtype))
+        slopes, shared = over_tangents(slope, drawn, num_tangents)
+        value, aux = shared
+        dtype = _tree.accumulation_dtype(slopes.dtype)
+        return value, aux, slopes.astype(dtype)
 
     def assemble(self, weights: Any, drawn: Tree) -> Tree:
         """Σ c v in at least float32: weights [k], the same or one array for each leaf."""
-        sums = lambda leaf, v, c: Dense(v).sum(c, leaf)  # noqa: E731
-        return jax.tree.map(sums, self.point, drawn, self._by_leaf(weights))
 
-    def add(self, total: Tree, weights: Any, drawn: Tree) -> Tree:
+        def of_leaf(
+            leaf: Array,
+            v: Array,
+            c: Array,
+        ) -> Array:
+            return Unpacked(v).sum(c, leaf)
+
+        by_leaf = self._by_leaf(weights)
+        return jax.tree.map(of_leaf, self.point, drawn, by_leaf)
+
+    def add(
+        self,
+        total: Tree,
+        weights: Any,
+        drawn: Tree,
+    ) -> Tree:
         """Total + Σ c v, in place where it is donated; see `assemble`."""
-        add = lambda leaf, v, c: Dense(v).add(leaf, c)  # noqa: E731
-        return jax.tree.map(add, total, drawn, self._by_leaf(weights))
+
+        def of_leaf(
+            leaf: Array,
+            v: Array,
+            c: Array,
+        ) -> Array:
+            return Unpacked(v).add(leaf, c)
+
+        by_leaf = self._by_leaf(weights)
+        return jax.tree.map(of_leaf, total, drawn, by_leaf)
 
     def _by_leaf(self, weights: Any) -> Tree:
-        if isinstance(weights, Array):
+        if isinstance(weights, Array):  # one for all leaves
             return jax.tree.map(lambda _: weights, self.point)
         return weights

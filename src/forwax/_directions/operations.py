@@ -26,7 +26,11 @@ def is_move(equation: Equation) -> bool:
 
 
 def moved(
-    equation: Equation, tangent: Factored, values: Sequence[Any], shape: Shape, out: Shape
+    equation: Equation,
+    tangent: Factored,
+    values: Sequence[Any],
+    shape: Shape,
+    out: Shape,
 ) -> Factored | None:
     """The tangent behind a move from one shape to another; None where the factors would mix."""
     rule = equation.facts.move_of_factors
@@ -44,7 +48,10 @@ def moved(
 
 
 def ordered(
-    left: Array, right: Array, contracted: Sequence[int], free: Sequence[int]
+    left: Array,
+    right: Array,
+    contracted: Sequence[int],
+    free: Sequence[int],
 ) -> Pair | None:
     """The factor on the contracted axes, and the other, which must be one on them."""
 
@@ -58,7 +65,11 @@ def ordered(
 
 
 def product(
-    equation: Equation, position: int, tangent: Factored, values: Sequence[Any], out: Shape
+    equation: Equation,
+    position: int,
+    tangent: Factored,
+    values: Sequence[Any],
+    out: Shape,
 ) -> Array | None:
     """The tangent of a dot, convolution or look-up of which one operand has a factored tangent.
 
@@ -102,40 +113,50 @@ def _dot_product(
     own = contracted[position]
     mixed = batch[position]
     rank = len(values[position].shape)
-    free = [axis for axis in range(rank) if axis not in own and axis not in mixed]
+    bound = {*own, *mixed}
+    free = [axis for axis in range(rank) if axis not in bound]
     pair = ordered(left, right, own, free)
     if pair is None:
         return None
     inner, outer = pair
     thin = _thin_dot(equation, position, inner, free, values)  # [*mixed, *theirs]
-    outer = lax.transpose(outer, (*mixed, *free, *own))
+    order = (*mixed, *free, *own)
+    outer = lax.transpose(outer, order)
     outer = lax.squeeze(outer, range(rank - len(own), rank))  # [*mixed, *free]
-    num_theirs = thin.ndim - len(mixed)
-    behind_mixed = range(len(mixed), len(mixed) + (len(free) if position == 0 else num_theirs))
+    num_mixed = len(mixed)
+    num_free = len(free)
+    num_theirs = thin.ndim - num_mixed
     if position == 0:  # the result is [*mixed, *free, *theirs]
-        thin = jnp.expand_dims(thin, behind_mixed)
-        outer = jnp.expand_dims(outer, range(outer.ndim, outer.ndim + num_theirs))
+        thin_at = num_mixed
+        outer_at = num_mixed + num_free
     else:  # the result is [*mixed, *theirs, *free]
-        thin = jnp.expand_dims(thin, range(thin.ndim, thin.ndim + len(free)))
-        outer = jnp.expand_dims(outer, behind_mixed)
+        thin_at = num_mixed + num_theirs
+        outer_at = num_mixed
+    thin = jnp.expand_dims(thin, range(thin_at, thin_at + num_free))
+    outer = jnp.expand_dims(outer, range(outer_at, outer_at + num_theirs))
     return thin * outer.astype(thin.dtype)
 
 
 def _thin_dot(
-    equation: Equation, position: int, inner: Array, free: Sequence[int], values: Sequence[Any]
+    equation: Equation,
+    position: int,
+    inner: Array,
+    free: Sequence[int],
+    values: Sequence[Any],
 ) -> Array:
-    """The dot of the factor on the contracted axes, which has no free ones, with the other operand."""
-    other = lax.stop_gradient(values[1 - position])
+    """The dot of the factor on the contracted axes with the other operand."""
     shape = values[position].shape
-    inner = jnp.broadcast_to(inner, [1 if axis in free else n for axis, n in enumerate(shape)])
+    single = [1 if axis in free else n for axis, n in enumerate(shape)]
+    inner = jnp.broadcast_to(inner, single)
     inner = lax.squeeze(inner, free)
     rest = [axis for axis in range(len(shape)) if axis not in free]
-    numbers = []
+    numbers: list[tuple[Any, ...]] = []
     for axes in equation.params["dimension_numbers"]:
-        mine = tuple(rest.index(axis) for axis in axes[position])
-        theirs = axes[1 - position]
-        numbers.append((mine, theirs) if position == 0 else (theirs, mine))
-    operands = (inner, other) if position == 0 else (other, inner)
+        both = list(axes)
+        both[position] = tuple(rest.index(axis) for axis in axes[position])
+        numbers.append(tuple(both))
+    operands = [lax.stop_gradient(value) for value in values]
+    operands[position] = inner
     params = {**equation.params, "dimension_numbers": tuple(numbers)}
     return equation.primitive.bind(*operands, **params)
 
@@ -166,7 +187,7 @@ def _convolution(
     thin = one_feature(x, inner, outer.size, params)
     thin = equation.primitive.bind(x, inner, **params) if thin is None else thin
     shape = [1] * thin.ndim
-    shape[numbers.out_spec[1]] = outer.size
+    shape[numbers.out_spec[1]] = outer.size  # the result's features
     return thin * outer.reshape(shape).astype(thin.dtype)
 
 
@@ -181,7 +202,7 @@ def _look_up(
     """The tangent of a look-up of rows: one factor is looked up, the other is the same for all."""
     numbers = equation.params["dimension_numbers"]
     sizes = equation.params["slice_sizes"]
-    if numbers.operand_batching_dims:
+    if numbers.operand_batching_dims:  # each batch index looks up rows of its own
         return None
     indexed = numbers.start_index_map
     pair = ordered(left, right, indexed, [])
@@ -190,9 +211,12 @@ def _look_up(
     rows, rest = pair
     if any(rows.shape[axis] != values[0].shape[axis] for axis in indexed):
         return None
-    own = tuple(n if axis in indexed else min(n, rows.shape[axis]) for axis, n in enumerate(sizes))
+    own: list[int] = []
+    for axis, n in enumerate(sizes):
+        own.append(n if axis in indexed else min(n, rows.shape[axis]))
     # a row that is not there has no tangent
-    params = {**equation.params, "slice_sizes": own, "fill_value": 0}
+    changed = {"slice_sizes": tuple(own), "fill_value": 0}
+    params = {**equation.params, **changed}
     looked_up = equation.primitive.bind(rows, values[1], **params)
     kept = [axis for axis in range(len(sizes)) if axis not in numbers.collapsed_slice_dims]
     shape = [1] * len(out)

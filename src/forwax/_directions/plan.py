@@ -1,4 +1,7 @@
-"""Directions of signs that are formed where a traced loss uses them: in factors, or a layer at a time."""
+"""Directions of signs that a traced loss forms where it uses them.
+
+In factors, or a layer at a time.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -11,8 +14,8 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.add import FEW
-from forwax._directions.direction import Dense, Direction, Whole
-from forwax._directions.factored import Factored
+from forwax._directions.direction import Direction, Unpacked, Whole
+from forwax._directions.factored import Factored, Sides
 from forwax._directions.push import Push
 from forwax._directions.signs import Signs, draw_signs, has_rows
 from forwax._directions.splits import Split, find_splits, sliced_only
@@ -87,10 +90,13 @@ class WeightPlan:
         lead = (self.num_examples,) if self.per_example else ()
         specs: list[Spec] = []
         for leaf, split in zip(self.leaves, self.splits, strict=True):
-            shapes = [leaf.shape]
-            if split is not None:
-                shapes = [_factor_shape(leaf.shape, axes) for axes in split] * self.rank
-            specs += [Spec((*lead, *shape), leaf.dtype) for shape in shapes]
+            if split is None:
+                shapes = [leaf.shape]
+            else:
+                sides = [_factor_shape(leaf.shape, axes) for axes in split]  # left, right
+                shapes = sides * self.rank
+            for shape in shapes:
+                specs.append(Spec((*lead, *shape), leaf.dtype))
         return specs
 
     def sampler(self, key: Array) -> Callable[[Array], list[Drawn]]:
@@ -103,99 +109,137 @@ class WeightPlan:
         Those that a scan slices stay packed.
         """
         specs = self.specs()
-        signs = draw_signs(key, _tree.real_specs(specs), indices, self.later())
+        real_specs = _tree.real_specs(specs)
+        signs = draw_signs(key, real_specs, indices, self.later())
+        packed = self.packed()
         drawn: list[Drawn] = []
-        for each, spec, packed in zip(signs, specs, self.packed(), strict=True):
-            if packed and not _tree.is_complex(spec):
+        for i, (each, spec) in enumerate(zip(signs, specs, strict=True)):
+            if packed[i] and not _tree.is_complex(spec):
                 drawn.append(each)
-            else:
-                drawn += _tree.from_real([each.unpack()], [spec], lead=1)
+                continue
+            array = each.unpack()  # [c, *shape]; of a complex spec [c, 2, *shape]
+            drawn += _tree.from_real([array], [spec], lead=1)
         return drawn
 
     def packed(self) -> list[bool]:
         """For each spec whether its signs stay packed until a scan or something else uses them."""
-        return [self.lazy or (not self.per_example and sliced) for sliced in self.sliced()]
+        if self.lazy:
+            return [True] * len(self.specs())
+        return [sliced and not self.per_example for sliced in self.sliced()]
 
     def later(self) -> list[bool]:
         """For each spec whether its words, if many, are drawn in the scan that runs over it."""
-        pairs = zip(self.specs(), self.sliced(), strict=True)
-        return [self.lazy and sliced and has_rows(spec, _MANY) for spec, sliced in pairs]
+        specs = self.specs()
+        if not self.lazy:
+            return [False] * len(specs)
+        pairs = zip(specs, self.sliced(), strict=True)
+        return [sliced and has_rows(spec, _MANY) for spec, sliced in pairs]
 
     def sliced(self) -> list[bool]:
         """For each spec whether scans slice its parameter, and nothing else uses it."""
+        program = self.traced.program
+        parameters = self.traced.parameters
         sliced: list[bool] = []
-        for variable, split in zip(self.traced.parameters, self.splits, strict=True):
+        for variable, split in zip(parameters, self.splits, strict=True):
             num_specs = 1 if split is None else 2 * self.rank
-            sliced += [sliced_only(self.traced.program, variable)] * num_specs
+            is_sliced = sliced_only(program, variable)
+            sliced += [is_sliced] * num_specs
         return sliced
 
     def directions(self, drawn: Sequence[Drawn]) -> list[Direction]:
         """The drawn signs as one direction for each leaf."""
-        sides = iter(map(_whole, drawn))
+        scale = self.rank**-0.5  # so that E[v vᵀ] = I at every rank
+        parts = iter(map(_whole, drawn))
         directions: list[Direction] = []
         for split in self.splits:
             if split is None:
-                directions.append(next(sides))
-            else:
-                scale = self.rank**-0.5
-                pairs = [(next(sides) * scale, next(sides)) for _ in range(self.rank)]
-                directions.append(Factored(tuple(pairs)))
+                directions.append(next(parts))
+                continue
+            sides: list[Sides] = []
+            for _ in range(self.rank):
+                left = next(parts) * scale
+                sides.append((left, next(parts)))
+            directions.append(Factored(tuple(sides)))
         return directions
 
     def push(self, drawn: Sequence[Drawn], num_tangents: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, N]."""
-        mapped: tuple[Array, ...] = ()
-        mapped_axes: tuple[int | None, ...] = ()
-        if self.per_example:
-            mapped = tuple(self.problem.mapped)
-            mapped_axes = tuple(self.problem.mapped_axes)
 
         def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
-            return along(lambda time: self._evaluate(mapped, drawn, time))
+            def run(time: Array) -> tuple[Array, Tree]:
+                return self._evaluate(mapped, drawn, time)
 
-        def slopes(drawn: Sequence[Drawn]) -> tuple[Array, tuple[Array, Tree]]:
-            one = slope
-            if self.per_example:
-                # Mapped outside of the JVP: JAX sums what a custom rule gives when only its
-                # tangent is mapped inside a scan.
-                axes = (list(mapped_axes), 0)
-                one = jax.vmap(slope, axes, axis_size=self.num_examples)
-            values, slopes, aux = one(list(mapped), drawn)
+            return along(run)
+
+        mapped: list[Array] = []
+        if self.per_example:
+            # Mapped outside of the JVP: JAX sums what a custom rule gives when only its tangent is
+            # mapped inside a scan.
+            mapped = list(self.problem.mapped)
+            axes = list(self.problem.mapped_axes)
+            slope = jax.vmap(slope, (axes, 0), axis_size=self.num_examples)
+
+        def of_tangent(drawn: Sequence[Drawn]) -> tuple[Array, tuple[Array, Tree]]:
+            values, slopes, aux = slope(mapped, drawn)
             return slopes, (values, aux)
 
-        found, (values, aux) = over_tangents(slopes, list(drawn), num_tangents)
-        return jnp.mean(values), aux, found.astype(_tree.accumulation_dtype(found.dtype))
+        slopes, shared = over_tangents(of_tangent, list(drawn), num_tangents)  # [k] or [k, N]
+        values, aux = shared
+        dtype = _tree.accumulation_dtype(slopes.dtype)
+        return jnp.mean(values), aux, slopes.astype(dtype)
 
     def _evaluate(
-        self, mapped: Sequence[Array], drawn: Sequence[Drawn], time: Array
+        self,
+        mapped: Sequence[Array],
+        drawn: Sequence[Drawn],
+        time: Array,
     ) -> tuple[Array, Tree]:
         """The sum of the losses, and aux."""
         traced = self.traced
+        program = traced.program
         arguments = traced.arguments(self.leaves, mapped)
-        env = dict(zip(traced.program.inputs, arguments, strict=True))
-        directions = dict(zip(traced.parameters, self.directions(drawn), strict=True))
-        outputs = Push(traced.types, time, self.lazy).run(traced.program, env, directions)
+        env = dict(zip(program.inputs, arguments, strict=True))
+        directions = self.directions(drawn)
+        named = dict(zip(traced.parameters, directions, strict=True))
+        push = Push(traced.types, time, self.lazy)
+        outputs = push.run(program, env, named)
         losses, aux = jax.tree.unflatten(traced.out_tree, outputs)
         parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
-        return sum(parts[1:], start=parts[0]), aux
+        total = sum(parts[1:], start=parts[0])
+        return total, aux
 
     def assemble(self, weights: Array, drawn: Sequence[Drawn]) -> Tree:
-        """Σ c v in at least float32, over tangents and examples with their own: weights [k(, N)]."""
-        pairs = zip(self._late(weights, drawn), self.leaves, strict=True)
-        return self.tree_of(direction.sum(weights, leaf) for direction, leaf in pairs)
+        """Σ c v in at least float32, over tangents and examples with their own: [k] or [k, N]."""
+        directions = self._late(weights, drawn)
+        sums = [
+            direction.sum(weights, leaf)
+            for direction, leaf in zip(directions, self.leaves, strict=True)
+        ]
+        return self.tree_of(sums)
 
-    def add(self, total: Tree, weights: Array, drawn: Sequence[Drawn]) -> Tree:
+    def add(
+        self,
+        total: Tree,
+        weights: Array,
+        drawn: Sequence[Drawn],
+    ) -> Tree:
         """Total + Σ c v, in place where it is donated: no summand is held; see `assemble`."""
-        pairs = zip(self._late(weights, drawn), jax.tree.leaves(total), strict=True)
-        return self.tree_of(direction.add(leaf, weights) for direction, leaf in pairs)
+        directions = self._late(weights, drawn)
+        leaves = jax.tree.leaves(total)
+        totals = [
+            direction.add(leaf, weights) for direction, leaf in zip(directions, leaves, strict=True)
+        ]
+        return self.tree_of(totals)
 
     def _late(self, weights: Array, drawn: Sequence[Drawn]) -> list[Direction]:
         """The directions, unpacked once the weights are known."""
-        return [direction.after([weights]) for direction in self.directions(drawn)]
+        directions = self.directions(drawn)
+        return [direction.after([weights]) for direction in directions]
 
     def tree_of(self, leaves: Iterable[Array]) -> Tree:
         """Leaves as a tree like the parameters."""
-        return jax.tree.unflatten(jax.tree.structure(self.problem.params), list(leaves))
+        structure = jax.tree.structure(self.problem.params)
+        return structure.unflatten(leaves)
 
     def at(self, leaves: Sequence[Array]) -> "WeightPlan":
         """The same plan with other values of the parameters."""
@@ -203,14 +247,23 @@ class WeightPlan:
         return dataclasses.replace(self, problem=problem)
 
 
-def plan_low_rank(problem: Problem, rank: int = 1, per_example: bool = False) -> WeightPlan:
+def plan_low_rank(
+    problem: Problem,
+    rank: int = 1,
+    per_example: bool = False,
+) -> WeightPlan:
     """Trace the loss and find how each parameter's tangent is best split."""
+    params = problem.params
     if per_example:
-        traced = trace(problem.example, problem.params, *problem.example_specs())
+        traced = trace(problem.example, params, *problem.example_specs())
     else:
-        traced = trace(problem.objective, problem.params)
-    leaves = jax.tree.leaves(problem.params)
-    splits = find_splits(traced.program, traced.types, traced.parameters, leaves)
+        traced = trace(problem.objective, params)
+    splits = find_splits(
+        traced.program,
+        traced.types,
+        traced.parameters,
+        jax.tree.leaves(params),
+    )
     return WeightPlan(problem, traced, splits, rank, per_example)
 
 
@@ -223,12 +276,14 @@ def plan_signs(problem: Problem) -> WeightPlan | None:
     traced = trace(problem.objective, problem.params)
     if reads_its_trace(traced):
         return None
-    return WeightPlan(problem, traced, (None,) * len(jax.tree.leaves(problem.params)), lazy=True)
+    dense = (None,) * traced.num_parameters
+    return WeightPlan(problem, traced, dense, lazy=True)
 
 
 def _factor_shape(shape: tuple[int, ...], axes: frozenset[int]) -> tuple[int, ...]:
-    return tuple(n if axis in axes else 1 for axis, n in enumerate(shape))
+    sizes = [n if axis in axes else 1 for axis, n in enumerate(shape)]
+    return tuple(sizes)
 
 
 def _whole(drawn: Drawn) -> Whole:
-    return drawn if isinstance(drawn, Signs) else Dense(jnp.asarray(drawn))
+    return drawn if isinstance(drawn, Signs) else Unpacked(jnp.asarray(drawn))

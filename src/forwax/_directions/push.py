@@ -28,8 +28,12 @@ def in_step(value: Array) -> Array:
 
 
 @in_step.defjvp
-def _in_step_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return behind(primals[0], tangents), tangents[0]
+def _in_step_jvp(
+    primals: tuple[Array],
+    tangents: tuple[Array],
+) -> tuple[Array, Array]:
+    value = behind(primals[0], tangents)
+    return value, tangents[0]
 
 
 class Push:
@@ -43,13 +47,21 @@ class Push:
         lazy: whether signs are unpacked after the layer before the one that uses them.
     """
 
-    def __init__(self, types: Sequence[Any], time: Array, lazy: bool) -> None:
+    def __init__(
+        self,
+        types: Sequence[Any],
+        time: Array,
+        lazy: bool,
+    ) -> None:
         self.types = types
         self.time = time
         self.lazy = lazy
 
     def run(
-        self, program: Program, env: dict[Variable, Any], directions: Mapping[Variable, Direction]
+        self,
+        program: Program,
+        env: dict[Variable, Any],
+        directions: Mapping[Variable, Direction],
     ) -> list[Any]:
         """The program's outputs.
 
@@ -58,10 +70,10 @@ class Push:
             env: the values of its inputs; those of all variables are added.
             directions: what is drawn as tangents of some inputs.
         """
-        return _Run(self, env, dict(directions)).outputs(program)
+        return _Evaluation(self, env, dict(directions)).outputs(program)
 
 
-class _Run:
+class _Evaluation:
     """One evaluation of a program.
 
     Attributes:
@@ -73,7 +85,10 @@ class _Run:
     """
 
     def __init__(
-        self, push: Push, env: dict[Variable, Any], packed: dict[Variable, Direction]
+        self,
+        push: Push,
+        env: dict[Variable, Any],
+        packed: dict[Variable, Direction],
     ) -> None:
         self.push = push
         self.env = env
@@ -84,9 +99,10 @@ class _Run:
     def outputs(self, program: Program) -> list[Any]:
         for equation in program.equations:
             outputs = self.apply(equation)
-            self.env.update(zip(equation.outputs, outputs, strict=True))
+            pairs = zip(equation.outputs, outputs, strict=True)
+            self.env.update(pairs)
         self.open(program.outputs)
-        return [self.formed(atom, read(atom, self.env)) for atom in program.outputs]
+        return [self.formed(atom, self.value(atom)) for atom in program.outputs]
 
     def apply(self, equation: Equation) -> list[Any]:
         """One equation's outputs."""
@@ -96,17 +112,23 @@ class _Run:
             outputs = self.operation(equation, self.read(equation))
             if equation.facts.bilinear:
                 outputs = [in_step(outputs[0])]
+                # what lazy signs wait for
                 self.last = outputs if self.push.lazy else []
             return outputs
         # What a scan runs over stays packed: each step opens its own.
         consts, carries, _ = loop.split(equation.inputs)
         self.open([*consts, *carries])
-        if any(self.tangent(atom) is not None for atom in equation.inputs):
-            return self.loop(equation, loop, self.read(equation))
-        return bind(equation, self.read(equation))
+        values = self.read(equation)
+        tangents = [self.tangent(atom) for atom in equation.inputs]
+        if all(tangent is None for tangent in tangents):
+            return bind(equation, values)
+        return self.loop(equation, loop, values, tangents)
+
+    def value(self, atom: Atom) -> Any:
+        return read(atom, self.env)
 
     def read(self, equation: Equation) -> list[Any]:
-        return [read(atom, self.env) for atom in equation.inputs]
+        return [self.value(atom) for atom in equation.inputs]
 
     def tangent(self, atom: Atom) -> Direction | None:
         """The tangent of an atom, so far as `jax.jvp` does not follow it."""
@@ -122,7 +144,8 @@ class _Run:
         for variable in variables(atoms):
             if variable not in self.packed:
                 continue
-            direction = self.packed.pop(variable).after(self.last).unpacked()
+            packed = self.packed.pop(variable)
+            direction = packed.after(self.last).unpacked()
             value = self.env[variable]
             if isinstance(direction, Factored):
                 self.factored[variable] = direction
@@ -133,27 +156,38 @@ class _Run:
     def operation(self, equation: Equation, values: list[Any]) -> list[Any]:
         """The outputs of what is no loop."""
         thin = [i for i, atom in enumerate(equation.inputs) if self.is_factored(atom)]
-        if len(thin) == 1 and equation.outputs:  # a callback may have none
+        # With two of them the result is no product of factors; a callback may have no outputs.
+        if len(thin) == 1 and equation.outputs:
             outputs = self.through(equation, thin[0], values)
             if outputs is not None:
                 return outputs
         for position in thin:
-            values[position] = self.formed(equation.inputs[position], values[position])
+            atom = equation.inputs[position]
+            values[position] = self.formed(atom, values[position])
         return bind(equation, values)
 
-    def through(self, equation: Equation, position: int, values: list[Any]) -> list[Any] | None:
+    def through(
+        self,
+        equation: Equation,
+        position: int,
+        values: list[Any],
+    ) -> list[Any] | None:
         """The outputs of an operation that need not form its one tangent in factors."""
-        tangent = self.factored[equation.inputs[position]]  # type: ignore[index]
+        tangent = self.tangent(equation.inputs[position])
+        assert isinstance(tangent, Factored)
         result = equation.outputs[0]
         out = tuple(self.push.types[result].shape)
+        new = None
         if position == 0 and is_move(equation):
-            new = moved(equation, tangent, values, jnp.shape(values[0]), out)
-            if new is not None:
-                self.factored[result] = new
-                return bind(equation, values)
+            shape = jnp.shape(values[0])
+            new = moved(equation, tangent, values, shape, out)
+        if new is not None:
+            self.factored[result] = new
+            return bind(equation, values)
         noise = product(equation, position, tangent, values, out)
         if noise is None:
             return None
+        # with tangents in factors the convolution itself is what takes long
         whole = not equation.facts.is_convolution
         value = bind(equation, values)[0] if whole else in_pieces(equation, values)
         return [inject(value, noise, self.push.time)]
@@ -165,45 +199,65 @@ class _Run:
         """A value with its tangent, which is formed if it was factored."""
         if isinstance(atom, Constant) or atom not in self.factored:
             return value
-        return inject(value, self.factored[atom].dense(jnp.shape(value)), self.push.time)
+        tangent = self.factored[atom].dense(jnp.shape(value))
+        return inject(value, tangent, self.push.time)
 
-    def loop(self, equation: Equation, loop: Loop, values: list[Any]) -> list[Any]:
+    def loop(
+        self,
+        equation: Equation,
+        loop: Loop,
+        values: list[Any],
+        tangents: list[Direction | None],
+    ) -> list[Any]:
         """A scan's outputs: its directions are scanned with it, those of constants pass through."""
         body = loop.body
-        tangents = [self.tangent(atom) for atom in equation.inputs]
-        of_consts, of_carries, of_scanned = loop.split(
-            list(zip(body.inputs, tangents, strict=True))
-        )
         consts, starts, xs = loop.split(values)
         _, carried, _ = loop.split(equation.inputs)
-        # of the body's inputs: directions that are the same in all steps
-        fixed = {v: tangent for v, tangent in of_consts if tangent is not None}
+        pairs = list(zip(body.inputs, tangents, strict=True))
+        of_consts, of_carries, of_scanned = loop.split(pairs)
+        # directions that are the same in all steps, by the body's variables
+        fixed: dict[Variable, Direction] = {}
+        for v, tangent in of_consts:
+            if tangent is not None:
+                fixed[v] = tangent
         handed_on: set[Variable] = set()
         for i, (v, tangent) in enumerate(of_carries):
-            if isinstance(tangent, Factored) and loop.unchanged[i]:
-                fixed[v] = tangent
-                self.factored[equation.outputs[i]] = tangent
-                handed_on.add(v)
-            else:
+            is_same = loop.unchanged[i]
+            if not is_same or not isinstance(tangent, Factored):
                 starts[i] = self.formed(carried[i], starts[i])
+                continue
+            fixed[v] = tangent
+            handed_on.add(v)
+            result = equation.outputs[i]
+            self.factored[result] = tangent
+        # what each step slices, and how it makes its direction of it
         slices: dict[Variable, Any] = {}
         row_of: dict[Variable, RowOf] = {}
         for v, tangent in of_scanned:
             if tangent is not None:
                 slices[v], row_of[v] = tangent.rows()
-        # a carry that is handed on has no tangent here, so that the body need not form it
-        outputs = tuple(Constant(0.0) if atom in handed_on else atom for atom in body.outputs)
-        inner = dataclasses.replace(body, outputs=outputs)
+        inner = _without(body, handed_on)
 
         def step(carry: list[Any], own: tuple[list[Any], Any, Array]) -> Any:
             xs, parts, index = own
-            rows = {v: row_of[v](part, index) for v, part in parts.items()}
-            env = dict(zip(body.inputs, [*consts, *carry, *xs], strict=True))
-            results = self.push.run(inner, env, {**fixed, **rows})
-            pairs = zip(body.outputs, results, strict=True)
-            return loop.split_outputs(
-                [env[atom] if atom in handed_on else result for atom, result in pairs]
-            )
+            inputs = [*consts, *carry, *xs]
+            env = dict(zip(body.inputs, inputs, strict=True))
+            directions = dict(fixed)
+            for v, part in parts.items():
+                directions[v] = row_of[v](part, index)
+            outputs = self.push.run(inner, env, directions)
+            for i, atom in enumerate(body.outputs):
+                if atom in handed_on:
+                    outputs[i] = read(atom, env)
+            return loop.split_outputs(outputs)
 
-        carry, ys = loop.scan(step, starts, (xs, slices, jnp.arange(loop.length)))
+        indices = jnp.arange(loop.length)
+        carry, ys = loop.scan(step, starts, (xs, slices, indices))
         return [*carry, *ys]
+
+
+def _without(body: Program, handed_on: set[Variable]) -> Program:
+    """The body without the outputs that it hands on: nobody needs to form their tangents."""
+    nothing = Constant(0.0)
+    outputs = [nothing if atom in handed_on else atom for atom in body.outputs]
+    return dataclasses.replace(body, outputs=tuple(outputs))

@@ -51,8 +51,10 @@ class Words:
 
     def row(self, index: Array, count: int) -> "Words":
         """The words of one row, of so many words each."""
-        rows = self.values.reshape(*self.values.shape[:-1], -1, count)
-        return Words(lax.dynamic_index_in_dim(rows, index, -2, keepdims=False))
+        lead = self.values.shape[:-1]
+        rows = self.values.reshape(*lead, -1, count)
+        row = lax.dynamic_index_in_dim(rows, index, -2, keepdims=False)  # [*lead, count]
+        return Words(row)
 
 
 @jax.tree_util.register_dataclass
@@ -79,9 +81,10 @@ class Places:
         """The words [*lead, count]."""
 
         def draw(key: Array, start: Array) -> Array:
-            return words_at(key, start + jnp.arange(self.count, dtype=jnp.uint32))
+            offsets = jnp.arange(self.count, dtype=jnp.uint32)
+            return words_at(key, start + offsets)
 
-        for _ in self.start.shape:
+        for _ in self.start.shape:  # the leading axes
             draw = jax.vmap(draw)
         return draw(self.key, self.start)
 
@@ -91,7 +94,8 @@ class Places:
 
     def row(self, index: Array, count: int) -> "Places":
         """The words of one row, of so many words each."""
-        start = self.start + jnp.asarray(index, jnp.uint32) * jnp.uint32(count)
+        index = jnp.asarray(index, jnp.uint32)
+        start = self.start + index * jnp.uint32(count)
         return Places(self.key, start, count)
 
 
@@ -126,17 +130,21 @@ class Signs(Whole):
         def one(words: Array) -> Array:
             return settled(unpack_signs(words, self.spec))
 
-        words = self.words.draw()
+        words = self.words.draw()  # [*lead, count]
         lead = words.shape[:-1]
-        if math.prod(lead) == 1:
+        num_tangents = math.prod(lead)
+        if num_tangents == 1:
             signs = one(words.reshape(-1))
         else:
-            signs = jax.vmap(one)(words.reshape(math.prod(lead), words.shape[-1]))
-        return signs.reshape(*lead, *self.spec.shape) * self.scale
+            flat = words.reshape(num_tangents, words.shape[-1])  # [k, count]
+            signs = jax.vmap(one)(flat)
+        signs = signs.reshape(*lead, *self.spec.shape)
+        return signs * self.scale
 
     def at(self, index: Array | int) -> "Signs":
         """Those of one tangent, for words with one further axis."""
-        return dataclasses.replace(self, words=jax.tree.map(lambda x: x[index], self.words))
+        words = jax.tree.map(lambda x: x[index], self.words)
+        return dataclasses.replace(self, words=words)
 
     @property
     def has_rows(self) -> bool:
@@ -146,7 +154,8 @@ class Signs(Whole):
     def row(self, index: Array) -> "Signs":
         """One slice along the first axis, of signs that have rows."""
         spec = Spec(self.spec.shape[1:], self.spec.dtype)
-        return Signs(self.words.row(index, num_words(spec)), spec, self.scale)
+        words = self.words.row(index, num_words(spec))
+        return Signs(words, spec, self.scale)
 
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`; a step takes its own row of the words, which are not sliced."""
@@ -156,24 +165,30 @@ class Signs(Whole):
 
     def sum(self, weights: Array, leaf: Array) -> Array:
         """See `Direction.sum`; one tangent after the other."""
-        start = jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype))
+        dtype = _tree.accumulation_dtype(leaf.dtype)
+        start = jnp.zeros(leaf.shape, dtype)
         if not self._drawn_by_rows:
             return self._added(start, weights)
-        add = lambda i: self.row(i)._added(start[0], weights)  # noqa: E731
-        return lax.map(add, jnp.arange(len(leaf)))
+
+        def sum_row(i: Array) -> Array:
+            return self.row(i)._added(start[0], weights)
+
+        return lax.map(sum_row, jnp.arange(len(leaf)))
 
     def add(self, leaf: Array, weights: Array) -> Array:
         """See `Direction.add`; one tangent after the other."""
-        wide = _tree.accumulation_dtype(leaf.dtype)
+        dtype = _tree.accumulation_dtype(leaf.dtype)
 
         def added(signs: Signs, part: Array) -> Array:
-            return signs._added(part.astype(wide), weights).astype(part.dtype)
+            total = signs._added(part.astype(dtype), weights)
+            return total.astype(part.dtype)
 
         if not self._drawn_by_rows:
             return added(self, leaf)
 
         def add_row(i: Array, leaf: Array) -> Array:
-            return leaf.at[i].set(added(self.row(i), leaf[i]))
+            new = added(self.row(i), leaf[i])
+            return leaf.at[i].set(new)
 
         return lax.fori_loop(0, len(leaf), add_row, leaf)
 
@@ -190,22 +205,30 @@ class Signs(Whole):
 
         def add(j: Array | int, total: Array) -> Array:
             weight = weights[j].astype(total.dtype)
-            return total + weight * self.at(j).unpack().astype(total.dtype)
+            signs = self.at(j).unpack()
+            return total + weight * signs.astype(total.dtype)
 
-        if len(weights) == 1:
+        num_tangents = len(weights)
+        if num_tangents == 1:
             return add(0, total)
-        start = _mesh.vary(total, _mesh.axes(add(0, total)))
-        return lax.fori_loop(0, len(weights), add, start)
+        over = _mesh.axes(add(0, total))  # a loop's carry keeps its type
+        start = _mesh.vary(total, over)
+        return lax.fori_loop(0, num_tangents, add, start)
 
 
 def has_rows(spec: Spec, least: int = WORD) -> bool:
     """Whether signs have several rows along their first axis, in whole words, of so many signs."""
-    row = math.prod(spec.shape[1:])
-    return len(spec.shape) > 0 and spec.shape[0] > 1 and row % WORD == 0 and row >= least
+    if not spec.shape or spec.shape[0] < 2:
+        return False
+    size = math.prod(spec.shape[1:])
+    return size % WORD == 0 and size >= least
 
 
 def draw_signs(
-    key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool] = ()
+    key: Array,
+    specs: Sequence[Spec],
+    indices: Array,
+    later: Sequence[bool] = (),
 ) -> list[Signs]:
     """The signs of the tangents of the given indices [c], as `Rademacher` draws them.
 
@@ -221,39 +244,51 @@ def draw_signs(
     """
     key = typed_key(key)
     num_all = sum(map(num_words, specs))
-    # places are uint32
-    if any(later) and draws_anywhere(key) and num_all < 1 << WORD:
+    has_places = draws_anywhere(key) and num_all < 1 << WORD  # they are uint32
+    sources: list[Source]
+    if any(later) and has_places:
         sources = _some_later(key, specs, indices, later)
     else:
-        sources = map(Words, draw_each(draw_words, key, specs, indices))
-    return [Signs(source, spec) for source, spec in zip(sources, specs, strict=True)]
+        words = draw_each(draw_words, key, specs, indices)
+        sources = [Words(each) for each in words]
+    pairs = zip(sources, specs, strict=True)
+    return [Signs(source, spec) for source, spec in pairs]
 
 
 def _some_later(
-    key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool]
+    key: Array,
+    specs: Sequence[Spec],
+    indices: Array,
+    later: Sequence[bool],
 ) -> list[Source]:
     """Where each spec's words come from: from their places, or drawn at once, in one draw."""
 
     def key_words(index: Array) -> Array:
-        return jax.random.key_data(jax.random.fold_in(key, index))
+        own = jax.random.fold_in(key, index)
+        return jax.random.key_data(own)
 
     keys = jax.vmap(key_words)(indices)  # [c, 2]
-    counts = list(map(num_words, specs))
+    counts = [num_words(spec) for spec in specs]
     starts = list(itertools.accumulate(counts, initial=0))
     now = [i for i, is_later in enumerate(later) if not is_later]
     held: dict[int, Array] = {}
     if now:
+        # of all words that are drawn now, side by side
         places = [jnp.arange(starts[i], starts[i + 1], dtype=jnp.uint32) for i in now]
-        words = jax.vmap(words_at, (0, None))(keys, jnp.concatenate(places))  # [c, words]
-        ends = list(itertools.accumulate(counts[i] for i in now))
-        held = dict(zip(now, jnp.split(words, ends[:-1], axis=1), strict=True))
-
-    def source(i: int) -> Source:
+        draw = jax.vmap(words_at, (0, None))
+        words = draw(keys, jnp.concatenate(places))  # [c, words]
+        own_counts = [counts[i] for i in now]
+        ends = list(itertools.accumulate(own_counts))
+        parts = jnp.split(words, ends[:-1], axis=1)
+        held = dict(zip(now, parts, strict=True))
+    sources: list[Source] = []
+    for i, count in enumerate(counts):
         if i in held:
-            return Words(held[i])
-        return Places(keys, jnp.full(indices.shape, starts[i], jnp.uint32), counts[i])
-
-    return [source(i) for i in range(len(specs))]
+            sources.append(Words(held[i]))
+        else:
+            start = jnp.full(indices.shape, starts[i], jnp.uint32)
+            sources.append(Places(keys, start, count))
+    return sources
 
 
 def settled(signs: Array) -> Array:

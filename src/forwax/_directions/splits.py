@@ -10,11 +10,15 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.operations import is_move
-from forwax._programs.axes import Factor, back
+from forwax._programs.axes import back
+from forwax._programs.links import Factor
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable
 
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
-"""The axes of a parameter that its two factors depend on; those in both have a pair of factors each."""
+"""The axes of a parameter that its two factors depend on.
+
+Each position along those in both has a pair of factors of its own.
+"""
 
 
 def find_splits(
@@ -25,9 +29,13 @@ def find_splits(
 ) -> tuple[Split | None, ...]:
     """For each parameter the axes of its two factors, or None for dense signs."""
     finder = _Finder(types)
-    finder.read(program, {parameter: Origin(parameter) for parameter in parameters})
-    pairs = zip(parameters, leaves, strict=True)
-    return tuple(_split(finder.uses.get(parameter, []), leaf) for parameter, leaf in pairs)
+    origins = {parameter: Origin(parameter) for parameter in parameters}
+    finder.read(program, origins)
+    splits: list[Split | None] = []
+    for parameter, leaf in zip(parameters, leaves, strict=True):
+        uses = finder.uses.get(parameter, [])
+        splits.append(_split(uses, leaf))
+    return tuple(splits)
 
 
 def sliced_only(program: Program, variable: Variable) -> bool:
@@ -47,24 +55,29 @@ def sliced_only(program: Program, variable: Variable) -> bool:
 def default_split(shape: tuple[int, ...]) -> Split | None:
     """All axes but the last, and the last; None where dense signs cost no more."""
     last = len(shape) - 1
-    return _checked((frozenset(range(last)), frozenset([last])), shape)
+    others = frozenset(range(last))
+    return _checked((others, frozenset([last])), shape)
 
 
 def _checked(split: Split, shape: tuple[int, ...]) -> Split | None:
     """The split, or None when a side has one entry."""
     left, right = split
-    left_size = math.prod(shape[axis] for axis in left - right)
-    right_size = math.prod(shape[axis] for axis in right - left)
-    return split if min(left_size, right_size) > 1 else None
+    for side in (left - right, right - left):
+        size = math.prod(shape[axis] for axis in side)
+        if size <= 1:
+            return None
+    return split
 
 
 def _split(uses: Sequence[Split | None], leaf: Array) -> Split | None:
-    if not uses or leaf.ndim < 2 or _tree.is_complex(leaf):
+    is_matrix = leaf.ndim > 1 and not _tree.is_complex(leaf)
+    if not uses or not is_matrix:
         return None
     first = uses[0]
-    # which of both sides is contracted does not matter
-    partitions = {None if use is None else frozenset(use) for use in uses}
-    if first is None or len(partitions) > 1:
+    # as sets, for which of both sides is contracted does not matter
+    partitions = [None if use is None else frozenset(use) for use in uses]
+    is_one = len(set(partitions)) == 1
+    if first is None or not is_one:
         return default_split(leaf.shape)
     return _checked(first, leaf.shape)
 
@@ -103,30 +116,49 @@ class _Finder:
                 if origin is None:
                     continue
                 if equation.facts.bilinear:
-                    self.use(origin, self.split(equation, position, origin))
-                elif equation.facts.looks_up and position == 0:
-                    self.use(origin, default_split(self.shape(origin.parameter)))
-                elif position == 0 and is_move(equation):
-                    origins[equation.outputs[0]] = origin.behind(equation)
+                    split = self.split(equation, position, origin)
+                    self.use(origin, split)
+                elif position != 0:
+                    continue
+                elif equation.facts.looks_up:
+                    shape = self.shape(origin.parameter)
+                    self.use(origin, default_split(shape))
+                elif is_move(equation):
+                    result = equation.outputs[0]
+                    origins[result] = origin.behind(equation)
 
     def use(self, origin: Origin, split: Split | None) -> None:
-        self.uses.setdefault(origin.parameter, []).append(split)
+        uses = self.uses.setdefault(origin.parameter, [])
+        uses.append(split)
 
-    def read_loop(self, equation: Equation, loop: Loop, origins: Mapping[Variable, Origin]) -> None:
-        pairs = [
-            (variable, _origin(atom, origins))
-            for variable, atom in zip(loop.body.inputs, equation.inputs, strict=True)
-        ]
+    def read_loop(
+        self,
+        equation: Equation,
+        loop: Loop,
+        origins: Mapping[Variable, Origin],
+    ) -> None:
+        found = [_origin(atom, origins) for atom in equation.inputs]
+        pairs = list(zip(loop.body.inputs, found, strict=True))
         consts, carries, scanned = loop.split(pairs)
-        # a carry is a parameter only if every step hands it on as it is
-        same = [pair for pair, unchanged in zip(carries, loop.unchanged, strict=True) if unchanged]
-        inner = {v: origin for v, origin in [*consts, *same] if origin is not None}
+        inner: dict[Variable, Origin] = {}
+        for variable, origin in consts:
+            if origin is not None:
+                inner[variable] = origin
+        for i, (variable, origin) in enumerate(carries):
+            # a carry is a parameter only if every step hands it on as it is
+            if origin is not None and loop.unchanged[i]:
+                inner[variable] = origin
         for variable, origin in scanned:
             if origin is not None:
                 inner[variable] = origin.behind(None)
         self.read(loop.body, inner)
 
-    def split(self, equation: Equation, position: int, origin: Origin) -> Split | None:
+    def split(
+        self,
+        equation: Equation,
+        position: int,
+        origin: Origin,
+    ) -> Split | None:
         """The parameter's axes that are contracted here, and the others; the rest are in both."""
         shape = self.shape(equation.inputs[position])
         groups = _axes_of(equation, position, len(shape))
@@ -134,20 +166,28 @@ class _Finder:
             return None
         sides: list[set[int]] = []
         for axes in groups:
-            long = [axis for axis in axes if shape[axis] > 1]
-            own = [self.back(axis, shape, origin.steps) for axis in long]
-            known = {axis for axis in own if axis is not None}
-            if len(known) < len(own):  # some are no axis of the parameter, or the same one
-                return None
-            sides.append(known)
+            side: set[int] = set()
+            for axis in axes:
+                if shape[axis] == 1:  # which axis it is does not matter
+                    continue
+                own = self.back(axis, shape, origin.steps)
+                # a part of an axis, or two parts of the same one
+                if own is None or own in side:
+                    return None
+                side.add(own)
+            sides.append(side)
         contracted, free = sides
         if contracted & free:
             return None
-        both = set(range(len(self.shape(origin.parameter)))) - contracted - free
+        rank = len(self.shape(origin.parameter))
+        both = set(range(rank)) - contracted - free
         return frozenset(contracted | both), frozenset(free | both)
 
     def back(
-        self, axis: int, shape: tuple[int, ...], steps: Sequence[Equation | None]
+        self,
+        axis: int,
+        shape: tuple[int, ...],
+        steps: Sequence[Equation | None],
     ) -> int | None:
         """The parameter's axis that an axis of the moved variable is."""
         link: Factor | None = Factor(axis, 1, shape[axis])
@@ -156,7 +196,8 @@ class _Finder:
                 link = dataclasses.replace(link, axis=link.axis + 1)
             else:
                 shapes = [self.shape(atom) for atom in step.inputs]
-                link = back(step, 0, 0, link, shapes, [self.shape(step.outputs[0])])
+                out = self.shape(step.outputs[0])
+                link = back(step, 0, 0, link, shapes, [out])
             if link is None:
                 return None
         return None if link.size == 1 else link.axis
@@ -171,16 +212,23 @@ def _origin(atom: Atom, origins: Mapping[Variable, Origin]) -> Origin | None:
     return None if isinstance(atom, Constant) else origins.get(atom)
 
 
-def _axes_of(equation: Equation, position: int, rank: int) -> tuple[list[int], list[int]] | None:
+def _axes_of(
+    equation: Equation,
+    position: int,
+    rank: int,
+) -> tuple[list[int], list[int]] | None:
     """The contracted and the free axes of an operand."""
     params = equation.params
     if equation.facts.is_dot:
         contracted, batch = params["dimension_numbers"]
         own = list(contracted[position])
-        mixed = batch[position]
-        return own, [axis for axis in range(rank) if axis not in own and axis not in mixed]
-    is_grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-    if position != 1 or is_grouped:
+        bound = {*own, *batch[position]}
+        free = [axis for axis in range(rank) if axis not in bound]
+        return own, free
+    is_kernel = position == 1
+    num_groups = params["feature_group_count"] * params["batch_group_count"]
+    if not is_kernel or num_groups != 1:
         return None
     features = params["dimension_numbers"].rhs_spec[0]
-    return [axis for axis in range(rank) if axis != features], [features]
+    others = [axis for axis in range(rank) if axis != features]
+    return others, [features]

@@ -1,9 +1,53 @@
-"""What flows where in a program: the losses that a value reaches, and what depends on given inputs."""
+"""What flows where in a program: the losses that a value reaches, and what depends on inputs."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, is_inexact
+
+Fact = TypeVar("Fact")
+
+
+def fixed_point(
+    loop: Loop,
+    seeds: Sequence[Fact],
+    transfer: Callable[[list[Fact]], Iterable[Fact]],
+    join: Callable[[Fact, Fact], Fact],
+    *,
+    backward: bool = False,
+) -> tuple[list[Fact], list[Fact]]:
+    """What holds on both sides of a loop's body in every step.
+
+    Args:
+        loop: the loop.
+        seeds: what holds before the first step, for each input of the body; backward, for each
+            output behind the last step.
+        transfer: one step: takes what holds on the seeds' side to what holds on the other.
+        join: what holds of a carry if either does. It may only grow, in finitely many ways, so
+            that this ends.
+        backward: whether facts go from outputs to inputs.
+
+    Returns:
+        What holds on the seeds' side, and on the other.
+    """
+    here = loop.carries_of_inputs
+    there = loop.carries_of_outputs
+    if backward:
+        here, there = there, here
+    known = list(seeds)
+    while True:
+        found = list(transfer(known))
+        # What one step hands on, the next one is given.
+        grown = list(known)
+        grown[here] = map(join, known[here], found[there])
+        if grown == known:
+            return known, found
+        known = grown
+
 
 Reach: TypeAlias = list[int]
 """For each variable the set of losses that depend on it through derivatives, as a bit mask."""
@@ -16,25 +60,11 @@ def reach(program: Program, types: Sequence[Any], num_losses: int) -> Reach:
     no loss needs no noise, and its value counts as a constant.
     """
     masks = [0] * len(types)
-    seeds = [1 << i if i < num_losses else 0 for i in range(len(program.outputs))]
-    _backward(program, seeds, types, masks)
+    seeds = [0] * len(program.outputs)
+    for i in range(num_losses):
+        seeds[i] = 1 << i
+    _ReachOf(types, masks).run(program, seeds)
     return masks
-
-
-def _backward(program: Program, seeds: Sequence[int], types: Sequence[Any], masks: Reach) -> None:
-    for atom, mask in zip(program.outputs, seeds, strict=True):
-        _add(atom, mask, types, masks)
-    for equation in reversed(program.equations):
-        if not equation_reach(equation, masks) or equation.facts.stops_derivatives:
-            continue
-        if equation.loop is not None:
-            incoming = _through_loop(
-                equation.loop, [masks[v] for v in equation.outputs], types, masks
-            )
-        else:
-            incoming = [equation_reach(equation, masks)] * len(equation.inputs)
-        for atom, mask in zip(equation.inputs, incoming, strict=True):
-            _add(atom, mask, types, masks)
 
 
 def equation_reach(equation: Equation, masks: Reach) -> int:
@@ -45,51 +75,76 @@ def equation_reach(equation: Equation, masks: Reach) -> int:
     return mask
 
 
-def _through_loop(
-    loop: Loop, seeds: Sequence[int], types: Sequence[Any], masks: Reach
-) -> list[int]:
-    carries = slice(loop.num_consts, loop.num_consts + loop.num_carry)
-    current = list(seeds)
-    while True:  # masks only grow, so this ends
-        _backward(loop.body, current, types, masks)
-        incoming = [masks[v] for v in loop.body.inputs]
-        grown = [a | b for a, b in zip(current[: loop.num_carry], incoming[carries], strict=True)]
-        if grown == current[: loop.num_carry]:
-            return incoming
-        current[: loop.num_carry] = grown
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ReachOf:
+    """A walk backwards that adds to masks.
 
+    Attributes:
+        types: the abstract value of each variable.
+        masks: what each variable reaches, as far as is known. They only grow.
+    """
 
-def _add(atom: Any, mask: int, types: Sequence[Any], masks: Reach) -> None:
-    if mask and not isinstance(atom, Constant) and is_inexact(types[atom]):
-        masks[atom] |= mask
+    types: Sequence[Any]
+    masks: Reach
+
+    def run(self, program: Program, seeds: Sequence[int]) -> list[int]:
+        """What a program's inputs reach, from what its outputs do."""
+        self.add(program.outputs, seeds)
+        for equation in reversed(program.equations):
+            mask = equation_reach(equation, self.masks)
+            if not mask or equation.facts.stops_derivatives:
+                continue
+            if equation.loop is None:
+                incoming = [mask] * len(equation.inputs)
+            else:
+                incoming = self.through(equation, equation.loop)
+            self.add(equation.inputs, incoming)
+        return [self.masks[v] for v in program.inputs]
+
+    def through(self, equation: Equation, loop: Loop) -> list[int]:
+        """What a loop's inputs reach, from what its outputs do."""
+        seeds = [self.masks[v] for v in equation.outputs]
+        step = functools.partial(self.run, loop.body)
+        _, incoming = fixed_point(loop, seeds, step, operator.or_, backward=True)
+        return incoming
+
+    def add(self, atoms: Sequence[Atom], incoming: Sequence[int]) -> None:
+        """Add one use of some values."""
+        for atom, mask in zip(atoms, incoming, strict=True):
+            if isinstance(atom, Constant):
+                continue
+            if mask and is_inexact(self.types[atom]):
+                self.masks[atom] |= mask
 
 
 def mapped_variables(program: Program, inputs: Iterable[Variable]) -> set[Variable]:
     """The variables that depend on the given inputs: those that differ between examples."""
     mapped = set(inputs)
-    _spread(program, mapped)
+    _depend(program, mapped)
     return mapped
 
 
-def _spread(program: Program, mapped: set[Variable]) -> None:
+def _depend(program: Program, mapped: set[Variable]) -> None:
+    """Add the variables of a program that depend on those which are there."""
     for equation in program.equations:
         if equation.loop is not None:
-            _spread_loop(equation, equation.loop, mapped)
+            _depend_through(equation, equation.loop, mapped)
         elif mapped.intersection(equation.variables):
             mapped.update(equation.outputs)
 
 
-def _spread_loop(equation: Equation, loop: Loop, mapped: set[Variable]) -> None:
-    def depends(atom: Atom) -> bool:
-        return not isinstance(atom, Constant) and atom in mapped
+def _depend_through(equation: Equation, loop: Loop, mapped: set[Variable]) -> None:
+    def flags(atoms: Sequence[Atom]) -> list[bool]:
+        return [not isinstance(atom, Constant) and atom in mapped for atom in atoms]
 
-    body, first = loop.body, loop.num_consts
-    mapped.update(v for v, atom in zip(body.inputs, equation.inputs, strict=True) if depends(atom))
-    while True:  # the set only grows
-        size = len(mapped)
-        _spread(body, mapped)
-        carries = body.inputs[first : first + loop.num_carry]
-        mapped.update(v for v, out in zip(carries, body.outputs, strict=False) if depends(out))
-        if len(mapped) == size:
-            break
-    mapped.update(v for v, out in zip(equation.outputs, body.outputs, strict=True) if depends(out))
+    def add(variables: Sequence[Variable], depends: Sequence[bool]) -> None:
+        mapped.update(itertools.compress(variables, depends))
+
+    def step(depends: list[bool]) -> list[bool]:
+        add(loop.body.inputs, depends)
+        _depend(loop.body, mapped)
+        return flags(loop.body.outputs)
+
+    seeds = flags(equation.inputs)
+    _, depends = fixed_point(loop, seeds, step, operator.or_)
+    add(equation.outputs, depends)

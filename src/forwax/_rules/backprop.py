@@ -20,7 +20,8 @@ class Backprop(Rule):
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
-        >>> fx.grad(lambda x: jnp.sum(x**2), fx.Backprop())(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
+        >>> grad = fx.grad(lambda x: jnp.sum(x**2), fx.Backprop())
+        >>> grad(jax.random.key(0), jnp.array([1.0, 2.0])).tolist()
         [2.0, 4.0]
     """
 

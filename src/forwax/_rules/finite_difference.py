@@ -6,13 +6,14 @@ Models with Just Forward Passes").
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax._assemble import Assembly
+from forwax._assemble import Weighing
 from forwax._directions.formed import Formed
 from forwax._pushforward import in_turn, is_concrete
 from forwax._rule import Rule, check_count, check_directions, check_shared
@@ -26,11 +27,12 @@ from forwax.tangents._base import sampler
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FiniteDifference(Rule):
-    """Central differences c_j = (f(θ + ε v_j) - f(θ - ε v_j)) / 2ε in place of Jacobian-vector products.
+    """Central differences c_j = (f(θ + ε v_j) - f(θ - ε v_j)) / 2ε.
 
-    For losses without a derivative rule, `jax.custom_vjp` functions included. Costs 2k evaluations,
-    one at a time. The directions are drawn anew from their seeds when the estimate is summed up,
-    not stored, unless they are drawn jointly or the combination needs all of them.
+    In place of Jacobian-vector products, for losses without a derivative rule, `jax.custom_vjp`
+    functions included. Costs 2k evaluations, one at a time. The directions are drawn anew from
+    their seeds when the estimate is summed up, not stored, unless they are drawn jointly or the
+    combination needs all of them.
 
     The estimate is that of `WeightPerturbation` up to a bias of order ε² and two roundings: of
     order u|f|/ε, with u the rounding unit of the loss (float32: 6e-8), and, relative to the slope,
@@ -52,8 +54,9 @@ class FiniteDifference(Rule):
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
-        >>> rule = fx.FiniteDifference(num_tangents=2, tangents=fx.tangents.Orthonormal(), epsilon=0.1)
-        >>> fx.grad(lambda x: jnp.sum(x**2), rule)(jax.random.key(0), jnp.array([1.0, 2.0])).round(3).tolist()
+        >>> rule = fx.FiniteDifference(fx.tangents.Orthonormal(), num_tangents=2, epsilon=0.1)
+        >>> gradient = fx.grad(lambda x: jnp.sum(x**2), rule)
+        >>> gradient(jax.random.key(0), jnp.array([1.0, 2.0])).round(3).tolist()
         [2.0, 4.0]
     """
 
@@ -77,42 +80,56 @@ class FiniteDifference(Rule):
         self._check_step(problem.params)
         k = self.num_tangents
         key_axes = _mesh.axes(key)
-        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
-        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
+        params = problem.params
+        weighing = Weighing(self.tangents, self.combine, params, key_axes)
+        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
 
         def source(key: Array) -> Callable[[Array], Tree]:
-            return sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
+            hold = self.combine.joint
+            return sampler(self.tangents, key, params, k, hold=hold)
 
         directions = Formed(problem.objective, point, source)
         draw = directions.sampler(key)
 
-        def evaluate(_: None, index: Array) -> tuple[None, tuple[Array, Array], Tree]:
-            tangent = jax.tree.map(lambda x: x[0], draw(index[None]))
+        def evaluate(_: None, index: Array) -> tuple[None, Any, Tree]:
+            drawn = draw(index[None])
+            tangent = jax.tree.map(lambda x: x[0], drawn)
             value, slope, aux = self._slope(problem, point, tangent)
             return None, (value, slope), aux
 
         # backwards, so that the aux is that of the first evaluation
         as_scan = not directions.is_concrete
-        _, (values, slopes), aux = in_turn(
-            evaluate, None, jnp.arange(k), as_scan=as_scan, reverse=True
+        _, outs, aux = in_turn(
+            evaluate,
+            None,
+            jnp.arange(k),
+            as_scan=as_scan,
+            reverse=True,
         )
+        values, slopes = outs
         if self.combine.joint or not self.tangents.one_by_one:
             drawn = draw(jnp.arange(k))
-            total = directions.assemble(assembly.weights(slopes, drawn), drawn)
+            weights = weighing.weights(slopes, drawn)
+            total = directions.assemble(weights, drawn)
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it
             # would be stored. Behind one barrier both vary over the same mesh axes, and the key
             # must keep its own.
-            again, _ = lax.optimization_barrier((key, _mesh.reduced(slopes, key_axes)))
+            known = _mesh.reduced(slopes, key_axes)
+            again, _ = lax.optimization_barrier((key, known))
             redraw = directions.sampler(again)
 
             def add(j: Array, total: Tree) -> Tree:
                 drawn = redraw(j[None])
-                return directions.add(total, assembly.weights(slopes[j][None], drawn), drawn)
+                weights = weighing.weights(slopes[j][None], drawn)
+                return directions.add(total, weights, drawn)
 
-            total = assembly.start()
-            total = add(jnp.asarray(0), total) if k == 1 else lax.fori_loop(0, k, add, total)
-        return jnp.mean(values), aux, assembly.finish(total, k)
+            total = weighing.start()
+            if k == 1:
+                total = add(jnp.asarray(0), total)
+            else:
+                total = lax.fori_loop(0, k, add, total)
+        return jnp.mean(values), aux, weighing.finish(total, k)
 
     def _check_step(self, params: Tree) -> None:
         if not isinstance(self.epsilon, int | float):
@@ -126,7 +143,12 @@ class FiniteDifference(Rule):
                     f"Pass epsilon={8 * least:.2g}, or keep the parameters in float32."
                 )
 
-    def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[Array, Array, Tree]:
+    def _slope(
+        self,
+        problem: Problem,
+        point: Tree,
+        tangent: Tree,
+    ) -> tuple[Array, Array, Tree]:
         """The mean of both sides' values, their central difference, and the first side's aux."""
 
         def side(_: None, sign: Array) -> tuple[None, Array, Tree]:
@@ -135,23 +157,32 @@ class FiniteDifference(Rule):
             def shifted(x: Array, v: Array) -> Array:
                 return x + step.astype(x.dtype) * v
 
-            value, aux = problem.objective(jax.tree.map(shifted, point, tangent))
+            params = jax.tree.map(shifted, point, tangent)
+            value, aux = problem.objective(params)
             return None, value, aux
 
-        signs = jnp.array([1.0, -1.0])
-        as_scan = not is_concrete((point, tangent))
-        _, values, aux = in_turn(side, None, signs, as_scan=as_scan, reverse=True)
-        wide = values.astype(_tree.accumulation_dtype(values.dtype))
-        slope = (wide[0] - wide[1]) / (2 * jnp.asarray(self.epsilon, wide.dtype))
+        # each side in its turn, so that one evaluation is held
+        _, values, aux = in_turn(
+            side,
+            None,
+            jnp.array([1.0, -1.0]),
+            as_scan=not is_concrete((point, tangent)),
+            reverse=True,
+        )
+        dtype = _tree.accumulation_dtype(values.dtype)
+        wide = values.astype(dtype)
+        distance = 2 * jnp.asarray(self.epsilon, dtype)
+        slope = (wide[0] - wide[1]) / distance
         return jnp.mean(values), slope, aux
 
     def relative_mse(self, n: int) -> float:
-        """The law of the tangents and their combination, for n real coordinates of the parameters and ε → 0."""
-        self.tangents.check(n, self.num_tangents)
-        mean = self.tangents.relative_mse(n, self.num_tangents)
-        return self.combine.relative_mse(mean, n, self.num_tangents)
+        """The law of tangents and combination for n real coordinates of the parameters, ε → 0."""
+        return self.combine.relative_mse(self._mean_law(n), n, self.num_tangents)
 
     def learning_rate_scale(self, n: int) -> float:
         """As for `WeightPerturbation`."""
+        return self.combine.learning_rate_scale(self._mean_law(n))
+
+    def _mean_law(self, n: int) -> float:
         self.tangents.check(n, self.num_tangents)
-        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
+        return self.tangents.relative_mse(n, self.num_tangents)

@@ -1,4 +1,4 @@
-"""Which slopes must multiply a site's noise: sources of the loss, and the axes along which they can be told apart.
+"""Which slopes must multiply a site's noise: sources of the loss, and the axes told apart.
 
 A source is a value through which noise reaches the losses, with its exact error or, for a loss, the
 error 1. What one noise changes of it is followed backwards through the *tangent* program, the
@@ -8,21 +8,23 @@ JVP rule, and `stop_gradient` as a cut.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array
 
-from forwax._programs.axes import Factor, Link, Shape, back
-from forwax._programs.dataflow import mapped_variables
+from forwax._programs.axes import back
+from forwax._programs.dataflow import fixed_point, mapped_variables
+from forwax._programs.links import Factor, Link, Shape
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Traced, Variable
 
 Tag: TypeAlias = tuple[int, int]
 """A source's number and one of its axes, or -1: whether it is reached at all."""
 
 
-Links: TypeAlias = dict[Tag, Link]
+Links: TypeAlias = Mapping[Tag, Link]
+"""How a value is tied to each axis of each source that it reaches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,10 @@ class Credit:
 
     def common(self, other: "Credit") -> int:
         """The number of slopes that tell apart this noise and another one's together."""
-        axes = {axis for axis, _ in self.links} & {axis for axis, _ in other.links}
-        return math.prod(self.shape[axis] for axis in axes)
+        own_axes = {axis for axis, _ in self.links}
+        other_axes = {axis for axis, _ in other.links}
+        lengths = [self.shape[axis] for axis in own_axes & other_axes]
+        return math.prod(lengths)
 
     def slopes(self, products: Array, lead: int, shape: Shape) -> Array:
         """The slopes of a site.
@@ -55,38 +59,81 @@ class Credit:
         Returns:
             An array of the leading axes and of axes that broadcast to `shape`.
         """
-        total = products
-        for axis, link in reversed(self.links):  # a noise that changes one position alone
-            if link.size == 1:
-                total = jnp.take(total, jnp.array([link.offset]), axis=lead + axis)
-        own = {axis: link for axis, link in self.links if link.size > 1}
-        total = jnp.sum(
-            total, axis=tuple(lead + axis for axis in range(len(self.shape)) if axis not in own)
+        sums = self._at_positions(products, lead)
+        apart = {axis: link for axis, link in self.links if link.size > 1}
+        joined = set(range(len(self.shape)))
+        joined.difference_update(apart)
+        sums = jnp.sum(
+            sums,
+            axis=tuple(lead + axis for axis in sorted(joined)),
         )
-        kept, order = sorted(own), sorted(own, key=lambda axis: own[axis].axis)
-        total = jnp.transpose(total, (*range(lead), *(lead + kept.index(axis) for axis in order)))
-        for place, axis in enumerate(order):
-            total = _spread(total, lead + place, own[axis], shape[own[axis].axis], self.shape[axis])
-        taken = {own[axis].axis for axis in order}
+
+        # The axes that are left stand in the source's order; the noise may have another.
+        by_source = sorted(apart)
+        by_noise = sorted(apart, key=lambda axis: apart[axis].axis)
+        order = list(range(lead))
+        for axis in by_noise:
+            place = by_source.index(axis)
+            order.append(lead + place)
+        slopes = jnp.transpose(sums, order)
+
+        for place, axis in enumerate(by_noise):
+            link = apart[axis]
+            slopes = _spread(
+                slopes,
+                lead + place,
+                link,
+                length=shape[link.axis],
+                count=self.shape[axis],
+            )
+        missing = set(range(len(shape)))
+        missing.difference_update(link.axis for link in apart.values())
         return jnp.expand_dims(
-            total, tuple(lead + axis for axis in range(len(shape)) if axis not in taken)
+            slopes,
+            tuple(lead + axis for axis in sorted(missing)),
         )
 
+    def _at_positions(self, products: Array, lead: int) -> Array:
+        """The products where alone a noise changes them: one position of some axes."""
+        for axis, link in reversed(self.links):
+            if link.size == 1:
+                position = jnp.array([link.offset])
+                products = jnp.take(products, position, axis=lead + axis)
+        return products
 
-def _spread(slopes: Array, axis: int, link: Factor, length: int, count: int) -> Array:
+
+def _spread(
+    slopes: Array,
+    axis: int,
+    link: Factor,
+    length: int,
+    count: int,
+) -> Array:
     """Slopes [count] along an axis as slopes [length], zero where a position stands for none."""
-    if link.offset == 0 and link.size == count and link.inner * link.size == length:
-        return jnp.repeat(slopes, link.inner, axis=axis) if link.inner > 1 else slopes
+    covers_all = link.offset == 0 and link.size == count
+    if covers_all and link.inner * link.size == length:
+        if link.inner == 1:
+            return slopes
+        return jnp.repeat(slopes, link.inner, axis=axis)
+
     positions = link.positions(length)
-    outside = (positions < 0) | (positions >= count)
-    taken = jnp.take(slopes, positions.clip(0, count - 1), axis=axis)
-    if not outside.any():
-        return taken
-    return jnp.where(jnp.expand_dims(outside, tuple(range(1, slopes.ndim - axis))), 0, taken)
+    is_outside = (positions < 0) | (positions >= count)
+    spread = jnp.take(
+        slopes,
+        positions.clip(0, count - 1),
+        axis=axis,
+    )
+    if not is_outside.any():
+        return spread
+    axes_behind = range(1, slopes.ndim - axis)
+    mask = jnp.expand_dims(is_outside, tuple(axes_behind))
+    return jnp.where(mask, 0, spread)
 
 
 def credits_of(
-    traced: Traced, noises: Sequence[Variable], sources: Sequence[Shape]
+    traced: Traced,
+    noises: Sequence[Variable],
+    sources: Sequence[Shape],
 ) -> list[list[Credit]]:
     """What each noise changes of each source.
 
@@ -100,110 +147,149 @@ def credits_of(
     follower = _Follower(traced.types, noisy)
     seeds: list[Links] = []
     for number, shape in enumerate(sources):
-        axes = {(number, a): Factor(a, 1, length) for a, length in enumerate(shape) if length > 1}
-        seeds.append({(number, -1): None, **axes})
-    follower.run(traced.program, seeds)
-    return [_credits(follower.links.get(noise, {}), sources) for noise in noises]
+        links: dict[Tag, Link] = {(number, -1): None}
+        for axis, length in enumerate(shape):
+            if length > 1:
+                links[number, axis] = Factor(axis, 1, length)
+        seeds.append(links)
+    follower.follow(traced.program, seeds)
+    return [_credits(follower.links_of(noise), sources) for noise in noises]
 
 
 def _credits(links: Links, sources: Sequence[Shape]) -> list[Credit]:
-    found = []
+    credit: list[Credit] = []
     for number, shape in enumerate(sources):
-        if (number, -1) not in links:
+        is_reached = (number, -1) in links
+        if not is_reached:
             continue
-        taken: set[int] = set()
-        own = []
+        noise_axes: set[int] = set()
+        apart: list[tuple[int, Factor]] = []
         for axis in range(len(shape)):
             link = links.get((number, axis))
-            if link is not None and (link.size == 1 or link.axis not in taken):
-                taken.update([link.axis] if link.size > 1 else [])
-                own.append((axis, link))
-        found.append(Credit(number, shape, tuple(own)))
-    return found
+            if link is None:
+                continue
+            if link.size > 1:
+                # Two axes of a source cannot both be told apart along one axis of the noise.
+                if link.axis in noise_axes:
+                    continue
+                noise_axes.add(link.axis)
+            apart.append((axis, link))
+        credit.append(Credit(number, shape, tuple(apart)))
+    return credit
 
 
 class _Follower:
-    """A walk backwards through a linear program; links only grow coarser, so that loops come to an end."""
+    """A walk backwards through a linear program.
+
+    Attributes:
+        types: of its variables.
+        noisy: those that depend on a noise.
+        links: how each of them is tied to the sources, by all uses so far. Tags are added and
+            links become None, but none becomes finer: so loops come to an end.
+    """
 
     def __init__(self, types: Sequence[Any], noisy: set[Variable]) -> None:
-        self.types, self.noisy = types, noisy
+        self.types = types
+        self.noisy = noisy
         self.links: dict[Variable, Links] = {}
 
-    def run(self, program: Program, seeds: Sequence[Links]) -> None:
+    def links_of(self, variable: Variable) -> Links:
+        return self.links.get(variable, {})
+
+    def follow(self, program: Program, seeds: Sequence[Links]) -> None:
         for atom, links in zip(program.outputs, seeds, strict=True):
-            self.meet(atom, links)
+            self.add_use(atom, links)
         for equation in reversed(program.equations):
-            outputs = [self.links.get(v, {}) for v in equation.outputs]
-            if any(outputs):
+            outputs = [self.links_of(v) for v in equation.outputs]
+            if not any(outputs):
+                continue
+            if equation.loop is not None:
+                self.cross_loop(equation, equation.loop, outputs)
+            else:
                 self.cross(equation, outputs)
 
-    def meet(self, atom: Atom, links: Mapping[Tag, Link]) -> None:
-        """Add one use of a value: what differs between two uses cannot be told apart."""
+    def add_use(self, atom: Atom, links: Links) -> None:
         if isinstance(atom, Constant) or atom not in self.noisy:
             return
-        own = self.links.setdefault(atom, {})
-        for tag, link in links.items():
-            own[tag] = link if tag not in own or own[tag] == link else None
+        self.links[atom] = _meet(self.links_of(atom), links)
 
     def cross(self, equation: Equation, outputs: Sequence[Links]) -> None:
-        if equation.loop is not None:
-            self.cross_loop(equation, equation.loop, outputs)
-            return
-        shapes, outs = (
-            [self.shape(a) for a in equation.inputs],
-            [self.shape(v) for v in equation.outputs],
-        )
+        """From the links of an operation's results to those of its operands."""
+        shapes = list(map(self.shape, equation.inputs))
+        outs = list(map(self.shape, equation.outputs))
         for position, atom in enumerate(equation.inputs):
             if isinstance(atom, Constant) or atom not in self.noisy:
                 continue
             for output, links in enumerate(outputs):
-                self.meet(
-                    atom,
-                    {
-                        t: self.back(equation, position, output, x, shapes, outs)
-                        for t, x in links.items()
-                    },
-                )
-
-    def back(
-        self, equation: Equation, position: int, output: int, link: Link, shapes: Any, outs: Any
-    ) -> Link:
-        return None if link is None else back(equation, position, output, link, shapes, outs)
+                operand_links: dict[Tag, Link] = {}
+                for tag, link in links.items():
+                    if link is not None:
+                        link = back(
+                            equation,
+                            position,
+                            output,
+                            link,
+                            shapes,
+                            outs,
+                        )
+                    operand_links[tag] = link
+                self.add_use(atom, operand_links)
 
     def cross_loop(self, equation: Equation, loop: Loop, outputs: Sequence[Links]) -> None:
-        body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
-        stacked = [
-            {tag: _inside(link) for tag, link in links.items()}
-            for links in outputs[loop.num_carry :]
-        ]
-        seeds = [*outputs[: loop.num_carry], *stacked]
-        while True:
-            before = {v: dict(self.links.get(v, {})) for v in body.inputs}
-            self.run(body, seeds)
-            carried = [self.links.get(v, {}) for v in body.inputs[first:last]]
-            seeds = [*carried, *stacked]
-            if before == {v: self.links.get(v, {}) for v in body.inputs}:
-                break
-        for position, (atom, inner) in enumerate(zip(equation.inputs, body.inputs, strict=True)):
-            links = self.links.get(inner, {})
-            self.meet(
-                atom, {t: _outside(x) for t, x in links.items()} if position >= last else links
-            )
+        """From the links of a loop's outputs to those of its inputs: a fixed point."""
+        after, stacked = loop.split_outputs(outputs)
+        stacked = [_each(_inside, links) for links in stacked]
+
+        def step_back(seeds: list[Links]) -> list[Links]:
+            self.follow(loop.body, seeds)
+            return [self.links_of(v) for v in loop.body.inputs]
+
+        _, links = fixed_point(
+            loop,
+            [*after, *stacked],
+            step_back,
+            _meet,
+            backward=True,
+        )
+        consts, carry, xs = loop.split(links)
+        xs = [_each(_outside, links) for links in xs]
+        input_links = [*consts, *carry, *xs]
+        for atom, links in zip(equation.inputs, input_links, strict=True):
+            self.add_use(atom, links)
 
     def shape(self, atom: Atom) -> Shape:
-        return (
-            tuple(jnp.shape(atom.value))
-            if isinstance(atom, Constant)
-            else tuple(self.types[atom].shape)
-        )
+        if isinstance(atom, Constant):
+            return tuple(jnp.shape(atom.value))
+        return tuple(self.types[atom].shape)
 
 
-def _inside(link: Link) -> Link:
-    """The link of one step's value from that of all steps' values, stacked on a leading axis."""
-    if link is None or link.size == 1:
-        return link
-    return None if link.axis == 0 else dataclasses.replace(link, axis=link.axis - 1)
+def _meet(one: Links, other: Links) -> Links:
+    """The links of a value of two uses: what differs between them cannot be told apart."""
+    met = dict(one)
+    for tag, link in other.items():
+        if tag in met and met[tag] != link:
+            met[tag] = None
+        else:
+            met[tag] = link
+    return met
 
 
-def _outside(link: Link) -> Link:
-    return link if link is None or link.size == 1 else dataclasses.replace(link, axis=link.axis + 1)
+def _each(change: Callable[[Factor], Link], links: Links) -> Links:
+    """Links whose axes are counted anew; one position, or all, is tied to no axis."""
+    changed = dict(links)
+    for tag, link in links.items():
+        if link is not None and link.size > 1:
+            changed[tag] = change(link)
+    return changed
+
+
+def _inside(link: Factor) -> Link:
+    """The link of one step's value from that of all steps' values, stacked on axis 0."""
+    if link.axis == 0:
+        return None
+    return dataclasses.replace(link, axis=link.axis - 1)
+
+
+def _outside(link: Factor) -> Link:
+    """The link of all steps' values from that of one step's."""
+    return dataclasses.replace(link, axis=link.axis + 1)

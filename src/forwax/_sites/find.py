@@ -1,29 +1,32 @@
 """From a problem to its sites."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh
 from forwax._programs.dataflow import mapped_variables, reach
-from forwax._programs.program import Equation, Traced
+from forwax._programs.program import Equation, Program, Traced, Variable
 from forwax._programs.tracing import trace
 from forwax._signature import Problem
 from forwax._sites.kinds import Classifier, Kind
 from forwax._sites.levels import make_level
 from forwax._sites.model import Site, Sites, num_losses
-from forwax._sites.outputs import Tail, make_tail, output_regions
+from forwax._sites.outputs import NO_TAIL, make_tail, output_regions
 from forwax._sites.sources import make_sources, with_credit
 from forwax._sites.split_loops import split_loops
 from forwax._tree import Tree
+
+Select = Callable[[str], bool]
+"""Whether the parameter at a path gets activity noise."""
 
 
 def find_sites(
     problem: Problem,
     name: str,
-    select: Callable[[str], bool] | None,
+    select: Select | None,
     exact_outputs: bool,
     credit: bool = False,
 ) -> Sites:
@@ -39,102 +42,150 @@ def find_sites(
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
-        _check_split([*traced.closed, *jax.tree.leaves(problem.params), *problem.mapped], name)
-    count = num_losses(traced)
-    start, paths = len(traced.closed), _paths(problem.params)
-    inputs = traced.program.inputs
-    given = [
-        Kind.PARAMETER if start <= i < start + len(paths) else Kind.DATA for i in range(len(inputs))
-    ]
-    unselected = [
-        inputs[start + i] for i, path in enumerate(paths) if select is not None and not select(path)
-    ]
-    _check_selection(paths, len(unselected), name)
+        _check_split(traced.arguments(problem.params, problem.mapped), name)
+    unselected = _unselected(traced, problem.params, select, name)
     if exact_outputs:
-        traced = _with_split_loops(traced, given, count)
-    types, masks = traced.types, reach(traced.program, traced.types, count)
-    classifier = Classifier(types, masks)
-    program = classifier.classify(traced.program, given, unselected, count)
-    kinds = classifier.kinds
-    _check_data(traced, classifier, count, name)
-    level = make_level(program, kinds, masks, types)
-    tail = make_tail(level, kinds, masks, count)
-    if not exact_outputs:
-        tail = Tail((), (), (), frozenset())
-    mapped = mapped_variables(program, inputs[start + len(paths) :])
-    exact = {id(region) for region in output_regions(level, tail)}
-    sites = tuple(
-        Site(
-            v,
-            region,
-            (*lengths, *types[v].shape),
-            types[v].dtype,
-            v in mapped,
-            masks[v],
-            id(region) in exact,
-            _mesh.type_axes(types[v]),
-        )
-        for region, lengths in level.all_regions()
-        for v in region.outputs
-    )
-    found = Sites(problem, traced, level, tail, None, {}, sites, mapped, kinds)
+        analysis = _analyse_with_split_loops(traced, unselected)
+    else:
+        analysis = _analyse(traced, unselected)
+    _check_data(analysis, name)
+
+    sites = _make_sites(problem, analysis, exact_outputs)
     if not credit:
-        return found
-    reached = mapped_variables(program, [site.variable for site in found.noisy])
-    noisy = {
-        v for v in reached if jnp.issubdtype(types[v].dtype, jnp.inexact)
-    }  # comparisons pass no noise on
-    return with_credit(found, make_sources(level, kinds, masks, count, noisy, tail, exact_outputs))
+        return sites
+    sources = make_sources(sites, analysis.classifier.reach, exact_outputs)
+    return with_credit(sites, sources)
 
 
-def _with_split_loops(traced: Traced, given: Sequence[Kind], count: int) -> Traced:
-    if all(equation.loop is None for equation in traced.program.equations):
-        return traced
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Analysis:
+    """A traced loss with what is known of its values.
+
+    Attributes:
+        traced: the loss; its types are those of the rewritten program's variables too.
+        program: rewritten, so that noise has a place wherever parameters meet data.
+        classifier: the kinds of all values, and the losses that they reach.
+    """
+
+    traced: Traced
+    program: Program
+    classifier: Classifier
+
+    def is_site(self, equation: Equation) -> bool:
+        """Whether an equation of the loss, or of a loop's body, lets a parameter meet data."""
+        kinds = self.classifier.kinds
+        if equation.loop is not None:
+            return False
+        is_mixed = any(kinds.get(v) is Kind.MIXED for v in equation.outputs)
+        return is_mixed and any(map(self.classifier.is_parameter, equation.inputs))
+
+
+def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
     types = list(traced.types)  # classifying adds to them
+    traced = dataclasses.replace(traced, types=types)
+    count = num_losses(traced)
+    kinds = dict.fromkeys(traced.program.inputs, Kind.DATA)
+    kinds.update(dict.fromkeys(traced.parameters, Kind.PARAMETER))
     classifier = Classifier(types, reach(traced.program, types, count))
-    classifier.classify(traced.program, given, (), count)
+    program = classifier.classify(
+        traced.program,
+        list(kinds.values()),
+        unselected,
+        count,
+    )
+    return _Analysis(traced, program, classifier)
 
-    def is_site(equation: Equation) -> bool:
-        mixed = any(classifier.kinds.get(v) is Kind.MIXED for v in equation.outputs)
-        return (
-            equation.loop is None
-            and mixed
-            and any(classifier.kind(a) is Kind.PARAMETER for a in equation.inputs)
+
+def _analyse_with_split_loops(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
+    """The analysis of a loss whose loops are split where that makes sites output sites."""
+    if all(equation.loop is None for equation in traced.program.equations):
+        return _analyse(traced, unselected)
+    # What is split does not hang on which parameters get weight noise.
+    analysis = _analyse(traced, ())
+    in_parts = split_loops(traced, analysis.is_site)
+    if in_parts is traced and not unselected:
+        return analysis
+    return _analyse(in_parts, unselected)
+
+
+def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> Sites:
+    traced = analysis.traced
+    types = traced.types
+    kinds = analysis.classifier.kinds
+    reach = analysis.classifier.reach
+    level = make_level(analysis.program, kinds, reach, types)
+    tail = NO_TAIL
+    if exact_outputs:
+        tail = make_tail(level, kinds, reach, num_losses(traced))
+    outputs = {id(region) for region in output_regions(level, tail)}
+    mapped = mapped_variables(analysis.program, traced.data)
+
+    places: list[Site] = []
+    for region, lengths in level.all_regions():
+        for variable in region.outputs:
+            aval = types[variable]
+            site = Site(
+                variable,
+                region,
+                shape=(*lengths, *aval.shape),
+                dtype=aval.dtype,
+                mapped=variable in mapped,
+                reach=reach[variable],
+                exact=id(region) in outputs,
+                axes=_mesh.type_axes(aval),
+            )
+            places.append(site)
+    return Sites(
+        problem,
+        traced,
+        level,
+        tail,
+        sources=None,
+        credit={},
+        places=tuple(places),
+        mapped=mapped,
+        kinds=kinds,
+    )
+
+
+def _unselected(
+    traced: Traced,
+    params: Tree,
+    select: Select | None,
+    name: str,
+) -> list[Variable]:
+    """The parameters that get weight noise."""
+    if select is None:
+        return []
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [jax.tree_util.keystr(path) for path, _ in leaves]
+    unselected = [v for v, path in zip(traced.parameters, paths, strict=True) if not select(path)]
+    if 0 < len(unselected) == len(paths):
+        raise ValueError(
+            f"{name}: expected where to select a parameter, got one that selects none of "
+            f"{', '.join(paths)}. Pass a regular expression that is found in one of these paths, "
+            "or a function of them that is true for one; for weight noise alone use "
+            "forwax.WeightPerturbation."
         )
-
-    return split_loops(traced, is_site)
-
-
-def _paths(params: Tree) -> list[str]:
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return unselected
 
 
 def _check_split(arrays: Sequence[Array], name: str) -> None:
     for x in filter(_mesh.is_split, arrays):
         raise ValueError(
             f"{name}: expected arrays that are not split over explicit mesh axes, got "
-            f"{jax.typeof(x)}. Make the mesh "
-            "with axis_types=(jax.sharding.AxisType.Auto,), one for each axis, or call it inside "
-            "jax.sharding.auto_axes. forwax.WeightPerturbation takes such arrays."
+            f"{jax.typeof(x)}. Make the mesh with axis_types=(jax.sharding.AxisType.Auto,), one "
+            "for each axis, or call it inside jax.sharding.auto_axes. forwax.WeightPerturbation "
+            "takes such arrays."
         )
 
 
-def _check_selection(paths: Sequence[str], num_unselected: int, name: str) -> None:
-    if 0 < num_unselected == len(paths):
-        raise ValueError(
-            f"{name}: expected where to select a parameter, got one that selects none of "
-            f"{', '.join(paths)}. Pass a "
-            "regular expression that is found in one of these paths, or a function of them that is "
-            "true for one; for "
-            "weight noise alone use forwax.WeightPerturbation."
-        )
-
-
-def _check_data(traced: Traced, classifier: Classifier, count: int, name: str) -> None:
-    kinds = {classifier.kind(atom) for atom in traced.program.outputs[:count]}
-    if Kind.PARAMETER in kinds and not kinds & {Kind.DATA, Kind.MIXED}:
+def _check_data(analysis: _Analysis, name: str) -> None:
+    losses = analysis.traced.program.outputs[: num_losses(analysis.traced)]
+    kinds = set(map(analysis.classifier.kind, losses))
+    if Kind.PARAMETER in kinds and kinds.isdisjoint({Kind.DATA, Kind.MIXED}):
         raise ValueError(
             f"{name}: the loss depends on the parameters alone, so there is no site where a "
-            f"parameter meets data. Pass "
-            "the data as arguments of the loss, or use forwax.WeightPerturbation, which needs none."
+            "parameter meets data. Pass the data as arguments of the loss, or use "
+            "forwax.WeightPerturbation, which needs none."
         )

@@ -2,13 +2,13 @@
 
 import dataclasses
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 from forwax._programs.custom_rules import check_inside, custom_vjp_error
-from forwax._programs.dataflow import Reach, equation_reach
+from forwax._programs.dataflow import Reach, equation_reach, fixed_point
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -91,6 +91,10 @@ class Classifier:
             return Kind.DATA
         return Kind.CONSTANT
 
+    def kinds_of(self, atoms: Iterable[Atom]) -> list[Kind]:
+        """The kinds of several variables and constants."""
+        return [self.kind(atom) for atom in atoms]
+
     def is_parameter(self, atom: Atom) -> bool:
         """Whether an atom is a parameter, or made of parameters and constants alone."""
         return self.kind(atom) is Kind.PARAMETER
@@ -104,7 +108,8 @@ class Classifier:
 
     def copy(self, variable: Variable) -> Variable:
         """A new mixed variable of the same type."""
-        copy = new_variable(self.types, self.types[variable])
+        aval = self.types[variable]
+        copy = new_variable(self.types, aval)
         self.reach.append(self.reach[variable])
         self.kinds[copy] = Kind.MIXED
         return copy
@@ -163,7 +168,9 @@ class _Draft:
         """An equation's inputs, each parameter with one noise however often it is read."""
         copies: dict[Atom, Atom] = {}
         for variable in variables(atoms):
-            if variable not in copies and self.classifier.is_parameter(variable):
+            if variable in copies:
+                continue
+            if self.classifier.is_parameter(variable):
                 copies[variable] = self.promote(variable, origin)
         return tuple(copies.get(atom, atom) for atom in atoms)
 
@@ -174,7 +181,7 @@ class _Draft:
 
     def add(self, equation: Equation) -> None:
         """Classify an equation; where a parameter may not enter as it is, promote it."""
-        kinds = set(map(self.classifier.kind, equation.inputs))
+        kinds = set(self.classifier.kinds_of(equation.inputs))
         is_live = equation_reach(equation, self.classifier.reach) != 0
         if equation.facts.stops_derivatives:
             kinds = set(map(_without_derivative, kinds))
@@ -191,22 +198,23 @@ class _Draft:
                 kinds = kinds - {Kind.PARAMETER} | {Kind.MIXED}
         # A loop in which no parameter meets data is one operation like any other.
         operation = dataclasses.replace(equation, loop=None)
-        kind = _join(kinds)
+        kind = _join(*kinds)
         self.append(operation, [kind] * len(operation.outputs))
 
     def check_custom_rules(self, equation: Equation, kinds: set[Kind]) -> None:
         """Raise where noise would have to pass a custom rule that forward mode cannot use."""
         facts = equation.facts
         if facts.lacks_jvp:
-            if _join(kinds) is Kind.MIXED:
+            if _join(*kinds) is Kind.MIXED:
                 raise custom_vjp_error(equation.origin)
             return
         # The equations of a loop's body come here one by one.
         if equation.loop is not None or facts.has_own_jvp or equation.origin is None:
             return
-        kinds_in_order = map(self.classifier.kind, equation.inputs)
-        has_noise = [kind in (Kind.MIXED, Kind.PARAMETER) for kind in kinds_in_order]
-        check_inside(equation.origin, has_noise)
+        depends: list[bool] = []
+        for kind in self.classifier.kinds_of(equation.inputs):
+            depends.append(kind in (Kind.MIXED, Kind.PARAMETER))
+        check_inside(equation.origin, depends)
 
     def append(self, equation: Equation, kinds: Sequence[Kind]) -> None:
         for variable, kind in zip(equation.outputs, kinds, strict=True):
@@ -215,26 +223,28 @@ class _Draft:
 
     def add_loop(self, equation: Equation, loop: Loop) -> None:
         """Add a scan in which parameters meet data; the kinds of its carries are a fixed point."""
-        given = map(self.classifier.kind, equation.inputs)
-        consts, carry, xs = loop.split(list(given))
-        # A carry stays a parameter only if the loop returns it as it is: of another one, each step
-        # has its own noise. The kinds of such carries only grow, constant to data to mixed.
-        carry = [
-            kind if same else _as_carried(kind)
-            for kind, same in zip(carry, loop.unchanged, strict=True)
-        ]
-        while True:
-            body = self.body_draft(loop, [*consts, *carry, *xs])
-            returned = map(self.classifier.kind, loop.body.outputs)
-            after, stacked = loop.split_outputs(list(returned))
-            grown = [
-                kind if same else _join({kind, _as_carried(new)})
-                for kind, new, same in zip(carry, after, loop.unchanged, strict=True)
-            ]
-            if grown == carry:
-                break
-            carry = grown
-        self.append_loop(equation, loop, body, carry, stacked)
+        drafts: list[_Draft] = []
+
+        def step(kinds: list[Kind]) -> list[Kind]:
+            draft = self.body_draft(loop, kinds)
+            drafts.append(draft)
+            returned = self.classifier.kinds_of(loop.body.outputs)
+            carry, stacked = loop.split_outputs(returned)
+            return [*_as_carried(loop, carry), *stacked]
+
+        given = self.classifier.kinds_of(equation.inputs)
+        consts, carry, xs = loop.split(given)
+        carry = _as_carried(loop, carry)
+        inputs, outputs = fixed_point(
+            loop,
+            [*consts, *carry, *xs],
+            step,
+            _join,
+        )
+        _, carry, _ = loop.split(inputs)
+        _, stacked = loop.split_outputs(outputs)
+        # The last draft is that of the fixed point; earlier ones leave gaps in `types` alone.
+        self.append_loop(equation, loop, drafts[-1], carry, stacked)
 
     def body_draft(self, loop: Loop, kinds: Sequence[Kind]) -> "_Draft":
         """The body rewritten for inputs of these kinds."""
@@ -242,8 +252,8 @@ class _Draft:
         for variable, kind in zip(body.inputs, kinds, strict=True):
             self.classifier.define(variable, kind)
         invariant, carry, _ = loop.split(body.inputs)
-        for variable, same in zip(carry, loop.unchanged, strict=True):
-            if same:
+        for variable, is_unchanged in zip(carry, loop.unchanged, strict=True):
+            if is_unchanged:
                 invariant.append(variable)
         draft = _Draft(self.classifier, invariant)
         draft.add_all(body.equations)
@@ -290,18 +300,25 @@ def _without_derivative(kind: Kind) -> Kind:
     return kind
 
 
-def _as_carried(kind: Kind) -> Kind:
-    """What a value counts as in a carry that the steps change."""
-    if kind is Kind.PARAMETER:
-        return Kind.MIXED
-    return kind
+def _as_carried(loop: Loop, kinds: Sequence[Kind]) -> list[Kind]:
+    """What values of these kinds count as in a loop's carries.
+
+    A carry is a parameter only if the loop returns it as it is: of another one, each step has its
+    own noise. The kinds of such carries only grow, from constant over data to mixed.
+    """
+    carried: list[Kind] = []
+    for kind, is_unchanged in zip(kinds, loop.unchanged, strict=True):
+        if kind is Kind.PARAMETER and not is_unchanged:
+            kind = Kind.MIXED
+        carried.append(kind)
+    return carried
 
 
-def _have_data(kinds: set[Kind]) -> bool:
-    return Kind.DATA in kinds or Kind.MIXED in kinds
+def _have_data(kinds: Iterable[Kind]) -> bool:
+    return any(kind in (Kind.DATA, Kind.MIXED) for kind in kinds)
 
 
-def _join(kinds: set[Kind]) -> Kind:
+def _join(*kinds: Kind) -> Kind:
     """What a value is made of, from what it is computed from."""
     if Kind.PARAMETER in kinds and _have_data(kinds):
         return Kind.MIXED

@@ -1,4 +1,4 @@
-"""Which parts of the loss each site must hear of: the tangent program, and the credit found in it."""
+"""Which parts of the loss each site must hear of: the tangent program, and the credit in it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,123 +8,176 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh
-from forwax._programs.axes import Factor, back
-from forwax._programs.dataflow import Reach
-from forwax._programs.program import Constant, Equation, Traced, Variable, variables
+from forwax._programs.axes import back
+from forwax._programs.dataflow import Reach, mapped_variables
+from forwax._programs.links import Factor
+from forwax._programs.program import (
+    Equation,
+    Traced,
+    Variable,
+    is_inexact,
+    variables,
+)
 from forwax._programs.tracing import trace
 from forwax._sites.credit import Credit, credits_of
 from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level
 from forwax._sites.model import Site, Sites
 from forwax._sites.outputs import (
     Tail,
     blocked_variables,
     is_crossed,
-    is_site_barrier,
     is_sum,
     output_regions,
+    site_barrier,
     tail_from,
 )
 from forwax._sites.passes.keep import forward
+from forwax._sites.regions import Region
 from forwax._tree import Tree
 
 
 def with_credit(sites: Sites, sources: Tail) -> Sites:
     """The sites with their credit, if slopes of sources can be told apart."""
     noisy = sites.noisy
-    many = len(sources.starts) > sites.num_losses
-    if not noisy or not (many or any(_may_gain(sites, v) for v in sources.starts)):
+    has_parts = len(sources.starts) > sites.num_losses
+    if not noisy or not (has_parts or any(_may_gain(sites, v) for v in sources.starts)):
         return sites
     traced = tangent_program(sites, sources.starts)
-    noises = traced.program.inputs[len(traced.program.inputs) - len(noisy) :]
-    found = credits_of(traced, noises, [tuple(sites.traced.types[v].shape) for v in sources.starts])
-    heard = {credit.source for own in found for credit in own}
-    if not any(len(own) < len(heard) or any(credit.links for credit in own) for own in found):
+    noises = traced.data[-len(noisy) :]
+    shapes = [tuple(sites.traced.types[v].shape) for v in sources.starts]
+    credit = credits_of(traced, noises, shapes)
+
+    heard = {c.source for site_credit in credit for c in site_credit}
+    for site_credit in credit:
+        gains = len(site_credit) < len(heard) or any(c.links for c in site_credit)
+        if gains:
+            break
+    else:
         return sites
-    table = {site.variable: own for site, own in zip(noisy, found, strict=True)}
-    return dataclasses.replace(sites, sources=sources, credit=table)
-
-
-def _may_gain(sites: Sites, source: Variable) -> bool:
-    """Whether an axis of a source can be followed at least through the site that it comes from."""
-    shape = tuple(sites.traced.types[source].shape)
-    links = [Factor(axis, 1, length) for axis, length in enumerate(shape) if length > 1]
-    region = next((s.region for s in sites.places if s.variable == source), None)
-    if region is None:
-        return bool(links)
-    equation, *more = region.equations
-    if more or not equation.facts.bilinear:
-        return bool(links)
-    shapes = [
-        tuple(sites.traced.types[v].shape) for v in equation.inputs if not isinstance(v, Constant)
-    ]
-    mixed = [i for i, v in enumerate(equation.variables) if sites.kinds[v] is Kind.MIXED]
-    return any(
-        back(equation, i, 0, link, shapes, [shape]) is not None for i in mixed for link in links
+    return dataclasses.replace(
+        sites,
+        sources=sources,
+        credit={site.variable: c for site, c in zip(noisy, credit, strict=True)},
     )
 
 
-def tangent_program(sites: Sites, sources: Sequence[Variable]) -> Traced:
-    """The program of one example whose last inputs are the noises, and whose outputs are the tangents of sources."""
-    problem, time = sites.problem, jnp.zeros((), jnp.float32)
+def _may_gain(sites: Sites, source: Variable) -> bool:
+    """Whether an axis of a source can be followed at least through the site that it comes from.
 
-    def tangents(params: Tree, mapped: Sequence[Array], noises: Sequence[Array]) -> list[Array]:
-        table = {site.variable: noise for site, noise in zip(sites.noisy, noises, strict=True)}
-        inputs = [*sites.traced.closed, *jax.tree.leaves(params), *mapped]
+    This is quick, and spares most losses the tangent program.
+    """
+    types = sites.traced.types
+    shape = tuple(types[source].shape)
+    links = [Factor(axis, 1, length) for axis, length in enumerate(shape) if length > 1]
+    layer = _layer_of(sites, source)
+    if layer is None:
+        return len(links) > 0
+    shapes = [tuple(types[v].shape) for v in layer.variables]
+    for position, variable in enumerate(layer.variables):
+        if sites.kinds[variable] is not Kind.MIXED:
+            continue
+        for link in links:
+            if back(layer, position, 0, link, shapes, [shape]) is not None:
+                return True
+    return False
+
+
+def _layer_of(sites: Sites, source: Variable) -> Equation | None:
+    """The dot or convolution, nothing behind it, that gives a source; None if it is another."""
+    for site in sites.places:
+        if site.variable == source:
+            equation, *more = site.region.equations
+            if equation.facts.bilinear and not more:
+                return equation
+    return None
+
+
+def tangent_program(sites: Sites, sources: Sequence[Variable]) -> Traced:
+    """The program of one example from noises, its last inputs, to the tangents of sources."""
+    problem = sites.problem
+    time = jnp.zeros((), jnp.float32)
+
+    def tangents(
+        params: Tree,
+        mapped: Sequence[Array],
+        noises: Sequence[Array],
+    ) -> list[Array]:
+        noise_at = {site.variable: noise for site, noise in zip(sites.noisy, noises, strict=True)}
+        inputs = sites.traced.arguments(params, mapped)
 
         def values(time: Array) -> list[Array]:
-            outputs, _ = forward(sites.level, inputs, table, time, frozenset(), sources)
+            outputs, _ = forward(
+                sites.level,
+                inputs,
+                noise_at,
+                time,
+                frozenset(),
+                sources,
+            )
             return outputs[len(outputs) - len(sources) :]
 
-        return jax.jvp(values, (time,), (time + 1,))[1]
+        _, source_tangents = jax.jvp(values, (time,), (time + 1,))
+        return source_tangents
 
     noises = [_mesh.like(site.shape, site.dtype, site.axes) for site in sites.noisy]
     return trace(tangents, problem.params, problem.example_specs(), noises)
 
 
-def make_sources(
-    level: Level,
-    kinds: Kinds,
-    reach: Reach,
-    num_losses: int,
-    noisy: set[Variable],
-    tail: Tail,
-    exact: bool,
-) -> Tail:
-    """The tail behind a cut that every noise's way to the losses crosses once; its starts are the sources of credit.
+def make_sources(sites: Sites, reach: Reach, exact: bool) -> Tail:
+    """The tail behind a cut that every noise's way to the losses crosses once.
 
-    They are the output sites and the values that reach the losses past them, as far as they are
-    noisy; or, if reverse mode over the loss is not wanted, what the losses are sums of.
+    Its starts are the sources of credit: the output sites and the values that reach the losses past
+    them, as far as they are noisy; or, unless exact, what the losses are sums of, for then reverse
+    mode over the loss is not wanted.
     """
-    program = level.program
-    barrier = (
-        is_site_barrier(level, kinds) if exact else lambda equation: not is_sum(equation, kinds)
-    )
-    blocked = blocked_variables(program, reach, barrier)
-    ends = [
-        r
-        for r in output_regions(level, tail)
-        if not blocked.isdisjoint(r.inputs) or noisy.isdisjoint(r.inputs)
-    ]
-    outside = {id(equation) for region in ends for equation in region.equations}
+    level = sites.level
+    kinds = sites.kinds
+    is_site_barrier = site_barrier(level, kinds)
 
-    def inside(equation: Equation) -> bool:
+    def is_barrier(equation: Equation) -> bool:
+        if exact:
+            return is_site_barrier(equation)
+        return not is_sum(equation, kinds)
+
+    equations = [e for e in level.program.equations if is_crossed(e, reach)]
+    blocked = blocked_variables(level.program, reach, is_barrier)
+    noisy = _noisy_variables(sites)
+
+    def is_end(region: Region) -> bool:
+        """Whether the cut lies behind an output site; a bias behind the cut lies inside."""
+        return not blocked.isdisjoint(region.inputs) or noisy.isdisjoint(region.inputs)
+
+    ends = [region for region in output_regions(level, sites.tail) if is_end(region)]
+    in_ends = {equation for region in ends for equation in region.equations}
+
+    def is_inside(equation: Equation) -> bool:
+        if equation in in_ends or is_barrier(equation):
+            return False
         mixed = [v for v in equation.outputs if kinds[v] is Kind.MIXED]
-        return (
-            bool(mixed)
-            and blocked.isdisjoint(mixed)
-            and id(equation) not in outside
-            and not barrier(equation)
-        )
+        return len(mixed) > 0 and blocked.isdisjoint(mixed)
 
-    computed = {
-        v for e in program.equations if is_crossed(e, reach) and inside(e) for v in e.outputs
-    }
-    read = [v for e in program.equations if is_crossed(e, reach) and inside(e) for v in e.variables]
-    last = [v for region in ends for v in region.outputs]
-    cut = dict.fromkeys([*last, *read, *variables(program.outputs[:num_losses])])
-    starts = tuple(v for v in cut if v in noisy and v not in computed)
-    return tail_from(program, starts, inside, reach, num_losses)
+    losses = level.program.outputs[: sites.num_losses]
+    inside = [equation for equation in equations if is_inside(equation)]
+    computed = {v for equation in inside for v in equation.outputs}
+    cut = [v for region in ends for v in region.outputs]
+    cut += [v for equation in inside for v in equation.variables]
+    cut += variables(losses)
+    starts = [v for v in dict.fromkeys(cut) if v in noisy and v not in computed]
+    return tail_from(
+        level.program,
+        tuple(starts),
+        is_inside,
+        reach,
+        sites.num_losses,
+    )
+
+
+def _noisy_variables(sites: Sites) -> set[Variable]:
+    """What noise changes: not comparisons, which pass none on."""
+    starts = [site.variable for site in sites.noisy]
+    reached = mapped_variables(sites.level.program, starts)
+    types = sites.traced.types
+    return {v for v in reached if is_inexact(types[v])}
 
 
 def with_slopes_of_loops(sites: Sites) -> Sites:
@@ -132,23 +185,24 @@ def with_slopes_of_loops(sites: Sites) -> Sites:
 
     def coarser(site: Site, credit: Credit) -> Credit:
         first = sites.num_loops(site)
-        links = tuple((a, link) for a, link in credit.links if link.size == 1 or link.axis >= first)
-        return dataclasses.replace(credit, links=links)
+        links = [(a, link) for a, link in credit.links if link.size == 1 or link.axis >= first]
+        return dataclasses.replace(credit, links=tuple(links))
 
-    credit = {
-        s.variable: [coarser(s, c) for c in sites.credit.get(s.variable, ())] for s in sites.noisy
-    }
-    return dataclasses.replace(sites, credit=credit if sites.credit else {})
+    credit: dict[Variable, list[Credit]] = {}
+    if sites.credit:
+        for site in sites.noisy:
+            fine = sites.credit.get(site.variable, ())
+            credit[site.variable] = [coarser(site, c) for c in fine]
+    return dataclasses.replace(sites, credit=credit)
 
 
 def of_a_step(sites: Sites, site: Site, slopes: Array) -> Array:
     """Slopes without the axes of loops, along which they are the same."""
-    lead = slopes.ndim - len(site.shape)
-    return (
-        jnp.squeeze(slopes, tuple(range(lead, lead + sites.num_loops(site))))
-        if sites.credit
-        else slopes
-    )
+    if not sites.credit:
+        return slopes
+    first = slopes.ndim - len(site.shape)
+    loops = range(first, first + sites.num_loops(site))
+    return jnp.squeeze(slopes, tuple(loops))
 
 
 def shared_noise(sites: Sites, site: Site, other: Site, own_slopes: bool = True) -> float:
@@ -157,14 +211,16 @@ def shared_noise(sites: Sites, site: Site, other: Site, own_slopes: bool = True)
     Unless examples have slopes of their own and the site a value of its own for each, it hears
     all examples'.
     """
-    examples = (
-        1 if sites.num_examples is None or (own_slopes and site.mapped) else sites.num_examples
-    )
-    size = other.size * (examples if other.mapped else 1)
+    size = other.size
+    hears_one_example = own_slopes and site.mapped
+    if other.mapped and sites.num_examples is not None and not hears_one_example:
+        size *= sites.num_examples
     if not sites.credit:
         return size if other.reach & site.reach else 0
-    theirs = {credit.source: credit for credit in sites.credit[other.variable]}
-    heard = [
-        (mine, theirs[mine.source]) for mine in sites.credit[site.variable] if mine.source in theirs
-    ]
-    return max((size / mine.common(their) for mine, their in heard), default=0)
+    credit_of_other = {credit.source: credit for credit in sites.credit[other.variable]}
+    most: float = 0
+    for credit in sites.credit[site.variable]:
+        if credit.source in credit_of_other:
+            num_slopes = credit.common(credit_of_other[credit.source])
+            most = max(most, size / num_slopes)
+    return most

@@ -1,4 +1,4 @@
-"""Take out of a loop what its steps do not hand on, so that sites there are output sites like all others.
+"""Take out of a loop what its steps do not hand on, so that sites there are output sites too.
 
 A `scan` whose body computes an output from the carry, such as a readout at every step, or adds a
 loss up, becomes two: the recurrent rest, which now puts out what the other part reads, and that
@@ -6,14 +6,14 @@ part for all steps at once.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array
 
-from forwax._programs.evaluate import evaluate, read
+from forwax._programs.evaluate import Values, evaluate, read
 from forwax._programs.program import (
     Atom,
     Constant,
@@ -28,161 +28,250 @@ from forwax._programs.tracing import renamed_inputs, retrace
 
 
 def split_loops(traced: Traced, is_site: Callable[[Equation], bool]) -> Traced:
-    """The same computation with sites taken out of the top level's loops where no step depends on them."""
+    """The same computation with sites taken out of loops where no step depends on them.
+
+    Only loops of the top level are split. What is returned is `traced` itself if none is.
+    """
     equations: list[Equation] = []
     renamed: dict[Variable, Atom] = {}
     for equation in traced.program.equations:
-        moved = renamed_inputs(equation, renamed)
-        parts = _parts(moved.loop, is_site) if moved.loop is not None else None
-        if parts is None:
-            equations.append(moved)
+        equation = renamed_inputs(equation, renamed)
+        split = None
+        if equation.loop is not None:
+            split = _split(equation.loop, is_site)
+        if split is None:
+            equations.append(equation)
             continue
-        found = retrace(_function(moved, parts), moved.inputs, traced.types)
-        equations += found.equations
-        renamed |= dict(zip(moved.outputs, found.outputs, strict=True))
+        program = retrace(split.run, equation.inputs, traced.types)
+        equations += program.equations
+        renamed.update(zip(equation.outputs, program.outputs, strict=True))
     if not renamed:
         return traced
-    outputs = tuple(
-        atom if isinstance(atom, Constant) else renamed.get(atom, atom)
-        for atom in traced.program.outputs
+
+    outputs: list[Atom] = []
+    for atom in traced.program.outputs:
+        if not isinstance(atom, Constant):
+            atom = renamed.get(atom, atom)
+        outputs.append(atom)
+    program = Program(
+        traced.program.inputs,
+        tuple(equations),
+        tuple(outputs),
     )
-    return dataclasses.replace(
-        traced, program=Program(traced.program.inputs, tuple(equations), outputs)
-    )
+    return dataclasses.replace(traced, program=program)
+
+
+def _split(loop: Loop, is_site: Callable[[Equation], bool]) -> "_SplitLoop | None":
+    """How to split a loop, or None if nothing is gained."""
+    sums = _running_sums(loop)
+    adding: set[Equation] = set()
+    for running_sum in sums.values():
+        adding.update(running_sum.equations)
+    after, _ = loop.split_outputs(loop.body.outputs)
+    needed = set(variables(atom for i, atom in enumerate(after) if i not in sums))
+    recurrent: list[Equation] = []
+    behind: list[Equation] = []
+    for equation in reversed(loop.body.equations):
+        if equation in adding:
+            continue
+        if needed.isdisjoint(equation.outputs):
+            behind.append(equation)
+        else:
+            needed.update(equation.variables)
+            recurrent.append(equation)
+
+    if not any(map(is_site, behind)):
+        return None
+    if any(map(_stays_in_a_loop, behind)):
+        return None
+    recurrent.reverse()
+    behind.reverse()
+    summands = {i: running_sum.summand for i, running_sum in sums.items()}
+    return _SplitLoop(loop, recurrent, behind, summands)
+
+
+def _stays_in_a_loop(equation: Equation) -> bool:
+    return equation.contains(lambda facts: facts.stays_in_a_loop)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-    """What becomes of a loop's body.
+class _RunningSum:
+    """A carry c that becomes c + x in each step and is not read otherwise.
 
     Attributes:
-        kept: the equations that the next step needs.
-        taken: those that it does not.
-        sums: carries that only add up, with what is added.
+        equations: what adds, with casts of c before it.
+        summand: x.
     """
 
-    kept: tuple[Equation, ...]
-    taken: tuple[Equation, ...]
-    sums: dict[int, Variable]
+    equations: list[Equation]
+    summand: Variable
 
 
-def _parts(loop: Loop, is_site: Callable[[Equation], bool]) -> _Parts | None:
-    """How to split a loop, or None if nothing is gained."""
-    body = loop.body
-    sums, adding = _sums(loop)
-    needed = {
-        v
-        for i, v in enumerate(body.outputs[: loop.num_carry])
-        if i not in sums and not isinstance(v, Constant)
-    }
-    kept, taken = [], []
-    for equation in reversed(body.equations):
-        if equation in adding:
-            continue
-        if needed.intersection(equation.outputs):
-            needed.update(equation.variables)
-            kept.append(equation)
-        else:
-            taken.append(equation)
-    gained = any(is_site(equation) for equation in taken)
-    if not gained or any(e.contains(lambda facts: facts.stays_in_a_loop) for e in taken):
-        return None
-    return _Parts(tuple(reversed(kept)), tuple(reversed(taken)), sums)
-
-
-def _sums(loop: Loop) -> tuple[dict[int, Variable], list[Equation]]:
-    """The carries c that become c + x in each step and are not read otherwise, and the equations that add."""
-    body, sums, adding = loop.body, {}, []
+def _running_sums(loop: Loop) -> dict[int, _RunningSum]:
+    """The carries that only add up, by their position."""
     readers: dict[Variable, list[Equation]] = {}
-    for equation in body.equations:
-        for v in equation.variables:
-            readers.setdefault(v, []).append(equation)
-    outputs = variables(body.outputs)
-    for i in range(loop.num_carry):
-        carry, chain = body.inputs[loop.num_consts + i], []
-        while len(readers.get(carry, [])) == 1 and carry not in outputs:
-            equation = readers[carry][0]
-            chain.append(equation)
-            if not equation.facts.casts:  # a weak type becomes a strong one
-                break
-            carry = equation.outputs[0]
-        if chain and chain[-1].facts.sum_of_a_loop and chain[-1].outputs[0] == body.outputs[i]:
-            others = [v for v in chain[-1].variables if v != carry]
-            if (
-                len(others) == 1
-                and outputs.count(chain[-1].outputs[0]) == 1
-                and body.outputs[i] not in readers
-            ):
-                sums[i] = others[0]
-                adding += chain
-    return sums, adding
+    for equation in loop.body.equations:
+        for variable in equation.variables:
+            known = readers.setdefault(variable, [])
+            known.append(equation)
+    outputs = loop.body.outputs
+    _, before, _ = loop.split(loop.body.inputs)
+    sums: dict[int, _RunningSum] = {}
+    for i, carry in enumerate(before):
+        running_sum = _running_sum(carry, outputs[i], readers, outputs)
+        if running_sum is not None:
+            sums[i] = running_sum
+    return sums
 
 
-def _function(equation: Equation, parts: _Parts) -> Callable[..., list[Any]]:
-    """The split loop as a function of the loop's inputs."""
-    loop = equation.loop
-    assert loop is not None
-    body, first, last = loop.body, loop.num_consts, loop.num_consts + loop.num_carry
-    made = {v for e in parts.taken for v in e.outputs}
-    stacked = body.outputs[loop.num_carry :]
-    early = [atom for atom in stacked if isinstance(atom, Constant) or atom not in made]
-    carries = [i for i in range(loop.num_carry) if i not in parts.sums]
-    wanted = [*(v for e in parts.taken for v in e.variables), *parts.sums.values()]
-    given = {*body.inputs[:first], *body.inputs[last:]}
-    handed = [v for v in dict.fromkeys(wanted) if v not in made and v not in given]
+def _running_sum(
+    carry: Variable,
+    end: Atom,
+    readers: Mapping[Variable, Sequence[Equation]],
+    outputs: Sequence[Atom],
+) -> _RunningSum | None:
+    """How a carry adds up to what the body returns for it, or None if it does anything else."""
+    equations: list[Equation] = []
+    while carry not in outputs and len(readers.get(carry, [])) == 1:
+        equation = readers[carry][0]
+        equations.append(equation)
+        if not equation.facts.casts:
+            break
+        carry = equation.outputs[0]  # a weak type becomes a strong one
+    if not equations or not equations[-1].facts.sum_of_a_loop:
+        return None
 
-    def run(*values: Any) -> list[Any]:
-        fixed = dict(zip(body.inputs[:first], values[:first], strict=True))
-        slices = dict(zip(body.inputs[last:], values[last:], strict=True))
+    total = equations[-1].outputs[0]
+    summands = [v for v in equations[-1].variables if v != carry]
+    # Nobody but the next step may see the sum: else its partial sums are needed, step by step.
+    is_next_carry = total == end and outputs.count(total) == 1
+    if not is_next_carry or total in readers:
+        return None
+    if len(summands) != 1:  # `c + c` is no running sum
+        return None
+    return _RunningSum(equations, summands[0])
 
-        def step(carry: list[Any], slices: dict[Variable, Any]) -> tuple[list[Any], list[Any]]:
-            env = {
-                **fixed,
-                **slices,
-                **{body.inputs[first + i]: x for i, x in zip(carries, carry, strict=True)},
-            }
-            evaluate(parts.kept, env)
-            return [read(body.outputs[i], env) for i in carries], [
-                read(a, env) for a in [*early, *handed]
-            ]
 
-        starts = [values[first + i] for i in carries]
-        ends, ys = lax.scan(step, starts, slices, loop.length, loop.reverse, loop.unroll)
+class _SplitLoop:
+    """A loop in two parts, and the values that pass between them.
 
-        def after(mapped: dict[Variable, Any]) -> dict[Variable, Any]:
-            env = {**fixed, **mapped}
-            evaluate(parts.taken, env)
-            return {
-                v: env[v]
-                for v in [*variables(stacked), *parts.sums.values()]
-                if v in made or v in mapped
-            }
+    Attributes:
+        loop: the whole.
+        recurrent: the equations of its body that the next step needs.
+        behind: those that it does not.
+        sums: the carries that only add up, by position, with what is added.
+        consts: the body's inputs that are the same in every step.
+        before: its inputs that are carries.
+        xs: its inputs that are slices.
+        after: its outputs that are carries.
+        stacked: its other outputs.
+        carries: the positions of carries that do more than add up.
+        late: what is computed behind the loop.
+        handed_on: what that is computed from in each step.
+    """
 
-        behind = jax.vmap(after, axis_size=loop.length)(
-            {**slices, **dict(zip(handed, ys[len(early) :], strict=True))}
+    def __init__(
+        self,
+        loop: Loop,
+        recurrent: Sequence[Equation],
+        behind: Sequence[Equation],
+        sums: Mapping[int, Variable],
+    ) -> None:
+        self.loop = loop
+        self.recurrent = recurrent
+        self.behind = behind
+        self.sums = sums
+        self.consts, self.before, self.xs = loop.split(loop.body.inputs)
+        self.after, self.stacked = loop.split_outputs(loop.body.outputs)
+        positions = range(len(self.before))
+        self.carries = [i for i in positions if i not in sums]
+
+        self.late: set[Variable] = set()
+        reads: list[Variable] = []
+        for equation in behind:
+            self.late.update(equation.outputs)
+            reads += equation.variables
+        reads += sums.values()
+        others = {*self.late, *self.consts, *self.xs}
+        self.handed_on = [v for v in dict.fromkeys(reads) if v not in others]
+
+    def run(self, *values: Any) -> list[Any]:
+        """The loop's outputs from its inputs."""
+        const_values, starts, x_values = self.loop.split(values)
+        consts = dict(zip(self.consts, const_values, strict=True))
+        mapped = dict(zip(self.xs, x_values, strict=True))
+        final, early, handed_on = self.run_recurrent(starts, consts, mapped)
+        mapped.update(handed_on)
+        late = self.run_behind(consts, mapped)
+
+        for i, summand in self.sums.items():
+            if summand in late:
+                steps = late[summand]
+            else:  # the same in every step
+                value = consts[summand]
+                shape = (self.loop.length, *jnp.shape(value))
+                steps = jnp.broadcast_to(value, shape)
+            final[i] = _added(starts[i], steps)
+        outputs = [final[i] for i in range(len(starts))]
+        in_order = iter(early)
+        for atom in self.stacked:
+            if self.is_late(atom):
+                outputs.append(late[atom])
+            else:
+                outputs.append(next(in_order))
+        return outputs
+
+    def run_recurrent(
+        self,
+        starts: Sequence[Any],
+        consts: Values,
+        xs: Values,
+    ) -> tuple[dict[int, Any], Sequence[Any], Values]:
+        """The last carries by position, the early outputs, and what the other part reads."""
+        before = [self.before[i] for i in self.carries]
+        after = [self.after[i] for i in self.carries]
+        early = [atom for atom in self.stacked if not self.is_late(atom)]
+
+        def step(
+            carry: list[Any],
+            x: Values,
+        ) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
+            env = {**consts, **x}
+            env.update(zip(before, carry, strict=True))
+            evaluate(self.recurrent, env)
+            ends = [read(atom, env) for atom in after]
+            ys = [read(atom, env) for atom in early]
+            return ends, (ys, [env[v] for v in self.handed_on])
+
+        carry = [starts[i] for i in self.carries]
+        ends, (ys, handed_on) = self.loop.scan(step, carry, xs)
+        return (
+            dict(zip(self.carries, ends, strict=True)),
+            ys,
+            dict(zip(self.handed_on, handed_on, strict=True)),
         )
-        sums = {
-            i: _added(values[first + i], _stacked(behind, v, fixed, loop))
-            for i, v in parts.sums.items()
-        }
-        whole = iter(ys)
-        outputs = [
-            behind[a] if not isinstance(a, Constant) and a in made else next(whole) for a in stacked
-        ]
-        final = dict(zip(carries, ends, strict=True)) | sums
-        return [*(final[i] for i in range(loop.num_carry)), *outputs]
 
-    return run
+    def run_behind(self, consts: Values, mapped: Values) -> Values:
+        """Late outputs and summands, as far as they differ between steps: [steps, ...]."""
+        results: list[Variable] = []
+        for variable in (*variables(self.stacked), *self.sums.values()):
+            if variable in self.late or variable in mapped:
+                results.append(variable)
+
+        def one(mapped: Values) -> Values:
+            env = {**consts, **mapped}
+            evaluate(self.behind, env)
+            return {v: env[v] for v in results}
+
+        all_steps = jax.vmap(one, axis_size=self.loop.length)
+        return all_steps(mapped)
+
+    def is_late(self, atom: Atom) -> TypeGuard[Variable]:
+        return not isinstance(atom, Constant) and atom in self.late
 
 
-def _added(start: Any, steps: Any) -> Any:
-    return jnp.asarray(start, steps.dtype) + jnp.sum(steps, axis=0, dtype=steps.dtype)
-
-
-def _stacked(
-    behind: dict[Variable, Any], variable: Variable, fixed: dict[Variable, Any], loop: Loop
-) -> Any:
-    """What is added in each step, for all steps."""
-    if variable in behind:
-        return behind[variable]
-    return jnp.broadcast_to(fixed[variable], (loop.length, *jnp.shape(fixed[variable])))
+def _added(start: Any, steps: Array) -> Array:
+    """The last sum: the start and what all steps add, [steps, ...]."""
+    dtype = steps.dtype
+    total = jnp.sum(steps, axis=0, dtype=dtype)
+    return jnp.asarray(start, dtype) + total

@@ -1,43 +1,21 @@
 """The command `forwax`: finds the subcommand and imports it alone; the others cost nothing."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+_ABOUT = {
+    "train": "train a model on real data, by default without backpropagation",
+    "compare": "train the same model by several rules, side by side",
+    "diagnose": "measure what rules give and cost, and say which to use",
+    "optimize": "minimise a test function by backprop and without it",
+    "reproduce": "run a paper's experiments, ours beside the paper's",
+    "data": "fetch, verify and cache a data set, or say where it is",
+}
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
-    "train": (
-        "forwax.lab.commands.train",
-        "TrainOptions",
-        "train a model on real data, by default without backpropagation",
-    ),
-    "compare": (
-        "forwax.lab.commands.compare",
-        "CompareOptions",
-        "train the same model by several rules, side by side",
-    ),
-    "diagnose": (
-        "forwax.lab.commands.diagnose",
-        "DiagnoseOptions",
-        "measure what rules give and cost, and say which to use",
-    ),
-    "optimize": (
-        "forwax.lab.commands.optimize",
-        "OptimizeOptions",
-        "minimise a test function by backprop and without it",
-    ),
-    "reproduce": (
-        "forwax.lab.commands.reproduce",
-        "ReproduceOptions",
-        "run a paper's experiments, ours beside the paper's",
-    ),
-    "data": (
-        "forwax.lab.commands.data",
-        "DataOptions",
-        "fetch, verify and cache a data set, or say where it is",
-    ),
+    name: (f"forwax.lab.commands.{name}", f"{name.title()}Options", about)
+    for name, about in _ABOUT.items()
 }
 """Each subcommand: its module, its options there, and one line about it."""
 
@@ -48,18 +26,11 @@ def usage() -> str:
     >>> print(usage().splitlines()[0])
     usage: forwax COMMAND [OPTIONS]
     """
-    lines = [f"  {name:<11}{about}" for name, (_, _, about) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: forwax COMMAND [OPTIONS]",
-            "",
-            "Train and optimise without backpropagation.",
-            "",
-            *lines,
-            "",
-            "Help on a command: forwax COMMAND --help. Without options, `forwax train` trains on "
-            "digits.",
-        ]
+    commands = "\n".join(f"  {name:<11}{about}" for name, about in _ABOUT.items())
+    return (
+        "usage: forwax COMMAND [OPTIONS]\n\nTrain and optimise without backpropagation.\n\n"
+        f"{commands}\n\nHelp on a command: forwax COMMAND --help. Without options, `forwax train` "
+        "trains on digits."
     )
 
 
@@ -78,18 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         forwax train
         ```
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    first, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if first in ("-h", "--help"):
         print(usage())
-        return 0
-    if words[0] == "--version":
+    elif first == "--version":
         from importlib import metadata
 
         print(f"forwax {metadata.version('forwax')}")
-        return 0
-    if words[0] not in COMMANDS:
-        return _mistake(f"there is no command {words[0]!r}; choose one of: {', '.join(COMMANDS)}.")
-    return _run(words[0], words[1:])
+    elif first in COMMANDS:
+        return _run(first, words)
+    else:
+        return _mistake(f"there is no command {first!r}; choose one of: {', '.join(COMMANDS)}.")
+    return 0
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -100,18 +71,16 @@ def _run(name: str, words: list[str]) -> int:
         from forwax.lab.data import DataError
         from forwax.lab.flags import UsageError
 
-        module_name, options_name, _ = COMMANDS[name]
-        module: Any = import_module(module_name)
+        module: Any = import_module(COMMANDS[name][0])
     except ModuleNotFoundError as error:
         return _mistake(
             f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'."
         )
-    # without a text of its own, a command is described by its options' docstring
-    description = getattr(module, "DESCRIPTION", None)
     options = tyro.cli(
-        getattr(module, options_name),
+        getattr(module, COMMANDS[name][1]),
         prog=f"forwax {name}",
-        description=description,
+        # without a text of its own, a command is described by its options' docstring
+        description=getattr(module, "DESCRIPTION", None),
         args=words,
         config=(tyro.conf.DisallowNone,),
     )

@@ -1,10 +1,9 @@
 """How options read in `--help`, and what is said when one lies out of range."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
@@ -38,6 +37,8 @@ class Range:
 
 Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 Positive = Annotated[float, Range("a positive number", lambda x: 0 < x < math.inf)]
+CountOrNot = Chosen[Count]
+PathOrNot = Chosen[Path]
 _NOT_NEGATIVE = Range("zero or more", lambda x: 0 <= x < math.inf)
 NotNegative = Annotated[float, _NOT_NEGATIVE]
 Natural = Annotated[int, _NOT_NEGATIVE]

@@ -41,6 +41,7 @@ def softmax_cross_entropy(logits: Any, labels: Any) -> Array:
 def log_probabilities(logits: Array, targets: Array) -> Array:
     """The logarithms of softmax(logits), finite for a class of weight 0, so that 0 log 0 = 0."""
     logs = jax.nn.log_softmax(logits)
+    # 0 · -inf would be NaN.
     least = jnp.finfo(logs.dtype).min
     return jnp.where(targets == 0, jnp.maximum(logs, least), logs)
 
@@ -50,6 +51,7 @@ def as_targets(name: str, labels: Any, shape: tuple[int, ...]) -> Array:
     labels = jnp.asarray(labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         _check_shape(name, "class numbers", labels.shape, shape[:-1])
+        # A class number outside [0, K) gives a row of zeros, and loss 0.
         return jax.nn.one_hot(labels, shape[-1])
     if not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
@@ -66,7 +68,12 @@ def at_least_float32(x: Any) -> Array:
     return x.astype(promoted(x.dtype, jnp.float32))
 
 
-def _check_shape(name: str, kind: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _check_shape(
+    name: str,
+    kind: str,
+    got: tuple[int, ...],
+    expected: tuple[int, ...],
+) -> None:
     if got != expected:
         raise ValueError(
             f"{name}: expected {kind} of shape {expected}, got {got}. Class numbers are integers "

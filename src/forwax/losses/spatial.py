@@ -61,7 +61,12 @@ def spatial_average_group_linear(x: Any, w: Any, b: Any) -> Array:
     return _linear(*checked_head("spatial_average_group_linear", x, w, b))
 
 
-def spatial_average_group_linear_cross_entropy(x: Any, w: Any, b: Any, labels: Any) -> Array:
+def spatial_average_group_linear_cross_entropy(
+    x: Any,
+    w: Any,
+    b: Any,
+    labels: Any,
+) -> Array:
     """The softmax cross-entropy of `spatial_average_group_linear`, for each patch and group.
 
     It does without the logits of each. The value is the same for all p and g. The derivative of
@@ -190,6 +195,7 @@ def head_slopes(
 
 def pooled(x: Array) -> Array:
     """Features [..., G·C]: the mean over patches of x [..., P, G, C], in at least float32."""
+    # [..., P, G, C] -> [..., G, C]
     mean = jnp.mean(at_least_float32(x), axis=-3)
     return mean.reshape(*mean.shape[:-2], -1)
 

@@ -71,7 +71,14 @@ def spatial_average_group_linear_nt_xent(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _nt_xent(axis_name: Any, x: Array, y: Array, w: Array, b: Array, temperature: Array) -> Array:
+def _nt_xent(
+    axis_name: Any,
+    x: Array,
+    y: Array,
+    w: Array,
+    b: Array,
+    temperature: Array,
+) -> Array:
     views = affine(_features(x, y), w, b)
     return spread(nt_xent_of(views, keys_of(views), temperature, axis_name), x)
 
@@ -92,6 +99,7 @@ def _nt_xent_jvp(
     (error,) = pull(jnp.ones_like(values))
     common = [jnp.sum(error * part, axis=-1) for part in head_slopes(features, dw, db)]
     if moves(dtemperature):
+        # All losses have the one temperature: a single forward derivative serves every slope.
         one = jnp.ones_like(temperature)
         _, by_temperature = jax.jvp(lambda t: losses(views, t), (temperature,), (one,))
         common.append(by_temperature * dtemperature)
@@ -114,9 +122,15 @@ def _own(dx: Any, x: Array, w: Array, error: Array) -> Array:
     return jnp.zeros_like(error, shape=x.shape[:-1])
 
 
-def _losses(views: Array, temperature: Array, keys: Array, axis_name: Any) -> Array:
+def _losses(
+    views: Array,
+    temperature: Array,
+    keys: Array,
+    axis_name: Any,
+) -> Array:
     return nt_xent_of(views, keys, temperature, axis_name)
 
 
 def _features(x: Array, y: Array) -> Array:
+    # [2N, G·C]
     return jnp.concatenate([pooled(x), pooled(y)])

@@ -43,7 +43,12 @@ class Tangents(abc.ABC):
     """Whether each example of `in_axes` has directions of its own; needs `planned` as "factors"."""
 
     @abc.abstractmethod
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call.
 
         Args:
@@ -98,11 +103,21 @@ class IndependentTangents(Tangents):
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: an array of shape and dtype `spec` per leaf."""
 
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call; see `Tangents.draw`."""
         return self.draw_at(key, specs, jnp.arange(num_tangents))
 
-    def draw_at(self, key: Array, specs: Sequence[Spec], indices: Array) -> list[Array]:
+    def draw_at(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        indices: Array,
+    ) -> list[Array]:
         """Draw the directions of given indices [c] alone, the same for every cut into chunks."""
         return draw_each(self.draw_one, key, specs, indices)
 
@@ -151,7 +166,11 @@ def sampler(
     tangents.check(_tree.num_coordinates(like), num_tangents)
     groups = _groups(tangents, like, _mesh.axes(key))
 
-    def draw(key: Array, specs: Sequence[Spec], indices: Array) -> list[Array]:
+    def draw(
+        key: Array,
+        specs: Sequence[Spec],
+        indices: Array,
+    ) -> list[Array]:
         if tangents.one_by_one:
             return cast(IndependentTangents, tangents).draw_at(key, specs, indices)
         return tangents.draw(key, specs, num_tangents)
@@ -170,6 +189,7 @@ def sampler(
 
     if tangents.one_by_one and not hold:
         return at
+    # What is drawn jointly is drawn once, whatever the chunks.
     held = at(jnp.arange(num_tangents))
 
     def held_at(indices: Array) -> Tree:
@@ -187,6 +207,7 @@ def _groups(
     key_axes: _mesh.Axes,
 ) -> list[tuple[_mesh.Axes, list[int]]]:
     """Leaves that vary over the same mesh axes beyond the key's; each group has its own key."""
+    # An axis over which the key varies gives independent noise already.
     members: dict[_mesh.Axes, list[int]] = {}
     for i, over in enumerate(_mesh.tree_axes(like)):
         members.setdefault(over - key_axes, []).append(i)

@@ -48,7 +48,12 @@ class Coordinate(IndependentTangents):
         n = _tree.count(specs)
         return _tree.basis(jax.random.randint(key, (), 0, n), specs, math.sqrt(n))
 
-    def draw_at(self, key: Array, specs: Sequence[Spec], indices: Array) -> list[Array]:
+    def draw_at(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        indices: Array,
+    ) -> list[Array]:
         """Draw the directions of the given indices.
 
         Without replacement they are those of a permutation that the key fixes.
@@ -59,6 +64,7 @@ class Coordinate(IndependentTangents):
         permutation = jax.random.permutation(key, n)
         # JAX forgets over which mesh axes a permutation varies.
         order = _mesh.vary(permutation, _mesh.axes(key))
+        # The indices of a call count up, so that no coordinate comes twice.
         chosen = order[indices]
 
         def draw(index: Array) -> list[Array]:

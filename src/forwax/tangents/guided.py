@@ -57,7 +57,12 @@ class Guided(Tangents):
             )
         check_at_most(num_tangents, n, "Guided(guess)")
 
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call."""
         n = _tree.count(specs)
         guide = self._guide(specs)
@@ -84,6 +89,7 @@ class Guided(Tangents):
 
     def _scales(self, n: int, k: int, dtype: jnp.dtype) -> Array:
         """Factors [k] with which the mean of v vᵀ is I: the guess counts once in k directions."""
+        # On average the k - 1 others span a share (k - 1)/(n - 1) of what they stand for.
         around = math.sqrt(k * (n - 1) / (k - 1)) if k > 1 else 0.0
         return jnp.full((k,), around, dtype).at[0].set(math.sqrt(k))
 

@@ -53,7 +53,12 @@ class Hadamard(IndependentTangents):
         """Draw the first direction: the shared signs."""
         return Rademacher().draw_one(key, specs)
 
-    def draw_at(self, key: Array, specs: Sequence[Spec], indices: Array) -> list[Array]:
+    def draw_at(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        indices: Array,
+    ) -> list[Array]:
         """Draw the directions of the given indices [c]."""
         shared = self.draw_one(jax.random.fold_in(key, 0), specs)
         leaves: list[Array] = []
@@ -74,6 +79,7 @@ def _walsh(indices: Array, start: int, spec: Spec) -> Array:
     """(-1)^|i & j| for directions j [c] and the coordinates i of a leaf: float32 [c, *shape]."""
     positions = start + jnp.arange(math.prod(spec.shape), dtype=jnp.uint32)
     common = indices.astype(jnp.uint32)[:, None] & positions[None, :]
+    # Two rows differ at as many coordinates of a block as they agree at: they are orthogonal.
     parity = jax.lax.population_count(common) & 1
     signs = 1 - 2 * parity.astype(jnp.float32)
     return signs.reshape(-1, *spec.shape)

@@ -81,6 +81,7 @@ class LowRank(IndependentTangents):
         for spec in specs:
             leaf = next(drawn)
             if _is_matrix(spec):
+                # Each entry sums r products of signs: variance r, which the scale makes 1.
                 product = jnp.einsum("ri,rj->ij", leaf, next(drawn))
                 leaf = (product * self.rank**-0.5).reshape(spec.shape)
             leaves.append(leaf)
@@ -98,4 +99,5 @@ def _sides(spec: Spec) -> tuple[int, int]:
 
 
 def _is_matrix(spec: Spec) -> bool:
+    # With a side of 1 an outer product is a vector of signs itself.
     return min(_sides(spec)) > 1

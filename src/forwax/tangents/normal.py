@@ -42,8 +42,13 @@ class Normal(IndependentTangents):
         return (n + 1) / num_tangents
 
 
-def normal_leaves(key: Array, specs: Sequence[Spec], lead: tuple[int, ...] = ()) -> list[Array]:
+def normal_leaves(
+    key: Array,
+    specs: Sequence[Spec],
+    lead: tuple[int, ...] = (),
+) -> list[Array]:
     """Standard normal leaves [*lead, *shape]."""
+    # A key for each leaf: its noise depends on its place, not on the sizes of the others.
     leaves: list[Array] = []
     for leaf_key, spec in zip(jax.random.split(key, len(specs)), specs, strict=True):
         shape = lead + spec.shape

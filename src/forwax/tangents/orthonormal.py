@@ -38,7 +38,12 @@ class Orthonormal(Tangents):
         """Raise a ValueError when k > n."""
         check_at_most(num_tangents, n, "Orthonormal()")
 
-    def draw(self, key: Array, specs: Sequence[Spec], num_tangents: int) -> list[Array]:
+    def draw(
+        self,
+        key: Array,
+        specs: Sequence[Spec],
+        num_tangents: int,
+    ) -> list[Array]:
         """Draw all directions of one call."""
         n = _tree.count(specs)
         normal = jax.random.normal(key, (n, num_tangents), _tree.common_dtype(specs))

@@ -26,7 +26,7 @@ def assert_isotropic(
     false_alarm: float = 1e-6,
     max_draws: int = 4_000_000,
 ) -> int:
-    """Assert that the mean over a call's k directions of v vᵀ is the identity in expectation.
+    """Assert that the mean of v vᵀ over a call's k directions is the identity in expectation.
 
     Checks every entry of the n × n matrix and, with enough draws to find a deviation of `tolerance`
     with probability `power`, the mean squared length E|v|² / n = 1, over all coordinates and over
@@ -56,43 +56,43 @@ def assert_isotropic(
         2048
     """
     key = jax.random.key(0) if key is None else key
-    _check_form(
-        jax.eval_shape(lambda key: tangents.sample(key, like, num_tangents), key),
-        like,
-        num_tangents,
-    )
+    drawn_form = jax.eval_shape(lambda key: tangents.sample(key, like, num_tangents), key)
+    _check_form(drawn_form, like, num_tangents)
     specs = _tree.real_specs(like)
-    sizes, n = [math.prod(spec.shape) for spec in specs], _tree.count(specs)
+    n = _tree.count(specs)
 
     def statistic(key: Array) -> Array:
+        """The mean squared length, that of each leaf, and the n × n second moments."""
         sample = tangents.sample(key, like, num_tangents)
-        rows = jax.vmap(lambda v: _tree.join_flat(_tree.to_real(v)))(sample)
+        rows = jax.vmap(lambda v: _tree.join_flat(_tree.to_real(v)))(sample)  # [k, n]
         second = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / num_tangents
-        ends = np.cumsum(sizes)
         diagonal = jnp.diagonal(second)
-        lengths = [
-            jnp.mean(diagonal[end - size : end]) for size, end in zip(sizes, ends, strict=True)
-        ]
-        return jnp.concatenate([jnp.stack([jnp.mean(diagonal), *lengths]), second.ravel()])
+        lengths = [jnp.mean(diagonal)]
+        start = 0
+        for spec in specs:
+            end = start + math.prod(spec.shape)
+            lengths.append(jnp.mean(diagonal[start:end]))
+            start = end
+        return jnp.concatenate([jnp.stack(lengths), second.ravel()])
 
-    checks = 1 + len(sizes)
-    fail, detect = _statistics.thresholds(false_alarm, power, checks + n * n)
+    num_lengths = 1 + len(specs)
+    fail, detect = _statistics.thresholds(false_alarm, power, num_lengths + n * n)
     draw = _statistics.sampler(statistic)
     pilot = draw(jax.random.fold_in(key, 1), _PILOT)
-    num_draws = max(_PILOT, math.ceil((detect * pilot.deviation[:checks].max() / tolerance) ** 2))
+    # The standard error falls with the root of the draws.
+    wanted = (detect * pilot.deviation[:num_lengths].max() / tolerance) ** 2
+    num_draws = max(_PILOT, math.ceil(wanted))
     if num_draws > max_draws:
         raise ValueError(
             f"assert_isotropic: to find a deviation of {tolerance:.2%}, {num_draws} draws are "
-            f"needed, more than "
-            f"max_draws={max_draws}. Raise max_draws or tolerance."
+            f"needed, more than max_draws={max_draws}. Raise max_draws or tolerance."
         )
+    # Draws of their own: the pilot's chose how many there are.
     drawn = draw(jax.random.fold_in(key, 2), num_draws)
-    _compare(drawn, np.concatenate([np.ones(checks), np.eye(n).ravel()]), fail, _rounding(like))
+    expected = np.concatenate([np.ones(num_lengths), np.eye(n).ravel()])
+    rounding = _statistics.rounding([leaf.dtype for leaf in jax.tree.leaves(like)])
+    _compare(drawn, expected, fail, rounding)
     return drawn.num_draws
-
-
-def _rounding(like: Tree) -> float:
-    return _statistics.rounding([leaf.dtype for leaf in jax.tree.leaves(like)])
 
 
 def _check_form(sample: Tree, like: Tree, num_tangents: int) -> None:
@@ -100,19 +100,22 @@ def _check_form(sample: Tree, like: Tree, num_tangents: int) -> None:
     got = jax.tree.map(lambda x: (str(x.dtype), x.shape), sample)
     if expected != got:
         raise AssertionError(
-            f"the directions do not have the form of the parameters: expected {expected}, got "
-            f"{got}."
+            "the directions do not have the form of the parameters: "
+            f"expected {expected}, got {got}."
         )
 
 
 def _compare(
-    drawn: _statistics.Moments, expected: np.ndarray, fail: float, rounding: float
+    drawn: _statistics.Moments,
+    expected: np.ndarray,
+    fail: float,
+    rounding: float,
 ) -> None:
     excess = np.abs(drawn.mean - expected) - fail * drawn.error - rounding
+    # Not a number is the worst of all, though it compares as no excess.
     worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
     if not excess[worst] <= 0:
         raise AssertionError(
             f"E[v vᵀ] is not the identity: expected {expected[worst]:g}, got "
-            f"{drawn.mean[worst]:.5f} ± "
-            f"{drawn.error[worst]:.5f} over {drawn.num_draws} draws."
+            f"{drawn.mean[worst]:.5f} ± {drawn.error[worst]:.5f} over {drawn.num_draws} draws."
         )

@@ -1,4 +1,7 @@
-"""Is the mean of an estimate the gradient? Exactly where noise can be listed, and by draws with a stated power."""
+"""Is the mean of an estimate the gradient?
+
+Exactly where noise can be listed, and by draws with a stated power.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +22,8 @@ from forwax._tree import Tree
 from forwax.testing import _statistics
 
 _PILOT = 2048
-_LEAF_TOLERANCE = 0.5  # finds a leaf at zero or doubled
+_LEAF_TOLERANCE = 0.5
+"""Finds a leaf at zero or doubled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +68,14 @@ def assert_unbiased(
 ) -> Unbiased:
     """Assert that the mean of a rule's estimate is the gradient.
 
-    Two checks. The basis sum: for weight and activity noise, the mean over all coordinate
-    directions of the noise must equal the gradient to rounding; it finds any fault in the rule at
-    once, but the rule's own tangents take no part in it: it is left out for `tangents.LowRank`,
-    which is pushed by code of its own, and with `memory="replay"` it lists noise that is held,
-    where signs and normals are drawn site by site. Draws: each coordinate's mean must equal the
-    gradient's, and the projection <ĝ, g> / |g|² must have mean 1 for the whole estimate and for
-    each leaf by itself, since a small common factor hides in every single coordinate, and a leaf
-    left at zero, or doubled, hides in the whole.
+    Two checks. The basis sum: where the rule has a `Rule.basis`, as for weight and activity noise,
+    the mean over all coordinate directions of the noise must equal the gradient to rounding; it
+    finds any fault in the rule at once, but the rule's own tangents take no part in it: it is left
+    out for `tangents.LowRank`, which is pushed by code of its own, and with `memory="replay"` it
+    lists noise that is held, where signs and normals are drawn site by site. Draws: each
+    coordinate's mean must equal the gradient's, and the projection <ĝ, g> / |g|² must have mean 1
+    for the whole estimate and for each leaf by itself, since a small common factor hides in every
+    single coordinate, and a leaf left at zero, or doubled, hides in the whole.
 
     A pilot of 2,048 draws measures the deviations, from which the number of draws follows: enough
     to find a common factor of 1 ± `tolerance`, and a leaf off by half, with probability `power`. In
@@ -104,129 +108,165 @@ def assert_unbiased(
 
     Example:
         >>> import jax.numpy as jnp, forwax as fx
-        >>> shown = fx.testing.assert_unbiased(fx.WeightPerturbation(), lambda x: jnp.sum(x**2), [jnp.arange(3.0)])
+        >>> rule = fx.WeightPerturbation()
+        >>> shown = fx.testing.assert_unbiased(rule, lambda x: jnp.sum(x**2), [jnp.arange(3.0)])
         >>> shown.basis_sum, shown.detectable_bias <= 0.01
         (True, True)
     """
     key = jax.random.key(0) if key is None else key
-    options = {"argnums": argnums, "has_aux": has_aux, "in_axes": in_axes}
-    check = _Check(loss, tuple(args), kwargs or {}, options, key, reference, jit)
-    fail, detect = _statistics.thresholds(false_alarm, power, check.n + len(check.names) + 1)
-    basis_sum = check.basis_sum(rule)
-    draw = check.sampler(rule)
+    kwargs = kwargs or {}
+
+    def estimate(rule: Rule, key: Array) -> Tree:
+        both = value_and_grad(loss, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes)
+        return both(key, *args, **kwargs)[1]
+
+    def once(rule: Rule) -> Tree:
+        run = functools.partial(estimate, rule)
+        return jax.device_get((jax.jit(run) if jit else run)(key))
+
+    truth = _Truth.of(once(reference))
+    problem = Signature(loss, argnums, has_aux, in_axes).bind(tuple(args), kwargs)
+    listed = rule.basis(problem) if rule.unbiased else None
+    if listed is not None:
+        truth.check_basis_sum(once(listed))
+
+    num_projections = 1 + len(truth.seen)
+    fail, detect = _statistics.thresholds(false_alarm, power, num_projections + truth.n)
+    draw = _statistics.sampler(lambda each: truth.statistic(estimate(rule, each)), jit)
     pilot = draw(jax.random.fold_in(key, 1), _PILOT)
-    whole, leaves = pilot.deviation[0], pilot.deviation[1 : 1 + len(check.names)]
-    wanted = (detect * max(whole / tolerance, leaves.max() / _LEAF_TOLERANCE)) ** 2
+    whole = pilot.deviation[0]
+    hardest_leaf = pilot.deviation[1:num_projections].max()
+    # The standard error falls with the root of the draws.
+    wanted = (detect * max(whole / tolerance, hardest_leaf / _LEAF_TOLERANCE)) ** 2
     num_draws = max(_PILOT, math.ceil(wanted))
     if num_draws > max_draws:
         raise ValueError(
             f"assert_unbiased: to find a bias of {tolerance:.2%}, and a leaf off by half, "
-            f"{num_draws} draws are "
-            f"needed, more than max_draws={max_draws}. Raise max_draws or tolerance, or test with "
-            f"more tangents."
+            f"{num_draws} draws are needed, more than max_draws={max_draws}. "
+            "Raise max_draws or tolerance, or test with more tangents."
         )
-    check.compare(draw(jax.random.fold_in(key, 2), num_draws), fail)
+    # Draws of their own: the pilot's chose how many there are.
+    truth.check_draws(draw(jax.random.fold_in(key, 2), num_draws), fail)
     scale = detect / math.sqrt(num_draws)
     return Unbiased(
-        num_draws, scale * float(whole), scale * float(leaves.max()), power, false_alarm, basis_sum
+        num_draws=num_draws,
+        detectable_bias=scale * float(whole),
+        detectable_leaf_bias=scale * float(hardest_leaf),
+        power=power,
+        false_alarm=false_alarm,
+        basis_sum=listed is not None,
     )
 
 
-class _Check:
-    """The true gradient, and an estimate's statistics against it: projections first, then all coordinates."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Truth:
+    """The true gradient, and what estimates are compared with.
 
-    def __init__(self, loss, args, kwargs, options, key, reference, jit) -> None:
-        def gradient(rule: Rule, key: Array) -> Tree:
-            return value_and_grad(loss, rule, **options)(key, *args, **kwargs)[1]
+    Attributes:
+        leaves: its real leaves, in at least float32.
+        paths: what each leaf is called.
+        squares: the squared norm of each leaf [leaves].
+        rounding: a relative tolerance for what rounding alone can do.
+    """
 
-        def once(rule: Rule) -> Tree:
-            estimate = functools.partial(gradient, rule)
-            return jax.device_get((jax.jit(estimate) if jit else estimate)(key))
+    leaves: list[np.ndarray]
+    paths: list[str]
+    squares: np.ndarray
+    rounding: float
 
-        truth = once(reference)
-        self.estimate, self.once, self.jit = gradient, once, jit
-        self.problem = Signature(
-            loss, options["argnums"], options["has_aux"], options["in_axes"]
-        ).bind(args, kwargs)
-        self.truth = [
-            np.asarray(x, _tree.accumulation_dtype(x.dtype)) for x in _tree.to_real(truth)
-        ]
-        self.n = _tree.num_coordinates(truth)
-        self.paths = [jax.tree_util.keystr(path) or "the gradient" for path, _ in _paths(truth)]
-        self.rounding = _statistics.rounding([x.dtype for x in jax.tree.leaves(truth)])
-        self.squares = np.array([float(np.sum(np.square(x, dtype=np.float64))) for x in self.truth])
-        if not 0 < self.squares.sum() < np.inf:
+    @classmethod
+    def of(cls, gradient: Tree) -> "_Truth":
+        """The truth that a gradient is.
+
+        Raises:
+            ValueError: when it is zero or not finite.
+        """
+        named = jax.tree_util.tree_leaves_with_path(gradient)
+        real = _tree.to_real(gradient)
+        leaves = [np.asarray(x, _tree.accumulation_dtype(x.dtype)) for x in real]
+        squares = np.array([float(np.sum(np.square(x, dtype=np.float64))) for x in leaves])
+        if not 0 < squares.sum() < np.inf:
             raise ValueError(
-                f"assert_unbiased: expected a finite gradient other than zero, got squared norm "
-                f"{self.squares.sum()}. "
-                "Choose arguments at which the loss has a slope."
+                "assert_unbiased: expected a finite gradient other than zero, got squared norm "
+                f"{squares.sum()}. Choose arguments at which the loss has a slope."
             )
-        # A leaf whose share of the gradient is rounding has no direction to project on: its
-        # coordinates are checked.
-        self.seen = [
-            i for i, s in enumerate(self.squares) if s > self.rounding**2 * self.squares.sum()
-        ]
-        self.names = [self.paths[i] for i in self.seen]
+        return cls(
+            leaves=leaves,
+            paths=[jax.tree_util.keystr(path) or "the gradient" for path, _ in named],
+            squares=squares,
+            rounding=_statistics.rounding([x.dtype for _, x in named]),
+        )
 
-    def statistic(self, leaves: list[Array]) -> Array:
-        wide = [x.astype(t.dtype) for x, t in zip(leaves, self.truth, strict=True)]
-        products = [jnp.sum(x * t) for x, t in zip(wide, self.truth, strict=True)]
+    @property
+    def n(self) -> int:
+        """The number of real coordinates."""
+        return sum(x.size for x in self.leaves)
+
+    @property
+    def seen(self) -> list[int]:
+        """The positions of the leaves to project on.
+
+        A leaf whose share of the gradient is rounding has no direction: its coordinates are checked
+        all the same.
+        """
+        least = self.rounding**2 * self.squares.sum()
+        return [i for i, square in enumerate(self.squares) if square > least]
+
+    def statistic(self, estimate: Tree) -> Array:
+        """Projections on the whole gradient and on each seen leaf, then all coordinates."""
+        pairs = zip(_tree.to_real(estimate), self.leaves, strict=True)
+        wide = [x.astype(true.dtype) for x, true in pairs]
+        products = [jnp.sum(x * true) for x, true in zip(wide, self.leaves, strict=True)]
         whole = sum(products) / self.squares.sum()
         each = [products[i] / self.squares[i] for i in self.seen]
         return jnp.concatenate([jnp.stack([whole, *each]), _tree.join_flat(wide)])
 
-    def sampler(self, rule: Rule) -> Callable[[Array, int], _statistics.Moments]:
-        return _statistics.sampler(
-            lambda k: self.statistic(_tree.to_real(self.estimate(rule, k))), self.jit
-        )
-
-    def basis_sum(self, rule: Rule) -> bool:
-        listed = rule.basis(self.problem) if rule.unbiased else None
-        if listed is None:
-            return False
-        mean = _tree.to_real(self.once(listed))
-        for name, got, true in zip(self.paths, mean, self.truth, strict=True):
-            error = float(np.linalg.norm((np.asarray(got, true.dtype) - true).ravel()))
-            if not error <= self.rounding * math.sqrt(self.squares.sum()):
+    def check_basis_sum(self, mean: Tree) -> None:
+        """Raise an AssertionError unless the mean over listed noise is the gradient."""
+        norm = math.sqrt(self.squares.sum())
+        for path, got, true in zip(self.paths, _tree.to_real(mean), self.leaves, strict=True):
+            difference = np.asarray(got, true.dtype) - true
+            error = float(np.linalg.norm(difference.ravel()))
+            # Written so that what is no number fails.
+            if not error <= self.rounding * norm:
                 raise AssertionError(
-                    f"basis sum of {name}: the mean over all coordinate directions is off the "
-                    f"gradient by {error:.3g}, "
-                    f"where |gradient| = {math.sqrt(self.squares.sum()):.3g}. The rule is biased."
+                    f"basis sum of {path}: the mean over all coordinate directions is off the "
+                    f"gradient by {error:.3g}, where |gradient| = {norm:.3g}. The rule is biased."
                 )
-        return True
 
-    def compare(self, drawn: _statistics.Moments, fail: float) -> None:
-        split = 1 + len(self.names)
-        off = [
-            f"{mean:.5f} ± {error:.5f}{' (it never changes)' if error == 0 else ''} for {name}"
-            for name, mean, error in zip(
-                ["the whole", *self.names], drawn.mean, drawn.error, strict=False
-            )
-            if not abs(mean - 1) <= fail * error + self.rounding
-        ]
+    def check_draws(self, drawn: _statistics.Moments, fail: float) -> None:
+        """Raise an AssertionError where the mean of `statistic` is not what it should be."""
+        names = ["the whole", *(self.paths[i] for i in self.seen)]
+        off = []
+        for name, mean, error in zip(names, drawn.mean, drawn.error, strict=False):
+            if not abs(mean - 1) <= fail * error + self.rounding:
+                constant = " (it never changes)" if error == 0 else ""
+                off.append(f"{mean:.5f} ± {error:.5f}{constant} for {name}")
         if off:
             raise AssertionError(
                 f"projection <ĝ, g>/|g|²: expected 1, got {'; '.join(off)} over {drawn.num_draws} "
-                f"draws. The rule is "
-                "biased."
+                "draws. The rule is biased."
             )
-        self._compare_coordinates(drawn.mean[split:], drawn.error[split:], fail, drawn.num_draws)
+        split = len(names)
+        self._check_coordinates(drawn.mean[split:], drawn.error[split:], fail, drawn.num_draws)
 
-    def _compare_coordinates(
-        self, mean: np.ndarray, error: np.ndarray, fail: float, num_draws: int
+    def _check_coordinates(
+        self,
+        mean: np.ndarray,
+        error: np.ndarray,
+        fail: float,
+        num_draws: int,
     ) -> None:
-        truth = np.concatenate([x.ravel() for x in self.truth]).astype(np.float64)
-        excess = np.abs(mean - truth) - fail * error - self.rounding * np.abs(truth).max()
+        truth = np.concatenate([x.ravel() for x in self.leaves]).astype(np.float64)
+        allowed = fail * error + self.rounding * np.abs(truth).max()
+        excess = np.abs(mean - truth) - allowed
+        # Not a number is the worst of all, though it compares as no excess.
         worst = int(np.argmax(np.where(np.isnan(excess), np.inf, excess)))
         if not excess[worst] <= 0:
-            ends = np.cumsum([x.size for x in self.truth])
-            name = self.paths[int(np.searchsorted(ends, worst, side="right"))]
+            ends = np.cumsum([x.size for x in self.leaves])
+            path = self.paths[int(np.searchsorted(ends, worst, side="right"))]
             raise AssertionError(
-                f"coordinate {worst} of {self.n} (in {name}): expected {truth[worst]:.5g}, got "
-                f"{mean[worst]:.5g} ± "
-                f"{error[worst]:.2g} over {num_draws} draws. The rule is biased."
+                f"coordinate {worst} of {self.n} (in {path}): expected {truth[worst]:.5g}, got "
+                f"{mean[worst]:.5g} ± {error[worst]:.2g} over {num_draws} draws. "
+                "The rule is biased."
             )
-
-
-def _paths(tree: Tree) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)

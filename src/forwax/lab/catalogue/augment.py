@@ -5,8 +5,6 @@ image (height, width, channels) with values from 0 to 1, and gives an image of t
 same key gives the same image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -82,17 +80,15 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     (8, 8, 1)
     """
     keys = jax.random.split(key, 6)
+    # of each key, whether to change the image, and how
+    whether, how = jax.vmap(jax.random.split, out_axes=1)(keys)
     x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
-        keep, change = jax.random.split(keys[2])
-        x = _sometimes(keep, augmentation.jitter, jitter(change, x, augmentation), x)
-        keep, _ = jax.random.split(keys[3])
-        x = _sometimes(keep, augmentation.greyscale, _grey(x), x)
-    keep, change = jax.random.split(keys[4])
-    x = _sometimes(keep, augmentation.blur, blur(change, x), x)
-    keep, _ = jax.random.split(keys[5])
-    return _sometimes(keep, augmentation.solarise, jnp.where(x < 0.5, x, 1 - x), x)
+        x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x, augmentation), x)
+        x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
+    x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
+    return _sometimes(whether[5], augmentation.solarise, jnp.where(x < 0.5, x, 1 - x), x)
 
 
 def flip(key: Array, image: Array) -> Array:
@@ -110,8 +106,8 @@ def shift(key: Array, image: Array, pixels: int = 2) -> Array:
     >>> shift(jax.random.key(0), jnp.ones((4, 4, 1)), 1).shape
     (4, 4, 1)
     """
-    border = ((pixels, pixels), (pixels, pixels), (0, 0))
-    wide = jnp.pad(image, border, constant_values=image.min())
+    border = (pixels, pixels)
+    wide = jnp.pad(image, (border, border, (0, 0)), constant_values=image.min())
     top, left = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
     return jax.lax.dynamic_slice(wide, (top, left, 0), image.shape)
 
@@ -133,8 +129,8 @@ def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
     ratio = jnp.exp(jax.random.uniform(for_ratio, minval=-widest, maxval=widest))
     sides = jnp.sqrt(area * jnp.stack([ratio, 1 / ratio]))
     sides = jnp.minimum(sides, 1.0)  # [2], shares of the image's
-    size = jnp.array(image.shape[:2], image.dtype)
-    corner = jax.random.uniform(for_place, (2,)) * (1 - sides) * size
+    corner = jax.random.uniform(for_place, (2,)) * (1 - sides)
+    corner *= jnp.array(image.shape[:2], image.dtype)
     return jax.image.scale_and_translate(
         image,
         image.shape,
@@ -151,12 +147,20 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
     >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
     (4, 4, 3)
     """
-    amounts = jax.random.uniform(key, (4,), minval=-1.0)
-    x = image + augmentation.brightness * amounts[0]
-    x = _away(x, jnp.mean(_grey(x)), augmentation.contrast * amounts[1])
-    x = _away(x, _grey(x), augmentation.saturation * amounts[2])
-    angle = 2 * jnp.pi * (augmentation.hue * amounts[3])
-    return jnp.clip(_turn(x, angle), 0.0, 1.0)
+    most = jnp.array(
+        [
+            augmentation.brightness,
+            augmentation.contrast,
+            augmentation.saturation,
+            augmentation.hue,
+        ]
+    )
+    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0) * most
+    x = image + brightness
+    x = _away(x, jnp.mean(_grey(x)), contrast)
+    x = _away(x, _grey(x), saturation)
+    x = _turn(x, 2 * jnp.pi * hue)
+    return jnp.clip(x, 0.0, 1.0)
 
 
 def blur(key: Array, image: Array) -> Array:
@@ -173,7 +177,7 @@ def blur(key: Array, image: Array) -> Array:
 
     def band(size: int) -> Array:
         position = jnp.arange(size)
-        distance = position[:, None] - position
+        distance = position[:, None] - position[None, :]
         weights = jnp.exp(-(distance**2) / (2 * width**2))
         weights = jnp.where(jnp.abs(distance) <= reach, weights, 0.0)
         return weights / jnp.sum(weights, axis=1, keepdims=True)
@@ -196,8 +200,22 @@ def _away(image: Array, centre: Array, amount: Array) -> Array:
 
 def _turn(image: Array, angle: Array) -> Array:
     """Turn the hue: a rotation of the two colour axes of YIQ."""
-    to_yiq = jnp.array([GREY, (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)], image.dtype)
+    to_yiq = jnp.array(
+        [
+            GREY,
+            (0.596, -0.274, -0.322),
+            (0.211, -0.523, 0.312),
+        ],
+        image.dtype,
+    )
     cos = jnp.cos(angle)
     sin = jnp.sin(angle)
-    turn = jnp.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-    return image @ (jnp.linalg.inv(to_yiq) @ turn @ to_yiq).T
+    turn = jnp.array(
+        [
+            [1, 0, 0],
+            [0, cos, -sin],
+            [0, sin, cos],
+        ]
+    )
+    turn = jnp.linalg.inv(to_yiq) @ turn @ to_yiq
+    return image @ turn.T

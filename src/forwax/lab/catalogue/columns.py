@@ -6,8 +6,6 @@ CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's 
 `forwax.lab.catalogue.objectives`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -77,12 +75,25 @@ class Column:
         return dataclasses.replace(settings, warm_up=settings.steps * self.warm_up // self.epochs)
 
 
-def _rates(
-    backprop: float, feedback: float, direct: float, weight: float, activity: float
-) -> dict[str, float]:
-    """Give the methods of one kind the same rate."""
-    kinds = {"BP": backprop, "FA": feedback, "DFA": direct, "FG-W": weight, "FG-A": activity}
-    return {rule: kinds[reading.kind] for rule, reading in ren2023.READINGS.items()}
+def _column(
+    name: str, title: str, epochs: int, settings: Settings, rows: str, warm_up: int = 0
+) -> Column:
+    """Read a column's rows: each a rate and, where it trains for more or fewer, its epochs.
+
+    A row is a method, or a method and the number of its noises; `*FA` stands for all methods whose
+    errors go through fixed feedback, and so on. Later rows win.
+    """
+    rates: dict[str, float] = {}
+    longer: dict[str, int] = {}
+    for words in map(str.split, rows.strip().splitlines()):
+        row, rate, *rest = words
+        kind = row.removeprefix("*")
+        of_kind = [rule for rule, reading in ren2023.READINGS.items() if reading.kind == kind]
+        for each in [row] if kind == row else of_kind:
+            rates[each] = float(rate)
+            for own in rest:
+                longer[each] = int(own)
+    return Column(name, title, epochs, settings, rates, longer, warm_up)
 
 
 _MNIST = Settings(
@@ -106,62 +117,107 @@ _CONTRASTIVE = dataclasses.replace(
     _LARGE, objective="contrastive", optimizer="lars", batch_size=512
 )
 
+_CIFAR_RATES = """
+    *BP 0.2
+    *FA 0.2
+    *DFA 0.2
+    *FG-W 0.2
+    *FG-A 0.2
+"""
 _ALL = (
-    Column(
+    _column(
         "mnist-s",
         "MNIST, S/1/1",
         20,
         dataclasses.replace(_MNIST, size="S/1/1"),
-        _rates(0.1, 0.1, 0.2, 0.02, 0.005)
-        | dict.fromkeys(("LG-BP", "LG-FA"), 0.2)
-        | dict.fromkeys(("L-FG-A", "LG-FG-A"), 0.01)
-        | dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 0.03),
-        dict.fromkeys(DRAWING, 60)
-        | dict.fromkeys(("FG-A", "L-FG-A", "LG-FG-A"), 150)
-        | dict.fromkeys(("FG-A:8", "LG-FG-A:8"), 30),
+        """
+        *BP       0.1
+        *FA       0.1
+        *DFA      0.2
+        *FG-W     0.02   60
+        *FG-A     0.005  150
+        LG-BP     0.2
+        LG-FA     0.2
+        L-FG-A    0.01   150
+        LG-FG-A   0.01   150
+        FG-A:8    0.03   30
+        LG-FG-A:8 0.03   30
+        """,
     ),
-    Column(
+    _column(
         "mnist-m",
         "MNIST, M/1/16",
         20,
         dataclasses.replace(_MNIST, size="M/1/16"),
-        _rates(0.1, 0.1, 0.2, 0.04, 0.05)
-        | {"LG-BP": 0.2, "LG-FA": 0.2, "FG-A": 0.03, "FG-A:4": 0.06}
-        | {"LG-FG-A:4": 0.1, "LG-FG-A:8": 0.1, "LG-FG-A:16": 0.2},
-        dict.fromkeys(DRAWING, 40)
-        | dict.fromkeys(("FG-A", "LG-FG-A"), 120)
-        | dict.fromkeys(("FG-A:4", "LG-FG-A:4", "LG-FG-A:8"), 30)
-        | {"L-FG-A": 60, "LG-FG-A:16": 20},
+        """
+        *BP        0.1
+        *FA        0.1
+        *DFA       0.2
+        *FG-W      0.04  40
+        *FG-A      0.05  120
+        LG-BP      0.2
+        LG-FA      0.2
+        FG-A       0.03  120
+        L-FG-A     0.05  60
+        FG-A:4     0.06  30
+        LG-FG-A:4  0.1   30
+        LG-FG-A:8  0.1   30
+        LG-FG-A:16 0.2   20
+        """,
     ),
-    Column(
+    _column(
         "cifar-small",
         "CIFAR-10, S/4/8 (not in the paper)",
         5,
         _CIFAR,
-        _rates(0.05, 0.05, 0.02, 0.005, 0.02),
+        """
+        *BP   0.05
+        *FA   0.05
+        *DFA  0.02
+        *FG-W 0.005
+        *FG-A 0.02
+        """,
     ),
-    Column(
+    _column(
         "cifar-small-contrastive",
         "CIFAR-10, S/4/8, contrastive (not in the paper)",
         3,
         dataclasses.replace(_CIFAR, objective="contrastive", batch_size=256),
-        _rates(0.1, 0.1, 0.1, 0.02, 0.05),
+        """
+        *BP   0.1
+        *FA   0.1
+        *DFA  0.1
+        *FG-W 0.02
+        *FG-A 0.05
+        """,
     ),
-    Column("cifar-m", "CIFAR-10, M/8/16", 200, _LARGE, _rates(0.1, 0.05, 0.02, 0.005, 0.02)),
-    Column(
+    _column(
+        "cifar-m",
+        "CIFAR-10, M/8/16",
+        200,
+        _LARGE,
+        """
+        *BP   0.1
+        *FA   0.05
+        *DFA  0.02
+        *FG-W 0.005
+        *FG-A 0.02
+        """,
+    ),
+    _column(
         "cifar-m-contrastive",
         "CIFAR-10, M/8/16, contrastive",
         800,
         _CONTRASTIVE,
-        dict.fromkeys(RULES, 0.2),
+        _CIFAR_RATES,
         warm_up=10,
     ),
-    Column(
+    _column(
         "cifar-l-contrastive",
         "CIFAR-10, L/8/64, contrastive",
         800,
         dataclasses.replace(_CONTRASTIVE, size="L/8/64"),
-        dict.fromkeys(RULES, 0.2),
+        _CIFAR_RATES,
         warm_up=10,
     ),
 )
@@ -193,8 +249,11 @@ def row_of(settings: Settings) -> str:
     >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'
     """
-    several = (settings.num_tangents or 1) > 1
-    return f"{settings.rule}:{settings.num_tangents}" if several else settings.rule
+    return (
+        f"{settings.rule}:{settings.num_tangents}"
+        if (settings.num_tangents or 1) > 1
+        else settings.rule
+    )
 
 
 def learning_rate(settings: Settings) -> float:

@@ -184,8 +184,11 @@ def _on(data_set: str, title: str, *models: str) -> list[Experiment]:
 
 def _of_local_mixer(experiment: Experiment, settings: Settings) -> Experiment:
     """Give the experiment for a size and an objective."""
-    gradient = objectives.GRADIENTS[settings.objective or "supervised"]
-    return dataclasses.replace(experiment, model=columns.build_model(settings), gradient=gradient)
+    return dataclasses.replace(
+        experiment,
+        model=columns.build_model(settings),
+        gradient=objectives.GRADIENTS[settings.objective or "supervised"],
+    )
 
 
 _COLUMNS = columns.configurations()
@@ -217,12 +220,3 @@ _ALL = (
 
 EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 """Every experiment by its name."""
-
-
-def describe(experiment: Experiment) -> str:
-    """Give the experiment's name and description, for the command line's help.
-
-    >>> describe(EXPERIMENTS["mnist-logistic"])
-    'mnist-logistic: Logistic regression on MNIST.'
-    """
-    return f"{experiment.name}: {experiment.description}"

@@ -16,6 +16,7 @@ from forwax.lab.catalogue.columns import DRAWING, Column
 from forwax.lab.catalogue.rules import RULES, TANGENTS
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 from forwax.models import ren2023
 
 MANY = 16
@@ -29,59 +30,54 @@ On a CPU that is faster than all sixteen, and takes less memory.
 
 
 @dataclass(frozen=True)
-class Line:
-    """A rule of the table.
+class NamedRule:
+    """A rule of the table, or of a comparison.
 
     Attributes:
-        about: what it is, for people; {k} stands for the number of tangents.
-        settings: the settings that make it, by field of `Settings`.
+        about: what it is, for people; in the table {k} stands for the number of tangents.
+        given: the settings that make it, by field of `Settings`.
         tangents: how many tangents it draws without a number in its name; None where it draws none.
-        colour: a name of `forwax.lab.style.PALETTE`; by default the rule's own, or the next free
-            one.
+        colour: in the table a name of `forwax.lab.style.PALETTE`, by default the rule's own, or the
+            next free one; in a comparison the colour itself.
+        name: in a comparison the one that was asked for.
+        dashes: in a comparison those of its line.
 
     >>> LINES["backprop"].tangents is None
     True
     """
 
     about: str
-    settings: Mapping[str, Any]
+    given: Json
     tangents: int | None = None
     colour: str | None = None
+    name: str = ""
+    dashes: str = "-"
 
 
-def _by(rule: str, tangents: str = "rademacher", combine: str = "mean") -> dict[str, Any]:
+def _by(rule: str, tangents: str = "rademacher", combine: str = "mean") -> Json:
     return {"rule": rule, "tangents": tangents, "combine": combine}
 
 
-LINES: Mapping[str, Line] = {
-    "backprop": Line("backprop", {"rule": "backprop"}),
-    "forward": Line("forward gradient, {k}", _by("weight"), 1),
-    "forward-normal": Line("forward gradient, {k}, normal", _by("weight", "normal"), 1, "value"),
-    "low-rank": Line("rank-1 forward gradient, {k}", _by("weight", "low-rank"), 1),
-    "projection": Line("projection, {k}", _by("weight", combine="projection"), MANY),
-    "shrinkage": Line("shrinkage, {k}", _by("weight", combine="shrinkage"), MANY),
-    "orthonormal": Line("orthonormal, {k}", _by("weight", "orthonormal"), MANY),
-    "finite-difference": Line("finite differences, {k}", _by("finite-difference"), 1),
-    "activity": Line("activity noise, {k}", _by("activity"), 1),
-    "feedback": Line("feedback alignment", {"rule": "feedback"}),
-    "direct-feedback": Line("direct feedback alignment", {"rule": "direct-feedback"}),
-    "exact": Line("exact, forward mode", {"rule": "exact"}),
+LINES: Mapping[str, NamedRule] = {
+    "backprop": NamedRule("backprop", {"rule": "backprop"}),
+    "forward": NamedRule("forward gradient, {k}", _by("weight"), 1),
+    "forward-normal": NamedRule(
+        "forward gradient, {k}, normal", _by("weight", "normal"), 1, "value"
+    ),
+    "low-rank": NamedRule("rank-1 forward gradient, {k}", _by("weight", "low-rank"), 1),
+    "projection": NamedRule("projection, {k}", _by("weight", combine="projection"), MANY),
+    "shrinkage": NamedRule("shrinkage, {k}", _by("weight", combine="shrinkage"), MANY),
+    "orthonormal": NamedRule("orthonormal, {k}", _by("weight", "orthonormal"), MANY),
+    "finite-difference": NamedRule("finite differences, {k}", _by("finite-difference"), 1),
+    "activity": NamedRule("activity noise, {k}", _by("activity"), 1),
+    "feedback": NamedRule("feedback alignment", {"rule": "feedback"}),
+    "direct-feedback": NamedRule("direct feedback alignment", {"rule": "direct-feedback"}),
+    "exact": NamedRule("exact, forward mode", {"rule": "exact"}),
 }
 """Every rule by its name; `NAME-K` is the same with K tangents, such as forward-16."""
 
 DEFAULT_RULES = ("backprop", "forward", "forward-16", "projection")
 PAPER_RULES = ("backprop", "forward-normal", "forward")
-
-
-@dataclass(frozen=True)
-class NamedRule:
-    """A rule of a comparison: its name, what it is, its settings, its colour and its dashes."""
-
-    name: str
-    about: str
-    given: Mapping[str, Any]
-    colour: str
-    dashes: str
 
 
 def parse(name: str, index: int = 0) -> NamedRule:
@@ -108,18 +104,17 @@ def parse(name: str, index: int = 0) -> NamedRule:
             "tangents may be followed by their number, such as forward-16."
         )
     count = said or line.tangents
-    given = dict(line.settings)
+    given = dict(line.given)
     if count is not None:
         given["num_tangents"] = count
         chunks = "chunk_size" in RULES[given["rule"]].takes and given["combine"] == "mean"
         if count > CHUNK and chunks:
             given["chunk_size"] = CHUNK
     about = line.about.format(k=f"{count} tangent" + ("" if count == 1 else "s"))
-    own_colour = "forward-16" if base == "forward" and count != 1 else base
-    colour = line.colour or own_colour
+    colour = line.colour or ("forward-16" if base == "forward" and count != 1 else base)
     # the same colour as without the number, hence dashes
     dashes = "--" if count != line.tangents and colour == base else "-"
-    return NamedRule(name, about, given, style.colour(colour, index), dashes)
+    return NamedRule(about, given, count, style.colour(colour, index), name, dashes)
 
 
 def parse_all(names: tuple[str, ...]) -> list[NamedRule]:
@@ -177,13 +172,12 @@ class Entry:
                     f"{rule} draws no noise, so that {text!r} means nothing; write {rule}."
                 )
             return cls(rule)
-        given: dict[str, Any] = dict(_read(word, text) for word in words)
+        given: Json = dict(_read(word, text) for word in words)
         if len(given) < len(words):
             raise UsageError(
                 f"{text!r} says twice how many noises, of which kind or one-slope; say each once."
             )
-        count = given.setdefault("num_tangents", 1)
-        given.setdefault("tangents", _signs(count))
+        given.setdefault("tangents", _signs(given.setdefault("num_tangents", 1)))
         return cls(rule, **given)
 
     @property

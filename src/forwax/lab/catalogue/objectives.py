@@ -18,8 +18,6 @@ area and more. Still different are
   warm-up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,11 +34,11 @@ from forwax.models import local_losses, ren2023
 Scale = Callable[[Array], Array]
 """From pixels to inputs."""
 
-Gradient = Callable[[Any], Callable[..., Any]]
-"""From a rule to a function of a batch, which gives ((loss, correct), grads).
+Estimate = Callable[[Array, Any, Array, Array], Any]
+"""From (key, params, images, labels) of a batch to ((loss, correct), grads)."""
 
-The function takes (key, params, images, labels).
-"""
+Gradient = Callable[[Any], Estimate]
+"""From a rule to what estimates the gradient by it."""
 
 Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
 """From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
@@ -74,11 +72,18 @@ def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
     """
 
     def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
-        model = eqx.combine(cast(params, dtype), static)
-        logits = model(scale(image).astype(dtype)).astype(parameter_dtype(dtype))
+        logits = eqx.combine(cast(params, dtype), static)(scale(image).astype(dtype)).astype(
+            parameter_dtype(dtype)
+        )
         return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
 
     return loss
+
+
+def _read(settings: Settings) -> tuple[Any, ren2023.Reading, bool]:
+    """The floating type, what the method's name says, and whether its losses come in parts."""
+    reading = ren2023.READINGS[settings.rule]
+    return jnp.dtype(settings.dtype), reading, settings.parts and reading.draws_noise
 
 
 def supervised(static: Any, scale: Scale, settings: Settings, largest_pixel: int) -> Gradient:
@@ -90,19 +95,18 @@ def supervised(static: Any, scale: Scale, settings: Settings, largest_pixel: int
         settings: the run's settings.
         largest_pixel: of the data set, see `DataSet.scale`.
     """
-    dtype = jnp.dtype(settings.dtype)
-    reading = ren2023.READINGS[settings.rule]
-    parts = settings.parts and reading.draws_noise
+    dtype, reading, parts = _read(settings)
 
     def loss(params: Any, x: Array, label: Array) -> Any:
-        model = eqx.combine(cast(params, dtype), static)
-        losses = local_losses(model, x, label, reading.losses, parts=parts)
+        losses = local_losses(
+            eqx.combine(cast(params, dtype), static), x, label, reading.losses, parts=parts
+        )
         # the same forward pass again, which XLA merges with the first; no rule sees parameters in
         # it
         seen = eqx.combine(cast(lax.stop_gradient(params), dtype), static)
         return losses, jnp.argmax(lax.stop_gradient(seen(x))) == label
 
-    def gradient(rule: Any) -> Callable[..., Any]:
+    def gradient(rule: Any) -> Estimate:
         of_batch = fx.value_and_grad(loss, rule, has_aux=True, in_axes=(None, 0, 0))
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
@@ -132,13 +136,12 @@ def contrastive(static: Any, scale: Scale, settings: Settings, largest_pixel: in
 
     The accuracy is the readout's on the first view; the arguments are those of `supervised`.
     """
-    dtype = jnp.dtype(settings.dtype)
-    reading = ren2023.READINGS[settings.rule]
-    parts = settings.parts and reading.draws_noise
+    dtype, reading, parts = _read(settings)
 
-    def gradient(rule: Any) -> Callable[..., Any]:
-        method = ren2023.Method(settings.rule, reading.losses, parts, rule)
-        of_batch = ren2023.contrastive(method, static)
+    def gradient(rule: Any) -> Estimate:
+        of_batch = ren2023.contrastive(
+            ren2023.Method(settings.rule, reading.losses, parts, rule), static
+        )
 
         def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
             key, shown = jax.random.split(key)

@@ -17,8 +17,6 @@ found so:
   with the base rate of their papers.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -77,25 +75,33 @@ def decayed_by_lars(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+_ADAPTIVE = {
+    "adam": 1e-3,
+    "adamw": 1e-3,
+    "adamax": 2e-3,
+    "nadam": 1e-3,
+    "radam": 1e-3,
+    "adabelief": 1e-3,
+    "adagrad": 1e-2,
+    "rmsprop": 1e-3,
+    "lion": 1e-4,
+    "lamb": 1e-3,
+    "yogi": 1e-2,
+}
+"""The base rates of optax's optimizers of these names."""
+
 _momentum = functools.partial(optax.sgd, momentum=MOMENTUM)
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(optax.sgd),
     "momentum": OptimizerChoice(_momentum, factor=1 - MOMENTUM),
     "nesterov": OptimizerChoice(functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM),
-    "adam": OptimizerChoice(optax.adam, 1e-3),
-    "adamw": OptimizerChoice(optax.adamw, 1e-3, decays=True),
-    "adamax": OptimizerChoice(optax.adamax, 2e-3),
-    "nadam": OptimizerChoice(optax.nadam, 1e-3),
-    "radam": OptimizerChoice(optax.radam, 1e-3),
-    "adabelief": OptimizerChoice(optax.adabelief, 1e-3),
-    "adagrad": OptimizerChoice(optax.adagrad, 1e-2),
-    "rmsprop": OptimizerChoice(optax.rmsprop, 1e-3),
-    "lion": OptimizerChoice(optax.lion, 1e-4, decays=True),
-    "lamb": OptimizerChoice(optax.lamb, 1e-3, decays=True),
+    **{
+        name: OptimizerChoice(getattr(optax, name), rate, decays=name in ("adamw", "lion", "lamb"))
+        for name, rate in _ADAPTIVE.items()
+    },
     "lars": OptimizerChoice(
         functools.partial(optax.lars, weight_decay_mask=decayed_by_lars), 1e-1, decays=True
     ),
-    "yogi": OptimizerChoice(optax.yogi, 1e-2),
 }
 """Every optimizer of the command line."""
 
@@ -132,17 +138,19 @@ def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warm_up])
 
 
-def build_optimizer(settings: Settings, learning_rate: float) -> optax.GradientTransformation:
+def build_optimizer(settings: Settings) -> optax.GradientTransformation:
     """Build the optimizer with its schedule and weight decay.
 
     Args:
-        settings: the run's settings.
-        learning_rate: the rate at the schedule's start.
+        settings: the run's settings, with a learning rate.
 
-    >>> state = build_optimizer(Settings(optimizer="adam"), 1e-3).init({"w": 0.0})
+    >>> settings = Settings(optimizer="adam", learning_rate=1e-3)
+    >>> state = build_optimizer(settings).init({"w": 0.0})
     """
+    if settings.learning_rate is None:
+        raise ValueError("expected settings with a learning rate, got None; see options.resolve")
     choice = OPTIMIZERS[settings.optimizer]
-    schedule = build_schedule(settings, learning_rate)
+    schedule = build_schedule(settings, settings.learning_rate)
     if choice.decays:
         return choice.build(schedule, weight_decay=settings.weight_decay)
     optimizer = choice.build(schedule)

@@ -1,7 +1,5 @@
 """The options of a training run, and how they become settings: a configuration, then the user."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -16,6 +14,7 @@ from forwax.lab.catalogue.optimizers import OPTIMIZERS, SCHEDULES
 from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, check_rule
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import Chosen, UsageError, check_ranges
+from forwax.lab.report import Json
 
 if TYPE_CHECKING:
     ExperimentName = OneLossName = str
@@ -42,11 +41,14 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, None]:
     """Leave a field of the settings open: its names, its text, and None where it is not named."""
     if field.name in _NAMES:
         kind = Literal[tuple(_NAMES[field.name])]
-    told = tyro.conf.arg(help=field.metadata["help"], help_behavior_hint="")
-    return field.name, Annotated[kind | None, told], None
+    return (
+        field.name,
+        Annotated[kind | None, tyro.conf.arg(help=field.metadata["help"], help_behavior_hint="")],
+        None,
+    )
 
 
-def _given(self: Any) -> dict[str, Any]:
+def _given(self: Any) -> Json:
     """Give what the user named, by field; fields of subclasses are left out."""
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SettingOptions)}
     return {name: value for name, value in values.items() if value is not None}
@@ -101,7 +103,7 @@ def find_configuration(experiment: Experiment, name: str) -> Settings:
     raise UsageError(f"{reason} Choose --config from: {known}.")
 
 
-def asked(experiment: Experiment, configuration: str, given: dict[str, Any]) -> Settings:
+def asked(experiment: Experiment, configuration: str, given: Json) -> Settings:
     """Give the configuration with what the user named.
 
     A model, its loss and its data depend on nothing else.
@@ -117,8 +119,10 @@ def asked(experiment: Experiment, configuration: str, given: dict[str, Any]) -> 
     >>> asked(find_experiment("local-mixer"), "default", {"size": "S/1/1", "epochs": 2}).size
     'S/1/1'
     """
-    named = {name: value for name, value in given.items() if name != "epochs"}
-    settings = dataclasses.replace(find_configuration(experiment, configuration), **named)
+    settings = dataclasses.replace(
+        find_configuration(experiment, configuration),
+        **{name: value for name, value in given.items() if name != "epochs"},
+    )
     check_open_choices(experiment, settings, given)
     return settings
 
@@ -126,7 +130,7 @@ def asked(experiment: Experiment, configuration: str, given: dict[str, Any]) -> 
 def resolve(
     experiment: Experiment,
     configuration: str,
-    given: dict[str, Any],
+    given: Json,
     num_examples: int,
     num_parameters: int,
     noise: Callable[[Any], int | None] = lambda rule: None,
@@ -181,7 +185,7 @@ def resolve(
 
 
 def _with_steps(
-    settings: Settings, experiment: Experiment, given: dict[str, Any], num_examples: int
+    settings: Settings, experiment: Experiment, given: Json, num_examples: int
 ) -> Settings:
     """Turn epochs into steps; an unfinished batch at an epoch's end is left out."""
     epochs = given.get("epochs")
@@ -203,7 +207,7 @@ def _with_steps(
     return dataclasses.replace(settings, steps=steps)
 
 
-def check_open_choices(experiment: Experiment, settings: Settings, given: dict[str, Any]) -> None:
+def check_open_choices(experiment: Experiment, settings: Settings, given: Json) -> None:
     """Refuse a size, data set, objective or method where the experiment leaves none open.
 
     Raises:

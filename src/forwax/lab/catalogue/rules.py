@@ -1,7 +1,5 @@
 """Tables of the rules, tangents and combinations of the command line: one line adds one."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,48 +73,28 @@ class RuleChoice:
     tangents: str = "rademacher"
 
 
-def _tangents(settings: Settings, guess: Any) -> tangents.Tangents:
+def _tangents(settings: Settings, guess: Any) -> Any:
     name = settings.tangents or RULES[settings.rule].tangents
     if name == "sparse":
         return tangents.Sparse(settings.density or 0.1)
     return tangents.Guided(guess) if name == "guided" else TANGENTS[name]
 
 
-def _parts(settings: Settings, guess: Any) -> dict[str, Any]:
-    """Build what all rules with tangents share."""
-    name = settings.combine or "mean"
-    combination = COMBINES[name]
-    if name == "control-variate":
-        combination = dataclasses.replace(combination, guess=guess)
-    return {
-        "tangents": _tangents(settings, guess),
-        "num_tangents": settings.num_tangents or 1,
-        "combine": combination,
-    }
-
-
-def _weight(settings: Settings, guess: Any) -> fx.Rule:
-    return fx.WeightPerturbation(**_parts(settings, guess), chunk_size=settings.chunk_size)
+def _drawn(rule: Callable[..., fx.Rule], settings: Settings, guess: Any, **own: Any) -> fx.Rule:
+    """Build a rule with tangents."""
+    combination = COMBINES[settings.combine or "mean"]
+    if settings.combine == "control-variate":
+        combination = combine.ControlVariate(guess)
+    return rule(
+        _tangents(settings, guess),
+        num_tangents=settings.num_tangents or 1,
+        combine=combination,
+        **own,
+    )
 
 
 def _exact(settings: Settings, guess: Any) -> fx.Rule:
     return fx.Exact() if settings.chunk_size is None else fx.Exact(chunk_size=settings.chunk_size)
-
-
-def _finite_difference(settings: Settings, guess: Any) -> fx.Rule:
-    return fx.FiniteDifference(**_parts(settings, guess), epsilon=settings.epsilon or 1e-3)
-
-
-def _activity(settings: Settings, guess: Any) -> fx.Rule:
-    return fx.ActivityPerturbation(**_parts(settings, guess))
-
-
-def _backprop(settings: Settings, guess: Any) -> fx.Rule:
-    return fx.Backprop()
-
-
-def _feedback(settings: Settings, feedback: Any) -> fx.Rule:
-    return fx.FeedbackAlignment(feedback)
 
 
 def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
@@ -124,11 +102,10 @@ def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
 
 
 def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
-    drawn: dict[str, Any] = {
-        "tangents": _tangents(settings, None),
-        "num_tangents": settings.num_tangents or 1,
-    }
-    return ren2023.method(settings.rule, None, jax.random.key(settings.seed), **drawn).rule
+    key, number = jax.random.key(settings.seed), settings.num_tangents or 1
+    return ren2023.method(
+        settings.rule, None, key, tangents=_tangents(settings, None), num_tangents=number
+    ).rule
 
 
 _LOCAL = (
@@ -138,31 +115,11 @@ _LOCAL = (
 _SAFETY = ("clip_slopes", "skip_bad_slopes")
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
-
-def _published(reading: ren2023.Reading) -> RuleChoice:
-    """A method of Ren et al. 2023."""
-    without_noise: dict[str, Build] = {
-        "BP": _backprop,
-        "FA": _feedback,
-        "DFA": _direct_feedback,
-    }
-    crosses = reading.kind in ("BP", "FA")
-    return RuleChoice(
-        without_noise.get(reading.kind, _published_noise),
-        ("tangents", "num_tangents") if reading.draws_noise else (),
-        "as in Ren et al. 2023",
-        "" if crosses else _LOCAL,
-        tangents="hadamard",
-        reverse_mode=crosses,
-        needs_data=True,
-        published=True,
-        keeps_feedback=reading.kind == "FA",
-    )
-
-
-RULES: Mapping[str, RuleChoice] = {
+_PLAIN: Mapping[str, RuleChoice] = {
     "weight": RuleChoice(
-        _weight,
+        lambda settings, guess: _drawn(
+            fx.WeightPerturbation, settings, guess, chunk_size=settings.chunk_size
+        ),
         (*_DRAWN, "chunk_size", *_SAFETY),
         "slopes along random weight tangents, by forward mode",
         tangents="low-rank",
@@ -171,17 +128,21 @@ RULES: Mapping[str, RuleChoice] = {
         _exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"
     ),
     "finite-difference": RuleChoice(
-        _finite_difference, (*_DRAWN, "epsilon"), "slopes from two evaluations each"
+        lambda settings, guess: _drawn(
+            fx.FiniteDifference, settings, guess, epsilon=settings.epsilon or 1e-3
+        ),
+        (*_DRAWN, "epsilon"),
+        "slopes from two evaluations each",
     ),
     "activity": RuleChoice(
-        _activity,
+        lambda settings, guess: _drawn(fx.ActivityPerturbation, settings, guess),
         _DRAWN,
         "slopes along noise on the activities, one for each example",
         _LOCAL,
         needs_data=True,
     ),
     "feedback": RuleChoice(
-        _feedback,
+        lambda settings, feedback: fx.FeedbackAlignment(feedback),
         (),
         "errors cross layers through fixed random matrices",
         "",
@@ -196,7 +157,31 @@ RULES: Mapping[str, RuleChoice] = {
         _LOCAL,
         needs_data=True,
     ),
-    "backprop": RuleChoice(_backprop, (), "reverse mode, the reference", "", reverse_mode=True),
+    "backprop": RuleChoice(
+        lambda settings, guess: fx.Backprop(),
+        (),
+        "reverse mode, the reference",
+        "",
+        reverse_mode=True,
+    ),
+}
+
+
+def _published(reading: ren2023.Reading) -> RuleChoice:
+    """A method of Ren et al. 2023: one of the rules above, or noise of its own."""
+    plain = {"BP": "backprop", "FA": "feedback", "DFA": "direct-feedback"}.get(reading.kind)
+    own = RuleChoice(_published_noise, ("tangents", "num_tangents"), "", _LOCAL)
+    return dataclasses.replace(
+        _PLAIN[plain] if plain else own,
+        about="as in Ren et al. 2023",
+        tangents="hadamard",
+        needs_data=True,
+        published=True,
+    )
+
+
+RULES: Mapping[str, RuleChoice] = {
+    **_PLAIN,
     **{name: _published(reading) for name, reading in ren2023.READINGS.items()},
 }
 """Every rule of the command line."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from forwax.lab.flags import Count, Natural, NotNegative, Positive, Range
+from forwax.lab.report import Json
 
 Share = Annotated[Positive, Range("at most 1", lambda x: x <= 1)]
 Seed = Annotated[Natural, Range("below 2**32", lambda x: x < 2**32)]
@@ -117,7 +118,7 @@ class Settings:
     )
     data_parallel: bool = _choice(False, "Whether each batch is spread over all local devices.")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Give the settings as a dictionary that JSON can hold.
 
         >>> Settings.from_dict(Settings(steps=3).as_dict()) == Settings(steps=3)
@@ -126,7 +127,7 @@ class Settings:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Settings:
+    def from_dict(cls, values: Json) -> Settings:
         """Read settings back from a dictionary that may hold other things as well.
 
         >>> Settings.from_dict({"steps": 3, "experiment": "digits"}).steps

@@ -5,18 +5,16 @@ rate, then each seed is trained under each rule. Every finished part is a file i
 folder, so that a rerun skips it.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from datetime import datetime
-from typing import Any
 
 from forwax.lab import report
 from forwax.lab.catalogue import names
 from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
 from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready
+from forwax.lab.report import Json
 
 __all__ = ["DESCRIPTION", "CompareOptions", "compare", "run"]
 
@@ -74,7 +72,7 @@ def run(options: CompareOptions) -> int:
     return 0
 
 
-def compare(comparison: Comparison) -> dict[str, Any]:
+def compare(comparison: Comparison) -> Json:
     """Do every part that is not done yet, and gather the results.
 
     Args:
@@ -87,38 +85,39 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     bench = Bench(comparison)
     print(f"Folder: {comparison.folder}", flush=True)
     timing = comparison.part("timing", bench.timing)
-    searches: dict[str, list[dict[str, Any]]] = {}
-    learning_rates: dict[str, float] = {}
+    searches: dict[str, list[Json]] = {}
+    runs: dict[str, list[Json]] = {}
+    rates_found: dict[str, float] = {}
     for name, settings in comparison.settings.items():
-        assert settings.learning_rate is not None
-        searches[name] = [] if options.paper else _search(bench, name, settings.learning_rate)
-        tried = rates.pairs(searches[name])
-        learning_rates[name] = rates.best_rate(tried) if tried else settings.learning_rate
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in learning_rates}
+        rate = settings.learning_rate
+        assert rate is not None
+        searches[name] = [] if options.paper else _search(bench, name, rate)
+        rates_found[name] = rates.best_rate(rates.pairs(searches[name]) or [(rate, 0.0)])
     for seed in range(options.seeds):
-        for name, rate in learning_rates.items():
-            make = lambda name=name, rate=rate, seed=seed: bench.run(name, rate, seed)  # noqa: E731
-            runs[name].append(comparison.part(f"run-{name}-{seed}", make))
+        for name, rate in rates_found.items():
+            runs.setdefault(name, []).append(
+                comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
+            )
     return _facts(comparison) | findings.gather(
         comparison.rules, timing, searches, runs, options.target_loss
     )
 
 
-def _search(bench: Bench, name: str, suggested: float) -> list[dict[str, Any]]:
+def _search(bench: Bench, name: str, suggested: float) -> list[Json]:
     """Find the candidates of one rule; each is a part of its own."""
+    comparison = bench.comparison
 
-    def candidate(number: int, rate: float) -> dict[str, Any]:
-        make = lambda: bench.candidate(name, number, rate)  # noqa: E731
-        return bench.comparison.part(f"search-{name}-{number}", make)
+    def candidate(number: int, rate: float) -> Json:
+        return comparison.part(f"search-{name}-{number}", bench.candidate, name, number, rate)
 
-    candidates = rates.search(suggested, bench.comparison.options.search_rates, candidate)
+    candidates = rates.search(suggested, comparison.options.search_rates, candidate)
     note = rates.edge_note(candidates)
     best = rates.best_rate(rates.pairs(candidates))
     print(f"{name}: learning rate {best:.3g}" + (f" ({note})" if note else ""), flush=True)
     return candidates
 
 
-def _facts(comparison: Comparison) -> dict[str, Any]:
+def _facts(comparison: Comparison) -> Json:
     """Give what the results depend on."""
     options, problem = comparison.options, comparison.problem
     search = {"candidates": options.search_rates, "steps": comparison.search_steps}
@@ -126,7 +125,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
         "experiment": options.experiment,
         "config": options.configuration,
         "num_parameters": problem.num_parameters,
-        "num_examples": len(problem.train[0]),
+        "num_examples": problem.num_examples,
         "validation_examples": len(comparison.validation[0]),
         "test_examples": len(problem.test[0]),
         "data_checksum": problem.checksum,
@@ -141,7 +140,7 @@ def _facts(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def save(comparison: Comparison, results: dict[str, Any]) -> None:
+def save(comparison: Comparison, results: Json) -> None:
     """Write the figure, the tables in markdown, and the results.
 
     results.json comes last, since it marks the comparison as finished.

@@ -8,8 +8,11 @@ import numpy as np
 import tyro
 
 from forwax.lab import report
-from forwax.lab.data import DataError, find_source, load, locate, names
+from forwax.lab.data import DataError, find_source, load, locate
+from forwax.lab.data.sets import SOURCES
 from forwax.lab.flags import Chosen
+
+DIGITS_PLACE = "comes with scikit-learn"
 
 
 @dataclass(frozen=True)
@@ -88,9 +91,12 @@ def describe(name: str, data_dir: Path | None = None) -> str:
         shape = "x".join(str(size) for size in images.shape[1:])
         lines.append(f"  {split}: {len(images):,} images of {shape}, uint8 from 0 to {data.scale}")
     lines.append(f"  {'class':<14}{'training':>10}{'test':>10}")
-    train = np.bincount(data.train_labels, minlength=data.num_classes)
-    test = np.bincount(data.test_labels, minlength=data.num_classes)
-    for label, in_train, in_test in zip(data.class_names, train, test, strict=True):
+    for label, in_train, in_test in zip(
+        data.class_names,
+        np.bincount(data.train_labels, minlength=data.num_classes),
+        np.bincount(data.test_labels, minlength=data.num_classes),
+        strict=True,
+    ):
         lines.append(f"  {label:<14}{in_train:>10,}{in_test:>10,}")
     return "\n".join(lines)
 
@@ -108,9 +114,8 @@ def table(data_dir: Path | None = None) -> report.Table:
         >>> len(table().rows)
         4
     """
-    rows = [("digits", "10", _place("digits", data_dir) or "")]
-    for name in names()[1:]:
-        source = find_source(name)
+    rows = [("digits", "10", DIGITS_PLACE)]
+    for name, source in SOURCES.items():
         absent = f"not here; `forwax data {name}` fetches it ({source.megabytes} MB)"
         try:
             place = _place(name, data_dir) or absent
@@ -122,6 +127,6 @@ def table(data_dir: Path | None = None) -> report.Table:
 
 def _place(name: str, data_dir: Path | None) -> str | None:
     if name == "digits":
-        return "comes with scikit-learn"
+        return DIGITS_PLACE
     folder = locate(find_source(name), data_dir)
     return f"found in {folder}" if folder else None

@@ -1,9 +1,6 @@
 """`forwax diagnose`: what rules give and cost on an experiment's own loss, and advice."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -18,7 +15,7 @@ from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_configuration, find_experiment
 from forwax.lab.catalogue.rules import build_rule, initial_guess
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Chosen, Count, UsageError, check_ranges
+from forwax.lab.flags import Count, CountOrNot, PathOrNot, UsageError, check_ranges
 from forwax.lab.training.problem import Problem, build_problem
 
 DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
@@ -39,7 +36,7 @@ class DiagnoseOptions:
     """Whose loss, on what data."""
     rules: tuple[str, ...] = DEFAULT_RULES
     """The rules, by the names of `forwax compare`, and a number of tangents where wanted."""
-    batch_size: Chosen[Count] = None
+    batch_size: CountOrNot = None
     """The number of examples; the default belongs to the experiment."""
     draws: Count = 16
     """How many estimates of each rule are compared with the exact gradient."""
@@ -47,7 +44,7 @@ class DiagnoseOptions:
     """How often each program is timed, all of them in turn."""
     seed: int = 0
     """The seed of the initial parameters, the batch and the tangents."""
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 
@@ -70,7 +67,7 @@ def run(options: DiagnoseOptions) -> int:
     experiment = find_experiment(options.experiment)
     problem = build_problem(experiment, Settings(), options.data_dir)
     size = options.batch_size or find_configuration(experiment, "default").batch_size
-    most = len(problem.train[0])
+    most = problem.num_examples
     if size > most:
         raise UsageError(
             f"--batch-size must be at most the {most} examples of the training set, got {size}."
@@ -87,7 +84,7 @@ def measure(problem: Problem, named: list[NamedRule], size: int, options: Diagno
     """Diagnose the rules on one random batch at the initial parameters; see `forwax.diagnose`."""
     init, feedback, key = jax.random.split(jax.random.key(options.seed), 3)
     params = problem.init(init)
-    chosen = np.random.default_rng(options.seed).choice(len(problem.train[0]), size, replace=False)
+    chosen = np.random.default_rng(options.seed).choice(problem.num_examples, size, replace=False)
     images, labels = (jnp.asarray(each[np.sort(chosen)]) for each in problem.train)
     rules = {}
     for each in named:

@@ -10,6 +10,7 @@ import tyro
 
 import forwax as fx
 from forwax.lab import report, style
+from forwax.lab.catalogue.options import check_room
 from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import (
@@ -178,17 +179,12 @@ def make_rule(options: OptimizeOptions, n: int) -> fx.Rule:
     >>> make_rule(OptimizeOptions(tangents="sphere"), n=2).tangents
     Sphere()
     """
-    rule = build_rule(
-        Settings(
-            rule=options.rule,
-            tangents=options.tangents,
-            num_tangents=options.num_tangents,
-            combine=options.combine,
-        )
+    settings = Settings(
+        rule=options.rule,
+        tangents=options.tangents,
+        num_tangents=options.num_tangents,
+        combine=options.combine,
     )
-    try:
-        if isinstance(rule, fx.WeightPerturbation | fx.FiniteDifference):
-            rule.tangents.check(n, options.num_tangents)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    rule = build_rule(settings)
+    check_room(settings, rule, n)
     return rule

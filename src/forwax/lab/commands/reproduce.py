@@ -1,12 +1,9 @@
 """`forwax reproduce`: run the experiments of a paper and set our figures beside the paper's."""
 
-from __future__ import annotations
-
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -17,9 +14,10 @@ from forwax.lab.catalogue.names import Entry
 from forwax.lab.catalogue.options import check_numbers
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
-from forwax.lab.flags import Chosen, Count, Natural, UsageError, check_ranges
+from forwax.lab.flags import Chosen, Count, CountOrNot, Natural, PathOrNot, UsageError, check_ranges
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
+from forwax.lab.report import Json
 from forwax.lab.training.problem import checksum_of, problem_of
 from forwax.lab.training.session import NOT_FINITE, Signals
 
@@ -52,11 +50,11 @@ class ReproduceOptions:
     """Methods; of forward gradients also LG-FG-A:4 (noises), :normal (kind), :one-slope."""
     seeds: Count = 3
     """How many seeds; the first is 0."""
-    epochs: Chosen[Count] = None
+    epochs: CountOrNot = None
     """Passes over the training set, instead of the column's."""
-    steps: Chosen[Count] = None
+    steps: CountOrNot = None
     """Training steps, instead of epochs."""
-    batch_size: Chosen[Count] = None
+    batch_size: CountOrNot = None
     """The number of examples of a step, instead of the column's."""
     learning_rate: Chosen[float] = None
     """One rate for all methods, instead of the column's own for each."""
@@ -64,13 +62,13 @@ class ReproduceOptions:
     """Whether supervised images are shifted by up to 2 pixels, and flipped where coloured."""
     dtype: Chosen[Literal["float32", "bfloat16"]] = None
     """The floating type that the model computes in, instead of the column's."""
-    examples: Chosen[Count] = None
+    examples: CountOrNot = None
     """Use only so many training and test images, to try a command out."""
     holdout: Natural = 0
     """Hold out so many of the last training images, to choose settings by errors on them."""
     out: Path = Path("runs/ren2023")
     """The folder of results; the same command goes on there where it stopped."""
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 
@@ -125,10 +123,12 @@ def run(options: ReproduceOptions) -> int:
         try:
             for seed in range(options.seeds):
                 for entry in dict.fromkeys(entries):
-                    summary = run_one(folder, column, entry, seed, data, options, signals)
+                    settings = settings_of(column, entry, data, options, seed)
+                    summary = _train(
+                        folder_of(folder, entry, seed), column, entry, data, settings, signals
+                    )
                     finite &= summary["finite"]
-                    settings = settings_of(column, entries[0], data, options, seed=0)
-                    save(folder, column, checksum, _facts(settings, summary, options.holdout))
+                    save(folder, column, checksum, table.facts(settings, summary, options.holdout))
         except KeyboardInterrupt:
             print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
             return signals.code
@@ -164,16 +164,20 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     """
     train = [data.train_images, data.train_labels]
     test = [data.test_images, data.test_labels]
-    held = options.holdout
+    held, total = options.holdout, len(data.train_images)
+    if held >= total:
+        raise UsageError(f"--holdout must leave images to train on; there are {total} in all.")
     if held:
-        total = len(train[0])
-        if held >= total:
-            raise UsageError(f"--holdout must leave images to train on; there are {total} in all.")
         test = [x[-held:] for x in train]
         train = [x[:-held] for x in train]
-    names = ("train_images", "train_labels", "test_images", "test_labels")
-    cut = [x[: options.examples] for x in (*train, *test)]
-    return dataclasses.replace(data, **dict(zip(names, cut, strict=True)))
+    few = slice(options.examples)
+    return dataclasses.replace(
+        data,
+        train_images=train[0][few],
+        train_labels=train[1][few],
+        test_images=test[0][few],
+        test_labels=test[1][few],
+    )
 
 
 def settings_of(
@@ -185,46 +189,30 @@ def settings_of(
         UsageError: when one is out of range.
     """
     names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
-    named = {name: getattr(options, name) for name in names}
-    changes = {name: value for name, value in named.items() if value is not None}
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     num_examples = len(data.train_images)
     settings = entry.settings(column, num_examples, seed=seed, **changes)
     check_numbers(settings, num_examples)
     return settings
 
 
-def run_one(
-    folder: Path,
-    column: Column,
-    entry: Entry,
-    seed: int,
-    data: DataSet,
-    options: ReproduceOptions,
-    signals: Signals,
-) -> dict[str, Any]:
-    """Train one method with one seed, or read what an earlier sitting finished.
-
-    Raises:
-        KeyboardInterrupt: after a signal.
-    """
+def _train(
+    folder: Path, column: Column, entry: Entry, data: DataSet, settings: Settings, signals: Signals
+) -> Json:
+    """Train one method with one seed, or read what an earlier sitting finished."""
     if signals.received is not None:
         raise KeyboardInterrupt
-    settings = settings_of(column, entry, data, options, seed)
     problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
-    rate = f"learning rate {settings.learning_rate:g}"
-    print(f"{column.title}: {entry.name}, seed {seed}, {rate}", flush=True)
-    return runs.train(folder_of(folder, entry, seed), problem, settings, _tell, signals)
+    print(
+        f"{column.title}: {entry.name}, seed {settings.seed}, learning rate "
+        f"{settings.learning_rate:g}",
+        flush=True,
+    )
+    return runs.train(folder, problem, settings, _tell, signals)
 
 
 def _tell(line: str) -> None:
     print(f"  {line}", flush=True)
-
-
-def _facts(settings: Settings, summary: dict[str, Any], held: int) -> str:
-    told = table.facts(settings, summary, os.cpu_count())
-    if held:
-        told += f" Errors are on {held} training images that were held out, not on the test set."
-    return told
 
 
 def save(folder: Path, column: Column, checksum: str, facts: str) -> None:

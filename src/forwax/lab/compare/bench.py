@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from forwax.lab.compare.setup import Comparison
-from forwax.lab.report import finite
+from forwax.lab.report import Json, finite
 from forwax.lab.training import timing
 from forwax.lab.training.program import Block, Program, Scorer, build_program
 from forwax.lab.training.progress import make_reporter
@@ -42,44 +42,30 @@ class Trial(Session):
     """
 
     def __init__(
-        self, program: Program, rate: float, seed: int, score: Scorer, at_steps: list[int]
+        self, program: Program, rate: float, seed: int, score: Scorer, at_steps: Iterable[int]
     ):
-        super().__init__(program.start(rate, seed))
-        self.steps = at_steps[-1]
+        super().__init__(program.start(rate, seed), at_steps)
         self.losses: list[float] = []
         self.validated: list[int] = []
         self.validation_losses: list[float] = []
         self.finite = True
         self._score = score
-        self._at_steps = at_steps
-        self._reporter: Any = None
-
-    def next_stop(self, step: int) -> int:
-        """The next step at which the validation loss is taken."""
-        return next(each for each in self._at_steps if each > step)
 
     def after_block(self, block: Block, seconds: float) -> None:
-        """Keep the losses, and tell how far the run is."""
+        """Keep the losses."""
         self.losses += block.losses.tolist()
         self.finite = block.stopped_by is None
-        if self._reporter and self.finite:
-            means = float(block.losses.mean()), float(block.accuracies.mean())
-            self._reporter.update(len(self.losses), *means, len(block.losses) / seconds)
 
     def at_stop(self) -> None:
         """Take the validation loss."""
         self.validated.append(len(self.losses))
         self.validation_losses.append(self._score(self.trainer.state.params)[0])
 
-    def train(self, name: str | None = None) -> Trial:
-        """Train to the last step; under a name it is told how far the run is."""
-        if self._at_steps[0] == 0:
+    def train(self) -> Trial:
+        """Train from the first step to the last."""
+        if self.stops[0] == 0:
             self.at_stop()
-        if name is None:
-            self.run()
-            return self
-        with make_reporter(name, self.steps, 0) as self._reporter:
-            self.run()
+        self.run()
         return self
 
     def binned(self) -> list[tuple[float, float]]:
@@ -108,21 +94,24 @@ class Bench:
         if (name, steps) not in self._programs:
             settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
             print(f"Compiling {name} for {steps:,} steps.", flush=True)
-            program = build_program(self.comparison.problem, settings, self._data)
-            self._programs[name, steps] = program
+            self._programs[name, steps] = build_program(
+                self.comparison.problem, settings, self._data
+            )
         return self._programs[name, steps]
 
-    def timing(self) -> dict[str, Any]:
+    def timing(self) -> Json:
         """Measure the time of a step under every rule, and gather the compiled memory."""
         names = self.comparison.settings
         programs = {name: self._program(name, self.comparison.steps) for name in names}
         seconds = timing.measure(programs)
         for name, values in seconds.items():
             print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
-        temporaries = {name: each.temporary_bytes for name, each in programs.items()}
-        return {"seconds": seconds, "temporary_bytes": temporaries}
+        return {
+            "seconds": seconds,
+            "temporary_bytes": {name: each.temporary_bytes for name, each in programs.items()},
+        }
 
-    def candidate(self, name: str, number: int, rate: float) -> dict[str, Any]:
+    def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""
         steps = self.comparison.search_steps
         trial = Trial(self._program(name, steps), rate, 0, self._validation, [steps]).train()
@@ -132,13 +121,15 @@ class Bench:
         print(f"{name}: rate {rate:.3g} ({number + 1} of {count}), {what}", flush=True)
         return {"learning_rate": rate, "steps": steps, "validation_loss": loss}
 
-    def run(self, name: str, rate: float, seed: int) -> dict[str, Any]:
+    def run(self, name: str, rate: float, seed: int) -> Json:
         """Train under one rule from one seed, and test."""
         steps = self.comparison.steps
         at_steps = evaluation_steps(steps, self.comparison.options.evaluations)
         program = self._program(name, steps)
         started = time.perf_counter()
-        trial = Trial(program, rate, seed, self._validation, at_steps).train(f"{name}, seed {seed}")
+        trial = Trial(program, rate, seed, self._validation, at_steps)
+        with make_reporter(f"{name}, seed {seed}", steps, 0) as trial.reporter:
+            trial.train()
         wall = time.perf_counter() - started
         loss, accuracy = self._test(trial.trainer.state.params)
         last = trial.losses[-100:]

@@ -8,31 +8,25 @@ al. 2022: R is the time of a step over that of evaluating the loss once; T_f/T_b
 to touch backprop's best validation loss.
 """
 
-from __future__ import annotations
-
 import math
-from typing import Any
 
 import numpy as np
 
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.compare.rates import edge_note
-from forwax.lab.report import finite
+from forwax.lab.report import Json, finite
 from forwax.lab.training.timing import LOSS
 
 NOT_REACHED = "not reached"
 
-Facts = dict[str, Any]
-"""What JSON can hold."""
-
 
 def gather(
     rules: list[NamedRule],
-    timing: Facts,
-    searches: dict[str, list[Facts]],
-    runs: dict[str, list[Facts]],
+    timing: Json,
+    searches: dict[str, list[Json]],
+    runs: dict[str, list[Json]],
     target_loss: float | None = None,
-) -> Facts:
+) -> Json:
     """Gather the parts of a comparison.
 
     Args:
@@ -47,7 +41,7 @@ def gather(
         A dictionary that JSON can hold: no infinities, and "not reached" in place of a number.
     """
     seconds = {name: float(np.median(values)) for name, values in timing["seconds"].items()}
-    found: dict[str, Facts] = {}
+    found: dict[str, Json] = {}
     for rule in rules:
         name = rule.name
         found[name] = _of_runs(runs[name]) | {
@@ -67,23 +61,25 @@ def gather(
         each |= _reached(each, step, "target")
     for each in found.values():
         each |= _against(each, found.get("backprop"))
-    by_default = "the loss that the slowest rule that stayed finite ends at"
     return {
         "loss_seconds": seconds[LOSS],
         "target_loss": target,
-        "target_is": "given" if is_given else by_default,
+        "target_is": "given"
+        if is_given
+        else "the loss that the slowest rule that stayed finite ends at",
         "rules": found,
     }
 
 
-def _of_runs(runs: list[Facts]) -> Facts:
+def _of_runs(runs: list[Json]) -> Json:
     """Gather what the seeds of one rule gave."""
     accuracies = [run["test_accuracy"] for run in runs]
-    train_losses = [math.nan if run["train_loss"] is None else run["train_loss"] for run in runs]
     steps, losses = median_curve(runs)
+    # None becomes nan, and the mean of it None again
+    train_loss = np.mean(np.array([run["train_loss"] for run in runs], float))
     return {
         "learning_rate": runs[0]["learning_rate"],
-        "train_loss": finite(np.mean(train_losses)),
+        "train_loss": finite(train_loss),
         "test_accuracy": float(np.mean(accuracies)),
         "test_accuracy_sd": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else None,
         "non_finite": sum(not run["finite"] for run in runs),
@@ -93,7 +89,7 @@ def _of_runs(runs: list[Facts]) -> Facts:
     }
 
 
-def median_curve(runs: list[Facts]) -> tuple[list[int], list[float]]:
+def median_curve(runs: list[Json]) -> tuple[list[int], list[float]]:
     """Give the steps and the median validation loss over the runs.
 
     A run that ended early counts as infinite.
@@ -102,17 +98,18 @@ def median_curve(runs: list[Facts]) -> tuple[list[int], list[float]]:
     ([0, 5], [2.0, 1.0])
     """
     steps = max((run["steps"] for run in runs), key=len)
-    rows = np.full((len(runs), len(steps)), np.inf)
+    rows = np.full((len(runs), len(steps)), np.nan)
     for row, run in zip(rows, runs, strict=True):
-        values = [math.inf if loss is None else loss for loss in run["validation_losses"]]
-        row[: len(values)] = values
+        losses = run["validation_losses"]
+        row[: len(losses)] = losses
+    rows[np.isnan(rows)] = np.inf
     with np.errstate(invalid="ignore"):
         median = np.median(rows, axis=0)
     # the mean of two infinities is none of NumPy's numbers
     return steps, np.where(np.isnan(median), np.inf, median).tolist()
 
 
-def default_target(found: dict[str, Facts]) -> float | None:
+def default_target(found: dict[str, Json]) -> float | None:
     """Give the largest of the rules' last validation losses, rounded up to three digits.
 
     All finite rules end there or below.
@@ -121,61 +118,58 @@ def default_target(found: dict[str, Facts]) -> float | None:
     0.124
     """
     kept = [each["curve"]["validation_losses"] for each in found.values() if not each["non_finite"]]
-    last = [losses[-1] for losses in kept if losses[-1] is not None and losses[-1] > 0]
-    if not last:
+    largest = max((losses[-1] or 0 for losses in kept), default=0)
+    if largest <= 0:
         return None
-    unit = 10.0 ** (math.floor(math.log10(max(last))) - 2)
-    return float(f"{math.ceil(max(last) / unit) * unit:.6g}")
+    unit = 10.0 ** (math.floor(math.log10(largest)) - 2)
+    return float(f"{math.ceil(largest / unit) * unit:.6g}")
 
 
-def first_touch(curve: Facts, target: float) -> int | None:
+def first_touch(curve: Json, target: float) -> int | None:
     """Give the first evaluated step at which the loss is at most the target, or None.
 
     >>> first_touch({"steps": [0, 5, 10], "validation_losses": [2.0, 1.0, 1.5]}, 1.0)
     5
     """
-    touching = (step for step, loss in _points(curve) if loss is not None and loss <= target)
-    return next(touching, None)
+    return _first(curve, _at_most(curve, target))
 
 
-def settled_step(curve: Facts, target: float) -> int | None:
+def settled_step(curve: Json, target: float) -> int | None:
     """Give the first evaluated step from which on the loss stays at most the target, or None.
 
     >>> settled_step({"steps": [0, 5, 10, 15], "validation_losses": [2.0, 1.0, 1.5, 0.9]}, 1.0)
     15
     """
-    settled = None
-    for step, loss in reversed(_points(curve)):
-        if loss is None or loss > target:
-            break
-        settled = step
-    return settled
+    # True where all that follow are
+    return _first(curve, np.logical_and.accumulate(_at_most(curve, target)[::-1])[::-1])
 
 
-def _points(curve: Facts) -> list[tuple[int, float | None]]:
-    return list(zip(curve["steps"], curve["validation_losses"], strict=True))
+def _at_most(curve: Json, target: float) -> np.ndarray:
+    return np.array(curve["validation_losses"], float) <= target  # a missing loss is not
 
 
-def _reached(each: Facts, step: int | None, what: str) -> dict[str, float | str]:
+def _first(curve: Json, holds: np.ndarray) -> int | None:
+    return curve["steps"][int(np.argmax(holds))] if holds.any() else None
+
+
+def _reached(each: Json, step: int | None, what: str) -> dict[str, float | str]:
     if step is None:
         return dict.fromkeys((f"steps_to_{what}", f"seconds_to_{what}"), NOT_REACHED)
     return {f"steps_to_{what}": step, f"seconds_to_{what}": step * each["seconds_per_step"]}
 
 
-def _against(each: Facts, reference: Facts | None) -> Facts:
+def _against(each: Json, reference: Json | None) -> Json:
     """Compare with backprop; without it there is nothing to compare with."""
     if reference is None:
         return {"time_ratio": None, "T_ratio": None}
     best = reference["best_validation_loss"]
-    touches = [None if best is None else first_touch(x["curve"], best) for x in (each, reference)]
-    ours = _reached(each, touches[0], "backprops_best")
-    ratio: float | str = NOT_REACHED
-    # a reference that was at its best before the first step takes no time
-    if touches[0] is not None and touches[1]:
-        theirs = touches[1] * reference["seconds_per_step"]
-        ratio = touches[0] * each["seconds_per_step"] / theirs
+    ours, theirs = (
+        None if best is None else first_touch(rule["curve"], best) for rule in (each, reference)
+    )
+    time_ratio = each["seconds_per_step"] / reference["seconds_per_step"]
     return {
-        "time_ratio": each["seconds_per_step"] / reference["seconds_per_step"],
-        **ours,
-        "T_ratio": ratio,
+        "time_ratio": time_ratio,
+        **_reached(each, ours, "backprops_best"),
+        # a reference that was at its best before the first step took no time
+        "T_ratio": time_ratio * ours / theirs if ours is not None and theirs else NOT_REACHED,
     }

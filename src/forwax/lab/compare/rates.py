@@ -6,8 +6,6 @@ gaps beside it. The choice is made by the loss on the validation part; a candida
 non-finite loses.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -55,18 +53,6 @@ def best_rate(tried: Tried) -> float:
     return min(tried, key=lambda pair: (pair[1], pair[0]))[0]
 
 
-def edge_of(tried: Tried) -> str | None:
-    """Say whether the best rate is the smallest or the largest of those tried.
-
-    >>> edge_of([(1.0, 0.5), (3.0, 0.2), (10.0, 0.4)]) is None, edge_of([(1.0, 0.5), (3.0, 0.2)])
-    (True, 'upper')
-    """
-    rates, best = sorted(rate for rate, _ in tried), best_rate(tried)
-    if best == rates[0]:
-        return "lower"
-    return "upper" if best == rates[-1] else None
-
-
 def search(
     suggested: float, count: int, candidate: Callable[[int, float], Candidate]
 ) -> list[Candidate]:
@@ -89,9 +75,13 @@ def search(
 def pairs(candidates: list[Candidate]) -> Tried:
     """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
     losses = [each["validation_loss"] for each in candidates]
-    rates = [each["learning_rate"] for each in candidates]
-    infinite = [math.inf if loss is None else loss for loss in losses]
-    return list(zip(rates, infinite, strict=True))
+    return list(
+        zip(
+            [each["learning_rate"] for each in candidates],
+            [math.inf if loss is None else loss for loss in losses],
+            strict=True,
+        )
+    )
 
 
 def edge_note(candidates: list[Candidate]) -> str | None:
@@ -103,8 +93,9 @@ def edge_note(candidates: list[Candidate]) -> str | None:
     tried = pairs(candidates)
     if all(loss == math.inf for _, loss in tried):
         return "no rate stayed finite"
-    edge = edge_of(tried)
-    if edge is None:
-        return None
-    which, where = ("smallest", "smaller") if edge == "lower" else ("largest", "larger")
-    return f"the {which} rate tried was the best: a {where} one may be better still"
+    rates = [rate for rate, _ in tried]
+    if best_rate(tried) == min(rates):
+        return "the smallest rate tried was the best: a smaller one may be better still"
+    if best_rate(tried) == max(rates):
+        return "the largest rate tried was the best: a larger one may be better still"
+    return None

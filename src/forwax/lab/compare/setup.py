@@ -3,8 +3,6 @@
 A validation part is held out of the training set.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable
@@ -22,7 +20,16 @@ from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
 from forwax.lab.catalogue.rules import build_rule, needs_guess
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Chosen, Count, Positive, UsageError, check_ranges
+from forwax.lab.flags import (
+    Chosen,
+    Count,
+    CountOrNot,
+    PathOrNot,
+    Positive,
+    UsageError,
+    check_ranges,
+)
+from forwax.lab.report import Json
 from forwax.lab.training.folder import CONFIG, Run
 from forwax.lab.training.problem import Examples, Problem, build_problem
 
@@ -55,15 +62,15 @@ class CompareOptions:
     """A configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
     paper: bool = False
     """The configuration's rate for every rule, without a search; --config is then paper."""
-    steps: Chosen[Count] = None
+    steps: CountOrNot = None
     """The number of training steps; the default belongs to the experiment."""
-    batch_size: Chosen[Count] = None
+    batch_size: CountOrNot = None
     """The number of examples of a step; the default belongs to the experiment."""
     seeds: Count = 3
     """The number of seeds, each with its initial parameters, data order and tangents."""
     search_rates: Count = 6
     """How many learning rates each rule may try."""
-    search_steps: Chosen[Count] = None
+    search_steps: CountOrNot = None
     """For how many steps each rate is tried, all by default: a short trial misses explosions."""
     target_loss: Chosen[Positive] = None
     """The validation loss to reach; by default where the slowest rule that stays finite ends."""
@@ -71,11 +78,11 @@ class CompareOptions:
     """How often the validation loss is taken."""
     validation_examples: Chosen[int] = None
     """How many training examples are held out; 2,000 by default, at most a fifth."""
-    test_examples: Chosen[Count] = None
+    test_examples: CountOrNot = None
     """How many test examples, from the first on, are used; all by default."""
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
-    out: Chosen[Path] = None
+    out: PathOrNot = None
     """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
     resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
     """Go on with the comparison in this folder; finished parts are not done again."""
@@ -156,12 +163,12 @@ class Comparison:
         """For how many steps each rate is tried."""
         return self.options.search_steps or self.steps
 
-    def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def part(self, name: str, make: Callable[..., Json], *what: Any) -> Json:
         """Give a part that an earlier sitting finished, or make it and keep it."""
         path = self.folder / PARTS / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())
-        value = make()
+        value = make(*what)
         report.write_json(path, value)
         return value
 
@@ -178,8 +185,9 @@ def make_ready(options: CompareOptions) -> Comparison:
     experiment = find_experiment(options.experiment)
     by_default = names.PAPER_RULES if options.paper else names.DEFAULT_RULES
     rules = names.parse_all(options.rules or by_default)
-    whole = build_problem(experiment, Settings(), options.data_dir)
-    problem, validation = hold_out(whole, options.validation_examples)
+    problem, validation = hold_out(
+        build_problem(experiment, Settings(), options.data_dir), options.validation_examples
+    )
     images, labels = (each[: options.test_examples] for each in problem.test)
     problem = dataclasses.replace(problem, test=(images, labels))
     settings = {rule.name: _settings(options, experiment, rule, problem) for rule in rules}
@@ -204,8 +212,10 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, Examples]:
         raise UsageError(f"--validation-examples must be from 1 to {total - 1}, got {count}.")
     order = np.random.default_rng(0).permutation(total)
     held, kept = np.sort(order[:count]), np.sort(order[count:])
-    rest = dataclasses.replace(problem, train=(images[kept], labels[kept]))
-    return rest, (images[held], labels[held])
+    return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
+        images[held],
+        labels[held],
+    )
 
 
 def _settings(
@@ -214,7 +224,7 @@ def _settings(
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
     own = {"steps": options.steps, "batch_size": options.batch_size}
     given = {**rule.given} | {name: value for name, value in own.items() if value is not None}
-    num_examples, num_parameters = len(problem.train[0]), problem.num_parameters
+    num_examples, num_parameters = problem.num_examples, problem.num_parameters
     settings = resolve(
         experiment, options.configuration, given, num_examples, num_parameters, problem.noise
     )
@@ -224,6 +234,5 @@ def _settings(
         raise UsageError(
             f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
         )
-    built = build_rule(settings)
-    rate = experiment.suggest_rate(settings, built, num_parameters, problem.noise)
+    rate = experiment.suggest_rate(settings, build_rule(settings), num_parameters, problem.noise)
     return dataclasses.replace(settings, learning_rate=rate)

@@ -1,10 +1,6 @@
 """The tables of a comparison, for the terminal and as markdown, from what results.json holds."""
 
-from __future__ import annotations
-
-from typing import Any
-
-from forwax.lab.report import Table
+from forwax.lab.report import Json, Table
 
 COLUMNS = (
     "rule",
@@ -19,7 +15,7 @@ COLUMNS = (
 )
 RATIO_COLUMNS = ("rule", "R", "R / R of backprop", "T / T of backprop")
 
-Facts = dict[str, Any]
+Facts = Json
 
 
 def _row(each: Facts) -> tuple[str, ...]:

@@ -62,9 +62,6 @@ class DataSet:
 class Source:
     """One public data set in its standard files.
 
-    A *part* is one or more files that together give images and labels; a split is its parts in
-    order.
-
     Attributes:
         name: the name that ``load`` knows it by.
         folder: the standard name of the folder that holds its files.
@@ -72,8 +69,8 @@ class Source:
         megabytes: the size of the download, in units of 10⁶ bytes.
         checksums: the md5 of each file's decompressed content.
         class_names: one name for each label.
-        train: the parts of the training split, each a tuple of file names.
-        test: the parts of the test split.
+        train: the files of the training split; their arrays are images and labels in turn.
+        test: the files of the test split.
         decode: from a file's decompressed content to its arrays.
         archive: whether ``home`` is one ``.tar.gz`` that holds ``<folder>/<file>``.
     """
@@ -84,8 +81,8 @@ class Source:
     megabytes: int
     checksums: dict[str, str]
     class_names: tuple[str, ...]
-    train: tuple[tuple[str, ...], ...] = (("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),)
-    test: tuple[tuple[str, ...], ...] = (("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),)
+    train: tuple[str, ...] = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+    test: tuple[str, ...] = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     decode: Callable[[bytes], tuple[np.ndarray, ...]] = decode_idx
     archive: bool = False
 
@@ -139,13 +136,13 @@ CIFAR10 = Source(
         "airplane", "automobile", "bird", "cat", "deer",
         "dog", "frog", "horse", "ship", "truck",
     ),
-    train=tuple((f"data_batch_{i}.bin",) for i in range(1, 6)),
-    test=(("test_batch.bin",),),
+    train=tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    test=("test_batch.bin",),
     decode=decode_cifar,
     archive=True,
 )  # fmt: skip
 
-SOURCES: dict[str, Source] = {source.name: source for source in (MNIST, FASHION_MNIST, CIFAR10)}
+SOURCES = {source.name: source for source in (MNIST, FASHION_MNIST, CIFAR10)}
 
 
 def names() -> tuple[str, ...]:

@@ -123,10 +123,11 @@ def locate(source: Source, data_dir: Path | None = None) -> Path | None:
 
 def _search_path(data_dir: Path | None) -> Iterator[Path]:
     """The folders that may hold sets; the user's own must exist, the cache may not yet."""
-    for given, origin in ((data_dir, "--data-dir"), (os.environ.get("FORWAX_DATA"), "FORWAX_DATA")):
-        if not given:
+    given = {"--data-dir": data_dir, "FORWAX_DATA": os.environ.get("FORWAX_DATA")}
+    for origin, path in given.items():
+        if not path:
             continue
-        root = Path(given).expanduser()
+        root = Path(path).expanduser()
         if not root.is_dir():
             raise DataError(
                 f"Expected a folder of data sets at {root} ({origin}), but there is none; correct "
@@ -143,19 +144,16 @@ def _missing(source: Source, folder: Path) -> list[str]:
 
 def _find_file(folder: Path, file: str) -> Path | None:
     """The file in this folder, plain or with ``.gz``, or None."""
-    return next((path for path in (folder / file, folder / f"{file}.gz") if path.is_file()), None)
+    paths = (folder / file, folder / f"{file}.gz")
+    return next(filter(Path.is_file, paths), None)
 
 
 def _read_split(
-    source: Source, folder: Path, parts: tuple[tuple[str, ...], ...]
+    source: Source, folder: Path, files: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each part's files give images, then labels; the parts follow one another."""
-    decoded = [
-        [array for file in part for array in source.decode(_read(source, folder, file))]
-        for part in parts
-    ]
-    images, labels = zip(*decoded, strict=True)
-    return np.concatenate(images), np.concatenate(labels)
+    """The images and the labels of all files."""
+    arrays = [array for file in files for array in source.decode(_read(source, folder, file))]
+    return np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
 
 
 def _read(source: Source, folder: Path, file: str) -> bytes:
@@ -234,7 +232,12 @@ def fetch(source: Source, cache: Path) -> Path:
             missing = ", ".join(sorted(_missing(source, staged)))
             if missing:
                 raise DataError(f"{source.home} gave an archive without {missing}; {REMEDY}.")
-            _publish(source, staged, final)
+            try:
+                os.replace(staged, final)
+            except OSError:
+                # if another process was quicker, its set stays
+                if _missing(source, final):
+                    raise
     except OSError as error:
         raise DataError(
             f"Expected to keep {source.name} in the cache {cache}, but got: {error}; "
@@ -249,15 +252,6 @@ def _sweep(cache: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process may sweep at the same time
             if time.time() - folder.stat().st_mtime > STALE_SECONDS:
                 rmtree(folder, ignore_errors=True)
-
-
-def _publish(source: Source, staged: Path, final: Path) -> None:
-    """Give the complete folder its name; if another process was quicker, keep that one's."""
-    try:
-        os.replace(staged, final)
-    except OSError:
-        if _missing(source, final):
-            raise
 
 
 def _contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes, str]]:
@@ -291,28 +285,26 @@ def _download(source: Source, url: str, target: Path) -> Path:
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     ) as progress:
-        bar = _Bar(progress, target.name)
         # pooch takes any bar of this shape, but its types say bool
-        fetch_to = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=30)  # pyright: ignore[reportArgumentType]
+        fetch_to = pooch.HTTPDownloader(
+            progressbar=_Bar(progress, target.name), chunk_size=1 << 16, timeout=30
+        )  # pyright: ignore[reportArgumentType]
         try:
             fetch_to(url, str(target), None)
         except OSError as error:
             # the disk's own errors carry a number, the network library's none
             if error.errno is not None:
                 raise
+            # of the network's, class and HTTP status: their texts nest several others
+            status = getattr(getattr(error, "response", None), "status_code", "")
+            kind = f"{type(error).__name__} {status}".rstrip()
             raise DataError(
                 f"Expected {source.name} in --data-dir, FORWAX_DATA or the cache, or a network to "
-                f"fetch it, but found no file and got {_kind(error)} from {url}; connect to the "
+                f"fetch it, but found no file and got {kind} from {url}; connect to the "
                 f"network, or put its standard files into a folder {source.folder} and give the "
                 "folder above it with --data-dir or FORWAX_DATA."
             ) from error
     return target
-
-
-def _kind(error: OSError) -> str:
-    """An error's class and HTTP status, if any: a network library's texts nest several others."""
-    status = getattr(getattr(error, "response", None), "status_code", "")
-    return f"{type(error).__name__} {status}".rstrip()
 
 
 class _Bar:

@@ -16,19 +16,7 @@ import numpy as np
 
 import forwax as fx
 from forwax._reports.timing import interleaved, medians
-from forwax.lab.report import Table, finite, machine
-
-__all__ = [
-    "Descent",
-    "Plan",
-    "Timing",
-    "descend",
-    "label",
-    "make_table",
-    "measure",
-    "seconds_of",
-    "summarise",
-]
+from forwax.lab.report import Json, Table, finite, machine
 
 REPEATS = 5
 NON_FINITE = "runs not finite"
@@ -71,10 +59,14 @@ class Descent:
     last: np.ndarray
 
     @property
+    def ranked(self) -> np.ndarray:
+        """The values, infinite where they are no numbers, so that these rank last."""
+        return np.where(np.isfinite(self.values), self.values, np.inf)
+
+    @property
     def final(self) -> np.ndarray:
-        """The last value of each run, [runs]; infinite where it is none, so that it ranks last."""
-        last = self.values[:, -1]
-        return np.where(np.isfinite(last), last, np.inf)
+        """The last value of each run, [runs]; infinite where it is no number."""
+        return self.ranked[:, -1]
 
     @property
     def non_finite(self) -> int:
@@ -96,25 +88,29 @@ class Timing:
     overhead: float
 
 
-Trace = tuple[jax.Array, jax.Array | None, jax.Array]
+Descents = Mapping[str, Descent]
+Timings = Mapping[str, Timing]
 
 
-def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Trace]:
+def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Any]:
     """Return the function from a key to (values, points or None, last point) of one run."""
     step = fx.value_and_grad(plan.function, rule)
+    planar = len(plan.start) == 2
 
-    def run(key: jax.Array) -> Trace:
-        def body(x: jax.Array, per_step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+    def run(key: jax.Array) -> Any:
+        def body(x: jax.Array, per_step: Any) -> Any:
             step_key, i = per_step
             value, gradient = step(step_key, x)
             rate = plan.learning_rate * jnp.exp(-plan.decay * i)
-            return x - rate * gradient, (value, x if len(plan.start) == 2 else None)
+            return x - rate * gradient, (value, x if planar else None)
 
-        keys = jax.random.split(key, plan.iterations)
-        indices = jnp.arange(plan.iterations, dtype=float)
-        last, (values, points) = jax.lax.scan(body, jnp.array(plan.start), (keys, indices))
+        last, (values, points) = jax.lax.scan(
+            body,
+            jnp.array(plan.start),
+            (jax.random.split(key, plan.iterations), jnp.arange(plan.iterations, dtype=float)),
+        )
         values = jnp.append(values, plan.function(last))
-        return values, None if points is None else jnp.concatenate([points, last[None]]), last
+        return values, jnp.concatenate([points, last[None]]) if planar else None, last
 
     return run
 
@@ -135,8 +131,7 @@ def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
     >>> print(f"{runs.final[0]:.1e}")
     5.6e-05
     """
-    traces = jax.jit(jax.vmap(one_run(plan, rule)))(keys)
-    return Descent(*jax.tree.map(np.asarray, traces))
+    return Descent(*jax.tree.map(np.asarray, jax.jit(jax.vmap(one_run(plan, rule)))(keys)))
 
 
 def measure(
@@ -146,8 +141,12 @@ def measure(
 
     Example: `measure(plan, [fx.Backprop(), fx.WeightPerturbation()], key)[1].seconds`.
     """
-    total = dataclasses.replace(plan.function, name="sum", formula=jnp.sum)
-    plans = (plan, dataclasses.replace(plan, function=total))
+    plans = (
+        plan,
+        dataclasses.replace(
+            plan, function=dataclasses.replace(plan.function, name="sum", formula=jnp.sum)
+        ),
+    )
     seconds = seconds_of([one_run(each, rule) for rule in rules for each in plans], key, repeats)
     return [Timing(*pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 
@@ -163,10 +162,10 @@ def seconds_of(
 def summarise(
     plan: Plan,
     rules: Mapping[str, fx.Rule],
-    descents: Mapping[str, Descent],
-    timings: Mapping[str, Timing],
+    descents: Descents,
+    timings: Timings,
     seed: int,
-) -> dict[str, Any]:
+) -> Json:
     """Return every number of a comparison as JSON can hold it: what is not finite becomes null.
 
     Args:
@@ -183,29 +182,28 @@ def summarise(
     """
     methods = {}
     for name, rule in rules.items():
-        final = descents[name].final
-        distances = jax.vmap(plan.function.distance)(jnp.asarray(descents[name].last))
+        runs = descents[name]
+        timing = timings[name]
+        final = runs.final
+        distances = jax.vmap(plan.function.distance)(jnp.asarray(runs.last))
         distances = np.where(np.isfinite(final), distances, np.inf)
         methods[name] = {
             "rule": repr(rule),
             "median": finite(np.median(final)),
             "low": finite(final.min()),
             "high": finite(final.max()),
-            "final": [finite(value) for value in final],
+            "final": list(map(finite, final)),
             "distance": finite(np.median(distances)),
-            "non_finite_runs": descents[name].non_finite,
-            "seconds": timings[name].seconds,
-            "seconds_overhead": timings[name].overhead,
-            "times_backprop": timings[name].seconds / timings["backprop"].seconds,
+            "non_finite_runs": runs.non_finite,
+            "seconds": timing.seconds,
+            "seconds_overhead": timing.overhead,
+            "times_backprop": timing.seconds / timings["backprop"].seconds,
         }
     return {
+        **vars(plan),
         "function": plan.function.name,
         "n": len(plan.start),
         "minimum": plan.function.minimum,
-        "start": list(plan.start),
-        "iterations": plan.iterations,
-        "learning_rate": plan.learning_rate,
-        "decay": plan.decay,
         "runs": len(descents["backprop"].final),
         "seed": seed,
         "methods": methods,

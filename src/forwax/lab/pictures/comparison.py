@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forwax.lab import style
 from forwax.lab.compare import tables
+from forwax.lab.report import Json
 
 
 @style.styled
-def draw(results: dict[str, Any]) -> Figure:
+def draw(results: Json) -> Figure:
     """Draw the two panels, each seed thin and the median over seeds thick.
 
     Args:
@@ -54,7 +53,7 @@ def draw(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
+def _draw_rule(axes: Axes, each: Json, scale: float) -> None:
     look = {"color": each["colour"], "linestyle": each["dashes"]}
     count = len(each["runs"])
     if count > 1:
@@ -76,7 +75,7 @@ def _draw_rule(axes: Axes, each: dict[str, Any], scale: float) -> None:
     )
 
 
-def _points(curve: dict[str, Any], scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _points(curve: Json, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Give a curve's steps times the scale, and its losses, NaN where they were not finite."""
     steps = np.array(curve["steps"], dtype=float)
     losses = np.array(curve["validation_losses"], dtype=float)
@@ -85,7 +84,7 @@ def _points(curve: dict[str, Any], scale: float) -> tuple[np.ndarray, np.ndarray
     return scale * steps[shown], losses[shown]
 
 
-def _set_loss_axis(axes: Axes, results: dict[str, Any]) -> None:
+def _set_loss_axis(axes: Axes, results: Json) -> None:
     """Show the losses from the least to somewhat above the first, whatever a diverging run does."""
     curves = [each["curve"]["validation_losses"] for each in results["rules"].values()]
     low = min((loss for curve in curves for loss in curve if loss), default=0.1)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forwax.lab import style
+from forwax.lab.report import Json
 
 Columns = dict[str, np.ndarray]
 
 
 @style.styled
-def draw_curves(
-    rows: list[dict[str, Any]], title: str, colour: str = style.PALETTE["forward"]
-) -> Figure:
+def draw_curves(rows: list[Json], title: str, colour: str = style.PALETTE["forward"]) -> Figure:
     """Draw loss (above) and accuracy (below) against steps (left) and seconds (right).
 
     Args:
@@ -50,7 +48,7 @@ def draw_curves(
 
 
 def save_curves(
-    rows: list[dict[str, Any]], title: str, path: Path, colour: str = style.PALETTE["forward"]
+    rows: list[Json], title: str, path: Path, colour: str = style.PALETTE["forward"]
 ) -> None:
     """Draw the picture and save it in one move; see `draw_curves`."""
     style.save(draw_curves(rows, title, colour), path)
@@ -73,11 +71,10 @@ def _draw_loss(axes: Axes, train: Columns, axis: str, colour: str) -> None:
 
 
 def _draw_accuracy(axes: Axes, train: Columns, test: Columns, axis: str, colour: str) -> None:
-    grey = style.PALETTE["muted"]
     axes.plot(
         train[axis],
         smooth(train["accuracy"]),
-        color=grey,
+        color=style.PALETTE["muted"],
         linewidth=1,
         label="training",
     )
@@ -102,7 +99,7 @@ def _draw_accuracy(axes: Axes, train: Columns, test: Columns, axis: str, colour:
         )
 
 
-def _columns(rows: list[dict[str, Any]], *names: str) -> Columns:
+def _columns(rows: list[Json], *names: str) -> Columns:
     """Gather the rows that have the first of the named values into arrays."""
     kept = [row for row in rows if names[0] in row]
     names = ("step", "seconds", *names)

@@ -1,8 +1,5 @@
 """The picture of ``forwax optimize``: ways over contours; loss against steps and seconds."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,17 +9,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from forwax.lab import style
-from forwax.lab.optimize.descent import Descent, Plan, Timing, label
-
-__all__ = ["draw"]
+from forwax.lab.optimize.descent import Descent, Descents, Plan, Timings, label
+from forwax.lab.report import Json
 
 GROUND = LinearSegmentedColormap.from_list("ground", ["#ffffff", "#dbe3f0", "#aab9d6"])
 MOST_POINTS = 1500
-THIN: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.3}
+THIN: Json = {"linewidth": 0.6, "alpha": 0.3}
 
 
 @style.styled
-def draw(plan: Plan, descents: Mapping[str, Descent], timings: Mapping[str, Timing]) -> Figure:
+def draw(plan: Plan, descents: Descents, timings: Timings) -> Figure:
     """Draw the comparison: every run thin, the median thick; contours only for two variables.
 
     Args:
@@ -63,7 +59,7 @@ def draw(plan: Plan, descents: Mapping[str, Descent], timings: Mapping[str, Timi
     return figure
 
 
-def _look(name: str) -> dict[str, Any]:
+def _look(name: str) -> Json:
     """Return the look of a method's median, backprop's above the others."""
     return {
         "color": style.colour(name),
@@ -76,9 +72,7 @@ def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum:
     """Draw f above its minimum, every run and their median at each step, against scaled steps."""
     shown = _thinned(descent.values.shape[1])[1:]
     x = scale * shown
-    # what is not a number ranks above all numbers, and a logarithmic axis shows neither it nor zero
-    values = np.where(np.isfinite(descent.values), descent.values, np.inf)
-    values = values[:, shown] - minimum
+    values = descent.ranked[:, shown] - minimum
     look = _look(name)
     if np.any(values != values[0]):
         for run in values:
@@ -86,8 +80,7 @@ def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum:
     text = label(name)
     if descent.non_finite:
         text += f"\n{descent.non_finite} of {len(values)} runs not finite"
-    median = np.median(values, axis=0)
-    axes.plot(x, _positive(median), label=text, **look)
+    axes.plot(x, _positive(np.median(values, axis=0)), label=text, **look)
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
@@ -97,11 +90,13 @@ def _positive(values: np.ndarray) -> np.ndarray:
 
 def _thinned(length: int) -> np.ndarray:
     """Return the indices that are drawn: all early ones, and evenly spaced ones after."""
-    later = np.linspace(0, length - 1, min(length, MOST_POINTS))
-    return np.union1d(np.arange(min(length, 300)), later.astype(int))
+    return np.union1d(
+        np.arange(min(length, 300)),
+        np.linspace(0, length - 1, min(length, MOST_POINTS)).astype(int),
+    )
 
 
-def _draw_ways(axes: Axes, plan: Plan, descents: Mapping[str, Descent]) -> None:
+def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
     """Draw the ways of all runs over the contours of the function."""
     ways = {
         name: descent.points for name, descent in descents.items() if descent.points is not None
@@ -116,8 +111,7 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Mapping[str, Descent]) -> None:
             axes.plot(*way.T, **look | THIN)
         # the run whose final value is the median, or the lower one of the two in the middle
         ranks = np.argsort(descents[name].final, kind="stable")
-        middle = ranks[(len(ranks) - 1) // 2]
-        axes.plot(*points[middle, shown].T, **look)
+        axes.plot(*points[ranks[(len(ranks) - 1) // 2], shown].T, **look)
     axes.plot(
         *plan.start,
         "o",
@@ -179,11 +173,11 @@ def _frame(plan: Plan, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the corners around the start, the ways in the domain, and the minimum found."""
     lowest = np.array(plan.function.lower)
     highest = np.array(plan.function.upper)
-    inside = np.all((points >= lowest) & (points <= highest), axis=1)
-    ways = np.concatenate([[plan.start], points[inside]])
+    ways = np.concatenate(
+        [[plan.start], points[np.all((points >= lowest) & (points <= highest), axis=1)]]
+    )
     minima = np.array(plan.function.minima)
-    distances = np.linalg.norm(minima - ways[-1], axis=1)
-    ways = np.concatenate([ways, [minima[np.argmin(distances)]]])
+    ways = np.concatenate([ways, [minima[np.argmin(np.linalg.norm(minima - ways[-1], axis=1))]]])
     lower = ways.min(axis=0)
     upper = ways.max(axis=0)
     margin = np.maximum(0.15 * (upper - lower), 0.04 * (highest - lowest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +11,7 @@ from forwax.lab import style
 from forwax.lab.catalogue.columns import Column
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.ren2023.table import Results
+from forwax.lab.report import Json
 from forwax.models import ren2023
 
 _COLOURS = {"BP": "backprop", "FA": "finite-difference", "FG-W": "forward-16", "FG-A": "forward"}
@@ -39,8 +39,12 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
         runs = [run for run in results.get(entry.name, ()) if run["finite"]]
         if runs:
             count = min(len(run["epochs"]) for run in runs)
-            errors = np.mean([run["test_errors"][:count] for run in runs], axis=0)
-            axes.plot(runs[0]["epochs"][:count], errors, label=entry.name, **_look(entry))
+            axes.plot(
+                runs[0]["epochs"][:count],
+                np.mean([run["test_errors"][:count] for run in runs], axis=0),
+                label=entry.name,
+                **_look(entry),
+            )
     axes.set(xlabel="epochs", ylabel="test error, %", xscale="log", yscale="log")
     style.plain_numbers(axes.xaxis)
     style.plain_numbers(axes.yaxis, minor_digits="235")
@@ -50,7 +54,7 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     return figure
 
 
-def _look(entry: Entry) -> dict[str, Any]:
+def _look(entry: Entry) -> Json:
     reading = ren2023.READINGS[entry.rule]
     number = entry.num_tangents or 1
     look = {

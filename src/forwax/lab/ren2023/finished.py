@@ -1,14 +1,11 @@
 """The finished runs in a column's folder, whichever call made them."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
-from typing import Any
 
 from forwax.lab.catalogue.columns import RULES
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 from forwax.lab.training.folder import SUMMARY, Run
 
 
@@ -21,7 +18,7 @@ def folder_of(column: Path, entry: Entry, seed: int) -> Path:
     return column / f"{entry.name.replace(':', '_')}-{seed}"
 
 
-def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[dict[str, Any]]]]:
+def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[Json]]]:
     """Read all finished runs on the same data.
 
     Args:
@@ -32,18 +29,20 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[d
         The rows in the order of the paper's methods, and the summaries of each row's seeds by its
         name.
     """
-    found: dict[Entry, dict[int, dict[str, Any]]] = {}
+    found: list[tuple[tuple[int, int, str, int], Entry, Json]] = []
     for path in column.glob(f"*/{SUMMARY}"):
-        config = Run.open(path.parent).config
-        read = _read_name(path.parent.name)
-        if read is not None and config["data_checksum"] == checksum:
+        run = Run.open(path.parent)
+        read = _read_name(run.path.name)
+        if read is not None and run.config["data_checksum"] == checksum:
             entry, seed = read
-            summary = json.loads(path.read_text()) | {"learning_rate": config["learning_rate"]}
-            found.setdefault(entry, {})[seed] = summary
-    place = lambda entry: (RULES.index(entry.rule), entry.num_tangents or 1, entry.name)  # noqa: E731
-    entries = sorted(found, key=place)
-    results = {entry.name: [run for _, run in sorted(found[entry].items())] for entry in entries}
-    return entries, results
+            place = RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed
+            found.append(
+                (place, entry, run.summary() | {"learning_rate": run.config["learning_rate"]})
+            )
+    results: dict[str, list[Json]] = {}
+    for _, entry, summary in sorted(found, key=lambda each: each[0]):
+        results.setdefault(entry.name, []).append(summary)
+    return [Entry.parse(name) for name in results], results
 
 
 def _read_name(name: str) -> tuple[Entry, int] | None:

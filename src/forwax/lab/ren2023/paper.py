@@ -5,8 +5,6 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR
 no L-FG-A.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 

@@ -1,18 +1,15 @@
 """One method and seed of a column, trained in a folder that any interruption leaves resumable."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
-from forwax.lab.report import write_json
+from forwax.lab.report import Json, write_json
 from forwax.lab.training.folder import CHECKPOINTS, CONFIG, SUMMARY, Files, Run, opened
 from forwax.lab.training.problem import Problem
 from forwax.lab.training.program import Block, Scorer, build_trainer
@@ -28,7 +25,7 @@ def train(
     settings: Settings,
     tell: Tell = print,
     signals: Signals | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Train from the start, or from the folder's last checkpoint; a finished run is only read.
 
     Args:
@@ -51,12 +48,13 @@ def train(
             tell(f"not finite in an earlier sitting; to train it again, remove {folder}")
         return run.summary()
     with opened(run, problem, settings) as files:
-        session = _Epochs(files, problem, settings, tell, signals)
+        session = _Epochs(files, problem, settings, tell)
+        session.signals = signals or session.signals
         finite = session.run() is None
         if not finite:
             step = session.trainer.step + 1
             tell(f"the loss or its gradient is not finite at step {step}: given up")
-        elif session.trainer.step < settings.steps:
+        elif session.stopped_early:
             session.save()
             raise KeyboardInterrupt
     summary = _summary(run, session, finite)
@@ -84,26 +82,19 @@ def _open(folder: Path, problem: Problem, settings: Settings) -> Run:
 class _Epochs(Session):
     """An evaluation and a line for each epoch; `begun` is the one so far, step by step."""
 
-    def __init__(
-        self,
-        files: Files,
-        problem: Problem,
-        settings: Settings,
-        tell: Tell,
-        signals: Signals | None,
-    ):
-        super().__init__(build_trainer(problem, settings, files.state), files, signals)
-        self.per_epoch = max(1, len(problem.train[0]) // settings.batch_size)
+    def __init__(self, files: Files, problem: Problem, settings: Settings, tell: Tell):
+        self.per_epoch = max(1, problem.num_examples // settings.batch_size)
+        super().__init__(
+            build_trainer(problem, settings, files.state),
+            {*range(0, settings.steps, self.per_epoch), settings.steps},
+            files,
+        )
         self.tell = tell
         self.metrics = files.metrics
         self.score = Scorer(problem, problem.test)
-        last = files.run.metrics()[-1:]
-        self.begun: dict[str, list[float]] = (
-            last[0]["begun"] if last and "begun" in last[0] else _begin()
-        )
-
-    def next_stop(self, step: int) -> int:
-        return min((step // self.per_epoch + 1) * self.per_epoch, self.steps)
+        self.begun: dict[str, list[float]] = {"losses": [], "accuracies": []}
+        for row in files.run.metrics()[-1:]:
+            self.begun = row.get("begun", self.begun)
 
     def after_block(self, block: Block, seconds: float) -> None:
         self.begun["losses"] += block.losses.tolist()
@@ -124,7 +115,7 @@ class _Epochs(Session):
             "seconds": round(self.seconds, 3),
         }
         self.metrics.append([row])
-        self.begun = _begin()
+        self.begun = {"losses": [], "accuracies": []}
         errors = f"loss {loss:.4f}, test error {test_error:.2f} %"
         self.tell(f"epoch {epoch:g}: {errors}, {self.seconds:.0f} s")
 
@@ -135,11 +126,7 @@ class _Epochs(Session):
         super().save()
 
 
-def _begin() -> dict[str, list[float]]:
-    return {"losses": [], "accuracies": []}
-
-
-def _summary(run: Run, session: Session, finite: bool) -> dict[str, Any]:
+def _summary(run: Run, session: Session, finite: bool) -> Json:
     rows = [row for row in run.metrics() if "test_error" in row]
     problem, seconds = session.problem, session.seconds
     train_error = None

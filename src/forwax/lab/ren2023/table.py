@@ -1,7 +1,6 @@
 """The table of a reproduced column: ours beside the paper's."""
 
-from __future__ import annotations
-
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,20 +71,26 @@ def make_table(column: Column, entries: Sequence[Entry], results: Results) -> Ta
     return Table(HEADINGS, rows, column.title)
 
 
-def facts(settings: Settings, summary: Summary, cores: int | None) -> str:
+def facts(settings: Settings, summary: Summary, held_out: int) -> str:
     """Give one line on what a table rests on.
 
     Args:
         settings: those of one of its runs.
         summary: of one of its runs.
-        cores: of the machine.
+        held_out: how many training images stand for the test set, or 0.
     """
     shown = "two views of each image"
     if settings.objective == "supervised":
         shown = "images shifted by up to 2 pixels" if settings.augment else "no augmentation"
-    return (
+    told = (
         f"Batches of {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to "
         f"zero, weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over "
         f"seeds. Paper: Ren et al. 2023, arXiv 2210.03310. {summary['device']}, "
-        f"{summary['num_devices']} device, {cores} cores, jax {summary['versions']['jax']}."
+        f"{summary['num_devices']} device, {os.cpu_count()} cores, jax "
+        f"{summary['versions']['jax']}."
     )
+    if held_out:
+        told += (
+            f" Errors are on {held_out} training images that were held out, not on the test set."
+        )
+    return told

@@ -1,7 +1,5 @@
 """What the slopes of a guarded run tell of its gradient, and what to try when a run stopped."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -11,18 +11,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
-from forwax.lab.report import write_json
+from forwax.lab.report import Json, write_json
 from forwax.lab.training.problem import Problem
 from forwax.lab.training.step import TrainState, init_state
 
@@ -31,9 +30,6 @@ CURVES, CHECKPOINTS = "curves.png", "checkpoints"
 
 KEEP = 2
 """How many checkpoints stay; the one before the last is the way back from a damaged disk."""
-
-Row = dict[str, Any]
-"""A line of metrics.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,10 @@ class Run:
     """
 
     path: Path
-    config: dict[str, Any]
+    config: Json
 
     @classmethod
-    def create(cls, parent: Path, name: str, config: dict[str, Any]) -> Run:
+    def create(cls, parent: Path, name: str, config: Json) -> Run:
         """Make the folder `<parent>/<name>-<time>` in one move, with config.json inside.
 
         Args:
@@ -96,11 +92,11 @@ class Run:
         """Whether the run has made all its steps and written its summary."""
         return (self.path / SUMMARY).exists()
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Json:
         """Read summary.json of a finished run."""
         return json.loads((self.path / SUMMARY).read_text())
 
-    def metrics(self) -> list[Row]:
+    def metrics(self) -> list[Json]:
         """Read all complete lines of metrics.jsonl; empty where there is no such file."""
         return [row for row, _ in self._complete_rows()]
 
@@ -118,7 +114,7 @@ class Run:
         if (self.path / METRICS).exists():
             os.truncate(self.path / METRICS, end)
 
-    def _complete_rows(self) -> Iterator[tuple[Row, int]]:
+    def _complete_rows(self) -> Iterator[tuple[Json, int]]:
         """Give each row with the offset of its end, up to the first line that is torn."""
         path = self.path / METRICS
         end = 0
@@ -134,13 +130,8 @@ class Run:
 def _move_to_free_name(draft: Path, name: str) -> Path:
     """Rename the draft; a name that is taken (two runs in one second) gets a number."""
     for number in range(1, 100):
-        path = draft.with_name(name if number == 1 else f"{name}-{number}")
-        if not path.exists():
-            try:
-                os.rename(draft, path)
-                return path
-            except OSError:
-                continue
+        with suppress(OSError):
+            return draft.rename(draft.with_name(name if number == 1 else f"{name}-{number}"))
     shutil.rmtree(draft, ignore_errors=True)
     raise FileExistsError(17, "a hundred runs began in the same second", name)
 
@@ -155,7 +146,7 @@ class Metrics:
     def __init__(self, folder: Path):
         self._file = (folder / METRICS).open("ab")
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[Json]) -> None:
         """Write one line a row and hand them to the system."""
         self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
         self._file.flush()
@@ -237,7 +228,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _as_tree(state: TrainState, seconds: float) -> dict[str, Any]:
+def _as_tree(state: TrainState, seconds: float) -> Json:
     return {"state": state._asdict(), "seconds": np.float64(seconds)}
 
 

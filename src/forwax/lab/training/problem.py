@@ -1,7 +1,5 @@
 """One experiment made ready to train: its data, its initial parameters, its loss."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +10,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 import forwax as fx
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.objectives import (
+    Estimate,
     Gradient,
     Loss,
     Scale,
@@ -49,7 +49,7 @@ class Problem:
             another loss.
     """
 
-    init: Callable[[jax.Array], Any]
+    init: Callable[[Array], Any]
     loss: Loss
     train: Examples
     test: Examples
@@ -57,7 +57,12 @@ class Problem:
     checksum: str
     custom_gradient: Gradient | None = None
 
-    def gradient(self, rule: Any) -> Callable[..., Any]:
+    @property
+    def num_examples(self) -> int:
+        """The size of the training set."""
+        return len(self.train[0])
+
+    def gradient(self, rule: Any) -> Estimate:
         """The function that estimates the gradient of a batch by a rule; see `Gradient`."""
         if self.custom_gradient is not None:
             return self.custom_gradient(rule)
@@ -68,8 +73,7 @@ class Problem:
         if not isinstance(rule, fx.ActivityPerturbation):
             return None
         image, label = (jnp.asarray(x[:1]) for x in self.train)
-        abstract = jax.eval_shape(self.init, jax.random.key(0))
-        params = jax.tree.map(jnp.zeros_like, abstract)
+        params = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0)))
         rows = fx.explain(self.loss, rule, **_BATCHED)(params, image, label).rows
         return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
@@ -100,11 +104,10 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
     experiment = experiment.of(settings)
     shape = data.train_images.shape[1:]
 
-    def make(key: jax.Array) -> Any:
-        model = experiment.model(shape, data.num_classes, key)
-        return eqx.partition(model, eqx.is_inexact_array)
+    def make(key: Array) -> Any:
+        return eqx.partition(experiment.model(shape, data.num_classes, key), eqx.is_inexact_array)
 
-    def init(key: jax.Array) -> Any:
+    def init(key: Array) -> Any:
         return cast(make(key)[0], parameter_dtype(settings.dtype))
 
     try:  # the part that is not parameters holds no arrays, so an abstract key serves to build it

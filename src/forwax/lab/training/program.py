@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.training.problem import Examples, Problem
@@ -38,56 +40,62 @@ class Block(NamedTuple):
 
 
 class _Carry(NamedTuple):
+    """Where a run is, and what the last block gave.
+
+    The epoch and its permutation of the data pass from block to block.
+    """
+
     state: TrainState
-    # the epoch and its permutation of the data pass from block to block
-    epoch: jax.Array
-    order: jax.Array
-    done: jax.Array
-    finite: jax.Array
-    last_loss: jax.Array
-    losses: jax.Array
-    accuracies: jax.Array
+    epoch: Array
+    order: Array
+    done: Array
+    finite: Array
+    last_loss: Array
+    losses: Array
+    accuracies: Array
 
 
-def make_block(problem: Problem, settings: Settings) -> Any:
-    """Make the function that runs `count` steps, or one at a time where `loops_well` says no."""
-    step = make_step(problem, settings)
-    data_key = split_seed(settings.seed).data
+def make_block(problem: Problem, settings: Settings) -> Callable[..., _Carry]:
+    """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
+
+    It takes (carry, count, learning rate, seed, images, labels).
+    """
     spread = placement(settings)[1]
     batch = settings.batch_size
-    num_examples = len(problem.train[0])
-    looped = loops_well(problem)
-    numbers = jnp.arange(num_examples, dtype=jnp.int32)
+    numbers = jnp.arange(problem.num_examples, dtype=jnp.int32)
 
-    def body(carry: _Carry, images: jax.Array, labels: jax.Array) -> _Carry:
-        epoch, position = jnp.divmod(carry.state.step, num_examples // batch)
-        order = jax.lax.cond(
-            epoch == carry.epoch,
-            lambda: carry.order,
-            lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
-        )
-        chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
-        state, loss, accuracy, finite = step(carry.state, *spread((images[chosen], labels[chosen])))
-        loss = loss.astype(jnp.float32)
-        return _Carry(
-            state=state,
-            epoch=epoch,
-            order=order,
-            done=carry.done + finite,
-            finite=finite,
-            last_loss=loss,
-            losses=carry.losses.at[carry.done].set(loss),
-            accuracies=carry.accuracies.at[carry.done].set(accuracy),
-        )
+    def block(carry: _Carry, count: Array, rate: Any, seed: Any, *data: Any) -> _Carry:
+        step = make_step(problem, dataclasses.replace(settings, learning_rate=rate, seed=seed))
+        data_key = split_seed(seed).data
 
-    def block(state: TrainState, epoch: Any, order: Any, count: Any, *data: Any) -> _Carry:
-        buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
-        none = jnp.int32(0), jnp.bool(True), jnp.float32(0)
-        start = _Carry(state, epoch, order, *none, buffer, buffer)
-        if not looped:  # one step, whatever the count
-            return body(start, *data)
-        goes_on = lambda carry: (carry.done < count) & carry.finite  # noqa: E731
-        return jax.lax.while_loop(goes_on, lambda carry: body(carry, *data), start)
+        def body(carry: _Carry) -> _Carry:
+            epoch, position = jnp.divmod(carry.state.step, len(numbers) // batch)
+            order = jax.lax.cond(
+                epoch == carry.epoch,
+                lambda: carry.order,
+                lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
+            )
+            chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
+            state, loss, accuracy, finite = step(
+                carry.state, *spread([each[chosen] for each in data])
+            )
+            loss = loss.astype(jnp.float32)
+            done = carry.done
+            return _Carry(
+                state,
+                epoch,
+                order,
+                done + finite,
+                finite,
+                loss,
+                carry.losses.at[done].set(loss),
+                carry.accuracies.at[done].set(accuracy),
+            )
+
+        carry = carry._replace(done=jnp.int32(0), finite=jnp.bool(True))
+        if not loops_well(problem):  # one step, whatever the count
+            return body(carry)
+        return jax.lax.while_loop(lambda carry: (carry.done < count) & carry.finite, body, carry)
 
     return block
 
@@ -102,8 +110,9 @@ def loops_well(problem: Problem) -> bool:
         problem: the experiment made ready.
     """
     image, label = (jax.ShapeDtypeStruct(each.shape[1:], each.dtype) for each in problem.train)
-    params = jax.eval_shape(problem.init, jax.random.key(0))
-    convolves = "conv_general_dilated" in str(jax.make_jaxpr(problem.loss)(params, image, label))
+    convolves = "conv_general_dilated" in str(
+        jax.make_jaxpr(problem.loss)(jax.eval_shape(problem.init, jax.random.key(0)), image, label)
+    )
     return not (convolves and jax.default_backend() == "cpu")
 
 
@@ -115,35 +124,29 @@ class Scorer:
 
     def __init__(self, problem: Problem, examples: Examples):
         self._count = len(examples[0])
-        self._batches = jax.device_put(in_batches(*examples))
+        size = min(EVALUATION_BATCH, self._count)
+        padding = -self._count % size
+        # equal batches; the padding of the last one has weight False
+        padded = (
+            np.concatenate([each, np.zeros((padding, *each.shape[1:]), each.dtype)])
+            for each in (*examples, np.ones(self._count, bool))
+        )
+        self._batches = jax.device_put([x.reshape(-1, size, *x.shape[1:]) for x in padded])
 
-        def of_batch(params: Any, batch: Any) -> Any:
-            images, labels, weights = batch
+        def of_batch(params: Any, images: Array, labels: Array, weights: Array) -> Any:
             losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images, labels)
             return jnp.sum(jnp.where(weights, losses, 0)), jnp.sum(correct & weights)
 
-        def evaluate(params: Any, *batches: Any) -> Any:
-            losses, correct = jax.lax.map(lambda batch: of_batch(params, batch), batches)
+        def evaluate(params: Any, batches: Any) -> Any:
+            losses, correct = jax.lax.map(lambda batch: of_batch(params, *batch), batches)
             return losses.sum(), correct.sum()
 
         self._evaluate = jax.jit(evaluate)
 
     def __call__(self, params: Any) -> tuple[float, float]:
         """Give the mean loss and the accuracy in [0, 1]."""
-        losses, correct = self._evaluate(params, *self._batches)
+        losses, correct = self._evaluate(params, self._batches)
         return float(losses) / self._count, float(correct) / self._count
-
-
-def in_batches(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """Cut a set into equal batches; the padding of the last one has weight False."""
-    size = min(EVALUATION_BATCH, len(images))
-    pad = -len(images) % size
-    weights = np.ones(len(images), bool)
-    padded = (
-        np.concatenate([x, np.zeros((pad, *x.shape[1:]), x.dtype)])
-        for x in (images, labels, weights)
-    )
-    return [x.reshape(-1, size, *x.shape[1:]) for x in padded]
 
 
 @dataclass(eq=False)
@@ -178,31 +181,26 @@ class Program:
             seed: the seed of everything.
             state: a state to go on from; its memory is given away.
         """
-        state = self._init(np.uint32(seed)) if state is None else state
-        order = jnp.zeros(len(self.problem.train[0]), jnp.int32)
-        at: Any = state, jnp.int32(-1), order
+        begun = self._init(np.uint32(seed)) if state is None else state
+        carry = _carry(begun, self.problem.num_examples)
         if self._where is not None:
-            at = jax.device_put(at, self._where)
-        return Trainer(self, learning_rate, seed, *at)
+            carry = jax.device_put(carry, self._where)
+        return Trainer(self, learning_rate, seed, carry)
 
 
 @dataclass(eq=False)
 class Trainer:
-    """A run of a program: its rate and seed, and where it is.
-
-    Attributes:
-        program: what makes its steps.
-        learning_rate: the rate at the start of the schedule.
-        seed: the seed of everything.
-        state: the state after the last finite step.
-    """
+    """A run of a program: its rate at the start of the schedule, its seed, and where it is."""
 
     program: Program
     learning_rate: float
     seed: int
-    state: TrainState
-    _epoch: Any
-    _order: Any
+    _carry: _Carry
+
+    @property
+    def state(self) -> TrainState:
+        """The state after the last finite step."""
+        return self._carry.state
 
     @property
     def step(self) -> int:
@@ -232,24 +230,23 @@ class Trainer:
         return Block(np.concatenate(losses), np.concatenate(accuracies), stops[-1])
 
     def _call(self, count: int) -> Block:
-        carry = self.program._block(
-            self.state,
-            self._epoch,
-            self._order,
-            np.int32(count),
-            _rate(self.learning_rate),
-            np.uint32(self.seed),
-            *self.program.data,
-        )
-        self.state, self._epoch, self._order = carry.state, carry.epoch, carry.order
+        inputs = np.int32(count), _rate(self.learning_rate), np.uint32(self.seed)
+        self._carry = carry = self.program._block(self._carry, *inputs, *self.program.data)
         done = int(carry.done)
         stopped_by = None if carry.finite else float(carry.last_loss)
-        return Block(
-            np.asarray(carry.losses)[:done], np.asarray(carry.accuracies)[:done], stopped_by
-        )
+        losses, accuracies = (np.asarray(x)[:done] for x in (carry.losses, carry.accuracies))
+        return Block(losses, accuracies, stopped_by)
 
 
-def _rate(learning_rate: float) -> jax.Array:
+def _carry(state: TrainState, num_examples: int) -> _Carry:
+    """Where a run is when its sitting begins; no epoch is the current one yet."""
+    buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
+    order = jnp.zeros(num_examples, jnp.int32)
+    nothing = jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer.copy()
+    return _Carry(state, jnp.int32(-1), order, *nothing)
+
+
+def _rate(learning_rate: float) -> Array:
     """The rate in the widest type of the day."""
     return jnp.asarray(learning_rate, float)
 
@@ -274,33 +271,23 @@ def build_program(problem: Problem, settings: Settings, data: Any = None) -> Pro
     if data is None:
         data = jax.device_put(problem.train, where)
 
-    def block(state: Any, epoch: Any, order: Any, count: Any, rate: Any, seed: Any, *data: Any):
-        own = dataclasses.replace(settings, learning_rate=rate, seed=seed)
-        return make_block(problem, own)(state, epoch, order, count, *data)
-
     def init(seed: Any) -> TrainState:
         return init_state(problem, dataclasses.replace(settings, seed=seed))
 
-    shardings: dict[str, Any] = {"in_shardings": where, "out_shardings": where} if where else {}
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    order = jax.ShapeDtypeStruct(problem.train[1].shape, jnp.int32)
+    def start(seed: Any) -> _Carry:
+        return _carry(init(seed), problem.num_examples)
+
+    seed = np.uint32(0)
+    spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
     started = time.perf_counter()
-    lowered = jax.jit(block, donate_argnums=(0, 1, 2), **shardings).lower(
-        jax.eval_shape(init, np.uint32(0)),
-        number,
-        order,
-        number,
-        _rate(0),
-        np.uint32(0),
-        *data,
+    lowered = jax.jit(make_block(problem, settings), donate_argnums=0, **spread).lower(
+        jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data
     )
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
-    temporary_bytes = None if memory is None else int(memory.temp_size_in_bytes)
-    return Program(
-        problem, settings, data, seconds, temporary_bytes, compiled, jax.jit(init), where
-    )
+    temporaries = None if memory is None else int(memory.temp_size_in_bytes)
+    return Program(problem, settings, data, seconds, temporaries, compiled, jax.jit(init), where)
 
 
 def build_trainer(problem: Problem, settings: Settings, state: TrainState | None = None) -> Trainer:

@@ -10,12 +10,15 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from bisect import bisect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from forwax.lab import report
+from forwax.lab.report import Json
 from forwax.lab.training.folder import Files
 from forwax.lab.training.program import MAX_BLOCK, Block, Trainer
+from forwax.lab.training.progress import Reporter
 
 BLOCK_SECONDS = 0.25
 """How long a block of steps should take, so that Ctrl-C is answered within half a second."""
@@ -50,8 +53,9 @@ class Signals:
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
-        is_termination = number == signal.SIGTERM
-        signal.signal(number, signal.SIG_DFL if is_termination else signal.default_int_handler)
+        signal.signal(
+            number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+        )
 
     @property
     def code(self) -> int:
@@ -77,34 +81,41 @@ class Session:
 
     Attributes:
         trainer: what makes the steps.
-        steps: the number of the last step.
+        stops: the steps at which a block must end, the last step among them.
         seconds: of training so far, those of earlier sittings included.
         signals: what stops it between two blocks.
+        reporter: is told how far the run is.
     """
 
     checkpoint_seconds = 60.0
     """The least time between two checkpoints; one is written at a stop too."""
 
     def __init__(
-        self, trainer: Trainer, files: Files | None = None, signals: Signals | None = None
+        self,
+        trainer: Trainer,
+        stops: Iterable[int],
+        files: Files | None = None,
+        signals: Signals | None = None,
     ):
         self.trainer = trainer
         self.problem = trainer.program.problem
         self.settings = trainer.program.settings
-        self.steps = self.settings.steps
+        self.stops = sorted(stops)
         self.seconds = files.seconds if files else 0.0
         self.signals = signals or Signals()
+        self.reporter: Reporter | None = None
         self._files = files
-
-    def next_stop(self, step: int) -> int:
-        """Give the step after this one at which a block must end."""
-        return self.steps
 
     def after_block(self, block: Block, seconds: float) -> None:
         """Note what a block of steps gave, and how long it took; `seconds` counts it already."""
 
     def at_stop(self) -> None:
-        """Do what is due at the step that `next_stop` named."""
+        """Do what is due at each of the stops."""
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a step is still to be made."""
+        return self.trainer.step < self.stops[-1]
 
     def save(self) -> None:
         """Write a checkpoint, after the metrics that it counts on."""
@@ -117,8 +128,8 @@ class Session:
         trainer = self.trainer
         size = 1
         saved = time.monotonic()
-        while trainer.step < self.steps and self.signals.received is None:
-            stop = self.next_stop(trainer.step)
+        while self.stopped_early and self.signals.received is None:
+            stop = self.stops[bisect(self.stops, trainer.step)]
             count = min(size, MAX_BLOCK, stop - trainer.step)
             started = time.perf_counter()
             block = trainer.run(count)
@@ -127,15 +138,19 @@ class Session:
             self.after_block(block, seconds)
             if block.stopped_by is not None:
                 return block.stopped_by
+            pace = count / seconds
+            if self.reporter is not None:
+                means = float(block.losses.mean()), float(block.accuracies.mean())
+                self.reporter.update(trainer.step, *means, pace)
             if trainer.step == stop:
                 self.at_stop()
-            size = block_size(count / seconds, size)
+            size = block_size(pace, size)
             if time.monotonic() - saved >= self.checkpoint_seconds:
                 self.save()
                 saved = time.monotonic()
         return None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """Give what every summary tells of the time, the memory and the machine."""
         program = self.trainer.program
         return {

@@ -1,13 +1,12 @@
 """One training step as a pure function: what it starts from, where its keys come from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import forwax as fx
@@ -33,16 +32,16 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     guess: Any
-    step: jax.Array
+    step: Array
     slopes: Any = None
 
 
 class Keys(NamedTuple):
     """The three independent keys of a run."""
 
-    init: jax.Array
-    data: jax.Array
-    noise: jax.Array
+    init: Array
+    data: Array
+    noise: Array
 
 
 def split_seed(seed: Any) -> Keys:
@@ -63,7 +62,7 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
     >>> int(init_state(build_problem(EXPERIMENTS["digits"], settings), settings).step)
     0
     """
-    optimizer = _optimizer(settings)
+    optimizer = build_optimizer(settings)
 
     def init() -> TrainState:
         key = split_seed(settings.seed).init
@@ -82,15 +81,6 @@ def guarded_rule(settings: Settings, guess: Any, slopes: Any = None) -> Any:
     return guard_rule(settings, build_rule(settings, guess), slopes)
 
 
-def _optimizer(settings: Settings) -> optax.GradientTransformation:
-    if settings.learning_rate is None:
-        raise ValueError(
-            "expected settings with a learning rate, got None; use "
-            "forwax.lab.catalogue.options.resolve"
-        )
-    return build_optimizer(settings, settings.learning_rate)
-
-
 def make_step(problem: Problem, settings: Settings) -> Any:
     """Make one training step, not compiled.
 
@@ -105,16 +95,17 @@ def make_step(problem: Problem, settings: Settings) -> Any:
 
     Example: `state, loss, accuracy, finite = make_step(problem, settings)(state, images, labels)`
     """
-    optimizer = _optimizer(settings)
+    optimizer = build_optimizer(settings)
     noise_key = split_seed(settings.seed).noise
 
-    def step(state: TrainState, images: jax.Array, labels: jax.Array) -> Any:
+    def step(state: TrainState, images: Array, labels: Array) -> Any:
         key = jax.random.fold_in(noise_key, state.step)
         slopes = state.slopes
         rule = guarded_rule(settings, state.guess, slopes)
         if isinstance(rule, fx.Safe) and problem.custom_gradient is None:
-            gradient = rule.step(problem.loss, has_aux=True, in_axes=(None, 0, 0))
-            (loss, correct), grads, rule = gradient(key, state.params, images, labels)
+            (loss, correct), grads, rule = rule.step(
+                problem.loss, has_aux=True, in_axes=(None, 0, 0)
+            )(key, state.params, images, labels)
             slopes = rule.history
         else:
             (loss, correct), grads = problem.gradient(rule)(key, state.params, images, labels)
@@ -123,22 +114,19 @@ def make_step(problem: Problem, settings: Settings) -> Any:
 
         def advance(state: TrainState) -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            guess = _next_guess(settings, state.guess, grads)
-            return TrainState(params, opt_state, guess, state.step + 1, slopes)
+            guess = state.guess
+            if needs_guess(settings):
+                kept = settings.guess_decay or 0.0
+                guess = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
+            return TrainState(
+                optax.apply_updates(state.params, updates), opt_state, guess, state.step + 1, slopes
+            )
 
         # a branch, not a select: a select would copy all parameters at every step
         state = jax.lax.cond(finite, advance, lambda state: state, state)
         return state, loss, jnp.mean(correct, dtype=jnp.float32), finite
 
     return step
-
-
-def _next_guess(settings: Settings, guess: Any, grads: Any) -> Any:
-    if not needs_guess(settings):
-        return guess
-    kept = settings.guess_decay or 0.0
-    return jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
 
 
 def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any], Any]]:
@@ -168,5 +156,6 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
         )
     mesh = jax.make_mesh((count,), ("examples",), (AxisType.Auto,), devices=devices)
     rows = NamedSharding(mesh, PartitionSpec("examples"))
-    spread = lambda batch: jax.lax.with_sharding_constraint(batch, rows)  # noqa: E731
-    return NamedSharding(mesh, PartitionSpec()), spread
+    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(
+        batch, rows
+    )

@@ -1,12 +1,12 @@
 """The time of one step under each rule, and of evaluating the loss once: warm, in turns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from forwax._reports.timing import interleaved, seconds_of
 from forwax.lab.training.program import MAX_BLOCK, Program, loops_well
@@ -47,27 +47,27 @@ def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, lis
 def _evaluations(program: Program) -> Run:
     """Evaluate the mean loss of batch after batch, in a compiled loop where the steps have one."""
     problem = program.problem
-    num_examples = len(problem.train[0])
     batch_size = program.settings.batch_size
+    num_examples = problem.num_examples
+    per_epoch = num_examples // batch_size
+    looped = loops_well(problem)
     losses = jax.vmap(problem.loss, in_axes=(None, 0, 0))
     order = jnp.asarray(np.random.default_rng(0).permutation(num_examples), jnp.int32)
     params = program.start(0.0, seed=0).state.params
 
     @jax.jit
-    def evaluate(count: jax.Array, first: jax.Array, params, images, labels) -> jax.Array:
-        def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            start = i % (num_examples // batch_size) * batch_size
-            chosen = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
-            return total + losses(params, images[chosen], labels[chosen])[0].mean()
+    def evaluate(first: int, count: int, params: Any, images: Array, labels: Array) -> Array:
+        def add(i: Any, total: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)
+            return total + losses(params, images[rows], labels[rows])[0].mean()
 
-        if loops_well(problem):
+        if looped:
             return jax.lax.fori_loop(first, first + count, add, jnp.float32(0))
         return add(first, jnp.float32(0))
 
     def run(count: int) -> None:
-        parts = [(count, 0)] if loops_well(problem) else [(1, first) for first in range(count)]
-        for part in parts:
-            evaluate(*map(np.int32, part), params, *program.data).block_until_ready()
+        for first in range(0, count, count if looped else 1):
+            evaluate(first, count, params, *program.data).block_until_ready()
 
     return run
 
