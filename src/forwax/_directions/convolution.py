@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from forwax._programs.evaluate import bind
 from forwax._programs.program import Equation
+from forwax._tree import promoted
 
 _MOST_TAPS = 64
 
@@ -146,7 +147,7 @@ def one_feature(
     if is_large or is_empty:
         return None
     dtype = params["preferred_element_type"] or x.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = promoted(dtype, jnp.float32)
     dots = _tap_dots(x, kernel, params, wide)
     pads = [(0, 0, 0), *geometry.pads, (0, 0, 0)]
     dots = lax.pad(dots, jnp.zeros((), wide), pads)

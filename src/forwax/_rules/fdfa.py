@@ -189,5 +189,5 @@ def _outer(slopes: Sequence[Array], noise: Array, mapped: bool, num_examples: in
         t = jnp.mean(t, axis=1)
     t = t.reshape(-1, t.shape[-1])  # [k · examples, e]
     u = u.reshape(-1, u.shape[-1])  # [k · examples, z]
-    dtype = _tree.accumulation_dtype(jnp.promote_types(t.dtype, u.dtype))
+    dtype = _tree.accumulation_dtype(_tree.promoted(t.dtype, u.dtype))
     return t.astype(dtype).T @ u.astype(dtype) / t.shape[0]

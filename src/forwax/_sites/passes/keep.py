@@ -214,7 +214,7 @@ def products(sites: Sites, out: Pass) -> list[Array]:
 
 def _product(error: Array, tangent: Array) -> Array:
     """Re(error · tangent) in at least float32; the error counts for each of k tangents."""
-    wide = _tree.accumulation_dtype(jnp.promote_types(error.dtype, tangent.dtype))
+    wide = _tree.accumulation_dtype(_tree.promoted(error.dtype, tangent.dtype))
     return jnp.real(error.astype(wide)[None] * tangent.astype(wide))
 
 
