@@ -72,7 +72,7 @@ def arguments(loss: str, shape: tuple[int, ...]) -> tuple[tuple[Array, ...], tup
 
 
 def modes(loss: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
-    """What is compiled: functions of the differentiated arguments, their tangents and the labels."""
+    """What is compiled: functions of the arguments, their tangents and the labels."""
 
     def jvp(args: Any, dargs: Any, labels: Any) -> Any:
         return jax.jvp(lambda *args: loss(*args, *labels), args, dargs)

@@ -93,7 +93,8 @@ def parse(name: str, index: int = 0) -> NamedRule:
     >>> parse("projection-4").given["num_tangents"], parse("forward").about
     (4, 'forward gradient, 1 tangent')
     """
-    base, said = name, None
+    base = name
+    said = None
     if name not in LINES:
         base, _, number = name.rpartition("-")
         said = int(number) if number.isdecimal() else 0

@@ -39,7 +39,8 @@ def next_rate(tried: Tried, suggested: float) -> float:
         return rates[0] / FACTOR
     if at == len(rates) - 1:
         return rates[-1] * FACTOR
-    below, above = rates[at] / rates[at - 1], rates[at + 1] / rates[at]
+    below = rates[at] / rates[at - 1]
+    above = rates[at + 1] / rates[at]
     low = at if above >= below * (1 - 1e-9) else at - 1
     return math.sqrt(rates[low] * rates[low + 1])
 

@@ -79,7 +79,8 @@ def _fixed(value: float | None, digits: int) -> str:
 
 def make_tables(results: Facts) -> list[Table]:
     """Make the table of all rules, and that of the paper's ratios."""
-    seeds, target = len(results["seeds"]), results["target_loss"]
+    seeds = len(results["seeds"])
+    target = results["target_loss"]
     goal = "no target loss"
     if target is not None:
         goal = f"target: validation loss {target:g}, {results['target_is']}"

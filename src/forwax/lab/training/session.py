@@ -23,7 +23,9 @@ from forwax.lab.training.progress import Reporter
 BLOCK_SECONDS = 0.25
 """How long a block of steps should take, so that Ctrl-C is answered within half a second."""
 
-INTERRUPTED, TERMINATED, NOT_FINITE = 130, 143, 3
+INTERRUPTED = 130
+TERMINATED = 143
+NOT_FINITE = 3
 """Exit codes: stopped by Ctrl-C, by a termination, by a loss that is not finite."""
 
 

@@ -14,7 +14,9 @@ from forwax.lab.training.program import MAX_BLOCK, Program, loops_well
 LOSS = "loss"
 """The name under which the time of evaluating the loss once is given."""
 
-ROUNDS, BLOCK_SECONDS, TOTAL_SECONDS = 15, 0.2, 60.0
+ROUNDS = 15
+BLOCK_SECONDS = 0.2
+TOTAL_SECONDS = 60.0
 """How many rounds over all rules; how long one measurement, and all of them, should last."""
 
 Run = Callable[[int], object]
