@@ -4,7 +4,8 @@
 
 Prints a markdown table of relative mean squared errors E|ĝ - g|² / |g|² of the mean gradient of the
 first layer's weights on one batch of MNIST, before and after some training, and the squared cosine
-of feedback alignment's error, which is a guess that guided noise could start from. Takes about two minutes on one core.
+of feedback alignment's error, which is a guess that guided noise could start from. Takes about two
+minutes on one core.
 """
 
 import argparse

@@ -93,10 +93,10 @@ def _twins(
 ) -> list[Any]:
     """What stands for an equation's inputs on the way back: the feedback, else the values."""
     twins = []
-    for atom, value in zip(equation.inputs, values, strict=True):
+    for atom, twin in zip(equation.inputs, values, strict=True):
         if not isinstance(atom, Constant):
-            value = feedback.get(atom, value)
-        twins.append(value)
+            twin = feedback.get(atom, twin)
+        twins.append(twin)
     return twins
 
 
