@@ -143,7 +143,7 @@ class Momentum:
         weights = self.coefficients  # [window, k] or [window, k, examples]
         places = jnp.arange(self.window)
         ages = (self.num_steps - 1 - places) % self.window
-        decays = jnp.asarray(self.decay, weights.dtype) ** ages
+        decays = jnp.asarray(self.decay, weights.dtype) ** ages.astype(weights.dtype)
         ones = [1] * (weights.ndim - 1)
         decays = decays.reshape(-1, *ones)  # [window, 1] or [window, 1, 1]
         keys = jax.random.wrap_key_data(self.keys, impl=impl)
