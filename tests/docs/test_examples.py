@@ -10,6 +10,7 @@ import pytest
 
 from helpers import module_at
 
+pytestmark = pytest.mark.promotes("Optax mixes integers and floats")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "equinox_digits": {"epochs": 1, "batch": 512},
