@@ -1,9 +1,6 @@
 """The picture of a reproduced column: test error against epochs, one line a method."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +9,7 @@ from forwax.lab import style
 from forwax.lab.catalogue.columns import Column
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.ren2023.table import Results
+from forwax.lab.report import Json
 from forwax.models import ren2023
 
 _COLOURS = {"BP": "backprop", "FA": "finite-difference", "FG-W": "forward-16", "FG-A": "forward"}
@@ -50,7 +48,7 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     return figure
 
 
-def _look(entry: Entry) -> dict[str, Any]:
+def _look(entry: Entry) -> Json:
     reading = ren2023.READINGS[entry.rule]
     number = entry.num_tangents or 1
     look = {
