@@ -67,7 +67,7 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
     """Programs are compiled as users compile them: for tests of what they cost."""
     name = "jax_disable_most_optimizations"

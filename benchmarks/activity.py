@@ -132,7 +132,7 @@ def normalised(x: Array, gain: Array) -> Array:
 
 
 def transformer(params: Any, tokens: Array) -> Array:
-    """The loss of one sequence under a causal language model in plain JAX, a Python loop over its layers."""
+    """The loss of one sequence under a causal language model, its layers a Python loop."""
     h = params["table"][tokens]
     length, width = h.shape
     mask = jnp.tril(jnp.ones((length, length), bool))

@@ -1,4 +1,4 @@
-"""What the cost benchmark measures: ratios of interleaved times, compiled temporaries, time to compile."""
+"""What the cost benchmark measures: ratios of times, compiled temporaries, time to compile."""
 
 import functools
 import importlib.util
@@ -70,7 +70,7 @@ def gradients(scenario: Scenario, rules: Mapping[str, fx.Rule]) -> dict[str, Any
 
 
 def wide_products(scenario: Scenario, num_tangents: int) -> functools.partial[Any]:
-    """What a gradient of `cost_models.perceptron` along rank-1 tangents cannot do without, by itself.
+    """What a rank-1 gradient of `cost_models.perceptron` cannot do without, by itself.
 
     The wide layers' products for the values, and the second one's once more for each tangent.
     """
@@ -95,7 +95,7 @@ def wide_products(scenario: Scenario, num_tangents: int) -> functools.partial[An
 def times(
     scenario: Scenario, programs: Mapping[str, Any], rounds: int, **others: Callable[[], Any]
 ) -> dict[str, float]:
-    """Median seconds of compiled functions of a key, the parameters and data, and of other calls."""
+    """Median seconds of compiled functions of a key, parameters and data, and of other calls."""
     calls = {
         name: functools.partial(f, KEY, scenario.params, *scenario.data)
         for name, f in programs.items()
@@ -104,7 +104,7 @@ def times(
 
 
 class Descent:
-    """Whole SGD steps, parameters donated, one after another; the rate is too small to move them far."""
+    """Whole SGD steps, parameters donated, one after another, at a rate that moves them little."""
 
     def __init__(self, scenario: Scenario, rule: fx.Rule | None):
         both = gradient(scenario, rule)
@@ -123,7 +123,7 @@ class Descent:
 
 
 def step_times(scenario: Scenario, rules: Mapping[str, fx.Rule], rounds: int) -> dict[str, float]:
-    """Median seconds of one evaluation of the loss, of a whole SGD step by backprop, and by each rule."""
+    """Median seconds of one evaluation of the loss, and of a whole SGD step by each rule."""
     evaluate = program(lambda key, *args: scenario.loss(*args), scenario)
     calls: dict[str, Callable[[], Any]] = {
         FORWARD: lambda: evaluate(KEY, scenario.params, *scenario.data)
@@ -133,7 +133,10 @@ def step_times(scenario: Scenario, rules: Mapping[str, fx.Rule], rounds: int) ->
 
 
 def sampling_time(scenario: Scenario, num_tangents: int, rounds: int) -> float:
-    """Median seconds of the draw of rank-1 factors alone: two vectors for a matrix, a layer's for a stack of them."""
+    """Median seconds of the draw of rank-1 factors alone.
+
+    They are two vectors for a matrix, and a layer's for a stack of them.
+    """
     specs = []
     for leaf in jax.tree.leaves(scenario.params):
         sides = (
@@ -164,7 +167,7 @@ def compile_times(
 
 
 def torch_ratio(batch: int, widths: Sequence[int], rounds: int) -> float | None:
-    """`torch.func.jvp` as its users write it, normal tangents, over torch's own backprop; None without torch."""
+    """`torch.func.jvp` with normal tangents over torch's own backprop; None without torch."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch

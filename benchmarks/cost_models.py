@@ -1,4 +1,4 @@
-"""The networks of the cost benchmark: each is a loss of (params, *data), its parameters and its data."""
+"""The networks of the cost benchmark: a loss of (params, *data), its parameters and its data."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The sections of the cost benchmark: each yields the rows of the table and keeps the points of the plots."""
+"""The sections of the cost benchmark: each yields rows of the table and keeps points of plots."""
 
 import dataclasses
 import functools

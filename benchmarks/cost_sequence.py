@@ -1,4 +1,4 @@
-"""The section of the cost benchmark on sequences: temporaries of a recurrent network's gradient against its steps."""
+"""The cost benchmark on sequences: temporaries of a recurrent network's gradient by its steps."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,4 +1,4 @@
-"""The section of the cost benchmark on the fused step: its temporaries against inference's, its time with momentum."""
+"""The cost benchmark on the fused step: temporaries beside inference's, time with momentum."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

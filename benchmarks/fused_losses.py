@@ -28,7 +28,7 @@ CLASSES, PROJECTION = 10, 128
 
 
 def literal_linear(x: Array, w: Array, b: Array) -> Array:
-    """A head on features of every patch and group for every patch and group, constants but for its own."""
+    """A head for every patch and group on all their features, constants but for its own."""
     n, patches, groups, channels = x.shape
     mean = jnp.mean(x, axis=1)[:, None, None]
     moved = (
@@ -61,7 +61,7 @@ LOSSES = {
 
 
 def arguments(loss: str, shape: tuple[int, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """What is differentiated, features, perhaps of half as many examples in two views, and head; and what is not."""
+    """What is differentiated, features (perhaps in two views) and head; and what is not."""
     keys = jax.random.split(jax.random.key(0), 4)
     n, *rest = shape
     views, size = (2, PROJECTION) if loss == "NT-Xent" else (1, CLASSES)
@@ -72,7 +72,7 @@ def arguments(loss: str, shape: tuple[int, ...]) -> tuple[tuple[Array, ...], tup
 
 
 def modes(loss: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
-    """What is compiled, as functions of the differentiated arguments, their tangents and the labels."""
+    """What is compiled: functions of the arguments, their tangents and the labels."""
 
     def jvp(args: Any, dargs: Any, labels: Any) -> Any:
         return jax.jvp(lambda *args: loss(*args, *labels), args, dargs)

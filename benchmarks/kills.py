@@ -1,4 +1,4 @@
-"""Kill a training run at random moments, fifty times, and see that every folder resumes to the same bits.
+"""Kill a training run at random moments; see that every folder resumes to the same bits.
 
 Command: `python benchmarks/kills.py` (about ten minutes on two cores; `--kills 5` for a quick
 look).
@@ -50,7 +50,7 @@ def folder_of(parent: Path) -> Path | None:
 
 
 def kill_at(words: list[str], parent: Path, from_first_step: bool, delay: float) -> bool:
-    """Start a process, wait for the run's folder or for a step, then for the delay, and kill; False if it had ended."""
+    """Start a process and kill it a delay after its folder or a step; False if it had ended."""
     before = metrics_size(folder_of(parent))
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None:
@@ -119,7 +119,7 @@ def same(run: Path, reference: Path) -> bool:
 def kill_one_folder(
     parent: Path, options: argparse.Namespace, draw: random.Random, first: int
 ) -> tuple[Path, int]:
-    """Kill a run, and its resumptions, and print a line for each kill; give the folder and how many hit it."""
+    """Kill a run and its resumptions, a line for each; the folder and how many hit it."""
     words, hits = train(parent, options.steps), 0
     while hits < options.kills_per_run and first + hits <= options.kills:
         from_first_step, delay = draw.random() > 1 / 3, draw.uniform(0, options.longest_delay)

@@ -1,10 +1,11 @@
-"""What each change gains in noise: the first layer of LocalMixer M/1/16 by LG-FG-A, before and after some training.
+"""What each change gains in noise: the first layer of LocalMixer M/1/16 by LG-FG-A.
 
     python benchmarks/mixer_noise.py [--draws 60] [--batch 64] [--steps 400]
 
 Prints a markdown table of relative mean squared errors E|ĝ - g|² / |g|² of the mean gradient of the
-first layer's weights on one batch of MNIST, and the squared cosine of feedback alignment's error,
-which is a guess that guided noise could start from. Takes about two minutes on one core.
+first layer's weights on one batch of MNIST, before and after some training, and the squared cosine
+of feedback alignment's error, which is a guess that guided noise could start from. Takes about two
+minutes on one core.
 """
 
 import argparse

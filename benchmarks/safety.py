@@ -1,4 +1,4 @@
-"""Table and picture of runs of `forwax train` with and without clipped slopes: `safety.py PICTURE RUN...`."""
+"""Table and picture of runs with and without clipped slopes: `safety.py PICTURE RUN...`."""
 
 import json
 import pathlib

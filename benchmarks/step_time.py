@@ -1,4 +1,4 @@
-"""One gradient of the MLP 784-1024-1024-10: forward pass, backprop, and forward gradients by three ways of drawing.
+"""One gradient of the MLP 784-1024-1024-10: forward pass, backprop, three ways of drawing.
 
     python benchmarks/step_time.py [--rounds 100]
 

@@ -1,4 +1,6 @@
-"""Relative mean squared error of weight and activity noise on four networks: `python benchmarks/variance.py`.
+"""Relative mean squared error of weight and activity noise on four networks.
+
+`python benchmarks/variance.py`.
 
 At the initial parameters, on one batch of scikit-learn's digits (enlarged to 16×16), with one
 tangent of signs: the law of weight noise, n - 1, beside what activity noise measures with one slope
@@ -57,7 +59,7 @@ def batch(size):
 
 
 def measure(rule, loss, model, x, y, draws):
-    """E|ĝ - g|² / |g|² over all parameters and over the first layer's weights, each with its standard error."""
+    """E|ĝ - g|² / |g|² of all parameters and the first layer's weights, with standard errors."""
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def whole(params, x, y):

@@ -1,4 +1,4 @@
-"""Sphinx settings: MyST-NB pages that are executed as they are built, the furo theme, and no network.
+"""Sphinx settings: MyST-NB pages that run as they are built, the furo theme, no network.
 
 Build with `sphinx-build -W --keep-going -b html docs docs/_build`.
 """

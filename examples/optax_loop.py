@@ -1,4 +1,4 @@
-"""The smallest honest training loop: optax, parameters in a plain pytree, a fresh key for every step.
+"""The smallest honest training loop: optax, a plain pytree, a fresh key for every step.
 
 A network with one hidden layer learns scikit-learn's digits by forward gradients. Every epoch goes
 through all batches; the accuracy is that on 360 pictures that training never sees.

@@ -46,7 +46,7 @@ def to_world(parameters: dict[str, Array]) -> dict[str, Array]:
 
 
 def land(parameters: dict[str, Array], velocity: Array) -> Array:
-    """Fly from the origin to the ground; returns where [m] and when [s] the ball lands, an array of shape [2]."""
+    """Fly from the origin to the ground; where [m] and when [s] the ball lands, shape [2]."""
     world = to_world(parameters)
     wind = jnp.stack([world["wind"], jnp.zeros(())])
     pull = jnp.stack([jnp.zeros(()), -world["gravity"]])
@@ -109,7 +109,7 @@ def fit(
 
 
 def main(steps: int = 2000, count: int = 24) -> dict[str, float]:
-    """Print the refusal, the exact gradient by two ways, and the fit; returns drag, gravity and wind as found."""
+    """Print the refusal, the exact gradient by two ways, and the fit; returns what was fitted."""
     guess = to_parameters(GUESS)
     data = throws(count), land_all(to_parameters(TRUTH), throws(count))
 

@@ -69,15 +69,14 @@ class Case:
         if in_axes is None:
             return self._one(*args)
         number = in_axes.index(0)
-        outputs = [
-            self._one(
-                *(
-                    arg if axis is None else jax.tree.map(lambda x: x[i], arg)
-                    for arg, axis in zip(args, in_axes)
-                )
-            )  # noqa: B023, B905
-            for i in range(len(jax.tree.leaves(args[number])[0]))
-        ]
+
+        def at(i: int) -> list[Any]:
+            """The arguments of one example."""
+            pairs = zip(args, in_axes, strict=True)
+            return [x if axis is None else jax.tree.map(lambda x: x[i], x) for x, axis in pairs]
+
+        count = len(jax.tree.leaves(args[number])[0])
+        outputs = [self._one(*at(i)) for i in range(count)]
         values, auxes = zip(*outputs, strict=True)
         return sum(values) / len(values), jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
 
@@ -249,7 +248,9 @@ TRACEABLE = [case for case in CASES if case.traceable]
 
 @dataclasses.dataclass(frozen=True)
 class TangentCase:
-    """A distribution and its exact law, as functions of n, k and cos² of the angle between gradient and guess.
+    """A distribution and its exact law.
+
+    The law is of n, k and cos² of the angle between gradient and guess.
 
     Attributes:
         name: the test's id.

@@ -114,7 +114,7 @@ def noise_of(rule, sites, key):
 
 
 def dense(plan, drawn):
-    """The tangents [k, ...] that a `WeightPlan` never forms, as a tree of the parameters' structure."""
+    """What a `WeightPlan` never forms: the tangents [k, ...], as a tree like the parameters."""
 
     def one(drawn):
         pairs = zip(plan.leaves, plan.directions(drawn), strict=True)

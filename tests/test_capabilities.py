@@ -150,3 +150,34 @@ def test_tangents_of_others_have_defaults(tangents):
     assert fx.Momentum().init(KEY, rule).coefficients.shape == (66, 4)
     with pytest.raises(TypeError, match="drawn one by one and leaf by leaf"):
         fx.update(square, rule, learning_rate=0.1)(KEY, W)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Twice(Uniform):
+    """The same, and willing to be drawn a second time."""
+
+    drawn_twice: ClassVar[bool] = True
+
+
+def test_update_takes_tangents_of_others_that_can_be_drawn_twice():
+    rule = fx.WeightPerturbation(Twice(), num_tangents=3)
+    _, updated = fx.update(square, rule, learning_rate=0.1)(KEY, W)
+    assert jnp.allclose(updated, W - 0.1 * fx.grad(square, rule)(KEY, W), rtol=1e-5)
+
+
+def test_what_wraps_a_rule_is_not_left_out():
+    """`inner` tells what a rule wraps, and yet `update` must not go past the one that wraps."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Open(Doubled):
+        @property
+        def inner(self):
+            return self.rule
+
+    rule = Open(fx.WeightPerturbation())
+    assert rule.inner == fx.WeightPerturbation()
+    for wrapped in (rule, fx.Safe(rule)):
+        with pytest.raises(TypeError, match=r"expected forwax\.WeightPerturbation, .* got Open"):
+            fx.update(square, wrapped, learning_rate=0.1)

@@ -1,4 +1,4 @@
-"""Law 5: losses that reverse mode rejects train, and so do losses that branch on concrete values."""
+"""Law 5: losses that reverse mode rejects train, and so do those that branch on values."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,7 @@
-"""The diagnosis: figures that agree with compiled programs and laws, losses that go wrong, and honest advice."""
+"""The diagnosis.
+
+Figures that agree with compiled programs and laws, losses that go wrong, and honest advice.
+"""
 
 import dataclasses
 import functools
@@ -44,7 +47,10 @@ def found():
 
 
 def test_predicted_and_measured_errors_agree(found):
-    """32 parameters: 31 and 15.5, each within 5 standard errors of what was measured; backprop's is zero."""
+    """32 parameters: 31 and 15.5, each within 5 standard errors of what was measured.
+
+    Backprop's is zero.
+    """
     assert found.num_parameters == 32
     for row, law in zip(found.rules, (31.0, 15.5, 0.0), strict=True):
         mean, error = row.mse
@@ -140,7 +146,10 @@ def test_a_loss_that_is_not_finite():
 
 
 def test_examples_auxiliary_outputs_and_plain_arguments():
-    """`in_axes` adds activity noise, whose law counts other coordinates; numbers stay numbers as in a plain call."""
+    """`in_axes` adds activity noise, whose law counts other coordinates.
+
+    Numbers stay numbers as in a plain call.
+    """
 
     def one(scale, params, x, *, power):
         assert isinstance(power, int)
@@ -180,7 +189,10 @@ def test_keys_of_another_kind():
 
 
 def test_a_rule_that_fails_when_it_runs_is_a_row_that_says_why():
-    """As one does that needs more memory than there is; and one whose tangents do not exist has no law."""
+    """As one does that needs more memory than there is.
+
+    And one whose tangents do not exist has no law.
+    """
 
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass(frozen=True)

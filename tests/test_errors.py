@@ -166,7 +166,7 @@ class TestOutputs:
 
     def test_a_complex_loss(self, rule):
         with says(TypeError, "requires real-valued outputs", "complex64", "jnp.abs(z)**2"):
-            fx.grad(lambda w: jnp.sum(w) * 1j, rule)(KEY, W)
+            fx.grad(lambda w: jax.lax.complex(jnp.sum(w), jnp.sum(w)), rule)(KEY, W)
 
     def test_an_integer_loss(self, rule):
         with says(TypeError, "requires real-valued outputs", "int32"):
@@ -194,7 +194,7 @@ def test_other_outputs():
     with says(TypeError, "LocalLosses: expected at least one array, got an empty tree"):
         fx.grad(lambda w: fx.LocalLosses({}))(KEY, W)
     with says(TypeError, "requires real-valued outputs", "complex64"):
-        fx.grad(lambda w: fx.LocalLosses([jnp.sum(w), w * 1j]))(KEY, W)
+        fx.grad(lambda w: fx.LocalLosses([jnp.sum(w), jax.lax.complex(w, w)]))(KEY, W)
 
 
 def test_jax_rejects_what_forwax_rejects():
@@ -205,7 +205,7 @@ def test_jax_rejects_what_forwax_rejects():
             "Gradient only defined for scalar-output functions. Output had shape: (3,)",
         ),
         (
-            lambda w: jnp.sum(w) * 1j,
+            lambda w: jax.lax.complex(jnp.sum(w), jnp.sum(w)),
             "requires real-valued outputs (output dtype that is a sub-dtype of np.floating)",
         ),
     ]:
@@ -493,6 +493,6 @@ def test_the_projection_survives_dependent_directions():
 
 @pytest.mark.parametrize("bad", [0.0, jnp.nan, jnp.inf])
 def test_a_useless_guess_is_replaced(bad):
-    """A zero guess, as in the first step of a run, or one that is not finite: still exact at k = n."""
+    """A zero guess, as in a run's first step, or one that is not finite: still exact at k = n."""
     rule = fx.WeightPerturbation(fx.tangents.Guided(W * bad), 3)
     np.testing.assert_allclose(jax.jit(fx.grad(square, rule))(KEY, W), 2 * W, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""The test functions against their published facts, and their derivatives against finite differences."""
+"""The test functions against their published facts, their derivatives against differences."""
 
 import jax
 import jax.numpy as jnp

@@ -117,7 +117,10 @@ def test_temporaries_are_flat_in_the_depth_of_a_stack(name):
 
 @pytest.mark.parametrize("name", ["normals", "exact"])
 def test_without_the_barrier_every_activity_is_stored(name, monkeypatch):
-    """XLA then hoists the primal out of the loop over chunks: what the barrier in the chunk's body prevents."""
+    """XLA then hoists the primal out of the loop over chunks.
+
+    What the barrier in the chunk's body prevents.
+    """
     monkeypatch.setattr("forwax._pushforward.lax.optimization_barrier", lambda x: x)
     shallow, deep = (temporaries(unrolled(depth), FLAT[name]) for depth in (8, 32))
     assert deep > shallow + 20 * ACTIVATION

@@ -6,6 +6,7 @@ off by more than about 16 % at worst and 2 % at best fails; `test_a_wrong_law_fa
 the laws that are easily confused with the true one.
 """
 
+import functools
 import math
 
 import jax
@@ -26,7 +27,6 @@ from cases import (
 
 NUM_KEYS = 8192
 NUM_TANGENTS = 3
-KEYS = jax.random.split(jax.random.key(2024), NUM_KEYS)
 
 
 def loss(params):
@@ -42,39 +42,69 @@ PARAMS = {
     "v": jnp.asarray([0.5, -1.0, 0.2]),
 }
 N = 12
-GRADIENT = jax.grad(loss)(PARAMS)
-GUESS = jax.tree.map(lambda g, x: 0.7 * g + 0.4 * x, GRADIENT, PARAMS)
-MISSED = difference(GRADIENT, GUESS)
+
+
+# Not while tests are collected: each is computed when the first test asks for it.
+@functools.cache
+def keys():
+    return jax.random.split(jax.random.key(2024), NUM_KEYS)
+
+
+@functools.cache
+def gradient():
+    return jax.jit(jax.grad(loss))(PARAMS)
+
+
+@functools.cache
+def guess():
+    mix = lambda g, x: 0.7 * g + 0.4 * x
+    return jax.jit(lambda *trees: jax.tree.map(mix, *trees))(gradient(), PARAMS)
+
+
+@functools.cache
+def missed():
+    return jax.jit(difference)(gradient(), guess())
 
 
 def cos2(left, right) -> float:
     return float(inner(left, right) ** 2 / (inner(left, left) * inner(right, right)))
 
 
+@jax.jit
+def errors_from(gradient, estimates):
+    def relative(estimate):
+        error = difference(estimate, gradient)
+        return inner(error, error) / inner(gradient, gradient)
+
+    return jax.vmap(relative)(estimates)
+
+
 def errors(estimates):
     """|ĝ - g|²/|g|² of a batch of estimates."""
-    return jax.vmap(
-        lambda e: (
-            inner(difference(e, GRADIENT), difference(e, GRADIENT)) / inner(GRADIENT, GRADIENT)
-        )
-    )(estimates)
+    return errors_from(gradient(), estimates)
+
+
+@jax.jit
+def projections(gradient, estimates):
+    """<ĝ, g> and |ĝ|² of a batch of estimates."""
+    return jax.vmap(lambda e: (inner(e, gradient), inner(e, e)))(estimates)
 
 
 def law(case: TangentCase, combination: str) -> float:
     """The formulas, each written down independently of the library."""
     k = NUM_TANGENTS
-    mean = case.relative_mse(N, k, cos2(GUESS, GRADIENT))
+    mean = case.relative_mse(N, k, cos2(guess(), gradient()))
     if combination == "mean":
         return mean
     if combination == "projection":
-        return case.projection(N, k, cos2(GUESS, GRADIENT))
+        return case.projection(N, k, cos2(guess(), gradient()))
     if (
         combination == "shrinkage"
     ):  # α = 1/(1+M) of the M that the tangents state, which is a bound for a guided mean
         stated = case.relative_mse(N, k, 0.0)
         return (mean + stated**2) / (1 + stated) ** 2
-    left_over = float(inner(MISSED, MISSED) / inner(GRADIENT, GRADIENT))
-    return case.relative_mse(N, k, cos2(GUESS, MISSED)) * left_over
+    left_over = float(inner(missed(), missed()) / inner(gradient(), gradient()))
+    return case.relative_mse(N, k, cos2(guess(), missed())) * left_over
 
 
 def deviation(sample, expected: float) -> float:
@@ -92,14 +122,14 @@ def measured():
     def measure(case: TangentCase):
         if case.name not in cache:
             rules = {
-                name: fx.WeightPerturbation(case.make(GUESS), NUM_TANGENTS, make(GUESS))
+                name: fx.WeightPerturbation(case.make(guess()), NUM_TANGENTS, make(guess()))
                 for name, make in COMBINATIONS.items()
             }
 
             def estimate(key):
                 return {name: fx.grad(loss, rule)(key, PARAMS) for name, rule in rules.items()}
 
-            estimates = jax.jit(jax.vmap(estimate))(KEYS)
+            estimates = jax.jit(jax.vmap(estimate))(keys())
             cache[case.name] = {name: errors(batch) for name, batch in estimates.items()}
         return cache[case.name]
 
@@ -129,7 +159,7 @@ def test_the_measured_error_meets_its_law(measured, case, combination):
         ("orthonormal", "mean", (N - 1) / NUM_TANGENTS),
         ("hadamard", "mean", (N - 1) / NUM_TANGENTS),
         ("coordinate", "projection", 1 - NUM_TANGENTS / N),
-        ("guided", "mean", (N / NUM_TANGENTS - 1) * (1 - cos2(GUESS, GRADIENT))),
+        ("guided", "mean", lambda: (N / NUM_TANGENTS - 1) * (1 - cos2(guess(), gradient()))),
         ("guided", "projection", 1 - NUM_TANGENTS / N),
         ("normal", "projection", 1 - (NUM_TANGENTS - 0.5) / N),
         ("normal", "shrinkage", (N - 1) / (N - 1 + NUM_TANGENTS)),
@@ -137,19 +167,22 @@ def test_the_measured_error_meets_its_law(measured, case, combination):
 )
 def test_a_wrong_law_fails(measured, name, combination, wrong):
     case = next(case for case in TANGENTS if case.name == name)
-    assert deviation(measured(case)[combination], wrong) > 4
+    law = wrong() if callable(wrong) else wrong
+    assert deviation(measured(case)[combination], law) > 4
 
 
 @pytest.mark.parametrize("combination", ["mean", "projection", "shrinkage"])
 @pytest.mark.parametrize("case", TANGENTS, ids=lambda case: case.name)
 def test_rules_state_their_law(case, combination):
     """`relative_mse` is the formula, for guided tangents at a guess orthogonal to the gradient."""
-    rule = fx.WeightPerturbation(case.make(GUESS), NUM_TANGENTS, COMBINATIONS[combination](GUESS))
+    rule = fx.WeightPerturbation(
+        case.make(guess()), NUM_TANGENTS, COMBINATIONS[combination](guess())
+    )
     mean = case.relative_mse(N, NUM_TANGENTS, 0.0)
     stated = {"mean": mean, "projection": 1 - NUM_TANGENTS / N, "shrinkage": mean / (1 + mean)}
     assert rule.relative_mse(N) == pytest.approx(stated[combination])
     difference_rule = fx.FiniteDifference(
-        case.make(GUESS), NUM_TANGENTS, COMBINATIONS[combination](GUESS)
+        case.make(guess()), NUM_TANGENTS, COMBINATIONS[combination](guess())
     )
     assert difference_rule.relative_mse(N) == pytest.approx(stated[combination])
 
@@ -158,7 +191,7 @@ def test_rules_state_their_law(case, combination):
 def test_the_kurtosis_law(density):
     """(n + κ - 2)/k with κ = 1/p; a single tangent."""
     rule = fx.WeightPerturbation(fx.tangents.Sparse(density))
-    sample = errors(jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS))
+    sample = errors(jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(keys()))
     assert deviation(sample, N + 1 / density - 2) < 4
     assert rule.relative_mse(N) == pytest.approx(N + 1 / density - 2)
     assert deviation(sample, N + 1) > 4  # that of normals
@@ -168,12 +201,11 @@ def test_the_kurtosis_law(density):
 def test_the_cosine_of_a_projection(name):
     """E cos² = k/n, and the mean of the estimate is (k/n) g."""
     case = next(case for case in TANGENTS if case.name == name)
-    rule = fx.WeightPerturbation(case.make(GUESS), 4, fx.combine.Projection())
-    estimates = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS)
-    squares = jax.vmap(lambda e: inner(e, GRADIENT) ** 2 / inner(e, e) / inner(GRADIENT, GRADIENT))(
-        estimates
-    )
-    along = jax.vmap(lambda e: inner(e, GRADIENT) / inner(GRADIENT, GRADIENT))(estimates)
+    rule = fx.WeightPerturbation(case.make(guess()), 4, fx.combine.Projection())
+    estimates = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(keys())
+    along, squared = (np.asarray(x) for x in projections(gradient(), estimates))
+    size = float(inner(gradient(), gradient()))
+    squares, along = along**2 / squared / size, along / size
     assert deviation(squares, 4 / N) < 4
     assert deviation(along, 4 / N) < 4
     assert deviation(squares, 3.5 / N) > 4
@@ -192,7 +224,7 @@ def test_the_recycled_projection():
 
         return jax.lax.scan(step, jnp.zeros(n), jax.random.split(key, steps))[1]
 
-    history = jax.jit(jax.vmap(run))(KEYS[:256])
+    history = jax.jit(jax.vmap(run))(keys()[:256])
     expected = [(1 - k / n) * (1 - (k - 1) / (n - 1)) ** t for t in range(steps)]
     assert expected[0] == pytest.approx(0.86, abs=0.005)
     assert expected[-1] == pytest.approx(0.017, abs=0.0005)
@@ -209,7 +241,7 @@ def test_a_single_tangent_of_two_parameters_separates_signs_from_normals():
     def sample(tangents):
         rule = fx.WeightPerturbation(tangents)
         estimate = jax.vmap(lambda key: fx.grad(lambda w: jnp.vdot(gradient, w), rule)(key, point))(
-            KEYS
+            keys()
         )
         return jnp.sum((estimate - gradient[None]) ** 2, axis=1) / jnp.sum(gradient**2)
 
@@ -233,9 +265,8 @@ SCALED = {
 def test_the_suggested_learning_rate_is_the_best_step(name):
     """E<ĝ, g> / E|ĝ|², by the ratio estimator's standard error."""
     rule = SCALED[name]
-    estimates = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(KEYS)
-    along = np.asarray(jax.vmap(lambda e: inner(e, GRADIENT))(estimates), np.float64)
-    squared = np.asarray(jax.vmap(lambda e: inner(e, e))(estimates), np.float64)
+    estimates = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(keys())
+    along, squared = (np.asarray(x, np.float64) for x in projections(gradient(), estimates))
     scale = fx.suggest_learning_rate(rule, N, 1.0)
     assert deviation(1 + (along - scale * squared) / squared.mean(), 1.0) < 4
     assert deviation(1 + (along - 1.2 * scale * squared) / squared.mean(), 1.0) > 4

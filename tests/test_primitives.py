@@ -100,7 +100,7 @@ EVERYDAY = {
     "max at": (lambda x: x.at[0].max(0.5) + x.at[0].min(0.5), M),
     "segment sum": (lambda x: jax.ops.segment_sum(x[:3], ROWS, 3), M),
     "complex": (lambda x: jnp.abs(jnp.conj(lax.complex(x, x.T))) ** 2, M),
-    "real part": (lambda x: jnp.real(x * (1 + 2j)) + jnp.imag(x * 1j), M),
+    "real part": (lambda x: jnp.real(lax.complex(x, x)) + jnp.imag(lax.complex(x, x)), M),
     "fft": (lambda x: jnp.abs(jnp.fft.fft(x)), M),
     "half": (lambda x: x.astype(jnp.bfloat16) + 1, M),
     "copy": (jnp.copy, M),
@@ -116,7 +116,10 @@ EVERYDAY = {
     "standardize": (jax.nn.standardize, M),
     "attention": (lambda x: jax.nn.dot_product_attention(x, x, x), positive(1, 4, 2, 4)),
     "one hot": (lambda x: x * jax.nn.one_hot(ROWS, 4)[:, :1].sum(), M),
-    "dropout": (lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), M),
+    "dropout": (
+        lambda x: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x, 0.0),
+        M,
+    ),
     "convolution": (
         lambda x: lax.conv_general_dilated(
             x, KERNEL, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")

@@ -1,4 +1,7 @@
-"""The same key gives the same estimate, whatever its kind and however the tangents are cut into chunks."""
+"""The same key gives the same estimate.
+
+Whatever its kind, and however the tangents are cut into chunks.
+"""
 
 import dataclasses
 
@@ -104,7 +107,7 @@ def test_legacy_keys_are_typed_keys():
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_other_generators(impl):
-    """Reproducible, the same for every chunk size, and different from tangent to tangent and from key to key."""
+    """The same for every chunk size, different from tangent to tangent and from key to key."""
     key = jax.random.key(0, impl=impl)
 
     def estimate(key, chunk_size=None):
@@ -121,7 +124,10 @@ def test_other_generators(impl):
 
 
 def test_a_loss_may_use_a_key_of_its_own():
-    """The key before the loss's arguments is the rule's; a stochastic loss takes one among its arguments."""
+    """The key before the loss's arguments is the rule's.
+
+    A stochastic loss takes one among its arguments.
+    """
 
     def loss(w, key):
         return jnp.sum((w + jax.random.normal(key, w.shape)) ** 2)

@@ -1,4 +1,7 @@
-"""Slopes that explode are clipped or skipped, and what slopes tell of the noise is what is measured."""
+"""Slopes that explode are clipped or skipped.
+
+What slopes tell of the noise is what is measured.
+"""
 
 import dataclasses
 import functools

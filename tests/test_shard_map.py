@@ -1,4 +1,7 @@
-"""Estimates inside `jax.shard_map` on eight fake devices are what `jax.grad` gives there, and unbiased where random."""
+"""Estimates inside `jax.shard_map` on eight fake devices are what `jax.grad` gives there.
+
+They are unbiased where random.
+"""
 
 import functools
 import math
@@ -22,7 +25,7 @@ X = normal(3, 16, 3)
 
 
 def loss(params, x):
-    """A sum over examples, so that the sum of the devices' losses is the loss of the whole batch."""
+    """A sum over examples, so that the devices' losses add up to that of the whole batch."""
     h = jnp.tanh(x @ params["w"] + params["b"][None])
     h, _ = lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["stack"])
     return jnp.sum(h**2)
@@ -131,7 +134,7 @@ def test_a_varying_key_gives_each_device_its_own_estimate(name):
 
 
 def within(sample, expected, standard_errors=5.0) -> bool:
-    """Whether the mean over axis 0 lies within standard errors of what is expected, in every entry."""
+    """Whether the mean over axis 0 is as expected in every entry, within standard errors."""
     sample, expected = np.asarray(sample, np.float64), np.asarray(expected, np.float64)
     error = sample.std(0, ddof=1) / math.sqrt(len(sample)) + 1e-5 * np.abs(expected).max()
     return bool((np.abs(sample.mean(0) - expected) < standard_errors * error).all())
@@ -273,7 +276,10 @@ def test_exact_is_refused_for_sharded_parameters():
 
 
 def test_a_mesh_of_two_axes():
-    """Batch over one axis, parameters over the other; the slope is summed over the first and not over the second."""
+    """Batch over one axis, parameters over the other.
+
+    The slope is summed over the first and not over the second.
+    """
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def two(w, x):

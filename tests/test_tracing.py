@@ -1,4 +1,7 @@
-"""Law 4: the user's function is traced once a call and compiled once a shape; the primal is evaluated once a chunk."""
+"""Law 4: the user's function is traced once a call and compiled once a shape.
+
+The primal is evaluated once a chunk.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -66,7 +66,7 @@ def test_every_distribution_is_isotropic(case):
 
 @pytest.mark.parametrize("density", [1.0, 0.3, 1e-6, 1e-9])
 def test_sparse_signs_are_isotropic_at_every_density(density, monkeypatch):
-    """Of all 2³² words those at the edges: as many are positive as negative, and E v² is 1 exactly."""
+    """Of all 2³² words those at the edges: as many are positive as negative, and E v² is 1."""
     half = max(1, round(density * 2**31))
     words = jnp.array([0, half - 1, half, 2 * half - 1, min(2 * half, 2**32 - 1)], jnp.uint32)
     monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: words)
@@ -92,7 +92,10 @@ def test_a_biased_combination_says_so_and_is_found(combination):
 
 
 def test_python_control_flow_gives_the_slope_times_the_direction():
-    """What makes an estimate unbiased for isotropic directions; a loss that cannot be traced is too slow for draws."""
+    """What makes an estimate unbiased for isotropic directions.
+
+    A loss that cannot be traced is too slow for draws.
+    """
     params = jnp.array([0.5, 1.0, 1.5])
     key = jax.random.key(5)
     directions = fx.tangents.Rademacher().sample(key, params, 3)

@@ -3,6 +3,8 @@
 Compiled programs only, no timing.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,7 @@ def test_it_is_the_step_of_the_gradient(name):
     assert_trees_close(*jax.jit(both)(KEY, PARAMS), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.promotes("half precision: weights meet data in float32")
 def test_examples_aux_and_dtypes():
     loss = lambda w, x: (jnp.sum(jnp.tanh(x @ w)), x)
     w, axes = PARAMS["w"][0].astype(jnp.bfloat16), (None, 0)
@@ -108,7 +111,10 @@ MOMENTA = {
 
 @pytest.mark.parametrize("name", MOMENTA)
 def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
-    """In a ring of 4 that is not yet full, and then full: what is left out is exactly what is older."""
+    """In a ring of 4 that is not yet full, and then full.
+
+    What is left out is exactly what is older.
+    """
     rule, decay, window, safe = MOMENTA[name], 0.7, 4, name == "safe"
 
     @jax.jit
@@ -123,10 +129,15 @@ def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
         )
         return grads, params, *(state if safe else [rule, *state])
 
-    params, held, last, momentum = PARAMS, PARAMS, [], fx.Momentum(decay, window).init(KEY, rule)
+    params, held, last, momentum = (
+        PARAMS,
+        jax.device_get(PARAMS),
+        [],
+        fx.Momentum(decay, window).init(KEY, rule),
+    )
     for key in jax.random.split(KEY, 7):
         grads, params, rule, momentum = step(key, params, rule, momentum)
-        last = [*last, grads][-window:]
+        last = [*last, jax.device_get(grads)][-window:]
         total = jax.tree.map(
             lambda *each: sum(decay**s * g for s, g in enumerate(reversed(each))), *last
         )
@@ -167,20 +178,36 @@ def temporaries(function, *args, **options) -> int:
     return jax.jit(function, **options).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+def temporaries_of_leaves(function, structure, *leaves) -> int:
+    return temporaries(function, *structure.unflatten(leaves))
+
+
 def of_update(loss, rule, params, x):
     """Bytes, with donated parameters."""
     step = lambda key, params, x: fx.update(loss, rule, learning_rate=0.1)(key, params, x)
     return temporaries(step, KEY, params, x, donate_argnums=1)
 
 
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def num_bytes(leaf):
+    return leaf.size * leaf.dtype.itemsize
+
+
 def inputs(width=64, depth=24, batch=8):
-    params = {"w": jnp.zeros((depth, width, width)), "b": jnp.zeros((depth, 1, width))}
-    return params, jnp.zeros((batch, width))
+    params = {"w": floats(depth, width, width), "b": floats(depth, 1, width)}
+    return params, floats(batch, width)
+
+
+inference = functools.cache(temporaries_of_leaves)
 
 
 def bound(loss, params, x):
     """What inference takes, a tenth more, and the largest parameter."""
-    return 1.1 * temporaries(loss, params, x) + max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    leaves, structure = jax.tree.flatten((params, x))
+    return 1.1 * inference(loss, structure, *leaves) + max(map(num_bytes, jax.tree.leaves(params)))
 
 
 FRUGAL = {
@@ -201,7 +228,7 @@ def test_a_stack_takes_what_inference_takes_and_one_leaf(name):
 
 @pytest.mark.parametrize("name", ["safe", "several"])
 def test_a_recurrent_network_takes_what_inference_takes_and_one_leaf(name):
-    w, x = jnp.zeros((256, 256)), jnp.zeros((8, 256))
+    w, x = floats(256, 256), floats(8, 256)
     assert of_update(recurrent, FRUGAL[name], w, x) <= 0.5 * bound(recurrent, w, x)
 
 
@@ -220,21 +247,21 @@ def test_momentum_takes_no_copy_of_the_parameters():
 
 def test_dense_signs_are_unpacked_where_they_are_used():
     """Until then they are a 32nd of the parameters, as words and as what is cut from these."""
-    params, x = [jnp.zeros((128, 128)) for _ in range(12)], jnp.zeros((4, 128))
-    words = sum(w.nbytes for w in params) / 32
+    params, x = [floats(128, 128)] * 12, floats(4, 128)
+    words = sum(map(num_bytes, params)) / 32
     assert of_update(mlp, W(), params, x) <= bound(mlp, params, x) + 2.5 * words
 
 
 def test_leaves_are_updated_one_after_the_other():
     """No summand is held; a gradient is as large as all parameters."""
     params, x, rule = (
-        [jnp.zeros((128, 128)) for _ in range(12)],
-        jnp.zeros((4, 128)),
+        [floats(128, 128)] * 12,
+        floats(4, 128),
         W(T.LowRank(), 4),
     )
-    assert of_update(mlp, rule, params, x) < 1.5 * params[0].nbytes
+    assert of_update(mlp, rule, params, x) < 1.5 * num_bytes(params[0])
     step = lambda key, p, x: jax.tree.map(lambda w, g: w - g, p, fx.grad(mlp, rule)(key, p, x))
-    assert temporaries(step, KEY, params, x, donate_argnums=1) > 11 * params[0].nbytes
+    assert temporaries(step, KEY, params, x, donate_argnums=1) > 11 * num_bytes(params[0])
 
 
 # --- errors ---

@@ -1,4 +1,4 @@
-"""A Sphinx extension that writes formulas as MathML, which browsers draw themselves: no script, no network."""
+"""A Sphinx extension that writes formulas as MathML, which browsers draw without a script."""
 
 import re
 
@@ -33,7 +33,7 @@ def _convert(node: nodes.Node, *, as_block: bool) -> str:
 
 
 def _adjusted(formula: str) -> str:
-    """Without the space that browsers put around bars and slashes, and with accents above the letter in every font."""
+    """Without the space around bars and slashes, and with accents above the letter in all fonts."""
     close = r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>'
     return re.sub(r'<mo(?: stretchy="false")?>([|/])</mo>', close, formula).replace(
         ' accent="true"', ""

@@ -1,4 +1,4 @@
-"""A Sphinx extension for docstrings that are plain prose: |g|², v* and "0." are just that, not reStructuredText."""
+"""A Sphinx extension for docstrings that are plain prose: |g|², v* and "0." are just that."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from sphinx.application import Sphinx
 
 
 def escaped(lines: list[str]) -> Iterator[str]:
-    """The lines with their | and * escaped, but for doctests and for what stands between backticks."""
+    """The lines with | and * escaped, but for doctests and what stands between backticks."""
     in_doctest = False
     for line in lines:
         in_doctest = line.lstrip().startswith(">>>") or (in_doctest and bool(line.strip()))

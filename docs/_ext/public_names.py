@@ -1,4 +1,4 @@
-"""A Sphinx extension that fails the build (under -W) when a public name has no entry in the API pages."""
+"""A Sphinx extension that fails the build (under -W) when a public name is not documented."""
 
 import importlib
 from collections.abc import Iterable

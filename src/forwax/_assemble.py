@@ -18,7 +18,7 @@ from forwax.tangents import Tangents
 
 
 @dataclasses.dataclass(frozen=True)
-class Assembly:
+class Weighing:
     """How the slopes of one call become the weights of its directions' sum Σ_j a_j v_j.
 
     Attributes:
@@ -37,7 +37,8 @@ class Assembly:
         """The empty sum: zeros in at least float32."""
 
         def zero(leaf: Array) -> Array:
-            zeros = jnp.zeros(leaf.shape, _tree.accumulation_dtype(leaf.dtype))
+            dtype = _tree.accumulation_dtype(leaf.dtype)
+            zeros = jnp.zeros(leaf.shape, dtype)
             return _mesh.vary(zeros, self._axes(leaf))
 
         return jax.tree.map(zero, self.params)
@@ -54,6 +55,7 @@ class Assembly:
         def of_leaf(leaf: Array) -> Array:
             over = self._axes(leaf)
             if over not in coefficients:
+                # as in `jax.grad`: a replicated leaf sees every device's loss
                 summed = _mesh.total(slopes, loss_axes - over)
                 coefficients[over] = self.combine.coefficients(summed, tangents)
             return coefficients[over]
@@ -62,15 +64,19 @@ class Assembly:
 
     def scale(self, num_tangents: int) -> float:
         """What a coordinatewise combination multiplies the sum with."""
-        return self.combine.finish(1.0, num_tangents, self._mean_law(num_tangents))
+        law = self._mean_law(num_tangents)
+        return self.combine.finish(1.0, num_tangents, law)
 
     def finish(self, total: Tree, num_tangents: int) -> Tree:
         """The estimate in the parameters' dtypes."""
-        return self.cast(self.combine.finish(total, num_tangents, self._mean_law(num_tangents)))
+        law = self._mean_law(num_tangents)
+        estimate = self.combine.finish(total, num_tangents, law)
+        return self.cast(estimate)
 
     def cast(self, estimate: Tree) -> Tree:
         """An estimate in the parameters' dtypes."""
-        return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), estimate, self.params)
+        own = lambda x, leaf: x.astype(leaf.dtype)  # noqa: E731
+        return jax.tree.map(own, estimate, self.params)
 
     def _mean_law(self, num_tangents: int) -> float:
         """The relative MSE of the plain mean."""
@@ -81,14 +87,21 @@ class Assembly:
         return _mesh.axes(leaf) | self.key_axes
 
     def _check(self, loss_axes: _mesh.Axes) -> None:
-        leaf_axes = set(map(self._axes, jax.tree.leaves(self.params)))
+        leaves = jax.tree.leaves(self.params)
+        leaf_axes = {self._axes(leaf) for leaf in leaves}
+        # the loss is then summed over axes along which each device has a part of the leaf
         sharded = any(over - loss_axes for over in leaf_axes)
         if (sharded or len(leaf_axes) > 1) and not self.combine.coordinatewise:
             self._refuse("combine", self.combine, "combine.Mean()")
         if sharded and not self.tangents.coordinatewise:
             self._refuse("tangents", self.tangents, "tangents.Rademacher()")
 
-    def _refuse(self, field: str, value: object, instead: str) -> None:
+    def _refuse(
+        self,
+        field: str,
+        value: object,
+        instead: str,
+    ) -> None:
         raise ValueError(
             f"{field}={type(value).__name__} needs all coordinates of a direction in one place, "
             "but inside shard_map the parameters are sharded over mesh axes that the loss sums "

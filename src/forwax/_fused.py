@@ -110,7 +110,7 @@ def update(
 
 def checked(rule: Any) -> WeightPerturbation:
     """The weight rule of a rule, after the checks of `update`."""
-    weight = rule.inner if isinstance(rule, Rule) else rule
+    weight = rule.inner if isinstance(rule, Safe) else rule
     if not isinstance(weight, WeightPerturbation):
         raise TypeError(
             "update: expected forwax.WeightPerturbation, or forwax.Safe around it, whose tangents "
@@ -167,7 +167,11 @@ def _slopes(
 
 
 def _add_steps(
-    directions: Directions, params: Tree, keys: Array, weights: Array, num_steps: Array | int
+    directions: Directions,
+    params: Tree,
+    keys: Array,
+    weights: Array,
+    num_steps: Array | int,
 ) -> Tree:
     """Add the tangents of the first steps of several.
 
@@ -184,14 +188,17 @@ def _add_steps(
     num_terms = num_steps * k
 
     def one(term: Array) -> Any:
-        drawn = directions.sampler(keys[term // k])((term % k)[None])
+        step = term // k
+        draw = directions.sampler(keys[step])
+        drawn = draw((term % k)[None])  # [1, ...]
         return jax.tree.map(lambda x: x[0], drawn)
 
     def add(i: Array, params: Tree) -> Tree:
         terms = i * size + jnp.arange(size)
         is_used = (terms < num_terms).reshape(size, *[1] * (flat.ndim - 1))
+        # what only fills the last pass is the last term once more, of weight zero
         terms = jnp.minimum(terms, steps * k - 1)
-        if size > 1:
+        if size > 1:  # each has a key of its own
             drawn = lax.map(one, terms)
         else:
             drawn = jax.tree.map(lambda x: x[None], one(terms[0]))

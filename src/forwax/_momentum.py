@@ -72,7 +72,10 @@ class Momentum:
             raise ValueError(f"Momentum: expected decay from 0 to below 1, got {self.decay}.")
 
     def init(
-        self, key: Array, rule: WeightPerturbation | Safe, num_examples: int | None = None
+        self,
+        key: Array,
+        rule: WeightPerturbation | Safe,
+        num_examples: int | None = None,
     ) -> "Momentum":
         """The momentum before the first step, so that its structure stays the same in all steps.
 
@@ -121,7 +124,7 @@ class Momentum:
                 f"in each step, got {got[0]} and {list(got[1])}. Make it with "
                 "momentum.init(key, rule) for the rule that is used."
             )
-        at = num_steps % self.window
+        at = num_steps % self.window  # the oldest step's place
         return dataclasses.replace(
             self,
             keys=keys.at[at].set(data),
@@ -137,16 +140,24 @@ class Momentum:
         assert self.keys is not None
         assert self.coefficients is not None
         assert self.num_steps is not None
-        ages = (self.num_steps - 1 - jnp.arange(self.window)) % self.window
-        decays = jnp.asarray(self.decay, self.coefficients.dtype) ** ages
-        decays = decays.reshape(-1, *[1] * (self.coefficients.ndim - 1))
+        weights = self.coefficients  # [window, k] or [window, k, examples]
+        places = jnp.arange(self.window)
+        ages = (self.num_steps - 1 - places) % self.window
+        decays = jnp.asarray(self.decay, weights.dtype) ** ages.astype(weights.dtype)
+        ones = [1] * (weights.ndim - 1)
+        decays = decays.reshape(-1, *ones)  # [window, 1] or [window, 1, 1]
         keys = jax.random.wrap_key_data(self.keys, impl=impl)
-        return keys, decays * self.coefficients, jnp.minimum(self.num_steps, self.window)
+        num_held = jnp.minimum(self.num_steps, self.window)
+        return keys, decays * weights, num_held
 
     def _ring(
-        self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype
+        self,
+        key: Array,
+        shape: tuple[int, ...],
+        dtype: jnp.dtype,
     ) -> tuple[Array, Array, Array]:
         """Keys, weights and the number of steps before the first one."""
         data = jax.random.key_data(key)
         keys = jnp.zeros((self.window, *data.shape), data.dtype)
-        return keys, jnp.zeros((self.window, *shape), dtype), jnp.int32(0)
+        coefficients = jnp.zeros((self.window, *shape), dtype)
+        return keys, coefficients, jnp.int32(0)

@@ -77,7 +77,12 @@ class Directions(Protocol):
         """Σ c v, a tree like the parameters in at least float32."""
         ...
 
-    def add(self, total: Tree, weights: Any, drawn: Any) -> Tree:
+    def add(
+        self,
+        total: Tree,
+        weights: Any,
+        drawn: Any,
+    ) -> Tree:
         """Total + Σ c v."""
         ...
 
@@ -142,7 +147,7 @@ def slopes(
 
     def push(here: Directions, drawn: Any) -> Pushed:
         value, aux, found = here.push(drawn, size)
-        if sum_to is not None:
+        if sum_to is not None:  # inside `jax.shard_map`
             others = _mesh.axes(found) - sum_to
             found = _mesh.total(found, others)
         return value, aux, found
@@ -150,7 +155,7 @@ def slopes(
     def guarded(found: Array) -> Array:
         return found if guard is None else guard(found)
 
-    if chunks == 1:
+    if chunks == 1:  # neither a loop nor a barrier: the primal is evaluated once
         drawn = draw(jnp.arange(num_tangents))
         value, aux, found = push(directions, drawn)
         used = guarded(found)
@@ -160,22 +165,28 @@ def slopes(
             total = directions.assemble(weights, drawn)
         return Slopes(value, aux, found, used, total)
 
-    def chunk(total: Tree, first: Array) -> tuple[Tree, tuple[Array, Array], Tree]:
+    def chunk(total: Tree, first: Array) -> tuple[Tree, Any, Tree]:
         indices = first + jnp.arange(size)
+        is_used = indices < num_tangents
         # What only fills the last chunk is the last direction once more, with a weight of zero.
-        is_padded = chunks * size > num_tangents
-        drawn = draw(jnp.minimum(indices, num_tangents - 1) if is_padded else indices)
+        if chunks * size > num_tangents:
+            indices = jnp.minimum(indices, num_tangents - 1)
+        drawn = draw(indices)
         here, drawn = _tied(directions, drawn)
         value, aux, found = push(here, drawn)
         if weigh is not None:
             weights = weigh(guarded(found), drawn)
-            weights = _cut(weights, indices < num_tangents)
+            weights = _cut(weights, is_used)
             total = here.add(total, weights, drawn)
         return total, (value, found), aux
 
-    firsts = jnp.arange(chunks) * size
-    as_scan = not directions.is_concrete
-    total, (values, found), aux = in_turn(chunk, start(), firsts, as_scan=as_scan)
+    total, outs, aux = in_turn(
+        chunk,
+        start(),
+        jnp.arange(chunks) * size,
+        as_scan=not directions.is_concrete,
+    )
+    values, found = outs
     found = found.reshape(-1, *found.shape[2:])  # from [chunks, size, ...]
     found = found[:num_tangents]
     used = guarded(found)
@@ -205,13 +216,16 @@ def _cut(weights: Tree, used: Array) -> Tree:
 
     def cut(x: Array) -> Array:
         ones = [1] * (x.ndim - 1)
-        return jnp.where(used.reshape(-1, *ones), x, 0)
+        mask = used.reshape(-1, *ones)
+        return jnp.where(mask, x, 0)
 
     return jax.tree.map(cut, weights)
 
 
 def over_tangents(
-    f: Callable[[Tree], tuple[Tree, Tree]], tangents: Tree, num_tangents: int
+    f: Callable[[Tree], tuple[Tree, Tree]],
+    tangents: Tree,
+    num_tangents: int,
 ) -> tuple[Tree, Tree]:
     """Apply a function to each of k tangents: `jax.vmap`, but a single one gets no batch axis.
 
@@ -266,7 +280,7 @@ def in_turn(
         `(carry, stacked outputs, aux)`, the aux of one step: the first in a Python loop, the last
         in a scan.
     """
-    if as_scan:
+    if as_scan:  # its aux is carried, not stacked
         return scan_with_aux(step, start, xs, reverse=reverse)
     carry, out, aux = step(start, xs[0])
     outs = [out]
@@ -297,8 +311,8 @@ def scan_with_aux(
         over = _mesh.type_axes(aval)
         return _mesh.vary(jnp.zeros(aval.shape, aval.dtype), over)
 
-    def body(state: tuple[Tree, Any], x: Array) -> tuple[tuple[Tree, Any], Tree]:
-        carry, _ = state
+    def body(state: Any, x: Array) -> tuple[Any, Tree]:
+        carry, _ = state  # the last step's aux is dropped
         carry, out, aux = run(carry, x)
         return (carry, jax.tree.leaves(aux)), out
 

@@ -38,7 +38,7 @@ class Rule(abc.ABC):
 
     @property
     def inner(self) -> "Rule":
-        """The rule that makes the estimate: what `forwax.Safe` wraps; every other rule itself."""
+        """What the rule wraps, as `forwax.Safe` does; the rule itself where it wraps nothing."""
         return self
 
     def law(self, problem: Problem) -> float | None:
@@ -174,9 +174,14 @@ def check_count(name: str, field: str, value: object) -> None:
         raise ValueError(f"{name}: expected {field} to be a positive integer, got {value!r}.")
 
 
+def is_rule(value: object) -> bool:
+    """Whether a value is a rule."""
+    return isinstance(value, Rule)
+
+
 def check_rule(name: str, rule: object) -> None:
     """Raise a TypeError for what is no rule."""
-    if not isinstance(rule, Rule):
+    if not is_rule(rule):
         raise TypeError(
             f"{name}: expected a rule, such as forwax.WeightPerturbation(), got {rule!r}. "
             "argnums, has_aux and in_axes are keyword arguments."

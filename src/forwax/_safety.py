@@ -95,7 +95,8 @@ class History:
         at = self.num_steps % self.sizes.shape[0]
         # Zeros are left out: a median of 0 would clip all slopes to 0, for good.
         used = jnp.where(finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan)
-        square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / jnp.maximum(jnp.sum(finite), 1)
+        num_finite = jnp.maximum(jnp.sum(finite), 1).astype(sizes.dtype)
+        square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / num_finite
         size = jnp.where(some, jnp.nanmedian(used), self.sizes[at])
         all_sizes = self.sizes.at[at].set(size)
         square = jnp.where(some, square, self.squares[at])
@@ -103,7 +104,7 @@ class History:
         return History(
             sizes=all_sizes,
             squares=all_squares,
-            num_steps=self.num_steps + some,
+            num_steps=self.num_steps + some.astype(jnp.int32),
             num_clipped=self.num_clipped + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
             num_skipped=self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
         )
@@ -198,7 +199,7 @@ class Safe(LearningRule):
     @property
     def inner(self) -> Rule:
         """The rule that is guarded."""
-        return self.rule.inner
+        return self.rule
 
     def law(self, problem: Problem) -> float | None:
         """That of the rule, as if nothing were clipped."""

@@ -93,6 +93,12 @@ def _join_complex(parts: Array, like: Any, axis: int) -> Array:
     return jax.lax.complex(real, imaginary)
 
 
+def promoted(*dtypes: Any) -> np.dtype:
+    """The dtype that JAX gives to a product, also where a user's settings forbid to mix them."""
+    with jax.numpy_dtype_promotion("standard"):
+        return np.dtype(jnp.result_type(*dtypes))
+
+
 def accumulation_dtype(dtype: Any) -> np.dtype:
     """At least float32: sums over many tangents or coordinates do not drown in rounding."""
     # Floats of 16 and of 8 bits.
@@ -104,7 +110,7 @@ def accumulation_dtype(dtype: Any) -> np.dtype:
 def common_dtype(specs: Sequence[Spec]) -> np.dtype:
     """The dtype in which coordinates of all leaves can stand side by side: at least float32."""
     dtypes = [spec.dtype for spec in specs]
-    return jnp.result_type(jnp.float32, *dtypes)
+    return promoted(jnp.float32, *dtypes)
 
 
 def split_flat(flat: Array, specs: Sequence[Spec]) -> list[Array]:
@@ -154,7 +160,7 @@ def inner(left: Tree, right: Tree) -> Array:
 
 
 def _leaf_inner(a: Array, b: Array) -> Array:
-    dtype = accumulation_dtype(jnp.promote_types(a.dtype, b.dtype))
+    dtype = accumulation_dtype(promoted(a.dtype, b.dtype))
     return jnp.sum(a.astype(dtype) * b.astype(dtype))
 
 

@@ -1,4 +1,7 @@
-"""Every example runs with tiny settings, the while-loop example finds the truth, the README prints what it says."""
+"""Every example runs with tiny settings, and the README prints what it says.
+
+The while-loop example finds the truth.
+"""
 
 import re
 from pathlib import Path
@@ -7,6 +10,7 @@ import pytest
 
 from helpers import module_at
 
+pytestmark = pytest.mark.promotes("Optax mixes integers and floats")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "equinox_digits": {"epochs": 1, "batch": 512},

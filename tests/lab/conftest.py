@@ -14,6 +14,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from forwax.lab.data.sets import SOURCES
 
 
+@pytest.fixture(scope="module", autouse=True)
+def promotes():
+    """Optax, by which the lab trains, mixes integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def isolated_data(tmp_path_factory, monkeypatch) -> Path:
     """An empty cache, no FORWAX_DATA, and a network that is down; gives the cache."""

@@ -22,6 +22,7 @@ from forwax.lab.pictures import comparison as picture
 from forwax.lab.training import timing
 from forwax.lab.training.program import Scorer, build_program, build_trainer
 
+pytestmark = pytest.mark.usefixtures("compile_once")
 RULES = ("backprop", "forward", "projection-4")
 TINY = CompareOptions(
     rules=RULES,
@@ -35,7 +36,7 @@ TINY = CompareOptions(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, compile_once):
     """A tiny comparison, run once: its folder and its results."""
     folder = tmp_path_factory.mktemp("compare") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
@@ -173,7 +174,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(
 
 
 @pytest.fixture(scope="module")
-def program():
+def program(compile_once):
     """The compiled program of a forward-gradient rule on digits, and its validation part."""
     problem = setup.build_problem(setup.find_experiment("digits"), Settings())
     problem, validation = setup.hold_out(problem, None)

@@ -25,9 +25,8 @@ KEYS = jax.random.split(jax.random.key(0), 10)
 SHORT = Plan(fx.functions.beale, (0.0, 0.5), iterations=7, learning_rate=0.02, decay=0.1)
 
 
-@pytest.fixture(scope="module")
-def quickly():
-    """Compile as users do: thousands of steps carry the last digits on to the paper's figures."""
+# As users compile: thousands of steps carry the last digits on to the paper's figures.
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def _lost(runs=3):

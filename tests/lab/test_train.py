@@ -123,7 +123,7 @@ def assert_same_run(run, other):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(tmp_path_factory, compile_once):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,7 @@
-"""The fused losses by their literal definition: replicated features with `stop_gradient` on what belongs to others."""
+"""The fused losses by their literal definition.
+
+Replicated features with `stop_gradient` on what belongs to others.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,10 @@ from jax import lax
 
 
 def replicated(x):
-    """The features [N, P, G, G·C] that each patch and group sees, of x [N, P, G, C]; constants but for its own."""
+    """The features [N, P, G, G·C] that each patch and group sees, of x [N, P, G, C].
+
+    Constants but for its own.
+    """
     patches, groups, channels = x.shape[1:]
     own = jnp.eye(patches)[:, None, :, None] * jnp.eye(groups)[None, :, None, :]
     mask = own[None, :, :, :, :, None].astype(x.dtype)

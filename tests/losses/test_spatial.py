@@ -1,4 +1,7 @@
-"""The fused losses equal their literal definition: values, derivatives forwards and backwards, memory."""
+"""The fused losses equal their literal definition.
+
+Values, derivatives forwards and backwards, memory.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +86,10 @@ def test_slopes_along_one_argument_add_up_to_the_slope(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_a_large_batch_is_right_when_optimised(name):
-    """With XLA's default options: a dot with zeros that are part of the program may then read memory not its own."""
+    """With XLA's default options.
+
+    A dot with zeros that are part of the program may then read memory not its own.
+    """
     n = 512
     x, y, w, b, targets = normals(0, (n, 4, 4, 64), (n, 4, 4, 64), (256, 10), (10,), (n, 10))
     args = {

@@ -1,4 +1,7 @@
-"""Local losses: what they are worth, what they train, and that forward gradients of them are unbiased."""
+"""Local losses.
+
+What they are worth, what they train, and that forward gradients of them are unbiased.
+"""
 
 import dataclasses
 import functools
@@ -74,7 +77,10 @@ def test_the_mean_forward_gradient_is_the_gradient_of_backprop(name, objective):
 
 
 def written_by_hand(model, x, label, key):
-    """One estimate of LG-FG-A for one block and one patch, as the paper's algorithm reads: first and second layer."""
+    """One estimate of LG-FG-A for one block and one patch, as the paper's algorithm reads.
+
+    First and second layer.
+    """
     block, head = model.blocks[0], model.heads[0]
     groups = len(block.groups.weight)
     first = lambda dense: standardize(dense(standardize(x.reshape(1, -1), (1,), 0.01)), (1,), 0.01)

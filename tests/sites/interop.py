@@ -1,4 +1,7 @@
-"""What every model must show, of whichever library: `check` compiles one program and asserts all of it."""
+"""What every model must show, of whichever library.
+
+`check` compiles one program and asserts all of it.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -52,7 +55,10 @@ class Model:
 
 
 def filled(shapes: Any) -> Any:
-    """Fixed numbers in the shapes that a library's initialiser would fill: it would compile dozens of programs."""
+    """Fixed numbers in the shapes that a library's initialiser would fill.
+
+    It would compile dozens of programs.
+    """
 
     def fill(spec: jax.ShapeDtypeStruct, seed: int) -> Array:
         if jnp.issubdtype(spec.dtype, jnp.inexact):
@@ -78,7 +84,10 @@ def wave(y: Array) -> Array:
 
 
 def check(model: Model) -> None:
-    """Unbiased by the sum over all noise, value and aux kept, traced once; feedback alignment is backprop with W."""
+    """Unbiased by the sum over all noise, value and aux kept, traced once.
+
+    Feedback alignment is backprop with W.
+    """
     with jax.numpy_rank_promotion("allow"):  # the libraries rely on it
         _check_sites(model)
         results = jax.device_get(jax.jit(_every_rule(model))(*model.args))

@@ -1,4 +1,4 @@
-"""Models in plain JAX: a Vision Transformer, an MLP-Mixer, and a transformer that scans over its layers."""
+"""A Vision Transformer, an MLP-Mixer and a transformer that scans over its layers."""
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,10 @@ def mlp_mixer() -> Model:
 
 
 def scanned_transformer() -> Model:
-    """A causal language model: stacked layers under `scan` and `checkpoint`, one table for input and output."""
+    """A causal language model.
+
+    Stacked layers under `scan` and `checkpoint`, one table for input and output.
+    """
     width, layers, length = 2, 2, 3
     stacked = jax.tree.map(
         lambda *leaves: np.stack(leaves), *(block_params(20 * i, width) for i in range(layers))

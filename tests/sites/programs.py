@@ -1,4 +1,7 @@
-"""Programs in which parameters meet data in every way that the site finder must follow, each a loss of one example."""
+"""Programs in which parameters meet data in every way that the site finder must follow.
+
+Each is a loss of one example.
+"""
 
 import dataclasses
 from collections.abc import Callable

@@ -18,7 +18,7 @@ MOST = 12  # entries of one example's activity
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One operation, what is done to its weights first, what it is wrapped in, and two free choices."""
+    """One operation, what is done to its weights first, what wraps it, and two free choices."""
 
     op: str
     chain: str = "as it is"
@@ -112,7 +112,8 @@ def convolution_1d(env: Env, h: Array, s: Step) -> Array:
     groups = 2 if m.shape[1] % 2 == 0 and s.b % 2 else 1
     kernel = env.weight(s, 2, m.shape[1] // groups, 2)
     return lax.conv_general_dilated(
-        m[None], kernel, (1 + s.a % 2,), "SAME", rhs_dilation=(1 + s.a // 2,), feature_group_count=groups,
+        m[None], kernel, (1 + s.a % 2,), "SAME",
+        rhs_dilation=(1 + s.a // 2,), feature_group_count=groups,
         dimension_numbers=("NWC", "WIO", "NWC"),
     )[0]  # fmt: skip
 

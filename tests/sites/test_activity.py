@@ -1,4 +1,7 @@
-"""Activity perturbation beyond its mean: credit, places of noise, what crosses what, laws, and errors."""
+"""Activity perturbation beyond its mean.
+
+Credit, places of noise, what crosses what, laws, and errors.
+"""
 
 import dataclasses
 import math
@@ -29,7 +32,10 @@ def rows(loss, *args, rule=None, **options):
 
 @pytest.mark.parametrize("memory", ["keep", "replay"])
 def test_it_is_the_rule_written_by_hand(memory):
-    """With the same noise: a slope per example times its noise, through the last step of each layer alone."""
+    """With the same noise.
+
+    A slope per example times its noise, through the last step of each layer alone.
+    """
     x, k = normal(4, 5, 3), 3
     rule = fx.ActivityPerturbation(num_tangents=k, memory=memory)
     value, grads = jax.jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
@@ -70,7 +76,10 @@ def test_it_is_the_rule_written_by_hand(memory):
 
 
 def test_the_squared_error_of_a_layer_is_its_law():
-    """(q - 1)·mean|G_i|²/N for a layer of fan-out q, on the batch mean; here all of an example's noise is q wide."""
+    """(q - 1)·mean|G_i|²/N for a layer of fan-out q, on the batch mean.
+
+    Here all of an example's noise is q wide.
+    """
     x, out, k = jnp.asarray(normal(4, 6, 3)), normal(5, 4), 4096
 
     def loss(p, x):
@@ -207,7 +216,7 @@ def contracted_on(jaxpr, shape):
     "rule", [fx.ActivityPerturbation(), fx.ActivityPerturbation(memory="replay"), fx.Backprop()]
 )
 def test_no_dot_takes_an_error_back_through_weights(rule):
-    """Forwards weights are contracted on their first axis; on the second one only an error would be."""
+    """Forwards weights are contracted on their first axis; on the second only an error is."""
     params = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 5), "o": normal(3, 5, 2)}
     grad = fx.grad(mlp, rule, in_axes=(None, 0))
     jaxpr = jax.make_jaxpr(grad)(KEY, params, normal(4, 7, 3))

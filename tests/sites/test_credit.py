@@ -1,4 +1,7 @@
-"""Credit along axes: what a site's noise cannot change never multiplies it, and what it can change always does."""
+"""Credit along axes.
+
+What a site's noise cannot change never multiplies it, and what it can change always does.
+"""
 
 import dataclasses
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from forwax._programs.axes import Factor
+from forwax._programs.links import Factor
 from forwax._signature import Signature
 from forwax._sites.sources import tangent_program
 from helpers import KEY, basis_of, estimates
@@ -66,7 +69,10 @@ def two_views(p, x):
 
 
 def patches_and_groups(p, x):
-    """One example [patches, 3]: mixing over patches, two groups, a loss for each patch and group."""
+    """One example [patches, 3].
+
+    Mixing over patches, two groups, a loss for each patch and group.
+    """
     h = jnp.tanh(fx.noise_point(x @ p["w"] - 0.1))
     mixed = jnp.tanh(fx.noise_point((p["t"] @ h) * 1.5))
     grouped = jnp.einsum("pgc,gcd->pgd", mixed.reshape(6, 2, 2), p["v"].reshape(2, 2, 4)[..., :2])
@@ -181,7 +187,10 @@ LINKED = [
     "name", [*(name for _, name in APART), *(f"program {name}" for name in LINKED)]
 )
 def test_nothing_leaks(name):
-    """The Jacobian of the sources by the noises is zero wherever the credit says so; a probe, not a proof."""
+    """The Jacobian of the sources by the noises is zero wherever the credit says so.
+
+    A probe, not a proof.
+    """
     if name in CASES:
         loss, data, mapped, rule, _ = CASES[name]
         args, in_axes = (P, data), (None, 0) if mapped else None
@@ -195,7 +204,7 @@ def test_nothing_leaks(name):
 
 
 def test_a_wrong_link_leaks():
-    """Patch 0's noise is said to reach one position of axis 0 alone, while it reaches all of them by the mixing."""
+    """Patch 0's noise is said to reach one position of axis 0 alone, but it reaches all."""
     problem = problem_of(*CASES["patches"][:3])
     sites = KEEP.sites(problem)
     first = sites.noisy[0].variable
@@ -274,12 +283,18 @@ def test_slopes_of_examples_in_a_mean_are_those_of_in_axes():
 
 
 def test_patches_and_groups_hear_less():
-    """Both rules have a slope for each example; only the first tells apart its patches and groups."""
+    """Both rules have a slope for each example.
+
+    Only the first tells apart its patches and groups.
+    """
     x = normal(8, 2, 6, 3)
     mixture = np.linalg.qr(np.random.default_rng(0).normal(size=(24, 24)))[0].astype(np.float32)
 
     def together(p, x):
-        """The same losses, each a mixture of mixtures: every noise then seems to reach every loss."""
+        """The same losses, each a mixture of mixtures.
+
+        Every noise then seems to reach every loss.
+        """
         parts = jnp.concatenate([part.ravel() for part in patches_and_groups(p, x).tree])
         return fx.LocalLosses(mixture.T @ (mixture @ parts))
 

@@ -1,4 +1,7 @@
-"""Dense signs that a trace forms where they are used: the numbers of signs that are drawn and held at once."""
+"""Dense signs that a trace forms where they are used.
+
+The numbers of signs that are drawn and held at once.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,10 @@ SPECS = [
 
 
 def test_words_at_any_place_are_those_of_one_draw():
-    """Also a generator's own way is held here: JAX says that each word depends on the key and its place alone."""
+    """Also a generator's own way is held here.
+
+    JAX says that each word depends on the key and its place alone.
+    """
     whole = jnp.concatenate(draw_words(KEY, SPECS))
     places = jnp.array([0, 1, 5, 300, len(whole) - 1], jnp.uint32)
     assert np.array_equal(words_at(jax.random.key_data(KEY), places), whole[places])
@@ -42,7 +48,7 @@ def test_signs_drawn_later_are_the_signs():
 
 
 def stack(params, x):
-    """A scan in a scan, one that runs backwards, rows of many signs and of few, and parameters used as a whole."""
+    """A scan in a scan, one that runs backwards, rows of many signs and of few, and whole uses."""
     layer = lambda h, w: (jnp.tanh(h @ w), None)
     h, _ = lax.scan(lambda h, ws: lax.scan(layer, h, ws), x, params["nested"])
     h, _ = lax.scan(layer, h, params["back"], reverse=True)

@@ -27,7 +27,10 @@ def mlp(p, x):
 
 
 def listed(loss, args, in_axes):
-    """The rule that forgets all and takes each coordinate of the noise once: its maps are exact after one step."""
+    """The rule that forgets all and takes each coordinate of the noise once.
+
+    Its maps are exact after one step.
+    """
     n = (
         fx.ActivityPerturbation()
         .basis(Signature(loss, 0, False, in_axes).bind(args, {}))
@@ -59,7 +62,10 @@ EXACT = [
 
 @pytest.mark.parametrize("name", EXACT)
 def test_with_exact_maps_one_example_gets_its_gradient(name):
-    """Through loops, look-ups, convolutions and complex values: all errors come straight from the outputs."""
+    """Through loops, look-ups, convolutions and complex values.
+
+    All errors come straight from the outputs.
+    """
     program = PROGRAMS[name]
     args = (program.params, *(x[:1] for x in program.data))
     rule = listed(program.loss, args, program.in_axes)

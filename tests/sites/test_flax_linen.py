@@ -9,6 +9,7 @@ from sites.interop import KEY, Model, check, check_factors, filled, ones, wave
 from sites.programs import normal
 
 nn = pytest.importorskip("flax.linen")
+pytestmark = pytest.mark.promotes("Flax mixes integers and floats")
 
 
 class Mlp(nn.Module):

@@ -7,6 +7,7 @@ from sites.interop import Model, check, check_factors, filled, ones, wave
 from sites.programs import normal
 
 nnx = pytest.importorskip("flax.nnx")
+pytestmark = pytest.mark.promotes("Flax mixes integers and floats")
 
 
 class Mlp(nnx.Module):

@@ -1,4 +1,7 @@
-"""Low-rank weight tangents: factors give the slopes and sums of the directions that they stand for, unformed."""
+"""Low-rank weight tangents.
+
+Factors give the slopes and sums of the directions that they stand for, unformed.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +139,10 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_with_one_feature(name):
-    """Sums of shifted dots equal the compiler's own convolution, or are left to it where they would need memory."""
+    """Sums of shifted dots equal the compiler's own convolution.
+
+    Or they are left to it where they would need memory.
+    """
     shape, layout, options, done = CONVOLUTIONS[name]
     features = shape[layout[0].index("C")]
     sizes = {"H": 3, "W": 2, "I": features, "O": 1}
@@ -234,7 +240,10 @@ def test_signs_are_unpacked_once(monkeypatch):
 
 
 def nested(params, x):
-    """Scans within scans; one parameter's signs fill whole words in each slice, one's do not, one has one layer."""
+    """Scans within scans.
+
+    One parameter's signs fill whole words in each slice, one's do not, one has one layer.
+    """
 
     def block(h, layers):
         h, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), h, layers)
@@ -323,7 +332,10 @@ def test_the_squared_error_is_its_law(rank):
 
 
 def test_examples_of_their_own_disagree_less():
-    """(pq - 1) mean|G_i|²/N against (pq - 1)|mean G|² for a layer whose examples pull in all directions."""
+    """(pq - 1) mean|G_i|²/N against (pq - 1)|mean G|².
+
+    For a layer whose examples pull in all directions.
+    """
     x, params = jnp.asarray(normal(0, 32, 4)), jnp.asarray(normal(1, 4, 3))
     loss = lambda w, x: squares(x @ w)
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)

@@ -1,4 +1,7 @@
-"""`memory="replay"`: the estimate of `keep` for the same noise, from temporaries that do not grow with depth."""
+"""`memory="replay"`.
+
+The estimate of `keep` for the same noise, from temporaries that do not grow with depth.
+"""
 
 import dataclasses
 
@@ -60,7 +63,10 @@ def test_noise_that_is_held_is_that_of_keep(name, tangents):
 
 
 def test_noise_from_a_generator_that_cannot_be_mapped():
-    """Under `jax.vmap` "rbg" takes the first key of the batch alone: both passes must do it alike."""
+    """Under `jax.vmap` "rbg" takes the first key of the batch alone.
+
+    Both passes must do it alike.
+    """
     program, key = PROGRAMS["tied"], jax.random.key(0, impl="rbg")
     rule = fx.ActivityPerturbation(num_tangents=3, memory="replay")
     assert_equal(estimates(program, rule, key=key), kept(rule, program, key))
@@ -100,7 +106,10 @@ def temporaries(loss, rule, depth):
 
 @pytest.mark.parametrize("loss", [by_loop, by_scan])
 def test_memory_does_not_grow_with_depth(loss):
-    """But for one activity, by which the packing of the same live values may differ, and the keys."""
+    """But for one activity and the keys.
+
+    The packing of the same live values may differ by it.
+    """
     rule, activity = fx.ActivityPerturbation(memory="replay"), 4 * WIDTH * BATCH
     shallow, deep = (temporaries(loss, rule, depth) for depth in (4, 32))
     assert deep <= 1.1 * shallow + activity
@@ -108,7 +117,10 @@ def test_memory_does_not_grow_with_depth(loss):
 
 
 def test_the_noise_of_shards_is_independent():
-    """Parameters that vary over the mesh give each shard an estimate of its own; its data are the same here."""
+    """Parameters that vary over the mesh give each shard an estimate of its own.
+
+    Its data are the same here.
+    """
     program, spec = PROGRAMS["nested_scans"], jax.sharding.PartitionSpec
     rule = fx.ActivityPerturbation(memory="replay")
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -60,7 +60,10 @@ ALONE = {
 
 
 def test_a_varying_key_gives_each_device_its_own_estimate():
-    """That of its own batch by its own key, as if it were alone, under weight and activity noise alike."""
+    """That of its own batch by its own key, as if it were alone.
+
+    Under weight and activity noise alike.
+    """
     got, expected = alone_and_together(
         lambda *args: {
             name: fx.grad(loss, rule, in_axes=EACH)(*args) for name, rule in ALONE.items()

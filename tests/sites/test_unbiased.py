@@ -1,4 +1,7 @@
-"""Law 2 for activity noise: the mean over every coordinate of the noise is the gradient, exactly."""
+"""Law 2 for activity noise.
+
+The mean over every coordinate of the noise is the gradient, exactly.
+"""
 
 import jax
 import numpy as np

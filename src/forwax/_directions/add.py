@@ -87,7 +87,7 @@ def _outer(
     if right.size == 1:
         # An einsum would multiply by it, and then add up with a slow loop.
         return weighted_sum(weights, left) * right.reshape(()).astype(dtype)
-    left = _scaled(weights, left, leaf)
+    left = _scaled(weights, left, leaf)  # [*lead, ...], as right
     right = right.astype(dtype)
     if weights.size == 1:
         product = left * right
@@ -148,7 +148,7 @@ def add_outer(
         new = block.astype(total.dtype) + total
         return new.astype(block.dtype)
 
-    if leaf.size < _SMALL:
+    if leaf.size < _SMALL:  # a loop would cost more than it saves
         return add(leaf, lambda factor: factor)
     return _by_blocks(leaf, weights.ndim, add)
 
@@ -170,7 +170,7 @@ def _add_terms(
     for left, right in pairs:
         lefts = flat(_scaled(weights, left, leaf))
         rights = flat(right)
-        is_shared = rights.shape[0] == 1
+        is_shared = rights.shape[0] == 1  # as the ones of `as_pair`
         for j in range(lefts.shape[0]):
             own = rights[0] if is_shared else rights[j]
             total = total + lefts[j] * own.astype(dtype)
@@ -187,7 +187,11 @@ def _by_blocks(
     length = leaf.shape[axis]
     size = -(-length // _NUM_BLOCKS)
 
-    def at(leaf: Array, start: Array | int, size: int) -> Array:
+    def at(
+        leaf: Array,
+        start: Array | int,
+        size: int,
+    ) -> Array:
         def cut(factor: Array) -> Array:
             own = lead + axis
             if factor.shape[own] == 1:

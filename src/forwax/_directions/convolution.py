@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from forwax._programs.evaluate import bind
 from forwax._programs.program import Equation
+from forwax._tree import promoted
 
 _MOST_TAPS = 64
 
@@ -33,9 +34,12 @@ def in_pieces(equation: Equation, values: Sequence[Any]) -> Array:
     shape = jnp.shape(x)
     count = shape[batch]
     kernel_shape = jnp.shape(kernel)
-    num_taps = math.prod(kernel_shape) // max(1, kernel_shape[rhs[0]])
-    num_positions = math.prod(shape[axis] for axis in lhs[2:])
-    size = _piece(count, num_taps * num_positions)
+    num_features = max(1, kernel_shape[rhs[0]])
+    num_taps = math.prod(kernel_shape) // num_features
+    spatial = [shape[axis] for axis in lhs[2:]]
+    entries = num_taps * math.prod(spatial)
+    size = _piece(count, entries)
+    # groups of the batch would be torn apart
     is_whole = size == count or params["batch_group_count"] != 1
     if is_whole or jax.default_backend() != "cpu":
         return bind(equation, values)[0]
@@ -45,10 +49,12 @@ def in_pieces(equation: Equation, values: Sequence[Any]) -> Array:
         return bind(equation, [piece, kernel])[0]
 
     front = jnp.moveaxis(x, batch, 0)
-    pieces = front.reshape(count // size, size, *front.shape[1:])
+    num_pieces = count // size
+    pieces = front.reshape(num_pieces, size, *front.shape[1:])
     result = lax.map(one, pieces)  # [pieces, *one piece's result]
     result = jnp.moveaxis(result, 1 + out[0], 1)  # [pieces, size, *rest]
-    result = result.reshape(count, *result.shape[2:])
+    rest = result.shape[2:]
+    result = result.reshape(count, *rest)
     return jnp.moveaxis(result, 0, out[0])
 
 
@@ -58,7 +64,8 @@ def _piece(count: int, entries: int) -> int:
     One example's patches have so many entries.
     """
     most = max(1, _PATCHES // max(1, entries))
-    return max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
+    sizes = range(1, min(count, most) + 1)
+    return max(n for n in sizes if count % n == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,18 +137,21 @@ def one_feature(
     lhs, _, out = params["dimension_numbers"]
     geometry = _geometry(x, kernel, params)
     num_taps = math.prod(geometry.taps)
-    held = num_taps * math.prod(geometry.padded)
-    of_input = x.shape[lhs[1]] * math.prod(geometry.sizes)
+    of_taps = num_taps * math.prod(geometry.padded)
+    num_inputs = x.shape[lhs[1]]
+    of_input = num_inputs * math.prod(geometry.sizes)
     of_result = features * math.prod(geometry.shape)
     is_empty = min(geometry.shape + geometry.sizes) < 1
-    is_large = num_taps > _MOST_TAPS or held > max(of_input, of_result)
+    of_layer = max(of_input, of_result)
+    is_large = num_taps > _MOST_TAPS or of_taps > of_layer
     if is_large or is_empty:
         return None
     dtype = params["preferred_element_type"] or x.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = promoted(dtype, jnp.float32)
     dots = _tap_dots(x, kernel, params, wide)
     pads = [(0, 0, 0), *geometry.pads, (0, 0, 0)]
     dots = lax.pad(dots, jnp.zeros((), wide), pads)
+    # each tap's dots, shifted to the positions that they add to
     total: Any = 0
     taps = itertools.product(*map(range, geometry.taps))
     for i, tap in enumerate(taps):

@@ -18,11 +18,6 @@ RowOf: TypeAlias = Callable[[Any, Array], Any]
 class Direction(abc.ABC):
     """A tangent of one parameter or, with further axes in front, several of them."""
 
-    @property
-    @abc.abstractmethod
-    def is_thin(self) -> bool:
-        """Whether operations can use it without forming it."""
-
     @abc.abstractmethod
     def after(self, known: Sequence[Array]) -> "Direction":
         """The same, its signs known only when something else is: else they are unpacked early."""
@@ -51,11 +46,6 @@ class Direction(abc.ABC):
 class Whole(Direction):
     """A direction that is not in factors."""
 
-    @property
-    def is_thin(self) -> bool:
-        """Never."""
-        return False
-
     @abc.abstractmethod
     def unpack(self) -> Array:
         """The array that it stands for."""
@@ -68,9 +58,9 @@ class Whole(Direction):
     def __mul__(self, scale: float) -> "Whole":
         """The direction times a number."""
 
-    def unpacked(self) -> "Dense":
+    def unpacked(self) -> "Unpacked":
         """See `Direction.unpacked`."""
-        return Dense(self.unpack())
+        return Unpacked(self.unpack())
 
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
@@ -78,7 +68,7 @@ class Whole(Direction):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dense(Whole):
+class Unpacked(Whole):
     """A direction that is an array.
 
     Attributes:
@@ -87,10 +77,10 @@ class Dense(Whole):
 
     value: Array
 
-    def __mul__(self, scale: float) -> "Dense":
-        return Dense(self.value * scale)
+    def __mul__(self, scale: float) -> "Unpacked":
+        return Unpacked(self.value * scale)
 
-    def after(self, known: Sequence[Array]) -> "Dense":
+    def after(self, known: Sequence[Array]) -> "Unpacked":
         """Itself: there is nothing to unpack."""
         return self
 
@@ -100,10 +90,10 @@ class Dense(Whole):
 
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`; a single row serves all steps."""
-        if self.value.shape[0] == 1:
-            only = Dense(self.value[0])
+        if self.value.shape[0] == 1:  # a factor that does not depend on the scanned axis
+            only = Unpacked(self.value[0])
             return None, lambda _, index: only
-        return self.value, lambda row, index: Dense(row)
+        return self.value, lambda row, index: Unpacked(row)
 
     def sum(self, weights: Array, leaf: Array) -> Array:
         """See `Direction.sum`."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax._directions.add import Pair, add_outer, outer
-from forwax._directions.direction import Dense, Direction, RowOf, Shape, Whole
+from forwax._directions.direction import Direction, RowOf, Shape, Unpacked, Whole
 
 Sides: TypeAlias = tuple[Whole, Whole]
 
@@ -31,7 +31,10 @@ class Factored(Direction):
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> "Factored":
         """Of pairs of arrays."""
-        sides = [(Dense(left), Dense(right)) for left, right in pairs]
+        sides: list[Sides] = []
+        for left, right in pairs:
+            side = (Unpacked(left), Unpacked(right))
+            sides.append(side)
         return cls(tuple(sides))
 
     @property
@@ -39,19 +42,16 @@ class Factored(Direction):
         """The factors as arrays."""
         pairs: list[Pair] = []
         for left, right in self.sides:
-            pairs.append((left.unpack(), right.unpack()))
+            pair = (left.unpack(), right.unpack())
+            pairs.append(pair)
         return pairs
-
-    @property
-    def is_thin(self) -> bool:
-        """Always."""
-        return True
 
     def after(self, known: Sequence[Array]) -> "Factored":
         """See `Direction.after`."""
         sides: list[Sides] = []
         for left, right in self.sides:
-            sides.append((left.after(known), right.after(known)))
+            late = (left.after(known), right.after(known))
+            sides.append(late)
         return Factored(tuple(sides))
 
     def unpacked(self) -> "Factored":
@@ -60,7 +60,7 @@ class Factored(Direction):
 
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
-        products = [left * right for left, right in self.pairs]
+        products = [left * right for left, right in self.pairs]  # of the shape, up to ones
         total = sum(products[1:], start=products[0])
         return jnp.broadcast_to(total, shape)
 
@@ -76,8 +76,11 @@ class Factored(Direction):
 
         def row(parts: Any, index: Array) -> Direction:
             sides: list[Sides] = []
-            for (left, right), (left_of, right_of) in zip(parts, makers, strict=True):
-                sides.append((left_of(left, index), right_of(right, index)))
+            for i, (left_of, right_of) in enumerate(makers):
+                left_part, right_part = parts[i]
+                left = left_of(left_part, index)
+                right = right_of(right_part, index)
+                sides.append((left, right))
             return Factored(tuple(sides))
 
         return slices, row

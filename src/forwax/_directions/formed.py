@@ -9,7 +9,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.add import FEW
-from forwax._directions.direction import Dense
+from forwax._directions.direction import Unpacked
 from forwax._pushforward import Objective, is_concrete, over_tangents
 from forwax._tree import Tree
 
@@ -62,6 +62,7 @@ class Formed:
                 (direction,),
                 has_aux=True,
             )
+            # the primal stays unbatched: it is evaluated once for all directions
             return slope, (value, aux)
 
         slopes, shared = over_tangents(slope, drawn, num_tangents)
@@ -72,22 +73,35 @@ class Formed:
     def assemble(self, weights: Any, drawn: Tree) -> Tree:
         """Σ c v in at least float32: weights [k], the same or one array for each leaf."""
 
-        def of_leaf(leaf: Array, v: Array, c: Array) -> Array:
-            return Dense(v).sum(c, leaf)
+        def of_leaf(
+            leaf: Array,
+            v: Array,
+            c: Array,
+        ) -> Array:
+            return Unpacked(v).sum(c, leaf)
 
         by_leaf = self._by_leaf(weights)
         return jax.tree.map(of_leaf, self.point, drawn, by_leaf)
 
-    def add(self, total: Tree, weights: Any, drawn: Tree) -> Tree:
+    def add(
+        self,
+        total: Tree,
+        weights: Any,
+        drawn: Tree,
+    ) -> Tree:
         """Total + Σ c v, in place where it is donated; see `assemble`."""
 
-        def of_leaf(leaf: Array, v: Array, c: Array) -> Array:
-            return Dense(v).add(leaf, c)
+        def of_leaf(
+            leaf: Array,
+            v: Array,
+            c: Array,
+        ) -> Array:
+            return Unpacked(v).add(leaf, c)
 
         by_leaf = self._by_leaf(weights)
         return jax.tree.map(of_leaf, total, drawn, by_leaf)
 
     def _by_leaf(self, weights: Any) -> Tree:
-        if isinstance(weights, Array):
+        if isinstance(weights, Array):  # one for all leaves
             return jax.tree.map(lambda _: weights, self.point)
         return weights

@@ -48,7 +48,10 @@ def moved(
 
 
 def ordered(
-    left: Array, right: Array, contracted: Sequence[int], free: Sequence[int]
+    left: Array,
+    right: Array,
+    contracted: Sequence[int],
+    free: Sequence[int],
 ) -> Pair | None:
     """The factor on the contracted axes, and the other, which must be one on them."""
 
@@ -117,7 +120,8 @@ def _dot_product(
         return None
     inner, outer = pair
     thin = _thin_dot(equation, position, inner, free, values)  # [*mixed, *theirs]
-    outer = lax.transpose(outer, (*mixed, *free, *own))
+    order = (*mixed, *free, *own)
+    outer = lax.transpose(outer, order)
     outer = lax.squeeze(outer, range(rank - len(own), rank))  # [*mixed, *free]
     num_mixed = len(mixed)
     num_free = len(free)
@@ -183,7 +187,7 @@ def _convolution(
     thin = one_feature(x, inner, outer.size, params)
     thin = equation.primitive.bind(x, inner, **params) if thin is None else thin
     shape = [1] * thin.ndim
-    shape[numbers.out_spec[1]] = outer.size
+    shape[numbers.out_spec[1]] = outer.size  # the result's features
     return thin * outer.reshape(shape).astype(thin.dtype)
 
 
@@ -198,7 +202,7 @@ def _look_up(
     """The tangent of a look-up of rows: one factor is looked up, the other is the same for all."""
     numbers = equation.params["dimension_numbers"]
     sizes = equation.params["slice_sizes"]
-    if numbers.operand_batching_dims:
+    if numbers.operand_batching_dims:  # each batch index looks up rows of its own
         return None
     indexed = numbers.start_index_map
     pair = ordered(left, right, indexed, [])
@@ -207,7 +211,9 @@ def _look_up(
     rows, rest = pair
     if any(rows.shape[axis] != values[0].shape[axis] for axis in indexed):
         return None
-    own = [n if axis in indexed else min(n, rows.shape[axis]) for axis, n in enumerate(sizes)]
+    own: list[int] = []
+    for axis, n in enumerate(sizes):
+        own.append(n if axis in indexed else min(n, rows.shape[axis]))
     # a row that is not there has no tangent
     changed = {"slice_sizes": tuple(own), "fill_value": 0}
     params = {**equation.params, **changed}

@@ -14,7 +14,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.add import FEW
-from forwax._directions.direction import Dense, Direction, Whole
+from forwax._directions.direction import Direction, Unpacked, Whole
 from forwax._directions.factored import Factored, Sides
 from forwax._directions.push import Push
 from forwax._directions.signs import Signs, draw_signs, has_rows
@@ -93,7 +93,7 @@ class WeightPlan:
             if split is None:
                 shapes = [leaf.shape]
             else:
-                sides = [_factor_shape(leaf.shape, axes) for axes in split]
+                sides = [_factor_shape(leaf.shape, axes) for axes in split]  # left, right
                 shapes = sides * self.rank
             for shape in shapes:
                 specs.append(Spec((*lead, *shape), leaf.dtype))
@@ -111,12 +111,13 @@ class WeightPlan:
         specs = self.specs()
         real_specs = _tree.real_specs(specs)
         signs = draw_signs(key, real_specs, indices, self.later())
+        packed = self.packed()
         drawn: list[Drawn] = []
-        for each, spec, packed in zip(signs, specs, self.packed(), strict=True):
-            if packed and not _tree.is_complex(spec):
+        for i, (each, spec) in enumerate(zip(signs, specs, strict=True)):
+            if packed[i] and not _tree.is_complex(spec):
                 drawn.append(each)
                 continue
-            array = each.unpack()
+            array = each.unpack()  # [c, *shape]; of a complex spec [c, 2, *shape]
             drawn += _tree.from_real([array], [spec], lead=1)
         return drawn
 
@@ -147,7 +148,7 @@ class WeightPlan:
 
     def directions(self, drawn: Sequence[Drawn]) -> list[Direction]:
         """The drawn signs as one direction for each leaf."""
-        scale = self.rank**-0.5
+        scale = self.rank**-0.5  # so that E[v vᵀ] = I at every rank
         parts = iter(map(_whole, drawn))
         directions: list[Direction] = []
         for split in self.splits:
@@ -165,7 +166,10 @@ class WeightPlan:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, N]."""
 
         def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
-            return along(lambda time: self._evaluate(mapped, drawn, time))
+            def run(time: Array) -> tuple[Array, Tree]:
+                return self._evaluate(mapped, drawn, time)
+
+            return along(run)
 
         mapped: list[Array] = []
         if self.per_example:
@@ -179,13 +183,16 @@ class WeightPlan:
             values, slopes, aux = slope(mapped, drawn)
             return slopes, (values, aux)
 
-        slopes, shared = over_tangents(of_tangent, list(drawn), num_tangents)
+        slopes, shared = over_tangents(of_tangent, list(drawn), num_tangents)  # [k] or [k, N]
         values, aux = shared
         dtype = _tree.accumulation_dtype(slopes.dtype)
         return jnp.mean(values), aux, slopes.astype(dtype)
 
     def _evaluate(
-        self, mapped: Sequence[Array], drawn: Sequence[Drawn], time: Array
+        self,
+        mapped: Sequence[Array],
+        drawn: Sequence[Drawn],
+        time: Array,
     ) -> tuple[Array, Tree]:
         """The sum of the losses, and aux."""
         traced = self.traced
@@ -198,7 +205,8 @@ class WeightPlan:
         outputs = push.run(program, env, named)
         losses, aux = jax.tree.unflatten(traced.out_tree, outputs)
         parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
-        return sum(parts[1:], start=parts[0]), aux
+        total = sum(parts[1:], start=parts[0])
+        return total, aux
 
     def assemble(self, weights: Array, drawn: Sequence[Drawn]) -> Tree:
         """Σ c v in at least float32, over tangents and examples with their own: [k] or [k, N]."""
@@ -209,7 +217,12 @@ class WeightPlan:
         ]
         return self.tree_of(sums)
 
-    def add(self, total: Tree, weights: Array, drawn: Sequence[Drawn]) -> Tree:
+    def add(
+        self,
+        total: Tree,
+        weights: Array,
+        drawn: Sequence[Drawn],
+    ) -> Tree:
         """Total + Σ c v, in place where it is donated: no summand is held; see `assemble`."""
         directions = self._late(weights, drawn)
         leaves = jax.tree.leaves(total)
@@ -220,7 +233,8 @@ class WeightPlan:
 
     def _late(self, weights: Array, drawn: Sequence[Drawn]) -> list[Direction]:
         """The directions, unpacked once the weights are known."""
-        return [direction.after([weights]) for direction in self.directions(drawn)]
+        directions = self.directions(drawn)
+        return [direction.after([weights]) for direction in directions]
 
     def tree_of(self, leaves: Iterable[Array]) -> Tree:
         """Leaves as a tree like the parameters."""
@@ -233,7 +247,11 @@ class WeightPlan:
         return dataclasses.replace(self, problem=problem)
 
 
-def plan_low_rank(problem: Problem, rank: int = 1, per_example: bool = False) -> WeightPlan:
+def plan_low_rank(
+    problem: Problem,
+    rank: int = 1,
+    per_example: bool = False,
+) -> WeightPlan:
     """Trace the loss and find how each parameter's tangent is best split."""
     params = problem.params
     if per_example:
@@ -268,4 +286,4 @@ def _factor_shape(shape: tuple[int, ...], axes: frozenset[int]) -> tuple[int, ..
 
 
 def _whole(drawn: Drawn) -> Whole:
-    return drawn if isinstance(drawn, Signs) else Dense(jnp.asarray(drawn))
+    return drawn if isinstance(drawn, Signs) else Unpacked(jnp.asarray(drawn))

@@ -47,7 +47,12 @@ class Push:
         lazy: whether signs are unpacked after the layer before the one that uses them.
     """
 
-    def __init__(self, types: Sequence[Any], time: Array, lazy: bool) -> None:
+    def __init__(
+        self,
+        types: Sequence[Any],
+        time: Array,
+        lazy: bool,
+    ) -> None:
         self.types = types
         self.time = time
         self.lazy = lazy
@@ -65,10 +70,10 @@ class Push:
             env: the values of its inputs; those of all variables are added.
             directions: what is drawn as tangents of some inputs.
         """
-        return _Run(self, env, dict(directions)).outputs(program)
+        return _Evaluation(self, env, dict(directions)).outputs(program)
 
 
-class _Run:
+class _Evaluation:
     """One evaluation of a program.
 
     Attributes:
@@ -107,6 +112,7 @@ class _Run:
             outputs = self.operation(equation, self.read(equation))
             if equation.facts.bilinear:
                 outputs = [in_step(outputs[0])]
+                # what lazy signs wait for
                 self.last = outputs if self.push.lazy else []
             return outputs
         # What a scan runs over stays packed: each step opens its own.
@@ -150,7 +156,8 @@ class _Run:
     def operation(self, equation: Equation, values: list[Any]) -> list[Any]:
         """The outputs of what is no loop."""
         thin = [i for i, atom in enumerate(equation.inputs) if self.is_factored(atom)]
-        if len(thin) == 1 and equation.outputs:  # a callback may have none
+        # With two of them the result is no product of factors; a callback may have no outputs.
+        if len(thin) == 1 and equation.outputs:
             outputs = self.through(equation, thin[0], values)
             if outputs is not None:
                 return outputs
@@ -180,6 +187,7 @@ class _Run:
         noise = product(equation, position, tangent, values, out)
         if noise is None:
             return None
+        # with tangents in factors the convolution itself is what takes long
         whole = not equation.facts.is_convolution
         value = bind(equation, values)[0] if whole else in_pieces(equation, values)
         return [inject(value, noise, self.push.time)]
@@ -208,15 +216,21 @@ class _Run:
         pairs = list(zip(body.inputs, tangents, strict=True))
         of_consts, of_carries, of_scanned = loop.split(pairs)
         # directions that are the same in all steps, by the body's variables
-        fixed = {v: tangent for v, tangent in of_consts if tangent is not None}
+        fixed: dict[Variable, Direction] = {}
+        for v, tangent in of_consts:
+            if tangent is not None:
+                fixed[v] = tangent
         handed_on: set[Variable] = set()
         for i, (v, tangent) in enumerate(of_carries):
-            if not loop.unchanged[i] or not isinstance(tangent, Factored):
+            is_same = loop.unchanged[i]
+            if not is_same or not isinstance(tangent, Factored):
                 starts[i] = self.formed(carried[i], starts[i])
                 continue
             fixed[v] = tangent
             handed_on.add(v)
-            self.factored[equation.outputs[i]] = tangent
+            result = equation.outputs[i]
+            self.factored[result] = tangent
+        # what each step slices, and how it makes its direction of it
         slices: dict[Variable, Any] = {}
         row_of: dict[Variable, RowOf] = {}
         for v, tangent in of_scanned:
@@ -228,8 +242,10 @@ class _Run:
             xs, parts, index = own
             inputs = [*consts, *carry, *xs]
             env = dict(zip(body.inputs, inputs, strict=True))
-            rows = {v: row_of[v](part, index) for v, part in parts.items()}
-            outputs = self.push.run(inner, env, {**fixed, **rows})
+            directions = dict(fixed)
+            for v, part in parts.items():
+                directions[v] = row_of[v](part, index)
+            outputs = self.push.run(inner, env, directions)
             for i, atom in enumerate(body.outputs):
                 if atom in handed_on:
                     outputs[i] = read(atom, env)
@@ -242,5 +258,6 @@ class _Run:
 
 def _without(body: Program, handed_on: set[Variable]) -> Program:
     """The body without the outputs that it hands on: nobody needs to form their tangents."""
-    outputs = [Constant(0.0) if atom in handed_on else atom for atom in body.outputs]
+    nothing = Constant(0.0)
+    outputs = [nothing if atom in handed_on else atom for atom in body.outputs]
     return dataclasses.replace(body, outputs=tuple(outputs))

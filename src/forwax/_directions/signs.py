@@ -53,7 +53,7 @@ class Words:
         """The words of one row, of so many words each."""
         lead = self.values.shape[:-1]
         rows = self.values.reshape(*lead, -1, count)
-        row = lax.dynamic_index_in_dim(rows, index, -2, keepdims=False)
+        row = lax.dynamic_index_in_dim(rows, index, -2, keepdims=False)  # [*lead, count]
         return Words(row)
 
 
@@ -84,7 +84,7 @@ class Places:
             offsets = jnp.arange(self.count, dtype=jnp.uint32)
             return words_at(key, start + offsets)
 
-        for _ in self.start.shape:
+        for _ in self.start.shape:  # the leading axes
             draw = jax.vmap(draw)
         return draw(self.key, self.start)
 
@@ -130,13 +130,13 @@ class Signs(Whole):
         def one(words: Array) -> Array:
             return settled(unpack_signs(words, self.spec))
 
-        words = self.words.draw()
+        words = self.words.draw()  # [*lead, count]
         lead = words.shape[:-1]
         num_tangents = math.prod(lead)
         if num_tangents == 1:
             signs = one(words.reshape(-1))
         else:
-            flat = words.reshape(num_tangents, words.shape[-1])
+            flat = words.reshape(num_tangents, words.shape[-1])  # [k, count]
             signs = jax.vmap(one)(flat)
         signs = signs.reshape(*lead, *self.spec.shape)
         return signs * self.scale
@@ -211,7 +211,7 @@ class Signs(Whole):
         num_tangents = len(weights)
         if num_tangents == 1:
             return add(0, total)
-        over = _mesh.axes(add(0, total))
+        over = _mesh.axes(add(0, total))  # a loop's carry keeps its type
         start = _mesh.vary(total, over)
         return lax.fori_loop(0, num_tangents, add, start)
 
@@ -225,7 +225,10 @@ def has_rows(spec: Spec, least: int = WORD) -> bool:
 
 
 def draw_signs(
-    key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool] = ()
+    key: Array,
+    specs: Sequence[Spec],
+    indices: Array,
+    later: Sequence[bool] = (),
 ) -> list[Signs]:
     """The signs of the tangents of the given indices [c], as `Rademacher` draws them.
 
@@ -253,7 +256,10 @@ def draw_signs(
 
 
 def _some_later(
-    key: Array, specs: Sequence[Spec], indices: Array, later: Sequence[bool]
+    key: Array,
+    specs: Sequence[Spec],
+    indices: Array,
+    later: Sequence[bool],
 ) -> list[Source]:
     """Where each spec's words come from: from their places, or drawn at once, in one draw."""
 
@@ -262,15 +268,17 @@ def _some_later(
         return jax.random.key_data(own)
 
     keys = jax.vmap(key_words)(indices)  # [c, 2]
-    counts = list(map(num_words, specs))
+    counts = [num_words(spec) for spec in specs]
     starts = list(itertools.accumulate(counts, initial=0))
     now = [i for i, is_later in enumerate(later) if not is_later]
     held: dict[int, Array] = {}
     if now:
+        # of all words that are drawn now, side by side
         places = [jnp.arange(starts[i], starts[i + 1], dtype=jnp.uint32) for i in now]
         draw = jax.vmap(words_at, (0, None))
         words = draw(keys, jnp.concatenate(places))  # [c, words]
-        ends = list(itertools.accumulate(counts[i] for i in now))
+        own_counts = [counts[i] for i in now]
+        ends = list(itertools.accumulate(own_counts))
         parts = jnp.split(words, ends[:-1], axis=1)
         held = dict(zip(now, parts, strict=True))
     sources: list[Source] = []

@@ -10,7 +10,8 @@ from jax import Array
 
 from forwax import _tree
 from forwax._directions.operations import is_move
-from forwax._programs.axes import Factor, back
+from forwax._programs.axes import back
+from forwax._programs.links import Factor
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable
 
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
@@ -69,7 +70,8 @@ def _checked(split: Split, shape: tuple[int, ...]) -> Split | None:
 
 
 def _split(uses: Sequence[Split | None], leaf: Array) -> Split | None:
-    if not uses or leaf.ndim < 2 or _tree.is_complex(leaf):
+    is_matrix = leaf.ndim > 1 and not _tree.is_complex(leaf)
+    if not uses or not is_matrix:
         return None
     first = uses[0]
     # as sets, for which of both sides is contracted does not matter
@@ -129,9 +131,14 @@ class _Finder:
         uses = self.uses.setdefault(origin.parameter, [])
         uses.append(split)
 
-    def read_loop(self, equation: Equation, loop: Loop, origins: Mapping[Variable, Origin]) -> None:
-        atoms = zip(loop.body.inputs, equation.inputs, strict=True)
-        pairs = [(variable, _origin(atom, origins)) for variable, atom in atoms]
+    def read_loop(
+        self,
+        equation: Equation,
+        loop: Loop,
+        origins: Mapping[Variable, Origin],
+    ) -> None:
+        found = [_origin(atom, origins) for atom in equation.inputs]
+        pairs = list(zip(loop.body.inputs, found, strict=True))
         consts, carries, scanned = loop.split(pairs)
         inner: dict[Variable, Origin] = {}
         for variable, origin in consts:
@@ -146,7 +153,12 @@ class _Finder:
                 inner[variable] = origin.behind(None)
         self.read(loop.body, inner)
 
-    def split(self, equation: Equation, position: int, origin: Origin) -> Split | None:
+    def split(
+        self,
+        equation: Equation,
+        position: int,
+        origin: Origin,
+    ) -> Split | None:
         """The parameter's axes that are contracted here, and the others; the rest are in both."""
         shape = self.shape(equation.inputs[position])
         groups = _axes_of(equation, position, len(shape))
@@ -156,9 +168,10 @@ class _Finder:
         for axes in groups:
             side: set[int] = set()
             for axis in axes:
-                if shape[axis] == 1:
+                if shape[axis] == 1:  # which axis it is does not matter
                     continue
                 own = self.back(axis, shape, origin.steps)
+                # a part of an axis, or two parts of the same one
                 if own is None or own in side:
                     return None
                 side.add(own)
@@ -171,7 +184,10 @@ class _Finder:
         return frozenset(contracted | both), frozenset(free | both)
 
     def back(
-        self, axis: int, shape: tuple[int, ...], steps: Sequence[Equation | None]
+        self,
+        axis: int,
+        shape: tuple[int, ...],
+        steps: Sequence[Equation | None],
     ) -> int | None:
         """The parameter's axis that an axis of the moved variable is."""
         link: Factor | None = Factor(axis, 1, shape[axis])
@@ -196,14 +212,19 @@ def _origin(atom: Atom, origins: Mapping[Variable, Origin]) -> Origin | None:
     return None if isinstance(atom, Constant) else origins.get(atom)
 
 
-def _axes_of(equation: Equation, position: int, rank: int) -> tuple[list[int], list[int]] | None:
+def _axes_of(
+    equation: Equation,
+    position: int,
+    rank: int,
+) -> tuple[list[int], list[int]] | None:
     """The contracted and the free axes of an operand."""
     params = equation.params
     if equation.facts.is_dot:
         contracted, batch = params["dimension_numbers"]
         own = list(contracted[position])
-        others = {*own, *batch[position]}
-        return own, [axis for axis in range(rank) if axis not in others]
+        bound = {*own, *batch[position]}
+        free = [axis for axis in range(rank) if axis not in bound]
+        return own, free
     is_kernel = position == 1
     num_groups = params["feature_group_count"] * params["batch_group_count"]
     if not is_kernel or num_groups != 1:

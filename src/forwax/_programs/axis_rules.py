@@ -45,25 +45,33 @@ AxisRule: TypeAlias = Callable[[Crossing, Factor], Link]
 
 
 def join_all(at: Crossing, link: Factor) -> Link:
-    """What holds for every operation: each coordinate of the operand may change all of the result."""
+    """What holds for every operation: each coordinate may change all of the result."""
     return None
 
 
 def elementwise(at: Crossing, link: Factor) -> Link:
     """Each position stays; an axis of size 1 may be broadcast."""
+    axis = link.axis
     if len(at.shape) != len(at.out):
         return None
-    return link if at.shape[link.axis] == at.out[link.axis] else None
+    if at.shape[axis] != at.out[axis]:
+        return None
+    return link
 
 
 def one_to_one(at: Crossing, link: Factor) -> Link:
     """Several operands, each of which is one result."""
-    return link if at.position == at.output and at.shape == at.out else None
+    if at.position != at.output:
+        return None
+    if at.shape != at.out:
+        return None
+    return link
 
 
 def transpose(at: Crossing, link: Factor) -> Link:
     """Axes in another order."""
-    return moved(link, at.params["permutation"][link.axis])
+    permutation = at.params["permutation"]
+    return moved(link, permutation[link.axis])
 
 
 def reshape(at: Crossing, link: Factor) -> Link:
@@ -75,38 +83,42 @@ def reshape(at: Crossing, link: Factor) -> Link:
 
 def broadcast_in_dim(at: Crossing, link: Factor) -> Link:
     """New axes, and others repeated."""
-    sources = {out: axis for axis, out in enumerate(at.params["broadcast_dimensions"])}
-    axis = sources.get(link.axis)
-    if axis is None or at.shape[axis] != at.out[link.axis]:
+    targets = at.params["broadcast_dimensions"]
+    if link.axis not in targets:
+        return None
+    axis = targets.index(link.axis)
+    if at.shape[axis] != at.out[link.axis]:
         return None
     return moved(link, axis)
 
 
 def reduce(at: Crossing, link: Factor) -> Link:
     """Sums along axes, which go."""
-    return moved(link, _without(at.shape, at.params["axes"])[link.axis])
+    kept = _axes_without(at.params["axes"], at.shape)
+    return moved(link, kept[link.axis])
 
 
 def squeeze(at: Crossing, link: Factor) -> Link:
     """Axes of size 1 go."""
-    return moved(link, _without(at.shape, at.params["dimensions"])[link.axis])
-
-
-def _without(shape: Shape, removed: Sequence[int]) -> list[int]:
-    return [axis for axis in range(len(shape)) if axis not in removed]
+    kept = _axes_without(at.params["dimensions"], at.shape)
+    return moved(link, kept[link.axis])
 
 
 def rev(at: Crossing, link: Factor) -> Link:
     """Some axes backwards."""
-    return None if link.axis in at.params["dimensions"] else link
+    if link.axis in at.params["dimensions"]:
+        return None
+    return link
 
 
 def slice_(at: Crossing, link: Factor) -> Link:
     """A window of the operand."""
-    axis, strides = link.axis, at.params["strides"]
+    axis = link.axis
+    strides = at.params["strides"]
     if strides is not None and strides[axis] != 1:
         return None
-    return shifted(link, at.params["start_indices"][axis], at.shape[axis], at.out[axis])
+    start = at.params["start_indices"][axis]
+    return shifted(link, start, at.shape[axis], at.out[axis])
 
 
 def split(at: Crossing, link: Factor) -> Link:
@@ -114,7 +126,8 @@ def split(at: Crossing, link: Factor) -> Link:
     axis = link.axis
     if axis != at.params["axis"]:
         return link
-    start = sum(at.params["sizes"][: at.output])
+    sizes = at.params["sizes"]
+    start = sum(sizes[: at.output])
     return shifted(link, start, at.shape[axis], at.out[axis])
 
 
@@ -123,75 +136,102 @@ def concatenate(at: Crossing, link: Factor) -> Link:
     axis = link.axis
     if axis != at.params["dimension"]:
         return link
-    start = sum(shape[axis] for shape in at.shapes[: at.position])
+    before = at.shapes[: at.position]
+    start = sum(shape[axis] for shape in before)
     return shifted(link, -start, at.shape[axis], at.out[axis])
 
 
 def stack(at: Crossing, link: Factor) -> Link:
-    """Several operands along a new axis: the operand as a whole is one position of it."""
-    if link.axis != at.params["axis"]:
-        return moved(link, link.axis - (link.axis > at.params["axis"]))
-    group = (at.position // link.inner) % link.size
-    return Factor(0, 1, 1, link.offset + group)
+    """Several operands along a new axis."""
+    new_axis = at.params["axis"]
+    if link.axis == new_axis:  # the operand as a whole is one position
+        group = (at.position // link.inner) % link.size
+        return Factor(0, 1, 1, link.offset + group)
+    if link.axis > new_axis:
+        return moved(link, link.axis - 1)
+    return link
 
 
 def unstack(at: Crossing, link: Factor) -> Link:
     """Several results without an axis of the operand."""
-    return moved(link, link.axis + (link.axis >= at.params["axis"]))
+    if link.axis >= at.params["axis"]:
+        return moved(link, link.axis + 1)
+    return link
 
 
 def tile(at: Crossing, link: Factor) -> Link:
     """The operand several times along some axes."""
-    return link if at.params["reps"][link.axis] == 1 else None
+    if at.params["reps"][link.axis] != 1:
+        return None
+    return link
 
 
 def pad(at: Crossing, link: Factor) -> Link:
-    """The operand as a window of the result, but for holes; the padding value joins all."""
-    low, _, interior = at.params["padding_config"][link.axis]
-    if at.position or interior:
+    """The operand as a window of the result; the padding value, if it moves, joins all."""
+    axis = link.axis
+    low, _, interior = at.params["padding_config"][axis]
+    if at.position != 0:
         return None
-    return shifted(link, -low, at.shape[link.axis], at.out[link.axis])
+    if interior:  # holes, which change how far apart groups are
+        return None
+    return shifted(link, -low, at.shape[axis], at.out[axis])
 
 
 def dot_general(at: Crossing, link: Factor) -> Link:
     """The result's axes are: batch, the left operand's own, the right operand's own."""
     contracted, batch = at.params["dimension_numbers"]
-    own_batch = batch[at.position]
-    if link.axis < len(own_batch):
-        return moved(link, own_batch[link.axis])
-    free = [
-        _without(shape, (*joined, *shared))
-        for shape, joined, shared in zip(at.shapes, contracted, batch, strict=True)
-    ]
-    start = len(own_batch) + (len(free[0]) if at.position else 0)
-    index, own_free = link.axis - start, free[at.position]
-    return moved(link, own_free[index]) if 0 <= index < len(own_free) else None
+    shared = batch[at.position]
+    if link.axis < len(shared):
+        return moved(link, shared[link.axis])
+    free = [_axes_without((*contracted[side], *batch[side]), at.shapes[side]) for side in (0, 1)]
+    own = free[at.position]
+    first = len(shared)
+    if at.position == 1:
+        first += len(free[0])
+    index = link.axis - first
+    if not 0 <= index < len(own):  # an axis of the other operand
+        return None
+    return moved(link, own[index])
 
 
 def conv_general_dilated(at: Crossing, link: Factor) -> Link:
     """From the result to the image: examples, groups of features, and space if the kernel is 1."""
-    params, numbers = at.params, at.params["dimension_numbers"]
-    if at.position or params["batch_group_count"] != 1:
+    params = at.params
+    numbers = params["dimension_numbers"]
+    if at.position != 0:
         return None
+    if params["batch_group_count"] != 1:
+        return None
+    # examples, features, and then space
     dimension = numbers.out_spec.index(link.axis)
     axis = numbers.lhs_spec[dimension]
-    if dimension == 0:  # examples
-        return moved(link, axis)
-    if dimension == 1:  # features
+    if dimension == 1:
         return _feature_groups(at, link, axis)
+    if dimension > 1 and not _is_pointwise(at, dimension):
+        return None
+    return moved(link, axis)
+
+
+def _is_pointwise(at: Crossing, dimension: int) -> bool:
+    """Whether a convolution reads at each position of a spatial dimension that one alone."""
+    params = at.params
+    kernel_axis = params["dimension_numbers"].rhs_spec[dimension]
+    if at.shapes[1][kernel_axis] != 1:
+        return False
     i = dimension - 2
-    kernel = at.shapes[1][numbers.rhs_spec[dimension]]
-    is_pointwise = kernel == 1 and params["window_strides"][i] == 1
-    is_whole = tuple(params["padding"][i]) == (0, 0) and params["lhs_dilation"][i] == 1
-    return moved(link, axis) if is_pointwise and is_whole else None
+    if tuple(params["padding"][i]) != (0, 0):
+        return False
+    return params["window_strides"][i] == 1 and params["lhs_dilation"][i] == 1
 
 
 def _feature_groups(at: Crossing, link: Factor, axis: int) -> Link:
+    """From the result's features to the image's: groups of them do not mix."""
     groups = at.params["feature_group_count"]
-    # features of one group in the result and in the image
     out_width = at.out[link.axis] // groups
     in_width = at.shape[axis] // groups
-    if groups == 1 or link.inner % out_width:
+    if groups == 1:  # each result hears all features
+        return None
+    if link.inner % out_width:
         return None
     inner = link.inner // out_width * in_width
     return factor(axis, inner, link.size, link.offset, at.shape[axis])
@@ -201,7 +241,11 @@ def along(name: str) -> AxisRule:
     """The rule of operations along one axis, the parameter of this name, which they join."""
 
     def rule(at: Crossing, link: Factor) -> Link:
-        return None if link.axis == at.params[name] or at.shape != at.out else link
+        if link.axis == at.params[name]:
+            return None
+        if at.shape != at.out:
+            return None
+        return link
 
     return rule
 
@@ -211,55 +255,94 @@ _OF_SIZE_1 = ("window_dimensions", "window_strides", "base_dilation", "window_di
 
 def window(at: Crossing, link: Factor) -> Link:
     """Sums over windows, which join positions along the axes on which they are larger than 1."""
-    axis, params = link.axis, at.params
-    is_point = all(params.get(name) is None or params[name][axis] == 1 for name in _OF_SIZE_1)
-    return link if is_point and tuple(params["padding"][axis]) == (0, 0) else None
+    axis = link.axis
+    for name in _OF_SIZE_1:
+        sizes = at.params.get(name)
+        if sizes is not None and sizes[axis] != 1:
+            return None
+    padding = at.params["padding"]
+    if tuple(padding[axis]) != (0, 0):
+        return None
+    return link
 
 
 def fft(at: Crossing, link: Factor) -> Link:
     """The last axes are joined."""
-    num_kept = len(at.out) - len(at.params["fft_lengths"])
-    return link if link.axis < num_kept else None
+    num_joined = len(at.params["fft_lengths"])
+    if link.axis >= len(at.out) - num_joined:
+        return None
+    return link
 
 
 def dynamic_slice(at: Crossing, link: Factor) -> Link:
     """A window at an unknown place, whole along the other axes."""
-    is_whole = at.position == 0 and at.shape[link.axis] == at.out[link.axis]
-    return link if is_whole else None
+    if at.position != 0:
+        return None
+    return _if_whole(at, link)
 
 
 def dynamic_update_slice(at: Crossing, link: Factor) -> Link:
     """The operand, and what replaces a window of it at an unknown place."""
-    is_whole = at.position in (0, 1) and at.shape[link.axis] == at.out[link.axis]
-    return link if is_whole else None
+    if at.position > 1:
+        return None
+    # Along an axis that is replaced as a whole the place can only be 0.
+    return _if_whole(at, link)
+
+
+def _if_whole(at: Crossing, link: Factor) -> Link:
+    axis = link.axis
+    if at.shape[axis] != at.out[axis]:
+        return None
+    return link
 
 
 def gather(at: Crossing, link: Factor) -> Link:
     """Windows at unknown places: axes that they cover wholly, and batching axes."""
-    numbers, operand = at.params["dimension_numbers"], at.shapes[0]
+    numbers = at.params["dimension_numbers"]
+    operand = at.shapes[0]
     batching = getattr(numbers, "operand_batching_dims", ())
     if link.axis in numbers.offset_dims:
-        kept = _without(operand, (*numbers.collapsed_slice_dims, *batching))
+        hidden = (*numbers.collapsed_slice_dims, *batching)
+        kept = _axes_without(hidden, operand)
         axis = kept[numbers.offset_dims.index(link.axis)]
-        is_whole = at.params["slice_sizes"][axis] == operand[axis]
-        return moved(link, axis) if is_whole else None
+        if at.params["slice_sizes"][axis] != operand[axis]:
+            return None
+        return moved(link, axis)
     # the indices' own axes, their last one left out
-    column = _without(at.out, numbers.offset_dims).index(link.axis)
-    columns = tuple(getattr(numbers, "start_indices_batching_dims", ()))
-    return moved(link, batching[columns.index(column)]) if column in columns else None
+    columns = _axes_without(numbers.offset_dims, at.out)
+    column = columns.index(link.axis)
+    shared = tuple(getattr(numbers, "start_indices_batching_dims", ()))
+    if column not in shared:
+        return None
+    return moved(link, batching[shared.index(column)])
 
 
 def scatter_add(at: Crossing, link: Factor) -> Link:
     """The operand, and what is added to windows at unknown places."""
+    if at.position == 0:
+        return link
     if at.position != 2:
-        return link if at.position == 0 else None
-    numbers, operand, updates = at.params["dimension_numbers"], at.shapes[0], at.shapes[2]
+        return None
+    numbers = at.params["dimension_numbers"]
+    operand = at.shapes[0]
+    updates = at.shape
     batching = getattr(numbers, "operand_batching_dims", ())
     if link.axis in batching:
-        column = numbers.scatter_indices_batching_dims[batching.index(link.axis)]
-        return moved(link, _without(updates, numbers.update_window_dims)[column])
-    windows = _without(operand, (*numbers.inserted_window_dims, *batching))
+        columns = _axes_without(numbers.update_window_dims, updates)
+        shared = numbers.scatter_indices_batching_dims
+        column = shared[batching.index(link.axis)]
+        return moved(link, columns[column])
+    # Along the other axes the indices say where an update goes.
+    hidden = (*numbers.inserted_window_dims, *batching)
+    windows = _axes_without(hidden, operand)
     if link.axis not in windows:
         return None
     axis = numbers.update_window_dims[windows.index(link.axis)]
-    return moved(link, axis) if updates[axis] == operand[link.axis] else None
+    if updates[axis] != operand[link.axis]:
+        return None
+    return moved(link, axis)
+
+
+def _axes_without(hidden: Sequence[int], shape: Shape) -> list[int]:
+    axes = range(len(shape))
+    return [axis for axis in axes if axis not in hidden]

@@ -1,5 +1,8 @@
 """What flows where in a program: the losses that a value reaches, and what depends on inputs."""
 
+import dataclasses
+import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -31,14 +34,16 @@ def fixed_point(
     Returns:
         What holds on the seeds' side, and on the other.
     """
+    here = loop.carries_of_inputs
+    there = loop.carries_of_outputs
+    if backward:
+        here, there = there, here
     known = list(seeds)
-    carries_here, carries_there = loop.carries_of_outputs, loop.carries_of_inputs
-    if not backward:
-        carries_here, carries_there = carries_there, carries_here
     while True:
         found = list(transfer(known))
+        # What one step hands on, the next one is given.
         grown = list(known)
-        grown[carries_here] = map(join, known[carries_here], found[carries_there])
+        grown[here] = map(join, known[here], found[there])
         if grown == known:
             return known, found
         known = grown
@@ -55,8 +60,10 @@ def reach(program: Program, types: Sequence[Any], num_losses: int) -> Reach:
     no loss needs no noise, and its value counts as a constant.
     """
     masks = [0] * len(types)
-    seeds = [1 << i if i < num_losses else 0 for i in range(len(program.outputs))]
-    _reach_back(program, seeds, types, masks)
+    seeds = [0] * len(program.outputs)
+    for i in range(num_losses):
+        seeds[i] = 1 << i
+    _ReachOf(types, masks).run(program, seeds)
     return masks
 
 
@@ -68,38 +75,46 @@ def equation_reach(equation: Equation, masks: Reach) -> int:
     return mask
 
 
-def _reach_back(program: Program, seeds: Sequence[int], types: Sequence[Any], masks: Reach) -> None:
-    """Add to the masks what a program's variables reach, from what its outputs reach."""
-    _add(program.outputs, seeds, types, masks)
-    for equation in reversed(program.equations):
-        mask = equation_reach(equation, masks)
-        if not mask or equation.facts.stops_derivatives:
-            continue
-        if equation.loop is None:
-            incoming = [mask] * len(equation.inputs)
-        else:
-            incoming = _reach_through(equation, equation.loop, types, masks)
-        _add(equation.inputs, incoming, types, masks)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ReachOf:
+    """A walk backwards that adds to masks.
 
+    Attributes:
+        types: the abstract value of each variable.
+        masks: what each variable reaches, as far as is known. They only grow.
+    """
 
-def _reach_through(equation: Equation, loop: Loop, types: Sequence[Any], masks: Reach) -> list[int]:
-    """What the inputs of a loop reach, from what its outputs do."""
+    types: Sequence[Any]
+    masks: Reach
 
-    def back(seeds: list[int]) -> list[int]:
-        _reach_back(loop.body, seeds, types, masks)
-        return [masks[v] for v in loop.body.inputs]
+    def run(self, program: Program, seeds: Sequence[int]) -> list[int]:
+        """What a program's inputs reach, from what its outputs do."""
+        self.add(program.outputs, seeds)
+        for equation in reversed(program.equations):
+            mask = equation_reach(equation, self.masks)
+            if not mask or equation.facts.stops_derivatives:
+                continue
+            if equation.loop is None:
+                incoming = [mask] * len(equation.inputs)
+            else:
+                incoming = self.through(equation, equation.loop)
+            self.add(equation.inputs, incoming)
+        return [self.masks[v] for v in program.inputs]
 
-    seeds = [masks[v] for v in equation.outputs]
-    _, incoming = fixed_point(loop, seeds, back, operator.or_, backward=True)
-    return incoming
+    def through(self, equation: Equation, loop: Loop) -> list[int]:
+        """What a loop's inputs reach, from what its outputs do."""
+        seeds = [self.masks[v] for v in equation.outputs]
+        step = functools.partial(self.run, loop.body)
+        _, incoming = fixed_point(loop, seeds, step, operator.or_, backward=True)
+        return incoming
 
-
-def _add(
-    atoms: Sequence[Atom], incoming: Sequence[int], types: Sequence[Any], masks: Reach
-) -> None:
-    for atom, mask in zip(atoms, incoming, strict=True):
-        if mask and not isinstance(atom, Constant) and is_inexact(types[atom]):
-            masks[atom] |= mask
+    def add(self, atoms: Sequence[Atom], incoming: Sequence[int]) -> None:
+        """Add one use of some values."""
+        for atom, mask in zip(atoms, incoming, strict=True):
+            if isinstance(atom, Constant):
+                continue
+            if mask and is_inexact(self.types[atom]):
+                self.masks[atom] |= mask
 
 
 def mapped_variables(program: Program, inputs: Iterable[Variable]) -> set[Variable]:
@@ -119,16 +134,17 @@ def _depend(program: Program, mapped: set[Variable]) -> None:
 
 
 def _depend_through(equation: Equation, loop: Loop, mapped: set[Variable]) -> None:
-    def depends(atoms: Sequence[Atom]) -> list[bool]:
+    def flags(atoms: Sequence[Atom]) -> list[bool]:
         return [not isinstance(atom, Constant) and atom in mapped for atom in atoms]
 
-    def add(variables: Sequence[Variable], flags: Sequence[bool]) -> None:
-        mapped.update(v for v, flag in zip(variables, flags, strict=True) if flag)
+    def add(variables: Sequence[Variable], depends: Sequence[bool]) -> None:
+        mapped.update(itertools.compress(variables, depends))
 
-    def step(flags: list[bool]) -> list[bool]:
-        add(loop.body.inputs, flags)
+    def step(depends: list[bool]) -> list[bool]:
+        add(loop.body.inputs, depends)
         _depend(loop.body, mapped)
-        return depends(loop.body.outputs)
+        return flags(loop.body.outputs)
 
-    _, flags = fixed_point(loop, depends(equation.inputs), step, operator.or_)
-    add(equation.outputs, flags)
+    seeds = flags(equation.inputs)
+    _, depends = fixed_point(loop, seeds, step, operator.or_)
+    add(equation.outputs, depends)

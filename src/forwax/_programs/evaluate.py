@@ -1,4 +1,4 @@
-"""Programs as ordinary traceable functions: one equation, a run of them, and noise let in between."""
+"""Programs as ordinary traceable functions: one equation, a run of them, noise let in between."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,17 +16,24 @@ Values: TypeAlias = dict[Variable, Any]
 
 def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Compute one equation's outputs as ordinary traceable JAX operations."""
-    if equation.primitive is None:
+    primitive = equation.primitive
+    if primitive is None:  # the identity that gives a parameter a noise of its own
         return list(values)
     with contextlib.ExitStack() as stack:
         if equation.origin is not None:
-            info = equation.origin.source_info
-            names = source_info_util.current_name_stack() + info.name_stack
-            stack.enter_context(source_info_util.user_context(info.traceback, name_stack=names))
-            stack.enter_context(equation.origin.ctx.manager)
-        params = equation.primitive.get_bind_params(equation.params)
-        out = equation.primitive.bind(*values, **params)
-    return list(out) if equation.primitive.multiple_results else [out]
+            _enter_origin(equation.origin, stack)
+        params = primitive.get_bind_params(equation.params)
+        out = primitive.bind(*values, **params)
+    return list(out) if primitive.multiple_results else [out]
+
+
+def _enter_origin(eqn: Any, stack: contextlib.ExitStack) -> None:
+    """Bind as where the user's code did: errors and profiles name that place."""
+    info = eqn.source_info
+    names = source_info_util.current_name_stack() + info.name_stack
+    place = source_info_util.user_context(info.traceback, name_stack=names)
+    stack.enter_context(place)
+    stack.enter_context(eqn.ctx.manager)
 
 
 def read(atom: Atom, env: Mapping[Variable, Any]) -> Any:
@@ -41,7 +48,8 @@ def evaluate(
 ) -> None:
     """Compute equations in order; their outputs are added to `env`."""
     for equation in equations:
-        outputs = apply(equation, [read(atom, env) for atom in equation.inputs])
+        values = [read(atom, env) for atom in equation.inputs]
+        outputs = apply(equation, values)
         env.update(zip(equation.outputs, outputs, strict=True))
 
 
@@ -57,4 +65,6 @@ def _inject_jvp(
 ) -> tuple[Array, Array]:
     value, noise, _ = primals
     dvalue, _, dtime = tangents
-    return value, dvalue + _mesh.vary(dtime.astype(noise.dtype) * noise, _mesh.axes(value))
+    # Noise that all devices of a mesh axis share must vary where the value does.
+    moved = dtime.astype(noise.dtype) * noise
+    return value, dvalue + _mesh.vary(moved, _mesh.axes(value))

@@ -29,7 +29,8 @@ class Factor:
 
     def positions(self, length: int) -> np.ndarray:
         """The position on the followed axis for each position on an axis of this length."""
-        return self.offset + (np.arange(length) // self.inner) % self.size
+        groups = np.arange(length) // self.inner
+        return self.offset + groups % self.size
 
 
 Link: TypeAlias = Factor | None
@@ -63,8 +64,9 @@ def shifted(link: Factor, start: int, length: int, out: int) -> Link:
     """
     if start == 0 and length == out:
         return link
-    # Groups must stay whole, and a pattern that repeats would need a phase.
-    if start % link.inner or link.inner * link.size < out:
+    if start % link.inner:  # groups must stay whole
+        return None
+    if link.inner * link.size < out:  # a pattern that repeats would need a phase
         return None
     num_groups = -(-length // link.inner)
     offset = link.offset - start // link.inner
@@ -77,7 +79,8 @@ def through_reshape(link: Factor, shape: Shape, out: Shape) -> Link:
     pattern = link.inner * link.size
     is_outermost = math.prod(out[: link.axis]) == 1
     # in the flat order: from one group to the next, and until the pattern repeats
-    stride = link.inner * math.prod(out[link.axis + 1 :])
+    behind = out[link.axis + 1 :]
+    stride = link.inner * math.prod(behind)
     if length % pattern == 0:
         period = stride * link.size
     elif is_outermost and pattern >= length:
@@ -89,11 +92,15 @@ def through_reshape(link: Factor, shape: Shape, out: Shape) -> Link:
         return None
     axis, step = place
     # Each line along the axis must begin with the first group, unless there is but one line.
+    line = step * shape[axis]
     is_single = math.prod(shape[:axis]) == 1
-    begins_anew = period is not None and step * shape[axis] % period == 0
-    if stride % step or not (is_single or begins_anew):
+    begins_anew = period is not None and line % period == 0
+    if not (is_single or begins_anew):
         return None
-    return factor(axis, stride // step, link.size, link.offset, shape[axis])
+    if stride % step:
+        return None
+    inner = stride // step
+    return factor(axis, inner, link.size, link.offset, shape[axis])
 
 
 def _axis_of_stride(stride: int, shape: Shape) -> tuple[int, int] | None:

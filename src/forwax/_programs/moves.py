@@ -63,8 +63,11 @@ def squeeze(move: Move, factor: Array) -> Array:
 
 def broadcast_in_dim(move: Move, factor: Array) -> Array:
     """New axes, of size 1 for the factor, which does not depend on them."""
-    sizes = dict(zip(move.params["broadcast_dimensions"], factor.shape, strict=True))
-    return factor.reshape([sizes.get(axis, 1) for axis in range(len(move.out))])
+    targets = move.params["broadcast_dimensions"]
+    sizes = [1] * len(move.out)
+    for axis, size in zip(targets, factor.shape, strict=True):
+        sizes[axis] = size
+    return factor.reshape(sizes)
 
 
 def slice_(move: Move, factor: Array) -> Array:
@@ -72,32 +75,35 @@ def slice_(move: Move, factor: Array) -> Array:
     params = move.params
     strides = params["strides"] or [1] * factor.ndim
     windows = map(slice, params["start_indices"], params["limit_indices"], strides)
-    pairs = zip(windows, factor.shape, strict=True)
-    return factor[tuple(window if n > 1 else slice(None) for window, n in pairs)]
+    index = tuple(
+        window if n > 1 else slice(None) for window, n in zip(windows, factor.shape, strict=True)
+    )
+    return factor[index]
 
 
 def dynamic_slice(move: Move, factor: Array) -> Array:
     """A window at an unknown place; see `slice_`."""
-    depends = [n > 1 for n in factor.shape]
-    starts = [
-        start if own else jnp.zeros_like(start)
-        for start, own in zip(move.values[1:], depends, strict=True)
-    ]
-    sizes = [n if own else 1 for n, own in zip(move.params["slice_sizes"], depends, strict=True)]
+    starts = list(move.values[1:])
+    sizes = list(move.params["slice_sizes"])
+    for axis, length in enumerate(factor.shape):
+        if length == 1:  # the same at every place
+            starts[axis] = jnp.zeros_like(starts[axis])
+            sizes[axis] = 1
     return lax.dynamic_slice(factor, starts, sizes)
 
 
 def reshape(move: Move, factor: Array) -> Array | None:
-    """The same flat order, if the factor depends on all or none of the axes merged or cut together."""
+    """The same flat order: the factor must depend on all axes that are merged, or on none."""
     if move.params.get("dimensions") is not None:
         return None
     sizes: list[int] = []
     for old, new in _blocks(move.shape, move.out):
-        own = [n for n in factor.shape[old] if n > 1]
-        if not own:
-            sizes += [1] * len(move.out[new])
-        elif math.prod(own) == math.prod(move.shape[old]):
+        merged = move.shape[old]
+        size = math.prod(factor.shape[old])
+        if size == math.prod(merged):
             sizes += move.out[new]
+        elif size == 1:
+            sizes += [1] * len(move.out[new])
         else:
             return None
     return factor.reshape(sizes)

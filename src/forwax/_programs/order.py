@@ -1,4 +1,4 @@
-"""What must be computed before what: a dependence that a compiler cannot remove, since it cannot know it to be idle."""
+"""What must be computed before what: a dependence that a compiler cannot know to be idle."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from forwax import _mesh
 
 
 def behind(value: Any, others: Iterable[Array]) -> Array:
-    """The value itself, but computed after the others: it is chosen by a condition on them that never holds.
+    """The value itself, chosen by a condition on the others that never holds: computed after them.
 
     `jax.lax.optimization_barrier` says the same, but XLA on CPU drops it before it orders the
     operations. Where `jax.vmap` maps the others alone, the value stays as it is and waits for all
@@ -19,19 +19,19 @@ def behind(value: Any, others: Iterable[Array]) -> Array:
     barrier it is.
     """
     value = jnp.asarray(value)
+    axes = _mesh.axes(value)
+    # A value may wait for what varies over its own mesh axes alone: else its type would change.
+    inside = [other for other in others if _mesh.axes(other) <= axes]
     if has_several_accelerators():
-        over = _mesh.axes(value)
-        return lax.optimization_barrier(
-            (value, [other for other in others if _mesh.axes(other) <= over])
-        )[0]
+        value, _ = lax.optimization_barrier((value, inside))
+        return value
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):  # keys have no zero
         return value
-    over = _mesh.axes(value)
-    for other in others:
-        if (
-            other.size and _mesh.axes(other) <= over and not _mesh.is_split(other)
-        ):  # its type stays as it is
-            value = jnp.where(_any(_never(lax.stop_gradient(other))), jnp.zeros_like(value), value)
+    for other in inside:
+        if other.size and not _mesh.is_split(other):
+            # The condition has no derivatives, so that tangents go past it.
+            condition = _any(_never(lax.stop_gradient(other)))
+            value = jnp.where(condition, jnp.zeros_like(value), value)
     return value
 
 
@@ -42,8 +42,10 @@ def has_several_accelerators() -> bool:
 
 def _never(x: Array) -> Array:
     """False, from one entry."""
-    first = x[(0,) * x.ndim].real
-    return (first != first) & (first > 0)  # not a number, and yet above zero
+    origin = (0,) * x.ndim
+    first = x[origin].real
+    is_nan = first != first
+    return is_nan & (first > 0)  # no compiler knows that this excludes the other
 
 
 @jax.custom_batching.custom_vmap

@@ -5,7 +5,8 @@ closed, so both are derived from what all versions share: ranks, and `getattr(j,
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NewType, TypeAlias, TypeVar
 
 import jax
@@ -72,16 +73,20 @@ class Loop:
     def split(self, inputs: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
         """Constants, carries and scanned arrays, from one entry for each input."""
         carries = self.carries_of_inputs
-        consts, xs = inputs[: carries.start], inputs[carries.stop :]
+        consts = inputs[: carries.start]
+        xs = inputs[carries.stop :]
         return list(consts), list(inputs[carries]), list(xs)
 
     def split_outputs(self, outputs: Sequence[T]) -> tuple[list[T], list[T]]:
         """Carries and stacked outputs, from one entry for each output."""
-        return list(outputs[: self.num_carry]), list(outputs[self.num_carry :])
+        carry = outputs[: self.num_carry]
+        ys = outputs[self.num_carry :]
+        return list(carry), list(ys)
 
     @property
     def unchanged(self) -> list[bool]:
         """For each carry whether every step hands it on as it is."""
+        # Variables are numbers: such a body has the same one among its inputs and its outputs.
         before = self.body.inputs[self.carries_of_inputs]
         after = self.body.outputs[self.carries_of_outputs]
         return [new == old for new, old in zip(after, before, strict=True)]
@@ -121,7 +126,9 @@ class Equation:
     @property
     def name(self) -> str:
         """The primitive's name, or "parameter" for an identity."""
-        return "parameter" if self.primitive is None else self.primitive.name
+        if self.primitive is None:
+            return "parameter"
+        return self.primitive.name
 
     @property
     def variables(self) -> list[Variable]:
@@ -131,24 +138,33 @@ class Equation:
     @property
     def source(self) -> str:
         """Where in the user's code this operation stands, as `file:line (function)`."""
-        return (
-            source_info_util.summarize(self.origin.source_info) if self.origin is not None else ""
-        )
+        if self.origin is None:
+            return ""
+        return source_info_util.summarize(self.origin.source_info)
 
     @property
     def facts(self) -> Facts:
         """What is known about the primitive."""
-        return UNKNOWN if self.primitive is None else facts_of(self.primitive)
+        if self.primitive is None:
+            return UNKNOWN
+        return facts_of(self.primitive)
+
+    @property
+    def inner_jaxprs(self) -> list[Any]:
+        """The jaxprs in the parameters; those of `jit` and `remat` are inlined, and are none."""
+        return list(jex.jaxprs_in_params(self.params))
 
     @property
     def has_inner_programs(self) -> bool:
         """Whether the parameters hold programs, as those of `cond` and of custom rules do."""
-        return any(True for _ in jex.jaxprs_in_params(self.params))
+        return len(self.inner_jaxprs) > 0
 
     def contains(self, is_wanted: Callable[[Facts], bool]) -> bool:
         """Whether something is true of this operation's facts, or of one inside it."""
-        inside = jex.jaxprs_in_params(self.params)
-        return is_wanted(self.facts) or any(_contains(inner, is_wanted) for inner in inside)
+        if is_wanted(self.facts):
+            return True
+        inside = itertools.chain(*map(equations_of, self.inner_jaxprs))
+        return any(is_wanted(facts_of(eqn.primitive)) for eqn in inside)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,17 +203,20 @@ class Traced:
     @property
     def parameters(self) -> tuple[Variable, ...]:
         """The inputs that are leaves of the function's first argument."""
+        # [closed-over arrays, parameters, data]
         first = len(self.closed)
         return self.program.inputs[first : first + self.num_parameters]
 
     @property
     def data(self) -> tuple[Variable, ...]:
         """The inputs that are leaves of the function's further arguments."""
-        return self.program.inputs[len(self.closed) + self.num_parameters :]
+        first = len(self.closed) + self.num_parameters
+        return self.program.inputs[first:]
 
     def arguments(self, params: Tree, data: Iterable[Any] = ()) -> list[Any]:
-        """The values of the program's inputs, from the function's first argument and further leaves."""
-        return [*self.closed, *jax.tree.leaves(params), *data]
+        """The values of the program's inputs, from the first argument and the leaves of others."""
+        leaves = jax.tree.leaves(params)
+        return [*self.closed, *leaves, *data]
 
 
 def variables(atoms: Iterable[Atom]) -> list[Variable]:
@@ -205,18 +224,23 @@ def variables(atoms: Iterable[Atom]) -> list[Variable]:
     return [atom for atom in atoms if not isinstance(atom, Constant)]
 
 
+def renamed(atoms: Iterable[Atom], names: Mapping[Variable, Atom]) -> tuple[Atom, ...]:
+    """The atoms with others in place of some variables."""
+    return tuple(atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in atoms)
+
+
 def is_inexact(aval: Any) -> bool:
     """Whether values of this type carry derivatives."""
-    return jnp.issubdtype(getattr(aval, "dtype", jnp.int32), jnp.inexact)
+    # Tokens have no dtype, and keys an extended one.
+    dtype = getattr(aval, "dtype", jnp.int32)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
     """A jaxpr that may be closed, and what it closes over."""
-    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
-
-
-def _contains(jaxpr: Any, is_wanted: Callable[[Facts], bool]) -> bool:
-    return any(is_wanted(facts_of(eqn.primitive)) for eqn in equations_of(jaxpr))
+    inside = getattr(jaxpr, "jaxpr", jaxpr)
+    consts = getattr(jaxpr, "consts", ())
+    return inside, list(consts)
 
 
 def equations_of(jaxpr: Any) -> Iterator[Any]:

@@ -1,8 +1,8 @@
-"""From a function to its program: `jit` and `remat` inlined, `scan` as a loop over a sub-program."""
+"""From a function to its program: `jit` and `remat` inlined, `scan` a loop over a program."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.extend.core as jex
@@ -18,13 +18,15 @@ from forwax._programs.program import (
     Traced,
     Variable,
     opened,
+    renamed,
     variables,
 )
 from forwax._tree import Tree
 
 
-def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
+def trace(fun: Callable[..., Any], params: Tree, *specs: Any) -> Traced:
     """The program of a function of abstract parameters and of further abstract arguments."""
+    # The structure of what it returns is known only once the function runs.
     structure: list[Any] = []
 
     def flat(*args: Any) -> list[Any]:
@@ -33,10 +35,15 @@ def trace(fun: Callable[..., Any], params: Any, *specs: Any) -> Traced:
         return leaves
 
     closed_jaxpr = jax.make_jaxpr(flat)(params, *specs)
-    num_parameters = len(jax.tree.leaves(params))
     types: list[Any] = []
-    program = _convert(closed_jaxpr.jaxpr, types)
-    return Traced(program, list(closed_jaxpr.consts), num_parameters, types, structure[0])
+    program = _Conversion(types).program(closed_jaxpr.jaxpr)
+    return Traced(
+        program,
+        closed=list(closed_jaxpr.consts),
+        num_parameters=len(jax.tree.leaves(params)),
+        types=types,
+        out_tree=structure[0],
+    )
 
 
 def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], Tree]:
@@ -50,39 +57,37 @@ def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], 
     flat = jex.jaxpr_as_fun(traced)
 
     def run(*args: Tree) -> Tree:
-        return structure.unflatten(flat(*jax.tree.leaves(args)))
+        leaves = jax.tree.leaves(args)
+        return structure.unflatten(flat(*leaves))
 
     return run, structure.unflatten(traced.out_avals)
 
 
 def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) -> Program:
-    """The program of a function of some atoms; its variables are numbered behind those in `types`."""
+    """The program of a function of some atoms; its variables follow those of `types`."""
     given = variables(atoms)
 
     def flat(*values: Any) -> Any:
         remaining = iter(values)
-        return fun(
-            *(atom.value if isinstance(atom, Constant) else next(remaining) for atom in atoms)
-        )
+        whole = [atom.value if isinstance(atom, Constant) else next(remaining) for atom in atoms]
+        return fun(*whole)
 
-    specs = [
-        _mesh.like(tuple(types[v].shape), types[v].dtype, _mesh.type_axes(types[v])) for v in given
-    ]
+    specs = []
+    for aval in [types[v] for v in given]:
+        axes = _mesh.type_axes(aval)
+        specs.append(_mesh.like(tuple(aval.shape), aval.dtype, axes))
     closed_jaxpr = jax.make_jaxpr(flat)(*specs)
-    program = _convert(closed_jaxpr.jaxpr, types, closed_jaxpr.consts)
+    program = _Conversion(types).program(closed_jaxpr.jaxpr, closed_jaxpr.consts)
+    # The new program reads the given variables in place of inputs of its own.
     names: dict[Variable, Atom] = dict(zip(program.inputs, given, strict=True))
-    equations = tuple(renamed_inputs(equation, names) for equation in program.equations)
-    outputs = tuple(
-        atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in program.outputs
-    )
-    return Program(tuple(given), equations, outputs)
+    equations = [renamed_inputs(equation, names) for equation in program.equations]
+    outputs = renamed(program.outputs, names)
+    return Program(tuple(given), tuple(equations), outputs)
 
 
 def renamed_inputs(equation: Equation, names: Mapping[Variable, Atom]) -> Equation:
     """The same operation on other inputs."""
-    inputs = tuple(
-        atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in equation.inputs
-    )
+    inputs = renamed(equation.inputs, names)
     return dataclasses.replace(equation, inputs=inputs)
 
 
@@ -92,60 +97,109 @@ def new_variable(types: list[Any], aval: Any) -> Variable:
     return Variable(len(types) - 1)
 
 
-def _convert(jaxpr: Any, types: list[Any], consts: Sequence[Any] | None = None) -> Program:
-    """A jaxpr as a program with variables of its own; without values for its constvars, they become inputs too."""
-    env: dict[Any, Atom] = {}
-
-    def define(var: Any) -> Variable:
-        env[var] = number = new_variable(types, var.aval)
-        return number
-
-    if consts is not None:
-        env.update(zip(jaxpr.constvars, map(Constant, consts), strict=True))
-    inputs = tuple(map(define, [*(jaxpr.constvars if consts is None else ()), *jaxpr.invars]))
-    equations: list[Equation] = []
-    _convert_equations(jaxpr, types, env, equations)
-    return Program(inputs, tuple(equations), tuple(_atom(env, var) for var in jaxpr.outvars))
+Env: TypeAlias = dict[Any, Atom]
+"""What stands for each variable of a jaxpr."""
 
 
-def _convert_equations(
-    jaxpr: Any, types: list[Any], env: dict[Any, Atom], equations: list[Equation]
-) -> None:
-    for eqn in jaxpr.eqns:
-        inputs, facts = tuple(_atom(env, var) for var in eqn.invars), facts_of(eqn.primitive)
-        if facts.inlined:
-            outputs = _inline(eqn, inputs, types, equations)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-            continue
-        outputs = tuple(new_variable(types, var.aval) for var in eqn.outvars)
-        env.update(zip(eqn.outvars, outputs, strict=True))
-        loop = _loop(eqn, types) if facts.is_loop else None
-        equations.append(Equation(eqn.primitive, inputs, outputs, eqn.params, loop, eqn))
+@dataclasses.dataclass(frozen=True)
+class _Conversion:
+    """Makes programs of jaxprs, with variables of their own.
+
+    Attributes:
+        types: the abstract value of each variable; new ones are appended.
+    """
+
+    types: list[Any]
+
+    def program(self, jaxpr: Any, consts: Sequence[Any] | None = None) -> Program:
+        """The program of a jaxpr; without values for its constvars they become inputs too."""
+        env: Env = {}
+        inputs = list(jaxpr.invars)
+        if consts is None:
+            inputs = [*jaxpr.constvars, *inputs]
+        else:
+            env = _constants(jaxpr, consts)
+        names = self.define(env, inputs)
+        equations: list[Equation] = []
+        self.convert(jaxpr, env, equations)
+        outputs = _atoms(env, jaxpr.outvars)
+        return Program(names, tuple(equations), outputs)
+
+    def define(self, env: Env, jaxpr_variables: Sequence[Any]) -> tuple[Variable, ...]:
+        """Fresh variables for those of a jaxpr."""
+        names = tuple(new_variable(self.types, v.aval) for v in jaxpr_variables)
+        env.update(zip(jaxpr_variables, names, strict=True))
+        return names
+
+    def convert(self, jaxpr: Any, env: Env, equations: list[Equation]) -> None:
+        """Append a jaxpr's equations; `env` has its inputs, and gets all its variables."""
+        for eqn in jaxpr.eqns:
+            facts = facts_of(eqn.primitive)
+            inputs = _atoms(env, eqn.invars)
+            if facts.inlined:
+                outputs = self.inline(eqn, inputs, equations)
+                env.update(zip(eqn.outvars, outputs, strict=True))
+                continue
+            names = self.define(env, eqn.outvars)
+            loop = self.loop(eqn) if facts.is_loop else None
+            equation = Equation(
+                eqn.primitive,
+                inputs,
+                names,
+                params=eqn.params,
+                loop=loop,
+                origin=eqn,
+            )
+            equations.append(equation)
+
+    def inline(
+        self,
+        eqn: Any,
+        inputs: Sequence[Atom],
+        equations: list[Equation],
+    ) -> Sequence[Atom]:
+        """Append what an equation calls; the atoms of its outputs."""
+        params = eqn.params
+        # `jit` and `remat` call it the one, plain calls the other.
+        name = "jaxpr" if "jaxpr" in params else "call_jaxpr"
+        jaxpr, consts = opened(params[name])
+        # Several calls may share one jaxpr: each gets variables of its own.
+        env = _constants(jaxpr, consts)
+        env.update(zip(jaxpr.invars, inputs, strict=True))
+        self.convert(jaxpr, env, equations)
+        return _atoms(env, jaxpr.outvars)
+
+    def loop(self, eqn: Any) -> Loop:
+        """What a `scan` repeats. How it writes its counts differs between versions of jax."""
+        params = eqn.params
+        jaxpr, consts = opened(params["jaxpr"])
+        # What is scanned has one axis more outside of the body; a carry has the same rank.
+        num_xs = _num_scanned(eqn.invars, jaxpr.invars)
+        num_ys = _num_scanned(eqn.outvars, jaxpr.outvars)
+        num_carry = len(eqn.outvars) - num_ys
+        return Loop(
+            self.program(jaxpr, consts),
+            num_consts=len(eqn.invars) - num_carry - num_xs,
+            num_carry=num_carry,
+            length=params["length"],
+            reverse=params["reverse"],
+            unroll=params["unroll"],
+        )
 
 
-def _inline(
-    eqn: Any, inputs: tuple[Atom, ...], types: list[Any], equations: list[Equation]
-) -> list[Atom]:
-    inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-    jaxpr, consts = opened(inner)
-    env: dict[Any, Atom] = dict(zip(jaxpr.constvars, map(Constant, consts), strict=True))
-    env.update(zip(jaxpr.invars, inputs, strict=True))
-    _convert_equations(jaxpr, types, env, equations)
-    return [_atom(env, var) for var in jaxpr.outvars]
+def _num_scanned(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many values have another rank inside a loop."""
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(a.aval.shape) != len(b.aval.shape) for a, b in pairs)
 
 
-def _loop(eqn: Any, types: list[Any]) -> Loop:
-    jaxpr, consts = opened(eqn.params["jaxpr"])
-    ranks = [len(atom.aval.shape) for atom in eqn.invars]
-    num_xs = sum(rank != len(var.aval.shape) for rank, var in zip(ranks, jaxpr.invars, strict=True))
-    num_carry = sum(
-        len(out.aval.shape) == len(v.aval.shape)
-        for out, v in zip(eqn.outvars, jaxpr.outvars, strict=True)
+def _constants(jaxpr: Any, consts: Sequence[Any]) -> Env:
+    values = map(Constant, consts)
+    return dict(zip(jaxpr.constvars, values, strict=True))
+
+
+def _atoms(env: Env, jaxpr_atoms: Sequence[Any]) -> tuple[Atom, ...]:
+    """What stands for variables and literals of a jaxpr."""
+    return tuple(
+        Constant(atom.val) if isinstance(atom, jex.Literal) else env[atom] for atom in jaxpr_atoms
     )
-    body, params = _convert(jaxpr, types, consts), eqn.params
-    num_consts = len(ranks) - num_carry - num_xs
-    return Loop(body, num_consts, num_carry, params["length"], params["reverse"], params["unroll"])
-
-
-def _atom(env: dict[Any, Atom], var: Any) -> Atom:
-    return Constant(var.val) if isinstance(var, jex.Literal) else env[var]

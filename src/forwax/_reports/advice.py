@@ -31,12 +31,14 @@ def advise(
             'for example with jax.config.update("jax_debug_nans", True), or start from '
             "other parameters."
         )
+    # A rule that runs reverse mode cannot stand in for backprop.
     running = [row for row in rules if row.error is None and not row.reverse_mode]
     known = [row for row in running if row.seconds_of_progress is not None]
     ranked = sorted(known, key=_progress)
     if backprop.error is not None:
         return _without_reverse_mode(running, ranked)
     timed = [row for row in running if row.seconds is not None]
+    # The faster of both: recomputing may save time where memory is what limits.
     references = [row for row in (backprop, checkpointed) if row.seconds]
     if not timed or not references:
         return "Use backprop: reverse mode runs, and no rule does."
@@ -104,6 +106,7 @@ def _memory(
         return ""
     leanest = min(known, key=lambda row: row.temporary_bytes or 0)
     lean = leanest.temporary_bytes or 0
+    # At least one byte: a program without temporaries is lean, but not infinitely so.
     if LEAN * max(lean, 1) > min(full, recomputed):
         return ""
     return (

@@ -54,6 +54,7 @@ class Diagnosis:
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text, the columns' names first."""
         name, _, _, _, *costs = self.loss.cells(self.backprop)
+        # Without a gradient there is no error to speak of.
         without_gradient = (name, "", "", "", *costs)
         gradients = [row.cells(self.backprop) for row in self.rows[1:]]
         return [COLUMNS, without_gradient, *gradients]

@@ -74,6 +74,7 @@ class DiagnosisRow:
         law = self.predicted_mse
         memory = self.temporary_bytes
         seconds = self.seconds
+        # No ratio where backprop does not run, or a clock is too coarse.
         ratio = seconds / backprop.seconds if seconds and backprop.seconds else None
         return (
             self.name,

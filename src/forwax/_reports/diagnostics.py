@@ -17,7 +17,7 @@ from forwax._reports.diagnosis import Diagnosis
 from forwax._reports.diagnosis_row import DiagnosisRow
 from forwax._reports.programs import CompiledStep, Step, compiled
 from forwax._reports.timing import interleaved, medians
-from forwax._rule import check_count
+from forwax._rule import check_count, is_rule
 from forwax._rules import ActivityPerturbation, Backprop, Exact, Rule, WeightPerturbation
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
@@ -29,6 +29,7 @@ EXACT_LIMIT = 1024
 ALONE = "the loss alone"
 BACKPROP = "jax.value_and_grad"
 CHECKPOINTED = "the same with jax.checkpoint"
+# What JAX raises for a loss that a way to the gradient cannot take, and XLA for want of memory.
 _REJECTIONS = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 _LONGEST_ERROR = 200
 
@@ -99,7 +100,7 @@ def named_rules(rules: Sequence[Rule] | Mapping[str, Rule] | None, in_axes: Any)
         rules = _default_rules(in_axes)
     values = rules.values() if isinstance(rules, Mapping) else rules
     listed = list(values) if isinstance(values, Iterable) else []
-    if not listed or not all(isinstance(rule, Rule) for rule in listed):
+    if not listed or not all(map(is_rule, listed)):
         raise ValueError(
             "diagnose: expected one or more rules, such as [forwax.WeightPerturbation()], got "
             f"{rules!r}."
@@ -170,10 +171,12 @@ def _diagnose(
 
     alone = prepare(_evaluate)
     value = float(alone(key)[0])  # what the loss raises is the caller's
+    # From here on an error is a row: the loss itself runs.
     estimates: dict[str, Step] = {name: rule.estimate for name, rule in rules.items()}
     steps = {BACKPROP: Backprop().estimate, CHECKPOINTED: _checkpointed, **estimates}
     programs, errors = _running(steps, prepare, key)
     reference, source = _reference(programs, prepare, key, n)
+    # All in one go, so that every round meets every program.
     costs = _costs({ALONE: alone, **programs}, key, rounds)
     costs |= {name: DiagnosisRow(name, error=error) for name, error in errors.items()}
 
@@ -187,6 +190,7 @@ def _diagnose(
         law = rule.law(problem)
         return dataclasses.replace(costs[name], predicted_mse=law, **kind, **measured)
 
+    # Backprop is the reference, or, where forward mode is, does not run.
     exact: dict[str, Any] = {"predicted_mse": 0.0, "mse": (0.0, 0.0), "cosine": (1.0, 0.0)}
     return Diagnosis(
         loss=costs[ALONE],
@@ -244,7 +248,9 @@ def _reference(
 
 
 def _costs(
-    programs: Mapping[str, CompiledStep], key: Array, rounds: int
+    programs: Mapping[str, CompiledStep],
+    key: Array,
+    rounds: int,
 ) -> dict[str, DiagnosisRow]:
     """A row for each program, with its time, arithmetic and memory."""
     calls = {name: functools.partial(program, key) for name, program in programs.items()}
@@ -276,6 +282,7 @@ def _accuracy(
     keys = jax.random.split(key, draws)
     found = np.array([_compare(program(each)[2], reference) for each in keys], np.float64)
     means = found.mean(axis=0)  # [2]
+    # A single draw has no spread to tell an error from.
     deviations = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
     errors = deviations / math.sqrt(draws)
     return {"mse": (means[0], errors[0]), "cosine": (means[1], errors[1])}

@@ -119,6 +119,7 @@ def explain(
         sites = rule.sites(problem)
         if sites is None:
             sites = ActivityPerturbation().sites(problem)
+        # Of all rules one alone has a memory; "shared" gives all examples and positions one slope.
         is_shared = getattr(rule.inner, "memory", "keep") == "shared"
         return Explanation(tuple(_row(site, sites, is_shared) for site in sites.places))
 
@@ -154,6 +155,7 @@ def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
     """What multiplies a site's noise: how far its slopes are told apart, and of which losses."""
     if site.exact:
         return "exact error"
+    # One for each part of the loss that the site reaches; none where slopes are not told apart.
     by_source = sites.credit.get(site.variable, ())
     num_parts = 1 if sites.sources is None else len(sites.sources.starts)
     hears_all = len(by_source) in (0, num_parts)
@@ -179,6 +181,7 @@ def _along(by_source: Sequence[Credit]) -> list[str]:
         {(link.axis, link.inner) for _, link in credit.links if link.size > 1}
         for credit in by_source
     ]
+    # An axis counts if every part of the loss tells its positions apart.
     common = sorted(set.intersection(*links)) if links else []
     return [
         f" and position of axis {axis}" if inner == 1 else f" and {inner} positions of axis {axis}"

@@ -55,6 +55,7 @@ def compiled(
     """Compile a step for one call of the loss."""
     arrays, rebuild = _split_arrays(args, kwargs)
 
+    # The signature is bound inside, so that the arrays it holds are the program's arguments.
     def program(key: Array, arrays: list[Array]) -> tuple[Array, Tree, Tree]:
         args, kwargs = rebuild(arrays)
         return step(key, signature.bind(args, kwargs))

@@ -1,4 +1,4 @@
-"""Direct feedback alignment: the output error through one fixed random map to every site (Nøkland 2016).
+"""Direct feedback alignment: the output error through one fixed random map to every site.
 
 Nøkland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", arXiv 1609.01596.
 """

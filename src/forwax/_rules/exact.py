@@ -53,8 +53,10 @@ class Exact(Rule):
         axes = jax.tree.unflatten(jax.tree.structure(params), _mesh.tree_axes(params))
 
         def basis(indices: Array) -> Tree:
-            rows = jax.vmap(lambda index: _tree.basis(index, specs))(indices)
-            return jax.tree.map(_mesh.vary, _tree.from_real(rows, params, lead=1), axes)
+            row = lambda index: _tree.basis(index, specs)  # noqa: E731
+            rows = jax.vmap(row)(indices)  # [c, *shape] of each real leaf
+            tangents = _tree.from_real(rows, params, lead=1)
+            return jax.tree.map(_mesh.vary, tangents, axes)
 
         directions = Formed(problem.objective, params, lambda key: basis)
         result = slopes(directions, basis, n, chunk_size=self.chunk_size)
@@ -81,10 +83,14 @@ def _gradient(slopes: Array, params: Tree) -> Tree:
             "own device, but some are sharded over mesh axes that the loss sums over. Use "
             "WeightPerturbation there, or return each device's own loss."
         )
-    widest = [jax.ShapeDtypeStruct(spec.shape, slopes.dtype) for spec in _tree.real_specs(params)]
-    gradient = _tree.conjugate(_tree.from_real(_tree.split_flat(slopes, widest), params))
+    specs = _tree.real_specs(params)
+    # cast last, once the slopes of several devices are summed
+    widest = [_tree.Spec(spec.shape, slopes.dtype) for spec in specs]
+    parts = _tree.split_flat(slopes, widest)
+    gradient = _tree.conjugate(_tree.from_real(parts, params))
 
     def whole(x: Array, leaf: Array) -> Array:
-        return _mesh.total(x, loss_axes - _mesh.axes(leaf)).astype(leaf.dtype)
+        others = loss_axes - _mesh.axes(leaf)
+        return _mesh.total(x, others).astype(leaf.dtype)
 
     return jax.tree.map(whole, gradient, params)

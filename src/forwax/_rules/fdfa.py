@@ -30,7 +30,7 @@ Maps = tuple[Array, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FDFA(LearningRule):
-    """Forward direct feedback alignment: the output error through maps that forward gradients learn.
+    """Forward direct feedback alignment: the output error through maps that slopes teach.
 
     As in `forwax.DirectFeedbackAlignment` a site z gets the error e·M in place of its own, where e
     is the exact ∂loss/∂z of the last sites (those after which no site comes). Here M is the running
@@ -189,5 +189,5 @@ def _outer(slopes: Sequence[Array], noise: Array, mapped: bool, num_examples: in
         t = jnp.mean(t, axis=1)
     t = t.reshape(-1, t.shape[-1])  # [k · examples, e]
     u = u.reshape(-1, u.shape[-1])  # [k · examples, z]
-    dtype = _tree.accumulation_dtype(jnp.promote_types(t.dtype, u.dtype))
+    dtype = _tree.accumulation_dtype(_tree.promoted(t.dtype, u.dtype))
     return t.astype(dtype).T @ u.astype(dtype) / t.shape[0]

@@ -23,7 +23,7 @@ from forwax.tangents._base import typed_key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeedbackAlignment(Rule):
-    """Backpropagation in which errors cross every dot and convolution through a fixed matrix B in place of W.
+    """Backprop in which errors cross dots and convolutions through a fixed B in place of W.
 
     What is done to a weight before it is used (a transpose, a reshape, a standardisation) is done
     to its feedback too; tied weights have tied feedback. All other operations, gains and look-ups

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax._assemble import Assembly
+from forwax._assemble import Weighing
 from forwax._directions.formed import Formed
 from forwax._pushforward import in_turn, is_concrete
 from forwax._rule import Rule, check_count, check_directions, check_shared
@@ -80,11 +80,13 @@ class FiniteDifference(Rule):
         self._check_step(problem.params)
         k = self.num_tangents
         key_axes = _mesh.axes(key)
-        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
-        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
+        params = problem.params
+        weighing = Weighing(self.tangents, self.combine, params, key_axes)
+        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
 
         def source(key: Array) -> Callable[[Array], Tree]:
-            return sampler(self.tangents, key, problem.params, k, hold=self.combine.joint)
+            hold = self.combine.joint
+            return sampler(self.tangents, key, params, k, hold=hold)
 
         directions = Formed(problem.objective, point, source)
         draw = directions.sampler(key)
@@ -97,31 +99,37 @@ class FiniteDifference(Rule):
 
         # backwards, so that the aux is that of the first evaluation
         as_scan = not directions.is_concrete
-        _, (values, slopes), aux = in_turn(
-            evaluate, None, jnp.arange(k), as_scan=as_scan, reverse=True
+        _, outs, aux = in_turn(
+            evaluate,
+            None,
+            jnp.arange(k),
+            as_scan=as_scan,
+            reverse=True,
         )
+        values, slopes = outs
         if self.combine.joint or not self.tangents.one_by_one:
             drawn = draw(jnp.arange(k))
-            weights = assembly.weights(slopes, drawn)
+            weights = weighing.weights(slopes, drawn)
             total = directions.assemble(weights, drawn)
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it
             # would be stored. Behind one barrier both vary over the same mesh axes, and the key
             # must keep its own.
-            again, _ = lax.optimization_barrier((key, _mesh.reduced(slopes, key_axes)))
+            known = _mesh.reduced(slopes, key_axes)
+            again, _ = lax.optimization_barrier((key, known))
             redraw = directions.sampler(again)
 
             def add(j: Array, total: Tree) -> Tree:
                 drawn = redraw(j[None])
-                weights = assembly.weights(slopes[j][None], drawn)
+                weights = weighing.weights(slopes[j][None], drawn)
                 return directions.add(total, weights, drawn)
 
-            total = assembly.start()
+            total = weighing.start()
             if k == 1:
                 total = add(jnp.asarray(0), total)
             else:
                 total = lax.fori_loop(0, k, add, total)
-        return jnp.mean(values), aux, assembly.finish(total, k)
+        return jnp.mean(values), aux, weighing.finish(total, k)
 
     def _check_step(self, params: Tree) -> None:
         if not isinstance(self.epsilon, int | float):
@@ -135,7 +143,12 @@ class FiniteDifference(Rule):
                     f"Pass epsilon={8 * least:.2g}, or keep the parameters in float32."
                 )
 
-    def _slope(self, problem: Problem, point: Tree, tangent: Tree) -> tuple[Array, Array, Tree]:
+    def _slope(
+        self,
+        problem: Problem,
+        point: Tree,
+        tangent: Tree,
+    ) -> tuple[Array, Array, Tree]:
         """The mean of both sides' values, their central difference, and the first side's aux."""
 
         def side(_: None, sign: Array) -> tuple[None, Array, Tree]:
@@ -148,9 +161,14 @@ class FiniteDifference(Rule):
             value, aux = problem.objective(params)
             return None, value, aux
 
-        signs = jnp.array([1.0, -1.0])
-        as_scan = not is_concrete((point, tangent))
-        _, values, aux = in_turn(side, None, signs, as_scan=as_scan, reverse=True)
+        # each side in its turn, so that one evaluation is held
+        _, values, aux = in_turn(
+            side,
+            None,
+            jnp.array([1.0, -1.0]),
+            as_scan=not is_concrete((point, tangent)),
+            reverse=True,
+        )
         dtype = _tree.accumulation_dtype(values.dtype)
         wide = values.astype(dtype)
         distance = 2 * jnp.asarray(self.epsilon, dtype)

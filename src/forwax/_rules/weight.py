@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._assemble import Assembly
+from forwax._assemble import Weighing
 from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
 from forwax._pushforward import is_staged, slopes
@@ -83,14 +83,20 @@ class WeightPerturbation(Rule):
         return self._estimate(key, problem, None)[:3]
 
     def guarded(
-        self, key: Array, problem: Problem, guard: Callable[[Array], Array]
+        self,
+        key: Array,
+        problem: Problem,
+        guard: Callable[[Array], Array],
     ) -> tuple[Array, Tree, Tree, Array]:
         """An estimate with guarded slopes; see `Rule.guarded`."""
         check_replicated("WeightPerturbation", problem.params, _mesh.axes(key))
         return self._estimate(key, problem, guard)
 
     def _estimate(
-        self, key: Array, problem: Problem, guard: Callable[[Array], Array] | None
+        self,
+        key: Array,
+        problem: Problem,
+        guard: Callable[[Array], Array] | None,
     ) -> tuple[Array, Tree, Tree, Array]:
         check_directions("WeightPerturbation", self.tangents, self.combine)
         k = self.num_tangents
@@ -98,28 +104,30 @@ class WeightPerturbation(Rule):
         key_axes = _mesh.axes(key)
         directions = self.directions(problem, key_axes)
         is_planned = isinstance(directions, WeightPlan)
-        assembly = Assembly(self.tangents, self.combine, problem.params, key_axes)
-        weigh = assembly.weights
+        weighing = Weighing(self.tangents, self.combine, problem.params, key_axes)
+        weigh = weighing.weights
         if is_planned:
             # Its combination only scales the sum: here its weights, which are fewer.
-            scale = assembly.scale(k) / directions.num_examples
+            scale = weighing.scale(k) / directions.num_examples
             weigh = lambda slopes, drawn: slopes * scale  # noqa: E731
         draw = directions.sampler(key)
+        # A guard needs whole slopes; sharded parameters need each device's own.
+        is_summed = is_planned or guard is not None
         result = slopes(
             directions,
             draw,
             k,
             chunk_size=self.chunk_size,
-            sum_to=key_axes if is_planned or guard is not None else None,
+            sum_to=key_axes if is_summed else None,
             guard=guard,
             weigh=None if joint else weigh,
-            start=assembly.start,
+            start=weighing.start,
         )
         total = result.total
-        if joint:
+        if joint:  # the weight of each direction depends on all slopes
             drawn = draw(jnp.arange(k))
             total = directions.assemble(weigh(result.used, drawn), drawn)
-        grads = assembly.cast(total) if is_planned else assembly.finish(total, k)
+        grads = weighing.cast(total) if is_planned else weighing.finish(total, k)
         return result.value, result.aux, grads, result.found
 
     def directions(
@@ -150,7 +158,8 @@ class WeightPerturbation(Rule):
 
         def draw(key: Array) -> Callable[[Array], Tree]:
             k = self.num_tangents
-            return sampler(tangents, key, problem.params, k, hold=self.combine.joint)
+            hold = self.combine.joint  # its weights need all directions
+            return sampler(tangents, key, problem.params, k, hold=hold)
 
         return Formed(problem.objective, point, draw)
 
@@ -200,6 +209,6 @@ class WeightPerturbation(Rule):
 
     def _mean_law(self, n: int) -> float:
         self.tangents.check(n, self.num_tangents)
-        if self.tangents.per_example:
+        if self.tangents.per_example:  # it depends on how far the examples agree
             return math.nan
         return self.tangents.relative_mse(n, self.num_tangents)

@@ -59,14 +59,14 @@ class Credit:
         Returns:
             An array of the leading axes and of axes that broadcast to `shape`.
         """
-        sums = self._at_positions(products, lead)
+        sums = self._at_positions(products, lead)  # [*lead, *source's axes]
         apart = {axis: link for axis, link in self.links if link.size > 1}
         joined = set(range(len(self.shape)))
         joined.difference_update(apart)
         sums = jnp.sum(
             sums,
             axis=tuple(lead + axis for axis in sorted(joined)),
-        )
+        )  # [*lead, *axes told apart]
 
         # The axes that are left stand in the source's order; the noise may have another.
         by_source = sorted(apart)
@@ -117,6 +117,7 @@ def _spread(
         return jnp.repeat(slopes, link.inner, axis=axis)
 
     positions = link.positions(length)
+    # A slice or a pad may have cut off positions of the source: their slopes are 0.
     is_outside = (positions < 0) | (positions >= count)
     spread = jnp.take(
         slopes,
@@ -149,7 +150,7 @@ def credits_of(
     for number, shape in enumerate(sources):
         links: dict[Tag, Link] = {(number, -1): None}
         for axis, length in enumerate(shape):
-            if length > 1:
+            if length > 1:  # one position alone tells nothing apart
                 links[number, axis] = Factor(axis, 1, length)
         seeds.append(links)
     follower.follow(traced.program, seeds)
@@ -200,6 +201,7 @@ class _Follower:
         for atom, links in zip(program.outputs, seeds, strict=True):
             self.add_use(atom, links)
         for equation in reversed(program.equations):
+            # Whatever reads them came before, in this order: these links are complete.
             outputs = [self.links_of(v) for v in equation.outputs]
             if not any(outputs):
                 continue
@@ -244,9 +246,15 @@ class _Follower:
             self.follow(loop.body, seeds)
             return [self.links_of(v) for v in loop.body.inputs]
 
-        seeds = [*after, *stacked]
-        _, links = fixed_point(loop, seeds, step_back, _meet, backward=True)
+        _, links = fixed_point(
+            loop,
+            [*after, *stacked],
+            step_back,
+            _meet,
+            backward=True,
+        )
         consts, carry, xs = loop.split(links)
+        # Slices have no axis of steps: all of them together have it first.
         xs = [_each(_outside, links) for links in xs]
         input_links = [*consts, *carry, *xs]
         for atom, links in zip(equation.inputs, input_links, strict=True):

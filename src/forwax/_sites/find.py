@@ -117,7 +117,8 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
     tail = NO_TAIL
     if exact_outputs:
         tail = make_tail(level, kinds, reach, num_losses(traced))
-    outputs = {id(region) for region in output_regions(level, tail)}
+    outputs = set(output_regions(level, tail))
+    # Parameters and closed-over arrays are the same for all examples.
     mapped = mapped_variables(analysis.program, traced.data)
 
     places: list[Site] = []
@@ -131,7 +132,7 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
                 dtype=aval.dtype,
                 mapped=variable in mapped,
                 reach=reach[variable],
-                exact=id(region) in outputs,
+                exact=region in outputs,
                 axes=_mesh.type_axes(aval),
             )
             places.append(site)

@@ -74,6 +74,7 @@ class Classifier:
                 draft.renamed[variable] = draft.promote(variable, None)
         draft.add_all(program.equations)
 
+        # A loss of parameters alone, such as weight decay, meets data nowhere else.
         outputs = [draft.rename(atom) for atom in program.outputs]
         for i, atom in enumerate(outputs[:num_losses]):
             outputs[i] = draft.promote_if_due(atom, Kind.MIXED, None)
@@ -91,12 +92,17 @@ class Classifier:
             return Kind.DATA
         return Kind.CONSTANT
 
+    def kinds_of(self, atoms: Iterable[Atom]) -> list[Kind]:
+        """The kinds of several variables and constants."""
+        return [self.kind(atom) for atom in atoms]
+
     def is_parameter(self, atom: Atom) -> bool:
         """Whether an atom is a parameter, or made of parameters and constants alone."""
         return self.kind(atom) is Kind.PARAMETER
 
     def define(self, variable: Variable, kind: Kind) -> None:
         """Set a kind; what no derivative passes through is a constant or data."""
+        # Kinds of one variable differ only between rounds of a fixed point, and only grow there.
         has_derivative = is_inexact(self.types[variable])
         if not has_derivative or not self.reach[variable]:
             kind = _without_derivative(kind)
@@ -104,7 +110,8 @@ class Classifier:
 
     def copy(self, variable: Variable) -> Variable:
         """A new mixed variable of the same type."""
-        copy = new_variable(self.types, self.types[variable])
+        aval = self.types[variable]
+        copy = new_variable(self.types, aval)
         self.reach.append(self.reach[variable])
         self.kinds[copy] = Kind.MIXED
         return copy
@@ -163,7 +170,9 @@ class _Draft:
         """An equation's inputs, each parameter with one noise however often it is read."""
         copies: dict[Atom, Atom] = {}
         for variable in variables(atoms):
-            if variable not in copies and self.classifier.is_parameter(variable):
+            if variable in copies:
+                continue
+            if self.classifier.is_parameter(variable):
                 copies[variable] = self.promote(variable, origin)
         return tuple(copies.get(atom, atom) for atom in atoms)
 
@@ -174,7 +183,7 @@ class _Draft:
 
     def add(self, equation: Equation) -> None:
         """Classify an equation; where a parameter may not enter as it is, promote it."""
-        kinds = set(map(self.classifier.kind, equation.inputs))
+        kinds = set(self.classifier.kinds_of(equation.inputs))
         is_live = equation_reach(equation, self.classifier.reach) != 0
         if equation.facts.stops_derivatives:
             kinds = set(map(_without_derivative, kinds))
@@ -185,6 +194,7 @@ class _Draft:
             if equation.loop is not None and _have_data(kinds):
                 self.add_loop(equation, equation.loop)
                 return
+            # The copy is an operation's input like data: the identity in front is the site.
             if not _may_enter(equation, kinds):
                 inputs = self.promote_all(equation.inputs, equation.origin)
                 equation = dataclasses.replace(equation, inputs=inputs)
@@ -204,9 +214,10 @@ class _Draft:
         # The equations of a loop's body come here one by one.
         if equation.loop is not None or facts.has_own_jvp or equation.origin is None:
             return
-        kinds_in_order = map(self.classifier.kind, equation.inputs)
-        has_noise = [kind in (Kind.MIXED, Kind.PARAMETER) for kind in kinds_in_order]
-        check_inside(equation.origin, has_noise)
+        depends: list[bool] = []
+        for kind in self.classifier.kinds_of(equation.inputs):
+            depends.append(kind in (Kind.MIXED, Kind.PARAMETER))
+        check_inside(equation.origin, depends)
 
     def append(self, equation: Equation, kinds: Sequence[Kind]) -> None:
         for variable, kind in zip(equation.outputs, kinds, strict=True):
@@ -220,14 +231,19 @@ class _Draft:
         def step(kinds: list[Kind]) -> list[Kind]:
             draft = self.body_draft(loop, kinds)
             drafts.append(draft)
-            returned = map(self.classifier.kind, loop.body.outputs)
-            carry, stacked = loop.split_outputs(list(returned))
+            returned = self.classifier.kinds_of(loop.body.outputs)
+            carry, stacked = loop.split_outputs(returned)
             return [*_as_carried(loop, carry), *stacked]
 
-        given = map(self.classifier.kind, equation.inputs)
-        consts, carry, xs = loop.split(list(given))
-        seeds = [*consts, *_as_carried(loop, carry), *xs]
-        inputs, outputs = fixed_point(loop, seeds, step, _join)
+        given = self.classifier.kinds_of(equation.inputs)
+        consts, carry, xs = loop.split(given)
+        carry = _as_carried(loop, carry)
+        inputs, outputs = fixed_point(
+            loop,
+            [*consts, *carry, *xs],
+            step,
+            _join,
+        )
         _, carry, _ = loop.split(inputs)
         _, stacked = loop.split_outputs(outputs)
         # The last draft is that of the fixed point; earlier ones leave gaps in `types` alone.
@@ -239,8 +255,8 @@ class _Draft:
         for variable, kind in zip(body.inputs, kinds, strict=True):
             self.classifier.define(variable, kind)
         invariant, carry, _ = loop.split(body.inputs)
-        for variable, same in zip(carry, loop.unchanged, strict=True):
-            if same:
+        for variable, is_unchanged in zip(carry, loop.unchanged, strict=True):
+            if is_unchanged:
                 invariant.append(variable)
         draft = _Draft(self.classifier, invariant)
         draft.add_all(body.equations)
@@ -262,6 +278,7 @@ class _Draft:
         consts, before, xs = loop.split(equation.inputs)
         for i, kind in enumerate(carry_kinds):
             before[i] = self.promote_if_due(before[i], kind, origin)
+        # Hoisted inputs are new constants of the loop, and constants come first.
         outer = dict(zip(loop.body.inputs, equation.inputs, strict=True))
         hoisted = [self.promote(outer[v], origin) for v in draft.hoisted]
 

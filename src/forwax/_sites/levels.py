@@ -62,7 +62,7 @@ class Level:
         program: everything, for the forward pass.
         steps: what the assembly evaluates: parameter chains, regions and loops, in order.
         records: the variables, not made of parameters alone, whose values the assembly needs.
-        loops: plans by their equation.
+        loops: plans by their equation, which is compared by identity.
     """
 
     program: Program
@@ -91,8 +91,10 @@ class Level:
 
     def all_records(self) -> set[Variable]:
         """The variables recorded here and in the loops inside."""
-        inner = [plan.level.all_records() for plan in self.loops.values()]
-        return set(self.records).union(*inner)
+        records = set(self.records)
+        for plan in self.loops.values():
+            records |= plan.level.all_records()
+        return records
 
 
 class _Assembly:
@@ -147,16 +149,18 @@ def make_level(
         if equation.loop is not None:
             loops[equation] = _plan_loop(equation, equation.loop, kinds, reach, types)
 
+    # Backwards, so that whatever reads an equation's outputs has been added before it.
     outputs = variables(program.outputs)
-    assembly = _Assembly(kinds, (v for v in outputs if kinds[v] is Kind.PARAMETER))
+    assembly = _Assembly(kinds, _parameters(outputs, kinds))
     for equation in reversed(program.equations):
         if equation in region_at:
             assembly.add(region_at[equation])
         elif equation in loops:
             plan = loops[equation]
+            # Regions inside count by themselves, chains only for the parameters that come out.
             if plan.level.steps or assembly.wants(equation.outputs):
                 assembly.add(plan)
-        elif assembly.wants(equation.outputs):
+        elif assembly.wants(equation.outputs):  # only parameters are ever wanted: it is a chain
             assembly.add(equation)
     return assembly.level(program, loops, inputs)
 
@@ -170,24 +174,34 @@ def _plan_loop(
 ) -> LoopPlan:
     body = loop.body
     consts, carry, xs = loop.split(body.inputs)
-    level = make_level(body, kinds, reach, types, frozenset([*consts, *xs]))
+    level = make_level(
+        body,
+        kinds,
+        reach,
+        types,
+        inputs=frozenset([*consts, *xs]),
+    )
+    # Variables are unique over nested bodies, so that one table may hold those of all.
     read = {v for step in level.steps for v in _reads(step)}
     read.update(variables(body.outputs))
 
     # A carry that is still a parameter comes back as it went in: it is the same in every step.
-    constant = [*consts, *(v for v in carry if kinds[v] is Kind.PARAMETER)]
+    constant = [*consts, *_parameters(carry, kinds)]
+    carried_outputs, stacked_outputs = loop.split_outputs(equation.outputs)
     outer = dict(zip(body.inputs, equation.inputs, strict=True))
-    outputs = list(zip(equation.outputs, body.outputs, strict=True))
-    outputs = [(v, inner) for v, inner in outputs if kinds[v] is Kind.PARAMETER]
-    stacked_outputs = set(loop.split_outputs(equation.outputs)[1])
+    inner: dict[Variable, Any] = dict(zip(equation.outputs, body.outputs, strict=True))
     return LoopPlan(
         equation,
         level,
         fixed={v: outer[v] for v in constant if v in read},
         scanned={v: outer[v] for v in xs if v in read},
-        unchanged={v: outer[b] for v, b in outputs if v not in stacked_outputs},  # type: ignore[index]
-        stacked={v: b for v, b in outputs if v in stacked_outputs},  # type: ignore[misc]
+        unchanged={v: outer[inner[v]] for v in _parameters(carried_outputs, kinds)},
+        stacked={v: inner[v] for v in _parameters(stacked_outputs, kinds)},
     )
+
+
+def _parameters(variables: Iterable[Variable], kinds: Kinds) -> list[Variable]:
+    return [v for v in variables if kinds[v] is Kind.PARAMETER]
 
 
 def _reads(step: Step) -> list[Variable]:
@@ -203,8 +217,9 @@ def parameters_read(level: Level, kinds: Kinds) -> set[Variable]:
         if isinstance(step, Region):
             read += step.inputs
         elif isinstance(step, LoopPlan) and has_sites(step):
-            read += variables([*step.fixed.values(), *step.scanned.values()])
-    return {v for v in read if kinds[v] is Kind.PARAMETER}
+            read += variables(step.fixed.values())
+            read += variables(step.scanned.values())
+    return set(_parameters(read, kinds))
 
 
 def has_sites(plan: LoopPlan) -> bool:

@@ -112,8 +112,9 @@ class Sites:
 
     def parameter_shapes(self, site: Site) -> list[tuple[int, ...]]:
         """The shapes of the parameters, and of what is made of them alone, that enter a site."""
-        inputs = [v for v in site.region.inputs if self.kinds[v] is Kind.PARAMETER]
-        return [tuple(self.traced.types[v].shape) for v in inputs]
+        inputs = site.region.inputs
+        parameters = [v for v in inputs if self.kinds[v] is Kind.PARAMETER]
+        return [tuple(self.traced.types[v].shape) for v in parameters]
 
     @property
     def num_losses(self) -> int:
@@ -123,22 +124,28 @@ class Sites:
     @property
     def tail_records(self) -> frozenset[Variable]:
         """The values that the errors of output sites and sources are made from."""
-        return (
-            self.tail.records if self.sources is None else self.tail.records | self.sources.records
-        )
+        if self.sources is None:
+            return self.tail.records
+        return self.tail.records | self.sources.records
 
     def specs(self) -> list[Spec]:
         """Shape and dtype of the noise at each noisy site, all examples together."""
-        lead = () if self.num_examples is None else (self.num_examples,)
-        return [Spec((*lead, *s.shape) if s.mapped else s.shape, s.dtype) for s in self.noisy]
+        specs: list[Spec] = []
+        for site in self.noisy:
+            shape = site.shape  # [*loops, *own axes]
+            if site.mapped and self.num_examples is not None:
+                shape = (self.num_examples, *shape)
+            specs.append(Spec(shape, site.dtype))
+        return specs
 
     def num_loops(self, site: Site) -> int:
-        """The number of loops around a site."""
+        """The number of loops around a site: each is an axis of its noise."""
         return len(site.shape) - len(self.own_shape(site))
 
     def axis_of(self, variable: Variable) -> int | None:
         """The axis of examples of a variable's values; None where examples share it."""
-        return 0 if self.num_examples is not None and variable in self.mapped else None
+        has_axis = self.num_examples is not None and variable in self.mapped
+        return 0 if has_axis else None
 
 
 def num_losses(traced: Traced) -> int:

@@ -68,7 +68,7 @@ class Drawn:
 
     def inside(self, plan: LoopPlan, counter: Any) -> "Drawn":
         """The noise of one step."""
-        # Variables are unique over nested bodies and no site is a loop's output: no key comes twice.
+        # Variables are unique over nested bodies, and no site is a loop's output.
         loop_key = jax.random.fold_in(self.key, plan.equation.outputs[0])
         step_key = jax.random.fold_in(loop_key, counter)
         return dataclasses.replace(self, key=step_key).at_level(plan.level)

@@ -1,9 +1,4 @@
-"""A traced program as plain data: equations over numbered variables, `jit` and `remat` inlined, loops as sub-programs.
-
-This is the only module that reads jaxprs. It differs between JAX versions in how `scan` writes its
-counts and in whether inner jaxprs are closed, so both are derived from what all versions share:
-ranks, and `getattr(j, "jaxpr", j)`.
-"""
+"""Noise points: marks inside a model that say where noise enters."""
 
 from typing import Any
 
@@ -15,7 +10,7 @@ NOISE_POINT = "forwax.noise_point"
 
 
 def noise_point(x: Any) -> Any:
-    """Mark where the noise of the sites before it enters: the identity, to be called inside a model.
+    """Mark where the noise of the sites before it enters: the identity, called inside a model.
 
     By default activity noise enters behind a site's own operation and its bias. A mark moves it:
     everything between the site and the mark, a normalisation included, then belongs to the site and

@@ -45,6 +45,7 @@ class Tail:
         records: Mapping[Variable, Array],
     ) -> list[Any]:
         """The losses that the starts reach, as a function of shifts added to the starts."""
+        # Starts that the forward pass recorded; the tail computes the others itself.
         env: Values = {}
         for start in self.starts:
             if start in records:
@@ -68,6 +69,7 @@ def make_tail(level: Level, kinds: Kinds, reach: Reach, num_losses: int) -> Tail
     """The tail behind the output sites of a program's top level."""
     is_barrier = site_barrier(level, kinds)
     blocked = blocked_variables(level.program, reach, is_barrier)
+    # An output site reaches no other: so its error is exact without crossing one.
     starts: list[Variable] = []
     for region in level.regions:
         if blocked.isdisjoint(region.outputs):
@@ -130,6 +132,7 @@ def blocked_variables(
 ) -> set[Variable]:
     """The variables from which a way to the losses crosses a barrier."""
     blocked: set[Variable] = set()
+    # All that reads an equation's outputs stands behind it: `blocked` is complete for them.
     for equation in reversed(program.equations):
         if not is_crossed(equation, reach):
             continue
@@ -154,7 +157,7 @@ def site_barrier(level: Level, kinds: Kinds) -> Callable[[Equation], bool]:
 
     def has_data(inputs: Iterable[Atom]) -> bool:
         for atom in inputs:
-            if isinstance(atom, Constant):
+            if isinstance(atom, Constant):  # an array in the program is data, a scalar is not
                 if getattr(atom.value, "ndim", 0):
                     return True
             elif kinds[atom] in (Kind.DATA, Kind.MIXED) and atom not in with_noise:
@@ -184,7 +187,7 @@ def _with_weight_noise(program: Program, kinds: Kinds) -> set[Variable]:
     with_noise: set[Variable] = set()
     for equation in program.equations:
         inputs = equation.variables
-        if equation.primitive is None:
+        if equation.primitive is None:  # a promotion
             with_noise.update(equation.outputs)
             continue
         others = [v for v in inputs if v not in with_noise]

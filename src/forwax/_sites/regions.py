@@ -13,8 +13,6 @@ from typing import Any
 
 from forwax._programs.dataflow import Reach, equation_reach
 from forwax._programs.program import (
-    Atom,
-    Constant,
     Equation,
     Program,
     Variable,
@@ -40,8 +38,11 @@ class Region:
     @property
     def inputs(self) -> list[Variable]:
         """The variables that come from outside."""
-        inner = {v for equation in self.equations for v in equation.outputs}
-        read = [v for equation in self.equations for v in equation.variables]
+        inner: set[Variable] = set()
+        read: list[Variable] = []
+        for equation in self.equations:
+            inner.update(equation.outputs)
+            read += equation.variables
         return [v for v in dict.fromkeys(read) if v not in inner]
 
     @property
@@ -76,6 +77,7 @@ class _Reader:
         self.kinds = kinds
         self.reach = reach
         self.types = types
+        # What reaches no loss does not count: noise there changes nothing.
         self.uses: Counter[Variable] = Counter()
         for equation in program.equations:
             if self.is_live(equation) and not equation.facts.stops_derivatives:
@@ -89,7 +91,8 @@ class _Reader:
         return any(self.kinds[v] is Kind.PARAMETER for v in equation.variables)
 
     def noisy(self, equation: Equation) -> tuple[Variable, ...]:
-        return tuple(v for v in equation.outputs if self.kinds[v] is Kind.MIXED)
+        outputs = equation.outputs
+        return tuple(v for v in outputs if self.kinds[v] is Kind.MIXED)
 
     def is_mixed(self, equation: Equation) -> bool:
         return len(self.noisy(equation)) > 0
@@ -100,11 +103,8 @@ class _Reader:
             return False
         return self.is_mixed(equation) and self.takes_parameter(equation)
 
-    def same_size(self, left: Atom, right: Atom) -> bool:
-        if isinstance(left, Constant) or isinstance(right, Constant):
-            return False
-        left_size = math.prod(self.types[left].shape)
-        return left_size == math.prod(self.types[right].shape)
+    def size(self, variable: Variable) -> int:
+        return math.prod(self.types[variable].shape)
 
 
 def find_regions(
@@ -116,21 +116,23 @@ def find_regions(
     """The regions at one level of a program; bodies of loops are levels of their own."""
     reader = _Reader(program, kinds, reach, types)
     regions = _marked_regions(program, reader)
-    in_regions = {id(e) for region in regions for e in region.equations}
+    marked: set[Equation] = set()
+    for region in regions:
+        marked.update(region.equations)
     growing: list[_Growing] = []
     ends: dict[Variable, _Growing] = {}
     for equation in program.equations:
-        if id(equation) in in_regions or equation.loop is not None:
+        if equation in marked or equation.loop is not None:
             continue
         if reader.is_mixed(equation):
             _grow(equation, reader, growing, ends)
 
-    order = {id(equation): i for i, equation in enumerate(program.equations)}
+    order = {equation: i for i, equation in enumerate(program.equations)}
     for grown in growing:
-        equations = sorted(grown.equations, key=lambda e: order[id(e)])
+        equations = sorted(grown.equations, key=order.__getitem__)
         exits = reader.noisy(equations[-1])
         regions.append(Region(tuple(equations), exits))
-    return sorted(regions, key=lambda region: order[id(region.equations[-1])])
+    return sorted(regions, key=lambda region: order[region.equations[-1]])
 
 
 def _grow(
@@ -159,6 +161,7 @@ def _grow(
             region.equations += part.equations + part.pending
         region.equations.append(equation)
         growing.append(region)
+    # Weight noise stays where it is: behind what follows it would be activity noise.
     if len(equation.outputs) == 1 and equation.primitive is not None:
         ends[equation.outputs[0]] = region
 
@@ -170,7 +173,8 @@ def _may_join(equation: Equation, reader: _Reader, carried: list[Variable]) -> b
     """
     if len(equation.outputs) != 1:
         return False
-    if not all(reader.same_size(v, equation.outputs[0]) for v in carried):
+    result = equation.outputs[0]
+    if not all(reader.size(v) == reader.size(result) for v in carried):
         return False
     if not equation.facts.scaled:
         return equation.facts.passed_by_regions
@@ -215,6 +219,7 @@ def _may_lie_inside(equation: Equation, reader: _Reader) -> bool:
         return False
     if equation.contains(lambda facts: facts.irreversible):
         return False
+    # Beyond a dot that is no site the error would be that of backprop.
     if equation.facts.bilinear and not reader.is_site(equation):
         return False
     return reader.is_mixed(equation)
@@ -227,9 +232,13 @@ def _behind_a_site(equations: list[Equation], reader: _Reader) -> list[Equation]
     for equation in equations:
         if reader.is_site(equation) or not reached.isdisjoint(equation.variables):
             behind.append(equation)
-            reached.update(v for v in equation.outputs if is_inexact(reader.types[v]))
+            for variable in equation.outputs:
+                if is_inexact(reader.types[variable]):
+                    reached.add(variable)
     return behind
 
 
 def _is_mark(equation: Equation) -> bool:
-    return equation.facts.marks_noise_points and equation.params.get("name") == NOISE_POINT
+    if not equation.facts.marks_noise_points:
+        return False
+    return equation.params.get("name") == NOISE_POINT

@@ -47,12 +47,11 @@ def with_credit(sites: Sites, sources: Tail) -> Sites:
     shapes = [tuple(sites.traced.types[v].shape) for v in sources.starts]
     credit = credits_of(traced, noises, shapes)
 
+    # If every site hears the same sources, each with one slope, nothing is told apart.
     heard = {c.source for site_credit in credit for c in site_credit}
-    for site_credit in credit:
-        gains = len(site_credit) < len(heard) or any(c.links for c in site_credit)
-        if gains:
-            break
-    else:
+    hears_less = any(len(site_credit) < len(heard) for site_credit in credit)
+    has_links = any(c.links for site_credit in credit for c in site_credit)
+    if not hears_less and not has_links:
         return sites
     return dataclasses.replace(
         sites,
@@ -116,6 +115,7 @@ def tangent_program(sites: Sites, sources: Sequence[Variable]) -> Traced:
             )
             return outputs[len(outputs) - len(sources) :]
 
+        # `time` scales the noise: the derivative by it is linear in the noises.
         _, source_tangents = jax.jvp(values, (time,), (time + 1,))
         return source_tangents
 
@@ -147,6 +147,7 @@ def make_sources(sites: Sites, reach: Reach, exact: bool) -> Tail:
         """Whether the cut lies behind an output site; a bias behind the cut lies inside."""
         return not blocked.isdisjoint(region.inputs) or noisy.isdisjoint(region.inputs)
 
+    # Exact errors may not cross a site, so its own output is where it is heard.
     ends = [region for region in output_regions(level, sites.tail) if is_end(region)]
     in_ends = {equation for region in ends for equation in region.equations}
 
@@ -162,6 +163,7 @@ def make_sources(sites: Sites, reach: Reach, exact: bool) -> Tail:
     cut = [v for region in ends for v in region.outputs]
     cut += [v for equation in inside for v in equation.variables]
     cut += variables(losses)
+    # What is computed inside brings noise that crossed the cut before: it would count twice.
     starts = [v for v in dict.fromkeys(cut) if v in noisy and v not in computed]
     return tail_from(
         level.program,
@@ -176,14 +178,15 @@ def _noisy_variables(sites: Sites) -> set[Variable]:
     """What noise changes: not comparisons, which pass none on."""
     starts = [site.variable for site in sites.noisy]
     reached = mapped_variables(sites.level.program, starts)
-    return {v for v in reached if is_inexact(sites.traced.types[v])}
+    types = sites.traced.types
+    return {v for v in reached if is_inexact(types[v])}
 
 
 def with_slopes_of_loops(sites: Sites) -> Sites:
     """The same sites, but each step of a loop shares its slopes with the others."""
 
     def coarser(site: Site, credit: Credit) -> Credit:
-        first = sites.num_loops(site)
+        first = sites.num_loops(site)  # the axes before are those of loops
         links = [(a, link) for a, link in credit.links if link.size == 1 or link.axis >= first]
         return dataclasses.replace(credit, links=tuple(links))
 
@@ -200,6 +203,7 @@ def of_a_step(sites: Sites, site: Site, slopes: Array) -> Array:
     if not sites.credit:
         return slopes
     first = slopes.ndim - len(site.shape)
+    # [k, examples, *loops, *own axes]: the loops' axes have length 1
     loops = range(first, first + sites.num_loops(site))
     return jnp.squeeze(slopes, tuple(loops))
 
@@ -214,7 +218,7 @@ def shared_noise(sites: Sites, site: Site, other: Site, own_slopes: bool = True)
     hears_one_example = own_slopes and site.mapped
     if other.mapped and sites.num_examples is not None and not hears_one_example:
         size *= sites.num_examples
-    if not sites.credit:
+    if not sites.credit:  # one slope of each loss
         return size if other.reach & site.reach else 0
     credit_of_other = {credit.source: credit for credit in sites.credit[other.variable]}
     most: float = 0

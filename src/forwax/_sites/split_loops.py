@@ -7,7 +7,7 @@ part for all steps at once.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,7 @@ def _split(loop: Loop, is_site: Callable[[Equation], bool]) -> "_SplitLoop | Non
     for running_sum in sums.values():
         adding.update(running_sum.equations)
     after, _ = loop.split_outputs(loop.body.outputs)
+    # Backwards: what a needed value is computed from is needed too.
     needed = set(variables(atom for i, atom in enumerate(after) if i not in sums))
     recurrent: list[Equation] = []
     behind: list[Equation] = []
@@ -82,6 +83,7 @@ def _split(loop: Loop, is_site: Callable[[Equation], bool]) -> "_SplitLoop | Non
 
     if not any(map(is_site, behind)):
         return None
+    # All steps at once would take both branches of each `cond`.
     if any(map(_stays_in_a_loop, behind)):
         return None
     recurrent.reverse()
@@ -144,8 +146,10 @@ def _running_sum(
     total = equations[-1].outputs[0]
     summands = [v for v in equations[-1].variables if v != carry]
     # Nobody but the next step may see the sum: else its partial sums are needed, step by step.
-    is_private = total == end and outputs.count(total) == 1 and total not in readers
-    if not is_private or len(summands) != 1:  # `c + c` is no running sum
+    is_next_carry = total == end and outputs.count(total) == 1
+    if not is_next_carry or total in readers:
+        return None
+    if len(summands) != 1:  # `c + c` is no running sum
         return None
     return _RunningSum(equations, summands[0])
 
@@ -181,29 +185,34 @@ class _SplitLoop:
         self.sums = sums
         self.consts, self.before, self.xs = loop.split(loop.body.inputs)
         self.after, self.stacked = loop.split_outputs(loop.body.outputs)
-        self.carries = [i for i in range(len(self.before)) if i not in sums]
-        self.late = {v for equation in behind for v in equation.outputs}
+        positions = range(len(self.before))
+        self.carries = [i for i in positions if i not in sums]
 
-        reads = [v for equation in behind for v in equation.variables]
+        self.late: set[Variable] = set()
+        reads: list[Variable] = []
+        for equation in behind:
+            self.late.update(equation.outputs)
+            reads += equation.variables
         reads += sums.values()
-        given = {*self.late, *self.consts, *self.xs}
-        self.handed_on = [v for v in dict.fromkeys(reads) if v not in given]
+        others = {*self.late, *self.consts, *self.xs}
+        self.handed_on = [v for v in dict.fromkeys(reads) if v not in others]
 
     def run(self, *values: Any) -> list[Any]:
         """The loop's outputs from its inputs."""
-        consts, starts, xs = self.loop.split(values)
-        env = dict(zip(self.consts, consts, strict=True))
-        mapped = dict(zip(self.xs, xs, strict=True))
-        final, early, handed_on = self.run_recurrent(starts, env, mapped)
+        const_values, starts, x_values = self.loop.split(values)
+        consts = dict(zip(self.consts, const_values, strict=True))
+        mapped = dict(zip(self.xs, x_values, strict=True))
+        final, early, handed_on = self.run_recurrent(starts, consts, mapped)
         mapped.update(handed_on)
-        late = self.run_behind(env, mapped)
+        late = self.run_behind(consts, mapped)
 
         for i, summand in self.sums.items():
             if summand in late:
                 steps = late[summand]
             else:  # the same in every step
-                shape = (self.loop.length, *jnp.shape(env[summand]))
-                steps = jnp.broadcast_to(env[summand], shape)
+                value = consts[summand]
+                shape = (self.loop.length, *jnp.shape(value))
+                steps = jnp.broadcast_to(value, shape)
             final[i] = _added(starts[i], steps)
         outputs = [final[i] for i in range(len(starts))]
         in_order = iter(early)
@@ -256,10 +265,11 @@ class _SplitLoop:
             evaluate(self.behind, env)
             return {v: env[v] for v in results}
 
+        # The steps do not depend on one another any more.
         all_steps = jax.vmap(one, axis_size=self.loop.length)
         return all_steps(mapped)
 
-    def is_late(self, atom: Atom) -> bool:
+    def is_late(self, atom: Atom) -> TypeGuard[Variable]:
         return not isinstance(atom, Constant) and atom in self.late
 
 

@@ -59,8 +59,7 @@ class Table:
     def markdown(self) -> str:
         """Give the table without its title."""
         rule = "---:" if self.numeric else "---"
-        rules = ["---", *[rule] * (len(self.headings) - 1)]
-        lines = [self.headings, rules, *self.rows]
+        lines = [self.headings, ["---", *[rule] * (len(self.headings) - 1)], *self.rows]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -137,11 +136,12 @@ def versions() -> dict[str, str]:
     >>> sorted(versions())
     ['equinox', 'forwax', 'jax', 'jaxlib', 'numpy', 'optax', 'python']
     """
-    packages = {name: metadata.version(name) for name in PACKAGES}
-    return packages | {"python": platform.python_version()}
+    return {name: metadata.version(name) for name in PACKAGES} | {
+        "python": platform.python_version()
+    }
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Json:
     """Give what a result was made with: the kind of device, and `versions`.
 
     >>> sorted(machine())

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from forwax._tree import promoted
+
 
 def softmax_cross_entropy(logits: Any, labels: Any) -> Array:
     """The cross-entropy -Σ_k y_k log softmax(z)_k of each row of logits z.
@@ -63,7 +65,7 @@ def as_targets(name: str, labels: Any, shape: tuple[int, ...]) -> Array:
 def at_least_float32(x: Any) -> Array:
     """An array in its own precision or, if that is less, in float32."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(promoted(x.dtype, jnp.float32))
 
 
 def _check_shape(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from forwax._tree import added
+from forwax._tree import added, promoted
 from forwax.losses.cross_entropy import (
     as_targets,
     at_least_float32,
@@ -128,7 +128,7 @@ def _logits_like(x: Array, w: Array, b: Array) -> tuple[Array, Array]:
     """Features, and logits in the type of the inputs."""
     features = pooled(x)
     logits = affine(features, w, b)
-    return features, logits.astype(jnp.result_type(x, w, b))
+    return features, logits.astype(promoted(x, w, b))
 
 
 @jax.custom_jvp

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from forwax._tree import added
+from forwax._tree import added, promoted
 from forwax.losses.contrastive import keys_of, nt_xent_of
 from forwax.losses.spatial import (
     affine,
@@ -66,7 +66,7 @@ def spatial_average_group_linear_nt_xent(
         raise ValueError(
             f"{name}: expected two views of one shape [N, P, G, C], got {x.shape} and {y.shape}."
         )
-    temperature = jnp.asarray(temperature, jnp.promote_types(x.dtype, jnp.float32))
+    temperature = jnp.asarray(temperature, promoted(x.dtype, jnp.float32))
     return _nt_xent(axis_name, x, y, w, b, temperature)
 
 

@@ -8,6 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from forwax._tree import promoted
+
 
 def he_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     """Draw normal weights of variance 2 / fan_in, which keeps activations of ReLUs at one scale.
@@ -190,7 +192,7 @@ def standardize(x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Arra
     >>> standardize(jnp.array([1.0, 3.0]), (0,), 0.0).tolist()
     [-1.0, 1.0]
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(promoted(x.dtype, jnp.float32))
     centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
     variance = jnp.mean(centred**2, axis=axes, keepdims=True)
     standard = centred * jax.lax.rsqrt(variance + epsilon)

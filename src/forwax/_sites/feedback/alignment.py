@@ -15,17 +15,28 @@ from forwax._sites.passes.keep import value
 from forwax._tree import Tree
 
 
-def aligned(sites: Sites, params: Tree, feedback: Sequence[Array | None]) -> tuple[Array, Tree]:
+def aligned(
+    sites: Sites,
+    params: Tree,
+    feedback: Sequence[Array | None],
+) -> tuple[Array, Tree]:
     """`(value, aux)`; errors cross dots and convolutions through the feedback.
 
     None stands for a parameter that is its own feedback.
     """
-    pairs = zip(sites.traced.parameters, feedback, strict=True)
-    twins = {v: lax.stop_gradient(x) for v, x in pairs if x is not None}
+    twins: Values = {}
+    for v, matrix in zip(sites.traced.parameters, feedback, strict=True):
+        if matrix is not None:
+            twins[v] = lax.stop_gradient(matrix)
 
     def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
         inputs = sites.traced.arguments(params, mapped)
-        outputs = forward_with_feedback(sites.level, sites.kinds, inputs, dict(twins))
+        outputs = forward_with_feedback(
+            sites.level,
+            sites.kinds,
+            inputs,
+            dict(twins),  # it grows on the way
+        )
         losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
         return losses, aux
 
@@ -37,7 +48,10 @@ def aligned(sites: Sites, params: Tree, feedback: Sequence[Array | None]) -> tup
 
 
 def forward_with_feedback(
-    level: Level, kinds: Kinds, inputs: Sequence[Any], feedback: Values
+    level: Level,
+    kinds: Kinds,
+    inputs: Sequence[Any],
+    feedback: Values,
 ) -> list[Any]:
     """Evaluate a level so that errors cross its dots and convolutions through the feedback.
 
@@ -59,23 +73,38 @@ def forward_with_feedback(
         if plan is not None:
             outputs = _loop(plan, kinds, values, feedback)
         elif _is_product_with_a_parameter(equation, kinds):
-            outputs = [_aligned(equation, values, _twins(equation, values, feedback))]
+            twins = _twins(equation, values, feedback)
+            outputs = [_aligned(equation, values, twins)]
         else:
             outputs = bind(equation, values)
             if _is_chain(equation, kinds):
-                twins = bind(equation, _twins(equation, values, feedback))
-                feedback.update(zip(equation.outputs, twins, strict=True))
+                # What is done to a weight before it is used is done to its feedback too.
+                twins = _twins(equation, values, feedback)
+                computed = bind(equation, twins)
+                feedback.update(zip(equation.outputs, computed, strict=True))
         env.update(zip(equation.outputs, outputs, strict=True))
     return [read(atom, env) for atom in level.program.outputs]
 
 
-def _twins(equation: Equation, values: Sequence[Any], feedback: Values) -> list[Any]:
+def _twins(
+    equation: Equation,
+    values: Sequence[Any],
+    feedback: Values,
+) -> list[Any]:
     """What stands for an equation's inputs on the way back: the feedback, else the values."""
-    inputs = zip(equation.inputs, values, strict=True)
-    return [x if isinstance(atom, Constant) else feedback.get(atom, x) for atom, x in inputs]
+    twins = []
+    for atom, twin in zip(equation.inputs, values, strict=True):
+        if not isinstance(atom, Constant):
+            twin = feedback.get(atom, twin)
+        twins.append(twin)
+    return twins
 
 
-def _aligned(equation: Equation, values: Sequence[Any], twins: Sequence[Any]) -> Any:
+def _aligned(
+    equation: Equation,
+    values: Sequence[Any],
+    twins: Sequence[Any],
+) -> Any:
     """A bilinear operation whose derivative by one operand takes the other's feedback."""
 
     @jax.custom_jvp
@@ -85,37 +114,55 @@ def _aligned(equation: Equation, values: Sequence[Any], twins: Sequence[Any]) ->
     @operation.defjvp
     def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
         values, twins = primals
-        (first_moved, second_moved), _ = tangents
-        first = bind(equation, [first_moved, twins[1]])[0]
-        second = bind(equation, [twins[0], second_moved])[0]
+        moved, _ = tangents
+        # By the product rule, with the other operand's feedback in place of itself.
+        (first,) = bind(equation, [moved[0], twins[1]])
+        (second,) = bind(equation, [twins[0], moved[1]])
         return operation(values, twins), first + second
 
-    return operation(list(values), [lax.stop_gradient(x) for x in twins])
+    fixed = [lax.stop_gradient(twin) for twin in twins]
+    return operation(list(values), fixed)
 
 
-def _loop(plan: LoopPlan, kinds: Kinds, values: Sequence[Any], feedback: Values) -> list[Any]:
+def _loop(
+    plan: LoopPlan,
+    kinds: Kinds,
+    values: Sequence[Any],
+    feedback: Values,
+) -> list[Any]:
     loop = plan.loop
     consts, first_carry, scanned = loop.split(values)
-    pairs = list(zip(plan.level.program.inputs, plan.equation.inputs, strict=True))
+    inner_inputs = plan.level.program.inputs
+    pairs = list(zip(inner_inputs, plan.equation.inputs, strict=True))
     const_pairs, carry_pairs, scanned_pairs = loop.split(pairs)
 
     def known(pairs: Sequence[tuple[Variable, Atom]]) -> Values:
-        return {v: feedback[a] for v, a in pairs if not isinstance(a, Constant) and a in feedback}
+        twins: Values = {}
+        for v, atom in pairs:
+            if not isinstance(atom, Constant) and atom in feedback:
+                twins[v] = feedback[atom]
+        return twins
 
     # A carry is a parameter only if the body returns it as it is; so is its feedback.
     entering = known([*const_pairs, *carry_pairs])
     fixed = {v: twin for v, twin in entering.items() if kinds[v] is Kind.PARAMETER}
 
-    def step(carry: list[Any], slices: tuple[list[Any], Values]) -> tuple[list[Any], Any]:
+    def step(
+        carry: list[Any],
+        slices: tuple[list[Any], Values],
+    ) -> tuple[list[Any], Any]:
         xs, twins_of_step = slices
         inner = {**fixed, **twins_of_step}
         inputs = [*consts, *carry, *xs]
         outputs = forward_with_feedback(plan.level, kinds, inputs, inner)
         carry, ys = loop.split_outputs(outputs)
-        return carry, (ys, {v: inner[v] for v in plan.stacked.values()})
+        stacked = {v: inner[v] for v in plan.stacked.values()}
+        return carry, (ys, stacked)
 
-    carry, (ys, twins) = loop.scan(step, first_carry, (scanned, known(scanned_pairs)))
-    feedback.update({outer: twins[inner] for outer, inner in plan.stacked.items()})
+    slices = (scanned, known(scanned_pairs))
+    carry, (ys, twins) = loop.scan(step, first_carry, slices)
+    for outer, inner in plan.stacked.items():
+        feedback[outer] = twins[inner]
     feedback.update(known(list(plan.unchanged.items())))
     return [*carry, *ys]
 

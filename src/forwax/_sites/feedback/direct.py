@@ -88,7 +88,7 @@ def sent(
     errors: Mapping[Variable, Array],
     through: Array,
 ) -> Array:
-    """A site's error: that of the outputs it hears, as real coordinates [..., e], times a map [e, z].
+    """A site's error: that of the outputs it hears, real coordinates [..., e], times a map [e, z].
 
     A map of the size of one step's value serves every step of the loops around the site.
     """

@@ -1,1 +1,1 @@
-"""Passes over a program with sites: one that keeps, one that walks from site to site, one that replays."""
+"""Passes over a program with sites: one keeps, one walks from site to site, one replays."""

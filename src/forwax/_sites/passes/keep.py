@@ -58,7 +58,9 @@ def forward(
             outputs, inner_records = _forward_loop(plan, values, noise, time)
             records.update(inner_records)
         for v, value in zip(equation.outputs, outputs, strict=True):
-            env[v] = inject(value, noise[v], time) if v in noise else value
+            if v in noise:
+                value = inject(value, noise[v], time)
+            env[v] = value
     # Records are constants of the assembly: nothing is ever differentiated through two sites.
     for v in level.records | extra:
         records[v] = lax.stop_gradient(env[v])
@@ -67,17 +69,31 @@ def forward(
 
 
 def _forward_loop(
-    plan: LoopPlan, values: Sequence[Any], noise: Noise, time: Array | None
+    plan: LoopPlan,
+    values: Sequence[Any],
+    noise: Noise,
+    time: Array | None,
 ) -> tuple[list[Any], Values]:
     consts, first_carry, scanned = plan.loop.split(values)
     # Noise inside the loop has a leading axis of steps: each step takes its slice.
-    inner_sites = [v for region, _ in plan.level.all_regions() for v in region.outputs]
-    inner_noise = {v: noise[v] for v in inner_sites if v in noise}
+    inner_noise: Values = {}
+    for region, _ in plan.level.all_regions():
+        for v in region.outputs:
+            if v in noise:
+                inner_noise[v] = noise[v]
 
-    def step(carry: list[Any], slices: tuple[list[Any], Values]) -> tuple[list[Any], Any]:
-        xs, step_noise = slices
-        inputs = [*consts, *carry, *xs]
-        outputs, records = forward(plan.level, inputs, step_noise, time, frozenset())
+    def step(
+        carry: list[Any],
+        slices: tuple[list[Any], Values],
+    ) -> tuple[list[Any], Any]:
+        xs, noise_of_step = slices
+        outputs, records = forward(
+            plan.level,
+            [*consts, *carry, *xs],
+            noise_of_step,
+            time,
+            extra=frozenset(),
+        )
         carry, ys = plan.loop.split_outputs(outputs)
         return carry, (ys, records)
 
@@ -110,13 +126,21 @@ def local(
     return outputs
 
 
-def _local_region(region: Region, env: Values, apply: Callable) -> Values:
+def _local_region(
+    region: Region,
+    env: Values,
+    apply: Callable,
+) -> Values:
     scope = {v: env[v] for v in region.inputs}
     evaluate(region.equations, scope, apply)
     return {v: scope[v] for v in region.outputs}
 
 
-def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
+def _local_loop(
+    plan: LoopPlan,
+    env: Values,
+    apply: Callable,
+) -> Values:
     """The steps do not depend on one another any more: a vmap over recorded time."""
     fixed = {v: read(atom, env) for v, atom in plan.fixed.items()}
     scanned = {v: read(atom, env) for v, atom in plan.scanned.items()}
@@ -136,7 +160,11 @@ def _local_loop(plan: LoopPlan, env: Values, apply: Callable) -> Values:
     return outputs
 
 
-def push(sites: Sites, noise: Sequence[Array] = (), num_tangents: int = 1) -> Pass:
+def push(
+    sites: Sites,
+    noise: Sequence[Array] = (),
+    num_tangents: int = 1,
+) -> Pass:
     """Evaluate the loss and its slopes along k noises [k, *spec]; without noise, the loss alone."""
     if not noise or not sites.noisy:
         (losses, *_), (aux, records) = _run(sites, {}, None)
@@ -151,9 +179,19 @@ def _run(sites: Sites, noise: Values, time: Array | None) -> tuple[Any, Any]:
     taps = () if sites.sources is None else sites.sources.starts
     extra = sites.tail_records
 
-    def one(mapped: Sequence[Array], noise: Values) -> tuple[Any, Any, Values]:
+    def one(
+        mapped: Sequence[Array],
+        noise: Values,
+    ) -> tuple[Any, Any, Values]:
         inputs = sites.traced.arguments(sites.problem.params, mapped)
-        outputs, records = forward(sites.level, inputs, noise, time, extra, taps)
+        outputs, records = forward(
+            sites.level,
+            inputs,
+            noise,
+            time,
+            extra,
+            taps,
+        )
         num_outputs = len(outputs) - len(taps)
         losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs[:num_outputs])
         sums = [_sum(x) for x in losses]
@@ -176,7 +214,11 @@ def _run(sites: Sites, noise: Values, time: Array | None) -> tuple[Any, Any]:
     return out, (aux, records)
 
 
-def push_along(run: Callable[[Any, Array], tuple[Any, Any]], noise: Any, num_tangents: int) -> Pass:
+def push_along(
+    run: Callable[[Any, Array], tuple[Any, Any]],
+    noise: Any,
+    num_tangents: int,
+) -> Pass:
     """Evaluate the loss and its slopes along k noises.
 
     Args:
@@ -214,7 +256,7 @@ def products(sites: Sites, out: Pass) -> list[Array]:
 
 def _product(error: Array, tangent: Array) -> Array:
     """Re(error · tangent) in at least float32; the error counts for each of k tangents."""
-    wide = _tree.accumulation_dtype(jnp.promote_types(error.dtype, tangent.dtype))
+    wide = _tree.accumulation_dtype(_tree.promoted(error.dtype, tangent.dtype))
     return jnp.real(error.astype(wide)[None] * tangent.astype(wide))
 
 
@@ -226,8 +268,10 @@ def _errors(sites: Sites, tail: Tail, records: Values) -> Values:
     shifts = {v: zeros(sites, v) for v in tail.starts}
 
     def objective_of_one(shifts: Values, used: Values) -> Array:
-        losses = tail.run(shifts, used)
-        return sum((_sum(x) for x in losses), start=jnp.zeros(()))
+        total = jnp.zeros(())
+        for loss in tail.run(shifts, used):
+            total += _sum(loss)
+        return total
 
     def objective(shifts: Values) -> Array:
         if sites.num_examples is None:
@@ -248,8 +292,12 @@ def zeros(sites: Sites, variable: Variable) -> Array:
     return _mesh.vary(value, _mesh.type_axes(aval))
 
 
-def assemble(sites: Sites, records: Values, errors: Mapping[Variable, Array]) -> Tree:
-    """The gradient from the objective's error at sites: each region's reverse pass, none across two.
+def assemble(
+    sites: Sites,
+    records: Values,
+    errors: Mapping[Variable, Array],
+) -> Tree:
+    """The gradient from errors at sites: each region's own reverse pass, none across two.
 
     Sites without an error add nothing.
     """
@@ -260,7 +308,10 @@ def assemble(sites: Sites, records: Values, errors: Mapping[Variable, Array]) ->
         return {site.variable: outputs[site.variable] for site in with_error}
 
     _, pull = jax.vjp(values, sites.problem.params)
-    cotangents = {s.variable: errors[s.variable].astype(s.dtype) for s in with_error}
+    cotangents: Values = {}
+    for site in with_error:
+        error = errors[site.variable]
+        cotangents[site.variable] = error.astype(site.dtype)
     (gradient,) = pull(cotangents)
     return gradient
 
@@ -272,7 +323,8 @@ def regions(
     apply: Callable[[Equation, list[Any]], list[Any]] = bind,
 ) -> Values:
     """The sites' values from parameters and records."""
-    given = dict(zip(sites.traced.parameters, jax.tree.leaves(params), strict=True))
+    leaves = jax.tree.leaves(params)
+    given = dict(zip(sites.traced.parameters, leaves, strict=True))
 
     def one(records: Values) -> Values:
         return local(sites.level, {**given, **records}, apply)
@@ -281,8 +333,15 @@ def regions(
     if sites.num_examples is None:
         return one(used)
     used_axes = {v: sites.axis_of(v) for v in used}
-    output_axes = {site.variable: sites.axis_of(site.variable) for site in sites.places}
-    return jax.vmap(one, (used_axes,), output_axes, axis_size=sites.num_examples)(used)
+    outputs = [site.variable for site in sites.places]
+    output_axes = {v: sites.axis_of(v) for v in outputs}
+    of_each = jax.vmap(
+        one,
+        in_axes=(used_axes,),
+        out_axes=output_axes,
+        axis_size=sites.num_examples,
+    )
+    return of_each(used)
 
 
 def value(sites: Sites, losses: Sequence[Array]) -> Array:

@@ -57,13 +57,26 @@ def push_drawn(sites: Sites, noise: Drawn) -> Pass:
     return push_along(run, indices, noise.num_tangents)
 
 
-def _evaluate(sites: Sites, noise: Drawn, index: Any, time: Array) -> tuple[Any, Any]:
+def _evaluate(
+    sites: Sites,
+    noise: Drawn,
+    index: Any,
+    time: Array,
+) -> tuple[Any, Any]:
     """`((losses, sums of losses, sources), (aux, records))`, examples on a leading axis of each."""
     level = sites.level
     batch = batch_of(sites)
     env = inputs_of(sites)
     drawn = noise.at_level(level)
-    outputs = _DrawnPass(sites, table_of(sites), batch, drawn, index, time).run(level, env)
+    drawn_pass = _DrawnPass(
+        sites=sites,
+        table=table_of(sites),
+        batch=batch,
+        noise=drawn,
+        index=index,
+        time=time,
+    )
+    outputs = drawn_pass.run(level, env)
     atoms = level.program.outputs
     spread = [batch.spread(x, atom) for x, atom in zip(outputs, atoms, strict=True)]
     losses, aux = jax.tree.unflatten(sites.traced.out_tree, spread)
@@ -129,7 +142,10 @@ Error: TypeAlias = Callable[[Site, Array], Array]
 
 
 def replay(
-    sites: Sites, noise: Drawn | Held, exact: Mapping[Variable, Array], error: Error
+    sites: Sites,
+    noise: Drawn | Held,
+    exact: Mapping[Variable, Array],
+    error: Error,
 ) -> Tree:
     """The gradient from a forward pass of its own, which assembles as it goes by.
 
@@ -147,7 +163,14 @@ def replay(
     structure = jax.tree.structure(sites.problem.params)
     parameters = sites.traced.parameters
     drawn = noise.at_level(sites.level)
-    again = _Replay(sites, table_of(sites), batch_of(sites), drawn, exact, error)
+    again = _Replay(
+        sites=sites,
+        table=table_of(sites),
+        batch=batch_of(sites),
+        noise=drawn,
+        exact=exact,
+        error=error,
+    )
     _, cotangents = again.run(sites.level, inputs_of(sites), parameters)
     return structure.unflatten([cotangents[v] for v in parameters])
 
@@ -169,7 +192,12 @@ class _Replay:
     kept: frozenset[Variable] = frozenset()
     cotangents: Values = dataclasses.field(default_factory=dict)
 
-    def run(self, level: Level, env: Values, names: Sequence[Variable]) -> tuple[list[Any], Values]:
+    def run(
+        self,
+        level: Level,
+        env: Values,
+        names: Sequence[Variable],
+    ) -> tuple[list[Any], Values]:
         """The level's outputs, and the cotangents of its named inputs; `env` gets all values."""
         kinds = self.sites.kinds
         chain = chains(level, kinds, parameters_read(level, kinds))
@@ -180,10 +208,14 @@ class _Replay:
 
     def add(self, cotangents: Values) -> None:
         for v, x in cotangents.items():
-            self.cotangents[v] = self.cotangents[v] + x if v in self.cotangents else x
+            if v in self.cotangents:
+                x = self.cotangents[v] + x
+            self.cotangents[v] = x
 
     def at_region(self, region: Region, env: Values) -> None:
-        errors = {v: self.site_error(self.table[v], env[v]) for v in region.outputs}
+        errors: Values = {}
+        for v in region.outputs:
+            errors[v] = self.site_error(self.table[v], env[v])
         parameters = {v: env[v] for v in region.inputs if self.is_parameter(v)}
         inputs = {v: env[v] for v in region.inputs}
 
@@ -224,14 +256,20 @@ class _Replay:
         slices = self.noise.slices(plan)
         outputs, sums, (of_steps, records) = scan(plan, env, self.batch, step, start, slices)
         env.update(records)
-        self.add({entering[v]: x for v, x in [*sums.items(), *of_steps.items()]})  # type: ignore[misc]
+        pulled = {**sums, **of_steps}
+        self.add({entering[v]: x for v, x in pulled.items()})  # type: ignore[misc]
         return outputs
 
     def is_parameter(self, variable: Variable) -> bool:
         return self.sites.kinds[variable] is Kind.PARAMETER
 
 
-def _pulled(chain: Level, env: Values, cotangents: Values, names: Sequence[Variable]) -> Values:
+def _pulled(
+    chain: Level,
+    env: Values,
+    cotangents: Values,
+    names: Sequence[Variable],
+) -> Values:
     """Cotangents taken back through the chains of one level to its named inputs."""
 
     def values(inputs: Values) -> Values:
@@ -240,9 +278,11 @@ def _pulled(chain: Level, env: Values, cotangents: Values, names: Sequence[Varia
         return {v: scope[v] for v in cotangents}
 
     outputs, pull = jax.vjp(values, {v: env[v] for v in names})
-    (pulled,) = pull({v: cotangents[v].astype(x.dtype) for v, x in outputs.items()})
+    cast = {v: cotangents[v].astype(x.dtype) for v, x in outputs.items()}
+    (pulled,) = pull(cast)
     return pulled
 
 
 def _zeros(x: Array) -> Array:
-    return _mesh.vary(jnp.zeros(x.shape, _tree.accumulation_dtype(x.dtype)), _mesh.axes(x))
+    zeros = jnp.zeros(x.shape, _tree.accumulation_dtype(x.dtype))
+    return _mesh.vary(zeros, _mesh.axes(x))

@@ -1,8 +1,8 @@
 """A level evaluated for all examples at once, so that something may be done at each site.
 
-The interpreters in `keep` evaluate one example and are mapped as a whole. Here what lies between two
-sites is mapped, and the values at the sites carry the examples: what is done at a site is done for
-the whole batch.
+The interpreters in `keep` evaluate one example and are mapped as a whole. Here what lies between
+two sites is mapped, and the values at the sites carry the examples: what is done at a site is
+done for the whole batch.
 """
 
 import dataclasses

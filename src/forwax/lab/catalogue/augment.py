@@ -82,8 +82,7 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
-        jittered = jitter(how[2], x, augmentation)
-        x = _sometimes(whether[2], augmentation.jitter, jittered, x)
+        x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x, augmentation), x)
         x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
     x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
     solarised = jnp.minimum(x, 1 - x)

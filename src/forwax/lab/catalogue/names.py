@@ -93,7 +93,8 @@ def parse(name: str, index: int = 0) -> NamedRule:
     >>> parse("projection-4").given["num_tangents"], parse("forward").about
     (4, 'forward gradient, 1 tangent')
     """
-    base, said = name, None
+    base = name
+    said = None
     if name not in LINES:
         base, _, number = name.rpartition("-")
         said = int(number) if number.isdecimal() else 0
@@ -104,12 +105,12 @@ def parse(name: str, index: int = 0) -> NamedRule:
             "tangents may be followed by their number, such as forward-16."
         )
     count = said or line.tangents
-    given = line.given
+    given = dict(line.given)
     if count is not None:
-        given = given | {"num_tangents": count}
+        given["num_tangents"] = count
         chunks = "chunk_size" in RULES[given["rule"]].takes and given["combine"] == "mean"
         if count > CHUNK and chunks:
-            given = given | {"chunk_size": CHUNK}
+            given["chunk_size"] = CHUNK
     about = line.about.format(k=f"{count} tangent" + ("" if count == 1 else "s"))
     colour = line.colour or ("forward-16" if base == "forward" and count != 1 else base)
     # the same colour as without the number, hence dashes

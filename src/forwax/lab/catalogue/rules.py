@@ -102,7 +102,8 @@ def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
 
 
 def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
-    key, number = jax.random.key(settings.seed), settings.num_tangents or 1
+    key = jax.random.key(settings.seed)
+    number = settings.num_tangents or 1
     return ren2023.method(
         settings.rule, None, key, tangents=_tangents(settings, None), num_tangents=number
     ).rule

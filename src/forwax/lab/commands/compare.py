@@ -18,7 +18,9 @@ from forwax.lab.report import Json
 
 __all__ = ["DESCRIPTION", "CompareOptions", "compare", "run"]
 
-RESULTS, TABLE, FIGURE = "results.json", "table.md", "comparison.png"
+RESULTS = "results.json"
+TABLE = "table.md"
+FIGURE = "comparison.png"
 
 DESCRIPTION = "\n".join(
     [
@@ -119,7 +121,8 @@ def _search(bench: Bench, name: str, suggested: float) -> list[Json]:
 
 def _facts(comparison: Comparison) -> Json:
     """Give what the results depend on."""
-    options, problem = comparison.options, comparison.problem
+    options = comparison.options
+    problem = comparison.problem
     search = {"candidates": options.search_rates, "steps": comparison.search_steps}
     return {
         "experiment": options.experiment,

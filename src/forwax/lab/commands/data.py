@@ -91,9 +91,12 @@ def describe(name: str, data_dir: Path | None = None) -> str:
         shape = "x".join(str(size) for size in images.shape[1:])
         lines.append(f"  {split}: {len(images):,} images of {shape}, uint8 from 0 to {data.scale}")
     lines.append(f"  {'class':<14}{'training':>10}{'test':>10}")
-    train = np.bincount(data.train_labels, minlength=data.num_classes)
-    test = np.bincount(data.test_labels, minlength=data.num_classes)
-    for label, in_train, in_test in zip(data.class_names, train, test, strict=True):
+    for label, in_train, in_test in zip(
+        data.class_names,
+        np.bincount(data.train_labels, minlength=data.num_classes),
+        np.bincount(data.test_labels, minlength=data.num_classes),
+        strict=True,
+    ):
         lines.append(f"  {label:<14}{in_train:>10,}{in_test:>10,}")
     return "\n".join(lines)
 

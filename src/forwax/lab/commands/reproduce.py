@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 else:
     ColumnName = Literal[tuple(COLUMNS)]
 
-TABLE, FIGURE = "table.md", "curves.png"
+TABLE = "table.md"
+FIGURE = "curves.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,8 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     """
     train = [data.train_images, data.train_labels]
     test = [data.test_images, data.test_labels]
-    held, total = options.holdout, len(data.train_images)
+    held = options.holdout
+    total = len(data.train_images)
     if held >= total:
         raise UsageError(f"--holdout must leave images to train on; there are {total} in all.")
     if held:

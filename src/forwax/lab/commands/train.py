@@ -124,7 +124,9 @@ def run(options: TrainOptions) -> int:
 def _start(options: TrainOptions) -> tuple[Run, Problem, Settings]:
     """Check the options, load the data, make the folder."""
     experiment = find_experiment(options.experiment)
-    given, config, data_dir = options.given(), options.config, options.data_dir
+    given = options.given()
+    config = options.config
+    data_dir = options.data_dir
     problem = build_problem(experiment, asked(experiment, config, given), data_dir)
     settings = resolve(
         experiment, config, given, problem.num_examples, problem.num_parameters, problem.noise
@@ -205,7 +207,9 @@ class _Training(Session):
 
 def _train(run: Run, session: _Training, started: float) -> int:
     """Train until something stops it, and say what did."""
-    name, trainer, steps = run.config["experiment"], session.trainer, session.settings.steps
+    name = run.config["experiment"]
+    trainer = session.trainer
+    steps = session.settings.steps
     with make_reporter(name, steps, trainer.step) as session.reporter:
         stopped_by = session.run()
     session.save()
@@ -231,7 +235,9 @@ def _finish(run: Run, session: Session, started: float) -> None:
     from forwax.lab import style
     from forwax.lab.pictures import curves
 
-    config, settings, rows = run.config, session.settings, run.metrics()
+    config = run.config
+    settings = session.settings
+    rows = run.metrics()
     rule = RULES[settings.rule]
     last = [row for row in rows if "test_accuracy" in row][-1]
     losses = [row["loss"] for row in rows if "loss" in row][-100:]

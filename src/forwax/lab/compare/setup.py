@@ -211,7 +211,8 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, Examples]:
     if not 1 <= count < total:
         raise UsageError(f"--validation-examples must be from 1 to {total - 1}, got {count}.")
     order = np.random.default_rng(0).permutation(total)
-    held, kept = np.sort(order[:count]), np.sort(order[count:])
+    held = np.sort(order[:count])
+    kept = np.sort(order[count:])
     return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
         images[held],
         labels[held],
@@ -224,7 +225,8 @@ def _settings(
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
     own = {"steps": options.steps, "batch_size": options.batch_size}
     given = {**rule.given} | {name: value for name, value in own.items() if value is not None}
-    num_examples, num_parameters = problem.num_examples, problem.num_parameters
+    num_examples = problem.num_examples
+    num_parameters = problem.num_parameters
     settings = resolve(
         experiment, options.configuration, given, num_examples, num_parameters, problem.noise
     )

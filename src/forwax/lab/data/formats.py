@@ -95,11 +95,15 @@ def decode_cifar(content: bytes) -> tuple[np.ndarray, ...]:
         >>> images.shape, images[0, 0, 0].tolist(), labels.tolist()
         ((1, 32, 32, 3), [255, 0, 0], [9])
     """
-    count = math.ceil(len(content) / CIFAR_RECORD)
-    _check_length(content, count * CIFAR_RECORD, f"in records of {CIFAR_RECORD}")
+    _check_length(
+        content,
+        math.ceil(len(content) / CIFAR_RECORD) * CIFAR_RECORD,
+        f"in records of {CIFAR_RECORD}",
+    )
     records = np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
-    planes = records[:, 1:].reshape(-1, *CIFAR_SHAPE)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), records[:, 0].astype(np.int32)
+    return np.ascontiguousarray(
+        records[:, 1:].reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)
+    ), records[:, 0].astype(np.int32)
 
 
 def _check_length(content: bytes, expected: int, why: str) -> None:

@@ -280,9 +280,10 @@ def _download(source: Source, url: str, target: Path) -> Path:
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
     ) as progress:
-        bar = _Bar(progress, target.name)
         # pooch takes any bar of this shape, but its types say bool
-        fetch_to = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=30)  # pyright: ignore[reportArgumentType]
+        fetch_to = pooch.HTTPDownloader(
+            progressbar=_Bar(progress, target.name), chunk_size=1 << 16, timeout=30
+        )  # pyright: ignore[reportArgumentType]
         try:
             fetch_to(url, str(target), None)
         except OSError as error:

@@ -104,9 +104,11 @@ def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Any]:
             rate = plan.learning_rate * jnp.exp(-plan.decay * i)
             return x - rate * gradient, (value, x if planar else None)
 
-        keys = jax.random.split(key, plan.iterations)
-        indices = jnp.arange(plan.iterations, dtype=float)
-        last, (values, points) = jax.lax.scan(body, jnp.array(plan.start), (keys, indices))
+        last, (values, points) = jax.lax.scan(
+            body,
+            jnp.array(plan.start),
+            (jax.random.split(key, plan.iterations), jnp.arange(plan.iterations, dtype=float)),
+        )
         values = jnp.append(values, plan.function(last))
         return values, jnp.concatenate([points, last[None]]) if planar else None, last
 
@@ -129,8 +131,7 @@ def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
     >>> print(f"{runs.final[0]:.1e}")
     5.6e-05
     """
-    traces = jax.jit(jax.vmap(one_run(plan, rule)))(keys)
-    return Descent(*jax.tree.map(np.asarray, traces))
+    return Descent(*jax.tree.map(np.asarray, jax.jit(jax.vmap(one_run(plan, rule)))(keys)))
 
 
 def measure(
@@ -140,8 +141,12 @@ def measure(
 
     Example: `measure(plan, [fx.Backprop(), fx.WeightPerturbation()], key)[1].seconds`.
     """
-    total = dataclasses.replace(plan.function, name="sum", formula=jnp.sum)
-    plans = (plan, dataclasses.replace(plan, function=total))
+    plans = (
+        plan,
+        dataclasses.replace(
+            plan, function=dataclasses.replace(plan.function, name="sum", formula=jnp.sum)
+        ),
+    )
     seconds = seconds_of([one_run(each, rule) for rule in rules for each in plans], key, repeats)
     return [Timing(*pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 

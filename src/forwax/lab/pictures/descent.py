@@ -79,8 +79,7 @@ def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum:
     text = label(name)
     if descent.non_finite:
         text += f"\n{descent.non_finite} of {len(values)} runs not finite"
-    median = np.median(values, axis=0)
-    axes.plot(x, _positive(median), label=text, **look)
+    axes.plot(x, _positive(np.median(values, axis=0)), label=text, **look)
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
@@ -90,8 +89,10 @@ def _positive(values: np.ndarray) -> np.ndarray:
 
 def _thinned(length: int) -> np.ndarray:
     """Return the indices that are drawn: all early ones, and evenly spaced ones after."""
-    later = np.linspace(0, length - 1, min(length, MOST_POINTS))
-    return np.union1d(np.arange(min(length, 300)), later.astype(int))
+    return np.union1d(
+        np.arange(min(length, 300)),
+        np.linspace(0, length - 1, min(length, MOST_POINTS)).astype(int),
+    )
 
 
 def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
@@ -162,9 +163,9 @@ def _frame(plan: Plan, points: np.ndarray) -> np.ndarray:
     """Return the corners around start, ways in the domain, and the minimum found, [2, 2]."""
     domain = np.array([plan.function.lower, plan.function.upper])
     inside = np.all((points >= domain[0]) & (points <= domain[1]), axis=1)
-    ways = np.array([plan.start, *points[inside]])
+    ways = np.vstack([plan.start, points[inside]])
     found = min(plan.function.minima, key=lambda minimum: math.dist(minimum, ways[-1]))
-    ways = np.array([*ways, found])
+    ways = np.vstack([ways, found])
     lower = ways.min(axis=0)
     upper = ways.max(axis=0)
     margin = np.maximum(0.15 * np.ptp(ways, axis=0), 0.04 * np.ptp(domain, axis=0))

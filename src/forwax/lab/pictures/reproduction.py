@@ -37,8 +37,12 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
         runs = [run for run in results.get(entry.name, ()) if run["finite"]]
         if runs:
             count = min(len(run["epochs"]) for run in runs)
-            errors = np.mean([run["test_errors"][:count] for run in runs], axis=0)
-            axes.plot(runs[0]["epochs"][:count], errors, label=entry.name, **_look(entry))
+            axes.plot(
+                runs[0]["epochs"][:count],
+                np.mean([run["test_errors"][:count] for run in runs], axis=0),
+                label=entry.name,
+                **_look(entry),
+            )
     axes.set(xlabel="epochs", ylabel="test error, %", xscale="log", yscale="log")
     style.plain_numbers(axes.xaxis)
     style.plain_numbers(axes.yaxis, minor_digits="235")

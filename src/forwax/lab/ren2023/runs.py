@@ -128,7 +128,8 @@ class _Epochs(Session):
 
 def _summary(run: Run, session: Session, finite: bool) -> Json:
     rows = [row for row in run.metrics() if "test_error" in row]
-    problem, seconds = session.problem, session.seconds
+    problem = session.problem
+    seconds = session.seconds
     train_error = None
     if finite:  # without noise or augmentation
         accuracy = Scorer(problem, problem.train)(session.trainer.state.params)[1]

@@ -25,8 +25,11 @@ from forwax.lab.report import Json, write_json
 from forwax.lab.training.problem import Problem
 from forwax.lab.training.step import TrainState, init_state
 
-CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
-CURVES, CHECKPOINTS = "curves.png", "checkpoints"
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CURVES = "curves.png"
+CHECKPOINTS = "checkpoints"
 
 KEEP = 2
 """How many checkpoints stay; the one before the last is the way back from a damaged disk."""

@@ -181,8 +181,8 @@ class Program:
             seed: the seed of everything.
             state: a state to go on from; its memory is given away.
         """
-        state = self._init(np.uint32(seed)) if state is None else state
-        carry = _carry(state, self.problem.num_examples)
+        begun = self._init(np.uint32(seed)) if state is None else state
+        carry = _carry(begun, self.problem.num_examples)
         if self._where is not None:
             carry = jax.device_put(carry, self._where)
         return Trainer(self, learning_rate, seed, carry)

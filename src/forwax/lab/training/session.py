@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from forwax.lab import report
+from forwax.lab.report import Json
 from forwax.lab.training.folder import Files
 from forwax.lab.training.program import MAX_BLOCK, Block, Trainer
 from forwax.lab.training.progress import Reporter
@@ -22,7 +23,9 @@ from forwax.lab.training.progress import Reporter
 BLOCK_SECONDS = 0.25
 """How long a block of steps should take, so that Ctrl-C is answered within half a second."""
 
-INTERRUPTED, TERMINATED, NOT_FINITE = 130, 143, 3
+INTERRUPTED = 130
+TERMINATED = 143
+NOT_FINITE = 3
 """Exit codes: stopped by Ctrl-C, by a termination, by a loss that is not finite."""
 
 
@@ -149,7 +152,7 @@ class Session:
                 saved = time.monotonic()
         return None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Json:
         """Give what every summary tells of the time, the memory and the machine."""
         program = self.trainer.program
         return {

@@ -14,7 +14,9 @@ from forwax.lab.training.program import MAX_BLOCK, Program, loops_well
 LOSS = "loss"
 """The name under which the time of evaluating the loss once is given."""
 
-ROUNDS, BLOCK_SECONDS, TOTAL_SECONDS = 15, 0.2, 60.0
+ROUNDS = 15
+BLOCK_SECONDS = 0.2
+TOTAL_SECONDS = 60.0
 """How many rounds over all rules; how long one measurement, and all of them, should last."""
 
 Run = Callable[[int], object]
@@ -57,7 +59,7 @@ def _evaluations(program: Program) -> Run:
 
     @jax.jit
     def evaluate(first: int, count: int, params: Any, images: Array, labels: Array) -> Array:
-        def add(i: Array, total: Array) -> Array:
+        def add(i: Any, total: Array) -> Array:
             rows = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)
             return total + losses(params, images[rows], labels[rows])[0].mean()
 
