@@ -1,7 +1,5 @@
 """What commands leave behind: tables, files that are whole or absent, what a result rests on."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -11,11 +11,9 @@ global state. Draw inside a function decorated with `styled`; save with `save`::
         return figure
 """
 
-import functools
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import matplotlib
 from cycler import cycler
@@ -23,20 +21,6 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from forwax.lab.report import replacing
-
-__all__ = [
-    "PALETTE",
-    "SETTINGS",
-    "colour",
-    "headline",
-    "new_figure",
-    "plain_numbers",
-    "save",
-    "styled",
-]
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 INK = "#22283a"
 MUTED = "#6b7385"
@@ -103,15 +87,9 @@ SETTINGS: dict[Any, Any] = {
 """The matplotlib settings that `styled` and `save` apply for their own duration."""
 
 
-def styled(draw: Callable[P, T]) -> Callable[P, T]:
-    """Return `draw` with `SETTINGS` in force while it runs; the caller's own come back after it."""
-
-    @functools.wraps(draw)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        with matplotlib.rc_context(SETTINGS):
-            return draw(*args, **kwargs)
-
-    return wrapper
+# a context manager that decorates is made anew for each call
+styled = matplotlib.rc_context(SETTINGS)
+"""Decorates a function: `SETTINGS` are in force while it runs; the caller's own come back."""
 
 
 @styled

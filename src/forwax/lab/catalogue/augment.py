@@ -63,12 +63,9 @@ def two_views(key: Array, images: Array) -> tuple[Array, Array]:
     >>> x.shape, y.shape
     ((2, 8, 8, 3), (2, 8, 8, 3))
     """
-    first, second = jax.random.split(key)
+    first, second = (jax.random.split(each, len(images)) for each in jax.random.split(key))
     views = jax.vmap(view, in_axes=(0, 0, None))
-    return (
-        views(jax.random.split(first, len(images)), images, FIRST_VIEW),
-        views(jax.random.split(second, len(images)), images, SECOND_VIEW),
-    )
+    return views(first, images, FIRST_VIEW), views(second, images, SECOND_VIEW)
 
 
 def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> Array:
@@ -88,7 +85,8 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
         x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x, augmentation), x)
         x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
     x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
-    return _sometimes(whether[5], augmentation.solarise, jnp.where(x < 0.5, x, 1 - x), x)
+    solarised = jnp.minimum(x, 1 - x)
+    return _sometimes(whether[5], augmentation.solarise, solarised, x)
 
 
 def flip(key: Array, image: Array) -> Array:
@@ -127,8 +125,8 @@ def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
     area = jax.random.uniform(for_area, minval=least_area, maxval=1.0)
     widest = math.log(4 / 3)
     ratio = jnp.exp(jax.random.uniform(for_ratio, minval=-widest, maxval=widest))
-    sides = jnp.sqrt(area * jnp.stack([ratio, 1 / ratio]))
-    sides = jnp.minimum(sides, 1.0)  # [2], shares of the image's
+    # shares of the image's, [2]
+    sides = jnp.minimum(jnp.sqrt(area * jnp.stack([ratio, 1 / ratio])), 1.0)
     corner = jax.random.uniform(for_place, (2,)) * (1 - sides)
     corner *= jnp.array(image.shape[:2], image.dtype)
     return jax.image.scale_and_translate(
@@ -147,19 +145,11 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
     >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
     (4, 4, 3)
     """
-    most = jnp.array(
-        [
-            augmentation.brightness,
-            augmentation.contrast,
-            augmentation.saturation,
-            augmentation.hue,
-        ]
-    )
-    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0) * most
-    x = image + brightness
-    x = _away(x, jnp.mean(_grey(x)), contrast)
-    x = _away(x, _grey(x), saturation)
-    x = _turn(x, 2 * jnp.pi * hue)
+    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0)
+    x = image + augmentation.brightness * brightness
+    x = _away(x, jnp.mean(_grey(x)), augmentation.contrast * contrast)
+    x = _away(x, _grey(x), augmentation.saturation * saturation)
+    x = _turn(x, 2 * jnp.pi * (augmentation.hue * hue))
     return jnp.clip(x, 0.0, 1.0)
 
 
@@ -176,8 +166,8 @@ def blur(key: Array, image: Array) -> Array:
     reach = max(1, image.shape[0] // 20)
 
     def band(size: int) -> Array:
-        position = jnp.arange(size)
-        distance = position[:, None] - position[None, :]
+        position = jnp.arange(size, dtype=width.dtype)
+        distance = jnp.subtract.outer(position, position)
         weights = jnp.exp(-(distance**2) / (2 * width**2))
         weights = jnp.where(jnp.abs(distance) <= reach, weights, 0.0)
         return weights / jnp.sum(weights, axis=1, keepdims=True)

@@ -9,14 +9,17 @@ CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import equinox as eqx
 import jax
 
 from forwax.lab.catalogue.settings import Settings
+from forwax.lab.report import Json
 from forwax.models import LocalMixer, ren2023
 from forwax.models.local_mixer import SIZES
+
+ModelFactory = Callable[[tuple[int, int, int], int, jax.Array], eqx.Module]
+"""From (the shape of one image, the number of classes, a key) to a model of one example."""
 
 PROJECTION = 128
 """The size of contrastive projectors."""
@@ -85,14 +88,13 @@ def _column(
     """
     rates: dict[str, float] = {}
     longer: dict[str, int] = {}
-    for words in map(str.split, rows.strip().splitlines()):
-        row, rate, *rest = words
-        kind = row.removeprefix("*")
-        of_kind = [rule for rule, reading in ren2023.READINGS.items() if reading.kind == kind]
-        for each in [row] if kind == row else of_kind:
+    for line in rows.strip().splitlines():
+        row, rate, *own = line.split()
+        of_kind = [rule for rule, reading in ren2023.READINGS.items() if f"*{reading.kind}" == row]
+        for each in of_kind or [row]:
             rates[each] = float(rate)
-            for own in rest:
-                longer[each] = int(own)
+            if own:
+                longer[each] = int(own[0])
     return Column(name, title, epochs, settings, rates, longer, warm_up)
 
 
@@ -249,11 +251,8 @@ def row_of(settings: Settings) -> str:
     >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'
     """
-    return (
-        f"{settings.rule}:{settings.num_tangents}"
-        if (settings.num_tangents or 1) > 1
-        else settings.rule
-    )
+    is_several = (settings.num_tangents or 1) > 1
+    return f"{settings.rule}:{settings.num_tangents}" if is_several else settings.rule
 
 
 def learning_rate(settings: Settings) -> float:
@@ -289,9 +288,7 @@ def configurations() -> dict[str, Settings]:
     return found
 
 
-def build_model(
-    settings: Settings,
-) -> Callable[[tuple[int, int, int], int, jax.Array], eqx.Module]:
+def build_model(settings: Settings) -> ModelFactory:
     """Give the model factory of the settings' size and objective.
 
     >>> model = build_model(COLUMNS["mnist-m"].settings)((28, 28, 1), 10, jax.random.key(0))
@@ -299,7 +296,7 @@ def build_model(
     429076
     """
     size = settings.size or COLUMNS[DEFAULT].settings.size or ""
-    options: dict[str, Any] = dict(SIZES[size].options)
+    options: Json = dict(SIZES[size].options)
     if settings.objective == "contrastive":
         options["projection"] = PROJECTION
     return lambda shape, classes, key: LocalMixer(shape, classes, **options, key=key)

@@ -12,16 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import equinox as eqx
-import jax
-
 from forwax.lab.catalogue import columns, objectives, optimizers
-from forwax.lab.catalogue.objectives import Gradient, Scale
+from forwax.lab.catalogue.columns import ModelFactory
+from forwax.lab.catalogue.objectives import Objective
 from forwax.lab.catalogue.settings import Settings
 from forwax.models import MLP, ConvNet
-
-ModelFactory = Callable[[tuple[int, int, int], int, jax.Array], eqx.Module]
-"""From (the shape of one image, the number of classes, a key) to a model of one example."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class Experiment:
     specialise: Callable[[Experiment, Settings], Experiment] | None = None
     suggested_rate: Callable[[Settings], float] | None = None
     suggested_epochs: Callable[[Settings], float] | None = None
-    gradient: Callable[[Any, Scale, Settings, int], Gradient] | None = None
+    gradient: Objective | None = None
 
     def of(self, settings: Settings) -> Experiment:
         """This experiment with all that the settings decide."""

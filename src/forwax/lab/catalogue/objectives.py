@@ -40,6 +40,9 @@ Estimate = Callable[[Array, Any, Array, Array], Any]
 Gradient = Callable[[Any], Estimate]
 """From a rule to what estimates the gradient by it."""
 
+Objective = Callable[[Any, Scale, Settings, int], Gradient]
+"""From (a model's static half, pixels to inputs, settings, the largest pixel) to a gradient."""
+
 Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
 """From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
 
@@ -158,7 +161,7 @@ def contrastive(static: Any, scale: Scale, settings: Settings, largest_pixel: in
     return gradient
 
 
-GRADIENTS: Mapping[str, Callable[[Any, Scale, Settings, int], Gradient]] = {
+GRADIENTS: Mapping[str, Objective] = {
     "supervised": supervised,
     "contrastive": contrastive,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable
 
@@ -85,19 +86,15 @@ class Bench:
     def __init__(self, comparison: Comparison):
         problem = comparison.problem
         self.comparison = comparison
-        self._programs: dict[tuple[str, int], Program] = {}
+        self._program = functools.cache(self._compiled)
         self._data = jax.device_put(problem.train)
         self._validation = Scorer(problem, comparison.validation)
         self._test = Scorer(problem, problem.test)
 
-    def _program(self, name: str, steps: int) -> Program:
-        if (name, steps) not in self._programs:
-            settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
-            print(f"Compiling {name} for {steps:,} steps.", flush=True)
-            self._programs[name, steps] = build_program(
-                self.comparison.problem, settings, self._data
-            )
-        return self._programs[name, steps]
+    def _compiled(self, name: str, steps: int) -> Program:
+        settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
+        print(f"Compiling {name} for {steps:,} steps.", flush=True)
+        return build_program(self.comparison.problem, settings, self._data)
 
     def timing(self) -> Json:
         """Measure the time of a step under every rule, and gather the compiled memory."""

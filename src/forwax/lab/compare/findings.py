@@ -9,6 +9,8 @@ to touch backprop's best validation loss.
 """
 
 import math
+import statistics
+from itertools import zip_longest
 
 import numpy as np
 
@@ -57,9 +59,7 @@ def gather(
     is_given = target_loss is not None
     target = target_loss if is_given else default_target(found)
     for each in found.values():
-        step = None if target is None else settled_step(each["curve"], target)
-        each |= _reached(each, step, "target")
-    for each in found.values():
+        each |= _reached(each, settled_step(each["curve"], target), "target")
         each |= _against(each, found.get("backprop"))
     return {
         "loss_seconds": seconds[LOSS],
@@ -98,15 +98,10 @@ def median_curve(runs: list[Json]) -> tuple[list[int], list[float]]:
     ([0, 5], [2.0, 1.0])
     """
     steps = max((run["steps"] for run in runs), key=len)
-    rows = np.full((len(runs), len(steps)), np.nan)
-    for row, run in zip(rows, runs, strict=True):
-        losses = run["validation_losses"]
-        row[: len(losses)] = losses
-    rows[np.isnan(rows)] = np.inf
-    with np.errstate(invalid="ignore"):
-        median = np.median(rows, axis=0)
-    # the mean of two infinities is none of NumPy's numbers
-    return steps, np.where(np.isnan(median), np.inf, median).tolist()
+    losses = zip_longest(*(run["validation_losses"] for run in runs))
+    by_step = ([math.inf if loss is None else loss for loss in of_runs] for of_runs in losses)
+    # NumPy's median of infinities is not a number
+    return steps, list(map(statistics.median, by_step))
 
 
 def default_target(found: dict[str, Json]) -> float | None:
@@ -125,31 +120,35 @@ def default_target(found: dict[str, Json]) -> float | None:
     return float(f"{math.ceil(largest / unit) * unit:.6g}")
 
 
-def first_touch(curve: Json, target: float) -> int | None:
-    """Give the first evaluated step at which the loss is at most the target, or None.
+def first_touch(curve: Json, target: float | None) -> int | None:
+    """Give the first evaluated step at which the loss is at most the target, if any, or None.
 
     >>> first_touch({"steps": [0, 5, 10], "validation_losses": [2.0, 1.0, 1.5]}, 1.0)
     5
     """
-    return _first(curve, _at_most(curve, target))
+    return next((step for step, is_low in _lows(curve, target) if is_low), None)
 
 
-def settled_step(curve: Json, target: float) -> int | None:
+def settled_step(curve: Json, target: float | None) -> int | None:
     """Give the first evaluated step from which on the loss stays at most the target, or None.
 
     >>> settled_step({"steps": [0, 5, 10, 15], "validation_losses": [2.0, 1.0, 1.5, 0.9]}, 1.0)
     15
     """
-    # True where all that follow are
-    return _first(curve, np.logical_and.accumulate(_at_most(curve, target)[::-1])[::-1])
+    settled = None
+    for step, is_low in reversed(_lows(curve, target)):
+        if not is_low:
+            break
+        settled = step
+    return settled
 
 
-def _at_most(curve: Json, target: float) -> np.ndarray:
-    return np.array(curve["validation_losses"], float) <= target  # a missing loss is not
-
-
-def _first(curve: Json, holds: np.ndarray) -> int | None:
-    return curve["steps"][int(np.argmax(holds))] if holds.any() else None
+def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
+    """Give each step with whether the loss is at most the target; a missing one is not."""
+    points = zip(curve["steps"], curve["validation_losses"], strict=True)
+    if target is None:
+        return []
+    return [(step, loss is not None and loss <= target) for step, loss in points]
 
 
 def _reached(each: Json, step: int | None, what: str) -> dict[str, float | str]:
@@ -163,9 +162,7 @@ def _against(each: Json, reference: Json | None) -> Json:
     if reference is None:
         return {"time_ratio": None, "T_ratio": None}
     best = reference["best_validation_loss"]
-    ours, theirs = (
-        None if best is None else first_touch(rule["curve"], best) for rule in (each, reference)
-    )
+    ours, theirs = (first_touch(rule["curve"], best) for rule in (each, reference))
     time_ratio = each["seconds_per_step"] / reference["seconds_per_step"]
     return {
         "time_ratio": time_ratio,

@@ -34,15 +34,17 @@ def next_rate(tried: Tried, suggested: float) -> float:
     if len(tried) < 2:
         return suggested * FACTOR ** len(tried)
     rates = [rate for rate, _ in sorted(tried)]
-    at = rates.index(best_rate(tried))
+    best = best_rate(tried)
+    at = rates.index(best)
     if at == 0:
-        return rates[0] / FACTOR
-    if at == len(rates) - 1:
-        return rates[-1] * FACTOR
-    below = rates[at] / rates[at - 1]
-    above = rates[at + 1] / rates[at]
-    low = at if above >= below * (1 - 1e-9) else at - 1
-    return math.sqrt(rates[low] * rates[low + 1])
+        return best / FACTOR
+    if best == rates[-1]:
+        return best * FACTOR
+    below = rates[at - 1]
+    above = rates[at + 1]
+    # equal gaps differ in their last digits
+    is_wider_above = above / best >= best / below * (1 - 1e-9)
+    return math.sqrt(best * (above if is_wider_above else below))
 
 
 def best_rate(tried: Tried) -> float:
@@ -75,14 +77,8 @@ def search(
 
 def pairs(candidates: list[Candidate]) -> Tried:
     """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
-    losses = [each["validation_loss"] for each in candidates]
-    return list(
-        zip(
-            [each["learning_rate"] for each in candidates],
-            [math.inf if loss is None else loss for loss in losses],
-            strict=True,
-        )
-    )
+    found = ((each["learning_rate"], each["validation_loss"]) for each in candidates)
+    return [(rate, math.inf if loss is None else loss) for rate, loss in found]
 
 
 def edge_note(candidates: list[Candidate]) -> str | None:
@@ -91,12 +87,12 @@ def edge_note(candidates: list[Candidate]) -> str | None:
     >>> edge_note([{"learning_rate": 1.0, "validation_loss": None}])
     'no rate stayed finite'
     """
-    tried = pairs(candidates)
-    if all(loss == math.inf for _, loss in tried):
+    if all(each["validation_loss"] is None for each in candidates):
         return "no rate stayed finite"
-    rates = [rate for rate, _ in tried]
-    if best_rate(tried) == min(rates):
+    tried = sorted(pairs(candidates))
+    best = best_rate(tried)
+    if best == tried[0][0]:
         return "the smallest rate tried was the best: a smaller one may be better still"
-    if best_rate(tried) == max(rates):
+    if best == tried[-1][0]:
         return "the largest rate tried was the best: a larger one may be better still"
     return None

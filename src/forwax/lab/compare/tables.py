@@ -15,10 +15,8 @@ COLUMNS = (
 )
 RATIO_COLUMNS = ("rule", "R", "R / R of backprop", "T / T of backprop")
 
-Facts = Json
 
-
-def _row(each: Facts) -> tuple[str, ...]:
+def _row(each: Json) -> tuple[str, ...]:
     """Give the cells of one rule, in the order of `COLUMNS`."""
     lost = f" ({each['non_finite']} not finite)" if each["non_finite"] else ""
     temporaries = each["temporary_bytes"]
@@ -35,7 +33,7 @@ def _row(each: Facts) -> tuple[str, ...]:
     )
 
 
-def ratio_rows(results: Facts) -> list[tuple[str, ...]]:
+def ratio_rows(results: Json) -> list[tuple[str, ...]]:
     """Give the cells of the table of the paper's ratios, in the order of `RATIO_COLUMNS`."""
     rules = results["rules"]
     reference = rules["backprop"]["R"] if "backprop" in rules else None
@@ -50,7 +48,7 @@ def ratio_rows(results: Facts) -> list[tuple[str, ...]]:
     ]
 
 
-def accuracy(each: Facts) -> str:
+def accuracy(each: Json) -> str:
     """Give the test accuracy in percent, with the standard deviation over several seeds.
 
     >>> accuracy({"test_accuracy": 0.9512, "test_accuracy_sd": 0.004})
@@ -77,7 +75,7 @@ def _fixed(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def make_tables(results: Facts) -> list[Table]:
+def make_tables(results: Json) -> list[Table]:
     """Make the table of all rules, and that of the paper's ratios."""
     seeds = len(results["seeds"])
     target = results["target_loss"]
@@ -100,14 +98,14 @@ def make_tables(results: Facts) -> list[Table]:
     ]
 
 
-def markdown(results: Facts) -> str:
+def markdown(results: Json) -> str:
     """Write the tables and the notes in markdown."""
     parts = [f"{table.title}\n\n{table.markdown()}" for table in make_tables(results)]
     parts.append("\n".join(f"- {note}" for note in notes(results)))
     return "\n\n".join(parts) + "\n"
 
 
-def notes(results: Facts) -> list[str]:
+def notes(results: Json) -> list[str]:
     """Say what was searched, which choices lie at an edge, and which rules did not stay finite."""
     search = results["search"]
     found = ["No rate was searched: every rule uses the rate of the paper."]
@@ -129,7 +127,7 @@ def notes(results: Facts) -> list[str]:
     return found
 
 
-def _tried(candidates: list[Facts]) -> str:
+def _tried(candidates: list[Json]) -> str:
     """Tell every candidate's rate with its validation loss, from the smallest rate on."""
     tried = sorted((each["learning_rate"], each["validation_loss"]) for each in candidates)
     return ", ".join(

@@ -196,11 +196,11 @@ def load_digits() -> DataSet:
         stratify=labels,
     )
     return DataSet(
-        name="digits",
-        train_images=images[train],
-        train_labels=labels[train],
-        test_images=images[test],
-        test_labels=labels[test],
+        "digits",
+        images[train],
+        labels[train],
+        images[test],
+        labels[test],
         num_classes=10,
         class_names=tuple("0123456789"),
         scale=16,

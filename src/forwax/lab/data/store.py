@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -68,14 +69,10 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
         return load_digits()
     source = find_source(name)
     folder = locate(source, data_dir) or fetch(source, cache_dir())
-    train_images, train_labels = _read_split(source, folder, source.train)
-    test_images, test_labels = _read_split(source, folder, source.test)
     return DataSet(
-        name=name,
-        train_images=train_images,
-        train_labels=train_labels,
-        test_images=test_images,
-        test_labels=test_labels,
+        name,
+        *_read_split(source, folder, source.train),
+        *_read_split(source, folder, source.test),
         num_classes=len(source.class_names),
         class_names=source.class_names,
         scale=255,
@@ -165,10 +162,8 @@ def _read(source: Source, folder: Path, file: str) -> bytes:
             f"Expected {file} of {source.name} in {folder}, but it is gone; run `forwax data` "
             "again."
         )
-    remedy = (
-        f"put an unchanged copy in its place, or remove {folder} and run `forwax data "
-        f"{source.name}`"
-    )
+    again = f"remove {folder} and run `forwax data {source.name}`"
+    remedy = f"put an unchanged copy in its place, or {again}"
     return _verified(source, file, path.read_bytes(), str(path), remedy)
 
 
@@ -311,8 +306,12 @@ class _Bar:
     """A rich progress bar in the shape that pooch's downloader drives."""
 
     def __init__(self, progress: Progress, label: str):
+        task = progress.add_task(label, total=None)
         self._progress = progress
-        self._task = progress.add_task(label, total=None)
+        self._task = task
+        self.update = partial(progress.advance, task)
+        self.reset = partial(progress.reset, task)
+        self.close = partial(progress.stop_task, task)
 
     @property
     def total(self) -> float | None:
@@ -321,12 +320,3 @@ class _Bar:
     @total.setter
     def total(self, size: int) -> None:
         self._progress.update(self._task, total=size or None)  # a server may not tell the size
-
-    def update(self, size: int) -> None:
-        self._progress.advance(self._task, size)
-
-    def reset(self) -> None:
-        self._progress.reset(self._task)
-
-    def close(self) -> None:
-        self._progress.stop_task(self._task)

@@ -211,7 +211,7 @@ def summarise(
     }
 
 
-def make_table(numbers: Mapping[str, Any]) -> Table:
+def make_table(numbers: Json) -> Table:
     """Return the table that compares the methods, one column each.
 
     Args:
@@ -219,7 +219,8 @@ def make_table(numbers: Mapping[str, Any]) -> Table:
     """
     methods = numbers["methods"]
     columns = [_column(method, numbers["runs"]) for method in methods.values()]
-    rows = [(title, *(column[title] for column in columns)) for title in columns[0]]
+    titles = list(columns[0])
+    rows = list(zip(titles, *(column.values() for column in columns), strict=True))
     has_lost_runs = any(method["non_finite_runs"] for method in methods.values())
     decay = f" · exp(-{numbers['decay']:g} i)" if numbers["decay"] else ""
     return Table(
@@ -227,17 +228,16 @@ def make_table(numbers: Mapping[str, Any]) -> Table:
         rows,
         title=f"{numbers['function']}, n = {numbers['n']}: {numbers['iterations']:,} iterations, "
         f"learning rate {numbers['learning_rate']:g}{decay}, {numbers['runs']} runs",
-        alarming=[list(columns[0]).index(NON_FINITE)] if has_lost_runs else (),
+        alarming=[titles.index(NON_FINITE)] if has_lost_runs else (),
     )
 
 
-def _column(method: Mapping[str, Any], runs: int) -> dict[str, str]:
+def _column(method: Json, runs: int) -> dict[str, str]:
     """Return the cells of one method by the titles of their rows."""
-    low = _show(method["low"])
-    high = _show(method["high"])
+    ends = dict.fromkeys([_show(method["low"]), _show(method["high"])])
     return {
         "final f, median": _show(method["median"]),
-        "final f, range": low if low == high else f"{low} to {high}",
+        "final f, range": " to ".join(ends),
         "distance to nearest minimum": _show(method["distance"]),
         NON_FINITE: f"{method['non_finite_runs']} of {runs}",
         "seconds per run": f"{method['seconds']:.2g}",

@@ -1,7 +1,5 @@
 """The figure of a comparison: validation loss against steps and seconds, the median thick."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -26,11 +24,7 @@ def draw(results: Json) -> Figure:
     for each in results["rules"].values():
         _draw_rule(left, each, 1.0)
         _draw_rule(right, each, each["seconds_per_step"])
-    left.set(
-        xlabel="steps",
-        ylabel="validation loss",
-        xscale="log",
-    )
+    left.set(xlabel="steps", ylabel="validation loss", xscale="log")
     left.xaxis.set_major_formatter("{x:,.0f}")
     _set_loss_axis(left, results)
     right.set(
@@ -39,15 +33,10 @@ def draw(results: Json) -> Figure:
     )
     style.plain_numbers(right.xaxis)
     if results["target_loss"] is not None:
-        _draw_target(left, results["target_loss"])
-        _draw_target(right, results["target_loss"])
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(len(labels), 2),
-    )
+        for axes in (left, right):
+            _draw_target(axes, results["target_loss"])
+    lines = left.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=min(len(results["rules"]), 2))
     rates = "the paper's rates" if results["search"] is None else "each rule at its own tuned rate"
     style.headline(figure, f"{results['experiment']}, batch {results['batch_size']}: {rates}")
     return figure
@@ -58,30 +47,19 @@ def _draw_rule(axes: Axes, each: Json, scale: float) -> None:
     count = len(each["runs"])
     if count > 1:
         for run in each["runs"]:
-            axes.plot(
-                *_points(run, scale),
-                alpha=0.35,
-                linewidth=0.7,
-                **look,
-            )
+            axes.plot(*_points(run, scale), alpha=0.35, linewidth=0.7, **look)
     label = f"{each['about']}: {tables.accuracy(each)} test accuracy"
     if each["non_finite"]:
         label += f" ({each['non_finite']} of {count} not finite)"
-    axes.plot(
-        *_points(each["curve"], scale),
-        linewidth=2.2,
-        label=label,
-        **look,
-    )
+    axes.plot(*_points(each["curve"], scale), linewidth=2.2, label=label, **look)
 
 
-def _points(curve: Json, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Give a curve's steps times the scale, and its losses, NaN where they were not finite."""
-    steps = np.array(curve["steps"], dtype=float)
-    losses = np.array(curve["validation_losses"], dtype=float)
+def _points(curve: Json, scale: float) -> np.ndarray:
+    """Give a curve's steps times the scale, and the finite ones of its losses, [2, steps]."""
+    points = np.array([curve["steps"], curve["validation_losses"]], dtype=float)
     # a logarithmic axis has no place for step 0, and a line goes on over what is left out
-    shown = np.isfinite(losses) & (steps > 0)
-    return scale * steps[shown], losses[shown]
+    shown = np.isfinite(points[1]) & (points[0] > 0)
+    return points[:, shown] * [[scale], [1.0]]
 
 
 def _set_loss_axis(axes: Axes, results: Json) -> None:

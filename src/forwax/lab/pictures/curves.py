@@ -1,7 +1,5 @@
 """The picture of one run: training loss and test accuracy against steps and against seconds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +45,7 @@ def draw_curves(rows: list[Json], title: str, colour: str = style.PALETTE["forwa
     return figure
 
 
-def save_curves(
-    rows: list[Json], title: str, path: Path, colour: str = style.PALETTE["forward"]
-) -> None:
+def save_curves(rows: list[Json], title: str, path: Path, colour: str) -> None:
     """Draw the picture and save it in one move; see `draw_curves`."""
     style.save(draw_curves(rows, title, colour), path)
 
@@ -57,42 +53,22 @@ def save_curves(
 def _draw_loss(axes: Axes, train: Columns, axis: str, colour: str) -> None:
     x = train[axis]
     loss = train["loss"]
-    axes.plot(
-        x,
-        loss,
-        color=colour,
-        alpha=0.18,
-        linewidth=0.6,
-        label="one batch",
-    )
+    axes.plot(x, loss, color=colour, alpha=0.18, linewidth=0.6, label="one batch")
     axes.plot(x, smooth(loss), color=colour, label="mean of neighbours")
     if len(loss) and np.nanmin(loss) > 0:
         axes.set_yscale("log")
 
 
 def _draw_accuracy(axes: Axes, train: Columns, test: Columns, axis: str, colour: str) -> None:
-    axes.plot(
-        train[axis],
-        smooth(train["accuracy"]),
-        color=style.PALETTE["muted"],
-        linewidth=1,
-        label="training",
-    )
-    x = test[axis]
-    accuracy = test["test_accuracy"]
-    axes.plot(
-        x,
-        accuracy,
-        color=colour,
-        marker="o",
-        markersize=3.5,
-        label="test",
-    )
+    smoothed = smooth(train["accuracy"])
+    axes.plot(train[axis], smoothed, color=style.MUTED, linewidth=1, label="training")
+    points = np.stack([test[axis], test["test_accuracy"]])
+    axes.plot(*points, color=colour, marker="o", markersize=3.5, label="test")
     axes.set_ylim(0, 1.02)
-    if len(accuracy):
+    for x, accuracy in points.T[-1:]:
         axes.annotate(
-            f"{accuracy[-1]:.1%}",
-            (x[-1], accuracy[-1]),
+            f"{accuracy:.1%}",
+            (x, accuracy),
             xytext=(0, -14),
             textcoords="offset points",
             ha="right",
@@ -115,6 +91,5 @@ def smooth(values: np.ndarray) -> np.ndarray:
     reach = len(values) // 100
     total = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    low = np.maximum(index - reach, 0)
-    high = np.minimum(index + reach + 1, len(values))
+    low, high = np.clip([index - reach, index + reach + 1], 0, len(values))
     return (total[high] - total[low]) / (high - low)

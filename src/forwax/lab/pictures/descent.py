@@ -1,5 +1,7 @@
 """The picture of ``forwax optimize``: ways over contours; loss against steps and seconds."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,11 +63,8 @@ def draw(plan: Plan, descents: Descents, timings: Timings) -> Figure:
 
 def _look(name: str) -> Json:
     """Return the look of a method's median, backprop's above the others."""
-    return {
-        "color": style.colour(name),
-        "linewidth": 2.4,
-        "zorder": 4 if name == "backprop" else 3,
-    }
+    order = 4 if name == "backprop" else 3
+    return {"color": style.colour(name), "linewidth": 2.4, "zorder": order}
 
 
 def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum: float) -> None:
@@ -98,12 +97,9 @@ def _thinned(length: int) -> np.ndarray:
 
 def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
     """Draw the ways of all runs over the contours of the function."""
-    ways = {
-        name: descent.points for name, descent in descents.items() if descent.points is not None
-    }
-    seen = np.concatenate([points.reshape(-1, 2) for points in ways.values()])
-    lower, upper = _frame(plan, seen)
-    _draw_contours(axes, plan, lower, upper)
+    ways = {name: np.array(descent.points) for name, descent in descents.items()}
+    corners = _frame(plan, np.concatenate([points.reshape(-1, 2) for points in ways.values()]))
+    _draw_contours(axes, plan, corners)
     shown = _thinned(plan.iterations + 1)
     for name, points in ways.items():
         look = _look(name)
@@ -111,15 +107,9 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
             axes.plot(*way.T, **look | THIN)
         # the run whose final value is the median, or the lower one of the two in the middle
         ranks = np.argsort(descents[name].final, kind="stable")
-        axes.plot(*points[ranks[(len(ranks) - 1) // 2], shown].T, **look)
-    axes.plot(
-        *plan.start,
-        "o",
-        color=style.INK,
-        markersize=6,
-        zorder=6,
-        label="start",
-    )
+        middle = ranks[(len(ranks) - 1) // 2]
+        axes.plot(*points[middle, shown].T, **look)
+    axes.plot(*plan.start, "o", color=style.INK, markersize=6, zorder=6, label="start")
     axes.plot(
         *np.array(plan.function.minima).T,
         "*",
@@ -131,8 +121,8 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
     )
     axes.set(
         title=f"{plan.function.name.replace('_', '-').title()}: where the runs go",
-        xlim=(lower[0], upper[0]),
-        ylim=(lower[1], upper[1]),
+        xlim=corners[:, 0],
+        ylim=corners[:, 1],
         xlabel="$x_1$",
         ylabel="$x_2$",
     )
@@ -146,9 +136,9 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
     )
 
 
-def _draw_contours(axes: Axes, plan: Plan, lower: np.ndarray, upper: np.ndarray) -> None:
+def _draw_contours(axes: Axes, plan: Plan, corners: np.ndarray) -> None:
     """Draw the function's height, evenly spaced in its logarithm."""
-    x, y = np.meshgrid(*np.linspace(lower, upper, 240).T)
+    x, y = np.meshgrid(*np.linspace(corners[0], corners[1], 240).T)
     points = np.stack([x, y], axis=-1)  # [240, 240, 2]
     heights = np.asarray(jax.vmap(jax.vmap(plan.function))(jnp.asarray(points)))
     heights = heights - plan.function.minimum
@@ -169,16 +159,14 @@ def _draw_contours(axes: Axes, plan: Plan, lower: np.ndarray, upper: np.ndarray)
     )
 
 
-def _frame(plan: Plan, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the corners around the start, the ways in the domain, and the minimum found."""
-    lowest = np.array(plan.function.lower)
-    highest = np.array(plan.function.upper)
-    ways = np.concatenate(
-        [[plan.start], points[np.all((points >= lowest) & (points <= highest), axis=1)]]
-    )
-    minima = np.array(plan.function.minima)
-    ways = np.concatenate([ways, [minima[np.argmin(np.linalg.norm(minima - ways[-1], axis=1))]]])
+def _frame(plan: Plan, points: np.ndarray) -> np.ndarray:
+    """Return the corners around start, ways in the domain, and the minimum found, [2, 2]."""
+    domain = np.array([plan.function.lower, plan.function.upper])
+    inside = np.all((points >= domain[0]) & (points <= domain[1]), axis=1)
+    ways = np.vstack([plan.start, points[inside]])
+    found = min(plan.function.minima, key=lambda minimum: math.dist(minimum, ways[-1]))
+    ways = np.vstack([ways, found])
     lower = ways.min(axis=0)
     upper = ways.max(axis=0)
-    margin = np.maximum(0.15 * (upper - lower), 0.04 * (highest - lowest))
-    return lower - margin, upper + margin
+    margin = np.maximum(0.15 * np.ptp(ways, axis=0), 0.04 * np.ptp(domain, axis=0))
+    return np.array([lower - margin, upper + margin])

@@ -1,7 +1,5 @@
 """The picture of a reproduced column: test error against epochs, one line a method."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

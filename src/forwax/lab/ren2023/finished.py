@@ -29,19 +29,19 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[J
         The rows in the order of the paper's methods, and the summaries of each row's seeds by its
         name.
     """
-    found: list[tuple[tuple[int, int, str, int], Entry, Json]] = []
+    found = {}
     for path in column.glob(f"*/{SUMMARY}"):
         run = Run.open(path.parent)
         read = _read_name(run.path.name)
         if read is not None and run.config["data_checksum"] == checksum:
             entry, seed = read
-            place = RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed
-            found.append(
-                (place, entry, run.summary() | {"learning_rate": run.config["learning_rate"]})
-            )
+            place = (RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed)
+            found[place] = run
     results: dict[str, list[Json]] = {}
-    for _, entry, summary in sorted(found, key=lambda each: each[0]):
-        results.setdefault(entry.name, []).append(summary)
+    # the place names the row and the seed, so that no two runs share one
+    for place, run in sorted(found.items()):
+        summary = run.summary() | {"learning_rate": run.config["learning_rate"]}
+        results.setdefault(place[2], []).append(summary)
     return [Entry.parse(name) for name in results], results
 
 

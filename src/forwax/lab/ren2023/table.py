@@ -3,13 +3,12 @@
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from forwax.lab.catalogue.columns import Column
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.ren2023.paper import reported
-from forwax.lab.report import Table
+from forwax.lab.report import Json, Table
 
 HEADINGS = (
     "method",
@@ -23,23 +22,19 @@ HEADINGS = (
     "seeds",
 )
 
-Summary = Mapping[str, Any]
-"""What a run's summary.json holds."""
-
-Results = Mapping[str, Sequence[Summary]]
-"""From the name of a row to the summaries of its seeds; rows that are not run yet are missing."""
+Results = Mapping[str, Sequence[Json]]
+"""From the name of a row to the summary.json of its seeds; rows that are not run are missing."""
 
 
-def _row(column: Column, entry: Entry, runs: Sequence[Summary]) -> tuple[str, ...]:
-    paper = reported(column.name, entry.rule)
+def _row(column: Column, entry: Entry, runs: Sequence[Json]) -> tuple[str, ...]:
+    paper = reported(column.name, entry.rule) or (None, None)
     kept = [run for run in runs if run["finite"]]
     lost = len(runs) - len(kept)
     return (
         entry.name,
         spread([run["test_error"] for run in kept]) + (f" ({lost} not finite)" if lost else ""),
         spread([run["train_error"] for run in kept]),
-        "-" if paper is None else f"{paper.test:.2f}",
-        "-" if paper is None or paper.train is None else f"{paper.train:.2f}",
+        *("-" if error is None else f"{error:.2f}" for error in paper),
         f"{runs[0]['learning_rate']:g}" if runs else "-",
         f"{kept[0]['epochs'][-1]:g}" if kept else "-",
         f"{statistics.median(run['seconds_per_epoch'] for run in kept):.1f}" if kept else "-",
@@ -71,7 +66,7 @@ def make_table(column: Column, entries: Sequence[Entry], results: Results) -> Ta
     return Table(HEADINGS, rows, column.title)
 
 
-def facts(settings: Settings, summary: Summary, held_out: int) -> str:
+def facts(settings: Settings, summary: Json, held_out: int) -> str:
     """Give one line on what a table rests on.
 
     Args:
