@@ -173,7 +173,7 @@ class Safe(LearningRule):
     def __post_init__(self) -> None:
         check_count("Safe", "window", self.window)
         check_count("Safe", "warm_up", self.warm_up)
-        if isinstance(self.rule, LearningRule):
+        if hasattr(self.rule, "advance"):  # a learning rule, or one of others that learns
             raise TypeError(
                 "Safe: expected a rule that stays the same from step to step, such as "
                 f"forwax.WeightPerturbation(), got {type(self.rule).__name__}, which learns: "

@@ -132,7 +132,7 @@ def test_a_server_may_unpack_on_the_way(remote, serve, datafiles):
 
 def test_the_bar_counts_what_the_downloader_reports():
     with store.Progress(disable=True) as progress:
-        bar = store._Bar(progress, "file")
+        bar = store._DownloadBar(progress, "file")
         bar.total = 0
         assert bar.total is None
         bar.total = 10

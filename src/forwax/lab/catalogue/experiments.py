@@ -77,11 +77,11 @@ class Experiment:
             settings: the run's settings.
             rule: the forwax rule.
             num_parameters: the size of the model.
-            noise: gives the number of noise coordinates of one example, see `Problem.noise`.
+            noise: gives the number of noise coordinates of one example, see `Task.noise`.
         """
         if self.suggested_rate is not None:
             return self.suggested_rate(settings)
-        drawn = noise(rule)
+        drawn = noise(rule) if settings.rule == "activity" else None
         counted = None if drawn is None else min(drawn, self.effective_noise or drawn)
         return optimizers.suggest_rate(
             settings, rule, num_parameters, self.effective_dimension, counted

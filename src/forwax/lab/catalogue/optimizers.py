@@ -191,7 +191,7 @@ def suggest_rate(
     """
     choice = OPTIMIZERS[settings.optimizer]
     k = getattr(rule, "num_tangents", None)
-    if noise is not None and isinstance(rule, fx.ActivityPerturbation):
+    if noise is not None:
         n = round(1 + max(noise - 1, 0) * DISAGREEMENT / settings.batch_size)
     scale = float(fx.suggest_learning_rate(rule, n, 1.0))
     if k is not None and effective_dimension is not None and noise is None:

@@ -144,7 +144,7 @@ def resolve(
         num_examples: the size of the training set.
         num_parameters: the number of parameters of the model.
         noise: from a rule to the number of its noise coordinates for one example; see
-            `Problem.noise`.
+            `Task.noise`.
 
     Returns:
         Settings whose learning rate, steps and evaluation interval are numbers.

@@ -16,7 +16,7 @@ from forwax.lab.catalogue.options import OneLossName, find_configuration, find_e
 from forwax.lab.catalogue.rules import build_rule, initial_guess
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import Count, CountOrNot, PathOrNot, UsageError, check_ranges
-from forwax.lab.training.problem import Problem, build_problem
+from forwax.lab.training.problem import Task, build_problem
 
 DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
 
@@ -80,7 +80,7 @@ def run(options: DiagnoseOptions) -> int:
     return 0
 
 
-def measure(problem: Problem, named: list[NamedRule], size: int, options: DiagnoseOptions) -> Any:
+def measure(problem: Task, named: list[NamedRule], size: int, options: DiagnoseOptions) -> Any:
     """Diagnose the rules on one random batch at the initial parameters; see `forwax.diagnose`."""
     init, feedback, key = jax.random.split(jax.random.key(options.seed), 3)
     params = problem.init(init)

@@ -24,7 +24,7 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import PathOrNot, Range, UsageError, check_ranges
 from forwax.lab.training.advice import advice, monitored
 from forwax.lab.training.folder import CURVES, SUMMARY, Files, Run, opened
-from forwax.lab.training.problem import Problem, build_problem
+from forwax.lab.training.problem import Task, build_problem
 from forwax.lab.training.program import Block, Scorer, build_trainer
 from forwax.lab.training.progress import make_reporter
 from forwax.lab.training.session import NOT_FINITE, Session
@@ -121,7 +121,7 @@ def run(options: TrainOptions) -> int:
                 return _train(run, session, started)
 
 
-def _start(options: TrainOptions) -> tuple[Run, Problem, Settings]:
+def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
     """Check the options, load the data, make the folder."""
     experiment = find_experiment(options.experiment)
     given = options.given()
@@ -163,7 +163,7 @@ def _told(settings: Settings) -> str:
     return ", ".join(words)
 
 
-def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Problem, Settings]:
+def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
     """Load the settings and the data that the run had."""
     config = run.config
     experiment = find_experiment(config["experiment"])
@@ -181,7 +181,7 @@ def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Problem, Settings]:
 class _Training(Session):
     """A line for each step, an evaluation every so often."""
 
-    def __init__(self, files: Files, problem: Problem, settings: Settings):
+    def __init__(self, files: Files, problem: Task, settings: Settings):
         trainer = build_trainer(problem, settings, files.state)
         steps = settings.steps
         super().__init__(trainer, {*range(0, steps, settings.eval_every or steps), steps}, files)

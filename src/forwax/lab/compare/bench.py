@@ -13,7 +13,7 @@ import numpy as np
 from forwax.lab.compare.setup import Comparison
 from forwax.lab.report import Json, finite
 from forwax.lab.training import timing
-from forwax.lab.training.program import Block, Program, Scorer, build_program
+from forwax.lab.training.program import Block, CompiledTraining, Scorer, build_program
 from forwax.lab.training.progress import make_reporter
 from forwax.lab.training.session import Session
 
@@ -43,7 +43,12 @@ class Trial(Session):
     """
 
     def __init__(
-        self, program: Program, rate: float, seed: int, score: Scorer, at_steps: Iterable[int]
+        self,
+        program: CompiledTraining,
+        rate: float,
+        seed: int,
+        score: Scorer,
+        at_steps: Iterable[int],
     ):
         super().__init__(program.start(rate, seed), at_steps)
         self.losses: list[float] = []
@@ -91,7 +96,7 @@ class Bench:
         self._validation = Scorer(problem, comparison.validation)
         self._test = Scorer(problem, problem.test)
 
-    def _compiled(self, name: str, steps: int) -> Program:
+    def _compiled(self, name: str, steps: int) -> CompiledTraining:
         settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
         print(f"Compiling {name} for {steps:,} steps.", flush=True)
         return build_program(self.comparison.problem, settings, self._data)

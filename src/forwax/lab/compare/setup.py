@@ -31,7 +31,7 @@ from forwax.lab.flags import (
 )
 from forwax.lab.report import Json
 from forwax.lab.training.folder import CONFIG, Run
-from forwax.lab.training.problem import Examples, Problem, build_problem
+from forwax.lab.training.problem import Examples, Task, build_problem
 
 PARTS = "parts"
 """The folder of the finished parts, one JSON file each."""
@@ -148,7 +148,7 @@ class Comparison:
 
     options: CompareOptions
     folder: Path
-    problem: Problem
+    problem: Task
     validation: Examples
     rules: list[NamedRule]
     settings: dict[str, Settings]
@@ -195,7 +195,7 @@ def make_ready(options: CompareOptions) -> Comparison:
     return Comparison(options, folder, problem, validation, rules, settings)
 
 
-def hold_out(problem: Problem, count: int | None) -> tuple[Problem, Examples]:
+def hold_out(problem: Task, count: int | None) -> tuple[Task, Examples]:
     """Take a validation part out of the training set, the same for all rules and seeds.
 
     Args:
@@ -220,7 +220,7 @@ def hold_out(problem: Problem, count: int | None) -> tuple[Problem, Examples]:
 
 
 def _settings(
-    options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Problem
+    options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Task
 ) -> Settings:
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
     own = {"steps": options.steps, "batch_size": options.batch_size}

@@ -282,7 +282,7 @@ def _download(source: Source, url: str, target: Path) -> Path:
         disable=not sys.stderr.isatty(),
     ) as progress:
         # pooch takes any bar of this shape, but its types say bool
-        bar: Any = _Bar(progress, target.name)
+        bar: Any = _DownloadBar(progress, target.name)
         fetch_to = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=30)
         try:
             fetch_to(url, str(target), None)
@@ -302,7 +302,7 @@ def _download(source: Source, url: str, target: Path) -> Path:
     return target
 
 
-class _Bar:
+class _DownloadBar:
     """A rich progress bar in the shape that pooch's downloader drives."""
 
     def __init__(self, progress: Progress, label: str):

@@ -11,7 +11,7 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
 from forwax.lab.report import Json, write_json
 from forwax.lab.training.folder import CHECKPOINTS, CONFIG, SUMMARY, Files, Run, opened
-from forwax.lab.training.problem import Problem
+from forwax.lab.training.problem import Task
 from forwax.lab.training.program import Block, Scorer, build_trainer
 from forwax.lab.training.session import Session, Signals
 
@@ -21,7 +21,7 @@ Tell = Callable[[str], None]
 
 def train(
     folder: Path,
-    problem: Problem,
+    problem: Task,
     settings: Settings,
     tell: Tell = print,
     signals: Signals | None = None,
@@ -63,7 +63,7 @@ def train(
     return summary
 
 
-def _open(folder: Path, problem: Problem, settings: Settings) -> Run:
+def _open(folder: Path, problem: Task, settings: Settings) -> Run:
     config = {**settings.as_dict(), "data_checksum": problem.checksum}
     if not (folder / CONFIG).exists():
         write_json(folder / CONFIG, config)
@@ -82,7 +82,7 @@ def _open(folder: Path, problem: Problem, settings: Settings) -> Run:
 class _Epochs(Session):
     """An evaluation and a line for each epoch; `begun` is the one so far, step by step."""
 
-    def __init__(self, files: Files, problem: Problem, settings: Settings, tell: Tell):
+    def __init__(self, files: Files, problem: Task, settings: Settings, tell: Tell):
         self.per_epoch = max(1, problem.num_examples // settings.batch_size)
         super().__init__(
             build_trainer(problem, settings, files.state),

@@ -22,7 +22,7 @@ import numpy as np
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
 from forwax.lab.report import Json, write_json
-from forwax.lab.training.problem import Problem
+from forwax.lab.training.problem import Task
 from forwax.lab.training.step import TrainState, init_state
 
 CONFIG = "config.json"
@@ -248,7 +248,7 @@ class Files:
 
 
 @contextmanager
-def opened(run: Run, problem: Problem, settings: Settings) -> Iterator[Files]:
+def opened(run: Run, problem: Task, settings: Settings) -> Iterator[Files]:
     """Open a run's files, its metrics cut back to its last checkpoint."""
     checkpoints = Checkpoints(run.path / CHECKPOINTS)
     metrics = Metrics(run.path)

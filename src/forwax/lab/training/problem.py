@@ -34,7 +34,7 @@ _BATCHED: dict[str, Any] = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class Task:
     """What a loop needs of an experiment.
 
     Attributes:
@@ -68,19 +68,15 @@ class Problem:
             return self.custom_gradient(rule)
         return fx.value_and_grad(self.loss, rule, **_BATCHED)
 
-    def noise(self, rule: Any) -> int | None:
+    def noise(self, rule: Any) -> int:
         """The number of noise coordinates of one example, for a rule with noise on activities."""
-        if not isinstance(rule, fx.ActivityPerturbation):
-            return None
         image, label = (jnp.asarray(x[:1]) for x in self.train)
         params = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0)))
         rows = fx.explain(self.loss, rule, **_BATCHED)(params, image, label).rows
         return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
 
-def build_problem(
-    experiment: Experiment, settings: Settings, data_dir: Path | None = None
-) -> Problem:
+def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | None = None) -> Task:
     """Load the data and make the model and its loss.
 
     Args:
@@ -99,7 +95,7 @@ def build_problem(
     return problem_of(load(settings.data or experiment.data_set, data_dir), experiment, settings)
 
 
-def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Problem:
+def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Task:
     """Make the problem of a data set that is in memory already; see `build_problem`."""
     experiment = experiment.of(settings)
     shape = data.train_images.shape[1:]
@@ -120,7 +116,7 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Pro
     params = jax.eval_shape(init, jax.random.key(0))
     scale = standardiser(data.train_images)
     gradient = experiment.gradient
-    return Problem(
+    return Task(
         init=init,
         loss=cross_entropy(static, scale, settings.dtype),
         train=(data.train_images, data.train_labels.astype(np.int32)),

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.training.problem import Examples, Problem
+from forwax.lab.training.problem import Examples, Task
 from forwax.lab.training.step import TrainState, init_state, make_step, placement, split_seed
 
 MAX_BLOCK = 4096
@@ -55,7 +55,7 @@ class _Carry(NamedTuple):
     accuracies: Array
 
 
-def make_block(problem: Problem, settings: Settings) -> Callable[..., _Carry]:
+def make_block(problem: Task, settings: Settings) -> Callable[..., _Carry]:
     """Make the function that runs `count` steps, or one at a time where `loops_well` says no.
 
     It takes (carry, count, learning rate, seed, images, labels).
@@ -100,7 +100,7 @@ def make_block(problem: Problem, settings: Settings) -> Callable[..., _Carry]:
     return block
 
 
-def loops_well(problem: Problem) -> bool:
+def loops_well(problem: Task) -> bool:
     """Say whether steps may run in a compiled loop.
 
     XLA's CPU compiler runs the gradient of a convolution about twenty times slower inside a loop
@@ -122,7 +122,7 @@ class Scorer:
     Example: `loss, accuracy = Scorer(problem, problem.test)(params)`
     """
 
-    def __init__(self, problem: Problem, examples: Examples):
+    def __init__(self, problem: Task, examples: Examples):
         self._count = len(examples[0])
         size = min(EVALUATION_BATCH, self._count)
         padding = -self._count % size
@@ -150,7 +150,7 @@ class Scorer:
 
 
 @dataclass(eq=False)
-class Program:
+class CompiledTraining:
     """The compiled block of steps of one problem and rule, for every learning rate and seed.
 
     Attributes:
@@ -162,7 +162,7 @@ class Program:
             where it does not.
     """
 
-    problem: Problem
+    problem: Task
     settings: Settings
     data: Any
     compile_seconds: float
@@ -192,7 +192,7 @@ class Program:
 class Trainer:
     """A run of a program: its rate at the start of the schedule, its seed, and where it is."""
 
-    program: Program
+    program: CompiledTraining
     learning_rate: float
     seed: int
     _carry: _Carry
@@ -251,7 +251,7 @@ def _rate(learning_rate: float) -> Array:
     return jnp.asarray(learning_rate, float)
 
 
-def build_program(problem: Problem, settings: Settings, data: Any = None) -> Program:
+def build_program(problem: Task, settings: Settings, data: Any = None) -> CompiledTraining:
     """Compile the block of steps ahead of time.
 
     Args:
@@ -287,10 +287,12 @@ def build_program(problem: Problem, settings: Settings, data: Any = None) -> Pro
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     temporaries = None if memory is None else int(memory.temp_size_in_bytes)
-    return Program(problem, settings, data, seconds, temporaries, compiled, jax.jit(init), where)
+    return CompiledTraining(
+        problem, settings, data, seconds, temporaries, compiled, jax.jit(init), where
+    )
 
 
-def build_trainer(problem: Problem, settings: Settings, state: TrainState | None = None) -> Trainer:
+def build_trainer(problem: Task, settings: Settings, state: TrainState | None = None) -> Trainer:
     """Compile a program for one run, and go to its start.
 
     Args:

@@ -9,7 +9,6 @@ import optax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import forwax as fx
 from forwax.lab.catalogue.optimizers import build_optimizer
 from forwax.lab.catalogue.rules import (
     FEEDBACK,
@@ -20,7 +19,7 @@ from forwax.lab.catalogue.rules import (
 )
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
-from forwax.lab.training.problem import Problem
+from forwax.lab.training.problem import Task
 
 
 class TrainState(NamedTuple):
@@ -53,7 +52,7 @@ def split_seed(seed: Any) -> Keys:
     return Keys(*jax.random.split(jax.random.key(seed), 3))
 
 
-def init_state(problem: Problem, settings: Settings) -> TrainState:
+def init_state(problem: Task, settings: Settings) -> TrainState:
     """Give the state before the first step.
 
     >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
@@ -69,7 +68,7 @@ def init_state(problem: Problem, settings: Settings) -> TrainState:
         params = problem.init(key)
         guess = initial_guess(settings, params, jax.random.fold_in(key, FEEDBACK))
         rule = guarded_rule(settings, guess)
-        slopes = rule.init().history if isinstance(rule, fx.Safe) else None
+        slopes = rule.init().history if rule.inner is not rule else None
         return TrainState(params, optimizer.init(params), guess, jnp.int32(0), slopes)
 
     # one program instead of one for each operation
@@ -81,7 +80,7 @@ def guarded_rule(settings: Settings, guess: Any, slopes: Any = None) -> Any:
     return guard_rule(settings, build_rule(settings, guess), slopes)
 
 
-def make_step(problem: Problem, settings: Settings) -> Any:
+def make_step(problem: Task, settings: Settings) -> Any:
     """Make one training step, not compiled.
 
     Args:
@@ -102,7 +101,7 @@ def make_step(problem: Problem, settings: Settings) -> Any:
         key = jax.random.fold_in(noise_key, state.step)
         slopes = state.slopes
         rule = guarded_rule(settings, state.guess, slopes)
-        if isinstance(rule, fx.Safe) and problem.custom_gradient is None:
+        if rule.inner is not rule and problem.custom_gradient is None:
             (loss, correct), grads, rule = rule.step(
                 problem.loss, has_aux=True, in_axes=(None, 0, 0)
             )(key, state.params, images, labels)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from forwax._reports.timing import interleaved, seconds_of
-from forwax.lab.training.program import MAX_BLOCK, Program, loops_well
+from forwax.lab.training.program import MAX_BLOCK, CompiledTraining, loops_well
 
 LOSS = "loss"
 """The name under which the time of evaluating the loss once is given."""
@@ -23,7 +23,7 @@ Run = Callable[[int], object]
 """Does so many steps."""
 
 
-def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def measure(programs: dict[str, CompiledTraining], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Measure the seconds of a step under each rule, and of evaluating the loss of a batch.
 
     One round measures each in turn, so that a change of the machine's load meets all of them alike.
@@ -46,7 +46,7 @@ def measure(programs: dict[str, Program], rounds: int = ROUNDS) -> dict[str, lis
     return {name: (times / counts[name]).tolist() for name, times in seconds.items()}
 
 
-def _evaluations(program: Program) -> Run:
+def _evaluations(program: CompiledTraining) -> Run:
     """Evaluate the mean loss of batch after batch, in a compiled loop where the steps have one."""
     problem = program.problem
     batch_size = program.settings.batch_size
