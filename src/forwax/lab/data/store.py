@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import numpy as np
 import pooch
@@ -281,9 +282,8 @@ def _download(source: Source, url: str, target: Path) -> Path:
         disable=not sys.stderr.isatty(),
     ) as progress:
         # pooch takes any bar of this shape, but its types say bool
-        fetch_to = pooch.HTTPDownloader(
-            progressbar=_Bar(progress, target.name), chunk_size=1 << 16, timeout=30
-        )  # pyright: ignore[reportArgumentType]
+        bar: Any = _Bar(progress, target.name)
+        fetch_to = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=30)
         try:
             fetch_to(url, str(target), None)
         except OSError as error:
