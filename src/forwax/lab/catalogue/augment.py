@@ -145,11 +145,19 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
     >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
     (4, 4, 3)
     """
-    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0)
-    x = image + augmentation.brightness * brightness
-    x = _away(x, jnp.mean(_grey(x)), augmentation.contrast * contrast)
-    x = _away(x, _grey(x), augmentation.saturation * saturation)
-    x = _turn(x, 2 * jnp.pi * (augmentation.hue * hue))
+    most = jnp.array(
+        [
+            augmentation.brightness,
+            augmentation.contrast,
+            augmentation.saturation,
+            augmentation.hue,
+        ]
+    )
+    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0) * most
+    x = image + brightness
+    x = _away(x, jnp.mean(_grey(x)), contrast)
+    x = _away(x, _grey(x), saturation)
+    x = _turn(x, 2 * jnp.pi * hue)
     return jnp.clip(x, 0.0, 1.0)
 
 
