@@ -9,7 +9,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start, too
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+    "1"  # for processes that tests start, too
+)
 
 import subprocess
 import sys

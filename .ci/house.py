@@ -96,7 +96,9 @@ def read(path: Path) -> Source:
     text = path.read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(text)))
     tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    comments = [token.string.strip("# ") for token in tokens if token.type == tokenize.COMMENT]
+    comments = [
+        token.string.strip("# ") for token in tokens if token.type == tokenize.COMMENT
+    ]
     code = {
         line
         for token in tokens
@@ -166,7 +168,9 @@ def share_of_comments(core: Sequence[Source]) -> Figure:
 
 def share_of_packed_assignments(core: Sequence[Source]) -> Figure:
     """Assignments such as `a, b = c, d`, as a share of all; swaps and unpacking are none."""
-    assignments = [(s, node) for s in core for node in s.nodes if isinstance(node, ast.Assign)]
+    assignments = [
+        (s, node) for s in core for node in s.nodes if isinstance(node, ast.Assign)
+    ]
     places = [source.at(node.lineno) for source, node in assignments if is_packed(node)]
     share = percent(len(places), len(assignments))
     return Figure("packed assignments in the core, %", share, places)
@@ -210,7 +214,9 @@ def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, source: Source) 
     """Lines of a function, its docstring and blank lines aside."""
     first = function.body[0]
     docstring = lines_of(first) if is_bare_string(first) else ()
-    texts = [source.lines[line - 1] for line in lines_of(function) if line not in docstring]
+    texts = [
+        source.lines[line - 1] for line in lines_of(function) if line not in docstring
+    ]
     return sum(bool(text.strip()) for text in texts)
 
 
@@ -239,7 +245,9 @@ def scan_layouts(sources: Sequence[Source]) -> Figure:
 def class_questions(sources: Sequence[Source]) -> Figure:
     """Calls that ask for the class of a rule or of tangents, where the value should be asked."""
     classes = derived(sources, {"Rule", "Tangents"})
-    calls = [(s, node) for s in sources for node in s.nodes if isinstance(node, ast.Call)]
+    calls = [
+        (s, node) for s in sources for node in s.nodes if isinstance(node, ast.Call)
+    ]
     lines = {
         source.at(call.lineno)
         for source, call in calls
@@ -247,7 +255,9 @@ def class_questions(sources: Sequence[Source]) -> Figure:
         and classes.intersection(map(last_name, ast.walk(call.args[1])))
     }
     places = sorted(lines)
-    return Figure("isinstance on the class of a rule or of tangents", len(places), places)
+    return Figure(
+        "isinstance on the class of a rule or of tangents", len(places), places
+    )
 
 
 def derived(sources: Sequence[Source], classes: set[str]) -> set[str]:
@@ -274,13 +284,19 @@ def names_declared_twice(sources: Sequence[Source]) -> Figure:
     places: dict[str, list[str]] = {}
     for source, node in declarations(sources):
         places.setdefault(node.name.lstrip("_"), []).append(source.at(node.lineno))
-    twice = [f"{name}: {', '.join(found)}" for name, found in places.items() if len(found) > 1]
+    twice = [
+        f"{name}: {', '.join(found)}"
+        for name, found in places.items()
+        if len(found) > 1
+    ]
     return Figure("class names declared twice", len(twice), twice)
 
 
 def declarations(sources: Sequence[Source]) -> list[tuple[Source, ast.ClassDef]]:
     """Every class statement."""
-    return [(s, node) for s in sources for node in s.nodes if isinstance(node, ast.ClassDef)]
+    return [
+        (s, node) for s in sources for node in s.nodes if isinstance(node, ast.ClassDef)
+    ]
 
 
 def greatest(name: str, values: Sequence[tuple[float, str]]) -> Figure:
@@ -311,13 +327,17 @@ def over_limit(figures: Sequence[Figure]) -> list[Figure]:
 def main() -> int:
     """Print the figures; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a figure is over")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 when a figure is over"
+    )
     check = parser.parse_args().check
     figures = all_figures([read(path) for path in sorted(PACKAGE.rglob("*.py"))])
     over = over_limit(figures)
     for figure in figures:
         mark = "  over" if figure in over else ""
-        print(f"{figure.name:<50}{figure.value:>10,.2f}  of {LIMITS[figure.name]:>9,}{mark}")
+        print(
+            f"{figure.name:<50}{figure.value:>10,.2f}  of {LIMITS[figure.name]:>9,}{mark}"
+        )
     for figure in over:
         print(f"\nover: {figure.name}", *figure.places, sep="\n  ")
     return int(check and bool(over))

@@ -38,17 +38,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument(
-        "--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="some sections"
+        "--quick", action="store_true", help="small sizes and few rounds"
     )
-    parser.add_argument("--rounds", type=int, help="rounds of the shortest programs (40)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/cost"), help="the folder of cost.md and cost.png"
+        "--only",
+        nargs="*",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="some sections",
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of the shortest programs (40)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/cost"),
+        help="the folder of cost.md and cost.png",
     )
     options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
-    sizes = dataclasses.replace(sizes, rounds=options.rounds) if options.rounds else sizes
+    sizes = (
+        dataclasses.replace(sizes, rounds=options.rounds) if options.rounds else sizes
+    )
     points, rows, title = Points(), [], f"{machine()}; medians of interleaved rounds."
     print("\n".join([title, "", *GOALS]), flush=True)
     for name in options.only:
@@ -60,7 +73,9 @@ def main() -> None:
     others = [line(row.cells()[:2]) for row in rows if row.goal is None]
     text = "\n".join([title, "", *GOALS, *goals, "", *OTHER_FIGURES, *others, ""])
     (options.out / "cost.md").write_text(text, encoding="utf-8")
-    (options.out / "points.json").write_text(json.dumps(points.lines, indent=1), encoding="utf-8")
+    (options.out / "points.json").write_text(
+        json.dumps(points.lines, indent=1), encoding="utf-8"
+    )
     if points.lines:
         style.save(draw(points), options.out / "cost.png")
     print(f"\n{options.out}: cost.md, cost.png, points.json")

@@ -43,13 +43,18 @@ def convolutional(structure: Any, arrays: Any, x: Array, y: Array) -> Array:
     return -jax.nn.log_softmax(eqx.combine(arrays, structure)(x))[y]
 
 
-def gradients(loss: Callable[..., Array], num_data: int) -> dict[str, Callable[..., Any]]:
+def gradients(
+    loss: Callable[..., Array], num_data: int
+) -> dict[str, Callable[..., Any]]:
     """Functions of a key, the parameters and data."""
     axes = (None, *[0] * num_data)
     batch = jax.value_and_grad(lambda *args: jnp.mean(jax.vmap(loss, axes)(*args)))
-    rules = {f"`{memory}`": fx.ActivityPerturbation(memory=memory) for memory in MEMORIES}
+    rules = {
+        f"`{memory}`": fx.ActivityPerturbation(memory=memory) for memory in MEMORIES
+    }
     return {BACKPROP: lambda key, *args: batch(*args)} | {
-        name: fx.value_and_grad(loss, rule, in_axes=axes) for name, rule in rules.items()
+        name: fx.value_and_grad(loss, rule, in_axes=axes)
+        for name, rule in rules.items()
     }
 
 
@@ -59,10 +64,14 @@ def step_times(
     """Ratios to backprop, and its milliseconds."""
     compiled = {name: jax.jit(f) for name, f in gradients(loss, len(data)).items()}
     calls = {
-        name: functools.partial(f, jax.random.key(1), params, *data) for name, f in compiled.items()
+        name: functools.partial(f, jax.random.key(1), params, *data)
+        for name, f in compiled.items()
     }
     seconds = interleaved(calls, rounds)
-    return {**ratios(seconds, BACKPROP), "ms": float(np.median(seconds[BACKPROP])) * 1e3}
+    return {
+        **ratios(seconds, BACKPROP),
+        "ms": float(np.median(seconds[BACKPROP])) * 1e3,
+    }
 
 
 def time_table(batches: Sequence[int], images: int, rounds: int) -> None:
@@ -73,14 +82,22 @@ def time_table(batches: Sequence[int], images: int, rounds: int) -> None:
             jax.random.normal(key, (batch, WIDTHS[0])),
             jax.random.randint(key, (batch,), 0, WIDTHS[-1]),
         )
-        columns[f"MLP, batch {batch}"] = step_times(perceptron, mlp(key), (x, y), rounds)
+        columns[f"MLP, batch {batch}"] = step_times(
+            perceptron, mlp(key), (x, y), rounds
+        )
     arrays, structure = eqx.partition(
         ConvNet((28, 28, 1), 10, channels=16, dense=256, key=key), eqx.is_inexact_array
     )
-    x, y = jax.random.normal(key, (images, 28, 28, 1)), jax.random.randint(key, (images,), 0, 10)
+    x, y = (
+        jax.random.normal(key, (images, 28, 28, 1)),
+        jax.random.randint(key, (images,), 0, 10),
+    )
     loss = functools.partial(convolutional, structure)
     columns[f"ConvNet, batch {images}"] = step_times(loss, arrays, (x, y), rounds)
-    rows = {name: [f"{c[name]:.2f}" for c in columns.values()] for name in gradients(perceptron, 2)}
+    rows = {
+        name: [f"{c[name]:.2f}" for c in columns.values()]
+        for name in gradients(perceptron, 2)
+    }
     rows[f"*{BACKPROP} itself*"] = [f"{c['ms']:.1f} ms" for c in columns.values()]
     table(
         f"Time of a step, over that of {BACKPROP}; median of {rounds} interleaved rounds.",
@@ -96,17 +113,28 @@ def by_loop(params: Any, x: Array) -> Array:
 
 
 def by_scan(params: Any, x: Array) -> Array:
-    last, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None), x, params)
+    last, _ = lax.scan(
+        lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None), x, params
+    )
     return jnp.sum(jnp.sin(last @ params[0][0]))
 
 
-def temporaries(loss: Callable[..., Array], gradient: Callable[..., Any], depth: int) -> float:
+def temporaries(
+    loss: Callable[..., Array], gradient: Callable[..., Any], depth: int
+) -> float:
     """In units of one layer's activities of the whole batch."""
-    layer = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((WIDTH, WIDTH), (WIDTH,))]
+    layer = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((WIDTH, WIDTH), (WIDTH,))
+    ]
     stacked = tuple(jax.ShapeDtypeStruct((depth, *x.shape), x.dtype) for x in layer)
     params = [tuple(layer)] * depth if loss is by_loop else stacked
     x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
-    analysis = jax.jit(gradient).lower(jax.random.key(0), params, x).compile().memory_analysis()
+    analysis = (
+        jax.jit(gradient)
+        .lower(jax.random.key(0), params, x)
+        .compile()
+        .memory_analysis()
+    )
     return analysis.temp_size_in_bytes / (4 * WIDTH * BATCH)
 
 
@@ -139,10 +167,14 @@ def transformer(params: Any, tokens: Array) -> Array:
     for layer in params["layers"]:
         z = normalised(h, layer["gains"][0][None])
         q, k, v = ((z @ w).reshape(length, 4, width // 4) for w in layer["qkv"])
-        scores = jnp.where(mask, jnp.einsum("thd,shd->hts", q, k) / (width // 4) ** 0.5, -1e9)
+        scores = jnp.where(
+            mask, jnp.einsum("thd,shd->hts", q, k) / (width // 4) ** 0.5, -1e9
+        )
         h = (
             h
-            + jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).reshape(length, width)
+            + jnp.einsum("hts,shd->thd", jax.nn.softmax(scores), v).reshape(
+                length, width
+            )
             @ layer["out"]
         )
         z = normalised(h, layer["gains"][1][None])
@@ -153,9 +185,17 @@ def transformer(params: Any, tokens: Array) -> Array:
 
 def transformer_params(layers: int, width: int = 64, vocabulary: int = 256) -> Any:
     spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    layer = {"gains": spec((2, width)), "qkv": spec((3, width, width)), "out": spec((width, width))}
+    layer = {
+        "gains": spec((2, width)),
+        "qkv": spec((3, width, width)),
+        "out": spec((width, width)),
+    }
     layer |= {"up": spec((width, 4 * width)), "down": spec((4 * width, width))}
-    return {"table": spec((vocabulary, width)), "gain": spec((width,)), "layers": [layer] * layers}
+    return {
+        "table": spec((vocabulary, width)),
+        "gain": spec((width,)),
+        "layers": [layer] * layers,
+    }
 
 
 def compile_table(layers: int) -> None:
@@ -163,13 +203,16 @@ def compile_table(layers: int) -> None:
     seconds = {}
     for name, gradient in gradients(transformer, 1).items():
         start = time.perf_counter()
-        lowered = jax.jit(gradient).lower(jax.random.key(0), transformer_params(layers), tokens)
+        lowered = jax.jit(gradient).lower(
+            jax.random.key(0), transformer_params(layers), tokens
+        )
         traced = time.perf_counter()
         lowered.compile()
         seconds[name] = (traced - start, time.perf_counter() - traced)
     total = sum(seconds[BACKPROP])
     rows = {
-        n: [f"{a:.1f} s", f"{b:.1f} s", f"{(a + b) / total:.2f}"] for n, (a, b) in seconds.items()
+        n: [f"{a:.1f} s", f"{b:.1f} s", f"{(a + b) / total:.2f}"]
+        for n, (a, b) in seconds.items()
     }
     table(
         f"A {layers}-layer transformer as a Python loop.",
@@ -179,7 +222,12 @@ def compile_table(layers: int) -> None:
 
 
 def table(title: str, columns: Any, rows: dict[str, list[str]]) -> None:
-    print(f"{title}\n\n| gradient | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    print(
+        f"{title}\n\n| gradient | "
+        + " | ".join(columns)
+        + " |\n|---|"
+        + "---|" * len(columns)
+    )
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
     print(flush=True)

@@ -56,7 +56,11 @@ def held_signs(scenario: Scenario, num_tangents: int) -> Callable[..., Any]:
 
 def program(function: Callable[..., Any], scenario: Scenario, **options: Any) -> Any:
     """The compiled function of a key, the parameters and data."""
-    return jax.jit(function, **options).lower(KEY, scenario.params, *scenario.data).compile()
+    return (
+        jax.jit(function, **options)
+        .lower(KEY, scenario.params, *scenario.data)
+        .compile()
+    )
 
 
 def gradients(scenario: Scenario, rules: Mapping[str, fx.Rule]) -> dict[str, Any]:
@@ -76,7 +80,9 @@ def wide_products(scenario: Scenario, num_tangents: int) -> functools.partial[An
     """
     (first, _), (second, _) = scenario.params[:2]
     x = scenario.data[0]
-    hidden, tangents = (jnp.ones((rows * len(x), len(second))) for rows in (1, num_tangents))
+    hidden, tangents = (
+        jnp.ones((rows * len(x), len(second))) for rows in (1, num_tangents)
+    )
     multiply = jax.jit(
         lambda first, second, *left: [
             a @ b for a, b in zip(left, (first, second, second), strict=True)
@@ -93,7 +99,10 @@ def wide_products(scenario: Scenario, num_tangents: int) -> functools.partial[An
 
 
 def times(
-    scenario: Scenario, programs: Mapping[str, Any], rounds: int, **others: Callable[[], Any]
+    scenario: Scenario,
+    programs: Mapping[str, Any],
+    rounds: int,
+    **others: Callable[[], Any],
 ) -> dict[str, float]:
     """Median seconds of compiled functions of a key, parameters and data, and of other calls."""
     calls = {
@@ -122,13 +131,18 @@ class Descent:
         return value
 
 
-def step_times(scenario: Scenario, rules: Mapping[str, fx.Rule], rounds: int) -> dict[str, float]:
+def step_times(
+    scenario: Scenario, rules: Mapping[str, fx.Rule], rounds: int
+) -> dict[str, float]:
     """Median seconds of one evaluation of the loss, and of a whole SGD step by each rule."""
     evaluate = program(lambda key, *args: scenario.loss(*args), scenario)
     calls: dict[str, Callable[[], Any]] = {
         FORWARD: lambda: evaluate(KEY, scenario.params, *scenario.data)
     }
-    calls |= {name: Descent(scenario, rule) for name, rule in {BACKPROP: None, **rules}.items()}
+    calls |= {
+        name: Descent(scenario, rule)
+        for name, rule in {BACKPROP: None, **rules}.items()
+    }
     return medians(interleaved(calls, rounds))
 
 
@@ -140,7 +154,9 @@ def sampling_time(scenario: Scenario, num_tangents: int, rounds: int) -> float:
     specs = []
     for leaf in jax.tree.leaves(scenario.params):
         sides = (
-            [(int(np.prod(leaf.shape[:-1])),), (leaf.shape[-1],)] if leaf.ndim > 1 else [leaf.shape]
+            [(int(np.prod(leaf.shape[:-1])),), (leaf.shape[-1],)]
+            if leaf.ndim > 1
+            else [leaf.shape]
         )
         specs += [jax.ShapeDtypeStruct(side, leaf.dtype) for side in sides]
     draw = jax.jit(lambda key: fx.tangents.Rademacher().draw(key, specs, num_tangents))
@@ -149,7 +165,9 @@ def sampling_time(scenario: Scenario, num_tangents: int, rounds: int) -> float:
 
 def temporaries(scenario: Scenario, rule: fx.Rule | None) -> int:
     """Bytes that the compiled gradient needs beside its arguments and results."""
-    return program(gradient(scenario, rule), scenario).memory_analysis().temp_size_in_bytes
+    return (
+        program(gradient(scenario, rule), scenario).memory_analysis().temp_size_in_bytes
+    )
 
 
 def compile_times(
@@ -172,7 +190,9 @@ def torch_ratio(batch: int, widths: Sequence[int], rounds: int) -> float | None:
         return None
     import torch
 
-    shapes = [shape for pair in itertools.pairwise(widths) for shape in (pair, pair[1:])]
+    shapes = [
+        shape for pair in itertools.pairwise(widths) for shape in (pair, pair[1:])
+    ]
     params = tuple(torch.randn(shape) / shape[0] ** 0.5 for shape in shapes)
     x, y = torch.randn(batch, widths[0]), torch.randint(0, widths[-1], (batch,))
 

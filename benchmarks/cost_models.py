@@ -44,20 +44,28 @@ def deep(depth: int, batch: int, width: int = 1024) -> Scenario:
     """Layers of one width."""
     keys = jax.random.split(KEY, depth)
     params = [
-        (jax.random.normal(k, (width, width)) * np.sqrt(2 / width), jnp.zeros(width)) for k in keys
+        (jax.random.normal(k, (width, width)) * np.sqrt(2 / width), jnp.zeros(width))
+        for k in keys
     ]
     return Scenario(deep_loss, params, (jax.random.normal(KEY, (batch, width)),))
 
 
 def convolutional(batch: int) -> Scenario:
     """The convolutional network of Baydin et al. 2022 on 28×28 images."""
-    arrays, structure = eqx.partition(ConvNet((28, 28, 1), 10, key=KEY), eqx.is_inexact_array)
+    arrays, structure = eqx.partition(
+        ConvNet((28, 28, 1), 10, key=KEY), eqx.is_inexact_array
+    )
 
     def mean_loss(arrays: Any, x: Array, y: Array) -> Array:
         logits = jax.vmap(eqx.combine(arrays, structure))(x)
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1))
+        return -jnp.mean(
+            jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)
+        )
 
-    data = jax.random.normal(KEY, (batch, 28, 28, 1)), jax.random.randint(KEY, (batch,), 0, 10)
+    data = (
+        jax.random.normal(KEY, (batch, 28, 28, 1)),
+        jax.random.randint(KEY, (batch,), 0, 10),
+    )
     return Scenario(mean_loss, arrays, data)
 
 
@@ -76,7 +84,9 @@ def language_model(layers: int, batch: int, length: int, width: int) -> Scenario
         return jnp.mean(jax.vmap(functools.partial(transformer, params))(tokens))
 
     params = jax.tree.map(initial, transformer_params(layers, width))
-    return Scenario(mean_loss, params, (jax.random.randint(KEY, (batch, length), 0, 256),))
+    return Scenario(
+        mean_loss, params, (jax.random.randint(KEY, (batch, length), 0, 256),)
+    )
 
 
 def spec(*shape: int) -> jax.ShapeDtypeStruct:
@@ -92,7 +102,9 @@ def recurrent(length: int, width: int = 128, batch: int = 1024) -> Scenario:
         return jnp.mean(lax.scan(step, jnp.zeros(x.shape[1:2] + b.shape), x)[0] ** 2)
 
     return Scenario(
-        mean_loss, (spec(width, width), spec(8, width), spec(width)), (spec(length, batch, 8),)
+        mean_loss,
+        (spec(width, width), spec(8, width), spec(width)),
+        (spec(length, batch, 8),),
     )
 
 
@@ -104,5 +116,7 @@ def stacked(depth: int, width: int = 128, batch: int = 1024) -> Scenario:
         return jnp.mean(lax.scan(step, x, params)[0] ** 2)
 
     return Scenario(
-        mean_loss, (spec(depth, width, width), spec(depth, width)), (spec(batch, width),)
+        mean_loss,
+        (spec(depth, width, width), spec(depth, width)),
+        (spec(batch, width),),
     )

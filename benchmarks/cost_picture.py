@@ -12,7 +12,12 @@ AXES = {
     "depth": ("layers", "time over one evaluation's"),
     "memory, sequences": ("steps of a tanh-RNN", "temporaries, MiB"),
 }
-COLOURS = {"backprop": "backprop", "rank-1": "forward", "R_f, rank-1": "forward", "R_b": "backprop"}
+COLOURS = {
+    "backprop": "backprop",
+    "rank-1": "forward",
+    "R_f, rank-1": "forward",
+    "R_b": "backprop",
+}
 
 
 @style.styled
@@ -38,7 +43,9 @@ def draw(points: Points) -> Figure:
         memory = name.startswith("memory")
         across, up = AXES.get(name, ("layers", "temporaries, MiB"))
         panel.set(
-            title=(name[0].upper() + name[1:]).replace("MLP by scan over layers", "layers by scan"),
+            title=(name[0].upper() + name[1:]).replace(
+                "MLP by scan over layers", "layers by scan"
+            ),
             xlabel=across,
             ylabel=up,
             xscale="log",
@@ -47,7 +54,9 @@ def draw(points: Points) -> Figure:
         panel.set_xticks(ticks, [f"{x:g}" for x in ticks])
         panel.minorticks_off()
         if not memory:
-            panel.set_ylim(0, 1.4 * panel.get_ylim()[1])  # the legend has room above the lines
+            panel.set_ylim(
+                0, 1.4 * panel.get_ylim()[1]
+            )  # the legend has room above the lines
         panel.legend(loc="upper left")
     for panel in panels[len(names) :]:
         panel.set_axis_off()

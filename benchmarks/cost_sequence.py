@@ -26,11 +26,22 @@ def by_length(sizes: Sizes, points: Points) -> Iterator[Row]:
         for each, rule in rules.items():
             found[each, length] = temporaries(scenario, rule) / MIB
             points.add(PICTURE, each, length, found[each, length])
-            yield Row(f"{NAME}, {length} steps, {each}: temporaries", found[each, length], "MiB")
+            yield Row(
+                f"{NAME}, {length} steps, {each}: temporaries",
+                found[each, length],
+                "MiB",
+            )
     for each in (SIGNS, ONE):
         grows, share = (
             found[each, last] / found[each, first],
             found[each, last] / found[BACKPROP, last],
         )
-        yield Row(f"{NAME}, {each}: temporaries at {last} steps", grows, f"× {first} steps", 1.05)
-        yield Row(f"{NAME}, {each}: temporaries at {last} steps", share, "× backprop", 1 / 50)
+        yield Row(
+            f"{NAME}, {each}: temporaries at {last} steps",
+            grows,
+            f"× {first} steps",
+            1.05,
+        )
+        yield Row(
+            f"{NAME}, {each}: temporaries at {last} steps", share, "× backprop", 1 / 50
+        )

@@ -18,7 +18,9 @@ RULES = {
     "four rank-1": fx.WeightPerturbation(RANK_1, 4),
     "four rank-1, chunk_size=1": fx.WeightPerturbation(RANK_1, 4, chunk_size=1),
     SIGNS: fx.WeightPerturbation(),
-    "four packed signs, chunk_size=1": fx.WeightPerturbation(num_tangents=4, chunk_size=1),
+    "four packed signs, chunk_size=1": fx.WeightPerturbation(
+        num_tangents=4, chunk_size=1
+    ),
 }
 WINDOWS = (0, 16, 66)
 
@@ -28,7 +30,8 @@ def tied(width: int = 256, batch: int = 8, length: int = 32) -> Scenario:
 
     def mean_loss(w: Any, x: Any) -> Any:
         return jnp.mean(
-            lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=length)[0] ** 2
+            lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=length)[0]
+            ** 2
         )
 
     return Scenario(mean_loss, spec(width, width), (spec(batch, width),))
@@ -64,9 +67,9 @@ class Fused(Descent):
         self.momentum = fx.Momentum(window=window).init(KEY, rule) if window else None
 
         def step(key: Any, params: Any, momentum: Any, *data: Any) -> tuple[Any, ...]:
-            value, *state = fx.update(scenario.loss, rule, learning_rate=1e-12, momentum=momentum)(
-                key, params, *data
-            )
+            value, *state = fx.update(
+                scenario.loss, rule, learning_rate=1e-12, momentum=momentum
+            )(key, params, *data)
             return value, *state, *([] if window else [None])
 
         self.params, self.data = jax.tree.map(jnp.copy, scenario.params), scenario.data
@@ -88,16 +91,29 @@ class Fused(Descent):
 
 def fused_step(sizes: Sizes, points: Points) -> Iterator[Row]:
     for name, scenario in NETWORKS.items():
-        largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(scenario.params))
-        bound = 1.1 * held(scenario, lambda key, *args, f=scenario.loss: f(*args)) + largest
+        largest = max(
+            leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(scenario.params)
+        )
+        bound = (
+            1.1 * held(scenario, lambda key, *args, f=scenario.loss: f(*args)) + largest
+        )
         yield Row(
-            f"{name}: 1.1 × inference's temporaries and the largest parameter", bound / 1024, "KiB"
+            f"{name}: 1.1 × inference's temporaries and the largest parameter",
+            bound / 1024,
+            "KiB",
         )
         for each, rule in RULES.items():
             found = held(
-                scenario, fx.update(scenario.loss, rule, learning_rate=0.1), donate_argnums=1
+                scenario,
+                fx.update(scenario.loss, rule, learning_rate=0.1),
+                donate_argnums=1,
             )
-            yield Row(f"{name}, {each}: temporaries of the fused step", found / bound, "× that", 1)
+            yield Row(
+                f"{name}, {each}: temporaries of the fused step",
+                found / bound,
+                "× that",
+                1,
+            )
     scenario = perceptron(256)
     calls: dict[str, Callable[[], Any]] = {BACKPROP: Descent(scenario, None)}
     for each in (ONE, SIGNS):
@@ -108,4 +124,6 @@ def fused_step(sizes: Sizes, points: Points) -> Iterator[Row]:
             calls[name] = Fused(scenario, RULES[each], window)
     found = medians(interleaved(calls, sizes.rounds))
     for name in list(calls)[1:]:
-        yield Row(f"MLP 784-1024-1024-10, batch 256: {name}", found[name] / found[BACKPROP])
+        yield Row(
+            f"MLP 784-1024-1024-10, batch 256: {name}", found[name] / found[BACKPROP]
+        )

@@ -16,7 +16,10 @@ COUNTS = (58_240, 58_241)
 
 def main() -> None:
     key = jax.random.key(0)
-    draws = {n: jax.jit(lambda key, n=n: jax.random.bits(key, (n,), jnp.uint32)) for n in COUNTS}
+    draws = {
+        n: jax.jit(lambda key, n=n: jax.random.bits(key, (n,), jnp.uint32))
+        for n in COUNTS
+    }
     seconds = interleaved(
         {str(n): (lambda draw=draw: draw(key)) for n, draw in draws.items()}, rounds=300
     )

@@ -35,39 +35,57 @@ def literal_linear(x: Array, w: Array, b: Array) -> Array:
         x - lax.stop_gradient(x)
     ) / patches  # zero, with the derivative of one patch's share of the mean
     own = jnp.eye(groups)[None, None, :, :, None] * moved[:, :, :, None, :]
-    seen = (lax.stop_gradient(mean) + own).reshape(n, patches, groups, groups * channels)
+    seen = (lax.stop_gradient(mean) + own).reshape(
+        n, patches, groups, groups * channels
+    )
     return seen @ w + b
 
 
 def literal_cross_entropy(x: Array, w: Array, b: Array, labels: Array) -> Array:
     log_probabilities = jax.nn.log_softmax(literal_linear(x, w, b))
-    return -jnp.take_along_axis(log_probabilities, labels[:, None, None, None], axis=-1)[..., 0]
+    return -jnp.take_along_axis(
+        log_probabilities, labels[:, None, None, None], axis=-1
+    )[..., 0]
 
 
 def literal_nt_xent(x: Array, y: Array, w: Array, b: Array) -> Array:
     projected = literal_linear(jnp.concatenate([x, y]), w, b)
     queries = projected / jnp.linalg.norm(projected, axis=-1, keepdims=True)
     keys = lax.stop_gradient(queries[:, 0, 0])
-    logits, itself = queries @ keys.T / 0.5, jnp.eye(len(keys), dtype=bool)[:, None, None]
+    logits, itself = (
+        queries @ keys.T / 0.5,
+        jnp.eye(len(keys), dtype=bool)[:, None, None],
+    )
     other = jnp.roll(itself, len(x), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1, where=~itself) - jnp.sum(logits, axis=-1, where=other)
+    return jax.nn.logsumexp(logits, axis=-1, where=~itself) - jnp.sum(
+        logits, axis=-1, where=other
+    )
 
 
 LOSSES = {
     "linear": (literal_linear, spatial_average_group_linear),
-    "cross-entropy": (literal_cross_entropy, spatial_average_group_linear_cross_entropy),
+    "cross-entropy": (
+        literal_cross_entropy,
+        spatial_average_group_linear_cross_entropy,
+    ),
     "NT-Xent": (literal_nt_xent, spatial_average_group_linear_nt_xent),
 }
 
 
-def arguments(loss: str, shape: tuple[int, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+def arguments(
+    loss: str, shape: tuple[int, ...]
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """What is differentiated, features (perhaps in two views) and head; and what is not."""
     keys = jax.random.split(jax.random.key(0), 4)
     n, *rest = shape
     views, size = (2, PROJECTION) if loss == "NT-Xent" else (1, CLASSES)
     features = [jax.random.normal(key, (n // views, *rest)) for key in keys[:views]]
     w = jax.random.normal(keys[2], (shape[2] * shape[3], size)) / 10
-    labels = (jax.random.randint(keys[3], (n,), 0, CLASSES),) if loss == "cross-entropy" else ()
+    labels = (
+        (jax.random.randint(keys[3], (n,), 0, CLASSES),)
+        if loss == "cross-entropy"
+        else ()
+    )
     return (*features, w, jnp.zeros(size)), labels
 
 
@@ -79,7 +97,9 @@ def modes(loss: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
 
     def of_features(args: Any, dargs: Any, labels: Any) -> Any:
         head = args[-2:]
-        return jax.jvp(lambda *features: loss(*features, *head, *labels), args[:-2], dargs[:-2])
+        return jax.jvp(
+            lambda *features: loss(*features, *head, *labels), args[:-2], dargs[:-2]
+        )
 
     def gradient(args: Any, _: Any, labels: Any) -> Any:
         return jax.grad(lambda args: jnp.sum(loss(*args, *labels)))(args)
@@ -92,10 +112,16 @@ def measure(loss: str, shape: tuple[int, ...], mode: str, rounds: int) -> list[s
     inputs = (args, jax.tree.map(jnp.ones_like, args), labels)
     pair = dict(zip(("literal", "fused"), LOSSES[loss], strict=True))
     compiled = {
-        name: jax.jit(modes(fun)[mode]).lower(*inputs).compile() for name, fun in pair.items()
+        name: jax.jit(modes(fun)[mode]).lower(*inputs).compile()
+        for name, fun in pair.items()
     }
-    memory = {name: f.memory_analysis().temp_size_in_bytes / 2**20 for name, f in compiled.items()}
-    seconds = interleaved({name: (lambda f=f: f(*inputs)) for name, f in compiled.items()}, rounds)
+    memory = {
+        name: f.memory_analysis().temp_size_in_bytes / 2**20
+        for name, f in compiled.items()
+    }
+    seconds = interleaved(
+        {name: (lambda f=f: f(*inputs)) for name, f in compiled.items()}, rounds
+    )
     ratio = ratios(seconds, "fused")["literal"]
     fused = sorted(seconds["fused"])[rounds // 2] * 1e3
     return [

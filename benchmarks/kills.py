@@ -29,11 +29,21 @@ import numpy as np
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "forwax.lab.cli", "train", "--checkpoint-seconds", "0.1", *words]
+    return [
+        sys.executable,
+        "-m",
+        "forwax.lab.cli",
+        "train",
+        "--checkpoint-seconds",
+        "0.1",
+        *words,
+    ]
 
 
 def train(parent: Path, steps: int) -> list[str]:
-    return command("digits", "--steps", str(steps), "--eval-every", "500", "--runs", str(parent))
+    return command(
+        "digits", "--steps", str(steps), "--eval-every", "500", "--runs", str(parent)
+    )
 
 
 def run_to_end(words: list[str]) -> None:
@@ -45,14 +55,20 @@ def run_to_end(words: list[str]) -> None:
 
 
 def folder_of(parent: Path) -> Path | None:
-    found = [path for path in parent.glob("digits-*") if (path / "config.json").exists()]
+    found = [
+        path for path in parent.glob("digits-*") if (path / "config.json").exists()
+    ]
     return found[0] if found else None
 
 
-def kill_at(words: list[str], parent: Path, from_first_step: bool, delay: float) -> bool:
+def kill_at(
+    words: list[str], parent: Path, from_first_step: bool, delay: float
+) -> bool:
     """Start a process and kill it a delay after its folder or a step; False if it had ended."""
     before = metrics_size(folder_of(parent))
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None:
         run = folder_of(parent)
         if run is not None and (not from_first_step or metrics_size(run) != before):
@@ -83,8 +99,12 @@ def state_at_kill(run: Path) -> tuple[int, int]:
         if (run / "metrics.jsonl").exists()
         else []
     )
-    steps = [path.name for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    return (json.loads(lines[-1])["step"] if lines else 0), max(map(int, steps), default=0)
+    steps = [
+        path.name for path in (run / "checkpoints").glob("*") if path.name.isdigit()
+    ]
+    return (json.loads(lines[-1])["step"] if lines else 0), max(
+        map(int, steps), default=0
+    )
 
 
 def final_parameters(run: Path) -> list[np.ndarray]:
@@ -99,7 +119,9 @@ def final_parameters(run: Path) -> list[np.ndarray]:
     settings = Settings.from_dict(json.loads((run / "config.json").read_text()))
     problem = build_problem(EXPERIMENTS["digits"], settings)
     checkpoints = Checkpoints(run / "checkpoints")
-    checkpoint = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings)))
+    checkpoint = checkpoints.restore(
+        jax.eval_shape(lambda: init_state(problem, settings))
+    )
     checkpoints.close()
     assert checkpoint is not None
     assert int(checkpoint.state.step) == settings.steps
@@ -107,13 +129,20 @@ def final_parameters(run: Path) -> list[np.ndarray]:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    rows = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in rows
+    ]
 
 
 def same(run: Path, reference: Path) -> bool:
     pairs = zip(final_parameters(run), final_parameters(reference), strict=True)
-    return all(a.tobytes() == b.tobytes() for a, b in pairs) and metrics(run) == metrics(reference)
+    return all(a.tobytes() == b.tobytes() for a, b in pairs) and metrics(
+        run
+    ) == metrics(reference)
 
 
 def kill_one_folder(
@@ -122,7 +151,10 @@ def kill_one_folder(
     """Kill a run and its resumptions, a line for each; the folder and how many hit it."""
     words, hits = train(parent, options.steps), 0
     while hits < options.kills_per_run and first + hits <= options.kills:
-        from_first_step, delay = draw.random() > 1 / 3, draw.uniform(0, options.longest_delay)
+        from_first_step, delay = (
+            draw.random() > 1 / 3,
+            draw.uniform(0, options.longest_delay),
+        )
         killed = kill_at(words, parent, from_first_step, delay)
         run = folder_of(parent)
         assert run is not None
@@ -163,7 +195,9 @@ def main() -> None:
         )
         while kills < options.kills:
             folders += 1
-            run, hits = kill_one_folder(Path(scratch) / f"{folders}", options, draw, kills + 1)
+            run, hits = kill_one_folder(
+                Path(scratch) / f"{folders}", options, draw, kills + 1
+            )
             kills += hits
             run_to_end(command("--resume", str(run)))
             result = same(run, reference)

@@ -23,7 +23,9 @@ def step(method: ren2023.Method):
     value_and_grad = ren2023.supervised(method)
 
     @jax.jit
-    def one(key: Array, model: LocalMixer, momentum: LocalMixer, x: Array, labels: Array):
+    def one(
+        key: Array, model: LocalMixer, momentum: LocalMixer, x: Array, labels: Array
+    ):
         value, grads = value_and_grad(key, model, x, labels)
         momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
         return value, jax.tree.map(lambda p, m: p - 0.05 * m, model, momentum), momentum
@@ -46,10 +48,15 @@ def main() -> None:
     labels = jax.random.randint(key, (options.batch,), 0, size.out_size)
     methods = {name: ren2023.method(name, model, key) for name in ren2023.NAMES}
     for k in (4, 8, 16):
-        methods[f"LG-FG-A, {k} noises"] = ren2023.method("LG-FG-A", model, key, num_tangents=k)
+        methods[f"LG-FG-A, {k} noises"] = ren2023.method(
+            "LG-FG-A", model, key, num_tangents=k
+        )
     steps = {name: step(method) for name, method in methods.items()}
     momentum = jax.tree.map(jnp.zeros_like, model)
-    calls = {name: (lambda f=f: f(key, model, momentum, x, labels)) for name, f in steps.items()}
+    calls = {
+        name: (lambda f=f: f(key, model, momentum, x, labels))
+        for name, f in steps.items()
+    }
     seconds = interleaved(calls, options.rounds)
     over = ratios(seconds, "LG-BP")
     print(

@@ -29,17 +29,26 @@ Gradient = Callable[..., tuple[Any, Any]]
 def batches(size: int, count: int) -> list[tuple[Array, Array]]:
     """The first batches of MNIST, pixels between -1 and 1."""
     data = load("mnist")
-    images, labels = data.train_images[: size * count], data.train_labels[: size * count]
+    images, labels = (
+        data.train_images[: size * count],
+        data.train_labels[: size * count],
+    )
     x = jnp.asarray(images, jnp.float32).reshape(count, size, 28, 28, 1) / 127.5 - 1
-    return list(zip(x, jnp.asarray(labels, jnp.int32).reshape(count, size), strict=True))
+    return list(
+        zip(x, jnp.asarray(labels, jnp.int32).reshape(count, size), strict=True)
+    )
 
 
 def trained(model: LocalMixer, data: list[tuple[Array, Array]]) -> LocalMixer:
     """The model after one step of LG-FG-A on each batch."""
-    value_and_grad = ren2023.supervised(ren2023.method("LG-FG-A", model, jax.random.key(0)))
+    value_and_grad = ren2023.supervised(
+        ren2023.method("LG-FG-A", model, jax.random.key(0))
+    )
 
     @jax.jit
-    def step(key: Array, model: LocalMixer, momentum: LocalMixer, x: Array, labels: Array):
+    def step(
+        key: Array, model: LocalMixer, momentum: LocalMixer, x: Array, labels: Array
+    ):
         _, grads = value_and_grad(key, model, x, labels)
         momentum = jax.tree.map(lambda m, g: 0.9 * m + g, momentum, grads)
         return jax.tree.map(lambda p, m: p - 0.05 * m, model, momentum), momentum
@@ -61,24 +70,34 @@ def relative_mse(
     """The relative mean squared error and its standard error."""
     key = jax.random.key(1)
     true = first_layer(
-        ren2023.supervised(ren2023.method("LG-BP", model, key))(key, model, x, labels)[1]
+        ren2023.supervised(ren2023.method("LG-BP", model, key))(key, model, x, labels)[
+            1
+        ]
     )
     error = jax.jit(
-        lambda key: jnp.sum((first_layer(gradient(key, model, x, labels)[1]) - true) ** 2)
+        lambda key: jnp.sum(
+            (first_layer(gradient(key, model, x, labels)[1]) - true) ** 2
+        )
     )
-    found = np.array([float(error(each)) for each in jax.random.split(key, draws)]) / float(
-        jnp.sum(true**2)
-    )
+    found = np.array(
+        [float(error(each)) for each in jax.random.split(key, draws)]
+    ) / float(jnp.sum(true**2))
     return float(found.mean()), float(found.std(ddof=1) / draws**0.5)
 
 
 def squared_cosine(model: LocalMixer, x: Array, labels: Array) -> float:
     """The mean over examples of cos² between the first layer's errors by LG-FA and by LG-BP."""
     key = jax.random.key(2)
-    both = [ren2023.supervised(ren2023.method(name, model, key)) for name in ("LG-BP", "LG-FA")]
+    both = [
+        ren2023.supervised(ren2023.method(name, model, key))
+        for name in ("LG-BP", "LG-FA")
+    ]
 
     def of_one(example: tuple[Array, Array]) -> Array:
-        a, b = (first_layer(f(key, model, example[0][None], example[1][None])[1]) for f in both)
+        a, b = (
+            first_layer(f(key, model, example[0][None], example[1][None])[1])
+            for f in both
+        )
         return jnp.sum(a * b) ** 2 / (jnp.sum(a**2) * jnp.sum(b**2))
 
     return float(jnp.mean(jax.jit(lambda x, y: jax.lax.map(of_one, (x, y)))(x, labels)))
@@ -90,9 +109,15 @@ SIGNS = fx.tangents.Rademacher()
 def kinds(model: LocalMixer) -> dict[str, Gradient]:
     """Gradients by LG-FG-A with each kind and number of noises."""
 
-    def build(num_tangents: int = 1, tangents: Any = SIGNS, parts: bool = True) -> Gradient:
+    def build(
+        num_tangents: int = 1, tangents: Any = SIGNS, parts: bool = True
+    ) -> Gradient:
         method = ren2023.method(
-            "LG-FG-A", model, jax.random.key(0), tangents=tangents, num_tangents=num_tangents
+            "LG-FG-A",
+            model,
+            jax.random.key(0),
+            tangents=tangents,
+            num_tangents=num_tangents,
         )
         return ren2023.supervised(dataclasses.replace(method, parts=parts))
 
@@ -102,7 +127,9 @@ def kinds(model: LocalMixer) -> dict[str, Gradient]:
         "a slope for each group, signs": build(),
         "four signs": build(4),
         "eight signs": build(8),
-        "eight, orthonormal over all of an example": build(8, fx.tangents.Orthonormal()),
+        "eight, orthonormal over all of an example": build(
+            8, fx.tangents.Orthonormal()
+        ),
         "eight orthogonal signs": build(8, fx.tangents.Hadamard()),
         "sixteen signs": build(16),
         "sixteen orthogonal signs": build(16, fx.tangents.Hadamard()),
@@ -119,8 +146,13 @@ def main() -> None:
     options = parser.parse_args()
     (x, labels), *rest = batches(options.batch, options.steps + 1)
     start = LocalMixer.named("M/1/16", key=jax.random.key(0))
-    models = {"at the start": start, f"after {options.steps} steps": trained(start, rest)}
-    print(f"M/1/16 on MNIST, batch {options.batch}, {options.draws} draws; {machine()}.\n")
+    models = {
+        "at the start": start,
+        f"after {options.steps} steps": trained(start, rest),
+    }
+    print(
+        f"M/1/16 on MNIST, batch {options.batch}, {options.draws} draws; {machine()}.\n"
+    )
     print(f"| first layer, relative MSE | {' | '.join(models)} |")
     print("|---|" + "---:|" * len(models))
     for name in kinds(start):

@@ -38,7 +38,9 @@ def rnn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def arrays(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()
+    }
 
 
 MLP = arrays({"first": (5, 8), "bias": (8,), "second": (8, 7), "third": (7, 3)})
@@ -48,7 +50,9 @@ IN_AXES = (None, 0, 0)
 
 def with_momentum(loss: Callable[..., Any]) -> Callable[..., Any]:
     def step(key: jax.Array, momentum: fx.Momentum, *args: Any) -> Any:
-        return fx.update(loss, learning_rate=0.1, momentum=momentum, in_axes=IN_AXES)(key, *args)
+        return fx.update(loss, learning_rate=0.1, momentum=momentum, in_axes=IN_AXES)(
+            key, *args
+        )
 
     return step
 
@@ -66,8 +70,12 @@ def rules() -> dict[str, fx.Rule]:
         "signs": fx.WeightPerturbation(),
         "normals": fx.WeightPerturbation(fx.tangents.Normal()),
         "signs, k = 4": fx.WeightPerturbation(num_tangents=4, chunk_size=2),
-        "projection": fx.WeightPerturbation(num_tangents=4, combine=fx.combine.Projection()),
-        "low rank": fx.WeightPerturbation(fx.tangents.LowRank(), num_tangents=4, chunk_size=2),
+        "projection": fx.WeightPerturbation(
+            num_tangents=4, combine=fx.combine.Projection()
+        ),
+        "low rank": fx.WeightPerturbation(
+            fx.tangents.LowRank(), num_tangents=4, chunk_size=2
+        ),
         "exact": fx.Exact(),
         "finite difference": fx.FiniteDifference(num_tangents=4),
         "backprop": fx.Backprop(),
@@ -89,9 +97,15 @@ def cases() -> Iterator[Case]:
         data = arrays({"x": (EXAMPLES, *steps, 5), "y": (EXAMPLES, *steps, 3)})
         args = (key, params, data["x"], data["y"])
         for label, rule in rules().items():
-            yield f"{name}, {label}", fx.value_and_grad(loss, rule, in_axes=IN_AXES), args
+            yield (
+                f"{name}, {label}",
+                fx.value_and_grad(loss, rule, in_axes=IN_AXES),
+                args,
+            )
         feedback = jax.tree.map(lambda x: jnp.ones(x.shape), params)
-        aligned = fx.value_and_grad(loss, fx.FeedbackAlignment(feedback), in_axes=IN_AXES)
+        aligned = fx.value_and_grad(
+            loss, fx.FeedbackAlignment(feedback), in_axes=IN_AXES
+        )
         yield f"{name}, feedback", aligned, args
         guarded = fx.Safe(fx.WeightPerturbation()).init()
         yield f"{name}, safe", learning_step(loss), (guarded, *args)

@@ -24,7 +24,9 @@ COLUMNS = (
 
 def read(path: pathlib.Path) -> tuple[dict, np.ndarray, list[dict]]:
     """The settings of a run, the training loss of each step, and its evaluations."""
-    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()
+    ]
     losses = np.array([row["loss"] for row in rows if "loss" in row])
     return (
         json.loads((path / "config.json").read_text()),
@@ -42,7 +44,11 @@ def running_mean(losses: np.ndarray) -> np.ndarray:
 def line(config: dict, losses: np.ndarray, tests: list[dict]) -> str:
     """One line of the table."""
     means, clip = running_mean(losses), config.get("clip_slopes")
-    last = tests[-1] if tests else {"test_loss": float("nan"), "test_accuracy": float("nan")}
+    last = (
+        tests[-1]
+        if tests
+        else {"test_loss": float("nan"), "test_accuracy": float("nan")}
+    )
     best = min((row["test_loss"] for row in tests), default=float("nan"))
     cells = [
         "none" if clip is None else f"{clip:g}",
@@ -92,7 +98,8 @@ def draw(runs: list[tuple[dict, np.ndarray, list[dict]]]) -> Figure:
 def main() -> None:
     """Print the table and save the picture."""
     runs = sorted(
-        (read(pathlib.Path(p)) for p in sys.argv[2:]), key=lambda r: r[0].get("clip_slopes") or 0
+        (read(pathlib.Path(p)) for p in sys.argv[2:]),
+        key=lambda r: r[0].get("clip_slopes") or 0,
     )
     print(f"| {' | '.join(COLUMNS)} |\n|{' ---: |' * len(COLUMNS)}")
     for run in runs:

@@ -27,7 +27,9 @@ BATCHES = (64, 256, 1024)
 class StockRademacher(fx.tangents.IndependentTangents):
     """Signs by `jax.random.rademacher`, one draw a leaf: what forwax does without."""
 
-    def draw_one(self, key: Array, specs: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    def draw_one(
+        self, key: Array, specs: Sequence[jax.ShapeDtypeStruct]
+    ) -> list[Array]:
         keys = jax.random.split(key, len(specs))
         return [
             jax.random.rademacher(k, spec.shape, spec.dtype)
@@ -41,7 +43,10 @@ class StockRademacher(fx.tangents.IndependentTangents):
 def mlp(key: Array) -> list[tuple[Array, Array]]:
     keys = jax.random.split(key, len(WIDTHS) - 1)
     return [
-        (jax.random.normal(k, (fan_in, fan_out)) * np.sqrt(2 / fan_in), jnp.zeros(fan_out))
+        (
+            jax.random.normal(k, (fan_in, fan_out)) * np.sqrt(2 / fan_in),
+            jnp.zeros(fan_out),
+        )
         for k, fan_in, fan_out in zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=True)
     ]
 
@@ -68,10 +73,14 @@ def measure(batch: int, rounds: int) -> tuple[dict[str, float], dict[str, np.nda
     key = jax.random.key(0)
     params, x = mlp(key), jax.random.normal(key, (batch, WIDTHS[0]))
     y = jax.random.randint(key, (batch,), 0, WIDTHS[-1])
-    compiled = {name: jax.jit(fx.value_and_grad(loss, rule)) for name, rule in rules().items()}
+    compiled = {
+        name: jax.jit(fx.value_and_grad(loss, rule)) for name, rule in rules().items()
+    }
     forward = jax.jit(loss)
     functions = {"forward pass": lambda: forward(params, x, y)}
-    functions |= {name: (lambda f=f: f(key, params, x, y)) for name, f in compiled.items()}
+    functions |= {
+        name: (lambda f=f: f(key, params, x, y)) for name, f in compiled.items()
+    }
     functions["jax.value_and_grad"] = (lambda f: lambda: f(params, x, y))(
         jax.jit(jax.value_and_grad(loss))
     )
@@ -86,7 +95,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
     columns = {batch: measure(batch, rounds) for batch in BATCHES}
-    print(f"Median of {rounds} interleaved rounds over that of jax.value_and_grad; {machine()}.\n")
+    print(
+        f"Median of {rounds} interleaved rounds over that of jax.value_and_grad; {machine()}.\n"
+    )
     print("| gradient | " + " | ".join(f"batch {batch}" for batch in BATCHES) + " |")
     print("|---|" + "---|" * len(BATCHES))
     for name in columns[BATCHES[0]][0]:
@@ -96,7 +107,8 @@ def main() -> None:
             + " |"
         )
     times = [
-        f"{np.median(columns[batch][1]['jax.value_and_grad']) * 1e3:.1f} ms" for batch in BATCHES
+        f"{np.median(columns[batch][1]['jax.value_and_grad']) * 1e3:.1f} ms"
+        for batch in BATCHES
     ]
     print("| *jax.value_and_grad itself* | " + " | ".join(times) + " |")
 

@@ -26,7 +26,9 @@ SHAPE, CLASSES, EACH = (16, 16, 1), 10, (None, 0, 0)
 
 def networks(key):
     """Models of comparable size; the mixer twice, for it has local losses too."""
-    mixer = LocalMixer(SHAPE, CLASSES, blocks=2, patches=4, channels=64, groups=8, key=key)
+    mixer = LocalMixer(
+        SHAPE, CLASSES, blocks=2, patches=4, channels=64, groups=8, key=key
+    )
     return {
         "MLP 256-128-128-10": (MLP(256, (128, 128), CLASSES, key=key), cross_entropy),
         "CNN, 4 convolutions of 16": (
@@ -34,7 +36,9 @@ def networks(key):
             cross_entropy,
         ),
         "ViT, 2 blocks, 16 tokens of 32": (
-            VisionTransformer(SHAPE, CLASSES, blocks=2, patches=4, channels=32, key=key),
+            VisionTransformer(
+                SHAPE, CLASSES, blocks=2, patches=4, channels=32, key=key
+            ),
             cross_entropy,
         ),
         "Mixer, 2 blocks, 16 tokens of 64": (
@@ -65,7 +69,9 @@ def measure(rule, loss, model, x, y, draws):
     def whole(params, x, y):
         return loss(eqx.combine(params, static), x, y)
 
-    exact = jax.jit(fx.grad(whole, fx.Backprop(), in_axes=EACH))(jax.random.key(0), params, x, y)
+    exact = jax.jit(fx.grad(whole, fx.Backprop(), in_axes=EACH))(
+        jax.random.key(0), params, x, y
+    )
     estimate = fx.grad(whole, rule, in_axes=EACH)
 
     @jax.jit
@@ -79,7 +85,9 @@ def measure(rule, loss, model, x, y, draws):
         )
 
     norms = np.array([float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(exact)])
-    found = np.array([errors(key) for key in jax.random.split(jax.random.key(1), draws)])
+    found = np.array(
+        [errors(key) for key in jax.random.split(jax.random.key(1), draws)]
+    )
     both = np.stack([found.sum(1) / norms.sum(), found[:, 0] / norms[0]])
     return both.mean(1), both.std(1) / draws**0.5, norms
 
@@ -95,8 +103,13 @@ def main(draws: int, size: int) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     x, y = batch(size)
     for name, (model, loss) in networks(jax.random.key(0)).items():
-        sizes = [leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))]
-        shared, _, _ = measure(fx.ActivityPerturbation(memory="shared"), loss, model, x, y, draws)
+        sizes = [
+            leaf.size
+            for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+        ]
+        shared, _, _ = measure(
+            fx.ActivityPerturbation(memory="shared"), loss, model, x, y, draws
+        )
         own, error, norms = measure(fx.ActivityPerturbation(), loss, model, x, y, draws)
         whole = fx.WeightPerturbation().relative_mse(sum(sizes))
         first = sizes[0] * norms.sum() / norms[0] - 1  # the law of one leaf
@@ -105,7 +118,10 @@ def main(draws: int, size: int) -> None:
             f"{error[0]:.1f} |",
             end="",
         )
-        print(f" {first:,.0f} | {shared[1]:,.0f} | {own[1]:,.1f} ± {error[1]:.1f} |", flush=True)
+        print(
+            f" {first:,.0f} | {shared[1]:,.0f} | {own[1]:,.1f} ± {error[1]:.1f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

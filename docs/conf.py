@@ -30,7 +30,9 @@ extensions = [
     "public_names",
 ]
 exclude_patterns = ["_build", "jupyter_execute"]
-if not any(here.glob("results/*.md")):  # before there are results there is no page of them
+if not any(
+    here.glob("results/*.md")
+):  # before there are results there is no page of them
     exclude_patterns.append("results.md")
     suppress_warnings = ["toc.not_readable"]
 

@@ -67,7 +67,8 @@ def batches(count: int, epochs: int, batch: int) -> Array:
     """The rows of every batch of every epoch, [steps, batch]."""
     shuffle, steps = np.random.default_rng(0), count // batch
     rows = [
-        shuffle.permutation(count)[: steps * batch].reshape(steps, batch) for _ in range(epochs)
+        shuffle.permutation(count)[: steps * batch].reshape(steps, batch)
+        for _ in range(epochs)
     ]
     return jnp.concatenate([jnp.asarray(row) for row in rows])
 
@@ -104,7 +105,9 @@ def main(epochs: int = 60, batch: int = 64) -> dict[str, float]:
     accuracies = {}
     for name, (rule, learning_rate) in RULES.items():
         model, losses = train(rule, learning_rate, start, train_x, train_y, rows)
-        accuracies[name] = float(jnp.mean(jax.vmap(model)(test_x).argmax(axis=1) == test_y))
+        accuracies[name] = float(
+            jnp.mean(jax.vmap(model)(test_x).argmax(axis=1) == test_y)
+        )
         last = float(losses[-len(rows) // epochs :].mean())
         print(
             f"{name:16}: mean loss of the last epoch {last:.3f}, test accuracy "

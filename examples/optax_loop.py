@@ -27,7 +27,9 @@ def digits() -> list[np.ndarray]:
     """Training images, test images [., 64] in [0, 1], training labels, test labels."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
-    return train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    return train_test_split(
+        images, labels, test_size=360, stratify=labels, random_state=0
+    )
 
 
 def initial_parameters(key: Array, hidden: int = 32) -> Parameters:
@@ -46,7 +48,9 @@ def logits(parameters: Parameters, x: Array) -> Array:
 
 
 def loss(parameters: Parameters, x: Array, y: Array) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits(parameters, x), y).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits(parameters, x), y
+    ).mean()
 
 
 @jax.jit
@@ -74,7 +78,9 @@ def main(epochs: int = 60, num_tangents: int = 16, batch: int = 64) -> float:
     state = optimiser.init(parameters)
     for epoch in range(1, epochs + 1):
         losses = []
-        for rows in shuffle.permutation(len(train_x))[: steps * batch].reshape(steps, batch):
+        for rows in shuffle.permutation(len(train_x))[: steps * batch].reshape(
+            steps, batch
+        ):
             key, step_key = jax.random.split(key)
             value, parameters, state = step(
                 step_key, parameters, state, train_x[rows], train_y[rows]
@@ -82,7 +88,9 @@ def main(epochs: int = 60, num_tangents: int = 16, batch: int = 64) -> float:
             losses.append(value)
         if epoch % 10 == 0 or epoch == epochs:
             tested = float(accuracy(parameters, test_x, test_y))
-            print(f"epoch {epoch:3}: mean loss {np.mean(losses):.3f}, test accuracy {tested:.1%}")
+            print(
+                f"epoch {epoch:3}: mean loss {np.mean(losses):.3f}, test accuracy {tested:.1%}"
+            )
     return tested
 
 

@@ -60,7 +60,9 @@ def land(parameters: dict[str, Array], velocity: Array) -> Array:
         acceleration = pull - world["drag"] * (velocity - wind)
         return position + STEP * velocity, velocity + STEP * acceleration, time + STEP
 
-    position, velocity, time = lax.while_loop(flying, fly, (jnp.zeros(2), velocity, jnp.zeros(())))
+    position, velocity, time = lax.while_loop(
+        flying, fly, (jnp.zeros(2), velocity, jnp.zeros(()))
+    )
     overshoot = (
         position[1] / velocity[1]
     )  # back to the ground, so that the answer does not jump with the number of steps
@@ -117,7 +119,10 @@ def main(steps: int = 2000, count: int = 24) -> dict[str, float]:
     by_jacfwd = jax.jacfwd(loss)(guess, *data)
     by_exact = fx.grad(loss, fx.Exact())(jax.random.key(0), guess, *data)
     for name, gradient in {"jax.jacfwd: ": by_jacfwd, "fx.Exact(): ": by_exact}.items():
-        print(name, ", ".join(f"{leaf} {float(value):.3f}" for leaf, value in gradient.items()))
+        print(
+            name,
+            ", ".join(f"{leaf} {float(value):.3f}" for leaf, value in gradient.items()),
+        )
 
     found, value = fit(fx.WeightPerturbation(), guess, *data, steps=steps)
     world = {name: float(value) for name, value in to_world(found).items()}
@@ -130,6 +135,10 @@ def main(steps: int = 2000, count: int = 24) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fit a simulation that ends in a while_loop.")
-    parser.add_argument("--steps", type=int, default=2000, help="steps of the optimiser")
+    parser = argparse.ArgumentParser(
+        description="Fit a simulation that ends in a while_loop."
+    )
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="steps of the optimiser"
+    )
     main(parser.parse_args().steps)

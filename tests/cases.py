@@ -53,7 +53,9 @@ class Case:
 
     def estimate(self, rule: fx.Rule, key: Array) -> Any:
         """`forwax.value_and_grad` of this case."""
-        return fx.value_and_grad(self.loss, rule, **self.options)(key, *self.args, **self.kwargs)
+        return fx.value_and_grad(self.loss, rule, **self.options)(
+            key, *self.args, **self.kwargs
+        )
 
     def reference(self) -> tuple[tuple[Array, Tree], Tree]:
         """`((value, aux), grads)` by JAX alone; forward mode where reverse mode refuses."""
@@ -73,12 +75,17 @@ class Case:
         def at(i: int) -> list[Any]:
             """The arguments of one example."""
             pairs = zip(args, in_axes, strict=True)
-            return [x if axis is None else jax.tree.map(lambda x: x[i], x) for x, axis in pairs]
+            return [
+                x if axis is None else jax.tree.map(lambda x: x[i], x)
+                for x, axis in pairs
+            ]
 
         count = len(jax.tree.leaves(args[number])[0])
         outputs = [self._one(*at(i)) for i in range(count)]
         values, auxes = zip(*outputs, strict=True)
-        return sum(values) / len(values), jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+        return sum(values) / len(values), jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *auxes
+        )
 
     def _one(self, *args: Any) -> tuple[Array, Tree]:
         out = self.loss(*args, **self.kwargs)
@@ -92,23 +99,31 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> Array:
     """Fixed data, the same on every machine."""
     generator = np.random.default_rng(seed)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.asarray(generator.normal(size=shape) + 1j * generator.normal(size=shape), dtype)
+        return jnp.asarray(
+            generator.normal(size=shape) + 1j * generator.normal(size=shape), dtype
+        )
     return jnp.asarray(generator.normal(size=shape), dtype)
 
 
 def quadratic(w: Array) -> Array:
     """Any leaf: Σ |w|² c / 2 with curvatures 1, 2, ..."""
-    curvature = jnp.arange(1, w.size + 1).reshape(w.shape).astype(jnp.finfo(w.dtype).dtype)
+    curvature = (
+        jnp.arange(1, w.size + 1).reshape(w.shape).astype(jnp.finfo(w.dtype).dtype)
+    )
     return jnp.sum(curvature * jnp.abs(w) ** 2) / 2
 
 
 def tree_loss(params: Tree) -> Array:
     """Every leaf's quadratic, coupled."""
     parts = [quadratic(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(params)]
-    return functools.reduce(lambda total, part: total + part + 0.1 * total * part, parts)
+    return functools.reduce(
+        lambda total, part: total + part + 0.1 * total * part, parts
+    )
 
 
-def regression(params: dict[str, Array], x: Array, *, target: float | Array = 1.0) -> Array:
+def regression(
+    params: dict[str, Array], x: Array, *, target: float | Array = 1.0
+) -> Array:
     return jnp.mean((jnp.tanh(x @ params["w"] + params["b"][None]) - target) ** 2)
 
 
@@ -149,7 +164,9 @@ def local_losses(params: dict[str, Array]) -> fx.LocalLosses:
 
 def while_loss(x: Array) -> Array:
     """Doubles until the sum is large: the number of trips depends on x."""
-    return lax.while_loop(lambda s: jnp.sum(s**2) < 50, lambda s: s * 1.5 + 0.1, x).sum()
+    return lax.while_loop(
+        lambda s: jnp.sum(s**2) < 50, lambda s: s * 1.5 + 0.1, x
+    ).sum()
 
 
 def rnn(w: Array, xs: Array) -> Array:
@@ -188,7 +205,11 @@ CASES = [
         lambda: ({"w": normal(1, 3, 2), "b": normal(2, 2)}, normal(3, 4, 3)),
         data=True,
     ),
-    Case("nested-tuple", tree_loss, lambda: (((normal(1, 2), (normal(2, 1, 2),)), normal(3, 1)),)),
+    Case(
+        "nested-tuple",
+        tree_loss,
+        lambda: (((normal(1, 2), (normal(2, 1, 2),)), normal(3, 1)),),
+    ),
     Case(
         "mixed-dtypes",
         tree_loss,
@@ -196,7 +217,9 @@ CASES = [
     ),
     Case("complex", complex_loss, lambda: (normal(1, 3, dtype=jnp.complex64),)),
     Case(
-        "real-and-complex", tree_loss, lambda: ((normal(1, 2), normal(2, 2, dtype=jnp.complex64)),)
+        "real-and-complex",
+        tree_loss,
+        lambda: ((normal(1, 2), normal(2, 2, dtype=jnp.complex64)),),
     ),
     Case("scalar", scalar_loss, lambda: (jnp.asarray(0.7, jnp.float32),)),
     Case(
@@ -213,7 +236,11 @@ CASES = [
         options={"in_axes": (None, 0, 0), "has_aux": True},
         data=True,
     ),
-    Case("local-losses", local_losses, lambda: ({"first": normal(1, 3), "second": normal(2, 3)},)),
+    Case(
+        "local-losses",
+        local_losses,
+        lambda: ({"first": normal(1, 3), "second": normal(2, 3)},),
+    ),
     Case(
         "has-aux",
         with_aux,
@@ -221,7 +248,9 @@ CASES = [
         options={"has_aux": True},
         data=True,
     ),
-    Case("while-loop", while_loss, lambda: (jnp.abs(normal(1, 3)) + 0.5,), reverse=False),
+    Case(
+        "while-loop", while_loss, lambda: (jnp.abs(normal(1, 3)) + 0.5,), reverse=False
+    ),
     Case("scan", rnn, lambda: (normal(1, 2, 2), normal(2, 5, 2)), data=True),
     Case("remat", remat, lambda: (normal(1, 4),)),
     Case("eager", eager, lambda: (jnp.abs(normal(1, 4)) + 0.5,), traceable=False),
@@ -271,10 +300,16 @@ class TangentCase:
 
 TANGENTS = [
     TangentCase(
-        "signs", lambda h: tangents.Rademacher(), lambda n, k, c: (n - 1) / k, coordinatewise=True
+        "signs",
+        lambda h: tangents.Rademacher(),
+        lambda n, k, c: (n - 1) / k,
+        coordinatewise=True,
     ),
     TangentCase(
-        "normal", lambda h: tangents.Normal(), lambda n, k, c: (n + 1) / k, coordinatewise=True
+        "normal",
+        lambda h: tangents.Normal(),
+        lambda n, k, c: (n + 1) / k,
+        coordinatewise=True,
     ),
     TangentCase("low-rank", lambda h: tangents.LowRank(), lambda n, k, c: (n - 1) / k),
     TangentCase("sphere", lambda h: tangents.Sphere(), lambda n, k, c: (n - 1) / k),
@@ -285,11 +320,18 @@ TANGENTS = [
         lambda n, k, c: (1 - 1 / n) ** k,  # a coordinate can be drawn twice
     ),
     TangentCase(
-        "coordinates", lambda h: tangents.Coordinate(replace=False), lambda n, k, c: n / k - 1
+        "coordinates",
+        lambda h: tangents.Coordinate(replace=False),
+        lambda n, k, c: n / k - 1,
     ),
-    TangentCase("orthonormal", lambda h: tangents.Orthonormal(), lambda n, k, c: n / k - 1),
     TangentCase(
-        "hadamard", lambda h: tangents.Hadamard(), lambda n, k, c: n / k - 1, coordinatewise=True
+        "orthonormal", lambda h: tangents.Orthonormal(), lambda n, k, c: n / k - 1
+    ),
+    TangentCase(
+        "hadamard",
+        lambda h: tangents.Hadamard(),
+        lambda n, k, c: n / k - 1,
+        coordinatewise=True,
     ),
     TangentCase(
         "sparse",
@@ -319,7 +361,9 @@ COMBINATIONS: dict[str, Callable[[Tree], combine.Combine]] = {
 RULES: dict[str, fx.Rule] = {
     "weight": fx.WeightPerturbation(),
     "weight-chunked": fx.WeightPerturbation(num_tangents=3, chunk_size=2),
-    "weight-projection": fx.WeightPerturbation(tangents.Normal(), 2, combine.Projection()),
+    "weight-projection": fx.WeightPerturbation(
+        tangents.Normal(), 2, combine.Projection()
+    ),
     "low-rank": fx.WeightPerturbation(tangents.LowRank(), 2),
     "safe": fx.Safe(fx.WeightPerturbation()),
     "exact": fx.Exact(),
@@ -336,7 +380,11 @@ SITE_RULES: dict[str, fx.Rule] = {"activity": fx.ActivityPerturbation()}
 
 def rules_for(case: Case) -> dict[str, fx.Rule]:
     """The rules that can estimate a case's gradient."""
-    rules = {name: rule for name, rule in RULES.items() if case.reverse or not rule.reverse_mode}
+    rules = {
+        name: rule
+        for name, rule in RULES.items()
+        if case.reverse or not rule.reverse_mode
+    }
     if not case.traceable:
         del rules["low-rank"]  # which traces the loss
     return rules | (SITE_RULES if case.data else {})
@@ -366,7 +414,9 @@ def assert_trees_close(
     actual: Tree, expected: Tree, rtol: float = 1e-5, atol: float = 1e-6
 ) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    for got, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
         wide = np.complex128 if jnp.iscomplexobj(want) else np.float64
         np.testing.assert_allclose(
             np.asarray(got).astype(wide), np.asarray(want).astype(wide), rtol, atol

@@ -47,7 +47,9 @@ def estimates(program, *rules, key=KEY):
     """Value and gradients by each rule: one compiled program, and arrays of NumPy."""
 
     def every(key, *args):
-        made = (fx.value_and_grad(program.loss, rule, **program.options) for rule in rules)
+        made = (
+            fx.value_and_grad(program.loss, rule, **program.options) for rule in rules
+        )
         return [estimate(key, *args) for estimate in made]
 
     return jax.device_get(jax.jit(every)(key, *program.args))
@@ -70,7 +72,9 @@ class Given(fx.tangents.Tangents):
         stacks = {}
         for u in self.noise:
             stacks.setdefault((u.shape, u.dtype), []).append(u)
-        return jax.vmap(_tree.to_real)([jnp.stack(stack, axis=1) for stack in stacks.values()])
+        return jax.vmap(_tree.to_real)(
+            [jnp.stack(stack, axis=1) for stack in stacks.values()]
+        )
 
     def relative_mse(self, n, num_tangents):
         return 1.0
@@ -100,7 +104,9 @@ def noise_of(rule, sites, key):
                 visit(
                     step.level,
                     source,
-                    lambda f, site, plan=step, wrap=wrap: wrap(_each_step(f, plan, site), site),
+                    lambda f, site, plan=step, wrap=wrap: wrap(
+                        _each_step(f, plan, site), site
+                    ),
                 )
 
     def _each_step(f, plan, site):
@@ -120,4 +126,6 @@ def dense(plan, drawn):
         pairs = zip(plan.leaves, plan.directions(drawn), strict=True)
         return [direction.dense(leaf.shape) for leaf, direction in pairs]
 
-    return jax.tree.unflatten(jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn)))
+    return jax.tree.unflatten(
+        jax.tree.structure(plan.problem.params), jax.vmap(one)(list(drawn))
+    )

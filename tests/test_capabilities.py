@@ -53,7 +53,9 @@ class Uniform(fx.tangents.IndependentTangents):
     def draw_one(self, key, specs):
         keys = jax.random.split(key, len(specs))
         pairs = zip(keys, specs, strict=True)
-        return [jax.random.uniform(k, s.shape, s.dtype, -(3**0.5), 3**0.5) for k, s in pairs]
+        return [
+            jax.random.uniform(k, s.shape, s.dtype, -(3**0.5), 3**0.5) for k, s in pairs
+        ]
 
     def relative_mse(self, n, num_tangents):
         return (n + 1.8 - 2) / num_tangents
@@ -106,14 +108,18 @@ def test_tangents_are_asked():
     assert names("per_example") == set()
     assert LowRank(per_example=True).per_example
     held = {"Guided", "Orthonormal", "Halves"}
-    assert names("one_by_one") == {type(t).__name__ for t in (*KNOWN, *OF_OTHERS)} - held
+    assert (
+        names("one_by_one") == {type(t).__name__ for t in (*KNOWN, *OF_OTHERS)} - held
+    )
 
 
 def test_rules_are_asked():
     signs = fx.WeightPerturbation()
     assert signs.law(problem()) == 2
     assert fx.Safe(signs).law(problem()) == 2
-    assert fx.ActivityPerturbation().law(problem()) is None  # its noise is no parameter's
+    assert (
+        fx.ActivityPerturbation().law(problem()) is None
+    )  # its noise is no parameter's
     assert fx.DirectFeedbackAlignment(KEY).law(problem()) is None
     assert signs.inner is signs
     assert fx.Safe(signs).inner is signs
@@ -179,5 +185,7 @@ def test_what_wraps_a_rule_is_not_left_out():
     rule = Open(fx.WeightPerturbation())
     assert rule.inner == fx.WeightPerturbation()
     for wrapped in (rule, fx.Safe(rule)):
-        with pytest.raises(TypeError, match=r"expected forwax\.WeightPerturbation, .* got Open"):
+        with pytest.raises(
+            TypeError, match=r"expected forwax\.WeightPerturbation, .* got Open"
+        ):
             fx.update(square, wrapped, learning_rate=0.1)

@@ -39,7 +39,9 @@ def split(case: Case, output):
 @functools.cache
 def form(name: str):
     case = next(case for case in CASES if case.name == name)
-    return shapes(jax.eval_shape(case.reference) if case.traceable else case.reference())
+    return shapes(
+        jax.eval_shape(case.reference) if case.traceable else case.reference()
+    )
 
 
 @pytest.mark.parametrize(("case", "rule"), CASE_RULES, ids=CASE_RULE_IDS)
@@ -91,17 +93,25 @@ def test_the_value_of_a_finite_difference_is_close(name):
 def test_finite_differences_in_low_precision(dtype):
     """A step that the floats around a parameter can take gives the slope to their rounding."""
     rule = fx.FiniteDifference(
-        fx.tangents.Coordinate(replace=False), 3, epsilon=float(jnp.finfo(dtype).eps) ** 0.5
+        fx.tangents.Coordinate(replace=False),
+        3,
+        epsilon=float(jnp.finfo(dtype).eps) ** 0.5,
     )
     loss = lambda w: jnp.sum(jnp.arange(1.0, 4.0) * w.astype(jnp.float32))
-    grads = jax.jit(fx.grad(loss, rule))(jax.random.key(0), jnp.array([1.0, 2.0, -0.5], dtype))
+    grads = jax.jit(fx.grad(loss, rule))(
+        jax.random.key(0), jnp.array([1.0, 2.0, -0.5], dtype)
+    )
     assert_trees_close(grads, jnp.arange(1.0, 4.0).astype(dtype), rtol=0.1)
 
 
-@pytest.mark.parametrize("params", [{}, (jnp.zeros((0, 3)), jnp.zeros(0))], ids=["none", "empty"])
+@pytest.mark.parametrize(
+    "params", [{}, (jnp.zeros((0, 3)), jnp.zeros(0))], ids=["none", "empty"]
+)
 def test_parameters_without_coordinates(params):
     for rule in (fx.Exact(), fx.WeightPerturbation(), fx.FiniteDifference()):
-        value, grads = fx.value_and_grad(lambda p: jnp.ones(()), rule)(jax.random.key(0), params)
+        value, grads = fx.value_and_grad(lambda p: jnp.ones(()), rule)(
+            jax.random.key(0), params
+        )
         assert float(value) == 1.0
         assert shapes(grads) == shapes(params)
 
@@ -118,7 +128,9 @@ def test_every_dtype_is_kept(dtype, rule):
         loss = complex_loss if "complex" in dtype else quadratic
         params = normal(0, 3, dtype=dtype)
         expected = jax.eval_shape(jax.value_and_grad(loss), params)
-        got = jax.eval_shape(fx.value_and_grad(loss, RULES[rule]), jax.random.key(0), params)
+        got = jax.eval_shape(
+            fx.value_and_grad(loss, RULES[rule]), jax.random.key(0), params
+        )
         assert shapes(got) == shapes(expected)
 
 
@@ -171,9 +183,13 @@ def test_many_half_precision_tangents_are_summed_in_float32():
 
 def test_the_function_says_what_it_is():
     function = fx.value_and_grad(
-        quadratic, fx.WeightPerturbation(combine=fx.combine.ControlVariate(normal(0, 3)))
+        quadratic,
+        fx.WeightPerturbation(combine=fx.combine.ControlVariate(normal(0, 3))),
     )
-    assert function.__doc__ == "Value and estimated gradient of quadratic, by WeightPerturbation."
+    assert (
+        function.__doc__
+        == "Value and estimated gradient of quadratic, by WeightPerturbation."
+    )
 
 
 def test_grad_is_value_and_grad_without_the_value():

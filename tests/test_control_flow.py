@@ -13,11 +13,13 @@ FORWARD_RULES = [name for name, rule in RULES.items() if not rule.reverse_mode]
 
 def test_reverse_mode_rejects_the_loop():
     with pytest.raises(
-        ValueError, match=r"Reverse-mode differentiation does not work for lax.while_loop"
+        ValueError,
+        match=r"Reverse-mode differentiation does not work for lax.while_loop",
     ):
         jax.grad(while_loss)(jnp.ones(3))
     with pytest.raises(
-        ValueError, match=r"Reverse-mode differentiation does not work for lax.while_loop"
+        ValueError,
+        match=r"Reverse-mode differentiation does not work for lax.while_loop",
     ):
         fx.grad(while_loss, fx.Backprop())(jax.random.key(0), jnp.ones(3))
 
@@ -32,7 +34,9 @@ def relax(params, data):
         return new, jnp.max(jnp.abs(new - h)), trips + 1
 
     start = (jnp.zeros_like(data), jnp.asarray(1.0), 0)
-    h, _, trips = lax.while_loop(lambda state: (state[1] > 1e-4) & (state[2] < 100), body, start)
+    h, _, trips = lax.while_loop(
+        lambda state: (state[1] > 1e-4) & (state[2] < 100), body, start
+    )
     return jnp.mean((h - 0.3) ** 2), trips
 
 
@@ -60,14 +64,18 @@ def test_a_loss_with_python_control_flow_trains(name):
     estimate = fx.value_and_grad(eager, RULES[name])
     params = jnp.array([0.5, 1.0, 1.5])
     value, grads = estimate(jax.random.key(0), params)
-    stepped, _ = estimate(jax.random.key(1), params - 0.01 * grads / jnp.linalg.norm(grads))
+    stepped, _ = estimate(
+        jax.random.key(1), params - 0.01 * grads / jnp.linalg.norm(grads)
+    )
     assert stepped < value
 
 
 def test_the_exact_gradient_of_python_control_flow_is_that_of_eager_jax():
     params = jnp.array([0.5, 1.0, 1.5])
     for rule in (fx.Exact(), fx.Exact(chunk_size=2)):
-        assert_trees_close(fx.grad(eager, rule)(jax.random.key(0), params), jax.grad(eager)(params))
+        assert_trees_close(
+            fx.grad(eager, rule)(jax.random.key(0), params), jax.grad(eager)(params)
+        )
 
 
 def test_python_control_flow_under_jit_gets_jaxs_own_error():
@@ -89,7 +97,8 @@ def test_a_dynamic_number_of_trips():
 def test_cond_and_switch():
     def loss(w, branch):
         return lax.switch(
-            branch, [lambda: jnp.sum(w**2), lambda: jnp.sum(jnp.sin(w)), lambda: jnp.prod(w)]
+            branch,
+            [lambda: jnp.sum(w**2), lambda: jnp.sum(jnp.sin(w)), lambda: jnp.prod(w)],
         )
 
     w = normal(0, 3)
@@ -123,11 +132,14 @@ CUSTOM.defvjp(lambda x: (CUSTOM(x), x), lambda x, cotangent: (2 * x * cotangent,
 
 
 @pytest.mark.parametrize(
-    "rule", [fx.WeightPerturbation(), fx.WeightPerturbation(num_tangents=2), fx.Exact()], ids=str
+    "rule",
+    [fx.WeightPerturbation(), fx.WeightPerturbation(num_tangents=2), fx.Exact()],
+    ids=str,
 )
 def test_a_custom_vjp_has_no_forward_mode(rule):
     with pytest.raises(
-        TypeError, match=r"function .*test_control_flow.py:\d+.*custom_jvp, or use forwax.Fini"
+        TypeError,
+        match=r"function .*test_control_flow.py:\d+.*custom_jvp, or use forwax.Fini",
     ):
         fx.grad(CUSTOM, rule)(jax.random.key(0), jnp.ones(3))
 
@@ -144,13 +156,19 @@ def test_finite_differences_and_backprop_take_a_custom_vjp():
     rule = fx.FiniteDifference(fx.tangents.Coordinate(replace=False), 3, epsilon=0.1)
     expected = jnp.array([2.0, 4.0, 6.0])
     point = jnp.array([1.0, 2.0, 3.0])
-    assert_trees_close(fx.grad(CUSTOM, rule)(jax.random.key(0), point), expected, rtol=1e-3)
-    assert_trees_close(fx.grad(CUSTOM, fx.Backprop())(jax.random.key(0), point), expected)
+    assert_trees_close(
+        fx.grad(CUSTOM, rule)(jax.random.key(0), point), expected, rtol=1e-3
+    )
+    assert_trees_close(
+        fx.grad(CUSTOM, fx.Backprop())(jax.random.key(0), point), expected
+    )
 
 
 def test_a_custom_jvp_is_honoured():
     straight_through = jax.custom_jvp(jnp.round)
-    straight_through.defjvp(lambda primals, tangents: (straight_through(*primals), tangents[0]))
+    straight_through.defjvp(
+        lambda primals, tangents: (straight_through(*primals), tangents[0])
+    )
 
     def loss(w):
         return jnp.sum(straight_through(w) * jnp.arange(1.0, 4.0))

@@ -26,7 +26,8 @@ def loss(params, x):
 
 def arguments():
     a, c, x = (
-        jax.random.normal(jax.random.fold_in(KEY, i), (n, 4)) for i, n in enumerate((3, 4, 5))
+        jax.random.normal(jax.random.fold_in(KEY, i), (n, 4))
+        for i, n in enumerate((3, 4, 5))
     )
     return {"a": a[:, :4], "b": jnp.ones(4), "c": c}, x[:, :3]
 
@@ -80,7 +81,9 @@ def test_the_table_holds_every_figure(found):
     header, rule, *lines = str(found).splitlines()
     assert header.split("  ")[0] == "gradient"
     assert set(rule) == {"-", " "}
-    assert [line.split("  ")[0] for line in lines[:3]] == [row.name for row in found.rows[:3]]
+    assert [line.split("  ")[0] for line in lines[:3]] == [
+        row.name for row in found.rows[:3]
+    ]
     assert any(
         line.startswith("signs") and " 31 " in line and "FLOP" in line and "KiB" in line
         for line in lines
@@ -116,14 +119,17 @@ def test_a_loss_that_reverse_mode_rejects():
         "Reverse-mode differentiation does not work for lax.while_loop"
     )
     assert found.advice.startswith("Backprop does not run here, so use ")
-    assert "jax.value_and_grad does not run: Reverse-mode differentiation does not work" in str(
-        found
+    assert (
+        "jax.value_and_grad does not run: Reverse-mode differentiation does not work"
+        in str(found)
     )
 
 
 def test_without_a_reference_errors_are_laws_alone(monkeypatch):
     monkeypatch.setattr("forwax._reports.diagnostics.EXACT_LIMIT", 2)
-    found = fx.diagnose(growing, [fx.WeightPerturbation()], draws=2, rounds=1)(KEY, jnp.ones(3))
+    found = fx.diagnose(growing, [fx.WeightPerturbation()], draws=2, rounds=1)(
+        KEY, jnp.ones(3)
+    )
     (row,) = found.rules
     assert (row.name, row.predicted_mse, row.mse, row.cosine) == (
         "WeightPerturbation()",
@@ -136,7 +142,9 @@ def test_without_a_reference_errors_are_laws_alone(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite():
-    bad = fx.diagnose(lambda x: jnp.sum(jnp.log(x)), [fx.WeightPerturbation()], draws=2, rounds=1)
+    bad = fx.diagnose(
+        lambda x: jnp.sum(jnp.log(x)), [fx.WeightPerturbation()], draws=2, rounds=1
+    )
     assert bad(KEY, -jnp.ones(3)).advice.startswith(
         "The loss is nan here, so no gradient can be judged: "
     )
@@ -158,7 +166,9 @@ def test_examples_auxiliary_outputs_and_plain_arguments():
     params, x = arguments()
     axes = (None, None, 0)
     rules = [fx.WeightPerturbation(fx.tangents.LowRank(), 8), fx.ActivityPerturbation()]
-    diagnose = fx.diagnose(one, rules, argnums=1, has_aux=True, in_axes=axes, draws=2, rounds=1)
+    diagnose = fx.diagnose(
+        one, rules, argnums=1, has_aux=True, in_axes=axes, draws=2, rounds=1
+    )
     found = diagnose(KEY, 2.0, params, x, power=1)
     assert [row.predicted_mse for row in found.rules] == [31 / 8, None]
     assert found.rules[1].mse[0] > 0
@@ -177,14 +187,18 @@ def test_the_default_rules():
 
 
 def test_equal_labels_are_numbered():
-    guess = lambda x: fx.WeightPerturbation(combine=fx.combine.ControlVariate(x * jnp.ones(3)))
+    guess = lambda x: fx.WeightPerturbation(
+        combine=fx.combine.ControlVariate(x * jnp.ones(3))
+    )
     names = list(named_rules([guess(1), fx.Exact(), guess(2)], None))
     same = "WeightPerturbation(combine=ControlVariate())"
     assert names == [f"{same} #1", "Exact()", f"{same} #2"]
 
 
 def test_keys_of_another_kind():
-    found = fx.diagnose(lambda x: jnp.sum(x**2), [fx.WeightPerturbation()], draws=1, rounds=1)
+    found = fx.diagnose(
+        lambda x: jnp.sum(x**2), [fx.WeightPerturbation()], draws=1, rounds=1
+    )
     assert found(jax.random.key(0, impl="rbg"), jnp.ones(3)).reference == "backprop"
 
 
@@ -205,7 +219,9 @@ def test_a_rule_that_fails_when_it_runs_is_a_row_that_says_why():
         "too large": TooLarge(),
         "too many": fx.WeightPerturbation(fx.tangents.Orthonormal(), 4),
     }
-    found = fx.diagnose(lambda x: jnp.sum(x**2), rules, draws=1, rounds=1)(KEY, jnp.ones(3))
+    found = fx.diagnose(lambda x: jnp.sum(x**2), rules, draws=1, rounds=1)(
+        KEY, jnp.ones(3)
+    )
     assert "RESOURCE_EXHAUSTED" in found.rules[0].error
     assert "draws at most n = 3 directions" in found.rules[1].error
     assert found.rules[1].predicted_mse is None
@@ -214,23 +230,36 @@ def test_a_rule_that_fails_when_it_runs_is_a_row_that_says_why():
 
 def test_mistakes():
     with pytest.raises(
-        ValueError, match=r"expected one or more rules, such as .*, got WeightPerturbation\("
+        ValueError,
+        match=r"expected one or more rules, such as .*, got WeightPerturbation\(",
     ):
         fx.diagnose(loss, fx.WeightPerturbation())
     with pytest.raises(
         ValueError,
         match=r"\['jax.value_and_grad', 'the loss alone'\] name rows that are always there",
     ):
-        fx.diagnose(loss, {"the loss alone": fx.Exact(), "jax.value_and_grad": fx.Exact()})
-    with pytest.raises(TypeError, match="diagnose: expected a function as the loss, got int"):
+        fx.diagnose(
+            loss, {"the loss alone": fx.Exact(), "jax.value_and_grad": fx.Exact()}
+        )
+    with pytest.raises(
+        TypeError, match="diagnose: expected a function as the loss, got int"
+    ):
         fx.diagnose(3)
-    with pytest.raises(ValueError, match="expected draws to be a positive integer, got 0"):
+    with pytest.raises(
+        ValueError, match="expected draws to be a positive integer, got 0"
+    ):
         fx.diagnose(loss, draws=0)
-    with pytest.raises(ValueError, match=r"expected one or more rules, such as .*, got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"expected one or more rules, such as .*, got \[\]"
+    ):
         fx.diagnose(loss, [])
-    with pytest.raises(TypeError, match="diagnose: the first argument must be a PRNG key"):
+    with pytest.raises(
+        TypeError, match="diagnose: the first argument must be a PRNG key"
+    ):
         fx.diagnose(loss)(*arguments())
-    with pytest.raises(TypeError, match="Gradient only defined for scalar-output functions"):
+    with pytest.raises(
+        TypeError, match="Gradient only defined for scalar-output functions"
+    ):
         fx.diagnose(jnp.sin)(KEY, jnp.ones(3))
 
 
@@ -244,8 +273,12 @@ REJECTED = row("backprop", error="Reverse-mode differentiation does not work.")
 
 def built(*rules, backprop=None, checkpointed=None, value=1.0):
     backprop = backprop or row("backprop", 0.0)
-    checkpointed = checkpointed or dataclasses.replace(backprop, name="checkpointed", seconds=1.3)
-    return Diagnosis(row("loss"), backprop, checkpointed, rules, 1000, value, "backprop", 16)
+    checkpointed = checkpointed or dataclasses.replace(
+        backprop, name="checkpointed", seconds=1.3
+    )
+    return Diagnosis(
+        row("loss"), backprop, checkpointed, rules, 1000, value, "backprop", 16
+    )
 
 
 ADVICE = {
@@ -294,7 +327,9 @@ ADVICE = {
         "takes the least time for the progress of one exact step, 500 ms.",
     ),
     "rejected, many parameters": (
-        built(row("signs", 99.0, 1e-4), row("forward mode", 0.0, 0.5), backprop=REJECTED),
+        built(
+            row("signs", 99.0, 1e-4), row("forward mode", 0.0, 0.5), backprop=REJECTED
+        ),
         "Backprop does not run here, so use signs: its relative MSE is 99, and of the rules that "
         "run it takes the "
         "least time for the progress of one exact step, 10 ms.",
@@ -324,7 +359,9 @@ def test_calls_are_timed_in_turn():
     calls = {name: functools.partial(made.append, name) for name in "abc"}
     seconds = interleaved(calls, 2)
     assert "".join(made) == "abc" + "abc" + "bca"
-    assert {name: times.shape for name, times in seconds.items()} == dict.fromkeys("abc", (2,))
+    assert {name: times.shape for name, times in seconds.items()} == dict.fromkeys(
+        "abc", (2,)
+    )
     assert interleaved(calls, 9, max_seconds=0)["a"].shape == (3,)
     known = {"a": np.array([1.0, 3.0, 2.0]), "b": np.array([4.0, 4.0, 9.0])}
     assert ratios(known, "a") == {"a": 1, "b": 2}

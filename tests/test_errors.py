@@ -38,7 +38,9 @@ def test_a_missing_key_is_named(verb):
 
 
 @pytest.mark.parametrize(
-    "bad", [0, None, W[0], np.zeros(2, np.int32), jnp.zeros((3, 2), jnp.uint32)], ids=str
+    "bad",
+    [0, None, W[0], np.zeros(2, np.int32), jnp.zeros((3, 2), jnp.uint32)],
+    ids=str,
 )
 def test_what_is_not_a_key_is_refused(bad):
     with says(TypeError, "value_and_grad: the first argument must be a PRNG key, got"):
@@ -59,7 +61,8 @@ def test_keys_of_other_functions_are_named():
     ):
         fx.tangents.Rademacher().sample(0, W)
     with says(
-        TypeError, "Momentum.init: the first argument must be a PRNG key, got WeightPerturbation"
+        TypeError,
+        "Momentum.init: the first argument must be a PRNG key, got WeightPerturbation",
     ):
         fx.Momentum().init(fx.WeightPerturbation(), KEY)
     loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)
@@ -72,7 +75,9 @@ def test_keys_of_other_functions_are_named():
 
 
 def test_an_array_of_keys_is_refused():
-    with says(TypeError, "expected one PRNG key", "an array of keys of shape (2,)", "jax.vmap"):
+    with says(
+        TypeError, "expected one PRNG key", "an array of keys of shape (2,)", "jax.vmap"
+    ):
         fx.grad(square)(jax.random.split(KEY, 2), W)
 
 
@@ -107,7 +112,10 @@ def test_other_verbs_check_them_too_and_say_their_own_name():
         with says(TypeError, "expected a function as the loss, got int"):
             verb(3)
     with says(
-        TypeError, "explain: expected a rule, such as", "got (None, 0)", "are keyword arguments"
+        TypeError,
+        "explain: expected a rule, such as",
+        "got (None, 0)",
+        "are keyword arguments",
     ):
         fx.explain(square, (None, 0))
     with says(
@@ -117,11 +125,15 @@ def test_other_verbs_check_them_too_and_say_their_own_name():
     ):
         fx.update(square, learning_rate=1.0)(KEY)
     with says(
-        TypeError, "explain: argnums=0 needs at least 1 positional arguments, got 0", "f(*args)"
+        TypeError,
+        "explain: argnums=0 needs at least 1 positional arguments, got 0",
+        "f(*args)",
     ):
         fx.explain(square)()
     with says(
-        TypeError, "FDFA.init: argnums=0 needs at least 1 positional arguments, got 0", "f(*args)"
+        TypeError,
+        "FDFA.init: argnums=0 needs at least 1 positional arguments, got 0",
+        "f(*args)",
     ):
         fx.FDFA().init(square)()
 
@@ -139,7 +151,9 @@ def test_an_error_of_the_loss_is_not_its_own_cause(verb):
 
 
 @pytest.mark.parametrize(
-    "rule", [fx.WeightPerturbation(), fx.Exact(), fx.FiniteDifference(), fx.Backprop()], ids=repr
+    "rule",
+    [fx.WeightPerturbation(), fx.Exact(), fx.FiniteDifference(), fx.Backprop()],
+    ids=repr,
 )
 class TestOutputs:
     """What a loss returned."""
@@ -165,7 +179,9 @@ class TestOutputs:
             fx.grad(lambda w: (jnp.sum(w), w), rule)(KEY, W)
 
     def test_a_complex_loss(self, rule):
-        with says(TypeError, "requires real-valued outputs", "complex64", "jnp.abs(z)**2"):
+        with says(
+            TypeError, "requires real-valued outputs", "complex64", "jnp.abs(z)**2"
+        ):
             fx.grad(lambda w: jax.lax.complex(jnp.sum(w), jnp.sum(w)), rule)(KEY, W)
 
     def test_an_integer_loss(self, rule):
@@ -209,7 +225,10 @@ def test_jax_rejects_what_forwax_rejects():
             "requires real-valued outputs (output dtype that is a sub-dtype of np.floating)",
         ),
     ]:
-        for call in (lambda bad=bad: jax.grad(bad)(W), lambda bad=bad: fx.grad(bad)(KEY, W)):
+        for call in (
+            lambda bad=bad: jax.grad(bad)(W),
+            lambda bad=bad: fx.grad(bad)(KEY, W),
+        ):
             with says(TypeError, text):
                 call()
 
@@ -229,7 +248,12 @@ def test_jax_rejects_what_forwax_rejects():
     ids=["integer", "bool", "numpy", "string", "key"],
 )
 def test_leaves_that_cannot_be_differentiated(params, what):
-    text = ("requires real- or complex-valued inputs", what, "eqx.partition", "nnx.split")
+    text = (
+        "requires real- or complex-valued inputs",
+        what,
+        "eqx.partition",
+        "nnx.split",
+    )
     for rule in (fx.WeightPerturbation(), fx.Backprop()):
         with says(TypeError, *text):
             fx.grad(lambda p: jnp.zeros(()), rule)(KEY, params)
@@ -249,13 +273,18 @@ def test_argnums_out_of_range(argnums, needed):
 @pytest.mark.parametrize("argnums", [(0, 0), (0, 1, -2)])
 def test_argnums_that_name_an_argument_twice(argnums):
     with says(
-        ValueError, "expected each argument once in argnums", f"got {argnums} for 2 arguments"
+        ValueError,
+        "expected each argument once in argnums",
+        f"got {argnums} for 2 arguments",
     ):
         fx.grad(square, argnums=argnums)(KEY, W, W)
 
 
 def test_no_arguments():
-    with says(TypeError, "argnums=0 needs at least 1 positional arguments after the key, got 0"):
+    with says(
+        TypeError,
+        "argnums=0 needs at least 1 positional arguments after the key, got 0",
+    ):
         fx.grad(square)(KEY)
 
 
@@ -264,9 +293,13 @@ def test_no_arguments():
 
 @pytest.mark.parametrize("in_axes", [(0, 0), 0, ({"w": 0}, None)], ids=str)
 def test_a_mapped_parameter(in_axes):
-    params = {"w": W} if isinstance(in_axes, tuple) and isinstance(in_axes[0], dict) else W
+    params = (
+        {"w": W} if isinstance(in_axes, tuple) and isinstance(in_axes[0], dict) else W
+    )
     with says(
-        ValueError, "in_axes maps argument 0, which is differentiated", "in_axes=(None, 0, 0)"
+        ValueError,
+        "in_axes maps argument 0, which is differentiated",
+        "in_axes=(None, 0, 0)",
     ):
         fx.grad(square, in_axes=in_axes)(KEY, params, W)
 
@@ -306,19 +339,26 @@ def test_an_empty_batch(in_axes, batch, what):
 
 
 @pytest.mark.parametrize(
-    "rule", [fx.WeightPerturbation(), fx.ActivityPerturbation()], ids=["weight", "activity"]
+    "rule",
+    [fx.WeightPerturbation(), fx.ActivityPerturbation()],
+    ids=["weight", "activity"],
 )
 @pytest.mark.parametrize(("axis", "arg"), [(0, 2.0), (1, W), (-2, W)])
 def test_an_axis_that_an_argument_does_not_have(rule, axis, arg):
     with says(
-        ValueError, f"have the axis {axis} along which", f"of shape {jnp.shape(arg)}", "Write None"
+        ValueError,
+        f"have the axis {axis} along which",
+        f"of shape {jnp.shape(arg)}",
+        "Write None",
     ):
         fx.grad(square, rule, in_axes=(None, axis))(KEY, W, arg)
 
 
 def test_a_batch_of_unequal_lengths_gets_jaxs_own_error():
     with says(ValueError, "vmap got inconsistent sizes for array axes to be mapped"):
-        fx.grad(square, in_axes=(None, 0, 0))(KEY, W, jnp.zeros((2, 1)), jnp.zeros((3, 1)))
+        fx.grad(square, in_axes=(None, 0, 0))(
+            KEY, W, jnp.zeros((2, 1)), jnp.zeros((3, 1))
+        )
 
 
 # --- tangents and combinations ---
@@ -346,11 +386,15 @@ class TestDirections:
             f"got "
             f"num_tangents=4"
         )
-        with says(ValueError, what, "With num_tangents=3 the gradient is exact already"):
+        with says(
+            ValueError, what, "With num_tangents=3 the gradient is exact already"
+        ):
             fx.grad(square, rule(tangents, 4))(KEY, W)
 
     def test_the_guess_alone(self, rule):
-        with says(ValueError, "tangents.Guided needs num_tangents >= 2", "got num_tangents=1"):
+        with says(
+            ValueError, "tangents.Guided needs num_tangents >= 2", "got num_tangents=1"
+        ):
             fx.grad(square, rule(fx.tangents.Guided(W)))(KEY, W)
 
     @pytest.mark.parametrize(
@@ -398,7 +442,9 @@ OWN = fx.tangents.LowRank(per_example=True)
 
 
 @pytest.mark.parametrize(
-    "rule", [fx.FiniteDifference(OWN), fx.ActivityPerturbation(OWN), fx.FDFA(tangents=OWN)], ids=str
+    "rule",
+    [fx.FiniteDifference(OWN), fx.ActivityPerturbation(OWN), fx.FDFA(tangents=OWN)],
+    ids=str,
 )
 def test_directions_of_single_examples_in_other_rules(rule):
     loss = lambda w, x: jnp.sum(jnp.tanh(x @ w) @ w)
@@ -415,12 +461,16 @@ def test_directions_of_single_examples_in_other_rules(rule):
         call(KEY, jnp.eye(3), jnp.ones((2, 3)))
 
 
-@pytest.mark.parametrize("combination", [fx.combine.Projection(), fx.combine.Shrinkage()], ids=str)
+@pytest.mark.parametrize(
+    "combination", [fx.combine.Projection(), fx.combine.Shrinkage()], ids=str
+)
 def test_directions_of_single_examples_that_are_combined(combination):
     rule = fx.WeightPerturbation(OWN, 2, combination)
     name = type(combination).__name__
     with says(
-        ValueError, "gives each example its own slopes: expected combine.Mean()", f"got {name}"
+        ValueError,
+        "gives each example its own slopes: expected combine.Mean()",
+        f"got {name}",
     ):
         fx.grad(lambda w, x: jnp.sum(x @ w), rule, in_axes=(None, 0))(
             KEY, jnp.eye(3), jnp.ones((2, 3))
@@ -430,18 +480,35 @@ def test_directions_of_single_examples_that_are_combined(combination):
 def test_directions_of_single_examples_of_sharded_parameters():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data = jax.sharding.PartitionSpec("data")
-    grad = fx.grad(lambda w, x: jnp.sum(x @ w), fx.WeightPerturbation(OWN), in_axes=(None, 0))
-    run = jax.shard_map(
-        lambda w: grad(KEY, w, jnp.ones((2, 2))), mesh=mesh, in_specs=data, out_specs=data
+    grad = fx.grad(
+        lambda w, x: jnp.sum(x @ w), fx.WeightPerturbation(OWN), in_axes=(None, 0)
     )
-    with says(ValueError, "needs whole parameters on every device", "per_example=False"):
+    run = jax.shard_map(
+        lambda w: grad(KEY, w, jnp.ones((2, 2))),
+        mesh=mesh,
+        in_specs=data,
+        out_specs=data,
+    )
+    with says(
+        ValueError, "needs whole parameters on every device", "per_example=False"
+    ):
         run(jnp.ones((4, 3)))
 
 
 def test_laws_that_do_not_exist():
-    with says(ValueError, "Orthonormal() draws at most n = 100 directions", "got num_tangents=200"):
-        fx.suggest_learning_rate(fx.FiniteDifference(fx.tangents.Orthonormal(), 200), 100, 1.0)
-    with says(ValueError, "Orthonormal() draws at most n = 100 directions", "got num_tangents=200"):
+    with says(
+        ValueError,
+        "Orthonormal() draws at most n = 100 directions",
+        "got num_tangents=200",
+    ):
+        fx.suggest_learning_rate(
+            fx.FiniteDifference(fx.tangents.Orthonormal(), 200), 100, 1.0
+        )
+    with says(
+        ValueError,
+        "Orthonormal() draws at most n = 100 directions",
+        "got num_tangents=200",
+    ):
         fx.WeightPerturbation(fx.tangents.Orthonormal(), 200).relative_mse(100)
     with says(
         ValueError,
@@ -461,7 +528,9 @@ def test_steps_that_parameters_would_not_take(dtype, epsilon):
         "in float32",
     )
     with says(ValueError, *text):
-        fx.grad(lambda p: jnp.sum(p[0]), fx.FiniteDifference(epsilon=epsilon))(KEY, params)
+        fx.grad(lambda p: jnp.sum(p[0]), fx.FiniteDifference(epsilon=epsilon))(
+            KEY, params
+        )
 
 
 def test_as_many_directions_as_coordinates_are_exact():

@@ -26,7 +26,9 @@ def test_facts_have_one_dimension(function):
     assert len(function.lower) == len(function.upper) == function.n
     inside = [
         lower < x < upper
-        for lower, x, upper in zip(function.lower, function.start, function.upper, strict=True)
+        for lower, x, upper in zip(
+            function.lower, function.start, function.upper, strict=True
+        )
     ]
     assert all(inside)
     assert function.source
@@ -47,7 +49,9 @@ def test_no_nearby_point_is_lower(function):
     with jax.enable_x64(True):
         offsets = 1e-3 * np.random.default_rng(0).normal(size=(64, function.n))
         for point in function.minima:
-            values = jax.jit(jax.vmap(function))(jnp.asarray(np.asarray(point)[None] + offsets))
+            values = jax.jit(jax.vmap(function))(
+                jnp.asarray(np.asarray(point)[None] + offsets)
+            )
             assert np.all(np.asarray(values) > function.minimum)
 
 
@@ -59,7 +63,9 @@ def test_gradient_agrees_with_central_differences(function):
 
         @jax.jit
         def three(x, steps):
-            slopes = jax.vmap(lambda step: (function(x + step) - function(x - step)) / 2e-6)(steps)
+            slopes = jax.vmap(
+                lambda step: (function(x + step) - function(x - step)) / 2e-6
+            )(steps)
             return slopes, jax.grad(function)(x), jax.jacfwd(function)(x)
 
         slopes, gradient, forwards = three(x, steps)
@@ -120,9 +126,9 @@ def test_himmelblau_starts_near_its_local_maximum():
     with jax.enable_x64(True):
         summit = jnp.array([-0.2708445906694, -0.9230385564666], jnp.float64)
         function = functions.himmelblau
-        gradient, hessian = jax.jit(lambda x: (jax.grad(function)(x), jax.hessian(function)(x)))(
-            summit
-        )
+        gradient, hessian = jax.jit(
+            lambda x: (jax.grad(function)(x), jax.hessian(function)(x))
+        )(summit)
         np.testing.assert_allclose(gradient, 0.0, atol=1e-9)
         assert np.all(np.linalg.eigvalsh(hessian) < 0)
 
@@ -131,7 +137,10 @@ def test_rosenbrock_has_a_local_minimum_in_four_dimensions():
     @jax.jit
     def descended(x):
         x, _ = jax.lax.scan(
-            lambda x, _: (x - 1e-3 * jax.grad(functions.rosenbrock)(x), None), x, None, length=2000
+            lambda x, _: (x - 1e-3 * jax.grad(functions.rosenbrock)(x), None),
+            x,
+            None,
+            length=2000,
         )
         return jax.value_and_grad(functions.rosenbrock)(x)
 
@@ -143,7 +152,9 @@ def test_rosenbrock_has_a_local_minimum_in_four_dimensions():
 @pytest.mark.parametrize("n", [1, 9])
 def test_ackley_at_its_cone(n):
     ackley = functions.ackley
-    derivatives = jax.jit(lambda x: (ackley(x), jax.grad(ackley)(x), jax.jacfwd(ackley)(x)))
+    derivatives = jax.jit(
+        lambda x: (ackley(x), jax.grad(ackley)(x), jax.jacfwd(ackley)(x))
+    )
     for at_origin in derivatives(jnp.zeros(n)):
         np.testing.assert_array_equal(at_origin, 0.0)
     _, near, _ = derivatives(jnp.full(n, 1e-6))
@@ -151,16 +162,20 @@ def test_ackley_at_its_cone(n):
 
 
 def test_quadratic_has_its_condition_number():
-    hessian = np.asarray(jax.jit(jax.hessian(functions.quadratic(1000.0, n=4)))(jnp.ones(4)))
+    hessian = np.asarray(
+        jax.jit(jax.hessian(functions.quadratic(1000.0, n=4)))(jnp.ones(4))
+    )
     np.testing.assert_allclose(np.diag(hessian), [1.0, 10.0, 100.0, 1000.0], rtol=1e-5)
     np.testing.assert_array_equal(hessian - np.diag(np.diag(hessian)), 0.0)
 
 
 def test_distance_is_to_the_nearest_minimum():
-    assert float(functions.himmelblau.distance(jnp.array([-3.779310, -2.283186]))) == pytest.approx(
-        1.0, abs=1e-5
-    )
-    assert float(functions.rosenbrock.in_dimensions(4).distance(jnp.zeros(4))) == pytest.approx(2.0)
+    assert float(
+        functions.himmelblau.distance(jnp.array([-3.779310, -2.283186]))
+    ) == pytest.approx(1.0, abs=1e-5)
+    assert float(
+        functions.rosenbrock.in_dimensions(4).distance(jnp.zeros(4))
+    ) == pytest.approx(2.0)
 
 
 def test_functions_are_values():
@@ -175,7 +190,15 @@ def test_functions_are_values():
 
 @pytest.mark.parametrize(
     "name",
-    ["beale", "rosenbrock", "himmelblau", "ackley", "rastrigin", "styblinski_tang", "quadratic"],
+    [
+        "beale",
+        "rosenbrock",
+        "himmelblau",
+        "ackley",
+        "rastrigin",
+        "styblinski_tang",
+        "quadratic",
+    ],
 )
 def test_by_name(name):
     assert functions.by_name(name).name == name
@@ -183,11 +206,13 @@ def test_by_name(name):
 
 def test_errors_say_what_to_do():
     with pytest.raises(
-        ValueError, match=r"beale takes one point, an array of shape \[2\], but got shape \[3\]"
+        ValueError,
+        match=r"beale takes one point, an array of shape \[2\], but got shape \[3\]",
     ):
         functions.beale(jnp.zeros(3))
     with pytest.raises(
-        ValueError, match=r"shape \[n\], but got shape \[4, 2\]; for many points use jax.vmap"
+        ValueError,
+        match=r"shape \[n\], but got shape \[4, 2\]; for many points use jax.vmap",
     ):
         functions.ackley(jnp.zeros((4, 2)))
     with pytest.raises(

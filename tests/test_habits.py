@@ -28,7 +28,9 @@ def test_the_workflow_runs_every_python_with_the_oldest_and_the_newest_jax():
     matrix = read(".github/workflows/ci.yml")["jobs"]["run"]["strategy"]["matrix"]
     prefix = "Programming Language :: Python :: 3."
     supported = [
-        line.split(" :: ")[2] for line in PROJECT["classifiers"] if line.startswith(prefix)
+        line.split(" :: ")[2]
+        for line in PROJECT["classifiers"]
+        if line.startswith(prefix)
     ]
     (floor,) = (line for line in PROJECT["dependencies"] if line.startswith("jax>="))
     assert matrix["python"] == supported
@@ -39,12 +41,18 @@ def test_commits_run_the_commands_of_the_ci():
     (local,) = read(".pre-commit-config.yaml")["repos"]
     commands = {hook["entry"] for hook in local["hooks"]}
     ci = (ROOT / ".ci" / "run").read_text().replace("--check .", ".").splitlines()
-    assert {"ruff check .", "ruff format .", "pyright", "lint-imports"} < commands <= set(ci)
+    assert (
+        {"ruff check .", "ruff format .", "pyright", "lint-imports"}
+        < commands
+        <= set(ci)
+    )
 
 
 def test_ruff_and_pyright_are_pinned():
     pinned = {
-        line.split("==")[0] for line in PROJECT["optional-dependencies"]["dev"] if "==" in line
+        line.split("==")[0]
+        for line in PROJECT["optional-dependencies"]["dev"]
+        if "==" in line
     }
     assert pinned == {"ruff", "pyright"}
 

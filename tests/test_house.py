@@ -18,8 +18,12 @@ DENSE = "x = [[i * j + k for k in range(9) if k % 2 == 0] for i, j in enumerate(
 OVER = {
     "density of a file of the core": {"dense.py": REASON + DENSE},
     "density of the core": {"dense.py": REASON + DENSE, "denser.py": REASON + DENSE},
-    "comments in the core, % of lines, at least": {"silent.py": "x = 1  # noqa\n" * 200},
-    "packed assignments in the core, %": {"packed.py": REASON + "a, b = 1, 2\nb, a = a, b\n"},
+    "comments in the core, % of lines, at least": {
+        "silent.py": "x = 1  # noqa\n" * 200
+    },
+    "packed assignments in the core, %": {
+        "packed.py": REASON + "a, b = 1, 2\nb, a = a, b\n"
+    },
     "columns of a line": {"models/wide.py": f"x = '{'-' * 96}'\n"},
     "lines of a function": {"lab/long.py": "def f():\n" + "    x = 1\n" * 70},
     "lines of a file": {"large.py": REASON * 451},
@@ -66,6 +70,8 @@ def test_a_figure_over_its_limit_is_named_with_the_file(tmp_path, figure, files)
 
 
 def test_lines_alone_do_not_break_the_limit_of_the_lab(tmp_path):
-    status, printed = check(tmp_path, GOOD | {f"lab/part_{i}.py": "\n" * 450 for i in range(13)})
+    status, printed = check(
+        tmp_path, GOOD | {f"lab/part_{i}.py": "\n" * 450 for i in range(13)}
+    )
     assert status == 0
     assert "over" not in printed

@@ -26,7 +26,10 @@ def test_importing_forwax_imports_nothing_beyond_jax():
         "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
     )
     out = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=True
+        [sys.executable, "-W", "error", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     extra = (
         set(json.loads(out.stdout))
@@ -40,8 +43,12 @@ def test_import_rules_hold():
     command = shutil.which(
         "lint-imports", path=str(pathlib.Path(sys.executable).parent)
     ) or shutil.which("lint-imports")
-    assert command is not None, "import-linter is missing; pip install -e '.[lab,dev]' brings it"
-    out = subprocess.run([command, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert command is not None, (
+        "import-linter is missing; pip install -e '.[lab,dev]' brings it"
+    )
+    out = subprocess.run(
+        [command, "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
     assert out.returncode == 0, out.stdout + out.stderr
 
 
@@ -50,7 +57,13 @@ def test_no_private_jax(path):
     assert "jax._src" not in path.read_text()
 
 
-READERS_OF_JAXPRS = ("jax.extend.core", "make_jaxpr", "jaxprs_in_params", "jax.core", "eqns")
+READERS_OF_JAXPRS = (
+    "jax.extend.core",
+    "make_jaxpr",
+    "jaxprs_in_params",
+    "jax.core",
+    "eqns",
+)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +75,16 @@ def test_only_programs_reads_jaxprs(path):
     assert not [word for word in READERS_OF_JAXPRS if word in path.read_text()]
 
 
-PUBLIC = {"combine", "functions", "lab", "losses", "models", "tangents", "testing", "types"}
+PUBLIC = {
+    "combine",
+    "functions",
+    "lab",
+    "losses",
+    "models",
+    "tangents",
+    "testing",
+    "types",
+}
 
 
 def test_what_is_private_has_an_underscore():
@@ -77,7 +99,9 @@ def test_no_class_is_declared_twice():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef)
     ]
-    assert [name for name, count in collections.Counter(names).items() if count > 1] == []
+    assert [
+        name for name, count in collections.Counter(names).items() if count > 1
+    ] == []
 
 
 def test_explain_is_the_function_alone():

@@ -57,20 +57,26 @@ FLAT = {
 
 @pytest.mark.parametrize("name", FLAT)
 def test_temporaries_are_flat_in_the_depth_of_a_scan(name):
-    shallow, middle, deep = (temporaries(scanned(depth), FLAT[name]) for depth in (8, 64, 512))
+    shallow, middle, deep = (
+        temporaries(scanned(depth), FLAT[name]) for depth in (8, 64, 512)
+    )
     assert middle == pytest.approx(shallow, rel=0.05)
     assert deep == pytest.approx(shallow, rel=0.05)
 
 
 def test_those_of_backprop_grow():
-    shallow, middle, deep = (temporaries(scanned(depth), fx.Backprop()) for depth in (8, 64, 512))
+    shallow, middle, deep = (
+        temporaries(scanned(depth), fx.Backprop()) for depth in (8, 64, 512)
+    )
     assert middle > shallow + 50 * ACTIVATION
     assert deep > shallow + 500 * ACTIVATION
 
 
 def stacked(params, x):
     """An MLP by `lax.scan` over its layers, each with parameters of its own."""
-    h, _ = jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), x, params)
+    h, _ = jax.lax.scan(
+        lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), x, params
+    )
     return jnp.sum(h**2)
 
 
@@ -86,7 +92,11 @@ def of_a_stack(name, depth, *, step=False):
     """Bytes of a gradient, or of a step that holds none, parameters donated."""
     width, rule = STACKED[name]
     params = {"w": jnp.zeros((depth, width, width)), "b": jnp.zeros((depth, 1, width))}
-    f = fx.update(stacked, rule, learning_rate=0.1) if step else fx.value_and_grad(stacked, rule)
+    f = (
+        fx.update(stacked, rule, learning_rate=0.1)
+        if step
+        else fx.value_and_grad(stacked, rule)
+    )
     lowered = jax.jit(f, donate_argnums=1 if step else ()).lower(
         jax.random.key(0), params, jnp.zeros((1024, width))
     )
@@ -137,9 +147,14 @@ CHUNKS_WITH_AUX = {
 @pytest.mark.parametrize("name", CHUNKS_WITH_AUX)
 def test_aux_is_held_once(name):
     """Not once a chunk or evaluation."""
-    loss = lambda w, x: (jnp.sum(x @ w), {"large": jnp.tanh(x @ w), "key": jax.random.key(0)})
+    loss = lambda w, x: (
+        jnp.sum(x @ w),
+        {"large": jnp.tanh(x @ w), "key": jax.random.key(0)},
+    )
     if name == "update":
-        step = fx.update(loss, CHUNKS_WITH_AUX["chunked"], learning_rate=0.1, has_aux=True)
+        step = fx.update(
+            loss, CHUNKS_WITH_AUX["chunked"], learning_rate=0.1, has_aux=True
+        )
     else:
         step = fx.value_and_grad(loss, CHUNKS_WITH_AUX[name], has_aux=True)
     args = jax.random.key(0), jnp.zeros((4, 16)), jnp.zeros((1024, 4))
@@ -168,13 +183,19 @@ def test_independent_tangents_hold_one_chunk():
 
     def held(rule):
         compiled = (
-            jax.jit(fx.value_and_grad(loss, rule)).lower(jax.random.key(0), jnp.zeros(n)).compile()
+            jax.jit(fx.value_and_grad(loss, rule))
+            .lower(jax.random.key(0), jnp.zeros(n))
+            .compile()
         )
         return compiled.memory_analysis().temp_size_in_bytes / (4 * n)
 
     assert held(fx.WeightPerturbation(num_tangents=k, chunk_size=2)) < 12
     assert held(fx.FiniteDifference(num_tangents=k)) < 12
     assert (
-        held(fx.WeightPerturbation(num_tangents=k, chunk_size=2, combine=fx.combine.Projection()))
+        held(
+            fx.WeightPerturbation(
+                num_tangents=k, chunk_size=2, combine=fx.combine.Projection()
+            )
+        )
         > k
     )

@@ -122,15 +122,22 @@ def measured():
     def measure(case: TangentCase):
         if case.name not in cache:
             rules = {
-                name: fx.WeightPerturbation(case.make(guess()), NUM_TANGENTS, make(guess()))
+                name: fx.WeightPerturbation(
+                    case.make(guess()), NUM_TANGENTS, make(guess())
+                )
                 for name, make in COMBINATIONS.items()
             }
 
             def estimate(key):
-                return {name: fx.grad(loss, rule)(key, PARAMS) for name, rule in rules.items()}
+                return {
+                    name: fx.grad(loss, rule)(key, PARAMS)
+                    for name, rule in rules.items()
+                }
 
             estimates = jax.jit(jax.vmap(estimate))(keys())
-            cache[case.name] = {name: errors(batch) for name, batch in estimates.items()}
+            cache[case.name] = {
+                name: errors(batch) for name, batch in estimates.items()
+            }
         return cache[case.name]
 
     return measure
@@ -159,7 +166,11 @@ def test_the_measured_error_meets_its_law(measured, case, combination):
         ("orthonormal", "mean", (N - 1) / NUM_TANGENTS),
         ("hadamard", "mean", (N - 1) / NUM_TANGENTS),
         ("coordinate", "projection", 1 - NUM_TANGENTS / N),
-        ("guided", "mean", lambda: (N / NUM_TANGENTS - 1) * (1 - cos2(guess(), gradient()))),
+        (
+            "guided",
+            "mean",
+            lambda: (N / NUM_TANGENTS - 1) * (1 - cos2(guess(), gradient())),
+        ),
         ("guided", "projection", 1 - NUM_TANGENTS / N),
         ("normal", "projection", 1 - (NUM_TANGENTS - 0.5) / N),
         ("normal", "shrinkage", (N - 1) / (N - 1 + NUM_TANGENTS)),
@@ -179,7 +190,11 @@ def test_rules_state_their_law(case, combination):
         case.make(guess()), NUM_TANGENTS, COMBINATIONS[combination](guess())
     )
     mean = case.relative_mse(N, NUM_TANGENTS, 0.0)
-    stated = {"mean": mean, "projection": 1 - NUM_TANGENTS / N, "shrinkage": mean / (1 + mean)}
+    stated = {
+        "mean": mean,
+        "projection": 1 - NUM_TANGENTS / N,
+        "shrinkage": mean / (1 + mean),
+    }
     assert rule.relative_mse(N) == pytest.approx(stated[combination])
     difference_rule = fx.FiniteDifference(
         case.make(guess()), NUM_TANGENTS, COMBINATIONS[combination](guess())
@@ -191,7 +206,9 @@ def test_rules_state_their_law(case, combination):
 def test_the_kurtosis_law(density):
     """(n + κ - 2)/k with κ = 1/p; a single tangent."""
     rule = fx.WeightPerturbation(fx.tangents.Sparse(density))
-    sample = errors(jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(keys()))
+    sample = errors(
+        jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(keys())
+    )
     assert deviation(sample, N + 1 / density - 2) < 4
     assert rule.relative_mse(N) == pytest.approx(N + 1 / density - 2)
     assert deviation(sample, N + 1) > 4  # that of normals
@@ -218,7 +235,9 @@ def test_the_recycled_projection():
 
     def run(key):
         def step(guide, key):
-            rule = fx.WeightPerturbation(fx.tangents.Guided(guide), k, fx.combine.Projection())
+            rule = fx.WeightPerturbation(
+                fx.tangents.Guided(guide), k, fx.combine.Projection()
+            )
             estimate = fx.grad(lambda w: jnp.vdot(gradient, w), rule)(key, jnp.zeros(n))
             return estimate, jnp.sum((estimate - gradient) ** 2) / jnp.sum(gradient**2)
 
@@ -240,9 +259,9 @@ def test_a_single_tangent_of_two_parameters_separates_signs_from_normals():
 
     def sample(tangents):
         rule = fx.WeightPerturbation(tangents)
-        estimate = jax.vmap(lambda key: fx.grad(lambda w: jnp.vdot(gradient, w), rule)(key, point))(
-            keys()
-        )
+        estimate = jax.vmap(
+            lambda key: fx.grad(lambda w: jnp.vdot(gradient, w), rule)(key, point)
+        )(keys())
         return jnp.sum((estimate - gradient[None]) ** 2, axis=1) / jnp.sum(gradient**2)
 
     signs, normals = jax.jit(
@@ -256,7 +275,9 @@ SCALED = {
     "signs": fx.WeightPerturbation(num_tangents=3),
     "normal": fx.WeightPerturbation(fx.tangents.Normal(), 3),
     "orthonormal": fx.WeightPerturbation(fx.tangents.Orthonormal(), 3),
-    "projection": fx.WeightPerturbation(fx.tangents.Orthonormal(), 3, fx.combine.Projection()),
+    "projection": fx.WeightPerturbation(
+        fx.tangents.Orthonormal(), 3, fx.combine.Projection()
+    ),
     "shrinkage": fx.WeightPerturbation(num_tangents=3, combine=fx.combine.Shrinkage()),
 }
 
@@ -266,7 +287,9 @@ def test_the_suggested_learning_rate_is_the_best_step(name):
     """E<ĝ, g> / E|ĝ|², by the ratio estimator's standard error."""
     rule = SCALED[name]
     estimates = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, PARAMS)))(keys())
-    along, squared = (np.asarray(x, np.float64) for x in projections(gradient(), estimates))
+    along, squared = (
+        np.asarray(x, np.float64) for x in projections(gradient(), estimates)
+    )
     scale = fx.suggest_learning_rate(rule, N, 1.0)
     assert deviation(1 + (along - scale * squared) / squared.mean(), 1.0) < 4
     assert deviation(1 + (along - 1.2 * scale * squared) / squared.mean(), 1.0) > 4
@@ -279,8 +302,10 @@ def test_learning_rate_scales_follow_the_laws():
     assert fx.suggest_learning_rate(
         fx.WeightPerturbation(fx.tangents.Normal(), k), n, 1.0
     ) == pytest.approx(k / (n + k + 1))
-    assert fx.suggest_learning_rate(fx.FiniteDifference(num_tangents=k), n, 1.0) == pytest.approx(
-        k / (n + k - 1)
-    )
-    with pytest.raises(ValueError, match="expected the number of coordinates n >= 1, got 0"):
+    assert fx.suggest_learning_rate(
+        fx.FiniteDifference(num_tangents=k), n, 1.0
+    ) == pytest.approx(k / (n + k - 1))
+    with pytest.raises(
+        ValueError, match="expected the number of coordinates n >= 1, got 0"
+    ):
         fx.suggest_learning_rate(fx.Exact(), 0, 1.0)

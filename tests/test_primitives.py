@@ -100,7 +100,10 @@ EVERYDAY = {
     "max at": (lambda x: x.at[0].max(0.5) + x.at[0].min(0.5), M),
     "segment sum": (lambda x: jax.ops.segment_sum(x[:3], ROWS, 3), M),
     "complex": (lambda x: jnp.abs(jnp.conj(lax.complex(x, x.T))) ** 2, M),
-    "real part": (lambda x: jnp.real(lax.complex(x, x)) + jnp.imag(lax.complex(x, x)), M),
+    "real part": (
+        lambda x: jnp.real(lax.complex(x, x)) + jnp.imag(lax.complex(x, x)),
+        M,
+    ),
     "fft": (lambda x: jnp.abs(jnp.fft.fft(x)), M),
     "half": (lambda x: x.astype(jnp.bfloat16) + 1, M),
     "copy": (jnp.copy, M),
@@ -114,10 +117,15 @@ EVERYDAY = {
     "log softmax": (jax.nn.log_softmax, M),
     "logsumexp": (jax.nn.logsumexp, M),
     "standardize": (jax.nn.standardize, M),
-    "attention": (lambda x: jax.nn.dot_product_attention(x, x, x), positive(1, 4, 2, 4)),
+    "attention": (
+        lambda x: jax.nn.dot_product_attention(x, x, x),
+        positive(1, 4, 2, 4),
+    ),
     "one hot": (lambda x: x * jax.nn.one_hot(ROWS, 4)[:, :1].sum(), M),
     "dropout": (
-        lambda x: jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x, 0.0),
+        lambda x: jnp.where(
+            jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), x, 0.0
+        ),
         M,
     ),
     "convolution": (
@@ -127,11 +135,15 @@ EVERYDAY = {
         IMAGE,
     ),
     "max pool": (
-        lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
+        lambda x: lax.reduce_window(
+            x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+        ),
         IMAGE,
     ),
     "mean pool": (
-        lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4,
+        lambda x: (
+            lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+        ),
         IMAGE,
     ),
     "stop gradient": (lambda x: x * lax.stop_gradient(x), M),
@@ -142,7 +154,10 @@ EVERYDAY = {
     "associative scan": (lambda x: lax.associative_scan(jnp.add, x), M),
     "cond": (lambda x: lax.cond(x[0, 0] > 0, jnp.sin, jnp.cos, x), M),
     "fori loop": (lambda x: lax.fori_loop(0, 3, lambda i, c: c * x, x), M),
-    "while loop": (lambda x: lax.while_loop(lambda c: c[0, 0] > 9, lambda c: c + x, x), M),
+    "while loop": (
+        lambda x: lax.while_loop(lambda c: c[0, 0] > 9, lambda c: c + x, x),
+        M,
+    ),
     "name": (lambda x: checkpoint_name(x, "x"), M),
     "barrier": (lax.optimization_barrier, M),
     "precision": (lambda x: lax.reduce_precision(x, 5, 10), M),
@@ -218,18 +233,26 @@ def crossed_by_tangents(name):
         for v in mapped_variables(traced.program, traced.parameters)
         if is_inexact(traced.types[v])
     }
-    return {e.name for e in with_bodies(traced.program) if moving.intersection(e.outputs)}
+    return {
+        e.name for e in with_bodies(traced.program) if moving.intersection(e.outputs)
+    }
 
 
 def on_a_mesh(x):
     mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("i")
-    varied = jax.shard_map(lambda x: _mesh.vary(x, {"i"}), mesh=mesh, in_specs=None, out_specs=spec)
+    varied = jax.shard_map(
+        lambda x: _mesh.vary(x, {"i"}), mesh=mesh, in_specs=None, out_specs=spec
+    )
     return varied(x)
 
 
 def test_every_row_is_a_primitive_of_this_jax():
-    listed = {value.name for value in vars(primitives).values() if isinstance(value, jex.Primitive)}
+    listed = {
+        value.name
+        for value in vars(primitives).values()
+        if isinstance(value, jex.Primitive)
+    }
     # jax.extend lists not all of them; those that it leaves out are seen where they are emitted.
     seen = set().union(names_in(on_a_mesh, M), *map(emitted, EVERYDAY))
     assert PRIMITIVES.keys() - listed - seen == set()
@@ -301,16 +324,24 @@ def names_held(tree):
             held = {p.value for p in parts if isinstance(p, ast.Constant)} & NAMES
             if len(held) > 1:
                 yield node.lineno, held
-        elif isinstance(node, ast.Compare) and is_a_name(node) and strings(node) & NAMES:
+        elif (
+            isinstance(node, ast.Compare) and is_a_name(node) and strings(node) & NAMES
+        ):
             yield node.lineno, strings(node) & NAMES
 
 
-NAMES = PRIMITIVES.keys() | {p.name for p in vars(primitives).values() if hasattr(p, "name")}
+NAMES = PRIMITIVES.keys() | {
+    p.name for p in vars(primitives).values() if hasattr(p, "name")
+}
 
 
 def test_the_search_finds_sets_and_comparisons():
     text = 'SUMS = {"add", "sub"}\nfound = equation.name == "neg" or name in ("pvary", "x")\n'
-    assert [held for _, held in names_held(ast.parse(text))] == [{"add", "sub"}, {"neg"}, {"pvary"}]
+    assert [held for _, held in names_held(ast.parse(text))] == [
+        {"add", "sub"},
+        {"neg"},
+        {"pvary"},
+    ]
 
 
 def test_no_other_file_holds_names_of_primitives():

@@ -35,9 +35,13 @@ def scan(traced):
 
 
 def value_of(traced, params, steps):
-    env = dict(zip(traced.program.inputs, traced.arguments(params, [steps]), strict=True))
+    env = dict(
+        zip(traced.program.inputs, traced.arguments(params, [steps]), strict=True)
+    )
     evaluate(traced.program.equations, env)
-    return jax.tree.unflatten(traced.out_tree, [read(a, env) for a in traced.program.outputs])
+    return jax.tree.unflatten(
+        traced.out_tree, [read(a, env) for a in traced.program.outputs]
+    )
 
 
 def test_inputs_are_what_is_closed_over_then_parameters_then_data(traced):
@@ -71,7 +75,9 @@ def test_a_loop_knows_the_carries_that_it_leaves_unchanged():
 
 
 def test_a_loop_scans_a_step_of_ones_own(scan):
-    carry, ys = scan.loop.scan(lambda total, x: (total + x, total), 0.0, jnp.arange(4.0))
+    carry, ys = scan.loop.scan(
+        lambda total, x: (total + x, total), 0.0, jnp.arange(4.0)
+    )
     assert float(carry) == 6.0
     assert ys.tolist() == [6.0, 5.0, 3.0, 0.0]  # from the last step to the first
 
@@ -79,7 +85,9 @@ def test_a_loop_scans_a_step_of_ones_own(scan):
 def test_new_constants_of_a_body_come_first(scan, traced):
     loop, body = scan.loop, scan.loop.body
     more = traced.parameters[0]
-    longer = loop.with_body(Program((more, *body.inputs), body.equations, body.outputs), 1)
+    longer = loop.with_body(
+        Program((more, *body.inputs), body.equations, body.outputs), 1
+    )
     old, new = loop.split(body.inputs), longer.split(longer.body.inputs)
     assert new[0] == [more, *old[0]]
     assert new[1:] == old[1:]

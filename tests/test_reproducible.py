@@ -22,7 +22,11 @@ from cases import (
 )
 
 KEY = jax.random.key(3)
-PARAMS = {"a": normal(1, 4), "z": normal(2, 2, dtype=jnp.complex64), "s": jnp.asarray(0.5)}
+PARAMS = {
+    "a": normal(1, 4),
+    "z": normal(2, 2, dtype=jnp.complex64),
+    "s": jnp.asarray(0.5),
+}
 MATRIX = normal(4, 2, 3)  # two axes, so that low-rank directions have two sides
 NUM_TANGENTS = 5
 CHUNKS = (1, 2, 4, 7)
@@ -35,7 +39,10 @@ def of_a_product(w):
 
 def estimate(case, combination, chunk_size):
     rule = fx.WeightPerturbation(
-        case.make(MATRIX), NUM_TANGENTS, COMBINATIONS[combination](MATRIX), chunk_size=chunk_size
+        case.make(MATRIX),
+        NUM_TANGENTS,
+        COMBINATIONS[combination](MATRIX),
+        chunk_size=chunk_size,
     )
     return fx.value_and_grad(of_a_product, rule)(KEY, MATRIX)
 
@@ -45,7 +52,10 @@ def test_chunks_do_not_change_the_estimate(case):
     """Of any combination; k = 5 is no multiple of 2. In one program."""
     sizes = (None, 2)
     whole, chunked = jax.jit(
-        lambda: [{name: estimate(case, name, size) for name in COMBINATIONS} for size in sizes]
+        lambda: [
+            {name: estimate(case, name, size) for name in COMBINATIONS}
+            for size in sizes
+        ]
     )()
     for name in COMBINATIONS:
         assert_trees_close(chunked[name], whole[name], rtol=1e-3, atol=1e-4)
@@ -55,7 +65,9 @@ def test_chunks_do_not_change_the_estimate(case):
 def test_every_chunk_size_gives_the_same_estimate(name):
     """Of tangents drawn one by one and of those drawn jointly."""
     case = next(case for case in TANGENTS if case.name == name)
-    whole, *chunked = jax.jit(lambda: [estimate(case, "mean", size) for size in (None, *CHUNKS)])()
+    whole, *chunked = jax.jit(
+        lambda: [estimate(case, "mean", size) for size in (None, *CHUNKS)]
+    )()
     for output in chunked:
         assert_trees_close(output, whole, rtol=1e-3, atol=1e-4)
 
@@ -63,7 +75,9 @@ def test_every_chunk_size_gives_the_same_estimate(name):
 @pytest.mark.parametrize("chunk_size", [1, 2, 4, 100])
 def test_exact_is_exact_in_every_chunk_size(chunk_size):
     exact = fx.value_and_grad(tree_loss, fx.Exact(chunk_size))
-    both = jax.jit(lambda params: (exact(KEY, params), jax.value_and_grad(tree_loss)(params)))
+    both = jax.jit(
+        lambda params: (exact(KEY, params), jax.value_and_grad(tree_loss)(params))
+    )
     assert_trees_close(*both(PARAMS), rtol=1e-4, atol=1e-5)
 
 
@@ -74,7 +88,9 @@ def test_finite_differences_take_the_directions_of_weight_perturbation(case):
     def both(combination):
         made = case.make(MATRIX), NUM_TANGENTS, COMBINATIONS[combination](MATRIX)
         slopes = fx.grad(of_a_product, fx.WeightPerturbation(*made))(KEY, MATRIX)
-        return fx.grad(of_a_product, fx.FiniteDifference(*made, epsilon=0.1))(KEY, MATRIX), slopes
+        return fx.grad(of_a_product, fx.FiniteDifference(*made, epsilon=0.1))(
+            KEY, MATRIX
+        ), slopes
 
     for got, expected in jax.jit(lambda: [both("mean"), both("projection")])():
         assert_trees_close(got, expected, rtol=1e-3, atol=2e-3)
@@ -111,12 +127,14 @@ def test_other_generators(impl):
     key = jax.random.key(0, impl=impl)
 
     def estimate(key, chunk_size=None):
-        return fx.grad(tree_loss, fx.WeightPerturbation(num_tangents=5, chunk_size=chunk_size))(
-            key, PARAMS
-        )
+        return fx.grad(
+            tree_loss, fx.WeightPerturbation(num_tangents=5, chunk_size=chunk_size)
+        )(key, PARAMS)
 
     first = jax.jit(estimate)(key)
-    assert_trees_close(jax.jit(lambda key: estimate(key, 2))(key), first, rtol=1e-4, atol=1e-5)
+    assert_trees_close(
+        jax.jit(lambda key: estimate(key, 2))(key), first, rtol=1e-4, atol=1e-5
+    )
     other = jax.jit(estimate)(jax.random.key(1, impl=impl))
     assert not np.allclose(first["a"], other["a"])
     rows = fx.tangents.Rademacher().sample(key, jnp.zeros(64), 5)
@@ -141,7 +159,9 @@ def test_a_loss_may_use_a_key_of_its_own():
 def test_the_directions_of_a_call_differ_leaf_by_leaf_and_one_by_one(case):
     like = {"first": jnp.zeros(40), "second": jnp.zeros(40)}
     guess = jax.tree.map(lambda x: x + 1, like)
-    sample = jax.device_get(jax.jit(lambda key: case.make(guess).sample(key, like, 4))(KEY))
+    sample = jax.device_get(
+        jax.jit(lambda key: case.make(guess).sample(key, like, 4))(KEY)
+    )
     rows = np.concatenate([sample["first"], sample["second"]], axis=1)
     assert not np.array_equal(sample["first"], sample["second"])
     cosines = rows @ rows.T / np.sqrt(np.outer((rows**2).sum(1), (rows**2).sum(1)))

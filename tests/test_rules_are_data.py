@@ -12,14 +12,18 @@ from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, tre
 KEY = jax.random.key(0)
 PARAMS = {"a": normal(1, 3), "b": normal(2, 2)}
 GUESS = jax.tree.map(lambda x: x + 1, PARAMS)
-TANGENT_RULES = {case.name: fx.WeightPerturbation(case.make(GUESS), 3) for case in TANGENTS}
+TANGENT_RULES = {
+    case.name: fx.WeightPerturbation(case.make(GUESS), 3) for case in TANGENTS
+}
 COMBINE_RULES = {
     name: fx.WeightPerturbation(num_tangents=3, combine=make(GUESS))
     for name, make in COMBINATIONS.items()
 }
 ALL = RULES | TANGENT_RULES | COMBINE_RULES
 WITHOUT_ARRAYS = {
-    name: rule for name, rule in ALL.items() if name not in ("guided", "control-variate", "safe")
+    name: rule
+    for name, rule in ALL.items()
+    if name not in ("guided", "control-variate", "safe")
 }
 
 
@@ -28,10 +32,16 @@ def test_a_rule_is_an_argument_of_a_jitted_function(name):
     """Traced as an argument and captured as a constant, in one program."""
 
     def both(rule, key):
-        return fx.grad(tree_loss, rule)(key, PARAMS), fx.grad(tree_loss, ALL[name])(key, PARAMS)
+        return fx.grad(tree_loss, rule)(key, PARAMS), fx.grad(tree_loss, ALL[name])(
+            key, PARAMS
+        )
 
     got, expected = jax.jit(both)(ALL[name], KEY)
-    loose = {"rtol": 0.05, "atol": 0.05} if "difference" in name else {"rtol": 1e-4, "atol": 1e-5}
+    loose = (
+        {"rtol": 0.05, "atol": 0.05}
+        if "difference" in name
+        else {"rtol": 1e-4, "atol": 1e-5}
+    )
     assert_trees_close(got, expected, **loose)
 
 
@@ -43,7 +53,9 @@ def test_a_rule_survives_flattening(name):
     assert type(again) is type(rule)
     assert repr(again) == repr(rule)
     assert again.relative_mse(50) == rule.relative_mse(50)
-    jax.tree.map(lambda leaf: None, rule)  # leaves that are no arrays pass through __post_init__
+    jax.tree.map(
+        lambda leaf: None, rule
+    )  # leaves that are no arrays pass through __post_init__
     structure.unflatten([object()] * len(leaves))
 
 
@@ -54,7 +66,11 @@ def test_equal_rules_are_equal_and_hash_alike(name):
     assert copy is not rule
     assert copy == rule
     assert hash(copy) == hash(rule)
-    others = [other for other_name, other in WITHOUT_ARRAYS.items() if repr(other) != repr(rule)]
+    others = [
+        other
+        for other_name, other in WITHOUT_ARRAYS.items()
+        if repr(other) != repr(rule)
+    ]
     assert others
     assert all(other != rule for other in others)
 
@@ -114,13 +130,16 @@ def test_rules_can_be_mapped():
     guesses = normal(3, 4, 5)
     params = normal(4, 5)
     estimate = jax.vmap(
-        lambda guess: fx.grad(tree_loss, fx.WeightPerturbation(fx.tangents.Guided(guess), 5))(
-            KEY, params
-        )
+        lambda guess: fx.grad(
+            tree_loss, fx.WeightPerturbation(fx.tangents.Guided(guess), 5)
+        )(KEY, params)
     )
     exact = jax.grad(tree_loss)(params)
     assert_trees_close(
-        jax.jit(estimate)(guesses), jnp.broadcast_to(exact, (4, 5)), rtol=1e-3, atol=1e-3
+        jax.jit(estimate)(guesses),
+        jnp.broadcast_to(exact, (4, 5)),
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 
@@ -131,13 +150,15 @@ POSITIVE = "expected {} to be a positive integer, got {}"
 def test_counts_are_checked(bad):
     for rule in (fx.WeightPerturbation, fx.FiniteDifference):
         with pytest.raises(
-            ValueError, match=f"{rule.__name__}: " + POSITIVE.format("num_tangents", repr(bad))
+            ValueError,
+            match=f"{rule.__name__}: " + POSITIVE.format("num_tangents", repr(bad)),
         ):
             rule(num_tangents=bad)
     if bad is not None:
         for rule in (fx.WeightPerturbation, fx.Exact):
             with pytest.raises(
-                ValueError, match=f"{rule.__name__}: " + POSITIVE.format("chunk_size", repr(bad))
+                ValueError,
+                match=f"{rule.__name__}: " + POSITIVE.format("chunk_size", repr(bad)),
             ):
                 rule(chunk_size=bad)
 

@@ -22,7 +22,9 @@ RULES = {
     "one": fx.WeightPerturbation(),
     "several": fx.WeightPerturbation(T.Normal(), 4, chunk_size=3),
     "low-rank-several": fx.WeightPerturbation(T.LowRank(), 5, chunk_size=2),
-    "projection": fx.WeightPerturbation(num_tangents=3, combine=fx.combine.Projection()),
+    "projection": fx.WeightPerturbation(
+        num_tangents=3, combine=fx.combine.Projection()
+    ),
 }
 
 
@@ -37,7 +39,9 @@ def filled(rule, steps=20, **fields):
     """A safe rule that has seen steps of the linear loss."""
     safe = fx.Safe(rule, **fields).init()
     body = lambda safe, key: (safe.step(linear)(key, PARAMS)[2], None)
-    return jax.jit(lambda safe: jax.lax.scan(body, safe, jax.random.split(KEY, steps))[0])(safe)
+    return jax.jit(
+        lambda safe: jax.lax.scan(body, safe, jax.random.split(KEY, steps))[0]
+    )(safe)
 
 
 def norm(tree):
@@ -96,7 +100,8 @@ def test_with_one_median_the_bound_never_grows():
 
 
 @pytest.mark.parametrize(
-    ("name", "bad"), [("one", np.inf), ("several", np.nan), ("low-rank-several", np.nan)]
+    ("name", "bad"),
+    [("one", np.inf), ("several", np.nan), ("low-rank-several", np.nan)],
 )
 def test_slopes_that_are_not_finite_are_skipped_and_leave_no_trace(name, bad):
     rule = filled(RULES[name])
@@ -109,7 +114,12 @@ def test_slopes_that_are_not_finite_are_skipped_and_leave_no_trace(name, bad):
 
 def test_one_bad_slope_of_several_is_skipped_alone():
     guard = fx.Safe(fx.WeightPerturbation(), clip=None).guard()
-    assert guard(jnp.array([1.0, jnp.nan, -jnp.inf, -2.0])).tolist() == [1.0, 0.0, 0.0, -2.0]
+    assert guard(jnp.array([1.0, jnp.nan, -jnp.inf, -2.0])).tolist() == [
+        1.0,
+        0.0,
+        0.0,
+        -2.0,
+    ]
 
 
 def test_without_skipping_they_go_on():
@@ -122,7 +132,10 @@ def test_without_skipping_they_go_on():
 def test_value_and_grad_clips_and_remembers_nothing():
     rule = filled(fx.WeightPerturbation(), clip=1.0)
     both = jax.jit(
-        lambda r: (fx.grad(linear, r)(KEY, PARAMS, 1e6), r.step(linear)(KEY, PARAMS, 1e6)[1])
+        lambda r: (
+            fx.grad(linear, r)(KEY, PARAMS, 1e6),
+            r.step(linear)(KEY, PARAMS, 1e6)[1],
+        )
     )
     assert_trees_close(*both(rule))
     assert not rule.unbiased
@@ -134,7 +147,9 @@ def test_each_example_has_its_own_clipped_slope():
     loss = lambda w, x, y: (jnp.sum(jnp.tanh(x @ w)) - y) ** 2
     rule = fx.WeightPerturbation(T.LowRank(per_example=True), 2)
     safe = fx.Safe(rule, clip=1.0, warm_up=1).init()
-    step = jax.jit(lambda safe, y: safe.step(loss, in_axes=(None, 0, 0))(KEY, PARAMS["w"], x, y))
+    step = jax.jit(
+        lambda safe, y: safe.step(loss, in_axes=(None, 0, 0))(KEY, PARAMS["w"], x, y)
+    )
     _, _, safe = step(safe, y)
     _, grads, after = step(safe, y.at[3].set(1e8))
     assert int(after.history.num_clipped) >= 16
@@ -145,12 +160,14 @@ def test_a_batch_of_rules_and_keys():
     safe = fx.Safe(fx.WeightPerturbation(), clip=1.0, warm_up=1, window=7).init()
     many = jax.tree.map(lambda x: jnp.stack([x] * 3), safe)
     keys = jax.random.split(KEY, 3)
-    _, grads, after = jax.jit(jax.vmap(lambda safe, key: safe.step(linear)(key, PARAMS)))(
-        many, keys
-    )
+    _, grads, after = jax.jit(
+        jax.vmap(lambda safe, key: safe.step(linear)(key, PARAMS))
+    )(many, keys)
     assert after.history.sizes.shape == (3, 7)
     expected = jax.jit(lambda key: fx.grad(linear)(key, PARAMS))(keys[1])
-    assert_trees_close(jax.tree.map(lambda x: x[1], grads), expected, rtol=1e-5, atol=1e-5)
+    assert_trees_close(
+        jax.tree.map(lambda x: x[1], grads), expected, rtol=1e-5, atol=1e-5
+    )
 
 
 # --- rules without slopes ---
@@ -160,7 +177,9 @@ def test_other_rules_are_clipped_by_their_norm_and_skipped_as_a_whole():
     x = normal(5, 16, 8)
     loss = lambda w, x, s: s * jnp.sum(jnp.tanh(x @ w))
     safe = fx.Safe(fx.ActivityPerturbation(), clip=1.0, warm_up=1).init()
-    step = jax.jit(lambda safe, s: safe.step(loss, in_axes=(None, 0, None))(KEY, PARAMS["w"], x, s))
+    step = jax.jit(
+        lambda safe, s: safe.step(loss, in_axes=(None, 0, None))(KEY, PARAMS["w"], x, s)
+    )
     _, grads, safe = step(safe, 1.0)
     np.testing.assert_allclose(safe.bound(), norm(grads), rtol=1e-5)
     _, cut, _ = step(safe, 100.0)
@@ -192,7 +211,9 @@ def measured(rule, draws=4000):
 def test_the_monitor_tells_what_is_measured(name):
     found = filled(RULES[name], steps=2000, window=2000, clip=None).monitor(PARAMS)
     mse, cosine, size = measured(RULES[name])
-    assert float(found.gradient_norm) == pytest.approx(size, rel=max(4 * float(found.error), 1e-3))
+    assert float(found.gradient_norm) == pytest.approx(
+        size, rel=max(4 * float(found.error), 1e-3)
+    )
     assert 0 < float(found.error) < 0.03
     assert float(found.relative_mse) == pytest.approx(mse, rel=0.08)
     assert float(found.variance) == pytest.approx(mse * size**2, rel=0.15)
@@ -205,7 +226,8 @@ def test_the_inner_product_with_the_gradient_is_the_mean_square_of_the_slopes():
     _, grads, after = jax.jit(fx.Safe(rule, clip=None).step(linear))(KEY, PARAMS)
     g = jax.grad(linear)(PARAMS)
     inner = sum(
-        jnp.sum(a * b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(g), strict=True)
+        jnp.sum(a * b)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(g), strict=True)
     )
     np.testing.assert_allclose(after.history.squares[0], inner, rtol=1e-4)
 
@@ -230,12 +252,17 @@ def test_clipping_normal_slopes_shortens_the_mean_by_the_share_that_is_not_clipp
 
 def test_errors():
     with pytest.raises(
-        ValueError, match=r"expected clip of at least 1, or None to clip nothing, got 0\.5"
+        ValueError,
+        match=r"expected clip of at least 1, or None to clip nothing, got 0\.5",
     ):
         fx.Safe(fx.WeightPerturbation(), clip=0.5)
-    with pytest.raises(ValueError, match="expected window to be a positive integer, got 0"):
+    with pytest.raises(
+        ValueError, match="expected window to be a positive integer, got 0"
+    ):
         fx.Safe(fx.WeightPerturbation(), window=0)
-    with pytest.raises(ValueError, match="expected warm_up to be a positive integer, got 0"):
+    with pytest.raises(
+        ValueError, match="expected warm_up to be a positive integer, got 0"
+    ):
         fx.Safe(fx.WeightPerturbation(), warm_up=0)
     with pytest.raises(ValueError, match="expected the history of a rule with slopes"):
         fx.Safe(fx.WeightPerturbation()).monitor(3)
@@ -262,21 +289,29 @@ def test_it_has_the_rules_own_properties():
     (found,) = fx.explain(loss, safe, in_axes=(None, 0))(w, x).rows
     assert found.credit == "one slope for all examples"
     rules = [fx.Safe(fx.ActivityPerturbation()), fx.Safe(fx.Backprop())]
-    noisy, exact = fx.diagnose(loss, rules, in_axes=(None, 0), draws=1, rounds=1)(KEY, w, x).rules
+    noisy, exact = fx.diagnose(loss, rules, in_axes=(None, 0), draws=1, rounds=1)(
+        KEY, w, x
+    ).rules
     assert noisy.predicted_mse is None
     assert exact.reverse_mode
 
 
 def test_a_norm_that_overflows_is_skipped():
     safe = fx.Safe(fx.Exact())
-    assert fx.grad(lambda w: 1e30 * jnp.sum(w), safe)(KEY, jnp.ones(3)).tolist() == [0, 0, 0]
+    assert fx.grad(lambda w: 1e30 * jnp.sum(w), safe)(KEY, jnp.ones(3)).tolist() == [
+        0,
+        0,
+        0,
+    ]
 
 
 def test_without_skipping_an_infinite_estimate_is_not_a_number():
     safe = dataclasses.replace(
         filled(fx.WeightPerturbation(), clip=1.0), rule=fx.Exact(), skip=False
     )
-    assert jnp.isnan(fx.grad(lambda w: jnp.inf * jnp.sum(w), safe)(KEY, jnp.ones(3))).all()
+    assert jnp.isnan(
+        fx.grad(lambda w: jnp.inf * jnp.sum(w), safe)(KEY, jnp.ones(3))
+    ).all()
 
 
 def test_num_steps_counts_beyond_the_window():
@@ -296,7 +331,9 @@ def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused
     part = lambda w, b, x: safe.step(lambda p, x: loss(p, x), in_axes=None)(
         KEY, {"w": w, "b": b}, x
     )[1:]
-    run = lambda spec: jax.shard_map(part, mesh=mesh, in_specs=(spec, whole, data), out_specs=whole)
+    run = lambda spec: jax.shard_map(
+        part, mesh=mesh, in_specs=(spec, whole, data), out_specs=whole
+    )
     grads, after = jax.jit(run(whole))(PARAMS["w"], PARAMS["b"], x)
     both = lambda p, x: loss(p, x[:2]) + loss(p, x[2:])
     expected, same = jax.jit(lambda: safe.step(both)(KEY, PARAMS, x)[1:])()
@@ -314,7 +351,9 @@ def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused
 def test_zero_slopes_do_not_stop_the_training():
     """Steps without a gradient leave no median behind that would cut every later slope to zero."""
     safe = fx.Safe(fx.WeightPerturbation()).init()
-    step = jax.jit(lambda safe, key, on: safe.step(lambda w: on * jnp.sum(w**2))(key, jnp.ones(21)))
+    step = jax.jit(
+        lambda safe, key, on: safe.step(lambda w: on * jnp.sum(w**2))(key, jnp.ones(21))
+    )
     for i in range(24):
         _, grads, safe = step(safe, jax.random.key(i), jnp.float32(i >= 14))
         assert bool(jnp.any(grads != 0)) == (i >= 14)
@@ -325,7 +364,9 @@ def test_the_next_rule_has_the_same_types_in_double_precision():
     with jax.enable_x64(True):
         safe = fx.Safe(fx.WeightPerturbation()).init()
         *_, after = jax.jit(
-            lambda safe: safe.step(lambda w: jnp.sum(w**2))(jax.random.key(0), jnp.ones(3))
+            lambda safe: safe.step(lambda w: jnp.sum(w**2))(
+                jax.random.key(0), jnp.ones(3)
+            )
         )(safe)
         assert [x.dtype for x in jax.tree.leaves(after.history)] == [
             x.dtype for x in jax.tree.leaves(safe.history)

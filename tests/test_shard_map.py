@@ -32,7 +32,9 @@ def loss(params, x):
 
 
 def sharded(function, in_specs, out_specs):
-    return jax.jit(jax.shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs))
+    return jax.jit(
+        jax.shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs)
+    )
 
 
 DATA_PARALLEL = {
@@ -41,7 +43,9 @@ DATA_PARALLEL = {
     "signs-chunked": fx.WeightPerturbation(num_tangents=5, chunk_size=2),
     "low-rank": fx.WeightPerturbation(fx.tangents.LowRank(), 2),
     "low-rank-chunked": fx.WeightPerturbation(fx.tangents.LowRank(), 3, chunk_size=2),
-    "projection": fx.WeightPerturbation(num_tangents=3, combine=fx.combine.Projection()),
+    "projection": fx.WeightPerturbation(
+        num_tangents=3, combine=fx.combine.Projection()
+    ),
     "projection-chunked": fx.WeightPerturbation(
         num_tangents=3, combine=fx.combine.Projection(), chunk_size=2
     ),
@@ -68,13 +72,19 @@ def test_replicated_parameters_get_the_estimate_of_the_whole_batch(name):
 
     got = sharded(shard, (P(), P(), P("data")), (P(), P()))(KEY, PARAMS, X)
     expected = jax.jit(estimate)(KEY, PARAMS, X)
-    loose = {"rtol": 2e-2, "atol": 2e-2} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
+    loose = (
+        {"rtol": 2e-2, "atol": 2e-2}
+        if "difference" in name
+        else {"rtol": 1e-4, "atol": 1e-4}
+    )
     assert_trees_close(got, expected, **loose)
 
 
 def test_exact_is_jax_grad_inside_shard_map():
     def both(key, params, x):
-        return fx.grad(loss, fx.Exact(chunk_size=3))(key, params, x), jax.grad(loss)(params, x)
+        return fx.grad(loss, fx.Exact(chunk_size=3))(key, params, x), jax.grad(loss)(
+            params, x
+        )
 
     got, expected = sharded(both, (P(), P(), P("data")), (P(), P()))(KEY, PARAMS, X)
     assert_trees_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -88,22 +98,31 @@ def test_a_loss_summed_inside_gives_the_same(name):
     )
     got = sharded(estimate, (P(), P(), P("data")), (P(), P()))(KEY, PARAMS, X)
     expected = jax.jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))(KEY, PARAMS, X)
-    loose = {"rtol": 2e-2, "atol": 2e-2} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
+    loose = (
+        {"rtol": 2e-2, "atol": 2e-2}
+        if "difference" in name
+        else {"rtol": 1e-4, "atol": 1e-4}
+    )
     assert_trees_close(got, expected, **loose)
 
 
 def test_each_device_takes_its_own_examples():
     estimate = fx.value_and_grad(
-        lambda w, x: jnp.vdot(w, x) ** 2, fx.WeightPerturbation(num_tangents=2), in_axes=(None, 0)
+        lambda w, x: jnp.vdot(w, x) ** 2,
+        fx.WeightPerturbation(num_tangents=2),
+        in_axes=(None, 0),
     )
 
     def shard(key, w, x):
         return jax.tree.map(
-            lambda y: lax.pmean(y, "data") if y.ndim == 0 else y / 8, estimate(key, w, x)
+            lambda y: lax.pmean(y, "data") if y.ndim == 0 else y / 8,
+            estimate(key, w, x),
         )
 
     got = sharded(shard, (P(), P(), P("data")), (P(), P()))(KEY, jnp.ones(3), X)
-    assert_trees_close(got, jax.jit(estimate)(KEY, jnp.ones(3), X), rtol=1e-4, atol=1e-4)
+    assert_trees_close(
+        got, jax.jit(estimate)(KEY, jnp.ones(3), X), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,8 +146,14 @@ def test_a_varying_key_gives_each_device_its_own_estimate(name):
 
     keys = jax.random.split(KEY, 8)
     got = sharded(shard, (P("data"), P(), P("data")), P("data"))(keys, PARAMS, X)
-    expected = jax.jit(jax.vmap(estimate, (0, None, 0)))(keys, PARAMS, X.reshape(8, 2, 3))
-    loose = {"rtol": 2e-2, "atol": 2e-2} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
+    expected = jax.jit(jax.vmap(estimate, (0, None, 0)))(
+        keys, PARAMS, X.reshape(8, 2, 3)
+    )
+    loose = (
+        {"rtol": 2e-2, "atol": 2e-2}
+        if "difference" in name
+        else {"rtol": 1e-4, "atol": 1e-4}
+    )
     assert_trees_close(got, expected, **loose)
     assert not np.allclose(got["b"][0], got["b"][1])
 
@@ -136,7 +161,9 @@ def test_a_varying_key_gives_each_device_its_own_estimate(name):
 def within(sample, expected, standard_errors=5.0) -> bool:
     """Whether the mean over axis 0 is as expected in every entry, within standard errors."""
     sample, expected = np.asarray(sample, np.float64), np.asarray(expected, np.float64)
-    error = sample.std(0, ddof=1) / math.sqrt(len(sample)) + 1e-5 * np.abs(expected).max()
+    error = (
+        sample.std(0, ddof=1) / math.sqrt(len(sample)) + 1e-5 * np.abs(expected).max()
+    )
     return bool((np.abs(sample.mean(0) - expected) < standard_errors * error).all())
 
 
@@ -188,7 +215,9 @@ def test_sharded_parameters_get_an_unbiased_estimate(chunk_size):
     true = jax.grad(lambda w: jnp.sin(jnp.vdot(w, FEATURES)))(WEIGHTS)
     assert within(got, true)
     assert not within(got, 1.1 * true)
-    errors = np.sum((np.asarray(got) - np.asarray(true)) ** 2, 1) / np.sum(np.asarray(true) ** 2)
+    errors = np.sum((np.asarray(got) - np.asarray(true)) ** 2, 1) / np.sum(
+        np.asarray(true) ** 2
+    )
     assert within(
         errors[:, None], [(8 - 1) / 3]
     )  # the law of eight independent signs: no two shards draw alike
@@ -211,9 +240,9 @@ def test_sharded_and_replicated_parameters_side_by_side(rule):
     got = sharded(shard, (P(), MIXED_SPECS, P("data")), out)(keys, MIXED, FEATURES)
 
     def one_device(params):
-        return jnp.sin(jnp.vdot(params["sharded"], FEATURES) * params["scale"]) + jnp.sum(
-            params["vector"] ** 2
-        )
+        return jnp.sin(
+            jnp.vdot(params["sharded"], FEATURES) * params["scale"]
+        ) + jnp.sum(params["vector"] ** 2)
 
     true = jax.grad(one_device)(MIXED)
     for name, leaf in got.items():
@@ -224,7 +253,9 @@ def test_sharded_and_replicated_parameters_side_by_side(rule):
 def run_mixed(rule, loss=mixed_loss, params=MIXED, specs=MIXED_SPECS):
     """Trace only: what is refused is refused before anything runs."""
     function = functools.partial(fx.grad(loss, rule), KEY)
-    mapped = jax.shard_map(function, mesh=MESH, in_specs=(specs, P("data")), out_specs=specs)
+    mapped = jax.shard_map(
+        function, mesh=MESH, in_specs=(specs, P("data")), out_specs=specs
+    )
     return jax.eval_shape(mapped, params, FEATURES)
 
 
@@ -241,17 +272,20 @@ def test_coupled_tangents_are_refused_for_sharded_parameters(tangents):
     rule = fx.WeightPerturbation(tangents)
     name = type(tangents).__name__
     with pytest.raises(
-        ValueError, match=f"{name} couples all coordinates of a direction, so inside shard_map"
+        ValueError,
+        match=f"{name} couples all coordinates of a direction, so inside shard_map",
     ):
         run_mixed(rule)
     with pytest.raises(
-        ValueError, match=rf"tangents={name} needs all coordinates.*Use tangents.Rademacher\(\)"
+        ValueError,
+        match=rf"tangents={name} needs all coordinates.*Use tangents.Rademacher\(\)",
     ):
         run_mixed(rule, sharded_loss, WEIGHTS, P("data"))
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: fx.combine.Projection(), lambda: fx.combine.ControlVariate(WEIGHTS[:1])]
+    "make",
+    [lambda: fx.combine.Projection(), lambda: fx.combine.ControlVariate(WEIGHTS[:1])],
 )
 def test_coupled_combinations_are_refused_for_sharded_parameters(make):
     rule = fx.WeightPerturbation(combine=make())
@@ -262,7 +296,8 @@ def test_coupled_combinations_are_refused_for_sharded_parameters(make):
         run_mixed(rule, sharded_loss, WEIGHTS, P("data"))
     if name == "Projection":
         with pytest.raises(
-            ValueError, match=rf"combine={name} needs all coordinates.*Use combine.Mean\(\)"
+            ValueError,
+            match=rf"combine={name} needs all coordinates.*Use combine.Mean\(\)",
         ):
             run_mixed(rule)
 
@@ -280,19 +315,23 @@ def test_a_mesh_of_two_axes():
 
     The slope is summed over the first and not over the second.
     """
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
 
     def two(w, x):
         hidden = lax.psum(x @ w, "model")
         return jnp.sum(hidden**2)
 
     def shard(keys, w, x):
-        return jax.vmap(lambda key: fx.grad(two, fx.WeightPerturbation(num_tangents=2))(key, w, x))(
-            keys
-        )
+        return jax.vmap(
+            lambda key: fx.grad(two, fx.WeightPerturbation(num_tangents=2))(key, w, x)
+        )(keys)
 
     specs = (P(), P("model"), P("data", "model"))
-    function = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P(None, "model"))
+    function = jax.shard_map(
+        shard, mesh=mesh, in_specs=specs, out_specs=P(None, "model")
+    )
     w, x = normal(8, 4), normal(9, 8, 4)
     got = jax.jit(function)(jax.random.split(KEY, 8192), w, x)
     true = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(w)
@@ -318,7 +357,9 @@ def test_jit_with_sharded_inputs_gives_the_same(name):
     x = jax.device_put(X, NamedSharding(MESH, P("data")))
     params = jax.device_put(PARAMS, NamedSharding(MESH, P()))
     assert len(x.sharding.device_set) == 8
-    assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+    assert_trees_close(
+        estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4
+    )
 
 
 EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -332,13 +373,17 @@ def test_explicit_mesh_axes_give_the_same(name):
     estimate = jax.jit(fx.value_and_grad(loss, DATA_PARALLEL[name]))
     x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
     params = jax.device_put(PARAMS, NamedSharding(EXPLICIT, P()))
-    assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+    assert_trees_close(
+        estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4
+    )
     step = jax.jit(fx.update(loss, fx.WeightPerturbation(), learning_rate=0.1))
     assert_trees_close(step(KEY, params, x), step(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "rule", [fx.ActivityPerturbation(), fx.DirectFeedbackAlignment(KEY)], ids=["activity", "dfa"]
+    "rule",
+    [fx.ActivityPerturbation(), fx.DirectFeedbackAlignment(KEY)],
+    ids=["activity", "dfa"],
 )
 def test_sites_refuse_explicit_mesh_axes(rule):
     x = jax.device_put(X, NamedSharding(EXPLICIT, P("data")))
@@ -359,7 +404,9 @@ def test_feedback_alignment_takes_explicit_mesh_axes():
         jax.device_put(PARAMS, NamedSharding(EXPLICIT, P())),
         jax.jit(fx.grad(loss, rule)),
     )
-    assert_trees_close(estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+    assert_trees_close(
+        estimate(KEY, params, x), estimate(KEY, PARAMS, X), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_several_accelerators_talk_once_a_step(monkeypatch):
@@ -372,12 +419,16 @@ def test_several_accelerators_talk_once_a_step(monkeypatch):
     assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
     got = estimate(KEY, params, x)
     monkeypatch.undo()
-    assert_trees_close(got, jax.jit(fx.grad(loss))(KEY, PARAMS, X), rtol=1e-4, atol=1e-4)
+    assert_trees_close(
+        got, jax.jit(fx.grad(loss))(KEY, PARAMS, X), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_jit_with_sharded_parameters_gives_the_same():
     estimate = jax.jit(
-        fx.value_and_grad(lambda w: jnp.sum(jnp.sin(w) ** 2), fx.WeightPerturbation(num_tangents=4))
+        fx.value_and_grad(
+            lambda w: jnp.sum(jnp.sin(w) ** 2), fx.WeightPerturbation(num_tangents=4)
+        )
     )
     w = normal(4, 64)
     split = jax.device_put(w, NamedSharding(MESH, P("data")))

@@ -28,7 +28,11 @@ class Twin(fx.Rule):
 
     def estimate(self, key: Array, problem: Any) -> tuple:
         value, aux, grads = self.rule.estimate(key, problem)
-        return value, aux, {name: self.factors[name] * leaf for name, leaf in grads.items()}
+        return (
+            value,
+            aux,
+            {name: self.factors[name] * leaf for name, leaf in grads.items()},
+        )
 
     def relative_mse(self, n: int) -> float:
         return self.rule.relative_mse(n)
@@ -68,7 +72,9 @@ RULE = fx.WeightPerturbation(num_tangents=4)
 
 
 def test_unbiased_rule_passes_and_states_its_power():
-    shown = fx.testing.assert_unbiased(Twin(RULE, {"w": 1.0, "b": 1.0}), loss, (PARAMS, X))
+    shown = fx.testing.assert_unbiased(
+        Twin(RULE, {"w": 1.0, "b": 1.0}), loss, (PARAMS, X)
+    )
     assert not shown.basis_sum
     assert shown.detectable_bias <= 0.0101
     assert shown.detectable_leaf_bias <= 0.51
@@ -98,7 +104,9 @@ def test_basis_sum_finds_a_biased_twin_at_once():
 
 def test_no_basis_sum_without_the_rules_own_code():
     rule = fx.WeightPerturbation(fx.tangents.LowRank(), 4)
-    assert not fx.testing.assert_unbiased(rule, loss, (PARAMS, X), tolerance=0.1).basis_sum
+    assert not fx.testing.assert_unbiased(
+        rule, loss, (PARAMS, X), tolerance=0.1
+    ).basis_sum
 
 
 def test_swapped_coordinates_fail():
@@ -119,7 +127,9 @@ def test_projection_is_biased():
 
 def test_too_few_draws_are_an_error():
     with pytest.raises(ValueError, match="draws are needed, more than max_draws=1000"):
-        fx.testing.assert_unbiased(fx.WeightPerturbation(), loss, (PARAMS, X), max_draws=1000)
+        fx.testing.assert_unbiased(
+            fx.WeightPerturbation(), loss, (PARAMS, X), max_draws=1000
+        )
 
 
 def test_zero_gradient_is_an_error():
@@ -153,7 +163,9 @@ def test_contract_finds_a_wrong_value_and_a_second_trace():
             return value, aux, jax.tree.map(lambda x: x.astype(jnp.float16), grads)
 
     for twin in (Wrong, Twice):
-        jax.tree_util.register_dataclass(twin, data_fields=["rule", "factors"], meta_fields=[])
+        jax.tree_util.register_dataclass(
+            twin, data_fields=["rule", "factors"], meta_fields=[]
+        )
     with pytest.raises(AssertionError, match="value is not the loss's own"):
         fx.testing.assert_contract(Wrong(RULE, {}), loss, (PARAMS, X))
     with pytest.raises(AssertionError, match="traced 2 times"):

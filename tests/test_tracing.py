@@ -39,7 +39,9 @@ def test_the_loss_is_traced_once_a_call_and_once_a_shape(rule):
     assert loss.calls == 2
 
 
-@pytest.mark.parametrize("rule", ["weight", "weight-chunked", "exact", "finite-differences"])
+@pytest.mark.parametrize(
+    "rule", ["weight", "weight-chunked", "exact", "finite-differences"]
+)
 def test_the_loss_of_one_example_is_traced_once(rule):
     loss = Counted()
     estimate = jax.jit(fx.value_and_grad(loss, RULES[rule], in_axes=(None, 0)))
@@ -100,7 +102,9 @@ def dot_flops(jaxpr) -> int:
             left, out = equation.invars[0].aval, equation.outvars[0].aval
             is_data = BATCH in out.shape
             total += is_data * 2 * out.size * left.shape[contracted[0]]
-        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        times = (
+            equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        )
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
@@ -111,7 +115,9 @@ def dot_flops(jaxpr) -> int:
 def forwards(rule) -> float:
     """The matrix products of an estimate in units of a forward pass."""
     return (
-        dot_flops(jax.make_jaxpr(fx.grad(deep, rule))(jax.random.key(0), STACK, DATA).jaxpr)
+        dot_flops(
+            jax.make_jaxpr(fx.grad(deep, rule))(jax.random.key(0), STACK, DATA).jaxpr
+        )
         / FORWARD
     )
 
@@ -122,7 +128,9 @@ def test_the_counter_counts_a_forward_and_a_backward_pass():
     assert forwards(fx.WeightPerturbation()) == one_tangent
 
     def loop(ws, x):
-        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ ws[0]), None), x, None, length=DEPTH)[0]
+        return jax.lax.scan(
+            lambda h, _: (jnp.tanh(h @ ws[0]), None), x, None, length=DEPTH
+        )[0]
 
     assert dot_flops(jax.make_jaxpr(loop)(STACK, DATA).jaxpr) == FORWARD
 
@@ -130,14 +138,20 @@ def test_the_counter_counts_a_forward_and_a_backward_pass():
 @pytest.mark.parametrize("num_tangents", [1, 2, 8])
 def test_the_primal_is_evaluated_once_for_all_tangents(num_tangents):
     tangent = (2 * DEPTH - 1) / DEPTH
-    assert forwards(fx.WeightPerturbation(num_tangents=num_tangents)) == 1 + num_tangents * tangent
+    assert (
+        forwards(fx.WeightPerturbation(num_tangents=num_tangents))
+        == 1 + num_tangents * tangent
+    )
     assert forwards(
-        fx.WeightPerturbation(num_tangents=num_tangents, combine=fx.combine.Projection())
+        fx.WeightPerturbation(
+            num_tangents=num_tangents, combine=fx.combine.Projection()
+        )
     ) == (1 + num_tangents * tangent)
 
 
 @pytest.mark.parametrize(
-    ("num_tangents", "chunk_size", "chunks", "size"), [(8, 2, 4, 2), (8, 1, 8, 1), (7, 4, 2, 4)]
+    ("num_tangents", "chunk_size", "chunks", "size"),
+    [(8, 2, 4, 2), (8, 1, 8, 1), (7, 4, 2, 4)],
 )
 def test_the_primal_is_evaluated_once_a_chunk(num_tangents, chunk_size, chunks, size):
     tangent = (2 * DEPTH - 1) / DEPTH
@@ -163,6 +177,9 @@ def test_the_compiled_program_agrees():
     forward = flops(deep, stack, data)
     for k in (1, 8):
         estimate = flops(
-            fx.grad(deep, fx.WeightPerturbation(num_tangents=k)), jax.random.key(0), stack, data
+            fx.grad(deep, fx.WeightPerturbation(num_tangents=k)),
+            jax.random.key(0),
+            stack,
+            data,
         )
         assert estimate / forward == pytest.approx(1 + k * (2 - 1 / DEPTH), rel=0.05)

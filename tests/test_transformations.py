@@ -22,11 +22,19 @@ def quadratic_form(w):
     return w @ MATRIX @ w / 2
 
 
-EAGER_TOO = ("dict", "real-and-complex", "per-example-aux", "local-losses", "while-loop")
+EAGER_TOO = (
+    "dict",
+    "real-and-complex",
+    "per-example-aux",
+    "local-losses",
+    "while-loop",
+)
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.name in EAGER_TOO], ids=lambda case: case.name
+    "case",
+    [case for case in CASES if case.name in EAGER_TOO],
+    ids=lambda case: case.name,
 )
 def test_jit_changes_nothing(case):
     """Of a rule with a loop over chunks: a scan under a trace and a Python loop outside."""
@@ -59,7 +67,11 @@ def test_vmap_over_keys_and_parameters(name):
         )
     )()
     one = jax.jit(estimate)
-    loose = {"rtol": 2e-2, "atol": 2e-4} if "difference" in name else {"rtol": 2e-4, "atol": 1e-5}
+    loose = (
+        {"rtol": 2e-2, "atol": 2e-4}
+        if "difference" in name
+        else {"rtol": 2e-4, "atol": 1e-5}
+    )
     over_both, over_keys, over_params, batch = jax.device_get(
         (over_both, over_keys, over_params, batch)
     )
@@ -139,7 +151,9 @@ def test_training_inside_scan(name):
         return params, (value, params)
 
     keys = jax.random.split(KEY, 40)
-    trained, (values, path) = jax.jit(lambda params: lax.scan(step, params, keys))(PARAMS)
+    trained, (values, path) = jax.jit(lambda params: lax.scan(step, params, keys))(
+        PARAMS
+    )
     assert values[-1] < values[0]
     # Of differences the rounding, divided by a small step, differs from program to program.
     if "difference" not in name:
@@ -159,8 +173,14 @@ def test_inside_checkpoint_and_a_loss_with_checkpoint(name):
         return jnp.sum(fx.grad(quadratic_form, LINEAR[name])(KEY, w) ** 2)
 
     w = normal(6, 4)
-    plain, saved = jax.jit(lambda: (jax.grad(estimate)(w), jax.grad(jax.checkpoint(estimate))(w)))()
-    loose = {"rtol": 2e-2, "atol": 1e-1} if "difference" in name else {"rtol": 1e-4, "atol": 1e-4}
+    plain, saved = jax.jit(
+        lambda: (jax.grad(estimate)(w), jax.grad(jax.checkpoint(estimate))(w))
+    )()
+    loose = (
+        {"rtol": 2e-2, "atol": 1e-1}
+        if "difference" in name
+        else {"rtol": 1e-4, "atol": 1e-4}
+    )
     assert_trees_close(saved, plain, **loose)
 
 
@@ -174,9 +194,13 @@ def test_inside_cond_and_while():
     def body(w):
         return w - 0.25 * fx.grad(loss, rule)(KEY, w)
 
-    trained = jax.jit(lambda w: lax.while_loop(lambda w: loss(w) > 1e-3, body, w))(jnp.ones(3))
+    trained = jax.jit(lambda w: lax.while_loop(lambda w: loss(w) > 1e-3, body, w))(
+        jnp.ones(3)
+    )
     assert loss(trained) < 1e-3
-    kept = jax.jit(lambda flag, w: lax.cond(flag, body, lambda w: w, w))(False, jnp.ones(3))
+    kept = jax.jit(lambda flag, w: lax.cond(flag, body, lambda w: w, w))(
+        False, jnp.ones(3)
+    )
     assert kept.tolist() == [1.0, 1.0, 1.0]
 
 
@@ -206,9 +230,9 @@ def test_in_axes_of_trees_other_axes_and_keywords():
     )
     assert float(value) == pytest.approx(float(2 * batch["x"].sum() / 5 + 1), rel=1e-5)
     assert_trees_close(grads, 2 * batch["x"].mean(axis=1))
-    whole = fx.grad(lambda x, w: jnp.vdot(w, x), fx.Exact(), argnums=1, in_axes=(0, None))(
-        KEY, X, jnp.ones(3)
-    )
+    whole = fx.grad(
+        lambda x, w: jnp.vdot(w, x), fx.Exact(), argnums=1, in_axes=(0, None)
+    )(KEY, X, jnp.ones(3))
     assert_trees_close(whole, X.mean(axis=0))
 
 

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from cases import COMBINATIONS, RULES, TANGENTS, TRACEABLE, assert_trees_close, eager, normal
+from cases import (
+    COMBINATIONS,
+    RULES,
+    TANGENTS,
+    TRACEABLE,
+    assert_trees_close,
+    eager,
+    normal,
+)
 
 POWER = {"tolerance": 0.05, "power": 0.99}
 RULE = fx.WeightPerturbation()
@@ -68,7 +76,9 @@ def test_every_distribution_is_isotropic(case):
 def test_sparse_signs_are_isotropic_at_every_density(density, monkeypatch):
     """Of all 2³² words those at the edges: as many are positive as negative, and E v² is 1."""
     half = max(1, round(density * 2**31))
-    words = jnp.array([0, half - 1, half, 2 * half - 1, min(2 * half, 2**32 - 1)], jnp.uint32)
+    words = jnp.array(
+        [0, half - 1, half, 2 * half - 1, min(2 * half, 2**32 - 1)], jnp.uint32
+    )
     monkeypatch.setattr(jax.random, "bits", lambda key, shape, dtype: words)
     sparse = fx.tangents.Sparse(density)
     v = sparse.draw_one(jax.random.key(0), [jax.ShapeDtypeStruct((5,), jnp.float32)])[0]
@@ -85,7 +95,9 @@ def test_a_control_variate_is_unbiased():
 
 @pytest.mark.parametrize("combination", ["projection", "shrinkage"])
 def test_a_biased_combination_says_so_and_is_found(combination):
-    rule = fx.WeightPerturbation(num_tangents=3, combine=COMBINATIONS[combination](GUESS))
+    rule = fx.WeightPerturbation(
+        num_tangents=3, combine=COMBINATIONS[combination](GUESS)
+    )
     assert not rule.unbiased
     with pytest.raises(AssertionError):
         fx.testing.assert_unbiased(rule, mixed_loss, [MIXED], **POWER)
@@ -101,7 +113,9 @@ def test_python_control_flow_gives_the_slope_times_the_direction():
     directions = fx.tangents.Rademacher().sample(key, params, 3)
     slopes = directions @ jax.grad(eager)(params)
     for rule in (CHUNKED, fx.WeightPerturbation(num_tangents=3)):
-        assert_trees_close(fx.grad(eager, rule)(key, params), slopes @ directions / 3, rtol=1e-4)
+        assert_trees_close(
+            fx.grad(eager, rule)(key, params), slopes @ directions / 3, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", ["exact-chunked", "backprop"])

@@ -20,7 +20,9 @@ W = fx.WeightPerturbation
 
 def stack(params, x):
     """An MLP that is a scan over its layers."""
-    h, _ = jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), x, params)
+    h, _ = jax.lax.scan(
+        lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), x, params
+    )
     return jnp.mean(h**2)
 
 
@@ -67,14 +69,20 @@ def test_examples_aux_and_dtypes():
     rule = W(T.LowRank(per_example=True), 2)
 
     def both(key, w):
-        value, grads = fx.value_and_grad(loss, rule, has_aux=True, in_axes=axes)(key, w, X)
-        got = fx.update(loss, rule, learning_rate=0.1, has_aux=True, in_axes=axes)(key, w, X)
+        value, grads = fx.value_and_grad(loss, rule, has_aux=True, in_axes=axes)(
+            key, w, X
+        )
+        got = fx.update(loss, rule, learning_rate=0.1, has_aux=True, in_axes=axes)(
+            key, w, X
+        )
         return got, (value, (w.astype(jnp.float32) - 0.1 * grads.astype(jnp.float32)))
 
     (value, new), (expected, expected_new) = jax.jit(both)(KEY, w)
     assert_trees_close(value, expected, rtol=1e-5)
     assert new.dtype == jnp.bfloat16
-    np.testing.assert_allclose(new.astype(jnp.float32), expected_new, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(
+        new.astype(jnp.float32), expected_new, rtol=0.02, atol=0.02
+    )
 
 
 def test_complex_parameters_traced_and_eagerly():
@@ -89,12 +97,16 @@ def test_an_eager_loss_may_branch_on_values():
     loss = lambda w: jnp.sum(w**2) if w[0] > 0 else jnp.sum(w)
     w = jnp.array([1.0, 2.0])
     assert_trees_close(
-        fx.update(loss, learning_rate=0.1)(KEY, w)[1], w - 0.1 * fx.grad(loss)(KEY, w), rtol=1e-5
+        fx.update(loss, learning_rate=0.1)(KEY, w)[1],
+        w - 0.1 * fx.grad(loss)(KEY, w),
+        rtol=1e-5,
     )
 
 
 def test_a_safe_rule_remembers():
-    step = jax.jit(lambda rule: fx.update(stack, rule, learning_rate=0.1)(KEY, PARAMS, X))
+    step = jax.jit(
+        lambda rule: fx.update(stack, rule, learning_rate=0.1)(KEY, PARAMS, X)
+    )
     *_, rule = step(RULES["safe"])
     assert int(rule.history.num_steps) == 1
 
@@ -124,9 +136,9 @@ def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
             if safe
             else fx.value_and_grad(stack, rule)(key, params, X)
         )
-        _, params, *state = fx.update(stack, rule, learning_rate=0.1, momentum=momentum)(
-            key, params, X
-        )
+        _, params, *state = fx.update(
+            stack, rule, learning_rate=0.1, momentum=momentum
+        )(key, params, X)
         return grads, params, *(state if safe else [rule, *state])
 
     params, held, last, momentum = (
@@ -159,9 +171,9 @@ def test_momentum_with_examples_needs_no_init():
     @jax.jit
     def step(key, w, momentum):
         grads = fx.grad(loss, rule, in_axes=axes)(key, w, X)
-        return grads, *fx.update(loss, rule, learning_rate=0.1, momentum=momentum, in_axes=axes)(
-            key, w, X
-        )[1:]
+        return grads, *fx.update(
+            loss, rule, learning_rate=0.1, momentum=momentum, in_axes=axes
+        )(key, w, X)[1:]
 
     for i in range(3):
         grads, new, momentum = step(jax.random.key(i), w, momentum)
@@ -175,7 +187,13 @@ def test_momentum_with_examples_needs_no_init():
 
 def temporaries(function, *args, **options) -> int:
     """Bytes."""
-    return jax.jit(function, **options).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(function, **options)
+        .lower(*args)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+    )
 
 
 def temporaries_of_leaves(function, structure, *leaves) -> int:
@@ -184,7 +202,9 @@ def temporaries_of_leaves(function, structure, *leaves) -> int:
 
 def of_update(loss, rule, params, x):
     """Bytes, with donated parameters."""
-    step = lambda key, params, x: fx.update(loss, rule, learning_rate=0.1)(key, params, x)
+    step = lambda key, params, x: fx.update(loss, rule, learning_rate=0.1)(
+        key, params, x
+    )
     return temporaries(step, KEY, params, x, donate_argnums=1)
 
 
@@ -207,7 +227,9 @@ inference = functools.cache(temporaries_of_leaves)
 def bound(loss, params, x):
     """What inference takes, a tenth more, and the largest parameter."""
     leaves, structure = jax.tree.flatten((params, x))
-    return 1.1 * inference(loss, structure, *leaves) + max(map(num_bytes, jax.tree.leaves(params)))
+    return 1.1 * inference(loss, structure, *leaves) + max(
+        map(num_bytes, jax.tree.leaves(params))
+    )
 
 
 FRUGAL = {
@@ -260,8 +282,12 @@ def test_leaves_are_updated_one_after_the_other():
         W(T.LowRank(), 4),
     )
     assert of_update(mlp, rule, params, x) < 1.5 * num_bytes(params[0])
-    step = lambda key, p, x: jax.tree.map(lambda w, g: w - g, p, fx.grad(mlp, rule)(key, p, x))
-    assert temporaries(step, KEY, params, x, donate_argnums=1) > 11 * num_bytes(params[0])
+    step = lambda key, p, x: jax.tree.map(
+        lambda w, g: w - g, p, fx.grad(mlp, rule)(key, p, x)
+    )
+    assert temporaries(step, KEY, params, x, donate_argnums=1) > 11 * num_bytes(
+        params[0]
+    )
 
 
 # --- errors ---
@@ -269,23 +295,31 @@ def test_leaves_are_updated_one_after_the_other():
 
 def test_other_rules_are_refused():
     with pytest.raises(
-        TypeError, match=r"expected forwax.WeightPerturbation, .* got ActivityPerturbation"
+        TypeError,
+        match=r"expected forwax.WeightPerturbation, .* got ActivityPerturbation",
     ):
         fx.update(stack, fx.ActivityPerturbation(), learning_rate=0.1)
-    with pytest.raises(TypeError, match=r"one of tangents.Rademacher\(\), .* got Orthonormal"):
+    with pytest.raises(
+        TypeError, match=r"one of tangents.Rademacher\(\), .* got Orthonormal"
+    ):
         fx.update(stack, fx.Safe(W(T.Orthonormal())), learning_rate=0.1)
     with pytest.raises(
-        ValueError, match=r"expected combine.Mean\(\) or combine.Shrinkage\(\), got Projection"
+        ValueError,
+        match=r"expected combine.Mean\(\) or combine.Shrinkage\(\), got Projection",
     ):
         fx.update(stack, W(combine=fx.combine.Projection()), learning_rate=0.1)
     with pytest.raises(ValueError, match="needs examples: expected in_axes"):
-        fx.update(stack, W(T.LowRank(per_example=True)), learning_rate=0.1)(KEY, PARAMS, X)
+        fx.update(stack, W(T.LowRank(per_example=True)), learning_rate=0.1)(
+            KEY, PARAMS, X
+        )
 
 
 def test_momenta_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"expected decay from 0 to below 1, got 1\.0"):
         fx.Momentum(1.0)
-    with pytest.raises(ValueError, match="expected window to be a positive integer, got 0"):
+    with pytest.raises(
+        ValueError, match="expected window to be a positive integer, got 0"
+    ):
         fx.Momentum(window=0)
     with pytest.raises(ValueError, match="expected num_examples, got None"):
         fx.Momentum().init(KEY, W(T.LowRank(per_example=True)))
@@ -301,6 +335,8 @@ def test_sharded_parameters_are_refused():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data = jax.sharding.PartitionSpec("data")
     step = fx.update(lambda w: jnp.sum(w**2), learning_rate=0.1)
-    run = jax.shard_map(lambda w: step(KEY, w)[1], mesh=mesh, in_specs=data, out_specs=data)
+    run = jax.shard_map(
+        lambda w: step(KEY, w)[1], mesh=mesh, in_specs=data, out_specs=data
+    )
     with pytest.raises(ValueError, match=r"do not vary over mesh axes, got \['data'\]"):
         run(jnp.ones(4))

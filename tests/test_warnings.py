@@ -39,7 +39,9 @@ def test_a_plugins_warning_stops_no_run_and_a_tests_own_fails_it(tmp_path, optio
     (tmp_path / "test_import.py").write_text(IMPORT, encoding="utf-8")
     for name in ("conftest.py", "pyproject.toml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    environment = {key: os.environ[key] for key in os.environ if not key.startswith("PYTEST_")}
+    environment = {
+        key: os.environ[key] for key in os.environ if not key.startswith("PYTEST_")
+    }
     options = ["-q", "-p", "stub_plugin", "--continue-on-collection-errors", *options]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "test_stub.py", "test_import.py"],

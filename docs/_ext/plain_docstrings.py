@@ -10,7 +10,9 @@ def escaped(lines: list[str]) -> Iterator[str]:
     """The lines with | and * escaped, but for doctests and what stands between backticks."""
     in_doctest = False
     for line in lines:
-        in_doctest = line.lstrip().startswith(">>>") or (in_doctest and bool(line.strip()))
+        in_doctest = line.lstrip().startswith(">>>") or (
+            in_doctest and bool(line.strip())
+        )
         yield line if in_doctest else _outside_backticks(line)
 
 
@@ -20,7 +22,8 @@ def _outside_backticks(line: str) -> str:
     )  # a number alone is a value, not the start of a list
     parts = line.split("`")
     return "`".join(
-        part if i % 2 else re.sub(r"(?=[|*])", r"\\", part) for i, part in enumerate(parts)
+        part if i % 2 else re.sub(r"(?=[|*])", r"\\", part)
+        for i, part in enumerate(parts)
     )
 
 
@@ -31,5 +34,7 @@ def escape(
 
 
 def setup(app: Sphinx) -> dict:
-    app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon, at 500
+    app.connect(
+        "autodoc-process-docstring", escape, priority=400
+    )  # before napoleon, at 500
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -27,14 +27,18 @@ MODULES = (
 def public_names(modules: Iterable[str]) -> set[str]:
     """Full names, as a user writes them, of everything public in the modules, submodules aside."""
     return {
-        f"{name}.{member}" for name in modules for member in _members(importlib.import_module(name))
+        f"{name}.{member}"
+        for name in modules
+        for member in _members(importlib.import_module(name))
     }
 
 
 def _members(module: ModuleType) -> list[str]:
     """`__all__`, or, without one, the classes and functions that the module defines itself."""
     members = {
-        name: value for name, value in vars(module).items() if not isinstance(value, ModuleType)
+        name: value
+        for name, value in vars(module).items()
+        if not isinstance(value, ModuleType)
     }
     if hasattr(module, "__all__"):
         return [name for name in members if name in module.__all__]

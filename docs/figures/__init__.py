@@ -21,4 +21,7 @@ def save_all(folder: str | os.PathLike[str]) -> list[Path]:
         "backward-step": backward_step,
         "forward-gradient": forward_gradient,
     }
-    return [style.save(draw(), Path(folder) / f"{name}.png") for name, draw in figures.items()]
+    return [
+        style.save(draw(), Path(folder) / f"{name}.png")
+        for name, draw in figures.items()
+    ]

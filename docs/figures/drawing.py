@@ -40,7 +40,14 @@ def write(
     **look: Any,
 ) -> None:
     """Write text with its centre at (x, y)."""
-    axes.text(x, y, text, color=colour, fontsize=size, **{"ha": "center", "va": "center", **look})
+    axes.text(
+        x,
+        y,
+        text,
+        color=colour,
+        fontsize=size,
+        **{"ha": "center", "va": "center", **look},
+    )
 
 
 def box(
@@ -58,7 +65,13 @@ def box(
     rounding = "round,pad=0,rounding_size=0.09"
     axes.add_patch(
         FancyBboxPatch(
-            corner, width, height, boxstyle=rounding, edgecolor=edge, facecolor=fill, **look
+            corner,
+            width,
+            height,
+            boxstyle=rounding,
+            edgecolor=edge,
+            facecolor=fill,
+            **look,
         )
     )
 
@@ -70,7 +83,11 @@ def chip(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
 
 
 def arrow(
-    axes: Axes, tail: tuple[float, float], head: tuple[float, float], colour: str, **look: Any
+    axes: Axes,
+    tail: tuple[float, float],
+    head: tuple[float, float],
+    colour: str,
+    **look: Any,
 ) -> None:
     """Draw an arrow from tail to head, points in the units of the axes."""
     look = {
@@ -90,5 +107,7 @@ def tint(colour: str, amount: float = 0.14) -> tuple[float, float, float]:
     >>> tint("#000000", 0.25)
     (0.75, 0.75, 0.75)
     """
-    red, green, blue = (1 - amount + amount * int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (
+        1 - amount + amount * int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)
+    )
     return red, green, blue

@@ -44,9 +44,12 @@ def forward_gradient(key: jax.Array | None = None) -> Figure:
         "The forward gradient",
         "One slope times its own random direction: noisy, but right on average.",
     )
-    left = figure.add_axes((0.038, 0.03, 0.43, 0.7), title="One direction, its slope, its estimate")
+    left = figure.add_axes(
+        (0.038, 0.03, 0.43, 0.7), title="One direction, its slope, its estimate"
+    )
     right = figure.add_axes(
-        (0.53, 0.03, 0.43, 0.7), title=f"{SHOWN} of {ESTIMATES:,} estimates around the gradient"
+        (0.53, 0.03, 0.43, 0.7),
+        title=f"{SHOWN} of {ESTIMATES:,} estimates around the gradient",
     )
     for axes in (left, right):
         axes.set(aspect="equal", xticks=[], yticks=[])
@@ -77,11 +80,15 @@ def _legible(gradient: np.ndarray, estimates: np.ndarray) -> tuple[np.ndarray, f
     lengths = np.linalg.norm(directions, axis=1)
     cosines = slopes / lengths / np.linalg.norm(gradient)
     clockwise = directions[:, 0] * gradient[1] > directions[:, 1] * gradient[0]
-    best = np.argmin(np.abs(lengths - 1.45) + 2 * np.abs(cosines - 0.65) + 10 * ~clockwise)
+    best = np.argmin(
+        np.abs(lengths - 1.45) + 2 * np.abs(cosines - 0.65) + 10 * ~clockwise
+    )
     return directions[best], float(slopes[best])
 
 
-def _one_estimate(axes: Axes, gradient: np.ndarray, direction: np.ndarray, slope: float) -> None:
+def _one_estimate(
+    axes: Axes, gradient: np.ndarray, direction: np.ndarray, slope: float
+) -> None:
     """Draw a random direction, its slope as a projection, and the estimate, over contours."""
     origin = np.array(POINT)
     unit = direction / np.linalg.norm(direction)
@@ -97,7 +104,12 @@ def _one_estimate(axes: Axes, gradient: np.ndarray, direction: np.ndarray, slope
     _vector(axes, origin, origin + direction, DIRECTION, 2.2, 15)
     _vector(axes, origin, origin + gradient, TRUE, 2.8, 17)
     axes.plot(
-        *foot, "o", markerfacecolor="white", markeredgecolor=style.INK, markersize=5.5, zorder=6
+        *foot,
+        "o",
+        markerfacecolor="white",
+        markeredgecolor=style.INK,
+        markersize=5.5,
+        zorder=6,
     )
     _label(axes, origin + gradient + (0, 0.15), "gradient $g$", TRUE)
     _label(
@@ -133,7 +145,12 @@ def _many_estimates(axes: Axes, gradient: np.ndarray, estimates: np.ndarray) -> 
     axes.set(xlim=(-2.15 * size, 2.55 * size), ylim=(-1.05 * size, 2.82 * size))
     _line(axes, -9 * size * across, 9 * size * across)
     axes.plot(
-        *estimates[:SHOWN].T, "o", color=ESTIMATE, markersize=3.2, alpha=0.32, markeredgewidth=0
+        *estimates[:SHOWN].T,
+        "o",
+        color=ESTIMATE,
+        markersize=3.2,
+        alpha=0.32,
+        markeredgewidth=0,
     )
     _vector(axes, np.zeros(2), gradient, TRUE, 2.8, 17)
     mean = estimates.mean(axis=0)
@@ -149,19 +166,35 @@ def _many_estimates(axes: Axes, gradient: np.ndarray, estimates: np.ndarray) -> 
     _label(axes, 0.5 * gradient - 0.14 * size * across, "$g$", TRUE)
     _label(axes, mean + 0.3 * size * unit, "mean of all", style.INK)
     aside = 0.85 * size * across - 0.2 * size * unit
-    _label(axes, aside, "no estimate on this side", style.MUTED, rotation=_angle(across), size=10.5)
+    _label(
+        axes,
+        aside,
+        "no estimate on this side",
+        style.MUTED,
+        rotation=_angle(across),
+        size=10.5,
+    )
 
 
 def _contours(axes: Axes) -> None:
     """Draw the contours of the quadratic function over the whole axes."""
-    x, y = np.meshgrid(np.linspace(*axes.get_xlim(), 200), np.linspace(*axes.get_ylim(), 200))
+    x, y = np.meshgrid(
+        np.linspace(*axes.get_xlim(), 200), np.linspace(*axes.get_ylim(), 200)
+    )
     levels = 0.5 * (0.55 * np.arange(1, 12)) ** 2
     values = 0.5 * (x**2 + CONDITION * y**2)
-    axes.contour(x, y, values, levels=levels, colors="#dfe3ec", linewidths=0.9, zorder=0)
+    axes.contour(
+        x, y, values, levels=levels, colors="#dfe3ec", linewidths=0.9, zorder=0
+    )
 
 
 def _vector(
-    axes: Axes, tail: np.ndarray, head: np.ndarray, colour: str, width: float, size: float
+    axes: Axes,
+    tail: np.ndarray,
+    head: np.ndarray,
+    colour: str,
+    width: float,
+    size: float,
 ) -> None:
     """Draw a vector."""
     ends = (float(tail[0]), float(tail[1])), (float(head[0]), float(head[1]))
@@ -180,7 +213,9 @@ def _line(axes: Axes, start: np.ndarray, end: np.ndarray) -> None:
     )
 
 
-def _right_angle(axes: Axes, corner: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
+def _right_angle(
+    axes: Axes, corner: np.ndarray, one: np.ndarray, other: np.ndarray
+) -> None:
     """Mark the right angle between two unit vectors."""
     points = corner + 0.14 * np.array([-one, other - one, other])
     axes.plot(*points.T, color=style.MUTED, linewidth=1, zorder=2)
@@ -193,11 +228,25 @@ def _angle(direction: np.ndarray) -> float:
 
 
 def _label(
-    axes: Axes, point: np.ndarray, text: str, colour: str, size: float = 11.5, **look: Any
+    axes: Axes,
+    point: np.ndarray,
+    text: str,
+    colour: str,
+    size: float = 11.5,
+    **look: Any,
 ) -> None:
     """Write text on a white ground, so that lines and dots do not cross it."""
     ground = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
     x, y = point
     drawing.write(
-        axes, x, y, text, colour, size, bbox=ground, zorder=7, rotation_mode="anchor", **look
+        axes,
+        x,
+        y,
+        text,
+        colour,
+        size,
+        bbox=ground,
+        zorder=7,
+        rotation_mode="anchor",
+        **look,
     )

@@ -81,7 +81,11 @@ def _link(
 
 
 def _nodes(
-    axes: Axes, values: dict[str, float], others: dict[str, float], accent: str, colour: str
+    axes: Axes,
+    values: dict[str, float],
+    others: dict[str, float],
+    accent: str,
+    colour: str,
 ) -> None:
     """Draw every box with its formula, its value and its tangent or cotangent."""
     for name, (x, y) in COLUMNS.items():
@@ -91,7 +95,9 @@ def _nodes(
             drawing.write(axes, x, y + 0.45, FORMULAS[name], size=13)
         top = y + (0.2 if name in "wb" else 0.03)
         drawing.chip(axes, x, top, f"${name} = {values[name]:g}$", VALUE)
-        drawing.chip(axes, x, top - 0.41, rf"${accent}{{{name}}} = {others[name]:g}$", colour)
+        drawing.chip(
+            axes, x, top - 0.41, rf"${accent}{{{name}}} = {others[name]:g}$", colour
+        )
     _data(axes, "z", f"data  $x = {X:g}$")
     _data(axes, "L", f"target  $t = {TARGET:g}$")
 
@@ -103,7 +109,9 @@ def _data(axes: Axes, name: str, text: str) -> None:
     drawing.write(axes, x, y + 1.25, text, VALUE, size=11)
 
 
-def _flows(axes: Axes, lower: str, colour: str, upper: str = "values", back: bool = False) -> None:
+def _flows(
+    axes: Axes, lower: str, colour: str, upper: str = "values", back: bool = False
+) -> None:
     """Draw the two arrows between all neighbours, and name their colours at the top right."""
     for source, target in ("wz", "bz", "zh", "hL"):
         _link(axes, source, target, True, VALUE)
@@ -112,14 +120,19 @@ def _flows(axes: Axes, lower: str, colour: str, upper: str = "values", back: boo
     drawing.arrow(axes, (left, y), (right, y), VALUE)
     drawing.write(axes, right + 0.12, y, upper, VALUE, size=10.5, ha="left")
     drawing.arrow(
-        axes, (right if back else left, y - 0.28), (left if back else right, y - 0.28), colour
+        axes,
+        (right if back else left, y - 0.28),
+        (left if back else right, y - 0.28),
+        colour,
     )
     drawing.write(axes, right + 0.12, y - 0.28, lower, colour, size=10.5, ha="left")
 
 
 def _cell(axes: Axes, x: float, text: str, full: bool) -> None:
     """Draw one cell of memory: full and amber, or already free and dashed."""
-    edge, fill = (MEMORY, drawing.tint(MEMORY, 0.35)) if full else (style.MUTED, "white")
+    edge, fill = (
+        (MEMORY, drawing.tint(MEMORY, 0.35)) if full else (style.MUTED, "white")
+    )
     drawing.box(
         axes,
         x,
@@ -131,7 +144,9 @@ def _cell(axes: Axes, x: float, text: str, full: bool) -> None:
         linewidth=1.2,
         linestyle="-" if full else (0, (3, 3)),
     )
-    drawing.write(axes, x, MEMORY_ROW - 0.01, text, style.INK if full else style.MUTED, size=12)
+    drawing.write(
+        axes, x, MEMORY_ROW - 0.01, text, style.INK if full else style.MUTED, size=12
+    )
 
 
 def _store(axes: Axes, x: float) -> None:
@@ -149,7 +164,9 @@ def _caption(axes: Axes, name: str, text: str, colour: str) -> None:
 
 def _memory(axes: Axes, text: str) -> None:
     """Name the row of memory and say how it grows."""
-    drawing.write(axes, 0.5, MEMORY_ROW, "memory", MEMORY_INK, size=11, ha="left", weight="bold")
+    drawing.write(
+        axes, 0.5, MEMORY_ROW, "memory", MEMORY_INK, size=11, ha="left", weight="bold"
+    )
     drawing.write(axes, 1.32, MEMORY_ROW, text, style.MUTED, size=9.5, ha="left")
 
 
@@ -167,17 +184,28 @@ def forward_step() -> Figure:
     values, tangents = jax.jvp(_neuron, PARAMETERS, DIRECTION)
     slope = float(tangents[-1])
     figure, axes = drawing.canvas(
-        "The forward step", "One pass carries each value and its tangent: how it changes along $v$."
+        "The forward step",
+        "One pass carries each value and its tangent: how it changes along $v$.",
     )
-    _nodes(axes, _numbers(*PARAMETERS, values), _numbers(*DIRECTION, tangents), r"\dot", TANGENT)
+    _nodes(
+        axes,
+        _numbers(*PARAMETERS, values),
+        _numbers(*DIRECTION, tangents),
+        r"\dot",
+        TANGENT,
+    )
     _flows(axes, "tangents", TANGENT)
     for name, rule in FORWARD_RULES.items():
         drawing.write(axes, COLUMNS[name][0], 1.83, rule, TANGENT, size=13)
         last = name == "L"
-        _cell(axes, COLUMNS[name][0], r"$L,\ \dot L$" if last else "free again", full=last)
+        _cell(
+            axes, COLUMNS[name][0], r"$L,\ \dot L$" if last else "free again", full=last
+        )
     estimate = ", ".join(f"{{{slope * direction:g}}}" for direction in DIRECTION)
     _caption(axes, "w", r"direction $v = (\dot w, \dot b)$", TANGENT)
-    _caption(axes, "h", rf"slope $\dot L = \langle\nabla L, v\rangle = {slope:g}$", TANGENT)
+    _caption(
+        axes, "h", rf"slope $\dot L = \langle\nabla L, v\rangle = {slope:g}$", TANGENT
+    )
     _caption(axes, "L", rf"forward gradient $\dot L\,v = ({estimate})$", TANGENT)
     _memory(axes, "one step's values\nat a time")
     return figure

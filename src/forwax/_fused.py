@@ -90,7 +90,9 @@ def update(
             raise better from error
         n = _tree.num_coordinates(params)
         k = weight.num_tangents
-        used = result.used * weight.combine.finish(1.0, k, weight.tangents.relative_mse(n, k))
+        used = result.used * weight.combine.finish(
+            1.0, k, weight.tangents.relative_mse(n, k)
+        )
         rate = -jnp.asarray(learning_rate, used.dtype) / directions.num_examples
         state: list[Any] = [cast(Safe, rule).after(result.found)] if is_safe else []
         if momentum is not None:

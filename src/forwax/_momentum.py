@@ -69,7 +69,9 @@ class Momentum:
     def __post_init__(self) -> None:
         check_count("Momentum", "window", self.window)
         if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
-            raise ValueError(f"Momentum: expected decay from 0 to below 1, got {self.decay}.")
+            raise ValueError(
+                f"Momentum: expected decay from 0 to below 1, got {self.decay}."
+            )
 
     def init(
         self,
@@ -89,7 +91,9 @@ class Momentum:
             ValueError: when the number of examples is needed and missing.
         """
         key = check_key(
-            key, "Momentum.init", advice="Pass any key of the kind that the steps will get."
+            key,
+            "Momentum.init",
+            advice="Pass any key of the kind that the steps will get.",
         )
         weight = cast(WeightPerturbation, rule.inner)
         shape: tuple[int, ...] = (weight.num_tangents,)
@@ -100,8 +104,12 @@ class Momentum:
                     "example: expected num_examples, got None."
                 )
             shape = (*shape, num_examples)
-        keys, coefficients, num_steps = self._ring(typed_key(key), shape, jnp.dtype(jnp.float32))
-        return dataclasses.replace(self, keys=keys, coefficients=coefficients, num_steps=num_steps)
+        keys, coefficients, num_steps = self._ring(
+            typed_key(key), shape, jnp.dtype(jnp.float32)
+        )
+        return dataclasses.replace(
+            self, keys=keys, coefficients=coefficients, num_steps=num_steps
+        )
 
     def add(self, key: Array, coefficients: Array) -> "Momentum":
         """The momentum with one more step.
@@ -114,7 +122,9 @@ class Momentum:
         weights = self.coefficients
         num_steps = self.num_steps
         if keys is None or weights is None or num_steps is None:
-            keys, weights, num_steps = self._ring(key, coefficients.shape, coefficients.dtype)
+            keys, weights, num_steps = self._ring(
+                key, coefficients.shape, coefficients.dtype
+            )
         data = jax.random.key_data(key)
         got = (data.shape, coefficients.shape)
         expected = (keys.shape[1:], weights.shape[1:])

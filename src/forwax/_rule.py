@@ -157,7 +157,9 @@ class LearningRule(Rule):
         name = f"{type(self).__name__}.step"
         signature = Signature(loss, argnums, has_aux, in_axes, name)
 
-        def step_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Tree, Self]:
+        def step_of_loss(
+            key: Any, /, *args: Any, **kwargs: Any
+        ) -> tuple[Any, Tree, Self]:
             key = typed_key(check_key(key, name))
             problem = signature.bind(args, kwargs)
             value, aux, grads, rule = self.advance(key, problem)
@@ -171,7 +173,9 @@ class LearningRule(Rule):
 def check_count(name: str, field: str, value: object) -> None:
     """Raise a ValueError unless a static count is a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected {field} to be a positive integer, got {value!r}.")
+        raise ValueError(
+            f"{name}: expected {field} to be a positive integer, got {value!r}."
+        )
 
 
 def is_rule(value: object) -> bool:
@@ -196,7 +200,9 @@ def check_directions(name: str, tangents: object, combine: object = None) -> Non
     )
     for field, value, kind, example in fields:
         if value is not None and not isinstance(value, kind):
-            raise TypeError(f"{name}: expected {field} such as {example}, got {value!r}.")
+            raise TypeError(
+                f"{name}: expected {field} such as {example}, got {value!r}."
+            )
 
 
 def check_shared(name: str, tangents: Tangents) -> None:

@@ -105,7 +105,8 @@ class History:
             sizes=all_sizes,
             squares=all_squares,
             num_steps=self.num_steps + some.astype(jnp.int32),
-            num_clipped=self.num_clipped + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
+            num_clipped=self.num_clipped
+            + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
             num_skipped=self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
         )
 
@@ -173,7 +174,9 @@ class Safe(LearningRule):
     def __post_init__(self) -> None:
         check_count("Safe", "window", self.window)
         check_count("Safe", "warm_up", self.warm_up)
-        if hasattr(self.rule, "advance"):  # a learning rule, or one of others that learns
+        if hasattr(
+            self.rule, "advance"
+        ):  # a learning rule, or one of others that learns
             raise TypeError(
                 "Safe: expected a rule that stays the same from step to step, such as "
                 f"forwax.WeightPerturbation(), got {type(self.rule).__name__}, which learns: "
@@ -280,7 +283,9 @@ class Safe(LearningRule):
             )
         n = params if isinstance(params, int) else _tree.num_coordinates(params)
         law = self.rule.relative_mse(n)
-        squares = self.history.squares  # [window], not a number where no step was recorded
+        squares = (
+            self.history.squares
+        )  # [window], not a number where no step was recorded
         square = jnp.nanmean(squares)
         count = jnp.sum(~jnp.isnan(squares))
         # Of |g|², the mean of `squares`; the root |g| has half its relative error.

@@ -195,7 +195,9 @@ class Signature:
             )
         return numbers
 
-    def _in_axes(self, args: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...] | None:
+    def _in_axes(
+        self, args: tuple[Any, ...], numbers: tuple[int, ...]
+    ) -> tuple[Any, ...] | None:
         """One entry of `in_axes` for each argument."""
         if self.in_axes is None:
             return None
@@ -224,7 +226,9 @@ class Signature:
         jax.tree.map(_check_batch, in_axes, args, is_leaf=_is_none)
         return in_axes
 
-    def _call(self, arguments: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Tree]:
+    def _call(
+        self, arguments: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, Tree]:
         """What the loss returns, as a pair with or without `has_aux`."""
         out = self.loss(*arguments, **kwargs)
         if not self.has_aux:
@@ -280,7 +284,9 @@ class _Mapped:
         return list(with_leaves(self.args, leaves))
 
 
-def _leaf_axes(args: tuple[Any, ...], in_axes: tuple[Any, ...] | None) -> list[int | None]:
+def _leaf_axes(
+    args: tuple[Any, ...], in_axes: tuple[Any, ...] | None
+) -> list[int | None]:
     """The mapped axis of each leaf; `in_axes` may say it for a whole subtree."""
     if in_axes is None:
         return [None] * len(jax.tree.leaves(args))
@@ -304,7 +310,9 @@ def loss_parts(out: Any) -> list[Array]:
     if isinstance(out, LocalLosses):
         leaves = jax.tree.leaves(out.tree)
         if not leaves:
-            raise TypeError("LocalLosses: expected at least one array, got an empty tree.")
+            raise TypeError(
+                "LocalLosses: expected at least one array, got an empty tree."
+            )
         return [_checked_real(leaf) for leaf in leaves]
     if _is_array(out) and jnp.shape(out) == ():
         return [_checked_real(out)]
@@ -364,7 +372,9 @@ def _is_none(x: Any) -> bool:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+    return isinstance(
+        leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex
+    )
 
 
 def _type_name(value: Any) -> str:

@@ -146,10 +146,20 @@ def by_name(name: str) -> Function:
     """
     known = {
         f.name: f
-        for f in (beale, rosenbrock, himmelblau, ackley, rastrigin, styblinski_tang, quadratic())
+        for f in (
+            beale,
+            rosenbrock,
+            himmelblau,
+            ackley,
+            rastrigin,
+            styblinski_tang,
+            quadratic(),
+        )
     }
     if name not in known:
-        raise ValueError(f"There is no test function {name!r}; choose one of {', '.join(known)}.")
+        raise ValueError(
+            f"There is no test function {name!r}; choose one of {', '.join(known)}."
+        )
     return known[name]
 
 
@@ -160,7 +170,11 @@ def _repeat(point: Point, n: int) -> Point:
 
 def _beale(x: jax.Array) -> jax.Array:
     u, v = x
-    return (1.5 - u + u * v) ** 2 + (2.25 - u + u * v**2) ** 2 + (2.625 - u + u * v**3) ** 2
+    return (
+        (1.5 - u + u * v) ** 2
+        + (2.25 - u + u * v**2) ** 2
+        + (2.625 - u + u * v**3) ** 2
+    )
 
 
 def _rosenbrock(x: jax.Array) -> jax.Array:
@@ -199,7 +213,9 @@ class _Quadratic:
     condition_number: float
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        eigenvalues = jnp.asarray(np.geomspace(1.0, self.condition_number, x.size), x.dtype)
+        eigenvalues = jnp.asarray(
+            np.geomspace(1.0, self.condition_number, x.size), x.dtype
+        )
         return 0.5 * jnp.sum(eigenvalues * x**2)
 
 

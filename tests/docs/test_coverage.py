@@ -21,7 +21,9 @@ MODULES = extension("public_names").MODULES
 def documented(page: str) -> set[str]:
     """Full names of what a page documents."""
     names, module = set(), ""
-    for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", page, flags=re.MULTILINE):
+    for directive, name in re.findall(
+        r"^\.\. (\w+):: (\S+)$", page, flags=re.MULTILINE
+    ):
         if directive in {"currentmodule", "automodule"}:
             module = name
         else:
@@ -34,7 +36,12 @@ def test_every_public_name_is_documented_and_no_other():
     assert documented((DOCS / "api.md").read_text(encoding="utf-8")) == public
 
 
-PUBLIC = ["forwax.grad", "forwax.combine.Mean", "forwax.functions.beale", "forwax.testing.Unbiased"]
+PUBLIC = [
+    "forwax.grad",
+    "forwax.combine.Mean",
+    "forwax.functions.beale",
+    "forwax.testing.Unbiased",
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -45,7 +52,12 @@ def test_public_names_are_seen(name: str):
 def test_modules_and_private_names_are_not_public():
     names = extension("public_names").public_names(MODULES)
     assert (
-        not {"forwax.combine", "forwax.tangents", "forwax.combine._gram", "forwax.combine.jnp"}
+        not {
+            "forwax.combine",
+            "forwax.tangents",
+            "forwax.combine._gram",
+            "forwax.combine.jnp",
+        }
         & names
     )
 
@@ -59,13 +71,17 @@ class Domain:
 
     def get_objects(self) -> list[tuple]:
         names = ["Combine", "Mean", "Projection", "Shrinkage"]
-        return [(f"forwax.combine.{name}", name, "class", "api", "", 1) for name in names]
+        return [
+            (f"forwax.combine.{name}", name, "class", "api", "", 1) for name in names
+        ]
 
 
 def test_the_build_warns_of_a_missing_name(monkeypatch):
     module = extension("public_names")
     warned = []
-    monkeypatch.setattr(module.logger, "warning", lambda text, *args: warned.append(text % args))
+    monkeypatch.setattr(
+        module.logger, "warning", lambda text, *args: warned.append(text % args)
+    )
     config = types.SimpleNamespace(public_names_modules=["forwax.combine"])
     module.warn_of_missing(types.SimpleNamespace(config=config), Domain())
     assert warned == [
@@ -76,7 +92,10 @@ def test_the_build_warns_of_a_missing_name(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "plain"),
     [
-        ("The error |g - h|² of [k, *shape].", r"The error \|g - h\|² of [k, \*shape]."),
+        (
+            "The error |g - h|² of [k, *shape].",
+            r"The error \|g - h\|² of [k, \*shape].",
+        ),
         ("Pass `*args` to |f|.", r"Pass `*args` to \|f\|."),
         (">>> x**2", ">>> x**2"),
         ("0.", r"0\."),
@@ -88,4 +107,9 @@ def test_docstrings_are_plain_prose(line: str, plain: str):
 
 def test_doctests_end_at_an_empty_line():
     lines = [">>> x", "a|b", "", "a|b"]
-    assert list(extension("plain_docstrings").escaped(lines)) == [">>> x", "a|b", "", r"a\|b"]
+    assert list(extension("plain_docstrings").escaped(lines)) == [
+        ">>> x",
+        "a|b",
+        "",
+        r"a\|b",
+    ]

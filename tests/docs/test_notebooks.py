@@ -9,7 +9,9 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
-    path.name for path in DOCS.glob("*.md") if "{code-cell}" in path.read_text(encoding="utf-8")
+    path.name
+    for path in DOCS.glob("*.md")
+    if "{code-cell}" in path.read_text(encoding="utf-8")
 )
 
 
@@ -17,7 +19,9 @@ def execute(page: str):
     """Run a page in a kernel of its own and return the notebook with its outputs."""
     notebook = jupytext.read(DOCS / page)
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
-    flags = os.environ["XLA_FLAGS"].split()  # the tests' eight devices are not for readers
+    flags = os.environ[
+        "XLA_FLAGS"
+    ].split()  # the tests' eight devices are not for readers
     flags = [flag for flag in flags if not flag.startswith("--xla_force_host_platform")]
     return client.execute(env={**os.environ, "XLA_FLAGS": " ".join(flags)})
 
@@ -26,7 +30,9 @@ def printed(notebook, name: str) -> str:
     """Everything that the cells wrote on a stream."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(
-        output.text for output in outputs if output.output_type == "stream" and output.name == name
+        output.text
+        for output in outputs
+        if output.output_type == "stream" and output.name == name
     )
 
 

@@ -39,15 +39,21 @@ def cifar(images: np.ndarray, labels: np.ndarray) -> bytes:
     return np.concatenate([labels.astype(np.uint8)[:, None], planes], axis=1).tobytes()
 
 
-def make_split(size: int, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def make_split(
+    size: int, shape: tuple[int, ...], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Noise with a bright row at each label's height, so that a model can learn it."""
     labels = np.arange(size, dtype=np.int32) % 10
-    images = np.random.default_rng(seed).integers(0, 100, (size, *shape), dtype=np.uint8)
+    images = np.random.default_rng(seed).integers(
+        0, 100, (size, *shape), dtype=np.uint8
+    )
     images[np.arange(size), 2 * labels + 1] = 255
     return images, labels
 
 
-def write(name: str, root: Path, *, gz: bool = False, train: int = 60, test: int = 20) -> Tiny:
+def write(
+    name: str, root: Path, *, gz: bool = False, train: int = 60, test: int = 20
+) -> Tiny:
     """Write a set of `train` and `test` images under root; cifar10 has five equal batches."""
     source = SOURCES[name]
     shape = (32, 32, 3) if name == "cifar10" else (28, 28, 1)
@@ -77,7 +83,10 @@ def _encode(
             yield from zip(files, (idx(images[..., 0]), idx(labels)), strict=True)
             continue
         for file, some, their in zip(
-            files, np.split(images, len(files)), np.split(labels, len(files)), strict=True
+            files,
+            np.split(images, len(files)),
+            np.split(labels, len(files)),
+            strict=True,
         ):
             yield file, cifar(some, their)
 

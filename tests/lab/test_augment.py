@@ -19,7 +19,10 @@ def test_two_views_differ_and_follow_their_key():
     x, y = views(jax.random.key(0), images)
     assert x.shape == y.shape == images.shape
     assert x.dtype == images.dtype
-    again, other = views(jax.random.key(0), images)[0], views(jax.random.key(1), images)[0]
+    again, other = (
+        views(jax.random.key(0), images)[0],
+        views(jax.random.key(1), images)[0],
+    )
     assert jnp.array_equal(x, again)
     assert not jnp.allclose(x, other)
     assert not jnp.allclose(x, y)
@@ -38,7 +41,9 @@ def test_an_image_without_colour_is_never_mirrored():
 
 def test_a_crop_of_a_constant_is_constant_and_a_whole_one_changes_nothing():
     crop = jax.jit(augment.crop)
-    assert jnp.allclose(crop(jax.random.key(0), jnp.full((8, 8, 3), 0.3)), 0.3, atol=1e-5)
+    assert jnp.allclose(
+        crop(jax.random.key(0), jnp.full((8, 8, 3), 0.3)), 0.3, atol=1e-5
+    )
     ramp = jnp.broadcast_to(jnp.arange(8.0)[None, :, None], (8, 8, 1))
     cut = crop(jax.random.key(3), ramp)
     assert float(cut.min()) >= 0
@@ -59,7 +64,9 @@ def test_shift_moves_by_at_most_the_given_pixels():
     x = jnp.zeros((8, 8, 1)).at[4, 4].set(1.0)
     places = set()
     keys = jax.random.split(jax.random.key(0), 60)
-    for moved in np.asarray(jax.jit(jax.vmap(lambda key: augment.shift(key, x, 1)))(keys)):
+    for moved in np.asarray(
+        jax.jit(jax.vmap(lambda key: augment.shift(key, x, 1)))(keys)
+    ):
         (place,) = np.argwhere(moved[..., 0] == 1)
         places.add(tuple(place.tolist()))
     assert places == {(i, j) for i in (3, 4, 5) for j in (3, 4, 5)}
@@ -70,7 +77,9 @@ def test_a_shift_brings_in_the_least_value_of_the_whole_image():
     moved = jax.jit(jax.vmap(lambda key: augment.shift(key, x, 2)))(
         jax.random.split(jax.random.key(0), 20)
     )
-    assert int((moved == -1).sum(axis=(1, 2, 3)).max()) >= 2 * 8 * 3  # two rows or columns and more
+    assert (
+        int((moved == -1).sum(axis=(1, 2, 3)).max()) >= 2 * 8 * 3
+    )  # two rows or columns and more
 
 
 def test_crops_go_down_to_a_twelfth_of_the_area_by_default():
@@ -78,7 +87,9 @@ def test_crops_go_down_to_a_twelfth_of_the_area_by_default():
     seen = jax.jit(jax.vmap(lambda key: jnp.ptp(augment.crop(key, across))))(
         jax.random.split(jax.random.key(0), 200)
     )
-    assert float(seen.min()) < 0.35  # of the width; sides of 3:4 of a fifth of the area are 0.39
+    assert (
+        float(seen.min()) < 0.35
+    )  # of the width; sides of 3:4 of a fifth of the area are 0.39
 
 
 def test_brightness_shifts_all_values():
@@ -115,7 +126,11 @@ def test_no_hue_leaves_the_colours():
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_solarise_and_greyscale(probability):
-    only = Augmentation(1.0, 0.0, 0, 0, 0, 0, greyscale=probability, blur=0.0, solarise=probability)
+    only = Augmentation(
+        1.0, 0.0, 0, 0, 0, 0, greyscale=probability, blur=0.0, solarise=probability
+    )
     seen = jax.jit(augment.view, static_argnums=2)(jax.random.key(0), image(), only)
     assert bool(jnp.all(seen <= 0.5 + 1e-5)) == bool(probability)
-    assert bool(jnp.allclose(seen[..., 0], seen[..., 1], atol=1e-5)) == bool(probability)
+    assert bool(jnp.allclose(seen[..., 0], seen[..., 1], atol=1e-5)) == bool(
+        probability
+    )

@@ -83,14 +83,18 @@ def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypat
     source = Path(sys.modules[COMMANDS[command][0]].__file__ or "").parent
     for file in [*source.glob("*.py"), Path(setup.__file__)]:
         assert not re.search(
-            r'^    [a-z_]+: .+ = .+\n    """[^"]+\n', file.read_text(encoding="utf-8"), re.MULTILINE
+            r'^    [a-z_]+: .+ = .+\n    """[^"]+\n',
+            file.read_text(encoding="utf-8"),
+            re.MULTILINE,
         )
 
 
 def test_compare_help_names_every_rule(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
-    told = re.search(r"Rules: (.*?)\. A number", " ".join(capsys.readouterr().out.split()))
+    told = re.search(
+        r"Rules: (.*?)\. A number", " ".join(capsys.readouterr().out.split())
+    )
     assert told is not None
     assert set(told[1].split(", ")) == set(LINES)
 
@@ -122,7 +126,10 @@ def test_words_that_tyro_refuses(words, capsys):
             ["--resume", "nowhere"],
             "nowhere is not the folder of a run: expected a folder with a readable config.json",
         ),
-        (["--checkpoint-seconds", "-1"], "--checkpoint-seconds must be zero or more, got -1.0."),
+        (
+            ["--checkpoint-seconds", "-1"],
+            "--checkpoint-seconds must be zero or more, got -1.0.",
+        ),
         (["mnist-mlp"], "mnist"),
     ],
 )
@@ -161,7 +168,10 @@ def test_train_from_words_to_folder(capsys, tmp_path):
 
 
 def test_backprop_claims_nothing(capsys, tmp_path):
-    assert main(["train", "--runs", str(tmp_path), "--steps", "2", "--rule", "backprop"]) == 0
+    assert (
+        main(["train", "--runs", str(tmp_path), "--steps", "2", "--rule", "backprop"])
+        == 0
+    )
     assert "No reverse mode" not in capsys.readouterr().out
 
 

@@ -46,7 +46,11 @@ def finished(tmp_path_factory, compile_once):
 
 
 def _cells(markdown: str) -> list[list[str]]:
-    lines = [line for line in markdown.splitlines() if line.startswith("| ") and "---" not in line]
+    lines = [
+        line
+        for line in markdown.splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -62,7 +66,11 @@ def test_the_folder_holds_results_table_figure_and_parts(finished):
     assert (folder / "comparison.png").stat().st_size > 10_000
     assert list(results["rules"]) == list(RULES)
     assert results["seeds"] == [0, 1]
-    assert (results["steps"], results["validation_examples"], results["test_examples"]) == (
+    assert (
+        results["steps"],
+        results["validation_examples"],
+        results["test_examples"],
+    ) == (
         12,
         100,
         300,
@@ -78,7 +86,9 @@ def test_every_rule_searches_on_the_same_budget(finished):
         assert each["learning_rate"] == rates.best_rate(tried)
         assert {run["learning_rate"] for run in each["runs"]} == {each["learning_rate"]}
         told = next(
-            note for note in tables.notes(results) if note.startswith(f"{each['about']} tried")
+            note
+            for note in tables.notes(results)
+            if note.startswith(f"{each['about']} tried")
         )
         assert all(tables.number(rate) in told for rate, _ in tried)
 
@@ -99,10 +109,16 @@ def test_the_table_tells_the_figures_of_the_results(finished):
         )
         mean, deviation = re.match(r"([\d.]+) ± ([\d.]+) %", row[3]).groups()
         assert float(mean) == pytest.approx(100 * np.mean(accuracies), abs=0.051)
-        assert float(deviation) == pytest.approx(100 * np.std(accuracies, ddof=1), abs=0.051)
+        assert float(deviation) == pytest.approx(
+            100 * np.std(accuracies, ddof=1), abs=0.051
+        )
         assert float(row[4]) == pytest.approx(1000 * each["seconds_per_step"], rel=5e-3)
-        assert float(row[5]) == pytest.approx(each["seconds_per_step"] / reference, abs=5.1e-3)
-        assert float(row[6]) == pytest.approx(each["temporary_bytes"] / 2**20, abs=0.051)
+        assert float(row[5]) == pytest.approx(
+            each["seconds_per_step"] / reference, abs=5.1e-3
+        )
+        assert float(row[6]) == pytest.approx(
+            each["temporary_bytes"] / 2**20, abs=0.051
+        )
         assert row[7] == tables.number(each["steps_to_target"])
     assert tuple(cells[4]) == tables.RATIO_COLUMNS
     for row, each in zip(cells[5:], results["rules"].values(), strict=True):
@@ -113,7 +129,9 @@ def test_the_table_tells_the_figures_of_the_results(finished):
 
 def test_the_default_target_is_reached_by_every_rule(finished):
     _, results = finished
-    assert all(isinstance(each["steps_to_target"], int) for each in results["rules"].values())
+    assert all(
+        isinstance(each["steps_to_target"], int) for each in results["rules"].values()
+    )
     assert "the slowest rule" in results["target_is"]
 
 
@@ -122,7 +140,10 @@ def test_all_rules_start_from_the_same_loss_and_the_best_rate_was_not_chosen_on_
 ):
     _, results = finished
     for seed in results["seeds"]:
-        first = {each["runs"][seed]["validation_losses"][0] for each in results["rules"].values()}
+        first = {
+            each["runs"][seed]["validation_losses"][0]
+            for each in results["rules"].values()
+        }
         assert max(first) - min(first) < 1e-5
     losses = {each["runs"][0]["test_loss"] for each in results["rules"].values()}
     assert losses.isdisjoint(
@@ -164,7 +185,10 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_does_the_rest(
     assert f"forwax compare --resume {folder}" in capsys.readouterr().out
     assert not (folder / "results.json").exists()
     assert compare.run(CompareOptions(resume=folder)) == 0
-    assert all((folder / "parts" / name).read_bytes() == content for name, content in kept.items())
+    assert all(
+        (folder / "parts" / name).read_bytes() == content
+        for name, content in kept.items()
+    )
     ours = json.loads((folder / "results.json").read_text())["rules"]["forward"]
     np.testing.assert_allclose(
         ours["curve"]["validation_losses"],
@@ -209,7 +233,9 @@ def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_res
     monkeypatch.setattr(timing, "loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-3)
     single = build_program(made.problem, made.settings, made.data)
-    ours, theirs = (Trial(each, 0.01, 3, score, [0, 5]).train() for each in (single, made))
+    ours, theirs = (
+        Trial(each, 0.01, 3, score, [0, 5]).train() for each in (single, made)
+    )
     np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-4)
     assert len(ours.losses) == 5
     assert set(timing.measure({"forward": single}, rounds=1)) == {"loss", "forward"}
@@ -284,7 +310,10 @@ def _run(losses, steps=(0, 5, 10), finite=True, accuracy=0.9):
 def _gathered(runs, target_loss=None):
     rules = names.parse_all(tuple(runs))
     seconds = {"loss": [0.5, 1.0, 1.5], "backprop": [2.0] * 3, "forward": [4.0] * 3}
-    timing = {"seconds": seconds, "temporary_bytes": {"backprop": 2**20, "forward": None}}
+    timing = {
+        "seconds": seconds,
+        "temporary_bytes": {"backprop": 2**20, "forward": None},
+    }
     results = findings.gather(rules, timing, {}, runs, target_loss)
     facts = {
         "experiment": "digits",
@@ -299,7 +328,8 @@ def _gathered(runs, target_loss=None):
 
 def test_what_is_not_reached_gets_no_number():
     results = _gathered(
-        {"backprop": [_run([2.0, 0.4, 0.3])], "forward": [_run([2.0, 1.5, 0.9])]}, target_loss=0.5
+        {"backprop": [_run([2.0, 0.4, 0.3])], "forward": [_run([2.0, 1.5, 0.9])]},
+        target_loss=0.5,
     )
     forward, reference = results["rules"]["forward"], results["rules"]["backprop"]
     assert (reference["steps_to_target"], reference["seconds_to_target"]) == (5, 10.0)
@@ -312,7 +342,9 @@ def test_what_is_not_reached_gets_no_number():
 
 
 def test_the_papers_ratios():
-    results = _gathered({"backprop": [_run([2.0, 0.4, 0.5])], "forward": [_run([2.0, 0.6, 0.39])]})
+    results = _gathered(
+        {"backprop": [_run([2.0, 0.4, 0.5])], "forward": [_run([2.0, 0.6, 0.39])]}
+    )
     forward, reference = results["rules"]["forward"], results["rules"]["backprop"]
     assert (reference["R"], forward["R"]) == (2.0, 4.0)
     # backprop is at its best, 0.4, after 5 steps of 2 s; the forward gradient is there after 10
@@ -335,7 +367,11 @@ def test_a_run_that_is_not_finite_neither_sets_the_target_nor_hides():
     runs = [_run([2.0, 1.0, 0.5]), _run([2.0], steps=(0,), finite=False)]
     results = _gathered({"backprop": [_run([2.0, 0.4, 0.3])] * 2, "forward": runs})
     assert results["target_loss"] == 0.3
-    assert results["rules"]["forward"]["curve"]["validation_losses"] == [2.0, None, None]
+    assert results["rules"]["forward"]["curve"]["validation_losses"] == [
+        2.0,
+        None,
+        None,
+    ]
     assert "1 of 2 runs turned non-finite" in tables.markdown(results)
     assert "0.500 (1 not finite)" in tables.markdown(results)
     figure = picture.draw(results)
@@ -358,7 +394,12 @@ def test_evaluations_begin_at_the_start_and_end_at_the_last_step():
 
 def test_the_papers_rates_are_used_without_a_search(tmp_path, tiny_data, monkeypatch):
     timing = {
-        "seconds": {"loss": [1.0], "backprop": [2.0], "forward-normal": [3.0], "forward": [2.5]}
+        "seconds": {
+            "loss": [1.0],
+            "backprop": [2.0],
+            "forward-normal": [3.0],
+            "forward": [2.5],
+        }
     }
     timing["temporary_bytes"] = dict.fromkeys(timing["seconds"])
     monkeypatch.setattr(compare.Bench, "timing", lambda self: timing)
@@ -406,7 +447,8 @@ def test_mistakes_get_one_sentence_and_exit_code_2(
 def test_another_comparison_is_not_overwritten(finished, capsys):
     folder, _ = finished
     with pytest.raises(
-        UsageError, match="holds a comparison already; choose another --out, or --resume"
+        UsageError,
+        match="holds a comparison already; choose another --out, or --resume",
     ):
         compare.run(dataclasses.replace(TINY, out=folder))
 

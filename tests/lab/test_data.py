@@ -30,7 +30,12 @@ def test_standard_files_load_from_a_given_folder(name, gz, write_tiny, tmp_path)
     tiny = write_tiny(name, tmp_path, gz=gz)
     data = load(name, tmp_path)
     assert_equals_tiny(data, tiny)
-    assert (data.name, data.num_classes, len(data.class_names), data.scale) == (name, 10, 10, 255)
+    assert (data.name, data.num_classes, len(data.class_names), data.scale) == (
+        name,
+        10,
+        10,
+        255,
+    )
     for images, labels in (
         (data.train_images, data.train_labels),
         (data.test_images, data.test_labels),
@@ -39,7 +44,9 @@ def test_standard_files_load_from_a_given_folder(name, gz, write_tiny, tmp_path)
 
 
 def test_cifar_planes_become_channels_in_the_order_red_green_blue():
-    record = bytes([3]) + bytes([10] * 1024) + bytes([20] * 1024) + bytes([30] * 1023 + [31])
+    record = (
+        bytes([3]) + bytes([10] * 1024) + bytes([20] * 1024) + bytes([30] * 1023 + [31])
+    )
     images, labels = decode_cifar(record)
     assert labels.tolist() == [3]
     assert images[0, 0, 0].tolist() == [10, 20, 30]
@@ -47,13 +54,18 @@ def test_cifar_planes_become_channels_in_the_order_red_green_blue():
 
 
 def test_idx_images_are_row_major():
-    (images,) = decode_idx(bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, *range(6)]))
+    (images,) = decode_idx(
+        bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, *range(6)])
+    )
     assert images[0, :, :, 0].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_digits_are_a_fixed_stratified_split():
     data = load("digits")
-    assert (data.train_images.shape, data.test_images.shape) == ((1437, 8, 8, 1), (360, 8, 8, 1))
+    assert (data.train_images.shape, data.test_images.shape) == (
+        (1437, 8, 8, 1),
+        (360, 8, 8, 1),
+    )
     assert (data.train_images.dtype, data.train_labels.dtype) == (np.uint8, np.int32)
     assert (data.scale, data.train_images.max(), data.test_images.max()) == (16, 16, 16)
     shares = np.bincount(data.train_labels) / np.bincount(
@@ -73,7 +85,9 @@ def test_digits_hold_every_image_once():
     data = load("digits")
     ours = np.concatenate([data.train_images, data.test_images]).reshape(-1, 64)
     theirs = load_digits().data.astype(np.uint8)
-    np.testing.assert_array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
+    np.testing.assert_array_equal(
+        ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)]
+    )
 
 
 # Where sets are looked for
@@ -93,7 +107,9 @@ def test_data_dir_comes_before_forwax_data_before_the_cache(
     assert locate(source) == isolated_data / "mnist"
 
 
-def test_a_given_folder_without_the_set_falls_through(write_tiny, tmp_path, monkeypatch):
+def test_a_given_folder_without_the_set_falls_through(
+    write_tiny, tmp_path, monkeypatch
+):
     tiny = write_tiny("mnist", tmp_path)
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -111,7 +127,9 @@ def test_the_cache_is_the_platforms_unless_given(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_set_is_fetched_once_and_cached_unpacked(name, remote, isolated_data, serve, datafiles):
+def test_a_set_is_fetched_once_and_cached_unpacked(
+    name, remote, isolated_data, serve, datafiles
+):
     tiny, fetched = remote(name), []
     serve(datafiles.pages_of(tiny), fetched)
     assert_equals_tiny(load(name), tiny)
@@ -119,7 +137,8 @@ def test_a_set_is_fetched_once_and_cached_unpacked(name, remote, isolated_data, 
     assert_equals_tiny(load(name), tiny)
     assert len(fetched) == len(datafiles.pages_of(tiny))
     assert {
-        path.name: path.read_bytes() for path in (isolated_data / tiny.source.folder).iterdir()
+        path.name: path.read_bytes()
+        for path in (isolated_data / tiny.source.folder).iterdir()
     } == tiny.contents
     assert [path.name for path in isolated_data.iterdir()] == [tiny.source.folder]
 
@@ -170,7 +189,9 @@ def test_what_a_killed_fetch_left_is_never_read_and_later_swept(
     remote, isolated_data, serve, datafiles
 ):
     tiny = remote("mnist")
-    old, young = (isolated_data / f"{store.STAGING_PREFIX}{age}" for age in ("old", "young"))
+    old, young = (
+        isolated_data / f"{store.STAGING_PREFIX}{age}" for age in ("old", "young")
+    )
     for folder in (old, young):
         (folder / "mnist").mkdir(parents=True)
         for file in tiny.contents:
@@ -182,7 +203,9 @@ def test_what_a_killed_fetch_left_is_never_read_and_later_swept(
     assert young.exists()  # it may belong to a fetch that is still at work
 
 
-def test_of_two_fetches_at_once_the_first_stays(remote, datafiles, monkeypatch, isolated_data):
+def test_of_two_fetches_at_once_the_first_stays(
+    remote, datafiles, monkeypatch, isolated_data
+):
     tiny = remote("mnist")
     pages = datafiles.pages_of(tiny)
 

@@ -7,7 +7,10 @@ from forwax.lab.data import names
 def test_the_command_tells_where_a_set_was_found(tiny_data, capsys):
     assert data_command.run(data_command.DataOptions("cifar10")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"cifar10: found in {tiny_data / 'cifar-10-batches-bin'}, checksums verified"
+    assert (
+        lines[0]
+        == f"cifar10: found in {tiny_data / 'cifar-10-batches-bin'}, checksums verified"
+    )
     assert lines[1] == "  training: 60 images of 32x32x3, uint8 from 0 to 255"
     assert lines[2] == "  test: 20 images of 32x32x3, uint8 from 0 to 255"
     assert lines[4].split() == ["airplane", "6", "2"]
@@ -25,7 +28,9 @@ def test_the_command_fetches_and_then_finds(remote, isolated_data, serve, datafi
     )
 
 
-def test_the_table_lists_every_set_and_fetches_none(write_tiny, tmp_path, monkeypatch, capsys):
+def test_the_table_lists_every_set_and_fetches_none(
+    write_tiny, tmp_path, monkeypatch, capsys
+):
     write_tiny("mnist", tmp_path)
     (write_tiny("fashion-mnist", tmp_path).folder / "train-images-idx3-ubyte").unlink()
     monkeypatch.setenv("COLUMNS", "500")

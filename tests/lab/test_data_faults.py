@@ -72,8 +72,18 @@ def test_a_wrong_checksum(gz, write_tiny, tmp_path):
             1000,
             "it should hold 47056 bytes by its header, but it holds 1000;",
         ),
-        ("mnist", "train-images-idx3-ubyte", 10, "its header takes 16 bytes, but it holds 10;"),
-        ("mnist", "t10k-labels-idx1-ubyte", 0, "its header takes 8 bytes, but it holds 0;"),
+        (
+            "mnist",
+            "train-images-idx3-ubyte",
+            10,
+            "its header takes 16 bytes, but it holds 10;",
+        ),
+        (
+            "mnist",
+            "t10k-labels-idx1-ubyte",
+            0,
+            "its header takes 8 bytes, but it holds 0;",
+        ),
         (
             "cifar10",
             "test_batch.bin",
@@ -85,15 +95,18 @@ def test_a_wrong_checksum(gz, write_tiny, tmp_path):
 def test_a_truncated_file(name, file, keep, expected, write_tiny, tmp_path):
     tiny = write_tiny(name, tmp_path)
     (tiny.folder / file).write_bytes(tiny.contents[file][:keep])
-    assert message(name, tmp_path).startswith(f"{tiny.folder / file} is truncated: {expected}")
+    assert message(name, tmp_path).startswith(
+        f"{tiny.folder / file} is truncated: {expected}"
+    )
 
 
 def test_a_file_that_is_too_long(write_tiny, tmp_path):
     tiny = write_tiny("mnist", tmp_path)
     with (tiny.folder / "t10k-labels-idx1-ubyte").open("ab") as file:
         file.write(b"x")
-    assert "is too long: it should hold 28 bytes by its header, but it holds 29;" in message(
-        "mnist", tmp_path
+    assert (
+        "is too long: it should hold 28 bytes by its header, but it holds 29;"
+        in message("mnist", tmp_path)
     )
 
 
@@ -147,7 +160,9 @@ def test_a_refused_address_tells_its_status(monkeypatch):
         raise HTTPError
 
     monkeypatch.setattr(pooch.HTTPDownloader, "__call__", answer)
-    assert "found no file and got HTTPError 404 from https://ossci-datasets" in message("mnist")
+    assert "found no file and got HTTPError 404 from https://ossci-datasets" in message(
+        "mnist"
+    )
 
 
 def test_a_wrong_download_is_not_kept(remote, isolated_data, serve, datafiles):
@@ -165,9 +180,13 @@ def test_a_wrong_download_is_not_kept(remote, isolated_data, serve, datafiles):
 def test_a_damaged_archive(remote, isolated_data, serve, datafiles):
     ((url, packed),) = datafiles.pages_of(remote("cifar10")).items()
     serve({url: packed[: len(packed) // 2]})
-    assert message("cifar10").startswith(f"{url} gave a truncated or damaged archive; run")
+    assert message("cifar10").startswith(
+        f"{url} gave a truncated or damaged archive; run"
+    )
     serve({url: b"<html></html>"})
-    assert message("cifar10").startswith(f"{url} gave a truncated or damaged archive; run")
+    assert message("cifar10").startswith(
+        f"{url} gave a truncated or damaged archive; run"
+    )
     assert list(isolated_data.iterdir()) == []
 
 
@@ -185,7 +204,9 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FORWAX_CACHE", str(tmp_path / "file"))
     text = message("mnist")
-    assert text.startswith(f"Expected to keep mnist in the cache {tmp_path / 'file'}, but got: ")
+    assert text.startswith(
+        f"Expected to keep mnist in the cache {tmp_path / 'file'}, but got: "
+    )
     assert text.endswith("; set FORWAX_CACHE to a folder that can be written.")
 
 
@@ -194,6 +215,7 @@ def test_a_full_disk_is_not_taken_for_the_network(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pooch.HTTPDownloader, "__call__", answer)
-    assert "No space left on device; set FORWAX_CACHE to a folder that can be written." in message(
-        "mnist"
+    assert (
+        "No space left on device; set FORWAX_CACHE to a folder that can be written."
+        in message("mnist")
     )

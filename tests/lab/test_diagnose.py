@@ -7,7 +7,15 @@ from forwax.lab import cli
 
 def test_a_table_and_a_sentence(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    words = ["diagnose", "digits", "--rules", "low-rank-2", "feedback", "--batch-size", "8"]
+    words = [
+        "diagnose",
+        "digits",
+        "--rules",
+        "low-rank-2",
+        "feedback",
+        "--batch-size",
+        "8",
+    ]
     assert cli.main([*words, "--draws", "2", "--rounds", "1"]) == 0
     out = capsys.readouterr().out
     assert "digits, 8 examples, at the initial parameters of seed 0." in out
@@ -44,7 +52,10 @@ def test_on_files(tiny_data, capsys):
             ["--batch-size", "5000"],
             "--batch-size must be at most the 1437 examples of the training set, got 5000.",
         ),
-        (["--rules", "magic"], "There is no rule 'magic'; choose --rules from: backprop, "),
+        (
+            ["--rules", "magic"],
+            "There is no rule 'magic'; choose --rules from: backprop, ",
+        ),
     ],
 )
 def test_mistakes(words, sentence, capsys):

@@ -29,7 +29,11 @@ def _texts(figure):
 def test_texts_lie_inside_and_apart(draw):
     figure = draw()
     renderer = FigureCanvasAgg(figure).get_renderer()
-    boxes = [text.get_window_extent(renderer) for text in _texts(figure) if not text.get_rotation()]
+    boxes = [
+        text.get_window_extent(renderer)
+        for text in _texts(figure)
+        if not text.get_rotation()
+    ]
     assert len(boxes) >= 5
     for box in boxes:
         assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
@@ -67,7 +71,9 @@ def test_forward_gradient_is_computed():
 
 def test_forward_gradient_depends_on_its_key():
     one, other = (figures.forward_gradient(jax.random.key(seed)) for seed in (0, 1))
-    assert {text.get_text() for text in _texts(one)} != {text.get_text() for text in _texts(other)}
+    assert {text.get_text() for text in _texts(one)} != {
+        text.get_text() for text in _texts(other)
+    }
 
 
 def test_save_all_writes_three_pictures_and_leaves_the_settings(tmp_path):
@@ -95,5 +101,7 @@ def test_save_leaves_the_old_picture_when_it_fails(tmp_path):
 
 
 def test_save_asks_for_a_suffix(tmp_path):
-    with pytest.raises(ValueError, match=r"needs a suffix such as \.png, \.svg or \.pdf"):
+    with pytest.raises(
+        ValueError, match=r"needs a suffix such as \.png, \.svg or \.pdf"
+    ):
         style.save(style.new_figure(2, 1), tmp_path / "curves")

@@ -22,7 +22,9 @@ from forwax.lab.pictures import descent as picture
 
 NORMAL = fx.WeightPerturbation(tangents=fx.tangents.Normal())
 KEYS = jax.random.split(jax.random.key(0), 10)
-SHORT = Plan(fx.functions.beale, (0.0, 0.5), iterations=7, learning_rate=0.02, decay=0.1)
+SHORT = Plan(
+    fx.functions.beale, (0.0, 0.5), iterations=7, learning_rate=0.02, decay=0.1
+)
 
 
 # As users compile: thousands of steps carry the last digits on to the paper's figures.
@@ -31,10 +33,15 @@ pytestmark = pytest.mark.usefixtures("optimised")
 
 def _lost(runs=3):
     """Runs of which the second leaves the numbers after two steps."""
-    values = np.tile(np.array([4.0, 3.0, 2.0, 1.0]), (runs, 1)) * np.arange(1, runs + 1)[:, None]
+    values = (
+        np.tile(np.array([4.0, 3.0, 2.0, 1.0]), (runs, 1))
+        * np.arange(1, runs + 1)[:, None]
+    )
     values[1, 2:] = np.nan
     return Descent(
-        values, np.repeat(values[..., None] / 10, 2, axis=-1), values[:, -1:].repeat(2, axis=1)
+        values,
+        np.repeat(values[..., None] / 10, 2, axis=-1),
+        values[:, -1:].repeat(2, axis=1),
     )
 
 
@@ -59,7 +66,9 @@ def test_other_defaults_reach_a_minimum(name):
     assert np.all(forward.final - plan.function.minimum < 2e-3)
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("ackley", 0.5, 6.0), ("rastrigin", 4.97, 4.98)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("ackley", 0.5, 6.0), ("rastrigin", 4.97, 4.98)]
+)
 def test_other_defaults_end_in_a_local_minimum(name, low, high):
     plan = optimize.make_plan(OptimizeOptions(function=name))
     assert low < np.median(descent.descend(plan, NORMAL, KEYS).final) < high
@@ -69,10 +78,14 @@ def test_backprop_runs_are_gradient_descent():
     x, points = jnp.array(SHORT.start), []
     for i in range(SHORT.iterations):
         points.append(x)
-        x = x - SHORT.learning_rate * np.exp(-SHORT.decay * i) * jax.grad(fx.functions.beale)(x)
+        x = x - SHORT.learning_rate * np.exp(-SHORT.decay * i) * jax.grad(
+            fx.functions.beale
+        )(x)
     runs = descent.descend(SHORT, fx.Backprop(), KEYS[:2])
     assert runs.points is not None
-    np.testing.assert_allclose(runs.points, np.tile([*points, x], (2, 1, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        runs.points, np.tile([*points, x], (2, 1, 1)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_values_belong_to_points_and_keys_make_runs():
@@ -82,13 +95,17 @@ def test_values_belong_to_points_and_keys_make_runs():
     np.testing.assert_allclose(runs.values, values, rtol=1e-5)
     np.testing.assert_array_equal(runs.points[:, -1], runs.last)
     assert len(np.unique(runs.final)) == 3
-    np.testing.assert_array_equal(runs.values, descent.descend(SHORT, NORMAL, KEYS[:3]).values)
+    np.testing.assert_array_equal(
+        runs.values, descent.descend(SHORT, NORMAL, KEYS[:3]).values
+    )
 
 
 def test_more_variables_keep_no_points():
     function = fx.functions.rosenbrock.in_dimensions(3)
     runs = descent.descend(
-        dataclasses.replace(SHORT, function=function, start=function.start), NORMAL, KEYS[:2]
+        dataclasses.replace(SHORT, function=function, start=function.start),
+        NORMAL,
+        KEYS[:2],
     )
     assert runs.points is None
     assert runs.last.shape == (2, 3)
@@ -100,17 +117,23 @@ def test_seconds_are_the_median_of_counted_calls(monkeypatch):
     # at the start, and in each further round to see whether time is up.
     clock = iter([0, 0, 1, 0, 10, 0, 20, 0, 2, 0, 6, 0, 60])
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    seconds = descent.seconds_of([jax.random.bits, jax.random.normal], jax.random.key(0), repeats=3)
+    seconds = descent.seconds_of(
+        [jax.random.bits, jax.random.normal], jax.random.key(0), repeats=3
+    )
     assert seconds == [2.0, 20.0]
 
 
 def test_overhead_is_the_run_on_a_sum(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        descent, "one_run", lambda plan, rule: seen.append((plan.function.name, rule)) or len(seen)
+        descent,
+        "one_run",
+        lambda plan, rule: seen.append((plan.function.name, rule)) or len(seen),
     )
     monkeypatch.setattr(
-        descent, "seconds_of", lambda programs, key, repeats: [10.0 * each for each in programs]
+        descent,
+        "seconds_of",
+        lambda programs, key, repeats: [10.0 * each for each in programs],
     )
     timings = descent.measure(SHORT, [fx.Backprop(), NORMAL], KEYS[0])
     assert seen == [
@@ -168,8 +191,12 @@ def _shifted(runs):
 
 def test_seconds_axis_ends_at_the_seconds_of_a_run():
     timings = {"backprop": Timing(0.25, 0), "forward": Timing(2.0, 1)}
-    figure = picture.draw(SHORT, {"backprop": _shifted(3), "forward": _shifted(3)}, timings)
-    thick = [line.get_xdata() for line in figure.axes[2].lines if line.get_linewidth() > 2]
+    figure = picture.draw(
+        SHORT, {"backprop": _shifted(3), "forward": _shifted(3)}, timings
+    )
+    thick = [
+        line.get_xdata() for line in figure.axes[2].lines if line.get_linewidth() > 2
+    ]
     assert [float(x[-1]) for x in thick] == [0.25, 2.0]
 
 
@@ -194,9 +221,16 @@ def test_command_end_to_end(tmp_path, capsys):
         str(tmp_path / "deep" / "way.png"),
     ]
     assert optimize.run(tyro.cli(OptimizeOptions, args=arguments)) == 0
-    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["way.json", "way.png"]
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [
+        "way.json",
+        "way.png",
+    ]
     numbers = json.loads((tmp_path / "deep" / "way.json").read_text())
-    assert (numbers["function"], numbers["iterations"], numbers["runs"]) == ("himmelblau", 5, 2)
+    assert (numbers["function"], numbers["iterations"], numbers["runs"]) == (
+        "himmelblau",
+        5,
+        2,
+    )
     assert list(numbers["methods"]) == ["backprop", "forward"]
     assert numbers["methods"]["forward"]["rule"].startswith(
         "WeightPerturbation(tangents=Normal(), num_tangents=1"
@@ -208,11 +242,15 @@ def test_command_end_to_end(tmp_path, capsys):
 
 
 def test_command_names_another_rule(tmp_path, capsys):
-    options = OptimizeOptions(rule="exact", iterations=3, runs=1, out=tmp_path / "exact.png")
+    options = OptimizeOptions(
+        rule="exact", iterations=3, runs=1, out=tmp_path / "exact.png"
+    )
     assert optimize.run(options) == 0
     methods = json.loads((tmp_path / "exact.json").read_text())["methods"]
     assert list(methods) == ["backprop", "exact"]
-    np.testing.assert_allclose(methods["exact"]["final"], methods["backprop"]["final"], rtol=1e-5)
+    np.testing.assert_allclose(
+        methods["exact"]["final"], methods["backprop"]["final"], rtol=1e-5
+    )
     assert "exact gradient" in capsys.readouterr().out
 
 
@@ -223,7 +261,11 @@ def test_plan_defaults():
     plan = optimize.make_plan(
         OptimizeOptions(function="ackley", start=(1.0, 2.0, 3.0), learning_rate=0.5)
     )
-    assert (plan.function.n, plan.start, plan.learning_rate) == (3, (1.0, 2.0, 3.0), 0.5)
+    assert (plan.function.n, plan.start, plan.learning_rate) == (
+        3,
+        (1.0, 2.0, 3.0),
+        0.5,
+    )
     rate = optimize.make_plan(
         OptimizeOptions(function="quadratic", n=14, condition_number=7.0)
     ).learning_rate
@@ -234,14 +276,20 @@ def test_plan_defaults():
     ("wrong", "message"),
     [
         ({"runs": 0}, "--runs must be at least 1, got 0"),
-        ({"learning_rate": -1.0}, r"--learning-rate must be a positive number, got -1\.0"),
+        (
+            {"learning_rate": -1.0},
+            r"--learning-rate must be a positive number, got -1\.0",
+        ),
         ({"decay": float("nan")}, "--decay must be zero or more, got nan"),
         ({"condition_number": 0.5}, r"--condition-number must be at least 1, got 0\.5"),
         ({"start": (0.0, float("inf"))}, "--start must be one or more finite numbers"),
         ({"n": 3}, "beale is a function of 2 variables"),
         ({"n": 2, "start": (1.0,)}, "--start must have n = 2 numbers, got 1"),
         ({"tangents": "orthonormal", "num_tangents": 3}, "3"),
-        ({"out": "picture.gif"}, r"--out must end in \.png, \.svg or \.pdf, got 'picture\.gif'"),
+        (
+            {"out": "picture.gif"},
+            r"--out must end in \.png, \.svg or \.pdf, got 'picture\.gif'",
+        ),
     ],
 )
 def test_errors_name_the_option(wrong, message, tmp_path):

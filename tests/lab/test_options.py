@@ -41,7 +41,9 @@ def data():
         draw.integers(0, 255, (20, 3, 3, 1), np.uint8),
         draw.integers(0, 3, 20).astype(np.int32),
     )
-    return DataSet("tiny", images, labels, images[:7], labels[:7], 3, ("a", "b", "c"), 255)
+    return DataSet(
+        "tiny", images, labels, images[:7], labels[:7], 3, ("a", "b", "c"), 255
+    )
 
 
 def digits(**given):
@@ -64,12 +66,20 @@ def one_step(data, **given):
 
 
 def moved(state, after):
-    before_leaves, after_leaves = jax.tree.leaves(state.params), jax.tree.leaves(after.params)
+    before_leaves, after_leaves = (
+        jax.tree.leaves(state.params),
+        jax.tree.leaves(after.params),
+    )
     assert all(np.isfinite(leaf).all() for leaf in after_leaves)
-    return any(not np.array_equal(a, b) for a, b in zip(before_leaves, after_leaves, strict=True))
+    return any(
+        not np.array_equal(a, b)
+        for a, b in zip(before_leaves, after_leaves, strict=True)
+    )
 
 
-@pytest.mark.parametrize("rule", [name for name in choices.RULES if name not in ren2023.NAMES])
+@pytest.mark.parametrize(
+    "rule", [name for name in choices.RULES if name not in ren2023.NAMES]
+)
 def test_every_rule_takes_a_step(data, rule):
     assert moved(*one_step(data, rule=rule))
 
@@ -90,7 +100,11 @@ def test_each_rule_has_tangents_of_its_own():
     )
     assert digits(rule="backprop").tangents is None
     mlp = functools.partial(
-        resolve, find_experiment("mnist-mlp"), "default", num_examples=1000, num_parameters=1000
+        resolve,
+        find_experiment("mnist-mlp"),
+        "default",
+        num_examples=1000,
+        num_parameters=1000,
     )
     by_default, by_weights = mlp({}, noise=lambda rule: 97), mlp({"rule": "weight"})
     assert (by_default.rule, by_default.tangents) == ("activity", "rademacher")
@@ -115,7 +129,8 @@ def test_slopes_are_clipped_at_one_median_or_more():
     with pytest.raises(UsageError, match=r"--clip-slopes must be at least 1, got 0\.5"):
         digits(clip_slopes=0.5)
     with pytest.raises(
-        UsageError, match="--clip-slopes does not apply to --rule exact; it belongs to: weight"
+        UsageError,
+        match="--clip-slopes does not apply to --rule exact; it belongs to: weight",
     ):
         digits(rule="exact", clip_slopes=2.0)
     with pytest.raises(
@@ -150,13 +165,19 @@ def test_every_type_takes_a_step(data, dtype):
 
 def test_the_guess_is_an_exponential_mean_of_the_estimates(data):
     state, after = one_step(
-        data, combine="control-variate", guess_decay=0.75, optimizer="sgd", learning_rate=0.5
+        data,
+        combine="control-variate",
+        guess_decay=0.75,
+        optimizer="sgd",
+        learning_rate=0.5,
     )
     # SGD moves by -0.5 ĝ, and the guess starts at zero
     for guess, old, new in zip(
         *map(jax.tree.leaves, (after.guess, state.params, after.params)), strict=True
     ):
-        np.testing.assert_allclose(guess, 0.25 * (old - new) / 0.5, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            guess, 0.25 * (old - new) / 0.5, rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -169,13 +190,17 @@ def test_the_guess_is_an_exponential_mean_of_the_estimates(data):
     ],
 )
 def test_schedules(schedule, at_start, at_half, at_end):
-    rate = optimizers.build_schedule(Settings(schedule=schedule, decay_rate=0.01, steps=100), 2.0)
+    rate = optimizers.build_schedule(
+        Settings(schedule=schedule, decay_rate=0.01, steps=100), 2.0
+    )
     for step, expected in ((0, at_start), (50, at_half), (100, at_end)):
         assert float(rate(step)) / 2 == pytest.approx(expected, abs=2e-4)
 
 
 def test_warm_up_rises_to_the_rate_and_then_follows_the_schedule():
-    rate = optimizers.build_schedule(Settings(schedule="linear", steps=30, warm_up=10), 1.0)
+    rate = optimizers.build_schedule(
+        Settings(schedule="linear", steps=30, warm_up=10), 1.0
+    )
     assert [round(float(rate(step)), 3) for step in (0, 4, 9, 10, 20, 30)] == [
         0.1,
         0.5,
@@ -199,7 +224,9 @@ def test_suggested_rates():
     )
     # a projection is k/n of the mean, so its rate is n/k of the mean's
     projected = digits(num_tangents=k, combine="projection").learning_rate
-    assert projected == pytest.approx(digits(num_tangents=k).learning_rate * 2410 / k, rel=2e-3)
+    assert projected == pytest.approx(
+        digits(num_tangents=k).learning_rate * 2410 / k, rel=2e-3
+    )
     assert digits(learning_rate=0.25).learning_rate == 0.25
 
 
@@ -246,10 +273,19 @@ def test_epochs_become_steps():
             "--batch-size must be at most the 1437 examples of the training set, got 1438.",
         ),
         ({"num_tangents": 0}, "--num-tangents must be at least 1, got 0."),
-        ({"learning_rate": -1.0}, "--learning-rate must be a positive number, got -1.0."),
-        ({"learning_rate": float("nan")}, "--learning-rate must be a positive number, got nan."),
+        (
+            {"learning_rate": -1.0},
+            "--learning-rate must be a positive number, got -1.0.",
+        ),
+        (
+            {"learning_rate": float("nan")},
+            "--learning-rate must be a positive number, got nan.",
+        ),
         ({"seed": -1}, "--seed must be zero or more, got -1."),
-        ({"tangents": "sparse", "density": 1.5}, "--density must be at most 1, got 1.5."),
+        (
+            {"tangents": "sparse", "density": 1.5},
+            "--density must be at most 1, got 1.5.",
+        ),
         (
             {"guess_decay": 1.0, "tangents": "guided"},
             "--guess-decay must be at least 0 and below 1, got 1.0.",
@@ -276,13 +312,22 @@ def test_epochs_become_steps():
         ),
         ({"epochs": float("nan")}, "--epochs must be a positive number, got nan."),
         ({"seed": 2**32}, "--seed must be below 2**32, got 4294967296."),
-        ({"epochs": 0.01}, "--epochs 0.01 gives no step; each epoch has 1437 examples."),
+        (
+            {"epochs": 0.01},
+            "--epochs 0.01 gives no step; each epoch has 1437 examples.",
+        ),
         (
             {"decay_rate": 0.1},
             "--decay-rate belongs to --schedule exponential, but the schedule is cosine.",
         ),
-        ({"steps": 10, "warm_up": 10}, "--warm-up must be shorter than the 10 steps, got 10."),
-        ({"tangents": "orthonormal", "num_tangents": 2411}, "at most n = 2410 directions"),
+        (
+            {"steps": 10, "warm_up": 10},
+            "--warm-up must be shorter than the 10 steps, got 10.",
+        ),
+        (
+            {"tangents": "orthonormal", "num_tangents": 2411},
+            "at most n = 2410 directions",
+        ),
         ({"tangents": "guided", "num_tangents": 1}, "needs num_tangents >= 2"),
     ],
 )
@@ -295,15 +340,18 @@ def test_mistakes_are_told_in_one_sentence(given, sentence):
 
 def test_unknown_names():
     with pytest.raises(
-        UsageError, match=r"There is no experiment 'cats'; choose one of: digits, mnist-logistic"
+        UsageError,
+        match=r"There is no experiment 'cats'; choose one of: digits, mnist-logistic",
     ):
         find_experiment("cats")
     with pytest.raises(
-        UsageError, match=r"digits has no configuration 'paper'. Choose --config from: default."
+        UsageError,
+        match=r"digits has no configuration 'paper'. Choose --config from: default.",
     ):
         find_configuration(DIGITS, "paper")
     with pytest.raises(
-        UsageError, match=r"were not found in the paper\. Choose --config from: default\."
+        UsageError,
+        match=r"were not found in the paper\. Choose --config from: default\.",
     ):
         find_configuration(EXPERIMENTS["mnist-cnn"], "paper")
 
@@ -318,8 +366,16 @@ def test_unknown_names():
 )
 def test_the_papers_configurations(name, configuration, rate, steps):
     settings = find_configuration(EXPERIMENTS[name], configuration)
-    assert (settings.learning_rate, settings.steps, settings.batch_size) == (rate, steps, 64)
-    assert (settings.tangents, settings.num_tangents, settings.combine) == ("normal", 1, "mean")
+    assert (settings.learning_rate, settings.steps, settings.batch_size) == (
+        rate,
+        steps,
+        64,
+    )
+    assert (settings.tangents, settings.num_tangents, settings.combine) == (
+        "normal",
+        1,
+        "mean",
+    )
     assert (settings.schedule, settings.decay_rate, settings.optimizer) == (
         "exponential",
         1e-4,
@@ -331,7 +387,9 @@ def test_the_papers_configurations(name, configuration, rate, steps):
 def test_every_experiment_resolves(name, tiny_data):
     experiment = EXPERIMENTS[name]
     for configuration in experiment.configurations:
-        settings = resolve(experiment, configuration, {}, num_examples=50_000, num_parameters=10**6)
+        settings = resolve(
+            experiment, configuration, {}, num_examples=50_000, num_parameters=10**6
+        )
         assert settings.learning_rate is not None
         assert settings.learning_rate > 0
         assert settings.eval_every is not None

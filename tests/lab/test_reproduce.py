@@ -34,7 +34,9 @@ SIZE = {"blocks": 1, "patches": 1, "channels": 8, "groups": 2}
 def tiny(monkeypatch, tiny_data):
     """Small models in place of the columns' own, on 60 images."""
     for name in columns.SIZES:
-        monkeypatch.setitem(columns.SIZES, name, columns.SIZES[name]._replace(options=SIZE))
+        monkeypatch.setitem(
+            columns.SIZES, name, columns.SIZES[name]._replace(options=SIZE)
+        )
     # the picture has a test of its own
     monkeypatch.setattr(
         "forwax.lab.style.save", lambda figure, path, **_: path.write_bytes(b"picture")
@@ -64,13 +66,21 @@ def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch)
     assert rows[0].split(" | ")[3:5] == ["2.16", "0.00"]
     assert rows[1].split(" | ")[3:5] == ["3.17", "0.00"]
     assert (folder / "curves.png").exists()
-    monkeypatch.setattr(runs, "build_trainer", lambda *_: pytest.fail("it trained again"))
+    monkeypatch.setattr(
+        runs, "build_trainer", lambda *_: pytest.fail("it trained again")
+    )
     config = json.loads((folder / "DFA-1" / "config.json").read_text())
     del config["skip_bad_slopes"]  # as from a version without this setting
     (folder / "DFA-1" / "config.json").write_text(json.dumps(config))
     assert cli.main(asked) == 0
-    assert cli.main(words(tmp_path, "--rules", "L-BP", "--seeds", "1", "--epochs", "2")) == 2
-    assert "holds a run whose steps is another; choose another --out" in capsys.readouterr().err
+    assert (
+        cli.main(words(tmp_path, "--rules", "L-BP", "--seeds", "1", "--epochs", "2"))
+        == 2
+    )
+    assert (
+        "holds a run whose steps is another; choose another --out"
+        in capsys.readouterr().err
+    )
 
 
 class After:
@@ -105,7 +115,9 @@ def test_a_run_goes_on_as_if_it_had_never_stopped(tmp_path):
 def test_a_termination_is_answered_between_two_blocks(tmp_path, capsys, monkeypatch):
     asked = words(tmp_path, "--rules", "DFA", "--seeds", "1", "--epochs", "2")
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "_tell", lambda line: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(
+            reproduce, "_tell", lambda line: signal.raise_signal(signal.SIGTERM)
+        )
         assert cli.main(asked) == 143
     assert "Stopped; what was done is kept in" in capsys.readouterr().out
     assert cli.main(asked) == 0
@@ -114,7 +126,9 @@ def test_a_termination_is_answered_between_two_blocks(tmp_path, capsys, monkeypa
     assert "epoch 1:" not in told
 
 
-def test_contrastive_by_lars_in_half_precision_on_two_devices(tmp_path, capsys, monkeypatch):
+def test_contrastive_by_lars_in_half_precision_on_two_devices(
+    tmp_path, capsys, monkeypatch
+):
     two = jax.local_devices()[:2]
     monkeypatch.setattr(jax, "local_devices", lambda: two)
     asked = words(
@@ -138,13 +152,17 @@ def test_contrastive_by_lars_in_half_precision_on_two_devices(tmp_path, capsys, 
     assert cli.main(asked) == 0
     assert "29.63" in capsys.readouterr().out
     summary = json.loads(
-        (tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "summary.json").read_text()
+        (
+            tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "summary.json"
+        ).read_text()
     )
     assert summary["finite"]
     assert summary["num_devices"] == 2
     assert (
         json.loads(
-            (tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "config.json").read_text()
+            (
+                tmp_path / "again" / "cifar-m-contrastive" / "LG-BP-0" / "config.json"
+            ).read_text()
         )["dtype"]
         == "bfloat16"
     )
@@ -179,12 +197,22 @@ def test_fixed_feedback_has_a_key_of_its_own():
 
 def drawn_from(key):
     """A key, and those that its first splits give."""
-    return {jax.random.key_data(each).tobytes() for each in [key, *jax.random.split(key, 8)]}
+    return {
+        jax.random.key_data(each).tobytes() for each in [key, *jax.random.split(key, 8)]
+    }
 
 
 def test_a_loss_that_is_not_finite_is_counted(tmp_path, capsys):
     asked = words(
-        tmp_path, "--rules", "BP", "--seeds", "1", "--epochs", "3", "--learning-rate", "1e30"
+        tmp_path,
+        "--rules",
+        "BP",
+        "--seeds",
+        "1",
+        "--epochs",
+        "3",
+        "--learning-rate",
+        "1e30",
     )
     assert cli.main(asked) == 3
     told = capsys.readouterr().out
@@ -217,7 +245,9 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
             gradient(jax.random.key(0), {}, *(x[:2] for x in problem.train))
     ways = {"": "global", "L-": "local", "LG-": "greedy"}
     expected = {
-        f"{place}{kind}": (where, "FG" in kind) for place, where in ways.items() for kind in KINDS
+        f"{place}{kind}": (where, "FG" in kind)
+        for place, where in ways.items()
+        for kind in KINDS
     }
     assert asked == {**expected, "DFA": ("global", False)}
 
@@ -225,8 +255,14 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rules": ("BQ",)}, r"There is no rule 'BQ' in Ren et al\. 2023; choose from: BP, L-BP"),
-        ({"rules": ("BP:4",)}, r"BP draws no noise, so that 'BP:4' means nothing; write BP\."),
+        (
+            {"rules": ("BQ",)},
+            r"There is no rule 'BQ' in Ren et al\. 2023; choose from: BP, L-BP",
+        ),
+        (
+            {"rules": ("BP:4",)},
+            r"BP draws no noise, so that 'BP:4' means nothing; write BP\.",
+        ),
         (
             {"rules": ("FG-A:cauchy",)},
             r"'FG-A:cauchy': expected a number of noises, one-slope or one of rademacher",
@@ -267,7 +303,10 @@ def test_methods_belong_to_local_mixer_and_other_rules_do_not(capsys):
         in capsys.readouterr().err
     )
     assert cli.main(["train", "digits", "--size", "M/1/16"]) == 2
-    assert "--size belongs to local-mixer, but the experiment is digits." in capsys.readouterr().err
+    assert (
+        "--size belongs to local-mixer, but the experiment is digits."
+        in capsys.readouterr().err
+    )
     assert cli.main(["train", "local-mixer", "--tangents", "guided"]) == 2
     assert "--tangents guided needs a guess of the gradient" in capsys.readouterr().err
 
@@ -331,7 +370,11 @@ def test_contrastive_runs_warm_up_for_the_same_share_of_their_steps():
     assert [each.warm_up for each in settings] == [970, 97, 0]
     assert Entry("BP").settings(COLUMNS["mnist-m"], 60_000).warm_up == 0
     mixer = reproduce.EXPERIMENTS["local-mixer"]
-    for given, expected in (({}, 970), ({"steps": 800}, 10), ({"steps": 800, "warm_up": 3}, 3)):
+    for given, expected in (
+        ({}, 970),
+        ({"steps": 800}, 10),
+        ({"steps": 800, "warm_up": 3}, 3),
+    ):
         assert resolve(mixer, column.name, given, 50_000, 100_000).warm_up == expected
 
 
@@ -357,9 +400,14 @@ def test_settings_follow_size_data_and_objective():
         columns.learning_rate(dataclasses.replace(settings, rule="BP"))
         == COLUMNS["mnist-s"].rates["BP"]
     )
-    large = dataclasses.replace(settings, size="L/8/64", data="cifar10", objective="contrastive")
+    large = dataclasses.replace(
+        settings, size="L/8/64", data="cifar10", objective="contrastive"
+    )
     assert columns.column_of(large).name == "cifar-l-contrastive"
-    assert columns.column_of(dataclasses.replace(settings, data="fashion-mnist")).name == "mnist-s"
+    assert (
+        columns.column_of(dataclasses.replace(settings, data="fashion-mnist")).name
+        == "mnist-s"
+    )
     make = columns.build_model(large)
     assert jax.eval_shape(
         lambda key: make((4, 4, 1), 10, key).heads[0].weight, jax.random.key(0)
@@ -376,7 +424,8 @@ def test_the_table_holds_what_other_calls_finished_on_the_same_data(tmp_path):
     ):
         (tmp_path / name).mkdir()
         write_json(
-            tmp_path / name / "config.json", {"data_checksum": checksum, "learning_rate": 0.1}
+            tmp_path / name / "config.json",
+            {"data_checksum": checksum, "learning_rate": 0.1},
         )
         write_json(tmp_path / name / "summary.json", {"test_error": float(name[-1])})
     (tmp_path / "DFA-0").mkdir()  # begun

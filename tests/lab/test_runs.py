@@ -65,7 +65,9 @@ def test_a_folder_that_is_no_run(tmp_path, content):
     ids=str,
 )
 @pytest.mark.parametrize(
-    "torn", [b"", b'{"step": 4, "lo', b'{"step": 4}'], ids=["whole", "torn", "no newline"]
+    "torn",
+    [b"", b'{"step": 4, "lo', b'{"step": 4}'],
+    ids=["whole", "torn", "no newline"],
 )
 def test_metrics_are_cut_back(tmp_path, step, kept, torn):
     run = Run.create(tmp_path, "digits", {})
@@ -121,7 +123,9 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path):
     assert jax.tree.structure(restored.state) == jax.tree.structure(a_state(8))
     assert jax.tree.all(
         jax.tree.map(
-            lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), restored.state, a_state(8)
+            lambda a, b: a.dtype == b.dtype and np.array_equal(a, b),
+            restored.state,
+            a_state(8),
         )
     )
 
@@ -143,8 +147,18 @@ def test_curves_show_loss_and_accuracy_against_steps_and_seconds():
     ]
     rows.append({"step": 10, "test_loss": 0.3, "test_accuracy": 0.85, "seconds": 2.25})
     panels = draw_curves(rows, "digits").axes
-    assert [panel.get_xlabel() for panel in panels] == ["", "", "steps", "seconds of training"]
-    assert [panel.get_ylabel() for panel in panels] == ["training loss", "", "accuracy", ""]
+    assert [panel.get_xlabel() for panel in panels] == [
+        "",
+        "",
+        "steps",
+        "seconds of training",
+    ]
+    assert [panel.get_ylabel() for panel in panels] == [
+        "training loss",
+        "",
+        "accuracy",
+        "",
+    ]
     steps, seconds = (panel.lines[0].get_xdata() for panel in panels[:2])
     np.testing.assert_allclose(steps, np.arange(1, 11))
     np.testing.assert_allclose(seconds, np.arange(10) / 4)
@@ -153,7 +167,9 @@ def test_curves_show_loss_and_accuracy_against_steps_and_seconds():
 
 def test_smoothing_keeps_a_constant_and_the_length():
     np.testing.assert_allclose(smooth(np.full(1000, 3.0)), 3.0)
-    np.testing.assert_allclose(smooth(np.arange(300.0))[100:200], np.arange(100.0, 200.0))
+    np.testing.assert_allclose(
+        smooth(np.arange(300.0))[100:200], np.arange(100.0, 200.0)
+    )
 
 
 def test_signal_numbers_are_those_of_the_exit_codes():

@@ -34,7 +34,13 @@ from forwax.lab.training.folder import (
     write_json,
 )
 from forwax.lab.training.problem import problem_of
-from forwax.lab.training.program import MAX_BLOCK, Scorer, Trainer, build_trainer, loops_well
+from forwax.lab.training.program import (
+    MAX_BLOCK,
+    Scorer,
+    Trainer,
+    build_trainer,
+    loops_well,
+)
 from forwax.lab.training.step import init_state, make_step
 from forwax.models import MLP, Conv
 
@@ -47,7 +53,11 @@ TINY = Experiment(
     # momentum, so that the optimizer has a state to lose
     configurations={
         "default": Settings(
-            num_tangents=4, optimizer="momentum", batch_size=4, steps=STEPS, eval_every=25
+            num_tangents=4,
+            optimizer="momentum",
+            batch_size=4,
+            steps=STEPS,
+            eval_every=25,
         )
     },
     description="a small MLP on three kinds of noise",
@@ -59,17 +69,26 @@ def tiny_data(seed=0):
     """Three classes of 3×3 images; 22 to train on, so that an epoch has 5 steps of 4."""
     draw = np.random.default_rng(seed)
     labels = (np.arange(31) % 3).astype(np.int32)
-    images = (draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]).astype(
-        np.uint8
-    )
+    images = (
+        draw.integers(0, 80, (31, 3, 3, 1)) + 80 * labels[:, None, None, None]
+    ).astype(np.uint8)
     return DataSet(
-        "tiny", images[:22], labels[:22], images[22:], labels[22:], 3, ("a", "b", "c"), 255
+        "tiny",
+        images[:22],
+        labels[:22],
+        images[22:],
+        labels[22:],
+        3,
+        ("a", "b", "c"),
+        255,
     )
 
 
 @pytest.fixture(autouse=True)
 def tiny_experiment(monkeypatch):
-    monkeypatch.setattr("forwax.lab.training.problem.load", lambda name, data_dir: tiny_data())
+    monkeypatch.setattr(
+        "forwax.lab.training.problem.load", lambda name, data_dir: tiny_data()
+    )
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
     # the picture has tests of its own, and takes longer than these runs
     monkeypatch.setattr(
@@ -106,14 +125,19 @@ def copy_without(run, folder, *names):
 def final_state(run):
     settings = Settings.from_dict(run.config)
     checkpoints = Checkpoints(run.path / CHECKPOINTS)
-    checkpoint = checkpoints.restore(init_state(problem_of(tiny_data(), TINY, settings), settings))
+    checkpoint = checkpoints.restore(
+        init_state(problem_of(tiny_data(), TINY, settings), settings)
+    )
     checkpoints.close()
     assert checkpoint is not None
     return checkpoint.state
 
 
 def without_times(rows):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name != "seconds"}
+        for row in rows
+    ]
 
 
 def assert_same_run(run, other):
@@ -127,7 +151,9 @@ def reference(tmp_path_factory, compile_once):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("forwax.lab.training.problem.load", lambda name, data_dir: tiny_data())
+        patch.setattr(
+            "forwax.lab.training.problem.load", lambda name, data_dir: tiny_data()
+        )
         patch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
         assert start(folder) == 0
     return only_run(folder)
@@ -154,7 +180,13 @@ def signal_after(monkeypatch):
 
 def test_what_a_run_leaves(reference):
     names = {path.name for path in reference.path.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints", "curves.png", "summary.json"}
+    assert names == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "curves.png",
+        "summary.json",
+    }
     assert reference.config["rule"] == "weight"
     summary, rows = reference.summary(), reference.metrics()
     assert 0 <= summary["test_accuracy"] <= 1
@@ -197,7 +229,9 @@ def test_an_epoch_sees_every_example_once_and_the_next_in_another_order(monkeypa
     def spy(problem, settings):
         def step(state, images, labels):
             jax.debug.callback(
-                lambda x: seen.append(np.asarray(x)), images.reshape(4, -1)[:, 0], ordered=True
+                lambda x: seen.append(np.asarray(x)),
+                images.reshape(4, -1)[:, 0],
+                ordered=True,
             )
             return (
                 state._replace(step=state.step + 1),
@@ -239,7 +273,9 @@ def test_steps_outside_a_loop_are_the_same(monkeypatch):
 def test_only_convolutions_run_step_by_step():
     problem = problem_of(tiny_data(), TINY, Settings())
     assert loops_well(problem)
-    convolve = dataclasses.replace(TINY, model=lambda shape, classes, key: Convolve(key))
+    convolve = dataclasses.replace(
+        TINY, model=lambda shape, classes, key: Convolve(key)
+    )
     assert loops_well(problem_of(tiny_data(), convolve, Settings())) == (
         jax.default_backend() != "cpu"
     )
@@ -266,10 +302,14 @@ def test_rules_on_sites_lower_the_loss(rule):
 def test_feedback_is_drawn_once_and_follows_the_seed():
     one = trainer(rule="feedback")
     before = jax.tree.map(np.asarray, one.state.guess)
-    assert len(jax.tree.leaves(before)) == 2  # the two matrices; biases are their own feedback
+    assert (
+        len(jax.tree.leaves(before)) == 2
+    )  # the two matrices; biases are their own feedback
     one.run(5)
     jax.tree.map(np.testing.assert_array_equal, before, one.state.guess)
-    jax.tree.map(np.testing.assert_array_equal, before, trainer(rule="feedback").state.guess)
+    jax.tree.map(
+        np.testing.assert_array_equal, before, trainer(rule="feedback").state.guess
+    )
     other = jax.tree.leaves(trainer(rule="feedback", seed=1).state.guess)
     assert not np.array_equal(jax.tree.leaves(before)[0], other[0])
 
@@ -280,7 +320,9 @@ def test_remembered_slopes_are_checkpointed_bit_for_bit(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(one.state, seconds=1.0)
     problem, settings = one.program.problem, one.program.settings
-    state = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings))).state
+    state = checkpoints.restore(
+        jax.eval_shape(lambda: init_state(problem, settings))
+    ).state
     checkpoints.close()
     assert int(state.slopes.num_steps) == 15
     assert int(state.slopes.num_clipped) > 0
@@ -293,7 +335,9 @@ def test_remembered_slopes_are_checkpointed_bit_for_bit(tmp_path):
 def test_a_block_has_limits():
     one = trainer()
     for count in (0, MAX_BLOCK + 1):
-        with pytest.raises(ValueError, match=f"a block has 1 to {MAX_BLOCK} steps, got {count}"):
+        with pytest.raises(
+            ValueError, match=f"a block has 1 to {MAX_BLOCK} steps, got {count}"
+        ):
             one.run(count)
 
 
@@ -304,14 +348,18 @@ def test_the_evaluation_counts_every_test_example_once(monkeypatch):
     loss, accuracy = Scorer(problem, problem.test)(one.state.params)
     images, labels = problem.test
     assert len(images) == 9
-    losses, correct = jax.vmap(problem.loss, (None, 0, 0))(one.state.params, images, labels)
+    losses, correct = jax.vmap(problem.loss, (None, 0, 0))(
+        one.state.params, images, labels
+    )
     assert loss == pytest.approx(float(losses.mean()), rel=1e-5)
     assert accuracy == pytest.approx(float(correct.mean()))
 
 
 @pytest.mark.parametrize("rule", ["weight", "exact", "finite-difference", "backprop"])
 def test_only_backprop_transposes(rule):
-    settings = resolve(TINY, "default", {"rule": rule}, num_examples=22, num_parameters=55)
+    settings = resolve(
+        TINY, "default", {"rule": rule}, num_examples=22, num_parameters=55
+    )
     problem = problem_of(tiny_data(), TINY, settings)
     batch = problem.train[0][:4], problem.train[1][:4]
     text = (
@@ -324,7 +372,9 @@ def test_only_backprop_transposes(rule):
     assert ("jvp(" in text) == (rule != "finite-difference")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_the_block_and_the_run_goes_on_bit_for_bit(
     reference, tmp_path, capsys, signal_after, number, code
 ):
@@ -342,11 +392,16 @@ def test_a_signal_ends_the_block_and_the_run_goes_on_bit_for_bit(
     )
     assert not run.finished
     assert resume(run.path) == 0
-    assert f"Going on with {run.path} from step {stopped_at} of 60." in capsys.readouterr().out
+    assert (
+        f"Going on with {run.path} from step {stopped_at} of 60."
+        in capsys.readouterr().out
+    )
     assert_same_run(run, reference)
 
 
-def test_metrics_past_the_checkpoint_and_torn_lines_are_cut(reference, tmp_path, signal_after):
+def test_metrics_past_the_checkpoint_and_torn_lines_are_cut(
+    reference, tmp_path, signal_after
+):
     undo = signal_after(30)
     start(tmp_path)
     undo()
@@ -358,7 +413,9 @@ def test_metrics_past_the_checkpoint_and_torn_lines_are_cut(reference, tmp_path,
 
 
 @pytest.mark.parametrize("lost", [["summary.json"], ["summary.json", CHECKPOINTS]])
-def test_a_kill_after_the_last_step_or_before_the_first_checkpoint(reference, tmp_path, lost):
+def test_a_kill_after_the_last_step_or_before_the_first_checkpoint(
+    reference, tmp_path, lost
+):
     run = copy_without(reference, tmp_path, *lost)
     assert resume(run.path) == 0
     assert run.summary()["test_accuracy"] == reference.summary()["test_accuracy"]
@@ -402,7 +459,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, capsys):
     state, rows = final_state(run), run.metrics()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert all(np.isfinite(row["loss"]) for row in rows)
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, int(state.step) + 1))
+    assert [row["step"] for row in rows if "loss" in row] == list(
+        range(1, int(state.step) + 1)
+    )
     out = capsys.readouterr().out
     assert f"Step {int(state.step) + 1} was not made because its " in out
     for advice in (
@@ -419,7 +478,11 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, capsys):
 def step_of(loss, **given):
     """The state before and after one step of another loss, and whether it was made."""
     settings = resolve(
-        TINY, "default", {"learning_rate": 0.1} | given, num_examples=22, num_parameters=55
+        TINY,
+        "default",
+        {"learning_rate": 0.1} | given,
+        num_examples=22,
+        num_parameters=55,
     )
     problem = dataclasses.replace(problem_of(tiny_data(), TINY, settings), loss=loss)
     state = init_state(problem, settings)
@@ -444,19 +507,27 @@ def test_a_slope_that_is_not_finite_can_be_skipped_a_loss_cannot():
     before, after, made = step_of(bad_slope, skip_bad_slopes=True)
     assert made
     assert jax.tree.all(jax.tree.map(np.array_equal, after.params, before.params))
-    assert (int(after.step), int(after.slopes.num_skipped), int(after.slopes.num_steps)) == (
+    assert (
+        int(after.step),
+        int(after.slopes.num_skipped),
+        int(after.slopes.num_steps),
+    ) == (
         1,
         4,
         0,
     )
     *_, made = step_of(
-        lambda params, x, y: (jnp.nan * params.layers[0].bias[0], y == 0), skip_bad_slopes=True
+        lambda params, x, y: (jnp.nan * params.layers[0].bias[0], y == 0),
+        skip_bad_slopes=True,
     )
     assert not made
 
 
 def test_what_slopes_tell_is_in_the_metrics(tmp_path, capsys):
-    assert start(tmp_path, clip_slopes=1.0, skip_bad_slopes=True, steps=30, eval_every=15) == 0
+    assert (
+        start(tmp_path, clip_slopes=1.0, skip_bad_slopes=True, steps=30, eval_every=15)
+        == 0
+    )
     assert (
         "clipped at 1 running medians, skipped where they are not finite."
         in capsys.readouterr().out
@@ -466,7 +537,13 @@ def test_what_slopes_tell_is_in_the_metrics(tmp_path, capsys):
     assert [row["step"] for row in tests] == [15, 30]
     settings, state = Settings.from_dict(run.config), final_state(run)
     found = fx.Safe(choices.build_rule(settings), history=state.slopes).monitor(55)
-    for name in ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped"):
+    for name in (
+        "gradient_norm",
+        "relative_mse",
+        "cosine",
+        "num_clipped",
+        "num_skipped",
+    ):
         assert tests[-1][name] == pytest.approx(float(getattr(found, name)))
     assert tests[-1]["gradient_norm"] > 0
     assert tests[-1]["relative_mse"] == pytest.approx(54 / 4)
@@ -477,7 +554,8 @@ def test_float64_runs_in_float64(tmp_path, capsys):
     assert start(tmp_path, dtype="float64", steps=3) == 0
     with jax.enable_x64(True):
         assert {
-            leaf.dtype.name for leaf in jax.tree.leaves(final_state(only_run(tmp_path)).params)
+            leaf.dtype.name
+            for leaf in jax.tree.leaves(final_state(only_run(tmp_path)).params)
         } == {"float64"}
 
 
@@ -534,7 +612,10 @@ folder.Checkpoints.save = save
 
 def child(options, extra="", **keywords):
     code = CHILD.format(
-        folder=str(Path(__file__).parents[1]), file=__file__, extra=extra, options=options
+        folder=str(Path(__file__).parents[1]),
+        file=__file__,
+        extra=extra,
+        options=options,
     )
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **keywords
@@ -543,7 +624,9 @@ def child(options, extra="", **keywords):
 
 def test_three_kills(reference, tmp_path):
     """Killed in the middle of a line, before a checkpoint is in its place, and right after one."""
-    options = f"experiment='tiny', runs=tests.Path({str(tmp_path)!r}), checkpoint_seconds=0.0"
+    options = (
+        f"experiment='tiny', runs=tests.Path({str(tmp_path)!r}), checkpoint_seconds=0.0"
+    )
     for step, extra in (
         (7, KILL_IN_METRICS),
         (20, KILL_IN_CHECKPOINT),
@@ -560,7 +643,9 @@ def test_three_kills(reference, tmp_path):
 
 
 def test_ctrl_c(reference, tmp_path):
-    process = child(f"experiment='tiny', runs=tests.Path({str(tmp_path)!r}), steps=10**6")
+    process = child(
+        f"experiment='tiny', runs=tests.Path({str(tmp_path)!r}), steps=10**6"
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("tiny: step"):
@@ -571,7 +656,10 @@ def test_ctrl_c(reference, tmp_path):
     assert process.returncode == 130
     run = only_run(tmp_path)
     step = int(final_state(run).step)
-    assert f"Stopped at step {step} of 1000000; go on with: forwax train --resume {run.path}" in out
+    assert (
+        f"Stopped at step {step} of 1000000; go on with: forwax train --resume {run.path}"
+        in out
+    )
     assert [row["step"] for row in run.metrics() if "loss" in row][-1] == step
 
 
@@ -590,7 +678,9 @@ def test_a_config_of_another_experiment_is_told(reference, tmp_path):
 
 def test_a_run_trains_the_model_and_the_loss_that_its_options_name(tmp_path):
     named = {"size": "S/1/1", "rule": "BP", "steps": 1, "batch_size": 4}
-    assert train.run(TrainOptions(experiment="local-mixer", runs=tmp_path, **named)) == 0
+    assert (
+        train.run(TrainOptions(experiment="local-mixer", runs=tmp_path, **named)) == 0
+    )
     run = only_run(tmp_path)
     settings = Settings.from_dict(run.config)
     problem = problem_of(tiny_data(), experiments.EXPERIMENTS["local-mixer"], settings)
@@ -613,5 +703,9 @@ def test_a_model_that_does_not_fit_its_data_is_refused(tmp_path):
         r"--size or --data\."
     )
     with pytest.raises(UsageError, match=refusal):
-        train.run(TrainOptions(experiment="local-mixer", runs=tmp_path, size="M/8/16", steps=1))
+        train.run(
+            TrainOptions(
+                experiment="local-mixer", runs=tmp_path, size="M/8/16", steps=1
+            )
+        )
     assert not list(tmp_path.iterdir())

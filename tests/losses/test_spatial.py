@@ -21,7 +21,10 @@ from losses import literal
 N, P, G, C, K = 3, 4, 2, 5, 6
 OPERATIONS = {
     "linear": (spatial_average_group_linear, literal.linear),
-    "cross_entropy": (spatial_average_group_linear_cross_entropy, literal.cross_entropy),
+    "cross_entropy": (
+        spatial_average_group_linear_cross_entropy,
+        literal.cross_entropy,
+    ),
     "nt_xent": (spatial_average_group_linear_nt_xent, literal.nt_xent),
 }
 
@@ -47,12 +50,18 @@ def forwards_and_backwards(operation, args, tangents, cotangent):
     return value, slope, jax.vjp(operation, *args)[1](cotangent.astype(value.dtype))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 3e-2)]
+)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_fused_is_literal_for_any_tangent_and_cotangent(name, dtype, tolerance):
     fused, plain = OPERATIONS[name]
-    args, tangents = (tuple(x.astype(dtype) for x in arguments(name, seed)) for seed in (0, 1))
-    exact, moved = (tuple(x.astype(jnp.float32) for x in part) for part in (args, tangents))
+    args, tangents = (
+        tuple(x.astype(dtype) for x in arguments(name, seed)) for seed in (0, 1)
+    )
+    exact, moved = (
+        tuple(x.astype(jnp.float32) for x in part) for part in (args, tangents)
+    )
     (cotangent,) = normals(2, jax.eval_shape(plain, *exact).shape)
     got = jax.jit(lambda: forwards_and_backwards(fused, args, tangents, cotangent))()
     expected = jax.jit(lambda: forwards_and_backwards(plain, exact, moved, cotangent))()
@@ -65,7 +74,9 @@ def test_fused_is_literal_for_any_tangent_and_cotangent(name, dtype, tolerance):
 def alone(operation, args, number, tangent):
     """Value and slope where one argument moves."""
     return jax.jvp(
-        lambda x: operation(*args[:number], x, *args[number + 1 :]), (args[number],), (tangent,)
+        lambda x: operation(*args[:number], x, *args[number + 1 :]),
+        (args[number],),
+        (tangent,),
     )
 
 
@@ -75,13 +86,17 @@ def test_slopes_along_one_argument_add_up_to_the_slope(name):
 
     @jax.jit
     def ways():
-        apart = [alone(operation, args, i, tangent) for i, tangent in enumerate(tangents)]
+        apart = [
+            alone(operation, args, i, tangent) for i, tangent in enumerate(tangents)
+        ]
         return apart, jax.jvp(operation, args, tangents)
 
     apart, (value, slope) = ways()
     for each, _ in apart:
         np.testing.assert_allclose(each, value, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(sum(part for _, part in apart), slope, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        sum(part for _, part in apart), slope, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -91,7 +106,9 @@ def test_a_large_batch_is_right_when_optimised(name):
     A dot with zeros that are part of the program may then read memory not its own.
     """
     n = 512
-    x, y, w, b, targets = normals(0, (n, 4, 4, 64), (n, 4, 4, 64), (256, 10), (10,), (n, 10))
+    x, y, w, b, targets = normals(
+        0, (n, 4, 4, 64), (n, 4, 4, 64), (256, 10), (10,), (n, 10)
+    )
     args = {
         "linear": (x, w, b),
         "cross_entropy": (x, w, b, abs(targets)),
@@ -99,15 +116,21 @@ def test_a_large_batch_is_right_when_optimised(name):
     }[name]
 
     def slope(args, tangent):
-        return alone(lambda *args: jnp.sum(OPERATIONS[name][0](*args) ** 2, -1), args, 0, tangent)
+        return alone(
+            lambda *args: jnp.sum(OPERATIONS[name][0](*args) ** 2, -1), args, 0, tangent
+        )
 
     optimised = jax.jit(slope)
     optimised(args, jnp.nan * y)  # leaves NaN behind in memory
     for got, expected in zip(optimised(args, y), jax.jit(slope)(args, y), strict=True):
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max()))
+        np.testing.assert_allclose(
+            got, expected, rtol=1e-4, atol=1e-4 * float(abs(expected).max())
+        )
 
 
-@pytest.mark.parametrize(("name", "head"), [("linear", 1), ("cross_entropy", 1), ("nt_xent", 2)])
+@pytest.mark.parametrize(
+    ("name", "head"), [("linear", 1), ("cross_entropy", 1), ("nt_xent", 2)]
+)
 def test_a_head_that_does_not_move_has_no_dot(name, head):
     operation, args, tangents = OPERATIONS[name][0], arguments(name), arguments(name, 1)
 
@@ -130,16 +153,20 @@ def test_a_bias_may_move_alone_on_a_mesh():
     spread = jax.shard_map(
         pushed, mesh=mesh, in_specs=(Spec("data"), Spec()), out_specs=Spec("data")
     )
-    np.testing.assert_array_equal(jax.jit(spread)(x, b), jnp.broadcast_to(b, (8, P, G, K)))
+    np.testing.assert_array_equal(
+        jax.jit(spread)(x, b), jnp.broadcast_to(b, (8, P, G, K))
+    )
 
 
 def test_class_numbers_are_one_hot():
     x, w, b, _ = arguments("cross_entropy")
     labels = jnp.array([2, 0, 5])
-    gradients = lambda y: jax.jacrev(spatial_average_group_linear_cross_entropy, (0, 1, 2))(
-        x, w, b, y
-    )
-    first, second = jax.jit(lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K))))()
+    gradients = lambda y: jax.jacrev(
+        spatial_average_group_linear_cross_entropy, (0, 1, 2)
+    )(x, w, b, y)
+    first, second = jax.jit(
+        lambda: (gradients(labels), gradients(jax.nn.one_hot(labels, K)))
+    )()
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
@@ -205,19 +232,24 @@ def test_contrastive_negatives_come_from_all_devices(axis_name):
     (weights,) = normals(3, (2, 8, P, G))
 
     def total(x, y, w, b, weights, axis_name):
-        losses = spatial_average_group_linear_nt_xent(x, y, w, b, temperature, axis_name=axis_name)
+        losses = spatial_average_group_linear_nt_xent(
+            x, y, w, b, temperature, axis_name=axis_name
+        )
         loss = jnp.sum(losses * weights.reshape(losses.shape))
         return loss if axis_name is None else jax.lax.psum(loss, axis_name)
 
     specs = (Spec(axis_name), Spec(axis_name), Spec(), Spec(), Spec(None, axis_name))
     spread = jax.shard_map(
-        lambda *args: total(*args, axis_name), mesh=mesh, in_specs=specs, out_specs=Spec()
+        lambda *args: total(*args, axis_name),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=Spec(),
     )
     args, everything = (x, y, w, b, weights), (0, 1, 2, 3)
     value, grads = jax.jit(jax.value_and_grad(spread, everything))(*args)
-    expected, truth = jax.jit(jax.value_and_grad(lambda *args: total(*args, None), everything))(
-        *args
-    )
+    expected, truth = jax.jit(
+        jax.value_and_grad(lambda *args: total(*args, None), everything)
+    )(*args)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for mine, true in zip(grads, truth, strict=True):
         np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-5)
@@ -228,7 +260,10 @@ def test_temporaries_stay_small(num_classes, views):
     """At the last block of M/8/16 with 100 examples, or 50 with two views each."""
     n, p, g, c = 100 // max(views, 1), 64, 16, 32
     x, w, b = ((n, p, g, c), (g * c, num_classes), (num_classes,))
-    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (*[x] * max(views, 1), w, b)]
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in (*[x] * max(views, 1), w, b)
+    ]
     labels = [] if views else [jax.ShapeDtypeStruct((n,), jnp.int32)]
     loss = (
         spatial_average_group_linear_nt_xent
@@ -243,7 +278,10 @@ def test_temporaries_stay_small(num_classes, views):
         return jax.grad(lambda args: jnp.sum(loss(*args, *labels)))(args)
 
     def mebibytes(fun, *args):
-        return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
+        return (
+            jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+            / 2**20
+        )
 
     assert mebibytes(jvp, args, labels, args) <= 1
     assert mebibytes(gradient, args, labels) <= 0.5
@@ -252,16 +290,20 @@ def test_temporaries_stay_small(num_classes, views):
 def test_shapes_that_do_not_fit_are_refused():
     x, w, b = jnp.ones((3, 4, 2, 5)), jnp.ones((10, 6)), jnp.ones(6)
     with pytest.raises(
-        ValueError, match=r"linear: expected features x of shape \[..., P, G, C\], got \(2, 5\)"
+        ValueError,
+        match=r"linear: expected features x of shape \[..., P, G, C\], got \(2, 5\)",
     ):
         spatial_average_group_linear(x[0, 0], w, b)
     with pytest.raises(
         ValueError, match=r"w of shape \[G·C, K\] = \[10, K\] .* \(9, 6\) and \(6,\)"
     ):
         spatial_average_group_linear_cross_entropy(x, w[1:], b, jnp.ones(3, int))
-    with pytest.raises(ValueError, match=r"expected class numbers of shape \(3,\), got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected class numbers of shape \(3,\), got \(2,\)"
+    ):
         spatial_average_group_linear_cross_entropy(x, w, b, jnp.ones(2, int))
     with pytest.raises(
-        ValueError, match=r"two views of one shape \[N, P, G, C\], got .* \(2, 4, 2, 5\)"
+        ValueError,
+        match=r"two views of one shape \[N, P, G, C\], got .* \(2, 4, 2, 5\)",
     ):
         spatial_average_group_linear_nt_xent(x, x[1:], w, b)

@@ -26,13 +26,15 @@ WHERE = ("global", "local", "greedy")
 
 @functools.cache
 def mixer(**options):
-    return eqx.filter_jit(lambda: LocalMixer((4, 4, 1), 3, **TINY, **options, key=KEY))()
+    return eqx.filter_jit(
+        lambda: LocalMixer((4, 4, 1), 3, **TINY, **options, key=KEY)
+    )()
 
 
 def batch():
-    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32), jnp.array(
-        [0, 2]
-    )
+    return jnp.asarray(
+        np.random.default_rng(0).normal(size=(2, 4, 4, 1)), jnp.float32
+    ), jnp.array([0, 2])
 
 
 def supervised(losses, parts):
@@ -40,16 +42,20 @@ def supervised(losses, parts):
 
 
 def contrastive(losses, parts):
-    return lambda model, x, y: contrastive_losses(model, x, x[::-1] + 1, y, losses, parts=parts)
+    return lambda model, x, y: contrastive_losses(
+        model, x, x[::-1] + 1, y, losses, parts=parts
+    )
 
 
 def assert_same(got, expected, tolerance=5e-5):
     got, expected = jax.tree.map(np.asarray, (got, expected))
     scale = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(expected)))
-    pairs = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    )
     for (path, mine), true in pairs:
-        assert np.linalg.norm((mine - true).ravel()) <= tolerance * scale, jax.tree_util.keystr(
-            path
+        assert np.linalg.norm((mine - true).ravel()) <= tolerance * scale, (
+            jax.tree_util.keystr(path)
         )
 
 
@@ -68,9 +74,15 @@ def test_the_mean_forward_gradient_is_the_gradient_of_backprop(name, objective):
     exact = ren2023.method(name.replace("FG-A", "BP").replace("FG-W", "BP"), model, KEY)
     assert (method.losses, method.parts, exact.parts) == (exact.losses, True, False)
     loss = objective(method.losses, method.parts)
-    rule = method.rule.basis(Signature(loss, 0, False, in_axes).bind((model, *args), {}))
-    whole = fx.value_and_grad(objective(exact.losses, exact.parts), exact.rule, in_axes=in_axes)
-    value, grads = jax.jit(fx.value_and_grad(loss, rule, in_axes=in_axes))(KEY, model, *args)
+    rule = method.rule.basis(
+        Signature(loss, 0, False, in_axes).bind((model, *args), {})
+    )
+    whole = fx.value_and_grad(
+        objective(exact.losses, exact.parts), exact.rule, in_axes=in_axes
+    )
+    value, grads = jax.jit(fx.value_and_grad(loss, rule, in_axes=in_axes))(
+        KEY, model, *args
+    )
     true_value, truth = jax.jit(whole)(KEY, model, *args)
     assert float(value) == pytest.approx(float(true_value), rel=1e-5)
     assert_same(grads, truth)
@@ -83,22 +95,30 @@ def written_by_hand(model, x, label, key):
     """
     block, head = model.blocks[0], model.heads[0]
     groups = len(block.groups.weight)
-    first = lambda dense: standardize(dense(standardize(x.reshape(1, -1), (1,), 0.01)), (1,), 0.01)
+    first = lambda dense: standardize(
+        dense(standardize(x.reshape(1, -1), (1,), 0.01)), (1,), 0.01
+    )
     inside = lambda h: standardize(h.reshape(1, groups, -1), (2,), 0.01)
     second = lambda layer, h: standardize(layer(inside(h)), (2,), 0.01)
     z, u = (
         first(block.dense),
-        jax.random.rademacher(key, (2, x.size), jnp.float32)[:, : model.readout.weight.shape[0]],
+        jax.random.rademacher(key, (2, x.size), jnp.float32)[
+            :, : model.readout.weight.shape[0]
+        ],
     )
     noise = u[0][None], u[1].reshape(1, groups, -1)
 
     def features(first_noise, second_noise):
-        return jax.nn.relu(second(block.groups, jax.nn.relu(z + first_noise)) + second_noise)
+        return jax.nn.relu(
+            second(block.groups, jax.nn.relu(z + first_noise)) + second_noise
+        )
 
     h, moved = jax.jvp(features, jax.tree.map(jnp.zeros_like, noise), noise)
     error = jax.nn.softmax(head(h.ravel())) - jax.nn.one_hot(label, 3)
     slopes = jnp.sum(
-        (moved.ravel() * (head.weight @ error)).reshape(groups, -1), axis=1, keepdims=True
+        (moved.ravel() * (head.weight @ error)).reshape(groups, -1),
+        axis=1,
+        keepdims=True,
     )[None]
     live = jax.nn.relu(z) > 0
     deltas = (
@@ -106,7 +126,9 @@ def written_by_hand(model, x, label, key):
         slopes * noise[1] * (h > 0),
     )
     (by_dense,) = jax.vjp(first, block.dense)[1](deltas[0])
-    (by_groups,) = jax.vjp(lambda layer: second(layer, jax.nn.relu(z)), block.groups)[1](deltas[1])
+    (by_groups,) = jax.vjp(lambda layer: second(layer, jax.nn.relu(z)), block.groups)[
+        1
+    ](deltas[1])
     return by_dense.weight, by_groups.weight
 
 
@@ -115,22 +137,32 @@ def test_the_variance_is_that_of_the_algorithm_written_by_hand():
         jnp.asarray(np.random.default_rng(1).normal(size=(6, 6, 1)), jnp.float32),
         jnp.array(1),
     )
-    model = LocalMixer((6, 6, 1), 3, blocks=1, patches=1, channels=24, groups=4, key=KEY)
+    model = LocalMixer(
+        (6, 6, 1), 3, blocks=1, patches=1, channels=24, groups=4, key=KEY
+    )
     method = ren2023.method("LG-FG-A", model, KEY)
-    true = fx.grad(supervised("greedy", False), fx.Backprop())(KEY, model, x, label).blocks[0]
+    true = fx.grad(supervised("greedy", False), fx.Backprop())(
+        KEY, model, x, label
+    ).blocks[0]
 
     def ours(key):
-        grads = fx.grad(supervised("greedy", True), method.rule)(key, model, x, label).blocks[0]
+        grads = fx.grad(supervised("greedy", True), method.rule)(
+            key, model, x, label
+        ).blocks[0]
         return grads.dense.weight, grads.groups.weight
 
     @jax.jit
     def squared_errors(key):
         both = lambda key: (ours(key), written_by_hand(model, x, label, key))
-        error = lambda pair: [jnp.sum((a - b) ** 2) for a, b in zip(pair, layers, strict=True)]
+        error = lambda pair: [
+            jnp.sum((a - b) ** 2) for a, b in zip(pair, layers, strict=True)
+        ]
         layers = (true.dense.weight, true.groups.weight)
         return jax.tree.map(
             jnp.mean,
-            jax.vmap(lambda key: [error(pair) for pair in both(key)])(jax.random.split(key, 4000)),
+            jax.vmap(lambda key: [error(pair) for pair in both(key)])(
+                jax.random.split(key, 4000)
+            ),
         )
 
     mine, hand = squared_errors(jax.random.key(7))
@@ -177,7 +209,9 @@ def test_weight_noise_is_for_all_but_the_models_own_heads():
 def test_feedback_alignment_sees_the_heads():
     model, (x, y) = mixer(), batch()
     scaled = eqx.tree_at(
-        lambda model: [head.weight for head in model.heads], model, replace_fn=lambda w: -2 * w
+        lambda model: [head.weight for head in model.heads],
+        model,
+        replace_fn=lambda w: -2 * w,
     )
     plain = ren2023.method("LG-FA", model, KEY)
     rules = fx.Backprop(), fx.FeedbackAlignment(scaled)
@@ -190,17 +224,21 @@ def test_feedback_alignment_sees_the_heads():
 
 
 @pytest.mark.parametrize(
-    ("name", "objective"), [("FA", supervised), ("DFA", supervised), ("DFA", contrastive)]
+    ("name", "objective"),
+    [("FA", supervised), ("DFA", supervised), ("DFA", contrastive)],
 )
 def test_feedback_rules_train_what_stands_last_exactly(name, objective):
     model, (x, y) = mixer(projection=5 if objective is contrastive else None), batch()
     method = ren2023.method(name, model, jax.random.key(1))
     backprop = dataclasses.replace(method, rule=fx.Backprop())
     if objective is supervised:
-        both = lambda: [ren2023.supervised(each)(KEY, model, x, y) for each in (method, backprop)]
+        both = lambda: [
+            ren2023.supervised(each)(KEY, model, x, y) for each in (method, backprop)
+        ]
     else:
         both = lambda: [
-            ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y) for each in (method, backprop)
+            ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y)
+            for each in (method, backprop)
         ]
     (value, grads), (expected, exact) = jax.jit(both)()
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
@@ -213,14 +251,17 @@ def test_the_parts_add_up_to_the_losses():
     model, (x, y) = mixer(), batch()
     trees = jax.jit(
         lambda: [
-            local_losses(model, x[0], y[0], "local", parts=parts).tree for parts in (True, False)
+            local_losses(model, x[0], y[0], "local", parts=parts).tree
+            for parts in (True, False)
         ]
     )()
     parts, whole = trees
     assert [part.shape for part in parts["blocks"]] == [(4, 2), (4, 2)]
     for part, loss in zip(parts["blocks"], whole["blocks"], strict=True):
         np.testing.assert_allclose(part, jnp.full((4, 2), loss / 8), rtol=1e-5)
-    np.testing.assert_allclose(parts["readout"], jnp.full((4, 2), whole["readout"] / 8), rtol=1e-5)
+    np.testing.assert_allclose(
+        parts["readout"], jnp.full((4, 2), whole["readout"] / 8), rtol=1e-5
+    )
 
 
 def test_where_the_losses_sit():
@@ -233,8 +274,12 @@ def test_where_the_losses_sit():
     def readout(model, where):
         return jnp.sum(local_losses(model, x[0], y[0], where).tree["readout"])
 
-    to_global, to_local, to_greedy = jax.jit(lambda: [jax.grad(readout)(model, w) for w in WHERE])()
-    assert_same(to_local, to_global)  # the paper's L-BP sends the final loss through the blocks too
+    to_global, to_local, to_greedy = jax.jit(
+        lambda: [jax.grad(readout)(model, w) for w in WHERE]
+    )()
+    assert_same(
+        to_local, to_global
+    )  # the paper's L-BP sends the final loss through the blocks too
     assert not np.any(to_greedy.blocks[-1].dense.weight)
     assert set(tree("global")) == {"readout"}
     assert set(tree("greedy")) == {"readout", "blocks"}
@@ -242,7 +287,8 @@ def test_where_the_losses_sit():
         float(softmax_cross_entropy(logits, y[0])), rel=1e-5
     )
     with pytest.raises(
-        ValueError, match='expected losses to be "global", "local" or "greedy", got \'all\''
+        ValueError,
+        match='expected losses to be "global", "local" or "greedy", got \'all\'',
     ):
         tree("all")
 
@@ -279,7 +325,11 @@ def cnn(key):
     first, second = jax.random.split(key)
     convs = [eqx.nn.Conv2d(1, 4, 3, key=first), eqx.nn.Conv2d(4, 6, 3, key=second)]
     blocks = [eqx.nn.Sequential([conv, eqx.nn.Lambda(jnp.tanh)]) for conv in convs]
-    return blocks, jnp.linspace(-1, 1, 25).reshape(1, 5, 5), {"groups": (1, 3), "channel_axis": 0}
+    return (
+        blocks,
+        jnp.linspace(-1, 1, 25).reshape(1, 5, 5),
+        {"groups": (1, 3), "channel_axis": 0},
+    )
 
 
 class Attention(eqx.Module):
@@ -323,7 +373,8 @@ def test_any_blocks_get_local_losses(build, shapes):
         basis = rule.basis(Signature(loss, 0, False, IN_AXES).bind(args, {}))
         both = jax.jit(
             lambda: [
-                fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args) for each in (basis, fx.Backprop())
+                fx.grad(loss, each, in_axes=IN_AXES)(KEY, *args)
+                for each in (basis, fx.Backprop())
             ]
         )
         assert_same(*both())
@@ -333,13 +384,15 @@ def test_blocks_that_cannot_be_cut_are_refused():
     with pytest.raises(ValueError, match="expected at least one block, got none"):
         local([], jnp.ones(3), 2, key=KEY)
     with pytest.raises(
-        ValueError, match=r"a block of output shape \(3,\) has 3 channels, .* into 2 groups"
+        ValueError,
+        match=r"a block of output shape \(3,\) has 3 channels, .* into 2 groups",
     ):
         local([jnp.tanh], jnp.ones(3), 2, groups=2, key=KEY)
     with pytest.raises(ValueError, match="expected groups for each of 1 blocks, got 2"):
         local([jnp.tanh], jnp.ones(3), 2, groups=(1, 1), key=KEY)
     with pytest.raises(
-        ValueError, match=r"expected a block to return an array with axis 2, got shape \(3,\)"
+        ValueError,
+        match=r"expected a block to return an array with axis 2, got shape \(3,\)",
     ):
         local([jnp.tanh], jnp.ones(3), 2, channel_axis=2, key=KEY)
 
@@ -347,7 +400,9 @@ def test_blocks_that_cannot_be_cut_are_refused():
 def test_methods_take_a_partitioned_model():
     x, y = batch()
     blocks = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(16, 4, key=KEY)]
-    params, static = eqx.partition(local(blocks, x[0], 3, groups=2, key=KEY), eqx.is_inexact_array)
+    params, static = eqx.partition(
+        local(blocks, x[0], 3, groups=2, key=KEY), eqx.is_inexact_array
+    )
     methods = [ren2023.method(name, params, KEY) for name in ("LG-FA", "LG-BP")]
     (_, grads), (_, exact) = jax.jit(
         lambda: [ren2023.supervised(m, static)(KEY, params, x, y) for m in methods]
@@ -359,6 +414,8 @@ def test_methods_take_a_partitioned_model():
 def test_methods_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="DFA takes no axis_name"):
         ren2023.contrastive(ren2023.method("DFA", {}, KEY), axis_name="data")
-    with pytest.raises(ValueError, match=r"expected one of BP, L-BP, .*, DFA, got 'LG-DFA'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of BP, L-BP, .*, DFA, got 'LG-DFA'"
+    ):
         ren2023.method("LG-DFA", {}, KEY)
     assert len(ren2023.NAMES) == 13

@@ -48,7 +48,9 @@ def test_projectors_take_the_place_of_the_classifiers():
 
 
 def normalized(x, axis, epsilon=0.01):
-    return (x - x.mean(axis, keepdims=True)) / np.sqrt(x.var(axis, keepdims=True) + epsilon)
+    return (x - x.mean(axis, keepdims=True)) / np.sqrt(
+        x.var(axis, keepdims=True) + epsilon
+    )
 
 
 def by_hand(model, image, token_axes, group_axes, mix):
@@ -58,7 +60,9 @@ def by_hand(model, image, token_axes, group_axes, mix):
     for block in jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), model.blocks):
         h = x.reshape(4, -1)
         if block.mixing is not None:
-            h = np.maximum(normalized(mix(block.mixing, normalized(h, token_axes)), token_axes), 0)
+            h = np.maximum(
+                normalized(mix(block.mixing, normalized(h, token_axes)), token_axes), 0
+            )
         h = normalized(h, token_axes) @ block.dense.weight + block.dense.bias
         h = np.maximum(normalized(h, token_axes), 0).reshape(4, 2, 4)
         h = (
@@ -78,7 +82,10 @@ def dense(mixing, h):
 def depthwise(mixing, h):
     padded = np.pad(h.reshape(2, 2, -1), ((1, 1), (1, 1), (0, 0)))
     windows = [
-        [(padded[i : i + 3, j : j + 3] * mixing.weight[:, :, 0]).sum((0, 1)) for j in (0, 1)]
+        [
+            (padded[i : i + 3, j : j + 3] * mixing.weight[:, :, 0]).sum((0, 1))
+            for j in (0, 1)
+        ]
         for i in (0, 1)
     ]
     return np.array(windows).reshape(4, -1) + mixing.bias
@@ -108,17 +115,24 @@ def test_the_architecture_is_the_papers(options, token_axes, group_axes, mix):
         np.testing.assert_allclose(mine, true, rtol=1e-3, atol=1e-4)
     pooled = expected[-1].mean(0).ravel()
     np.testing.assert_allclose(
-        logits, pooled @ np.asarray(model.readout.weight) + model.readout.bias, atol=1e-3
+        logits,
+        pooled @ np.asarray(model.readout.weight) + model.readout.bias,
+        atol=1e-3,
     )
 
 
 def test_stop_gradients_cut_each_block_from_the_next():
-    model, x = LocalMixer((4, 4, 1), 5, **TINY, key=KEY), jnp.linspace(-1, 1, 16).reshape(4, 4, 1)
+    model, x = (
+        LocalMixer((4, 4, 1), 5, **TINY, key=KEY),
+        jnp.linspace(-1, 1, 16).reshape(4, 4, 1),
+    )
 
     def last(model, stop):
         return jnp.sum(model.features(x, stop_gradients=stop)[-1] ** 3)
 
-    both = jax.jit(lambda model: (jax.grad(last)(model, True), jax.grad(last)(model, False)))
+    both = jax.jit(
+        lambda model: (jax.grad(last)(model, True), jax.grad(last)(model, False))
+    )
     cut, whole = both(model)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(cut.blocks[0]))
     assert np.any(whole.blocks[0].dense.weight)
@@ -132,7 +146,9 @@ def test_stop_gradients_cut_each_block_from_the_next():
 def test_the_slope_of_a_dead_group_is_bounded():
     slopes = jax.jacobian(lambda x: standardize(x, (0,), 0.01))(jnp.zeros(4))
     assert float(jnp.abs(slopes).max()) <= 10
-    assert float(standardize(jnp.array([0.0, 3.0]), (0,), 0.01)[1]) == pytest.approx(1, abs=0.01)
+    assert float(standardize(jnp.array([0.0, 3.0]), (0,), 0.01)[1]) == pytest.approx(
+        1, abs=0.01
+    )
 
 
 def test_the_relu_with_a_noise_point_is_the_relu():
@@ -143,7 +159,8 @@ def test_the_relu_with_a_noise_point_is_the_relu():
 
 def test_half_precision_stays_half():
     model = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.bfloat16), LocalMixer((4, 4, 1), 5, **TINY, key=KEY)
+        lambda leaf: leaf.astype(jnp.bfloat16),
+        LocalMixer((4, 4, 1), 5, **TINY, key=KEY),
     )
     features = jax.eval_shape(model.features, jnp.ones((4, 4, 1), jnp.bfloat16))
     assert {h.dtype for h in features} == {jnp.dtype(jnp.bfloat16)}
@@ -158,7 +175,10 @@ def test_half_precision_stays_half():
         ),
         ({"patches": 3}, "an image of 4×4 cannot be cut into 3×3 patches"),
         ({"groups": 3}, "8 channels cannot be cut into 3 groups"),
-        ({"mixing": "conv"}, 'expected mixing to be "dense" or "depthwise", got \'conv\''),
+        (
+            {"mixing": "conv"},
+            'expected mixing to be "dense" or "depthwise", got \'conv\'',
+        ),
         (
             {"normalize": "batch"},
             'expected normalize to be "channels", "group" or "space", got \'batch\'',
@@ -172,6 +192,7 @@ def test_options_that_cannot_be_are_refused(options, message):
 
 def test_unknown_names_are_refused():
     with pytest.raises(
-        ValueError, match="expected one of S/1/1, M/1/16, S/4/8, M/8/16, L/8/64, L/32/64, got 'XL'"
+        ValueError,
+        match="expected one of S/1/1, M/1/16, S/4/8, M/8/16, L/8/64, L/32/64, got 'XL'",
     ):
         LocalMixer.named("XL", key=KEY)

@@ -19,7 +19,9 @@ def num_parameters(model):
 
 
 CONV_NET = functools.partial(ConvNet, (28, 28, 1), 10, key=KEY)
-SMALL_CONV_NET = functools.partial(ConvNet, (17, 16, 1), 4, channels=2, dense=3, key=KEY)
+SMALL_CONV_NET = functools.partial(
+    ConvNet, (17, 16, 1), 4, channels=2, dense=3, key=KEY
+)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,9 @@ def test_sizes(make, shape, expected):
     model = eqx.filter_eval_shape(make)
     assert num_parameters(model) == expected
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    assert eqx.filter_eval_shape(lambda model, x: model(x), model, image).shape == (classes,)
+    assert eqx.filter_eval_shape(lambda model, x: model(x), model, image).shape == (
+        classes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,9 @@ def test_sizes(make, shape, expected):
 def test_weights_have_the_variance_of_he(make, fan_in):
     weight = jax.jit(make)()
     # the relative deviation of a variance estimate is sqrt(2 / size)
-    assert float(weight.var()) * fan_in / 2 == pytest.approx(1, abs=5 * (2 / weight.size) ** 0.5)
+    assert float(weight.var()) * fan_in / 2 == pytest.approx(
+        1, abs=5 * (2 / weight.size) ** 0.5
+    )
     assert abs(float(weight.mean())) < 5 * (2 / fan_in / weight.size) ** 0.5
 
 
@@ -83,7 +89,9 @@ def test_conv_sums_its_windows():
         [np.einsum("hwc,hwco->o", x[i : i + 3, j : j + 3], weight) for j in range(4)]
         for i in range(3)
     ]
-    np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        layer(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_max_pool_cuts_an_odd_border():
@@ -105,5 +113,7 @@ def test_sizes_that_cannot_be_are_refused():
         ValueError, match=r"every size of an MLP must be at least 1, got \(4, 0, 2\)"
     ):
         MLP(4, (0,), 2, key=KEY)
-    with pytest.raises(ValueError, match="ConvNet needs images of at least 16×16, got 15×28"):
+    with pytest.raises(
+        ValueError, match="ConvNet needs images of at least 16×16, got 15×28"
+    ):
         ConvNet((15, 28, 1), 10, key=KEY)

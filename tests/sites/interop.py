@@ -75,7 +75,9 @@ def filled(shapes: Any) -> Any:
 
 def ones(shapes: Any) -> Any:
     """The same with ones, for variances among them."""
-    return jax.tree.map(lambda spec: jnp.asarray(np.ones(spec.shape, spec.dtype)), shapes)
+    return jax.tree.map(
+        lambda spec: jnp.asarray(np.ones(spec.shape, spec.dtype)), shapes
+    )
 
 
 def wave(y: Array) -> Array:
@@ -98,7 +100,9 @@ def check(model: Model) -> None:
         got, grads = results[name]
         _assert_close(got, value, 1e-5, name)
         for (path, g), t in zip(
-            jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(truth), strict=True
+            jax.tree_util.tree_leaves_with_path(grads),
+            jax.tree.leaves(truth),
+            strict=True,
         ):
             assert norm(g - t) <= 1e-5 * scale, (name, jax.tree_util.keystr(path), g, t)
     if model.direct:
@@ -110,7 +114,9 @@ def check(model: Model) -> None:
 def check_factors(model: Model) -> None:
     """Low-rank weight tangents give the slope and the estimate of the direction in full."""
     with jax.numpy_rank_promotion("allow"):  # the libraries rely on it
-        problem = Signature(model.loss, 0, model.has_aux, model.in_axes).bind(model.args, {})
+        problem = Signature(model.loss, 0, model.has_aux, model.in_axes).bind(
+            model.args, {}
+        )
         plan = plan_low_rank(problem)
         assert any(split is not None for split in plan.splits)
 
@@ -120,19 +126,29 @@ def check_factors(model: Model) -> None:
             params = here.problem.params
             drawn = fx.tangents.Normal().sample(KEY, here.specs(), 1)
             full = jax.tree.map(lambda v: v[0], dense(here, drawn))
-            expected, exact = jax.jvp(lambda p: problem.objective(p)[0], (params,), (full,))
+            expected, exact = jax.jvp(
+                lambda p: problem.objective(p)[0], (params,), (full,)
+            )
             value, _, slopes = here.push(drawn, 1)
             estimate = jax.tree.map(lambda v: exact * v, full)
-            return (value, slopes[0], here.assemble(slopes, drawn)), (expected, exact, estimate)
+            return (value, slopes[0], here.assemble(slopes, drawn)), (
+                expected,
+                exact,
+                estimate,
+            )
 
         got, true = jax.device_get(both(plan.leaves))
     (value, slope, grads), (expected, exact, estimate) = got, true
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert float(slope) == pytest.approx(float(exact), rel=1e-4)
-    size = norm(estimate)  # sums round as the whole tree's size does where entries cancel
+    size = norm(
+        estimate
+    )  # sums round as the whole tree's size does where entries cancel
     assert size > 0
     for (path, mine), whole in zip(
-        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(estimate), strict=True
+        jax.tree_util.tree_leaves_with_path(grads),
+        jax.tree.leaves(estimate),
+        strict=True,
     ):
         np.testing.assert_allclose(
             mine, whole, rtol=1e-4, atol=1e-5 * size, err_msg=jax.tree_util.keystr(path)
@@ -148,7 +164,9 @@ def _check_sites(model: Model) -> None:
 def _every_rule(model: Model) -> Callable[..., dict[str, Any]]:
     """All rules in one function, so that one compilation serves them; counts the traces of each."""
     calls: list[None] = []
-    problem = Signature(model.loss, 0, model.has_aux, model.in_axes).bind(model.args, {})
+    problem = Signature(model.loss, 0, model.has_aux, model.in_axes).bind(
+        model.args, {}
+    )
     listed = fx.ActivityPerturbation().basis(problem)
 
     def counted(*args: Any) -> Any:
@@ -158,7 +176,9 @@ def _every_rule(model: Model) -> Callable[..., dict[str, Any]]:
     def run(rule: fx.Rule, args: Any) -> Any:
         calls.clear()
         out = fx.value_and_grad(counted, rule, **model.options)(KEY, *args)
-        assert len(calls) == 1, f"{type(rule).__name__} traces the loss {len(calls)} times"
+        assert len(calls) == 1, (
+            f"{type(rule).__name__} traces the loss {len(calls)} times"
+        )
         return out
 
     def every_rule(*args: Any) -> dict[str, Any]:

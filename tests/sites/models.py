@@ -29,7 +29,8 @@ def apply(p: Params, x: Array) -> Array:
 def layer_norm(p: Params, x: Array) -> Array:
     centred = x - jnp.mean(x, -1, keepdims=True)
     return (
-        centred * lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * p["gain"] + p["bias"]
+        centred * lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-6) * p["gain"]
+        + p["bias"]
     )
 
 
@@ -49,16 +50,24 @@ def patches(image: Array, size: int) -> Array:
 
 
 def attention(p: Params, x: Array, heads: int, mask: Array | None = None) -> Array:
-    q, k, v = (y.reshape(x.shape[0], heads, -1) for y in jnp.split(apply(p["qkv"], x), 3, axis=-1))
+    q, k, v = (
+        y.reshape(x.shape[0], heads, -1)
+        for y in jnp.split(apply(p["qkv"], x), 3, axis=-1)
+    )
     scores = jnp.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     weights = jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -1e9))
-    return apply(p["out"], jnp.einsum("hqk,khd->qhd", weights, v).reshape(x.shape[0], -1))
+    return apply(
+        p["out"], jnp.einsum("hqk,khd->qhd", weights, v).reshape(x.shape[0], -1)
+    )
 
 
 def block_params(seed: int, width: int) -> Params:
     return {
         "norm1": norm(width),
-        "attention": {"qkv": dense(seed, width, 3 * width), "out": dense(seed + 2, width, width)},
+        "attention": {
+            "qkv": dense(seed, width, 3 * width),
+            "out": dense(seed + 2, width, width),
+        },
         "norm2": norm(width),
         "mlp": mlp_params(seed + 4, width, width),
     }
@@ -82,12 +91,16 @@ def vision_transformer() -> Model:
     }
 
     def loss(p: Params, image: Array) -> Array:
-        x = jnp.concatenate([p["token"], apply(p["embed"], patches(image, 2))]) + p["position"]
+        x = (
+            jnp.concatenate([p["token"], apply(p["embed"], patches(image, 2))])
+            + p["position"]
+        )
         for one in p["blocks"]:
             x = block(one, x, heads=2)
         return wave(
             apply(
-                p["head"]["out"], jnp.tanh(apply(p["head"]["hidden"], layer_norm(p["norm"], x)[0]))
+                p["head"]["out"],
+                jnp.tanh(apply(p["head"]["hidden"], layer_norm(p["norm"], x)[0])),
             )
         )
 
@@ -128,7 +141,8 @@ def scanned_transformer() -> Model:
     """
     width, layers, length = 2, 2, 3
     stacked = jax.tree.map(
-        lambda *leaves: np.stack(leaves), *(block_params(20 * i, width) for i in range(layers))
+        lambda *leaves: np.stack(leaves),
+        *(block_params(20 * i, width) for i in range(layers)),
     )
     params = {
         "table": normal(60, 4, width),

@@ -58,7 +58,10 @@ def squares(*values):
     return sum(jnp.sum(jnp.sin(v) * v) for v in values)
 
 
-@program({"right": normal(0, 3, 4), "left": normal(1, 2, 4), "bias": normal(2, 2)}, normal(3, N, 3))
+@program(
+    {"right": normal(0, 3, 4), "left": normal(1, 2, 4), "bias": normal(2, 2)},
+    normal(3, N, 3),
+)
 def dense_from_either_side(p, x):
     return squares(p["left"] @ jnp.tanh(x @ p["right"]) + p["bias"])
 
@@ -88,7 +91,9 @@ def reshaped_cast_and_scaled_weights(p, x):
 def convolutions(p, x):
     numbers = ("NHWC", "HWIO", "NHWC")
     h = (
-        lax.conv_general_dilated(x[None], p["k"], (2, 2), "SAME", dimension_numbers=numbers)
+        lax.conv_general_dilated(
+            x[None], p["k"], (2, 2), "SAME", dimension_numbers=numbers
+        )
         + p["b"][None, None, None]
     )
     h = jax.nn.relu(h)
@@ -105,7 +110,12 @@ def convolutions(p, x):
 
 
 @program(
-    {"w": normal(0, 3, 4), "gain": normal(1, 4), "bias": normal(2, 4), "out": normal(3, 4, 2)},
+    {
+        "w": normal(0, 3, 4),
+        "gain": normal(1, 4),
+        "bias": normal(2, 4),
+        "out": normal(3, 4, 2),
+    },
     normal(4, N, 3),
 )
 def layer_norm(p, x):
@@ -129,7 +139,9 @@ def tied(p, x):
     return squares(jnp.tanh(jnp.tanh(x @ p["w"]) @ p["w"].T) @ p["w"])
 
 
-@program({"w": normal(0, 3, 4), "g": normal(1, 4), "v": normal(2, 4, 2)}, normal(3, N, 3))
+@program(
+    {"w": normal(0, 3, 4), "g": normal(1, 4), "v": normal(2, 4, 2)}, normal(3, N, 3)
+)
 def weight_standardisation(p, x):
     w = (
         (p["w"] - p["w"].mean(0, keepdims=True))
@@ -166,7 +178,12 @@ def recurrent(p, xs):
 
 
 @program(
-    {"i": normal(0, 2, 9), "h": normal(1, 3, 9), "b": normal(2, 9), "o": normal(3, 3, 2)},
+    {
+        "i": normal(0, 2, 9),
+        "h": normal(1, 3, 9),
+        "b": normal(2, 9),
+        "o": normal(3, 3, 2),
+    },
     normal(4, N, 3, 2),
 )
 def gated_recurrent(p, xs):
@@ -180,7 +197,12 @@ def gated_recurrent(p, xs):
 
 
 @program(
-    {"i": normal(0, 2, 3), "h": normal(1, 3, 3), "o": normal(2, 3, 2), "c": normal(3, 2)},
+    {
+        "i": normal(0, 2, 3),
+        "h": normal(1, 3, 3),
+        "o": normal(2, 3, 2),
+        "c": normal(3, 2),
+    },
     normal(4, N, 4, 2),
 )
 def readout_and_loss_in_a_scan(p, xs):
@@ -194,7 +216,10 @@ def readout_and_loss_in_a_scan(p, xs):
     return squares(ys) + total + squares(h)
 
 
-@program({"w": normal(0, 3, 3, 3), "b": normal(1, 3, 3), "o": normal(2, 3, 2)}, normal(3, N, 3))
+@program(
+    {"w": normal(0, 3, 3, 3), "b": normal(1, 3, 3), "o": normal(2, 3, 2)},
+    normal(3, N, 3),
+)
 def scan_over_layers(p, x):
     @jax.checkpoint
     def block(h, layer):
@@ -227,7 +252,9 @@ def jit_and_remat(p, x):
 
 
 @program(
-    {"w": normal(0, 3, 3), "v": normal(1, 3, 3), "s": normal(2)}, normal(3, N, 3), np.array([0, 1])
+    {"w": normal(0, 3, 3), "v": normal(1, 3, 3), "s": normal(2)},
+    normal(3, N, 3),
+    np.array([0, 1]),
 )
 def conditional(p, x, which):
     h = jnp.tanh(x @ p["w"])
@@ -251,17 +278,27 @@ def fori_with_indexed_weights(p, x):
 
 
 @program(
-    {"q": normal(0, 3, 4), "k": normal(1, 3, 4), "v": normal(2, 3, 4), "o": normal(3, 4, 3)},
+    {
+        "q": normal(0, 3, 4),
+        "k": normal(1, 3, 4),
+        "v": normal(2, 3, 4),
+        "o": normal(3, 4, 3),
+    },
     normal(4, N, 3, 3),
 )
 def attention(p, x):
     q, k, v = (jnp.moveaxis((x @ p[name]).reshape(3, 2, 2), 1, 0) for name in "qkv")
-    weights = jax.nn.softmax(jnp.where(jnp.tri(3, dtype=bool), q @ jnp.swapaxes(k, 1, 2), -1e9))
+    weights = jax.nn.softmax(
+        jnp.where(jnp.tri(3, dtype=bool), q @ jnp.swapaxes(k, 1, 2), -1e9)
+    )
     h = x + jnp.moveaxis(weights @ v, 0, 1).reshape(3, 4) @ p["o"]
     return squares(jnp.tanh(h) @ p["q"])
 
 
-@program({"w": normal(0, 3, 4), "v": normal(1, 4, 3), "heads": normal(2, 2, 4, 2)}, normal(3, N, 3))
+@program(
+    {"w": normal(0, 3, 4), "v": normal(1, 4, 3), "heads": normal(2, 2, 4, 2)},
+    normal(3, N, 3),
+)
 def local_losses(p, x):
     first = jnp.tanh(x @ p["w"])
     second = jnp.tanh(jnp.tanh(lax.stop_gradient(first) @ p["v"]) @ p["v"].T)
@@ -274,7 +311,9 @@ def local_losses(p, x):
 def comparison_behind_outputs(p, x):
     hidden = jnp.tanh(x @ p["w"])
     scores = hidden @ p["v"]
-    return fx.LocalLosses({"a": squares(hidden), "b": jnp.where(scores < -0.5, 0.0, scores)[0]})
+    return fx.LocalLosses(
+        {"a": squares(hidden), "b": jnp.where(scores < -0.5, 0.0, scores)[0]}
+    )
 
 
 @program({"w": normal(0, 3, 4), "v": normal(1, 4, 2)}, normal(2, 5, 3), mapped=False)
@@ -308,7 +347,12 @@ def _leaky_jvp(primals, tangents):
 
 
 @program(
-    {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)},
+    {
+        "w": normal(0, 3, 4),
+        "b": normal(1, 4),
+        "v": normal(2, 4, 4),
+        "o": normal(3, 4, 2),
+    },
     normal(4, N, 3),
 )
 def noise_points(p, x):
@@ -329,7 +373,10 @@ def spectral_norm(p, x):
     return squares(jnp.tanh(x @ (p["w"] / jnp.linalg.norm(u))) @ p["v"])
 
 
-@program({"w": normal(0, 3, 3), "used": normal(1, 3), "unused": normal(2, 3)}, normal(3, N, 3))
+@program(
+    {"w": normal(0, 3, 3), "used": normal(1, 3), "unused": normal(2, 3)},
+    normal(3, N, 3),
+)
 def residual_with_shared_gain(p, x):
     h = x + jnp.tanh(x @ p["w"]) * p["used"]
     h = h + jnp.tanh(h @ p["w"]) * p["used"]
@@ -373,12 +420,16 @@ def scatter_and_slices(p, x, i):
 def casts_to_integers(p, x):
     whole = p["w"].astype(jnp.int32)
     h = jnp.tanh(
-        x @ p["w"] + x @ whole.astype(jnp.float32) + jnp.sum(whole @ whole.T).astype(jnp.float32)
+        x @ p["w"]
+        + x @ whole.astype(jnp.float32)
+        + jnp.sum(whole @ whole.T).astype(jnp.float32)
     )
     return squares(h @ p["v"]) + 0.1 * jnp.sum(p["v"].astype(bool).astype(jnp.float32))
 
 
-@program({"table": normal(0, 5, 3), "w": normal(1, 3, 3)}, np.array([[1, 7, 4], [9, 0, 1]]))
+@program(
+    {"table": normal(0, 5, 3), "w": normal(1, 3, 3)}, np.array([[1, 7, 4], [9, 0, 1]])
+)
 def rows_that_are_not_there(p, tokens):
     ones = jnp.take(p["table"], tokens, axis=0, mode="fill", fill_value=1.0)
     nans = jnp.take(p["table"], tokens, axis=0, mode="fill")

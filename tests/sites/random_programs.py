@@ -53,11 +53,17 @@ class Env:
 
     def weight(self, step: Step, *shape: int) -> Array:
         """A parameter behind the step's chain: a new one, or when tied the first of this shape."""
-        same = [name for name in list(self.made)[: self.count] if self.made[name].shape == shape]
+        same = [
+            name
+            for name in list(self.made)[: self.count]
+            if self.made[name].shape == shape
+        ]
         if step.tied and same:
             return CHAINS[step.chain](self._read(same[0]))
         name = f"p{self.count}"
-        self.made.setdefault(name, np.random.default_rng(self.count).normal(size=shape) * 0.7)
+        self.made.setdefault(
+            name, np.random.default_rng(self.count).normal(size=shape) * 0.7
+        )
         self.count += 1
         return CHAINS[step.chain](self._read(name))
 
@@ -67,7 +73,9 @@ class Env:
 
 def spectral(w: Array) -> Array:
     again = lambda s: (s[0] + 1, 1.1 * s[1] / jnp.sqrt(1 + jnp.sum(s[1] ** 2)))
-    return w / (1 + jnp.abs(jnp.sum(lax.while_loop(lambda s: s[0] < 2, again, (0, w))[1])))
+    return w / (
+        1 + jnp.abs(jnp.sum(lax.while_loop(lambda s: s[0] < 2, again, (0, w))[1]))
+    )
 
 
 CHAINS: dict[str, Callable[[Array], Array]] = {
@@ -77,7 +85,9 @@ CHAINS: dict[str, Callable[[Array], Array]] = {
     "flipped": lambda w: jnp.flip(w.T).reshape(w.shape),
     "stopped norm": lambda w: w / lax.stop_gradient(1 + jnp.linalg.norm(w.ravel())),
     "half stopped": lambda w: w + lax.stop_gradient(jnp.tanh(w)),
-    "cumulated": lambda w: lax.scan(lambda c, x: (c + x, c * x), w[0] * 0, w)[1] if w.ndim else w,
+    "cumulated": lambda w: (
+        lax.scan(lambda c, x: (c + x, c * x), w[0] * 0, w)[1] if w.ndim else w
+    ),
     "spectral": spectral,
 }
 
@@ -127,28 +137,44 @@ def convolution_2d(env: Env, h: Array, s: Step) -> Array:
     strides = (1 + s.a % 2, 1 + s.a // 2)
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
-        image[None], kernel, strides, padding, dimension_numbers=numbers, feature_group_count=groups
+        image[None],
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=numbers,
+        feature_group_count=groups,
     )[0]
 
 
 def gain(env: Env, h: Array, s: Step) -> Array:
     g = env.weight(s, *((), h.shape[-1:], h.shape, h.shape[:1])[s.a])
-    g = g.reshape(*g.shape, *[1] * (h.ndim - 1)) if s.a == 3 else jnp.broadcast_to(g, h.shape)
+    g = (
+        g.reshape(*g.shape, *[1] * (h.ndim - 1))
+        if s.a == 3
+        else jnp.broadcast_to(g, h.shape)
+    )
     return (h * g, g * h + g, h / (1 + g**2), h * g * g)[s.b]
 
 
 def bias(env: Env, h: Array, s: Step) -> Array:
-    b = jnp.broadcast_to(env.weight(s, *((), h.shape[-1:], h.shape, h.shape)[s.a]), h.shape)
+    b = jnp.broadcast_to(
+        env.weight(s, *((), h.shape[-1:], h.shape, h.shape)[s.a]), h.shape
+    )
     return (h + b, b - h, jnp.tanh(h) + b, jnp.maximum(h, b))[s.b]
 
 
 def move(env: Env, h: Array, s: Step) -> Array:
     m = matrix(h)
-    moved = (m.T, h.ravel(), jnp.flip(m, s.b % 2), jnp.concatenate([m, jnp.sin(m[:1])]))[s.a]
+    moved = (
+        m.T,
+        h.ravel(),
+        jnp.flip(m, s.b % 2),
+        jnp.concatenate([m, jnp.sin(m[:1])]),
+    )[s.a]
     if s.b == 3:
-        return jnp.broadcast_to(moved[None], (2, *moved.shape)) * jnp.arange(1.0, 3).reshape(
-            2, *[1] * moved.ndim
-        )
+        return jnp.broadcast_to(moved[None], (2, *moved.shape)) * jnp.arange(
+            1.0, 3
+        ).reshape(2, *[1] * moved.ndim)
     return moved
 
 
@@ -160,7 +186,11 @@ def norm(env: Env, h: Array, s: Step) -> Array:
         )
     if s.b == 1:
         return h * lax.rsqrt(jnp.mean(h**2, axis, keepdims=True) + 0.1)
-    return jax.nn.softmax(h, axis) if s.b == 2 else h - jax.nn.logsumexp(h, axis, keepdims=True)
+    return (
+        jax.nn.softmax(h, axis)
+        if s.b == 2
+        else h - jax.nn.logsumexp(h, axis, keepdims=True)
+    )
 
 
 ACTIVATIONS = [
@@ -209,7 +239,10 @@ def over_layers(env: Env, h: Array, s: Step) -> Array:
 def indexed_layers(env: Env, h: Array, s: Step) -> Array:
     w = env.weight(s, 2, h.shape[-1], h.shape[-1])
     if s.a % 2:
-        carried = lambda c, i: ((jnp.tanh(c[0] @ c[1][i]), c[1], c[2] * 0.5 + c[1][i, 0, 0]), None)
+        carried = lambda c, i: (
+            (jnp.tanh(c[0] @ c[1][i]), c[1], c[2] * 0.5 + c[1][i, 0, 0]),
+            None,
+        )
         (h, _, extra), _ = lax.scan(carried, (h, w, jnp.zeros(())), jnp.arange(2))
         return h + extra
     return lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ w[i]), h)
@@ -217,7 +250,12 @@ def indexed_layers(env: Env, h: Array, s: Step) -> Array:
 
 def conditional(env: Env, h: Array, s: Step) -> Array:
     w, g = env.weight(s, h.shape[-1], h.shape[-1]), env.weight(s)
-    which = (env.example[2], jnp.sum(h) > 0, jnp.sum(env.example[0]) > 0, env.example[2])[s.a]
+    which = (
+        env.example[2],
+        jnp.sum(h) > 0,
+        jnp.sum(env.example[0]) > 0,
+        env.example[2],
+    )[s.a]
     branches = [lambda h: h @ w, lambda h: jnp.sin(h) * g, lambda h: h + 1]
     if s.b == 0:
         return lax.switch(which.astype(int) + 1, branches, h)
@@ -241,7 +279,9 @@ def look_up(env: Env, h: Array, s: Step) -> Array:
             if m.shape[1] == 2
             else m * table[jnp.argmax(m) % 3][None]
         )
-    return m + lax.dynamic_index_in_dim(table.at[tokens].add(m[0][None]), tokens[0], keepdims=True)
+    return m + lax.dynamic_index_in_dim(
+        table.at[tokens].add(m[0][None]), tokens[0], keepdims=True
+    )
 
 
 def gate(env: Env, h: Array, s: Step) -> Array:
@@ -276,13 +316,20 @@ def attention(env: Env, h: Array, s: Step) -> Array:
 
 def spectrum(env: Env, h: Array, s: Step) -> Array:
     z = jnp.fft.fft(h * env.weight(s, h.shape[-1]).reshape(*[1] * (h.ndim - 1), -1))
-    return (z.real + z.imag, jnp.abs(z) ** 2 * 0.1, jnp.sin(z).real, (z * z).imag * 0.1)[s.a]
+    return (
+        z.real + z.imag,
+        jnp.abs(z) ** 2 * 0.1,
+        jnp.sin(z).real,
+        (z * z).imag * 0.1,
+    )[s.a]
 
 
 def until_small(env: Env, h: Array, s: Step) -> Array:
     w = env.weight(s, h.shape[-1], h.shape[-1])
     again = lambda state: (state[0] < 3) & (jnp.sum(state[1] ** 2) > 1e-2)
-    return lax.while_loop(again, lambda state: (state[0] + 1, jnp.tanh(state[1] @ w)), (0, h))[1]
+    return lax.while_loop(
+        again, lambda state: (state[0] + 1, jnp.tanh(state[1] @ w)), (0, h)
+    )[1]
 
 
 @jax.custom_jvp
@@ -313,10 +360,28 @@ OPS = [
     over_time,
     over_layers,
 ]
-OPS += [indexed_layers, conditional, look_up, gate, stop, attention, spectrum, until_small, leaky]
+OPS += [
+    indexed_layers,
+    conditional,
+    look_up,
+    gate,
+    stop,
+    attention,
+    spectrum,
+    until_small,
+    leaky,
+]
 OPS_BY_NAME = {op.__name__: op for op in OPS}
 OFTEN = ["dense", "gate", "bias", "gain", "activation"]
-WRAPS = ["nothing", "jit", "jit with arguments", "checkpoint", "noise point", "vmap", "scan"]
+WRAPS = [
+    "nothing",
+    "jit",
+    "jit with arguments",
+    "checkpoint",
+    "noise point",
+    "vmap",
+    "scan",
+]
 
 
 def apply(env: Env, h: Array, step: Step) -> Array:
@@ -332,7 +397,9 @@ def apply(env: Env, h: Array, step: Step) -> Array:
             finally:
                 env.given = outside
 
-        return (jax.jit if step.wrap.startswith("jit") else jax.checkpoint)(inner)(outside, h)
+        return (jax.jit if step.wrap.startswith("jit") else jax.checkpoint)(inner)(
+            outside, h
+        )
     if step.wrap == "vmap" and h.ndim > 1:
         return jax.vmap(lambda row: op(env, row, step))(h)
     if step.wrap == "scan":
@@ -356,14 +423,19 @@ def losses_of(env: Env, recipe: Recipe) -> Any:
     end = {
         "waves": lambda: jnp.sum(jnp.sin(h) * h),
         "label": lambda: (
-            -jax.nn.log_softmax(h.ravel() @ env.weight(last, h.size, 3))[env.example[1][0]]
+            -jax.nn.log_softmax(h.ravel() @ env.weight(last, h.size, 3))[
+                env.example[1][0]
+            ]
         ),
-        "readout": lambda: jnp.sum(jnp.cos(matrix(h) @ env.weight(last, h.shape[-1], 2))),
+        "readout": lambda: jnp.sum(
+            jnp.cos(matrix(h) @ env.weight(last, h.shape[-1], 2))
+        ),
     }
     loss = end[recipe.head]() + 0.1 * env.weight(last) * jnp.sum(env.example[0])
     names = list(env.made)[: env.count]
     decay = sum(
-        (0.1 * jnp.sum(env._read(name) ** 2) for name in names[: recipe.decay]), start=jnp.zeros(())
+        (0.1 * jnp.sum(env._read(name) ** 2) for name in names[: recipe.decay]),
+        start=jnp.zeros(()),
     )
     if not recipe.local:
         return loss + decay
@@ -371,25 +443,41 @@ def losses_of(env: Env, recipe: Recipe) -> Any:
     return fx.LocalLosses({"end": loss, "decay": decay, "middle": jnp.sin(middle)})
 
 
-def build(recipe: Recipe) -> tuple[Callable[..., Any], dict[str, Array], tuple[Array, ...]]:
+def build(
+    recipe: Recipe,
+) -> tuple[Callable[..., Any], dict[str, Array], tuple[Array, ...]]:
     """The loss, its parameters and its data."""
     draw = np.random.default_rng(7)
-    data = (draw.normal(size=(N, 2, 3)), draw.integers(0, 3, size=(N, 2)), np.array([True, False]))
+    data = (
+        draw.normal(size=(N, 2, 3)),
+        draw.integers(0, 3, size=(N, 2)),
+        np.array([True, False]),
+    )
     made: dict[str, np.ndarray] = {}
-    jax.eval_shape(lambda *one: losses_of(Env(None, made, one), recipe), *(x[0] for x in data))
+    jax.eval_shape(
+        lambda *one: losses_of(Env(None, made, one), recipe), *(x[0] for x in data)
+    )
 
     def loss(params: dict[str, Array], *example: Array) -> Any:
         if recipe.mapped:
             return losses_of(Env(params, made, example), recipe)
-        every = jax.vmap(lambda *one: losses_of(Env(params, made, one), recipe))(*example)
+        every = jax.vmap(lambda *one: losses_of(Env(params, made, one), recipe))(
+            *example
+        )
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), every)
 
-    return loss, {name: jnp.asarray(w) for name, w in made.items()}, tuple(map(jnp.asarray, data))
+    return (
+        loss,
+        {name: jnp.asarray(w) for name, w in made.items()},
+        tuple(map(jnp.asarray, data)),
+    )
 
 
 def forward_only(recipe: Recipe) -> bool:
     """Whether reverse mode refuses it."""
-    return any(step.op == "until_small" or step.chain == "spectral" for step in recipe.steps)
+    return any(
+        step.op == "until_small" or step.chain == "spectral" for step in recipe.steps
+    )
 
 
 def recipe_of(seed: int) -> Recipe:

@@ -18,7 +18,12 @@ from helpers import noise_of
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
-PARAMS = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)}
+PARAMS = {
+    "w": normal(0, 3, 4),
+    "b": normal(1, 4),
+    "v": normal(2, 4, 4),
+    "o": normal(3, 4, 2),
+}
 
 
 def mlp(p, x):
@@ -38,7 +43,9 @@ def test_it_is_the_rule_written_by_hand(memory):
     """
     x, k = normal(4, 5, 3), 3
     rule = fx.ActivityPerturbation(num_tangents=k, memory=memory)
-    value, grads = jax.jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, x)
+    value, grads = jax.jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(
+        KEY, PARAMS, x
+    )
     if memory == "keep":
         noise = fx.tangents.Rademacher().sample(KEY, jnp.zeros((2, 5, 4)), k)
         u, t = noise[:, 0], noise[:, 1]
@@ -89,12 +96,14 @@ def test_the_squared_error_of_a_layer_is_its_law():
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)["w"]
     grad = jax.jit(
         jax.vmap(
-            lambda key: fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(key, params, x)[
-                "w"
-            ]
+            lambda key: fx.grad(loss, fx.ActivityPerturbation(), in_axes=(None, 0))(
+                key, params, x
+            )["w"]
         )
     )
-    errors = jnp.sum((grad(jax.random.split(KEY, k)) - each.mean(0)[None]) ** 2, axis=(1, 2))
+    errors = jnp.sum(
+        (grad(jax.random.split(KEY, k)) - each.mean(0)[None]) ** 2, axis=(1, 2)
+    )
     law = 3 * jnp.sum(each**2) / 6 / 6
     assert float(errors.mean()) == pytest.approx(
         float(law), rel=5 * float(errors.std()) / k**0.5 / float(law)
@@ -116,7 +125,9 @@ def test_a_site_hears_only_of_the_losses_that_it_reaches():
         {**program.loss(p, x).tree, "b": 1e3 * program.loss(p, x).tree["b"]}
     )
     quiet, loud = (
-        jax.jit(fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0)))(KEY, *program.args)
+        jax.jit(fx.grad(f, fx.ActivityPerturbation(), in_axes=(None, 0)))(
+            KEY, *program.args
+        )
         for f in (program.loss, louder)
     )
     np.testing.assert_allclose(quiet["w"], loud["w"], rtol=1e-5)
@@ -127,10 +138,16 @@ def test_one_slope_for_the_batch_is_noisier():
     x = jnp.asarray(normal(4, 32, 3))
 
     def error(rule):
-        grad = jax.vmap(lambda key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x)["w"])
-        return float(jnp.sum(jnp.var(jax.jit(grad)(jax.random.split(KEY, 256)), axis=0)))
+        grad = jax.vmap(
+            lambda key: fx.grad(mlp, rule, in_axes=(None, 0))(key, PARAMS, x)["w"]
+        )
+        return float(
+            jnp.sum(jnp.var(jax.jit(grad)(jax.random.split(KEY, 256)), axis=0))
+        )
 
-    assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(fx.ActivityPerturbation())
+    assert error(fx.ActivityPerturbation(memory="shared")) > 5 * error(
+        fx.ActivityPerturbation()
+    )
 
 
 # of five examples of 4 + 4 noisy coordinates, and 2 in the output: 1 + M for each parameter
@@ -143,7 +160,11 @@ SHRUNK = {
         {"w": 12 + 4 + 5 * 4 + 8, "v": 12 + 4 + 4 + 8, "o": 12 + 4 + 5 * 4 + 4},
     ),
     "jointly drawn": (
-        {"tangents": fx.tangents.Orthonormal(), "num_tangents": 10, "exact_outputs": False},
+        {
+            "tangents": fx.tangents.Orthonormal(),
+            "num_tangents": 10,
+            "exact_outputs": False,
+        },
         {
             "w": 1,
             "v": 1,
@@ -160,7 +181,9 @@ def test_shrinkage_scales_every_slope(name):
     rules = rule, dataclasses.replace(rule, combine=fx.combine.Shrinkage())
     x = normal(4, 5, 3)
     mean, shrunk = jax.jit(
-        lambda: [fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules]
+        lambda: [
+            fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x) for rule in rules
+        ]
     )()
     for parameter, factor in expected.items():
         np.testing.assert_allclose(
@@ -213,11 +236,21 @@ def contracted_on(jaxpr, shape):
 
 
 @pytest.mark.parametrize(
-    "rule", [fx.ActivityPerturbation(), fx.ActivityPerturbation(memory="replay"), fx.Backprop()]
+    "rule",
+    [
+        fx.ActivityPerturbation(),
+        fx.ActivityPerturbation(memory="replay"),
+        fx.Backprop(),
+    ],
 )
 def test_no_dot_takes_an_error_back_through_weights(rule):
     """Forwards weights are contracted on their first axis; on the second only an error is."""
-    params = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 5), "o": normal(3, 5, 2)}
+    params = {
+        "w": normal(0, 3, 4),
+        "b": normal(1, 4),
+        "v": normal(2, 4, 5),
+        "o": normal(3, 5, 2),
+    }
     grad = fx.grad(mlp, rule, in_axes=(None, 0))
     jaxpr = jax.make_jaxpr(grad)(KEY, params, normal(4, 7, 3))
     backwards = isinstance(rule, fx.Backprop)
@@ -232,7 +265,9 @@ def test_the_loss_is_traced_once():
         calls.append(1)
         return mlp(p, x)
 
-    grad = jax.jit(fx.grad(counted, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0)))
+    grad = jax.jit(
+        fx.grad(counted, fx.ActivityPerturbation(num_tangents=2), in_axes=(None, 0))
+    )
     grad(KEY, PARAMS, normal(4, 5, 3))
     grad(jax.random.key(1), PARAMS, normal(5, 5, 3))
     assert len(calls) == 1
@@ -244,9 +279,14 @@ def test_rules_are_arguments_of_jitted_functions():
     rule = fx.ActivityPerturbation(num_tangents=2, where="w", memory="shared")
 
     def both(given, key):
-        return [fx.grad(mlp, each, in_axes=(None, 0))(key, PARAMS, x) for each in (given, rule)]
+        return [
+            fx.grad(mlp, each, in_axes=(None, 0))(key, PARAMS, x)
+            for each in (given, rule)
+        ]
 
-    for got, expected in zip(*map(jax.tree.leaves, jax.jit(both)(rule, KEY)), strict=True):
+    for got, expected in zip(
+        *map(jax.tree.leaves, jax.jit(both)(rule, KEY)), strict=True
+    ):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -255,12 +295,16 @@ def test_aux_keywords_and_argnums():
         return scale * mlp(p, x) + shift, {"x": x, "name": "aux"}
 
     f = fx.value_and_grad(
-        loss, fx.ActivityPerturbation(), argnums=(1,), has_aux=True, in_axes=(None, None, 1)
+        loss,
+        fx.ActivityPerturbation(),
+        argnums=(1,),
+        has_aux=True,
+        in_axes=(None, None, 1),
     )
     (value, aux), (grads,) = f(KEY, 2.0, PARAMS, normal(4, 5, 3).T, shift=1.0)
-    plain, expected = fx.value_and_grad(mlp, fx.ActivityPerturbation(), in_axes=(None, 0))(
-        KEY, PARAMS, normal(4, 5, 3)
-    )
+    plain, expected = fx.value_and_grad(
+        mlp, fx.ActivityPerturbation(), in_axes=(None, 0)
+    )(KEY, PARAMS, normal(4, 5, 3))
     assert (aux["x"].shape, aux["name"]) == ((5, 3), "aux")
     assert float(value) == pytest.approx(2 * float(plain) + 1, rel=1e-5)
     np.testing.assert_allclose(grads["w"], 2 * expected["w"], rtol=1e-4, atol=1e-6)
@@ -270,8 +314,12 @@ def test_low_precision_keeps_its_dtypes():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), PARAMS)
     x = jnp.asarray(normal(4, 5, 3), jnp.bfloat16)
     rule = fx.ActivityPerturbation(num_tangents=2)
-    value, grads = jax.jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(KEY, half, x)
-    assert {value.dtype, *(g.dtype for g in grads.values())} == {jnp.dtype(jnp.bfloat16)}
+    value, grads = jax.jit(fx.value_and_grad(mlp, rule, in_axes=(None, 0)))(
+        KEY, half, x
+    )
+    assert {value.dtype, *(g.dtype for g in grads.values())} == {
+        jnp.dtype(jnp.bfloat16)
+    }
 
 
 def test_the_table_of_sites():
@@ -282,9 +330,9 @@ def test_the_table_of_sites():
         16,
         4,
     )
-    assert (first.credit, second.credit, last.credit) == ("one slope per example",) * 2 + (
-        "exact error",
-    )
+    assert (first.credit, second.credit, last.credit) == (
+        "one slope per example",
+    ) * 2 + ("exact error",)
     assert "test_activity.py" in first.where
     text = str(fx.explain(mlp, in_axes=(None, 0))(PARAMS, normal(4, 5, 3)))
     assert text.splitlines()[2].startswith(
@@ -293,12 +341,20 @@ def test_the_table_of_sites():
 
 
 def test_the_table_says_what_would_help():
-    assert rows(mlp, PARAMS, normal(4, 3))[0].credit == "one slope for the batch: pass in_axes"
+    assert (
+        rows(mlp, PARAMS, normal(4, 3))[0].credit
+        == "one slope for the batch: pass in_axes"
+    )
     program = PROGRAMS["conditional"]
-    text = [row.operation for row in rows(program.loss, *program.args, in_axes=program.in_axes)]
+    text = [
+        row.operation
+        for row in rows(program.loss, *program.args, in_axes=program.in_axes)
+    ]
     assert text.count("weight noise (cond)") == 2
     assert (
-        rows(mlp, PARAMS, normal(4, 3), rule=fx.ActivityPerturbation(where="v"))[0].operation
+        rows(mlp, PARAMS, normal(4, 3), rule=fx.ActivityPerturbation(where="v"))[
+            0
+        ].operation
         == "weight noise"
     )
     program = PROGRAMS["local_losses"]
@@ -360,20 +416,26 @@ def test_a_custom_vjp_inside_a_branch_or_a_loop_is_refused_by_name_under_jit():
         return 2 * x
 
     doubled.defvjp(lambda x: (2 * x, None), lambda _, g: (2 * g,))
-    branch = lambda of: lambda p, x: mlp(p, jax.lax.cond(x[0] > 0, lambda: x + of(p, x), lambda: x))
+    branch = lambda of: (
+        lambda p, x: mlp(p, jax.lax.cond(x[0] > 0, lambda: x + of(p, x), lambda: x))
+    )
     loop = lambda p, x: mlp(
-        p, jax.lax.while_loop(lambda h: h[0] < 1, lambda h: doubled(h) + p["w"][:, 0], x)
+        p,
+        jax.lax.while_loop(lambda h: h[0] < 1, lambda h: doubled(h) + p["w"][:, 0], x),
     )
     for loss in (branch(lambda p, x: doubled(p["w"][:, 0])), loop):
         for rule in (fx.ActivityPerturbation(), fx.WeightPerturbation(num_tangents=2)):
             with pytest.raises(
-                TypeError, match=r"custom_vjp function .*doubled at .*test_activity.py:\d+"
+                TypeError,
+                match=r"custom_vjp function .*doubled at .*test_activity.py:\d+",
             ):
                 jax.jit(fx.grad(loss, rule))(KEY, PARAMS, normal(4, 3))
     on_data = branch(lambda p, x: doubled(x) * p["w"][:, 0])
     assert bool(
         jnp.any(
-            jax.jit(fx.grad(on_data, fx.ActivityPerturbation()))(KEY, PARAMS, normal(4, 3))["w"]
+            jax.jit(fx.grad(on_data, fx.ActivityPerturbation()))(
+                KEY, PARAMS, normal(4, 3)
+            )["w"]
         )
     )
 
@@ -384,13 +446,17 @@ def test_a_selection_of_nothing_is_refused():
             ValueError,
             match=r"expected where to select a parameter, got .*\['b'\], \['o'\], \['v'\]",
         ):
-            fx.grad(mlp, fx.ActivityPerturbation(where=where))(KEY, PARAMS, normal(4, 3))
+            fx.grad(mlp, fx.ActivityPerturbation(where=where))(
+                KEY, PARAMS, normal(4, 3)
+            )
 
 
 def test_fields_are_checked():
     with pytest.raises(ValueError, match="expected memory to be one of"):
         fx.ActivityPerturbation(memory="less")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"expected combine to be Mean\(\) or Shrinkage\(\)"):
+    with pytest.raises(
+        ValueError, match=r"expected combine to be Mean\(\) or Shrinkage\(\)"
+    ):
         fx.ActivityPerturbation(combine=fx.combine.Projection())
     with pytest.raises(ValueError, match="positive integer"):
         fx.ActivityPerturbation(num_tangents=0)
@@ -402,7 +468,11 @@ def test_fields_are_checked():
 def test_any_tangents_serve(tangents):
     rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=2)
     assert bool(
-        jnp.any(jax.jit(fx.grad(mlp, rule, in_axes=(None, 0)))(KEY, PARAMS, normal(4, 2, 3))["w"])
+        jnp.any(
+            jax.jit(fx.grad(mlp, rule, in_axes=(None, 0)))(
+                KEY, PARAMS, normal(4, 2, 3)
+            )["w"]
+        )
     )
 
 
@@ -422,11 +492,17 @@ def shifted(p, x):
 )
 def test_each_example_draws_a_direction_of_its_own(tangents):
     examples, n, k, draws = 4, 6, 2, 4000
-    rule = fx.ActivityPerturbation(tangents=tangents, num_tangents=k, exact_outputs=False)
+    rule = fx.ActivityPerturbation(
+        tangents=tangents, num_tangents=k, exact_outputs=False
+    )
     params, x = {"b": jnp.zeros(n)}, normal(4, examples, n)
-    estimate = jax.jit(jax.vmap(fx.grad(shifted, rule, in_axes=(None, 0)), (0, None, None)))
+    estimate = jax.jit(
+        jax.vmap(fx.grad(shifted, rule, in_axes=(None, 0)), (0, None, None))
+    )
     true = jax.vmap(jax.grad(shifted), (None, 0))(params, x)["b"]
-    errors = estimate(jax.random.split(KEY, draws), params, x)["b"] - true.mean(0, keepdims=True)
+    errors = estimate(jax.random.split(KEY, draws), params, x)["b"] - true.mean(
+        0, keepdims=True
+    )
     errors = jnp.sum(errors**2, axis=1)
     law = tangents.relative_mse(n, k) * float(jnp.sum(true**2)) / examples**2
     assert abs(float(errors.mean()) - law) <= 4 * float(errors.std()) / draws**0.5

@@ -38,20 +38,28 @@ def plain_mean(p, x):
 
 
 def cross_entropy(p, x):
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(dense(p, x)), LABELS[:, None], axis=1)
+    chosen = jnp.take_along_axis(
+        jax.nn.log_softmax(dense(p, x)), LABELS[:, None], axis=1
+    )
     return -jnp.mean(chosen[:, 0]) / 2
 
 
 def contrastive(p, x):
     z = dense(p, x)
     z = z / jnp.sqrt(jnp.sum(z**2, axis=1, keepdims=True) + 0.1)
-    return jnp.mean(jax.nn.logsumexp(z @ z.T, axis=1) - jnp.sum(z * jnp.roll(z, 1, axis=0), axis=1))
+    return jnp.mean(
+        jax.nn.logsumexp(z @ z.T, axis=1) - jnp.sum(z * jnp.roll(z, 1, axis=0), axis=1)
+    )
 
 
 def past_the_last_site(p, x):
     h = jnp.tanh(x @ p["w"])
     g = h + jnp.tanh(h @ p["v"])
-    return jnp.sum(jnp.sin(g @ p["o"])) + jnp.sum(h**2 * jnp.sin(g)) + 0.1 * jnp.sum(p["w"] ** 2)
+    return (
+        jnp.sum(jnp.sin(g @ p["o"]))
+        + jnp.sum(h**2 * jnp.sin(g))
+        + 0.1 * jnp.sum(p["w"] ** 2)
+    )
 
 
 def batch_norm(p, x):
@@ -75,7 +83,9 @@ def patches_and_groups(p, x):
     """
     h = jnp.tanh(fx.noise_point(x @ p["w"] - 0.1))
     mixed = jnp.tanh(fx.noise_point((p["t"] @ h) * 1.5))
-    grouped = jnp.einsum("pgc,gcd->pgd", mixed.reshape(6, 2, 2), p["v"].reshape(2, 2, 4)[..., :2])
+    grouped = jnp.einsum(
+        "pgc,gcd->pgd", mixed.reshape(6, 2, 2), p["v"].reshape(2, 2, 4)[..., :2]
+    )
     spread = grouped - jnp.mean(grouped, axis=2, keepdims=True)
     return fx.LocalLosses(
         [jnp.sum(jnp.sin(spread), axis=2), jnp.sum(h.reshape(6, 2, 2) ** 3, axis=2)]
@@ -91,18 +101,29 @@ def layers_by_scan(p, x):
 def stacked_steps(p, x):
     """Each example's loss by a Python loop."""
     return fx.LocalLosses(
-        jnp.stack([jnp.sum(jnp.tanh(jnp.tanh(row @ p["w"]) @ p["v"]) @ p["o"]) for row in x])
+        jnp.stack(
+            [jnp.sum(jnp.tanh(jnp.tanh(row @ p["w"]) @ p["v"]) @ p["o"]) for row in x]
+        )
     )
 
 
 def convolution(p, x):
     numbers = ("NHWC", "HWIO", "NHWC")
     k = p["v"].reshape(2, 2, 1, 4)
-    h = jax.lax.conv_general_dilated(x[..., None], k, (1, 1), "SAME", dimension_numbers=numbers)
     h = jax.lax.conv_general_dilated(
-        jax.nn.relu(h), k, (2, 2), "VALID", dimension_numbers=numbers, feature_group_count=4
+        x[..., None], k, (1, 1), "SAME", dimension_numbers=numbers
     )
-    h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 1, 1), (1, 1, 1, 1), "VALID")
+    h = jax.lax.conv_general_dilated(
+        jax.nn.relu(h),
+        k,
+        (2, 2),
+        "VALID",
+        dimension_numbers=numbers,
+        feature_group_count=4,
+    )
+    h = jax.lax.reduce_window(
+        h, -jnp.inf, jax.lax.max, (1, 2, 1, 1), (1, 1, 1, 1), "VALID"
+    )
     return jnp.mean(jnp.sum(h, axis=(1, 2)) @ p["o"])
 
 
@@ -156,14 +177,17 @@ def test_the_axes_that_can_be_told_apart(name):
         assert sites.credit == {}
     else:
         first = sites.noisy[0]
-        assert [dict(credit.links) for credit in sites.credit[first.variable]] == expected
+        assert [
+            dict(credit.links) for credit in sites.credit[first.variable]
+        ] == expected
 
 
 APART = [("keep", name) for name in CASES if CASES[name][4] is not None]
 
 
 @pytest.mark.parametrize(
-    ("memory", "name"), [*APART, ("replay", "past"), ("replay", "patches"), ("replay", "scan")]
+    ("memory", "name"),
+    [*APART, ("replay", "past"), ("replay", "patches"), ("replay", "scan")],
 )
 def test_the_mean_over_all_noise_is_the_gradient(memory, name):
     loss, data, mapped, rule, _ = CASES[name]
@@ -211,7 +235,10 @@ def test_a_wrong_link_leaks():
     mixed, own = sites.credit[first]
     wrong = dataclasses.replace(mixed, links=own.links)
     assert (
-        leak(dataclasses.replace(sites, credit={**sites.credit, first: [wrong, own]}), problem)
+        leak(
+            dataclasses.replace(sites, credit={**sites.credit, first: [wrong, own]}),
+            problem,
+        )
         > 1e-3
     )
 
@@ -229,14 +256,20 @@ def leak(sites, problem):
 
     level = Level(program.program, (), frozenset(), {})
     noises = [np.zeros(site.shape, site.dtype) for site in sites.noisy]
-    tangents = lambda noises: forward(level, [*leaves, *noises], {}, None, frozenset())[0]
+    tangents = lambda noises: forward(level, [*leaves, *noises], {}, None, frozenset())[
+        0
+    ]
     jacobians = jax.device_get(jax.jit(jax.jacfwd(tangents))(noises))
     worst = 0.0
     for j, site in enumerate(sites.noisy):
         for credit in sites.credit[site.variable]:
-            jacobian = np.abs(np.asarray(jacobians[credit.source][j]))  # [*source, *noise]
+            jacobian = np.abs(
+                np.asarray(jacobians[credit.source][j])
+            )  # [*source, *noise]
             for axis, link in credit.links:
-                positions = link.positions(site.shape[link.axis] if link.size > 1 else 1)
+                positions = link.positions(
+                    site.shape[link.axis] if link.size > 1 else 1
+                )
                 for position in range(credit.shape[axis]):
                     part = jacobian.take(position, axis=axis)
                     if link.size == 1:
@@ -261,13 +294,19 @@ def test_the_table_tells_the_axes():
     assert credit("batch-norm")[0] == "one slope for the batch: pass in_axes"
     assert credit("stack")[0] == "one slope, 1 of 5 parts of the loss"
     both = "one slope per example and position of axis 0 and 2 positions of axis 1, 1 of 2 losses"
-    assert credit("patches") == ["one slope per example, 2 of 2 losses", both, "exact error"]
+    assert credit("patches") == [
+        "one slope per example, 2 of 2 losses",
+        both,
+        "exact error",
+    ]
 
 
 def spread(loss, data, rule, **options):
     """The squared error of the first layer's gradient, over 512 draws."""
     grad = fx.grad(loss, rule, **options)
-    grads = jax.jit(jax.vmap(lambda key: grad(key, P, data)["w"]))(jax.random.split(KEY, 512))
+    grads = jax.jit(jax.vmap(lambda key: grad(key, P, data)["w"]))(
+        jax.random.split(KEY, 512)
+    )
     return float(jnp.sum(jnp.var(grads, axis=0)))
 
 
@@ -288,25 +327,32 @@ def test_patches_and_groups_hear_less():
     Only the first tells apart its patches and groups.
     """
     x = normal(8, 2, 6, 3)
-    mixture = np.linalg.qr(np.random.default_rng(0).normal(size=(24, 24)))[0].astype(np.float32)
+    mixture = np.linalg.qr(np.random.default_rng(0).normal(size=(24, 24)))[0].astype(
+        np.float32
+    )
 
     def together(p, x):
         """The same losses, each a mixture of mixtures.
 
         Every noise then seems to reach every loss.
         """
-        parts = jnp.concatenate([part.ravel() for part in patches_and_groups(p, x).tree])
+        parts = jnp.concatenate(
+            [part.ravel() for part in patches_and_groups(p, x).tree]
+        )
         return fx.LocalLosses(mixture.T @ (mixture @ parts))
 
     apart, joined = (
-        spread(loss, x, SUMS, in_axes=(None, 0)) for loss in (patches_and_groups, together)
+        spread(loss, x, SUMS, in_axes=(None, 0))
+        for loss in (patches_and_groups, together)
     )
     assert apart < 0.5 * joined
 
 
 def test_shrinkage_counts_the_noise_that_shares_a_slope():
     mean = fx.grad(plain_mean, KEEP)(KEY, P, BATCH)
-    shrunk = fx.grad(plain_mean, fx.ActivityPerturbation(combine=fx.combine.Shrinkage()))(
-        KEY, P, BATCH
-    )
-    np.testing.assert_allclose(shrunk["w"], mean["w"] / 8, rtol=1e-5)  # eight coordinates a row
+    shrunk = fx.grad(
+        plain_mean, fx.ActivityPerturbation(combine=fx.combine.Shrinkage())
+    )(KEY, P, BATCH)
+    np.testing.assert_allclose(
+        shrunk["w"], mean["w"] / 8, rtol=1e-5
+    )  # eight coordinates a row

@@ -30,7 +30,9 @@ def test_words_at_any_place_are_those_of_one_draw():
     whole = jnp.concatenate(draw_words(KEY, SPECS))
     places = jnp.array([0, 1, 5, 300, len(whole) - 1], jnp.uint32)
     assert np.array_equal(words_at(jax.random.key_data(KEY), places), whole[places])
-    assert not np.array_equal(words_at(jax.random.key_data(KEY), places + 1), whole[places])
+    assert not np.array_equal(
+        words_at(jax.random.key_data(KEY), places + 1), whole[places]
+    )
 
 
 def test_signs_drawn_later_are_the_signs():
@@ -38,7 +40,9 @@ def test_signs_drawn_later_are_the_signs():
     late, rows = [len(spec.shape) > 2 for spec in SPECS], jnp.arange(2)
     signs = draw_signs(KEY, SPECS, rows, late)
     assert [isinstance(each.words, Places) for each in signs] == late
-    expected = fx.tangents.Rademacher().sample(KEY, [jnp.zeros(spec.shape) for spec in SPECS], 2)
+    expected = fx.tangents.Rademacher().sample(
+        KEY, [jnp.zeros(spec.shape) for spec in SPECS], 2
+    )
     for got, whole in zip(signs, expected, strict=True):
         assert np.array_equal(got.unpack(), whole)
     assert np.array_equal(signs[1].row(jnp.asarray(2)).unpack(), expected[1][:, 2])
@@ -53,7 +57,9 @@ def stack(params, x):
     h, _ = lax.scan(lambda h, ws: lax.scan(layer, h, ws), x, params["nested"])
     h, _ = lax.scan(layer, h, params["back"], reverse=True)
     h, _ = lax.scan(lambda h, b: (h + b, None), h, params["few"])
-    return jnp.sum(((h + params["both"][0]) @ params["whole"]) ** 2) + jnp.sum(params["both"] ** 2)
+    return jnp.sum(((h + params["both"][0]) @ params["whole"]) ** 2) + jnp.sum(
+        params["both"] ** 2
+    )
 
 
 def parameters():
@@ -70,9 +76,9 @@ def parameters():
 def held(loss, key, params, num_tangents):
     """The definition: a Jacobian-vector product along every direction."""
     directions = fx.tangents.Rademacher().sample(key, params, num_tangents)
-    value, slopes = jax.vmap(lambda v: jax.jvp(loss, (params,), (v,)), out_axes=(None, 0))(
-        directions
-    )
+    value, slopes = jax.vmap(
+        lambda v: jax.jvp(loss, (params,), (v,)), out_axes=(None, 0)
+    )(directions)
     return value, jax.tree.map(
         lambda v: jnp.tensordot(slopes, v, axes=1) / num_tangents, directions
     )
@@ -107,7 +113,9 @@ def test_a_trace_gives_the_numbers_of_held_directions(name):
     assert_trees_close(
         got, expected, rtol=1e-4, atol=1e-4 * float(jnp.abs(expected[1]["whole"]).max())
     )
-    assert_trees_close((value, jax.tree.map(jnp.subtract, params, new)), got, rtol=1e-4, atol=1e-4)
+    assert_trees_close(
+        (value, jax.tree.map(jnp.subtract, params, new)), got, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_an_eager_loss_may_branch_on_values():
@@ -170,7 +178,9 @@ def test_parameters_without_entries(name):
 def test_nothing_to_differentiate():
     rule = fx.WeightPerturbation(num_tangents=2, combine=fx.combine.Shrinkage())
     for params in ({}, jnp.zeros((0, 2))):
-        value, grads = jax.jit(fx.value_and_grad(lambda p: jnp.asarray(3.0), rule))(KEY, params)
+        value, grads = jax.jit(fx.value_and_grad(lambda p: jnp.asarray(3.0), rule))(
+            KEY, params
+        )
         assert float(value) == 3
         assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, params)
 

@@ -19,13 +19,21 @@ def of(make, call, x, **known):
 
 
 def mlp():
-    return of(lambda: eqx.nn.MLP(3, 2, 4, 2, key=KEY), lambda m, x: wave(m(x)), normal(0, 2, 3))
+    return of(
+        lambda: eqx.nn.MLP(3, 2, 4, 2, key=KEY),
+        lambda m, x: wave(m(x)),
+        normal(0, 2, 3),
+    )
 
 
 def conv():
     def make():
         relu, ravel = eqx.nn.Lambda(jax.nn.relu), eqx.nn.Lambda(jnp.ravel)
-        convolutions = [eqx.nn.Conv2d(1, 2, 3, key=KEY), relu, eqx.nn.Conv2d(2, 2, 2, key=KEY)]
+        convolutions = [
+            eqx.nn.Conv2d(1, 2, 3, key=KEY),
+            relu,
+            eqx.nn.Conv2d(2, 2, 2, key=KEY),
+        ]
         return eqx.nn.Sequential([*convolutions, ravel, eqx.nn.Linear(8, 2, key=KEY)])
 
     return of(make, lambda m, x: wave(m(x)), normal(1, 2, 1, 5, 5))
@@ -35,7 +43,9 @@ def gru():
     def call(cell, xs):
         return wave(jax.lax.scan(lambda h, x: (cell(x, h), None), jnp.zeros(3), xs)[0])
 
-    return of(lambda: eqx.nn.GRUCell(2, 3, key=KEY), call, normal(2, 2, 3, 2), direct=False)
+    return of(
+        lambda: eqx.nn.GRUCell(2, 3, key=KEY), call, normal(2, 2, 3, 2), direct=False
+    )
 
 
 def attention():

@@ -14,7 +14,12 @@ from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
 EACH = (None, 0)
-PARAMS = {"w": normal(0, 3, 4), "b": normal(1, 4), "v": normal(2, 4, 4), "o": normal(3, 4, 2)}
+PARAMS = {
+    "w": normal(0, 3, 4),
+    "b": normal(1, 4),
+    "v": normal(2, 4, 4),
+    "o": normal(3, 4, 2),
+}
 X = normal(4, 8, 3)
 
 
@@ -36,17 +41,22 @@ def listed(loss, args, in_axes):
         .basis(Signature(loss, 0, False, in_axes).bind(args, {}))
         .num_tangents
     )
-    return fx.FDFA(decay=0.0, tangents=fx.tangents.Coordinate(replace=False), num_tangents=n)
+    return fx.FDFA(
+        decay=0.0, tangents=fx.tangents.Coordinate(replace=False), num_tangents=n
+    )
 
 
 def assert_close(got, expected, rtol=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b))) + 1e-6)
+        np.testing.assert_allclose(
+            a, b, rtol=rtol, atol=rtol * float(jnp.max(jnp.abs(b))) + 1e-6
+        )
 
 
 def cosine(left, right):
     a, b = (
-        jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right)
+        jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])
+        for tree in (left, right)
     )
     return float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))
 
@@ -72,9 +82,9 @@ def test_with_exact_maps_one_example_gets_its_gradient(name):
 
     def both(args):
         value, grads, _ = rule.step(program.loss, **program.options)(KEY, *args)
-        return (value, grads), fx.value_and_grad(program.loss, fx.Backprop(), **program.options)(
-            KEY, *args
-        )
+        return (value, grads), fx.value_and_grad(
+            program.loss, fx.Backprop(), **program.options
+        )(KEY, *args)
 
     got, expected = jax.jit(both)(args)
     assert_close(got, expected)
@@ -105,7 +115,10 @@ def test_learnt_maps_point_nearer_to_the_gradient_than_random_ones():
     @jax.jit
     def estimates(keys):
         rule = fx.FDFA(decay=0.95).init(mlp, in_axes=EACH)(PARAMS, x)
-        learn = lambda rule, key: (rule.step(mlp, in_axes=EACH)(key, PARAMS, x)[2], None)
+        learn = lambda rule, key: (
+            rule.step(mlp, in_axes=EACH)(key, PARAMS, x)[2],
+            None,
+        )
         rules = [
             fx.Backprop(),
             jax.lax.scan(learn, rule, keys)[0],
@@ -165,12 +178,15 @@ def test_aux_and_argnums():
     step = fx.FDFA().step(loss, argnums=(1,), has_aux=True, in_axes=(None, None, 0))
     (value, aux), (grads,), _ = step(KEY, 2.0, PARAMS, X)
     assert (aux["x"].shape, aux["name"], grads["w"].shape) == ((8, 3), "aux", (3, 4))
-    assert float(value) == pytest.approx(2 * np.mean([mlp(PARAMS, x) for x in X]), rel=1e-5)
+    assert float(value) == pytest.approx(
+        2 * np.mean([mlp(PARAMS, x) for x in X]), rel=1e-5
+    )
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(
-        ValueError, match=r"expected maps of shapes \[\(2, 4\), \(2, 4\)\].*got None.*rule.init"
+        ValueError,
+        match=r"expected maps of shapes \[\(2, 4\), \(2, 4\)\].*got None.*rule.init",
     ):
         fx.grad(mlp, fx.FDFA(), in_axes=EACH)(KEY, PARAMS, X)
     with pytest.raises(ValueError, match=r"got \[\(3, 4\)\]"):
@@ -179,7 +195,9 @@ def test_what_does_not_fit_is_refused():
         fx.FDFA(decay=1.0)
     with pytest.raises(ValueError, match="num_tangents to be a positive integer"):
         fx.FDFA(num_tangents=0)
-    with pytest.raises(TypeError, match=r"FDFA.step: the first argument must be a PRNG key"):
+    with pytest.raises(
+        TypeError, match=r"FDFA.step: the first argument must be a PRNG key"
+    ):
         fx.FDFA().step(mlp, in_axes=EACH)(PARAMS, X)
     sideways = lambda p, x: jnp.sum(
         jax.lax.scan(lambda h, x: (jnp.tanh(x * p + h * p), None), 0.0, x)[0]

@@ -30,13 +30,17 @@ REVERSIBLE += [
 
 def assert_close(got, expected, rtol=1e-5):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * float(np.max(np.abs(b))) + 1e-12)
+        np.testing.assert_allclose(
+            a, b, rtol=rtol, atol=rtol * float(np.max(np.abs(b))) + 1e-12
+        )
 
 
 @pytest.mark.parametrize("name", REVERSIBLE)
 def test_with_the_true_weights_it_is_backprop(name):
     program = PROGRAMS[name]
-    assert_close(*estimates(program, fx.FeedbackAlignment(program.params), fx.Backprop()))
+    assert_close(
+        *estimates(program, fx.FeedbackAlignment(program.params), fx.Backprop())
+    )
 
 
 def mlp(p, x):
@@ -71,11 +75,15 @@ def test_random_feedback_keeps_the_scale_of_the_weights():
 
 def test_feedback_of_another_shape_is_refused():
     with pytest.raises(
-        ValueError, match=r"expected feedback of the parameter's shape \(4,\), got \(3,\)"
+        ValueError,
+        match=r"expected feedback of the parameter's shape \(4,\), got \(3,\)",
     ):
-        fx.grad(mlp, fx.FeedbackAlignment({**PARAMS, "b": jnp.ones(3)}))(KEY, PARAMS, normal(3, 3))
+        fx.grad(mlp, fx.FeedbackAlignment({**PARAMS, "b": jnp.ones(3)}))(
+            KEY, PARAMS, normal(3, 3)
+        )
     with pytest.raises(
-        ValueError, match=r"expected feedback of the parameters' structure.*random_feedback"
+        ValueError,
+        match=r"expected feedback of the parameters' structure.*random_feedback",
     ):
         fx.grad(mlp, fx.FeedbackAlignment(jnp.ones(3)))(KEY, PARAMS, normal(3, 3))
 
@@ -92,7 +100,14 @@ def test_direct_feedback_sends_the_output_error_to_every_site():
 
 @pytest.mark.parametrize(
     "name",
-    ["recurrent", "convolutions", "weight_decay", "local_losses", "while_loop", "conditional"],
+    [
+        "recurrent",
+        "convolutions",
+        "weight_decay",
+        "local_losses",
+        "while_loop",
+        "conditional",
+    ],
 )
 def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
     program = PROGRAMS[name]
@@ -126,11 +141,16 @@ def test_direct_feedback_keeps_the_last_sites_exact_and_the_same_maps(name):
 def test_direct_feedback_refuses_maps_that_do_not_fit():
     maps = (jnp.ones((2, 4)), jnp.ones((2, 4)))
     with pytest.raises(
-        ValueError, match="expected one map for each site that is not a last one, 1 in all, got 2"
+        ValueError,
+        match="expected one map for each site that is not a last one, 1 in all, got 2",
     ):
         fx.grad(mlp, fx.DirectFeedbackAlignment(maps))(KEY, PARAMS, normal(3, 3))
-    with pytest.raises(ValueError, match=r"expected map 0 of shape \(2, 4\).*got \(3, 4\)"):
-        fx.grad(mlp, fx.DirectFeedbackAlignment((jnp.ones((3, 4)),)))(KEY, PARAMS, normal(3, 3))
+    with pytest.raises(
+        ValueError, match=r"expected map 0 of shape \(2, 4\).*got \(3, 4\)"
+    ):
+        fx.grad(mlp, fx.DirectFeedbackAlignment((jnp.ones((3, 4)),)))(
+            KEY, PARAMS, normal(3, 3)
+        )
 
 
 def test_their_laws_are_unknown():

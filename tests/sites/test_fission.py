@@ -73,7 +73,9 @@ def test_what_is_split(loss):
 def test_the_value_is_that_of_the_loop():
     program = PROGRAMS["readout_and_loss_in_a_scan"]
     args = (program.args[0], program.args[1][0])
-    sites = fx.ActivityPerturbation().sites(Signature(program.loss, 0, False, None).bind(args, {}))
+    sites = fx.ActivityPerturbation().sites(
+        Signature(program.loss, 0, False, None).bind(args, {})
+    )
     assert float(keep.value(sites, keep.push(sites).losses)) == pytest.approx(
         float(program.loss(*args)), rel=1e-6
     )
@@ -83,7 +85,8 @@ def test_direct_feedback_reaches_the_loop_from_its_readout():
     rule = fx.DirectFeedbackAlignment(jax.random.key(0))
     program = PROGRAMS["readout_and_loss_in_a_scan"]
     both = lambda *args: [
-        fx.grad(program.loss, r, **program.options)(*args) for r in (rule, fx.Backprop())
+        fx.grad(program.loss, r, **program.options)(*args)
+        for r in (rule, fx.Backprop())
     ]
     got, exact = jax.jit(both)(jax.random.key(1), *program.args)
     np.testing.assert_allclose(got["o"], exact["o"], rtol=1e-4, atol=1e-5)
@@ -97,7 +100,11 @@ def test_what_adds_up_keeps_its_dtype():
         def step(carry, x):
             h, steps, total = carry
             h = jnp.tanh(x @ p["i"] + h)
-            return (h, steps + (x[0] > 0).astype(jnp.int16), total + jnp.sum(h @ p["o"])), None
+            return (
+                h,
+                steps + (x[0] > 0).astype(jnp.int16),
+                total + jnp.sum(h @ p["o"]),
+            ), None
 
         start = jnp.zeros(3), jnp.int16(3), 0.0
         _, steps, total = lax.scan(step, start, xs)[0]

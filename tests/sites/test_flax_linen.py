@@ -46,7 +46,9 @@ class Convolutional(nn.Module):
 
 def of(model, x):
     return Model(
-        lambda p, x: wave(model.apply(p, x)), filled(jax.eval_shape(model.init, KEY, x[0])), (x,)
+        lambda p, x: wave(model.apply(p, x)),
+        filled(jax.eval_shape(model.init, KEY, x[0])),
+        (x,),
     )
 
 
@@ -56,15 +58,26 @@ def convolutional(train):
 
     def loss(params, stats, x):
         if not train:
-            return wave(model.apply({"params": params, "batch_stats": stats}, x[None], train=False))
+            return wave(
+                model.apply(
+                    {"params": params, "batch_stats": stats}, x[None], train=False
+                )
+            )
         out, new = model.apply(
-            {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
+            {"params": params, "batch_stats": stats},
+            x,
+            train=True,
+            mutable=["batch_stats"],
         )
         return wave(out), new
 
     data = (ones(state["batch_stats"]), x)
     return Model(
-        loss, filled(state["params"]), data, None if train else (None, None, 0), has_aux=train
+        loss,
+        filled(state["params"]),
+        data,
+        None if train else (None, None, 0),
+        has_aux=train,
     )
 
 

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.promotes("Flax mixes integers and floats")
 
 class Mlp(nnx.Module):
     def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in [(3, 4), (4, 4), (4, 2)]])
+        self.layers = nnx.List(
+            [nnx.Linear(i, o, rngs=rngs) for i, o in [(3, 4), (4, 4), (4, 2)]]
+        )
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
@@ -23,7 +25,10 @@ class Mlp(nnx.Module):
 class Normed(nnx.Module):
     def __init__(self, rngs):
         self.dense, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
-        self.scale, self.readout = nnx.RMSNorm(4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+        self.scale, self.readout = (
+            nnx.RMSNorm(4, rngs=rngs),
+            nnx.Linear(4, 2, rngs=rngs),
+        )
 
     def __call__(self, x):
         return self.readout(self.scale(nnx.gelu(self.norm(self.dense(x)))))
@@ -42,7 +47,10 @@ class Attention(nnx.Module):
 
 class Recurrent(nnx.Module):
     def __init__(self, rngs):
-        self.rnn, self.readout = nnx.RNN(nnx.LSTMCell(2, 2, rngs=rngs)), nnx.Linear(2, 2, rngs=rngs)
+        self.rnn, self.readout = (
+            nnx.RNN(nnx.LSTMCell(2, 2, rngs=rngs)),
+            nnx.Linear(2, 2, rngs=rngs),
+        )
 
     def __call__(self, x):
         return self.readout(self.rnn(x[None])[0])
@@ -50,7 +58,10 @@ class Recurrent(nnx.Module):
 
 class Convolutional(nnx.Module):
     def __init__(self, rngs):
-        self.conv, self.norm = nnx.Conv(1, 2, (3, 3), rngs=rngs), nnx.BatchNorm(2, rngs=rngs)
+        self.conv, self.norm = (
+            nnx.Conv(1, 2, (3, 3), rngs=rngs),
+            nnx.BatchNorm(2, rngs=rngs),
+        )
         self.dense = nnx.Linear(8, 2, rngs=rngs)
 
     def __call__(self, x, train):
@@ -59,9 +70,13 @@ class Convolutional(nnx.Module):
 
 
 def of(kind, x):
-    graph, params, rest = nnx.split(nnx.eval_shape(lambda: kind(nnx.Rngs(0))), nnx.Param, ...)
+    graph, params, rest = nnx.split(
+        nnx.eval_shape(lambda: kind(nnx.Rngs(0))), nnx.Param, ...
+    )
     params, rest = filled(params), filled(rest)
-    return Model(lambda p, x: wave(nnx.merge(graph, p, rest, copy=True)(x)), params, (x,))
+    return Model(
+        lambda p, x: wave(nnx.merge(graph, p, rest, copy=True)(x)), params, (x,)
+    )
 
 
 def convolutional(train):
@@ -76,7 +91,11 @@ def convolutional(train):
         return (value, nnx.state(model, nnx.BatchStat)) if train else value
 
     x = normal(4, 3, 4, 4, 1)
-    return Model(loss, params, (x,), None, has_aux=True) if train else Model(loss, params, (x,))
+    return (
+        Model(loss, params, (x,), None, has_aux=True)
+        if train
+        else Model(loss, params, (x,))
+    )
 
 
 MODELS = {

@@ -49,15 +49,17 @@ def planned(name, rank, k, *, per_example=False):
 def test_a_slope_is_that_of_the_direction_in_full(name):
     """Law 6, along real factors, so that no two of them agree by accident."""
     problem, plan, drawn = planned(name, rank=2, k=2)
-    assert [None if split is None else tuple(map(set, split)) for split in plan.splits] == SPLITS[
-        name
-    ]
+    assert [
+        None if split is None else tuple(map(set, split)) for split in plan.splits
+    ] == SPLITS[name]
 
     @jax.jit
     def both(drawn):
         full = dense(plan, drawn)
         exact = jax.vmap(
-            lambda v: jax.jvp(lambda p: problem.objective(p)[0], (problem.params,), (v,))[1]
+            lambda v: jax.jvp(
+                lambda p: problem.objective(p)[0], (problem.params,), (v,)
+            )[1]
         )(full)
         value, _, slopes = plan.push(drawn, 2)
         sums = jax.tree.map(lambda x: jnp.tensordot(slopes, jnp.conj(x), axes=1), full)
@@ -72,12 +74,18 @@ def test_a_slope_is_that_of_the_direction_in_full(name):
 
     value, expected, slopes, exact, grads, sums = both(drawn)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
-    np.testing.assert_allclose(slopes, exact, rtol=1e-4, atol=1e-5 * float(jnp.abs(exact).max()))
+    np.testing.assert_allclose(
+        slopes, exact, rtol=1e-4, atol=1e-5 * float(jnp.abs(exact).max())
+    )
     for got, true in zip(*map(jax.tree.leaves, (grads, sums)), strict=True):
-        np.testing.assert_allclose(got, true, rtol=1e-4, atol=1e-5 * float(jnp.abs(true).max()))
+        np.testing.assert_allclose(
+            got, true, rtol=1e-4, atol=1e-5 * float(jnp.abs(true).max())
+        )
 
 
-@pytest.mark.parametrize("name", ["dense_from_either_side", "convolutions", "scan_over_layers"])
+@pytest.mark.parametrize(
+    "name", ["dense_from_either_side", "convolutions", "scan_over_layers"]
+)
 def test_each_example_with_its_own_factors(name):
     problem, plan, drawn = planned(name, rank=1, k=2, per_example=True)
 
@@ -101,9 +109,13 @@ def test_each_example_with_its_own_factors(name):
 
     slopes, exact, grads, expected = both(drawn)
     assert slopes.shape == (2, problem.num_examples)
-    np.testing.assert_allclose(slopes, exact, rtol=1e-4, atol=1e-5 * float(jnp.abs(exact).max()))
+    np.testing.assert_allclose(
+        slopes, exact, rtol=1e-4, atol=1e-5 * float(jnp.abs(exact).max())
+    )
     for got, true in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
-        np.testing.assert_allclose(got, true, rtol=1e-3, atol=1e-4 * float(jnp.abs(true).max()))
+        np.testing.assert_allclose(
+            got, true, rtol=1e-3, atol=1e-4 * float(jnp.abs(true).max())
+        )
 
 
 CONVOLUTIONS = {
@@ -114,8 +126,18 @@ CONVOLUTIONS = {
         {"padding": [(1, 2), (0, 1)], "strides": (2, 1)},
         True,
     ),
-    "cropped": ((2, 8, 7, 9), ("NHWC", "HWIO", "NHWC"), {"padding": [(-1, 0), (1, -1)]}, True),
-    "channels first": ((2, 9, 6, 7), ("NCHW", "OIHW", "NCHW"), {"padding": "SAME"}, True),
+    "cropped": (
+        (2, 8, 7, 9),
+        ("NHWC", "HWIO", "NHWC"),
+        {"padding": [(-1, 0), (1, -1)]},
+        True,
+    ),
+    "channels first": (
+        (2, 9, 6, 7),
+        ("NCHW", "OIHW", "NCHW"),
+        {"padding": "SAME"},
+        True,
+    ),
     "other result": (
         (2, 9, 6, 7),
         ("NCHW", "HWIO", "NHWC"),
@@ -172,19 +194,23 @@ def test_a_convolution_with_one_feature(name):
 
 
 @pytest.mark.parametrize(
-    "layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("HWNC", "HWIO", "HNWC")]
+    "layout",
+    [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("HWNC", "HWIO", "HNWC")],
 )
 def test_a_large_convolution_piece_by_piece(layout, monkeypatch):
     sizes = {"N": 6, "H": 5, "W": 4, "C": 3, "I": 3, "O": 2}
     x, kernel = (
-        jnp.asarray(normal(i, *(sizes[axis] for axis in each))) for i, each in enumerate(layout[:2])
+        jnp.asarray(normal(i, *(sizes[axis] for axis in each)))
+        for i, each in enumerate(layout[:2])
     )
     convolve = lambda x, kernel: lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=layout
     )
     equation = trace(convolve, x, kernel).program.equations[-1]
     expected = convolve(x, kernel)
-    monkeypatch.setattr("forwax._directions.convolution._PATCHES", 3000)  # fits two examples
+    monkeypatch.setattr(
+        "forwax._directions.convolution._PATCHES", 3000
+    )  # fits two examples
     pieces = jax.jit(lambda x, kernel: in_pieces(equation, [x, kernel]))
     assert (
         f"tensor<{'x'.join(str(2 if a == 'N' else sizes[a]) for a in layout[0])}xf32>"
@@ -203,9 +229,13 @@ def cost(rule):
     spec = jax.ShapeDtypeStruct
     params = [spec((64, 64), jnp.float32)] * 4
     compiled = (
-        jax.jit(fx.grad(mlp, rule)).lower(KEY, params, spec((256, 64), jnp.float32)).compile()
+        jax.jit(fx.grad(mlp, rule))
+        .lower(KEY, params, spec((256, 64), jnp.float32))
+        .compile()
     )
-    return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+    return compiled.cost_analysis()[
+        "flops"
+    ], compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_it_saves_arithmetic_and_memory():
@@ -214,11 +244,13 @@ def test_it_saves_arithmetic_and_memory():
     Less than held ones.
     """
     thin, dense = (
-        cost(fx.WeightPerturbation(t)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher())
+        cost(fx.WeightPerturbation(t))
+        for t in (fx.tangents.LowRank(), fx.tangents.Rademacher())
     )
     assert thin[0] < 0.7 * dense[0]
     thin, dense = (
-        cost(fx.WeightPerturbation(t, 8)) for t in (fx.tangents.LowRank(), fx.tangents.Rademacher())
+        cost(fx.WeightPerturbation(t, 8))
+        for t in (fx.tangents.LowRank(), fx.tangents.Rademacher())
     )
     assert thin[0] < 0.55 * dense[0]
     assert thin[1] < 0.8 * dense[1]
@@ -246,7 +278,9 @@ def nested(params, x):
     """
 
     def block(h, layers):
-        h, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), h, layers)
+        h, _ = lax.scan(
+            lambda h, layer: (jnp.tanh(h @ layer["w"] + layer["b"]), None), h, layers
+        )
         return h, None
 
     h, _ = lax.scan(block, x, params["blocks"])
@@ -257,7 +291,10 @@ def nested(params, x):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_packed_signs_are_the_signs(rank):
     """What a scan slices before it is unpacked gives what signs that are unpacked at once give."""
-    blocks = {"w": jnp.asarray(normal(0, 2, 3, 32, 32)), "b": jnp.asarray(normal(1, 2, 3, 1, 32))}
+    blocks = {
+        "w": jnp.asarray(normal(0, 2, 3, 32, 32)),
+        "b": jnp.asarray(normal(1, 2, 3, 1, 32)),
+    }
     params = {
         "blocks": blocks,
         "one": jnp.asarray(normal(2, 1, 32, 32)),
@@ -273,7 +310,9 @@ def test_packed_signs_are_the_signs(rank):
         drawn = plan.draw(key, jnp.arange(2))
         assert sum(isinstance(x, Signs) for x in drawn) == 1 + 4 * rank
         signs = fx.tangents.Rademacher().sample(key, plan.specs(), 2)
-        return [(plan.push(x, 2), plan.assemble(jnp.ones(2), x)) for x in (drawn, signs)]
+        return [
+            (plan.push(x, 2), plan.assemble(jnp.ones(2), x)) for x in (drawn, signs)
+        ]
 
     got, expected = found(KEY)
     for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
@@ -281,7 +320,11 @@ def test_packed_signs_are_the_signs(rank):
 
 
 def test_a_scan_over_no_layers():
-    params = {"none": jnp.ones((0, 3, 3)), "no words": jnp.ones((0, 32, 32)), "w": jnp.ones((3, 3))}
+    params = {
+        "none": jnp.ones((0, 3, 3)),
+        "no words": jnp.ones((0, 32, 32)),
+        "w": jnp.ones((3, 3)),
+    }
 
     def deep(h, layers):
         return lax.scan(lambda h, w: (h @ w, None), h, layers)[0]
@@ -322,9 +365,9 @@ def test_the_squared_error_is_its_law(rank):
     g, draws = jnp.asarray(normal(0, 4, 5)), 8192
     rule = fx.WeightPerturbation(fx.tangents.LowRank(rank))
     loss = lambda w, x: jnp.sum(x @ w * g)
-    grads = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4))))(
-        jax.random.split(KEY, draws)
-    )
+    grads = jax.jit(
+        jax.vmap(lambda key: fx.grad(loss, rule)(key, jnp.zeros((4, 5)), jnp.eye(4)))
+    )(jax.random.split(KEY, draws))
     errors = jnp.sum((grads - g[None]) ** 2, axis=(1, 2)) / jnp.sum(g**2)
     assert float(errors.mean()) == pytest.approx(
         rule.relative_mse(20), abs=5 * float(errors.std()) / draws**0.5
@@ -340,15 +383,21 @@ def test_examples_of_their_own_disagree_less():
     loss = lambda w, x: squares(x @ w)
     each = jax.vmap(jax.grad(loss), (None, 0))(params, x)
     rule = fx.WeightPerturbation(fx.tangents.LowRank(per_example=True))
-    grad = jax.jit(jax.vmap(lambda key: fx.grad(loss, rule, in_axes=(None, 0))(key, params, x)))
-    errors = jnp.sum((grad(jax.random.split(KEY, 4096)) - each.mean(0)[None]) ** 2, axis=(1, 2))
+    grad = jax.jit(
+        jax.vmap(lambda key: fx.grad(loss, rule, in_axes=(None, 0))(key, params, x))
+    )
+    errors = jnp.sum(
+        (grad(jax.random.split(KEY, 4096)) - each.mean(0)[None]) ** 2, axis=(1, 2)
+    )
     law = 11 * jnp.mean(jnp.sum(each**2, axis=(1, 2))) / 32
     assert float(errors.mean()) == pytest.approx(float(law), rel=0.1)
 
 
 def test_low_precision_keeps_its_dtypes():
     params = [jnp.asarray(normal(i, 4, 4), jnp.bfloat16) for i in range(2)]
-    step = jax.jit(fx.value_and_grad(mlp, fx.WeightPerturbation(fx.tangents.LowRank(2), 3)))
+    step = jax.jit(
+        fx.value_and_grad(mlp, fx.WeightPerturbation(fx.tangents.LowRank(2), 3))
+    )
     value, grads = step(KEY, params, jnp.ones((2, 4), jnp.bfloat16))
     assert {value.dtype, *(g.dtype for g in grads)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -363,10 +412,13 @@ def test_combinations_that_need_the_directions_form_them():
 def test_own_factors_need_examples():
     rule = fx.WeightPerturbation(fx.tangents.LowRank(per_example=True))
     with pytest.raises(
-        ValueError, match=r"per_example=True\) needs examples: expected in_axes, got None"
+        ValueError,
+        match=r"per_example=True\) needs examples: expected in_axes, got None",
     ):
         fx.grad(mlp, rule)(KEY, [jnp.eye(3)], jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="expected rank to be a positive integer, got 0"):
+    with pytest.raises(
+        ValueError, match="expected rank to be a positive integer, got 0"
+    ):
         fx.tangents.LowRank(0)
 
 

@@ -52,7 +52,9 @@ def test_no_random_program_is_biased(seed):
     with jax.enable_x64(True):  # so that rounding can hide nothing
         loss, params, data = build(recipe)
         in_axes = (None, 0, 0, 0) if recipe.mapped else None
-        listed = RULES[rule].basis(Signature(loss, 0, False, in_axes).bind((params, *data), {}))
+        listed = RULES[rule].basis(
+            Signature(loss, 0, False, in_axes).bind((params, *data), {})
+        )
         reference = fx.Exact() if forward_only(recipe) else fx.Backprop()
 
         def both(params, data):
@@ -61,7 +63,9 @@ def test_no_random_program_is_biased(seed):
                 for r in (listed, reference)
             ]
 
-        (value, grads), (true_value, truth) = jax.device_get(jax.jit(both)(params, data))
+        (value, grads), (true_value, truth) = jax.device_get(
+            jax.jit(both)(params, data)
+        )
         assert np.isfinite(true_value)
         assert abs(value - true_value) <= 1e-9 * (1 + abs(true_value))
         scale = 1 + norm(truth)
@@ -82,7 +86,9 @@ def test_weight_tangents_give_the_slopes_of_their_directions_in_full(seed):
         def both(key):
             drawn = plan.draw(key, jnp.arange(2))
             full = dense(plan, drawn)
-            slope = lambda v: jax.jvp(lambda p: problem.objective(p)[0], (params,), (v,))
+            slope = lambda v: jax.jvp(
+                lambda p: problem.objective(p)[0], (params,), (v,)
+            )
             value, exact = jax.vmap(slope, out_axes=(None, 0))(full)
             sums = jax.tree.map(lambda x: jnp.tensordot(exact, x, axes=1), full)
             got_value, _, slopes = plan.push(drawn, 2)

@@ -22,20 +22,26 @@ SOME = ["local_losses", "nested_scans", "parameters_in_carries"]
 
 def kept(rule, program, key):
     """The estimate from recorded inputs, with the noise that `replay` draws."""
-    noise = jax.jit(lambda key: noise_of(rule, rule.sites(problem_of(program)), key))(key)
+    noise = jax.jit(lambda key: noise_of(rule, rule.sites(problem_of(program)), key))(
+        key
+    )
     keep = dataclasses.replace(rule, tangents=Given(noise), memory="keep")
     return estimates(program, keep)
 
 
 def assert_equal(got, expected):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(np.max(np.abs(y))))
+        np.testing.assert_allclose(
+            x, y, rtol=1e-4, atol=1e-5 * float(np.max(np.abs(y)))
+        )
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_it_is_the_estimate_of_keep_for_the_same_noise(name):
     program = PROGRAMS[name]
-    rule = fx.ActivityPerturbation(tangents=fx.tangents.Normal(), num_tangents=2, memory="replay")
+    rule = fx.ActivityPerturbation(
+        tangents=fx.tangents.Normal(), num_tangents=2, memory="replay"
+    )
     assert_equal(estimates(program, rule, key=KEY), kept(rule, program, KEY))
 
 
@@ -77,7 +83,11 @@ def test_each_step_of_a_loop_has_noise_of_its_own():
     sites = rule.sites(problem_of(PROGRAMS["nested_scans"]))
     noise = jax.jit(lambda key: noise_of(rule, sites, key))(KEY)
     drawn = np.concatenate([np.ravel(u) for u in noise])
-    assert len(np.unique(drawn)) == drawn.size == sum(site.size * 2 for site in sites.noisy)
+    assert (
+        len(np.unique(drawn))
+        == drawn.size
+        == sum(site.size * 2 for site in sites.noisy)
+    )
 
 
 WIDTH, BATCH = 16, 256
@@ -90,7 +100,9 @@ def by_loop(params, x):
 
 
 def by_scan(params, x):
-    last, _ = lax.scan(lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None), x, params)
+    last, _ = lax.scan(
+        lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None), x, params
+    )
     return jnp.sum(jnp.sin(last @ params[0][0]))
 
 
@@ -130,14 +142,17 @@ def test_the_noise_of_shards_is_independent():
             lambda x: lax.pcast(jnp.asarray(x), "d", to="varying"), (params, xs)
         )
         return jax.tree.map(
-            lambda x: x[None], fx.grad(program.loss, rule, **program.options)(key, params, xs)
+            lambda x: x[None],
+            fx.grad(program.loss, rule, **program.options)(key, params, xs),
         )
 
-    grads = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d")))(
-        KEY, *program.args
-    )
+    grads = jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=spec(), out_specs=spec("d"))
+    )(KEY, *program.args)
     for leaf in jax.tree.leaves(grads):
-        assert float(jnp.max(jnp.abs(leaf[0] - leaf[1]))) > 1e-3 * float(jnp.max(jnp.abs(leaf)))
+        assert float(jnp.max(jnp.abs(leaf[0] - leaf[1]))) > 1e-3 * float(
+            jnp.max(jnp.abs(leaf))
+        )
 
 
 def test_draws_in_shards_have_the_mean_of_backprop():

@@ -19,7 +19,9 @@ def of_the_batch(p, x):
 @pytest.mark.parametrize("check", [True, False])
 def test_the_mean_over_all_noise_is_the_gradient_of_all_shards(check):
     problem = Signature(loss, 0, False, EACH).bind((PARAMS, normal(3, 2, 3)), {})
-    got, expected = sharded([fx.ActivityPerturbation().basis(problem), fx.Backprop()], check)
+    got, expected = sharded(
+        [fx.ActivityPerturbation().basis(problem), fx.Backprop()], check
+    )
     for name in PARAMS:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
 
@@ -47,7 +49,9 @@ def alone_and_together(estimates):
     got = jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=P("d")))(
         keys, PARAMS, x
     )
-    expected = jax.jit(jax.vmap(estimates, (0, None, 0)))(keys, PARAMS, x.reshape(4, 2, 3))
+    expected = jax.jit(jax.vmap(estimates, (0, None, 0)))(
+        keys, PARAMS, x.reshape(4, 2, 3)
+    )
     return jax.tree.leaves(got), jax.tree.leaves(expected)
 
 
@@ -66,7 +70,8 @@ def test_a_varying_key_gives_each_device_its_own_estimate():
     """
     got, expected = alone_and_together(
         lambda *args: {
-            name: fx.grad(loss, rule, in_axes=EACH)(*args) for name, rule in ALONE.items()
+            name: fx.grad(loss, rule, in_axes=EACH)(*args)
+            for name, rule in ALONE.items()
         }
     )
     for a, b in zip(got, expected, strict=True):
@@ -82,7 +87,9 @@ def test_a_varying_key_gives_each_device_its_own_feedback():
 
 
 def test_credit_along_the_batch_of_a_shard():
-    problem = Signature(of_the_batch, 0, False, None).bind((PARAMS, normal(3, 2, 3)), {})
+    problem = Signature(of_the_batch, 0, False, None).bind(
+        (PARAMS, normal(3, 2, 3)), {}
+    )
     rule = fx.ActivityPerturbation()
     assert rule.sites(problem).credit
     rules = [rule.basis(problem), fx.Backprop()]

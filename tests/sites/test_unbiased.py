@@ -25,7 +25,9 @@ FORWARD_ONLY = ["while_loop", "spectral_norm"]  # reverse mode rejects them
 
 CASES = [("keep", name) for name in PROGRAMS]
 CASES += [(rule, name) for rule in RULES if rule != "keep" for name in SOME]
-CASES += [("replay", name) for name in ("nested_scans", "parameters_in_carries", "embedding")]
+CASES += [
+    ("replay", name) for name in ("nested_scans", "parameters_in_carries", "embedding")
+]
 
 
 @pytest.mark.parametrize(("rule", "name"), CASES)

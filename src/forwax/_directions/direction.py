@@ -90,7 +90,9 @@ class Unpacked(Whole):
 
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`; a single row serves all steps."""
-        if self.value.shape[0] == 1:  # a factor that does not depend on the scanned axis
+        if (
+            self.value.shape[0] == 1
+        ):  # a factor that does not depend on the scanned axis
             only = Unpacked(self.value[0])
             return None, lambda _, index: only
         return self.value, lambda row, index: Unpacked(row)

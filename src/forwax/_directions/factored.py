@@ -60,7 +60,9 @@ class Factored(Direction):
 
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
-        products = [left * right for left, right in self.pairs]  # of the shape, up to ones
+        products = [
+            left * right for left, right in self.pairs
+        ]  # of the shape, up to ones
         total = sum(products[1:], start=products[0])
         return jnp.broadcast_to(total, shape)
 

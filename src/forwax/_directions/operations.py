@@ -218,7 +218,9 @@ def _look_up(
     changed = {"slice_sizes": tuple(own), "fill_value": 0}
     params = {**equation.params, **changed}
     looked_up = equation.primitive.bind(rows, values[1], **params)
-    kept = [axis for axis in range(len(sizes)) if axis not in numbers.collapsed_slice_dims]
+    kept = [
+        axis for axis in range(len(sizes)) if axis not in numbers.collapsed_slice_dims
+    ]
     shape = [1] * len(out)
     for place, axis in zip(numbers.offset_dims, kept, strict=True):
         shape[place] = rest.shape[axis]

@@ -93,7 +93,9 @@ class WeightPlan:
             if split is None:
                 shapes = [leaf.shape]
             else:
-                sides = [_factor_shape(leaf.shape, axes) for axes in split]  # left, right
+                sides = [
+                    _factor_shape(leaf.shape, axes) for axes in split
+                ]  # left, right
                 shapes = sides * self.rank
             for shape in shapes:
                 specs.append(Spec((*lead, *shape), leaf.dtype))
@@ -162,10 +164,14 @@ class WeightPlan:
             directions.append(Factored(tuple(sides)))
         return directions
 
-    def push(self, drawn: Sequence[Drawn], num_tangents: int) -> tuple[Array, Tree, Array]:
+    def push(
+        self, drawn: Sequence[Drawn], num_tangents: int
+    ) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes)`, the slopes [k] or, with tangents for each example, [k, N]."""
 
-        def slope(mapped: Sequence[Array], drawn: Sequence[Drawn]) -> tuple[Array, Array, Tree]:
+        def slope(
+            mapped: Sequence[Array], drawn: Sequence[Drawn]
+        ) -> tuple[Array, Array, Tree]:
             def run(time: Array) -> tuple[Array, Tree]:
                 return self._evaluate(mapped, drawn, time)
 
@@ -183,7 +189,9 @@ class WeightPlan:
             values, slopes, aux = slope(mapped, drawn)
             return slopes, (values, aux)
 
-        slopes, shared = over_tangents(of_tangent, list(drawn), num_tangents)  # [k] or [k, N]
+        slopes, shared = over_tangents(
+            of_tangent, list(drawn), num_tangents
+        )  # [k] or [k, N]
         values, aux = shared
         dtype = _tree.accumulation_dtype(slopes.dtype)
         return jnp.mean(values), aux, slopes.astype(dtype)
@@ -227,7 +235,8 @@ class WeightPlan:
         directions = self._late(weights, drawn)
         leaves = jax.tree.leaves(total)
         totals = [
-            direction.add(leaf, weights) for direction, leaf in zip(directions, leaves, strict=True)
+            direction.add(leaf, weights)
+            for direction, leaf in zip(directions, leaves, strict=True)
         ]
         return self.tree_of(totals)
 

@@ -14,7 +14,15 @@ from forwax._directions.factored import Factored
 from forwax._directions.operations import is_move, moved, product
 from forwax._programs.evaluate import bind, inject, read
 from forwax._programs.order import behind
-from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, variables
+from forwax._programs.program import (
+    Atom,
+    Constant,
+    Equation,
+    Loop,
+    Program,
+    Variable,
+    variables,
+)
 
 
 @jax.custom_jvp

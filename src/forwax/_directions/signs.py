@@ -53,7 +53,9 @@ class Words:
         """The words of one row, of so many words each."""
         lead = self.values.shape[:-1]
         rows = self.values.reshape(*lead, -1, count)
-        row = lax.dynamic_index_in_dim(rows, index, -2, keepdims=False)  # [*lead, count]
+        row = lax.dynamic_index_in_dim(
+            rows, index, -2, keepdims=False
+        )  # [*lead, count]
         return Words(row)
 
 

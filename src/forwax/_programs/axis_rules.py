@@ -8,7 +8,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from forwax._programs.links import Factor, Link, Shape, factor, moved, shifted, through_reshape
+from forwax._programs.links import (
+    Factor,
+    Link,
+    Shape,
+    factor,
+    moved,
+    shifted,
+    through_reshape,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +191,10 @@ def dot_general(at: Crossing, link: Factor) -> Link:
     shared = batch[at.position]
     if link.axis < len(shared):
         return moved(link, shared[link.axis])
-    free = [_axes_without((*contracted[side], *batch[side]), at.shapes[side]) for side in (0, 1)]
+    free = [
+        _axes_without((*contracted[side], *batch[side]), at.shapes[side])
+        for side in (0, 1)
+    ]
     own = free[at.position]
     first = len(shared)
     if at.position == 1:

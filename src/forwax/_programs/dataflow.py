@@ -7,7 +7,15 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable, is_inexact
+from forwax._programs.program import (
+    Atom,
+    Constant,
+    Equation,
+    Loop,
+    Program,
+    Variable,
+    is_inexact,
+)
 
 Fact = TypeVar("Fact")
 

@@ -76,7 +76,8 @@ def slice_(move: Move, factor: Array) -> Array:
     strides = params["strides"] or [1] * factor.ndim
     windows = map(slice, params["start_indices"], params["limit_indices"], strides)
     index = tuple(
-        window if n > 1 else slice(None) for window, n in zip(windows, factor.shape, strict=True)
+        window if n > 1 else slice(None)
+        for window, n in zip(windows, factor.shape, strict=True)
     )
     return factor[index]
 

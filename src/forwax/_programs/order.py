@@ -55,5 +55,7 @@ def _any(flag: Array) -> Array:
 
 
 @_any.def_vmap
-def _any_vmap(axis_size: int, in_batched: list[bool], flags: Array) -> tuple[Array, bool]:
+def _any_vmap(
+    axis_size: int, in_batched: list[bool], flags: Array
+) -> tuple[Array, bool]:
     return _any(jnp.any(flags, axis=0)), False

@@ -129,8 +129,12 @@ PRIMITIVES: dict[str, Facts] = {
         sum_behind_outputs=True,
     ),
     # entry by entry: products and choices
-    "mul": Facts(credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0, 1)),
-    "div": Facts(credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0,)),
+    "mul": Facts(
+        credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0, 1)
+    ),
+    "div": Facts(
+        credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0,)
+    ),
     "select_n": Facts(credit=axis_rules.elementwise, elementwise_for_regions=True),
     "pow": Facts(elementwise_for_regions=True),
     "max": Facts(elementwise_for_regions=True),
@@ -153,8 +157,12 @@ PRIMITIVES: dict[str, Facts] = {
         marks_noise_points=True,
         move_of_factors=moves.unchanged,
     ),
-    "reduce_precision": Facts(credit=axis_rules.elementwise, move_of_factors=moves.unchanged),
-    "sharding_constraint": Facts(credit=axis_rules.elementwise, move_of_factors=moves.unchanged),
+    "reduce_precision": Facts(
+        credit=axis_rules.elementwise, move_of_factors=moves.unchanged
+    ),
+    "sharding_constraint": Facts(
+        credit=axis_rules.elementwise, move_of_factors=moves.unchanged
+    ),
     "pvary": Facts(credit=axis_rules.elementwise, move_of_factors=moves.vary),
     "real": Facts(credit=axis_rules.elementwise),
     "imag": Facts(credit=axis_rules.elementwise),
@@ -188,7 +196,9 @@ PRIMITIVES: dict[str, Facts] = {
         move_of_factors=moves.broadcast_in_dim,
     ),
     "slice": Facts(credit=axis_rules.slice_, move_of_factors=moves.slice_),
-    "dynamic_slice": Facts(credit=axis_rules.dynamic_slice, move_of_factors=moves.dynamic_slice),
+    "dynamic_slice": Facts(
+        credit=axis_rules.dynamic_slice, move_of_factors=moves.dynamic_slice
+    ),
     "dynamic_update_slice": Facts(credit=axis_rules.dynamic_update_slice),
     "concatenate": Facts(credit=axis_rules.concatenate, sum_behind_outputs=True),
     "stack": Facts(credit=axis_rules.stack, sum_behind_outputs=True),
@@ -213,5 +223,7 @@ PRIMITIVES: dict[str, Facts] = {
     "select_and_gather_add": Facts(credit=axis_rules.window),
     "fft": Facts(credit=axis_rules.fft),
     "dot_general": Facts(credit=axis_rules.dot_general, is_dot=True),
-    "conv_general_dilated": Facts(credit=axis_rules.conv_general_dilated, is_convolution=True),
+    "conv_general_dilated": Facts(
+        credit=axis_rules.conv_general_dilated, is_convolution=True
+    ),
 }

@@ -226,7 +226,9 @@ def variables(atoms: Iterable[Atom]) -> list[Variable]:
 
 def renamed(atoms: Iterable[Atom], names: Mapping[Variable, Atom]) -> tuple[Atom, ...]:
     """The atoms with others in place of some variables."""
-    return tuple(atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in atoms)
+    return tuple(
+        atom if isinstance(atom, Constant) else names.get(atom, atom) for atom in atoms
+    )
 
 
 def is_inexact(aval: Any) -> bool:

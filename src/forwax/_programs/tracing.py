@@ -63,13 +63,18 @@ def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], 
     return run, structure.unflatten(traced.out_avals)
 
 
-def retrace(fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]) -> Program:
+def retrace(
+    fun: Callable[..., Any], atoms: Sequence[Atom], types: list[Any]
+) -> Program:
     """The program of a function of some atoms; its variables follow those of `types`."""
     given = variables(atoms)
 
     def flat(*values: Any) -> Any:
         remaining = iter(values)
-        whole = [atom.value if isinstance(atom, Constant) else next(remaining) for atom in atoms]
+        whole = [
+            atom.value if isinstance(atom, Constant) else next(remaining)
+            for atom in atoms
+        ]
         return fun(*whole)
 
     specs = []
@@ -201,5 +206,6 @@ def _constants(jaxpr: Any, consts: Sequence[Any]) -> Env:
 def _atoms(env: Env, jaxpr_atoms: Sequence[Any]) -> tuple[Atom, ...]:
     """What stands for variables and literals of a jaxpr."""
     return tuple(
-        Constant(atom.val) if isinstance(atom, jex.Literal) else env[atom] for atom in jaxpr_atoms
+        Constant(atom.val) if isinstance(atom, jex.Literal) else env[atom]
+        for atom in jaxpr_atoms
     )

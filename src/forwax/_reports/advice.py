@@ -49,11 +49,17 @@ def advise(
     return f"{reason}{_memory(backprop, checkpointed, running)}."
 
 
-def _without_reverse_mode(running: Sequence[DiagnosisRow], ranked: Sequence[DiagnosisRow]) -> str:
+def _without_reverse_mode(
+    running: Sequence[DiagnosisRow], ranked: Sequence[DiagnosisRow]
+) -> str:
     if ranked:
         best = ranked[0]
         error = best.error_of_estimate or 0.0
-        kind = "its gradient is exact" if error == 0 else f"its relative MSE is {error:,.3g}"
+        kind = (
+            "its gradient is exact"
+            if error == 0
+            else f"its relative MSE is {error:,.3g}"
+        )
         duration = with_prefix(_progress(best), "s")
         return (
             f"Backprop does not run here, so use {best.name}: {kind}, and of the rules that "

@@ -68,7 +68,9 @@ class Diagnosis:
             f"{self.num_parameters:,} parameters; {self.draws} draws against {against}; "
             "times are medians."
         )
-        reasons = [f"{row.name} does not run: {row.error}" for row in self.rows if row.error]
+        reasons = [
+            f"{row.name} does not run: {row.error}" for row in self.rows if row.error
+        ]
         return [figures, *reasons]
 
     def __str__(self) -> str:

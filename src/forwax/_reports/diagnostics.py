@@ -18,7 +18,13 @@ from forwax._reports.diagnosis_row import DiagnosisRow
 from forwax._reports.programs import CompiledStep, Step, compiled
 from forwax._reports.timing import interleaved, medians
 from forwax._rule import check_count, is_rule
-from forwax._rules import ActivityPerturbation, Backprop, Exact, Rule, WeightPerturbation
+from forwax._rules import (
+    ActivityPerturbation,
+    Backprop,
+    Exact,
+    Rule,
+    WeightPerturbation,
+)
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.tangents import LowRank
@@ -94,7 +100,9 @@ def diagnose(
     return diagnose_loss
 
 
-def named_rules(rules: Sequence[Rule] | Mapping[str, Rule] | None, in_axes: Any) -> dict[str, Rule]:
+def named_rules(
+    rules: Sequence[Rule] | Mapping[str, Rule] | None, in_axes: Any
+) -> dict[str, Rule]:
     """The rules by name; without names each gets a label, and equal labels are counted."""
     if rules is None:
         rules = _default_rules(in_axes)
@@ -145,7 +153,9 @@ def label(value: Any) -> str:
     """
     if not dataclasses.is_dataclass(value):
         # Arrays and functions would fill the table.
-        return repr(value) if isinstance(value, bool | int | float | str | None) else "..."
+        return (
+            repr(value) if isinstance(value, bool | int | float | str | None) else "..."
+        )
     shown = []
     for field in dataclasses.fields(value):
         text = label(getattr(value, field.name))
@@ -181,7 +191,10 @@ def _diagnose(
     costs |= {name: DiagnosisRow(name, error=error) for name, error in errors.items()}
 
     def row(name: str, rule: Rule) -> DiagnosisRow:
-        kind: dict[str, Any] = {"unbiased": rule.unbiased, "reverse_mode": rule.reverse_mode}
+        kind: dict[str, Any] = {
+            "unbiased": rule.unbiased,
+            "reverse_mode": rule.reverse_mode,
+        }
         if name not in programs:
             return dataclasses.replace(costs[name], **kind)
         measured = {}
@@ -191,7 +204,11 @@ def _diagnose(
         return dataclasses.replace(costs[name], predicted_mse=law, **kind, **measured)
 
     # Backprop is the reference, or, where forward mode is, does not run.
-    exact: dict[str, Any] = {"predicted_mse": 0.0, "mse": (0.0, 0.0), "cosine": (1.0, 0.0)}
+    exact: dict[str, Any] = {
+        "predicted_mse": 0.0,
+        "mse": (0.0, 0.0),
+        "cosine": (1.0, 0.0),
+    }
     return Diagnosis(
         loss=costs[ALONE],
         backprop=dataclasses.replace(costs[BACKPROP], **exact),
@@ -210,7 +227,9 @@ def _evaluate(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
 
 
 def _checkpointed(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
-    recomputing = dataclasses.replace(problem, objective=jax.checkpoint(problem.objective))
+    recomputing = dataclasses.replace(
+        problem, objective=jax.checkpoint(problem.objective)
+    )
     return Backprop().estimate(key, recomputing)
 
 
@@ -223,7 +242,9 @@ def _running(
     for name, step in steps.items():
         try:
             program = prepare(step)
-            jax.block_until_ready(program(key))  # what is too large may compile and not run
+            jax.block_until_ready(
+                program(key)
+            )  # what is too large may compile and not run
             programs[name] = program
         except _REJECTIONS as error:
             errors[name] = _shortened(error)
@@ -253,7 +274,9 @@ def _costs(
     rounds: int,
 ) -> dict[str, DiagnosisRow]:
     """A row for each program, with its time, arithmetic and memory."""
-    calls = {name: functools.partial(program, key) for name, program in programs.items()}
+    calls = {
+        name: functools.partial(program, key) for name, program in programs.items()
+    }
     seconds = medians(interleaved(calls, rounds))
     return {
         name: DiagnosisRow(
@@ -272,7 +295,9 @@ def _compare(grads: Tree, reference: Tree) -> tuple[Array, Array]:
     squared = _tree.inner(reference, reference)
     difference = jax.tree.map(jnp.subtract, grads, reference)
     length = jnp.sqrt(_tree.inner(grads, grads) * squared)
-    return _tree.inner(difference, difference) / squared, _tree.inner(grads, reference) / length
+    return _tree.inner(difference, difference) / squared, _tree.inner(
+        grads, reference
+    ) / length
 
 
 def _accuracy(
@@ -280,7 +305,9 @@ def _accuracy(
 ) -> dict[str, tuple[float, float]]:
     """Relative squared error and cosine: means over the draws, and standard errors."""
     keys = jax.random.split(key, draws)
-    found = np.array([_compare(program(each)[2], reference) for each in keys], np.float64)
+    found = np.array(
+        [_compare(program(each)[2], reference) for each in keys], np.float64
+    )
     means = found.mean(axis=0)  # [2]
     # A single draw has no spread to tell an error from.
     deviations = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)

@@ -144,7 +144,11 @@ def _operation(region: Region) -> str:
     if region.promoted:
         # Noise enters at the parameter, and one equation stands for all that use it.
         origin = region.equations[0].origin
-        return "weight noise" if origin is None else f"weight noise ({origin.primitive.name})"
+        return (
+            "weight noise"
+            if origin is None
+            else f"weight noise ({origin.primitive.name})"
+        )
     names = [equation.name for equation in region.equations]
     if len(names) > _MOST_NAMES:
         names = [*names[:2], f"{len(names) - 3} more", names[-1]]
@@ -184,6 +188,8 @@ def _along(by_source: Sequence[Credit]) -> list[str]:
     # An axis counts if every part of the loss tells its positions apart.
     common = sorted(set.intersection(*links)) if links else []
     return [
-        f" and position of axis {axis}" if inner == 1 else f" and {inner} positions of axis {axis}"
+        f" and position of axis {axis}"
+        if inner == 1
+        else f" and {inner} positions of axis {axis}"
         for axis, inner in common
     ]

@@ -105,7 +105,9 @@ class ActivityPerturbation(Rule):
                 f"ActivityPerturbation: expected memory to be one of {_MEMORY}, "
                 f"got {self.memory!r}."
             )
-        if isinstance(self.combine, Combine) and not isinstance(self.combine, Mean | Shrinkage):
+        if isinstance(self.combine, Combine) and not isinstance(
+            self.combine, Mean | Shrinkage
+        ):
             raise ValueError(
                 "ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got "
                 f"{self.combine}. Slopes of single examples cannot be combined over all parameters."
@@ -136,7 +138,9 @@ class ActivityPerturbation(Rule):
         """One estimate; see `Rule.estimate`."""
         check_directions("ActivityPerturbation", self.tangents, self.combine)
         check_shared("ActivityPerturbation", self.tangents)
-        over = _mesh.axes(key)  # a key of its own gives each device an estimate of its own
+        over = _mesh.axes(
+            key
+        )  # a key of its own gives each device an estimate of its own
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
         sites = self.sites(dataclasses.replace(problem, params=params))
         if self.memory == "replay" and sites.noisy:
@@ -152,7 +156,9 @@ class ActivityPerturbation(Rule):
     def _draw(self, key: Array, sites: Sites) -> list[Array]:
         """The noise [k, ...] of all noisy sites."""
         own_slopes = self.memory != "shared"
-        return draw_noise(sites, self.tangents, key, self.num_tangents, own_slopes=own_slopes)
+        return draw_noise(
+            sites, self.tangents, key, self.num_tangents, own_slopes=own_slopes
+        )
 
     def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
         """For each noisy site what multiplies its noise: [k, ...], axes that broadcast to it."""
@@ -201,7 +207,9 @@ class ActivityPerturbation(Rule):
             out = keep.push(sites, noise, self.num_tangents)
         exact = keep.output_errors(sites, out.records)
         slopes = self._slopes(sites, out)
-        slopes = {s.variable: of_a_step(sites, s, slopes[s.variable]) for s in sites.noisy}
+        slopes = {
+            s.variable: of_a_step(sites, s, slopes[s.variable]) for s in sites.noisy
+        }
 
         def error(site: Site, u: Array) -> Array:
             return _weighted(slopes[site.variable], u)
@@ -217,8 +225,12 @@ class ActivityPerturbation(Rule):
         if not is_independent or not tangents.coordinatewise:
             # The axis of the outermost loop lies behind [k], or [k, examples].
             has_examples = sites.num_examples is not None
-            loop_axis = {s.variable: 1 + (s.mapped and has_examples) for s in sites.noisy}
-            return Held(dict(zip(loop_axis, self._draw(key, sites), strict=True)), loop_axis)
+            loop_axis = {
+                s.variable: 1 + (s.mapped and has_examples) for s in sites.noisy
+            }
+            return Held(
+                dict(zip(loop_axis, self._draw(key, sites), strict=True)), loop_axis
+            )
 
         def draw(key: Array, like: Any) -> Array:
             real = tangents.draw_one(key, _tree.real_specs([like]))
@@ -226,15 +238,21 @@ class ActivityPerturbation(Rule):
 
         return Drawn(typed_key(key), draw, self.num_tangents)
 
-    def _shared(self, sites: Sites, noise: Sequence[Array], out: Pass, over: _mesh.Axes) -> Tree:
+    def _shared(
+        self, sites: Sites, noise: Sequence[Array], out: Pass, over: _mesh.Axes
+    ) -> Tree:
         """All examples with one slope.
 
         The noise's own gradient needs no slope, so that nothing is kept for later.
         """
-        total = keep.assemble(sites, out.records, keep.output_errors(sites, out.records))
+        total = keep.assemble(
+            sites, out.records, keep.output_errors(sites, out.records)
+        )
 
         def pulled_back(noise: Values) -> tuple[Tree, None]:
-            return keep.assemble(sites, out.records, jax.tree.map(jnp.conj, noise)), None
+            return keep.assemble(
+                sites, out.records, jax.tree.map(jnp.conj, noise)
+            ), None
 
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             pairs = zip(sites.noisy, noise, strict=True)
@@ -269,10 +287,14 @@ class ActivityPerturbation(Rule):
 
     def learning_rate_scale(self, n: int) -> float:
         """1 / (1 + M) for the law M of n noise coordinates that share a slope."""
-        return self.combine.learning_rate_scale(self.tangents.relative_mse(n, self.num_tangents))
+        return self.combine.learning_rate_scale(
+            self.tangents.relative_mse(n, self.num_tangents)
+        )
 
 
-def selection(where: str | Callable[[str], bool] | None) -> Callable[[str], bool] | None:
+def selection(
+    where: str | Callable[[str], bool] | None,
+) -> Callable[[str], bool] | None:
     """A predicate of a parameter's path."""
     if isinstance(where, str):
         return lambda path: re.search(where, path) is not None

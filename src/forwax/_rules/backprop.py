@@ -29,7 +29,9 @@ class Backprop(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient; see `Rule.estimate`."""
-        (value, aux), grads = jax.value_and_grad(problem.objective, has_aux=True)(problem.params)
+        (value, aux), grads = jax.value_and_grad(problem.objective, has_aux=True)(
+            problem.params
+        )
         return value, aux, grads
 
     def relative_mse(self, n: int) -> float:

@@ -117,7 +117,9 @@ class FDFA(LearningRule):
         """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""
         check_directions("FDFA", self.tangents)
         check_shared("FDFA", self.tangents)
-        over = _mesh.axes(key)  # a key of its own gives each device an estimate of its own
+        over = _mesh.axes(
+            key
+        )  # a key of its own gives each device an estimate of its own
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
         sites = self.sites(dataclasses.replace(problem, params=params))
         rule = dataclasses.replace(self, maps=self._learnt(key, sites))
@@ -157,8 +159,13 @@ class FDFA(LearningRule):
 
     def _zeros(self, sites: Sites) -> Maps:
         shapes = direct.map_shapes(sites, type(self).__name__)
-        dtypes = [_tree.accumulation_dtype(jnp.finfo(site.dtype).dtype) for site in sites.noisy]
-        return tuple(jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        dtypes = [
+            _tree.accumulation_dtype(jnp.finfo(site.dtype).dtype)
+            for site in sites.noisy
+        ]
+        return tuple(
+            jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
 
     def _checked(self, sites: Sites) -> Maps:
         expected = direct.map_shapes(sites, type(self).__name__)
@@ -180,7 +187,9 @@ class FDFA(LearningRule):
         return 1.0
 
 
-def _outer(slopes: Sequence[Array], noise: Array, mapped: bool, num_examples: int | None) -> Array:
+def _outer(
+    slopes: Sequence[Array], noise: Array, mapped: bool, num_examples: int | None
+) -> Array:
     """The mean over noises and examples of slope ⊗ noise, [size of e, size of z]."""
     lead = 1 if num_examples is None else 2
     t = jnp.concatenate([direct.coordinates(x, lead) for x in slopes], axis=-1)

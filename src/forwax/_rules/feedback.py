@@ -100,7 +100,9 @@ def random_feedback(key: Any, params: Tree) -> Tree:
     """
     leaves, structure = jax.tree.flatten(params)
     key = check_key(
-        key, "random_feedback", advice="Call random_feedback(jax.random.key(0), params)."
+        key,
+        "random_feedback",
+        advice="Call random_feedback(jax.random.key(0), params).",
     )
     keys = jax.random.split(typed_key(key), len(leaves))
     drawn = [

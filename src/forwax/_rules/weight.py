@@ -190,7 +190,9 @@ class WeightPerturbation(Rule):
         if self.tangents.planned == "factors":
             return None
         n = _tree.num_coordinates(problem.params)
-        return dataclasses.replace(self, tangents=Coordinate(replace=False), num_tangents=n)
+        return dataclasses.replace(
+            self, tangents=Coordinate(replace=False), num_tangents=n
+        )
 
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates of the parameters.

@@ -17,7 +17,15 @@ from jax import Array
 from forwax._programs.axes import back
 from forwax._programs.dataflow import fixed_point, mapped_variables
 from forwax._programs.links import Factor, Link, Shape
-from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Traced, Variable
+from forwax._programs.program import (
+    Atom,
+    Constant,
+    Equation,
+    Loop,
+    Program,
+    Traced,
+    Variable,
+)
 
 Tag: TypeAlias = tuple[int, int]
 """A source's number and one of its axes, or -1: whether it is reached at all."""
@@ -237,7 +245,9 @@ class _Follower:
                     operand_links[tag] = link
                 self.add_use(atom, operand_links)
 
-    def cross_loop(self, equation: Equation, loop: Loop, outputs: Sequence[Links]) -> None:
+    def cross_loop(
+        self, equation: Equation, loop: Loop, outputs: Sequence[Links]
+    ) -> None:
         """From the links of a loop's outputs to those of its inputs: a fixed point."""
         after, stacked = loop.split_outputs(outputs)
         stacked = [_each(_inside, links) for links in stacked]

@@ -96,7 +96,9 @@ def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
     return _Analysis(traced, program, classifier)
 
 
-def _analyse_with_split_loops(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
+def _analyse_with_split_loops(
+    traced: Traced, unselected: Sequence[Variable]
+) -> _Analysis:
     """The analysis of a loss whose loops are split where that makes sites output sites."""
     if all(equation.loop is None for equation in traced.program.equations):
         return _analyse(traced, unselected)
@@ -160,7 +162,9 @@ def _unselected(
         return []
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [jax.tree_util.keystr(path) for path, _ in leaves]
-    unselected = [v for v, path in zip(traced.parameters, paths, strict=True) if not select(path)]
+    unselected = [
+        v for v, path in zip(traced.parameters, paths, strict=True) if not select(path)
+    ]
     if 0 < len(unselected) == len(paths):
         raise ValueError(
             f"{name}: expected where to select a parameter, got one that selects none of "

@@ -160,7 +160,9 @@ def make_level(
             # Regions inside count by themselves, chains only for the parameters that come out.
             if plan.level.steps or assembly.wants(equation.outputs):
                 assembly.add(plan)
-        elif assembly.wants(equation.outputs):  # only parameters are ever wanted: it is a chain
+        elif assembly.wants(
+            equation.outputs
+        ):  # only parameters are ever wanted: it is a chain
             assembly.add(equation)
     return assembly.level(program, loops, inputs)
 

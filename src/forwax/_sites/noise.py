@@ -107,7 +107,12 @@ class Held:
 
 
 def draw_noise(
-    sites: Sites, tangents: Tangents, key: Array, num_tangents: int, *, own_slopes: bool = True
+    sites: Sites,
+    tangents: Tangents,
+    key: Array,
+    num_tangents: int,
+    *,
+    own_slopes: bool = True,
 ) -> list[Array]:
     """The noise [k, *spec] of all noisy sites.
 
@@ -130,7 +135,9 @@ def draw_noise(
     return jax.vmap(of_example, out_axes=1)(keys)  # [k, examples, *shape]
 
 
-def num_coordinates(sites: Sites, tangents: Tangents, *, own_slopes: bool = True) -> int:
+def num_coordinates(
+    sites: Sites, tangents: Tangents, *, own_slopes: bool = True
+) -> int:
     """The number n of real coordinates of one direction that `draw_noise` draws."""
     if _by_example(sites, tangents, own_slopes):
         return sum(site.size for site in sites.noisy)
@@ -169,7 +176,9 @@ def _draw(
     ]
     draw = sampler(tangents, key, stacked, num_tangents, hold=True)
     noise: dict[int, Array] = {}
-    for stack, drawn in zip(places.values(), draw(jnp.arange(num_tangents)), strict=True):
+    for stack, drawn in zip(
+        places.values(), draw(jnp.arange(num_tangents)), strict=True
+    ):
         for row, place in enumerate(stack):  # drawn: [k, stack, *shape]
             noise[place] = drawn[:, row]
     return [noise[place] for place in range(len(specs))]

@@ -146,7 +146,9 @@ def site_barrier(level: Level, kinds: Kinds) -> Callable[[Equation], bool]:
     with_noise = _with_weight_noise(level.program, kinds)
 
     def is_barrier(equation: Equation) -> bool:
-        if equation.loop is not None or equation.contains(lambda facts: facts.irreversible):
+        if equation.loop is not None or equation.contains(
+            lambda facts: facts.irreversible
+        ):
             return True
         # A sum passes errors on as they are, whatever it adds.
         if equation.primitive is None or equation.facts.additive:
@@ -157,7 +159,9 @@ def site_barrier(level: Level, kinds: Kinds) -> Callable[[Equation], bool]:
 
     def has_data(inputs: Iterable[Atom]) -> bool:
         for atom in inputs:
-            if isinstance(atom, Constant):  # an array in the program is data, a scalar is not
+            if isinstance(
+                atom, Constant
+            ):  # an array in the program is data, a scalar is not
                 if getattr(atom.value, "ndim", 0):
                     return True
             elif kinds[atom] in (Kind.DATA, Kind.MIXED) and atom not in with_noise:

@@ -101,7 +101,10 @@ def tangent_program(sites: Sites, sources: Sequence[Variable]) -> Traced:
         mapped: Sequence[Array],
         noises: Sequence[Array],
     ) -> list[Array]:
-        noise_at = {site.variable: noise for site, noise in zip(sites.noisy, noises, strict=True)}
+        noise_at = {
+            site.variable: noise
+            for site, noise in zip(sites.noisy, noises, strict=True)
+        }
         inputs = sites.traced.arguments(params, mapped)
 
         def values(time: Array) -> list[Array]:
@@ -187,7 +190,11 @@ def with_slopes_of_loops(sites: Sites) -> Sites:
 
     def coarser(site: Site, credit: Credit) -> Credit:
         first = sites.num_loops(site)  # the axes before are those of loops
-        links = [(a, link) for a, link in credit.links if link.size == 1 or link.axis >= first]
+        links = [
+            (a, link)
+            for a, link in credit.links
+            if link.size == 1 or link.axis >= first
+        ]
         return dataclasses.replace(credit, links=tuple(links))
 
     credit: dict[Variable, list[Credit]] = {}
@@ -208,7 +215,9 @@ def of_a_step(sites: Sites, site: Site, slopes: Array) -> Array:
     return jnp.squeeze(slopes, tuple(loops))
 
 
-def shared_noise(sites: Sites, site: Site, other: Site, own_slopes: bool = True) -> float:
+def shared_noise(
+    sites: Sites, site: Site, other: Site, own_slopes: bool = True
+) -> float:
     """How many coordinates of another site's noise one slope of this site hears, on average.
 
     Unless examples have slopes of their own and the site a value of its own for each, it hears

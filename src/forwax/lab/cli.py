@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif first in COMMANDS:
         return _run(first, words)
     else:
-        return _mistake(f"there is no command {first!r}; choose one of: {', '.join(COMMANDS)}.")
+        return _mistake(
+            f"there is no command {first!r}; choose one of: {', '.join(COMMANDS)}."
+        )
     return 0
 
 

@@ -50,7 +50,9 @@ class Table:
         table = rich.table.Table(title=self.title, title_justify="left")
         for index, heading in enumerate(self.headings):
             is_number = self.numeric and index > 0
-            table.add_column(heading, justify="right" if is_number else "left", overflow="fold")
+            table.add_column(
+                heading, justify="right" if is_number else "left", overflow="fold"
+            )
         for index, row in enumerate(self.rows):
             style = "bold red" if index in self.alarming else None
             table.add_row(*map(Text, row), style=style)

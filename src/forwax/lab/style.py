@@ -49,7 +49,14 @@ PALETTE: dict[str, str] = {
 
 _CYCLE = [
     PALETTE[name]
-    for name in ("forward", "projection", "forward-16", "activity", "finite-difference", "exact")
+    for name in (
+        "forward",
+        "projection",
+        "forward-16",
+        "activity",
+        "finite-difference",
+        "exact",
+    )
 ]
 
 SETTINGS: dict[Any, Any] = {
@@ -125,7 +132,9 @@ def plain_numbers(axis: Axis, minor_digits: str = "") -> None:
     """
     axis.set_major_formatter("{x:g}")
     if minor_digits:
-        axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in minor_digits else "")
+        axis.set_minor_formatter(
+            lambda x, _: f"{x:g}" if f"{x:e}"[0] in minor_digits else ""
+        )
 
 
 @styled

@@ -53,14 +53,21 @@ def info_nce(
     queries = normalized(queries)
     keys = keys_of(keys, stop_gradient)
     positive = jnp.sum(queries * keys, axis=-1) / temperature
-    all_keys = keys if axis_name is None else lax.all_gather(keys, axis_name, tiled=True)
+    all_keys = (
+        keys if axis_name is None else lax.all_gather(keys, axis_name, tiled=True)
+    )
     # [N, all devices' N]
     similarities = queries @ all_keys.T / temperature
     return jax.nn.logsumexp(similarities, axis=-1) - positive
 
 
 def nt_xent(
-    x: Any, y: Any, temperature: Any = 0.5, *, axis_name: Any = None, stop_gradient: bool = True
+    x: Any,
+    y: Any,
+    temperature: Any = 0.5,
+    *,
+    axis_name: Any = None,
+    stop_gradient: bool = True,
 ) -> Array:
     """Tell an example's other view from all views of all others.
 

@@ -254,7 +254,9 @@ def checked_head(
     w = jnp.asarray(w)
     b = jnp.asarray(b)
     if x.ndim < 3:
-        raise ValueError(f"{name}: expected features x of shape [..., P, G, C], got {x.shape}.")
+        raise ValueError(
+            f"{name}: expected features x of shape [..., P, G, C], got {x.shape}."
+        )
     size = x.shape[-2] * x.shape[-1]
     is_head = w.ndim == 2 and w.shape[0] == size and b.shape == w.shape[1:]
     if not is_head:

@@ -49,11 +49,15 @@ class ConvNet(eqx.Module):
         rows = _pooled(height)
         columns = _pooled(width)
         if min(rows, columns) < 1:
-            raise ValueError(f"ConvNet needs images of at least 16×16, got {height}×{width}")
+            raise ValueError(
+                f"ConvNet needs images of at least 16×16, got {height}×{width}"
+            )
         keys = jax.random.split(key, 6)
         widths = (in_channels, channels, channels, channels)
         pairs = zip(widths, keys[:4], strict=True)
-        self.convs = tuple(Conv(width, channels, size=3, key=each) for width, each in pairs)
+        self.convs = tuple(
+            Conv(width, channels, size=3, key=each) for width, each in pairs
+        )
         self.hidden = Dense(rows * columns * channels, dense, key=keys[4])
         self.out = Dense(dense, out_size, key=keys[5])
 

@@ -62,7 +62,9 @@ class Conv(eqx.Module):
     weight: jax.Array
     bias: jax.Array
 
-    def __init__(self, in_channels: int, out_channels: int, *, size: int, key: jax.Array):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, size: int, key: jax.Array
+    ):
         shape = (size, size, in_channels, out_channels)
         self.weight = he_normal(key, shape, fan_in=size * size * in_channels)
         self.bias = jnp.zeros(out_channels)
@@ -70,7 +72,11 @@ class Conv(eqx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Convolve one example of shape (height, width, in)."""
         z = jax.lax.conv_general_dilated(
-            x[None], self.weight, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x[None],
+            self.weight,
+            (1, 1),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
         return z[0] + self.bias[None, None]
 

@@ -48,7 +48,12 @@ class LocalModel(Protocol):
 
 
 def local_losses(
-    model: LocalModel, x: Array, label: Any, losses: Where = "greedy", *, parts: bool = True
+    model: LocalModel,
+    x: Array,
+    label: Any,
+    losses: Where = "greedy",
+    *,
+    parts: bool = True,
 ) -> LocalLosses:
     """The supervised losses of one example: cross-entropies of the heads and of the readout.
 
@@ -85,10 +90,14 @@ def local_losses(
         # The last block has a loss of its own.
         last = lax.stop_gradient(last)
     readout_parts = parts and losses == "local"
-    tree: dict[str, Any] = {"readout": _cross_entropy(last, model.readout, label, readout_parts)}
+    tree: dict[str, Any] = {
+        "readout": _cross_entropy(last, model.readout, label, readout_parts)
+    }
     if losses != "global":
         pairs = zip(features, model.heads, strict=True)
-        tree["blocks"] = tuple(_cross_entropy(h, head, label, parts) for h, head in pairs)
+        tree["blocks"] = tuple(
+            _cross_entropy(h, head, label, parts) for h, head in pairs
+        )
     return LocalLosses(tree)
 
 
@@ -144,7 +153,9 @@ def contrastive_losses(
     if losses == "global":
         pairs = pairs[-1:]
         parts = False
-    blocks = tuple(_nt_xent(h, head, temperature, parts, axis_name) for h, head in pairs)
+    blocks = tuple(
+        _nt_xent(h, head, temperature, parts, axis_name) for h, head in pairs
+    )
     logits = model.readout(pooled(lax.stop_gradient(features[-1])))
     both_labels = jnp.concatenate([labels, labels])
     readout = softmax_cross_entropy(logits, both_labels) / len(views)
@@ -174,7 +185,9 @@ def contrastive_loss_of_view(
         `forwax.LocalLosses`: "readout" [] and "blocks", a tuple of one array [].
     """
     features = model.features(view)[-1]
-    contrast = nt_xent_of_view(model.heads[-1](pooled(features)), index, views, temperature)
+    contrast = nt_xent_of_view(
+        model.heads[-1](pooled(features)), index, views, temperature
+    )
     logits = model.readout(pooled(lax.stop_gradient(features)))
     readout = softmax_cross_entropy(logits, label)
     return LocalLosses({"readout": readout, "blocks": (contrast,)})
@@ -183,7 +196,9 @@ def contrastive_loss_of_view(
 def projections(model: LocalModel, x: Array, y: Array) -> Array:
     """The last projector's outputs [2N, K] for two views [N, ...] of a batch."""
     views = jnp.concatenate([x, y])
-    return jax.vmap(lambda view: model.heads[-1](pooled(model.features(view)[-1])))(views)
+    return jax.vmap(lambda view: model.heads[-1](pooled(model.features(view)[-1])))(
+        views
+    )
 
 
 def pooled(features: Array) -> Array:
@@ -194,11 +209,15 @@ def pooled(features: Array) -> Array:
 
 def _features(model: LocalModel, x: Array, losses: Where) -> Sequence[Array]:
     if losses not in ("global", "local", "greedy"):
-        raise ValueError(f'expected losses to be "global", "local" or "greedy", got {losses!r}.')
+        raise ValueError(
+            f'expected losses to be "global", "local" or "greedy", got {losses!r}.'
+        )
     return model.features(x, stop_gradients=losses == "greedy")
 
 
-def _cross_entropy(features: Array, head: ChannelDense, label: Any, parts: bool) -> Array:
+def _cross_entropy(
+    features: Array, head: ChannelDense, label: Any, parts: bool
+) -> Array:
     if not parts:
         return softmax_cross_entropy(head(pooled(features)), label)
     w, b = _shared(head, features)
@@ -211,11 +230,15 @@ def _nt_xent(
     n = len(features) // 2
     if not parts:
         projected = head(pooled(features))
-        return nt_xent(projected[:n], projected[n:], temperature, axis_name=axis_name) / (2 * n)
+        return nt_xent(
+            projected[:n], projected[n:], temperature, axis_name=axis_name
+        ) / (2 * n)
     w, b = _shared(head, features)
     x = features[:n]
     y = features[n:]
-    losses = spatial_average_group_linear_nt_xent(x, y, w, b, temperature, axis_name=axis_name)
+    losses = spatial_average_group_linear_nt_xent(
+        x, y, w, b, temperature, axis_name=axis_name
+    )
     return _parted(losses / (2 * n))
 
 

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from forwax import noise_point
-from forwax.models.layers import ChannelDense, DepthwiseConv, GroupedDense, TokenDense, standardize
+from forwax.models.layers import (
+    ChannelDense,
+    DepthwiseConv,
+    GroupedDense,
+    TokenDense,
+    standardize,
+)
 from forwax.models.local_losses import pooled
 from forwax.models.local_model import grouped
 
@@ -52,7 +58,9 @@ SIZES: Mapping[str, Size] = {
     "S/4/8": _size((32, 32, 3), 10, blocks=2, patches=4, channels=128, groups=8),
     "M/8/16": _size((32, 32, 3), 10, blocks=4, patches=8, channels=512, groups=16),
     "L/8/64": _size((32, 32, 3), 10, blocks=4, patches=8, channels=2048, groups=64),
-    "L/32/64": _size((224, 224, 3), 1000, blocks=4, patches=32, channels=2048, groups=64),
+    "L/32/64": _size(
+        (224, 224, 3), 1000, blocks=4, patches=32, channels=2048, groups=64
+    ),
 }
 """The models by size, patches along a side and groups.
 
@@ -179,7 +187,8 @@ class LocalMixer(eqx.Module):
         self.blocks = tuple(block(i, each) for i, each in enumerate(block_keys))
         head_keys = jax.random.split(head_key, blocks)
         self.heads = tuple(
-            ChannelDense(channels, projection or out_size, key=each) for each in head_keys
+            ChannelDense(channels, projection or out_size, key=each)
+            for each in head_keys
         )
         self.readout = ChannelDense(channels, out_size, key=last)
         self.patches = patches
@@ -209,7 +218,9 @@ class LocalMixer(eqx.Module):
             ValueError: when there is no model of this name.
         """
         if name not in SIZES:
-            raise ValueError(f"LocalMixer.named: expected one of {', '.join(SIZES)}, got {name!r}.")
+            raise ValueError(
+                f"LocalMixer.named: expected one of {', '.join(SIZES)}, got {name!r}."
+            )
         size = SIZES[name]
         return cls(
             in_shape or size.in_shape,
@@ -218,7 +229,9 @@ class LocalMixer(eqx.Module):
             key=key,
         )
 
-    def features(self, x: jax.Array, *, stop_gradients: bool = False) -> tuple[jax.Array, ...]:
+    def features(
+        self, x: jax.Array, *, stop_gradients: bool = False
+    ) -> tuple[jax.Array, ...]:
         """Each block's features [P, G, C] of one example; `stop_gradients` cuts between blocks."""
         features: list[jax.Array] = []
         h = patchify(x, self.patches)
@@ -251,7 +264,9 @@ def patchify(image: jax.Array, patches: int) -> jax.Array:
     [2.0, 3.0, 6.0, 7.0]
     """
     height, width, channels = image.shape
-    tiles = image.reshape(patches, height // patches, patches, width // patches, channels)
+    tiles = image.reshape(
+        patches, height // patches, patches, width // patches, channels
+    )
     return tiles.transpose(0, 2, 1, 3, 4).reshape(patches**2, -1)
 
 
@@ -276,7 +291,9 @@ def _check(
             f"patches."
         )
     if channels % groups:
-        raise ValueError(f"LocalMixer: {channels} channels cannot be cut into {groups} groups.")
+        raise ValueError(
+            f"LocalMixer: {channels} channels cannot be cut into {groups} groups."
+        )
     if mixing not in ("dense", "depthwise"):
         raise ValueError(
             f'LocalMixer: expected mixing to be "dense" or "depthwise", got {mixing!r}.'

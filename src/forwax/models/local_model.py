@@ -32,7 +32,9 @@ class Local(eqx.Module):
     groups: tuple[int, ...] = eqx.field(static=True)
     channel_axis: int = eqx.field(static=True)
 
-    def features(self, x: Any, *, stop_gradients: bool = False) -> tuple[jax.Array, ...]:
+    def features(
+        self, x: Any, *, stop_gradients: bool = False
+    ) -> tuple[jax.Array, ...]:
         """Each block's features [P, G, C] of one example; `stop_gradients` cuts between blocks."""
         features: list[jax.Array] = []
         h = x

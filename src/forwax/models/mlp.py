@@ -35,7 +35,9 @@ class MLP(eqx.Module):
 
     layers: tuple[Dense, ...]
 
-    def __init__(self, in_size: int, widths: Sequence[int], out_size: int, *, key: jax.Array):
+    def __init__(
+        self, in_size: int, widths: Sequence[int], out_size: int, *, key: jax.Array
+    ):
         sizes = (in_size, *widths, out_size)
         if min(sizes) < 1:
             raise ValueError(f"every size of an MLP must be at least 1, got {sizes}")

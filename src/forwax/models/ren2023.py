@@ -138,7 +138,9 @@ def method(
     >>> value, grads = value_and_grad(jax.random.key(2), model, x, labels)
     """
     if name not in READINGS:
-        raise ValueError(f"ren2023.method: expected one of {', '.join(NAMES)}, got {name!r}.")
+        raise ValueError(
+            f"ren2023.method: expected one of {', '.join(NAMES)}, got {name!r}."
+        )
     reading = READINGS[name]
     rules: dict[Kind, Callable[[], Rule]] = {
         "BP": lambda: Backprop(),
@@ -165,13 +167,19 @@ def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array,
     """
 
     def loss(params: Any, x: Array, label: Array) -> LocalLosses:
-        return local_losses(_model(params, static), x, label, method.losses, parts=method.parts)
+        return local_losses(
+            _model(params, static), x, label, method.losses, parts=method.parts
+        )
 
     return value_and_grad(loss, method.rule, in_axes=(None, 0, 0))
 
 
 def contrastive(
-    method: Method, static: Any = None, *, temperature: float = 0.5, axis_name: Any = None
+    method: Method,
+    static: Any = None,
+    *,
+    temperature: float = 0.5,
+    axis_name: Any = None,
 ) -> Callable[..., tuple[Array, Any]]:
     """The value and estimated gradient of `forwax.models.contrastive_losses`, by a method.
 
@@ -200,8 +208,14 @@ def contrastive(
         return functools.partial(_view_by_view, method, static, temperature)
 
     def loss(params: Any, x: Array, y: Array, labels: Array) -> LocalLosses:
-        options = {"temperature": temperature, "parts": method.parts, "axis_name": axis_name}
-        return contrastive_losses(_model(params, static), x, y, labels, method.losses, **options)
+        options = {
+            "temperature": temperature,
+            "parts": method.parts,
+            "axis_name": axis_name,
+        }
+        return contrastive_losses(
+            _model(params, static), x, y, labels, method.losses, **options
+        )
 
     return value_and_grad(loss, method.rule)
 
@@ -216,12 +230,20 @@ def _view_by_view(
     y: Array,
     labels: Array,
 ) -> tuple[Array, Any]:
-    def loss(params: Any, view: Array, index: Array, label: Array, views: Array) -> LocalLosses:
+    def loss(
+        params: Any, view: Array, index: Array, label: Array, views: Array
+    ) -> LocalLosses:
         model = _model(params, static)
-        return contrastive_loss_of_view(model, view, index, label, views, temperature=temperature)
+        return contrastive_loss_of_view(
+            model, view, index, label, views, temperature=temperature
+        )
 
     views = projections(_model(params, static), x, y)
-    both = jnp.concatenate([x, y]), jnp.arange(2 * len(x)), jnp.concatenate([labels, labels])
+    both = (
+        jnp.concatenate([x, y]),
+        jnp.arange(2 * len(x)),
+        jnp.concatenate([labels, labels]),
+    )
     return value_and_grad(loss, method.rule, in_axes=(None, 0, 0, 0, None))(
         key, params, *both, views
     )

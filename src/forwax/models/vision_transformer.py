@@ -26,7 +26,9 @@ class TransformerBlock(eqx.Module):
     wide: eqx.nn.Linear
     narrow: eqx.nn.Linear
 
-    def __init__(self, channels: int, *, heads: int, expansion: int = 4, key: jax.Array):
+    def __init__(
+        self, channels: int, *, heads: int, expansion: int = 4, key: jax.Array
+    ):
         first, second, third = jax.random.split(key, 3)
         self.before_attention = eqx.nn.LayerNorm(channels)
         self.attention = eqx.nn.MultiheadAttention(heads, channels, key=first)
@@ -56,7 +58,12 @@ class PatchEmbedding(eqx.Module):
     patches: int = eqx.field(static=True)
 
     def __init__(
-        self, in_shape: tuple[int, int, int], *, patches: int, channels: int, key: jax.Array
+        self,
+        in_shape: tuple[int, int, int],
+        *,
+        patches: int,
+        channels: int,
+        key: jax.Array,
     ):
         height, width, in_channels = in_shape
         if height % patches or width % patches:
@@ -113,8 +120,12 @@ class VisionTransformer(eqx.Module):
         key: jax.Array,
     ):
         first, last, *keys = jax.random.split(key, blocks + 2)
-        self.embedding = PatchEmbedding(in_shape, patches=patches, channels=channels, key=first)
-        self.blocks = tuple(TransformerBlock(channels, heads=heads, key=each) for each in keys)
+        self.embedding = PatchEmbedding(
+            in_shape, patches=patches, channels=channels, key=first
+        )
+        self.blocks = tuple(
+            TransformerBlock(channels, heads=heads, key=each) for each in keys
+        )
         self.norm = eqx.nn.LayerNorm(channels)
         self.out = Dense(channels, out_size, key=last)
 

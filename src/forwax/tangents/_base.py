@@ -85,7 +85,9 @@ class Tangents(abc.ABC):
             (4, 2, 3)
         """
         key = check_key(
-            key, "Tangents.sample", advice="Call tangents.sample(jax.random.key(0), like)."
+            key,
+            "Tangents.sample",
+            advice="Call tangents.sample(jax.random.key(0), like).",
         )
         directions = sampler(self, key, like, num_tangents, hold=True)
         return directions(jnp.arange(num_tangents))

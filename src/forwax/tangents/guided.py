@@ -70,7 +70,9 @@ class Guided(Tangents):
         normal = jax.random.normal(key, (n, num_tangents), guide.dtype)
         norm = cast(Array, jnp.linalg.norm(guide))
         is_usable = jnp.isfinite(norm) & (norm > 0)
-        first = jnp.where(is_usable, guide / jnp.where(is_usable, norm, 1), normal[:, 0])
+        first = jnp.where(
+            is_usable, guide / jnp.where(is_usable, norm, 1), normal[:, 0]
+        )
         frame = jnp.linalg.qr(normal.at[:, 0].set(first))[0]
         directions = frame.T
         scales = self._scales(n, num_tangents, frame.dtype)

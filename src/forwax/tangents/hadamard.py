@@ -66,7 +66,9 @@ class Hadamard(IndependentTangents):
         for signs, spec in zip(shared, specs, strict=True):
             # [1, *shape] * [c, *shape]
             shared_signs = signs[None]
-            leaves.append(shared_signs * _walsh(indices, start, spec).astype(spec.dtype))
+            leaves.append(
+                shared_signs * _walsh(indices, start, spec).astype(spec.dtype)
+            )
             start += math.prod(spec.shape)
         return leaves
 

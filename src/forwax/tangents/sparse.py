@@ -42,7 +42,9 @@ class Sparse(IndependentTangents):
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
-            raise ValueError(f"tangents.Sparse: expected a density in (0, 1], got {self.density}.")
+            raise ValueError(
+                f"tangents.Sparse: expected a density in (0, 1], got {self.density}."
+            )
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction: sparse signs in each leaf's shape and dtype."""

@@ -32,12 +32,16 @@ class Sphere(IndependentTangents):
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction of norm √n."""
-        wide_specs = [Spec(spec.shape, _tree.accumulation_dtype(spec.dtype)) for spec in specs]
+        wide_specs = [
+            Spec(spec.shape, _tree.accumulation_dtype(spec.dtype)) for spec in specs
+        ]
         leaves = normal_leaves(key, wide_specs)
         square = _tree.inner(leaves, leaves)
         scale = jnp.sqrt(_tree.count(specs) / square)
         return [
-            (leaf * scale).astype(spec.dtype)  # its length is known before it is rounded
+            (leaf * scale).astype(
+                spec.dtype
+            )  # its length is known before it is rounded
             for leaf, spec in zip(leaves, specs, strict=True)
         ]
 

@@ -67,7 +67,9 @@ def sampler(
     return in_chunks if jit else one_by_one
 
 
-def thresholds(false_alarm: float, power: float, num_checks: int) -> tuple[float, float]:
+def thresholds(
+    false_alarm: float, power: float, num_checks: int
+) -> tuple[float, float]:
     """Standard errors at which a check fails, and those at which it does so with some power.
 
     The first keeps the chance of any false alarm among `num_checks` two-sided checks below

@@ -63,7 +63,9 @@ def assert_contract(
         return loss(*args)
 
     def run(rule: Rule, key: Array, *args: Any) -> Any:
-        both = value_and_grad(counted, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes)
+        both = value_and_grad(
+            counted, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes
+        )
         return both(key, *args)
 
     eager = run(rule, key, *args)
@@ -73,7 +75,9 @@ def assert_contract(
     calls.clear()
     compiled = jax.jit(run)
     jitted = compiled(rule, key, *args)
-    _expect(len(calls) == 1, f"under jit the loss is traced {len(calls)} times per call")
+    _expect(
+        len(calls) == 1, f"under jit the loss is traced {len(calls)} times per call"
+    )
     compiled(rule, other_key, *args)
     _expect(len(calls) == 1, "a second call with another key traces the loss again")
     _same(eager, jitted, _ROUNDING, "the estimate differs under jit")
@@ -104,11 +108,19 @@ def _check_value(
     _same(true, value, tolerance, "the value is not the loss's own")
 
 
-def _check_form(grads: Tree, args: tuple[Any, ...], argnums: int | Sequence[int]) -> None:
-    chosen = tuple(args[i] for i in argnums) if isinstance(argnums, Sequence) else args[argnums]
+def _check_form(
+    grads: Tree, args: tuple[Any, ...], argnums: int | Sequence[int]
+) -> None:
+    chosen = (
+        tuple(args[i] for i in argnums)
+        if isinstance(argnums, Sequence)
+        else args[argnums]
+    )
     got = _form(grads)
     expected = _form(chosen)
-    _expect(got == expected, f"the gradient has the form {got}, the arguments {expected}")
+    _expect(
+        got == expected, f"the gradient has the form {got}, the arguments {expected}"
+    )
 
 
 def _form(tree: Tree) -> Tree:
@@ -119,7 +131,9 @@ def _check_key_is_needed(run: Callable, rule: Rule, args: Sequence[Any]) -> None
     try:
         run(rule, args[0], *args[1:])
     except TypeError as error:
-        _expect("PRNG key" in str(error), f"a call without a key does not say so: {error}")
+        _expect(
+            "PRNG key" in str(error), f"a call without a key does not say so: {error}"
+        )
     else:
         raise AssertionError("contract: a call without a key is accepted.")
 

@@ -56,7 +56,9 @@ def assert_isotropic(
         2048
     """
     key = jax.random.key(0) if key is None else key
-    drawn_form = jax.eval_shape(lambda key: tangents.sample(key, like, num_tangents), key)
+    drawn_form = jax.eval_shape(
+        lambda key: tangents.sample(key, like, num_tangents), key
+    )
     _check_form(drawn_form, like, num_tangents)
     specs = _tree.real_specs(like)
     n = _tree.count(specs)
@@ -65,7 +67,9 @@ def assert_isotropic(
         """The mean squared length, that of each leaf, and the n × n second moments."""
         sample = tangents.sample(key, like, num_tangents)
         rows = jax.vmap(lambda v: _tree.join_flat(_tree.to_real(v)))(sample)  # [k, n]
-        second = jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / num_tangents
+        second = (
+            jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST) / num_tangents
+        )
         diagonal = jnp.diagonal(second)
         lengths = [jnp.mean(diagonal)]
         start = 0

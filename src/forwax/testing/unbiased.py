@@ -117,7 +117,9 @@ def assert_unbiased(
     kwargs = kwargs or {}
 
     def estimate(rule: Rule, key: Array) -> Tree:
-        both = value_and_grad(loss, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes)
+        both = value_and_grad(
+            loss, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes
+        )
         return both(key, *args, **kwargs)[1]
 
     def once(rule: Rule) -> Tree:
@@ -184,7 +186,9 @@ class _Truth:
         named = jax.tree_util.tree_leaves_with_path(gradient)
         real = _tree.to_real(gradient)
         leaves = [np.asarray(x, _tree.accumulation_dtype(x.dtype)) for x in real]
-        squares = np.array([float(np.sum(np.square(x, dtype=np.float64))) for x in leaves])
+        squares = np.array(
+            [float(np.sum(np.square(x, dtype=np.float64))) for x in leaves]
+        )
         if not 0 < squares.sum() < np.inf:
             raise ValueError(
                 "assert_unbiased: expected a finite gradient other than zero, got squared norm "
@@ -216,7 +220,9 @@ class _Truth:
         """Projections on the whole gradient and on each seen leaf, then all coordinates."""
         pairs = zip(_tree.to_real(estimate), self.leaves, strict=True)
         wide = [x.astype(true.dtype) for x, true in pairs]
-        products = [jnp.sum(x * true) for x, true in zip(wide, self.leaves, strict=True)]
+        products = [
+            jnp.sum(x * true) for x, true in zip(wide, self.leaves, strict=True)
+        ]
         whole = sum(products) / self.squares.sum()
         each = [products[i] / self.squares[i] for i in self.seen]
         return jnp.concatenate([jnp.stack([whole, *each]), _tree.join_flat(wide)])
@@ -224,7 +230,9 @@ class _Truth:
     def check_basis_sum(self, mean: Tree) -> None:
         """Raise an AssertionError unless the mean over listed noise is the gradient."""
         norm = math.sqrt(self.squares.sum())
-        for path, got, true in zip(self.paths, _tree.to_real(mean), self.leaves, strict=True):
+        for path, got, true in zip(
+            self.paths, _tree.to_real(mean), self.leaves, strict=True
+        ):
             difference = np.asarray(got, true.dtype) - true
             error = float(np.linalg.norm(difference.ravel()))
             # Written so that what is no number fails.
@@ -248,7 +256,9 @@ class _Truth:
                 "draws. The rule is biased."
             )
         split = len(names)
-        self._check_coordinates(drawn.mean[split:], drawn.error[split:], fail, drawn.num_draws)
+        self._check_coordinates(
+            drawn.mean[split:], drawn.error[split:], fail, drawn.num_draws
+        )
 
     def _check_coordinates(
         self,

@@ -19,7 +19,9 @@ def output_sites(sites: Sites) -> list[Site]:
 
     An added weight decay is none: its error is constant, which tells nothing.
     """
-    return [site for site in sites.places if site.exact and _tells_something(site, sites)]
+    return [
+        site for site in sites.places if site.exact and _tells_something(site, sites)
+    ]
 
 
 def _tells_something(site: Site, sites: Sites) -> bool:
@@ -53,7 +55,9 @@ def map_shapes(sites: Sites, name: str) -> list[tuple[int, int]]:
     return [(size, site.size) for size, site in zip(sizes, sites.noisy, strict=True)]
 
 
-def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> list[Array]:
+def push_outputs(
+    sites: Sites, noise: Sequence[Array], num_tangents: int
+) -> list[Array]:
     """The slope of each output site's value along noises [k, *spec].
 
     Shapes are [k, *shape], with examples [k, examples, *shape].
@@ -71,7 +75,9 @@ def push_outputs(sites: Sites, noise: Sequence[Array], num_tangents: int) -> lis
         def values(time: Array) -> tuple[list[Array], None]:
             if sites.num_examples is None:
                 return one((), noise, time), None
-            each = jax.vmap(one, (mapped_axes, noise_axes, None), axis_size=sites.num_examples)
+            each = jax.vmap(
+                one, (mapped_axes, noise_axes, None), axis_size=sites.num_examples
+            )
             return each(list(sites.problem.mapped), noise, time), None
 
         _, tangents, _ = along(values)
@@ -93,15 +99,21 @@ def sent(
     A map of the size of one step's value serves every step of the loops around the site.
     """
     lead = () if sites.num_examples is None else (sites.num_examples,)
-    parts = [coordinates(jnp.conj(errors[output.variable]), len(lead)) for output in heard]
+    parts = [
+        coordinates(jnp.conj(errors[output.variable]), len(lead)) for output in heard
+    ]
     flat = jnp.concatenate(parts, axis=-1)  # [*lead, e]
     error = flat @ through.astype(flat.dtype)  # [*lead, z]
-    if lead and not site.mapped:  # one value for all examples has the sum of their errors
+    if (
+        lead and not site.mapped
+    ):  # one value for all examples has the sum of their errors
         error = jnp.sum(error, axis=0)
         lead = ()
     of_step = sites.own_shape(site)
     is_whole = error.shape[-1] == site.size
-    shape = site.shape if is_whole else (*[1] * (len(site.shape) - len(of_step)), *of_step)
+    shape = (
+        site.shape if is_whole else (*[1] * (len(site.shape) - len(of_step)), *of_step)
+    )
     spec = _tree.Spec(shape, site.dtype)
     real_shape = _tree.real_specs(spec)[0].shape
     value = _tree.from_real([error.reshape(*lead, *real_shape)], spec, len(lead))

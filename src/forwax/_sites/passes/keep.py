@@ -278,7 +278,9 @@ def _errors(sites: Sites, tail: Tail, records: Values) -> Values:
             return objective_of_one(shifts, used)
         shift_axes = {v: sites.axis_of(v) for v in shifts}
         used_axes = {v: sites.axis_of(v) for v in used}
-        of_each = jax.vmap(objective_of_one, (shift_axes, used_axes), axis_size=sites.num_examples)
+        of_each = jax.vmap(
+            objective_of_one, (shift_axes, used_axes), axis_size=sites.num_examples
+        )
         return jnp.mean(of_each(shifts, used))
 
     return jax.grad(objective)(shifts)

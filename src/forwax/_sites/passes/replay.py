@@ -26,7 +26,9 @@ from forwax._tree import Tree
 
 def like(sites: Sites, site: Site) -> Any:
     """What a site's noise in one step of the loops around it is like, all examples together."""
-    lead = (sites.num_examples,) if sites.num_examples is not None and site.mapped else ()
+    lead = (
+        (sites.num_examples,) if sites.num_examples is not None and site.mapped else ()
+    )
     return _mesh.like((*lead, *sites.own_shape(site)), site.dtype, site.axes)
 
 
@@ -53,7 +55,9 @@ def table_of(sites: Sites) -> dict[Variable, Site]:
 def push_drawn(sites: Sites, noise: Drawn) -> Pass:
     """As `keep.push`, with noise that each site draws; of the records only those of the tail."""
     run = functools.partial(_evaluate, sites, noise)
-    indices = np.arange(noise.num_tangents)  # NumPy's: a single index is a constant of the program
+    indices = np.arange(
+        noise.num_tangents
+    )  # NumPy's: a single index is a constant of the program
     return push_along(run, indices, noise.num_tangents)
 
 
@@ -129,7 +133,9 @@ class _DrawnPass:
                 env[v] = _inject_in_order(env[v], noise, self.time)
 
     def at_loop(self, plan: LoopPlan, env: Values) -> list[Any]:
-        def step(inner: Values, state: None, counter: Any) -> tuple[list[Any], None, None]:
+        def step(
+            inner: Values, state: None, counter: Any
+        ) -> tuple[list[Any], None, None]:
             of_step = dataclasses.replace(self, noise=self.noise.inside(plan, counter))
             return of_step.run(plan.level, inner), None, None
 
@@ -245,7 +251,9 @@ class _Replay:
         scanned = [v for v in names if v not in plan.fixed]
         start = {v: _zeros(env[entering[v]]) for v in fixed}  # type: ignore[index]
 
-        def step(inner: Values, sums: Values, slices: Any) -> tuple[list[Any], Values, Any]:
+        def step(
+            inner: Values, sums: Values, slices: Any
+        ) -> tuple[list[Any], Values, Any]:
             body = dataclasses.replace(self, noise=self.noise.inside(plan, slices))
             outputs, cotangents = body.run(plan.level, inner, names)
             sums = {v: total + cotangents[v] for v, total in sums.items()}
@@ -254,7 +262,9 @@ class _Replay:
             return outputs, sums, (of_step, records)
 
         slices = self.noise.slices(plan)
-        outputs, sums, (of_steps, records) = scan(plan, env, self.batch, step, start, slices)
+        outputs, sums, (of_steps, records) = scan(
+            plan, env, self.batch, step, start, slices
+        )
         env.update(records)
         pulled = {**sums, **of_steps}
         self.add({entering[v]: x for v, x in pulled.items()})  # type: ignore[misc]

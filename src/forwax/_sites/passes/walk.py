@@ -32,7 +32,11 @@ class Batch:
 
     def has(self, atom: Atom) -> bool:
         """Whether the atom's value has the axis."""
-        return self.size is not None and not isinstance(atom, Constant) and atom in self.mapped
+        return (
+            self.size is not None
+            and not isinstance(atom, Constant)
+            and atom in self.mapped
+        )
 
     def bind(self, equations: Sequence[Equation], env: Values) -> Values:
         """What equations compute for all examples, mapped together."""

@@ -63,7 +63,9 @@ def two_views(key: Array, images: Array) -> tuple[Array, Array]:
     >>> x.shape, y.shape
     ((2, 8, 8, 3), (2, 8, 8, 3))
     """
-    first, second = (jax.random.split(each, len(images)) for each in jax.random.split(key))
+    first, second = (
+        jax.random.split(each, len(images)) for each in jax.random.split(key)
+    )
     views = jax.vmap(view, in_axes=(0, 0, None))
     return views(first, images, FIRST_VIEW), views(second, images, SECOND_VIEW)
 
@@ -82,7 +84,9 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
-        x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x, augmentation), x)
+        x = _sometimes(
+            whether[2], augmentation.jitter, jitter(how[2], x, augmentation), x
+        )
         x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
     x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
     solarised = jnp.minimum(x, 1 - x)
@@ -153,7 +157,9 @@ def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) ->
             augmentation.hue,
         ]
     )
-    brightness, contrast, saturation, hue = jax.random.uniform(key, (4,), minval=-1.0) * most
+    brightness, contrast, saturation, hue = (
+        jax.random.uniform(key, (4,), minval=-1.0) * most
+    )
     x = image + brightness
     x = _away(x, jnp.mean(_grey(x)), contrast)
     x = _away(x, _grey(x), saturation)

@@ -27,7 +27,9 @@ PROJECTION = 128
 RULES = ren2023.NAMES
 """The methods, in the paper's names."""
 
-DRAWING = tuple(rule for rule, reading in ren2023.READINGS.items() if reading.draws_noise)
+DRAWING = tuple(
+    rule for rule, reading in ren2023.READINGS.items() if reading.draws_noise
+)
 """Those that draw noise."""
 
 
@@ -75,7 +77,9 @@ class Column:
         >>> COLUMNS["cifar-m-contrastive"].warmed_up(Settings(steps=8000)).warm_up
         100
         """
-        return dataclasses.replace(settings, warm_up=settings.steps * self.warm_up // self.epochs)
+        return dataclasses.replace(
+            settings, warm_up=settings.steps * self.warm_up // self.epochs
+        )
 
 
 def _column(
@@ -90,7 +94,11 @@ def _column(
     longer: dict[str, int] = {}
     for line in rows.strip().splitlines():
         row, rate, *own = line.split()
-        of_kind = [rule for rule, reading in ren2023.READINGS.items() if f"*{reading.kind}" == row]
+        of_kind = [
+            rule
+            for rule, reading in ren2023.READINGS.items()
+            if f"*{reading.kind}" == row
+        ]
         for each in of_kind or [row]:
             rates[each] = float(rate)
             if own:
@@ -240,7 +248,10 @@ def column_of(settings: Settings) -> Column:
     """
     for names in (("size", "data", "objective"), ("data", "objective"), ("objective",)):
         for column in COLUMNS.values():
-            if all(getattr(column.settings, name) == getattr(settings, name) for name in names):
+            if all(
+                getattr(column.settings, name) == getattr(settings, name)
+                for name in names
+            ):
                 return column
     return COLUMNS[DEFAULT]
 

@@ -69,7 +69,11 @@ class Experiment:
         return self if self.specialise is None else self.specialise(self, settings)
 
     def suggest_rate(
-        self, settings: Settings, rule: Any, num_parameters: int, noise: Callable[[Any], int | None]
+        self,
+        settings: Settings,
+        rule: Any,
+        num_parameters: int,
+        noise: Callable[[Any], int | None],
     ) -> float:
         """The learning rate for settings that name none.
 
@@ -213,5 +217,7 @@ _ALL = (
     ),
 )
 
-EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
+EXPERIMENTS: Mapping[str, Experiment] = {
+    experiment.name: experiment for experiment in _ALL
+}
 """Every experiment by its name."""

@@ -65,13 +65,19 @@ LINES: Mapping[str, NamedRule] = {
         "forward gradient, {k}, normal", _by("weight", "normal"), 1, "value"
     ),
     "low-rank": NamedRule("rank-1 forward gradient, {k}", _by("weight", "low-rank"), 1),
-    "projection": NamedRule("projection, {k}", _by("weight", combine="projection"), MANY),
+    "projection": NamedRule(
+        "projection, {k}", _by("weight", combine="projection"), MANY
+    ),
     "shrinkage": NamedRule("shrinkage, {k}", _by("weight", combine="shrinkage"), MANY),
     "orthonormal": NamedRule("orthonormal, {k}", _by("weight", "orthonormal"), MANY),
-    "finite-difference": NamedRule("finite differences, {k}", _by("finite-difference"), 1),
+    "finite-difference": NamedRule(
+        "finite differences, {k}", _by("finite-difference"), 1
+    ),
     "activity": NamedRule("activity noise, {k}", _by("activity"), 1),
     "feedback": NamedRule("feedback alignment", {"rule": "feedback"}),
-    "direct-feedback": NamedRule("direct feedback alignment", {"rule": "direct-feedback"}),
+    "direct-feedback": NamedRule(
+        "direct feedback alignment", {"rule": "direct-feedback"}
+    ),
     "exact": NamedRule("exact, forward mode", {"rule": "exact"}),
 }
 """Every rule by its name; `NAME-K` is the same with K tangents, such as forward-16."""
@@ -108,7 +114,9 @@ def parse(name: str, index: int = 0) -> NamedRule:
     given = dict(line.given)
     if count is not None:
         given["num_tangents"] = count
-        chunks = "chunk_size" in RULES[given["rule"]].takes and given["combine"] == "mean"
+        chunks = (
+            "chunk_size" in RULES[given["rule"]].takes and given["combine"] == "mean"
+        )
         if count > CHUNK and chunks:
             given["chunk_size"] = CHUNK
     about = line.about.format(k=f"{count} tangent" + ("" if count == 1 else "s"))
@@ -166,7 +174,9 @@ class Entry:
         rule, *words = text.split(":")
         if rule not in ren2023.NAMES:
             known = ", ".join(ren2023.NAMES)
-            raise UsageError(f"There is no rule {rule!r} in Ren et al. 2023; choose from: {known}.")
+            raise UsageError(
+                f"There is no rule {rule!r} in Ren et al. 2023; choose from: {known}."
+            )
         if rule not in DRAWING:
             if words:
                 raise UsageError(
@@ -200,7 +210,11 @@ class Entry:
         >>> Entry.parse("FG-A:8:normal").row
         'FG-A:8'
         """
-        return f"{self.rule}:{self.num_tangents}" if (self.num_tangents or 1) > 1 else self.rule
+        return (
+            f"{self.rule}:{self.num_tangents}"
+            if (self.num_tangents or 1) > 1
+            else self.rule
+        )
 
     def settings(self, column: Column, num_examples: int, **changes: Any) -> Settings:
         """The settings of this row in a column.

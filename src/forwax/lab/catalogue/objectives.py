@@ -75,9 +75,9 @@ def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
     """
 
     def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
-        logits = eqx.combine(cast(params, dtype), static)(scale(image).astype(dtype)).astype(
-            parameter_dtype(dtype)
-        )
+        logits = eqx.combine(cast(params, dtype), static)(
+            scale(image).astype(dtype)
+        ).astype(parameter_dtype(dtype))
         return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
 
     return loss
@@ -89,7 +89,9 @@ def _read(settings: Settings) -> tuple[Any, ren2023.Reading, bool]:
     return jnp.dtype(settings.dtype), reading, settings.parts and reading.draws_noise
 
 
-def supervised(static: Any, scale: Scale, settings: Settings, largest_pixel: int) -> Gradient:
+def supervised(
+    static: Any, scale: Scale, settings: Settings, largest_pixel: int
+) -> Gradient:
     """Local cross-entropies, see `forwax.models.local_losses`.
 
     Args:
@@ -102,7 +104,11 @@ def supervised(static: Any, scale: Scale, settings: Settings, largest_pixel: int
 
     def loss(params: Any, x: Array, label: Array) -> Any:
         losses = local_losses(
-            eqx.combine(cast(params, dtype), static), x, label, reading.losses, parts=parts
+            eqx.combine(cast(params, dtype), static),
+            x,
+            label,
+            reading.losses,
+            parts=parts,
         )
         # the same forward pass again, which XLA merges with the first; no rule sees parameters in
         # it
@@ -129,12 +135,16 @@ def shifted(key: Array, images: Array) -> Array:
     >>> shifted(jax.random.key(0), jnp.ones((3, 8, 8, 1), jnp.uint8)).shape
     (3, 8, 8, 1)
     """
-    first, second = (jax.random.split(each, len(images)) for each in jax.random.split(key))
+    first, second = (
+        jax.random.split(each, len(images)) for each in jax.random.split(key)
+    )
     moved = jax.vmap(augment.shift)(first, images)
     return jax.vmap(augment.flip)(second, moved) if images.shape[-1] == 3 else moved
 
 
-def contrastive(static: Any, scale: Scale, settings: Settings, largest_pixel: int) -> Gradient:
+def contrastive(
+    static: Any, scale: Scale, settings: Settings, largest_pixel: int
+) -> Gradient:
     """NT-Xent between two views of each image, the readout trained along.
 
     The accuracy is the readout's on the first view; the arguments are those of `supervised`.

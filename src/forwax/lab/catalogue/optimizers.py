@@ -70,7 +70,11 @@ def decayed_by_lars(params: Any) -> Any:
 
     def decays(path: Any, leaf: Any) -> bool:
         name = jax.tree_util.keystr(path)
-        return leaf.ndim > 1 and not name.endswith(".bias") and re.search(HEADS, name) is None
+        return (
+            leaf.ndim > 1
+            and not name.endswith(".bias")
+            and re.search(HEADS, name) is None
+        )
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -94,21 +98,31 @@ _momentum = functools.partial(optax.sgd, momentum=MOMENTUM)
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(optax.sgd),
     "momentum": OptimizerChoice(_momentum, factor=1 - MOMENTUM),
-    "nesterov": OptimizerChoice(functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM),
+    "nesterov": OptimizerChoice(
+        functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM
+    ),
     **{
-        name: OptimizerChoice(getattr(optax, name), rate, decays=name in ("adamw", "lion", "lamb"))
+        name: OptimizerChoice(
+            getattr(optax, name), rate, decays=name in ("adamw", "lion", "lamb")
+        )
         for name, rate in _ADAPTIVE.items()
     },
     "lars": OptimizerChoice(
-        functools.partial(optax.lars, weight_decay_mask=decayed_by_lars), 1e-1, decays=True
+        functools.partial(optax.lars, weight_decay_mask=decayed_by_lars),
+        1e-1,
+        decays=True,
     ),
 }
 """Every optimizer of the command line."""
 
 SCHEDULES: Mapping[str, Callable[[float, Settings, int], optax.Schedule]] = {
     "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
-    "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, max(steps, 1)),
-    "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, max(steps, 1)),
+    "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(
+        rate, max(steps, 1)
+    ),
+    "linear": lambda rate, settings, steps: optax.linear_schedule(
+        rate, 0.0, max(steps, 1)
+    ),
     "exponential": lambda rate, settings, steps: optax.exponential_decay(
         rate, 1, math.exp(-(settings.decay_rate or 0))
     ),
@@ -131,10 +145,14 @@ def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
     0.368
     """
     warm_up = settings.warm_up
-    after = SCHEDULES[settings.schedule](learning_rate, settings, settings.steps - warm_up)
+    after = SCHEDULES[settings.schedule](
+        learning_rate, settings, settings.steps - warm_up
+    )
     if not warm_up:
         return after
-    rise = optax.linear_schedule(learning_rate / warm_up, learning_rate, max(warm_up - 1, 1))
+    rise = optax.linear_schedule(
+        learning_rate / warm_up, learning_rate, max(warm_up - 1, 1)
+    )
     return optax.join_schedules([rise, after], [warm_up])
 
 
@@ -148,7 +166,9 @@ def build_optimizer(settings: Settings) -> optax.GradientTransformation:
     >>> state = build_optimizer(settings).init({"w": 0.0})
     """
     if settings.learning_rate is None:
-        raise ValueError("expected settings with a learning rate, got None; see options.resolve")
+        raise ValueError(
+            "expected settings with a learning rate, got None; see options.resolve"
+        )
     choice = OPTIMIZERS[settings.optimizer]
     schedule = build_schedule(settings, settings.learning_rate)
     if choice.decays:

@@ -43,14 +43,20 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, None]:
         kind = Literal[tuple(_NAMES[field.name])]
     return (
         field.name,
-        Annotated[kind | None, tyro.conf.arg(help=field.metadata["help"], help_behavior_hint="")],
+        Annotated[
+            kind | None,
+            tyro.conf.arg(help=field.metadata["help"], help_behavior_hint=""),
+        ],
         None,
     )
 
 
 def _given(self: Any) -> Json:
     """Give what the user named, by field; fields of subclasses are left out."""
-    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(SettingOptions)}
+    values = {
+        field.name: getattr(self, field.name)
+        for field in dataclasses.fields(SettingOptions)
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -99,7 +105,9 @@ def find_configuration(experiment: Experiment, name: str) -> Settings:
     if name in experiment.configurations:
         return experiment.configurations[name]
     known = ", ".join(experiment.configurations)
-    reason = experiment.notes.get(name, f"{experiment.name} has no configuration {name!r}.")
+    reason = experiment.notes.get(
+        name, f"{experiment.name} has no configuration {name!r}."
+    )
     raise UsageError(f"{reason} Choose --config from: {known}.")
 
 
@@ -167,7 +175,9 @@ def resolve(
         )
     settings = check_rule(settings, given)
     settings = _with_steps(settings, experiment, given, num_examples)
-    if "warm_up" not in given:  # the configuration's warm-up keeps its share of the steps
+    if (
+        "warm_up" not in given
+    ):  # the configuration's warm-up keeps its share of the steps
         base = find_configuration(experiment, configuration)
         warm_up = base.warm_up * settings.steps // base.steps
         settings = dataclasses.replace(settings, warm_up=warm_up)
@@ -191,7 +201,9 @@ def _with_steps(
     epochs = given.get("epochs")
     if "steps" in given:
         if epochs is not None:
-            raise UsageError("--steps and --epochs both say how long to train; give one of them.")
+            raise UsageError(
+                "--steps and --epochs both say how long to train; give one of them."
+            )
         return settings
     if epochs is not None and not 0 < epochs < float("inf"):
         raise UsageError(f"--epochs must be a positive number, got {epochs}.")

@@ -65,7 +65,9 @@ class RuleChoice:
     build: Build
     takes: tuple[str, ...]
     about: str
-    backward: str = "No reverse mode was used: no backward pass, and nothing kept for one."
+    backward: str = (
+        "No reverse mode was used: no backward pass, and nothing kept for one."
+    )
     reverse_mode: bool = False
     needs_data: bool = False
     published: bool = False
@@ -80,7 +82,9 @@ def _tangents(settings: Settings, guess: Any) -> Any:
     return tangents.Guided(guess) if name == "guided" else TANGENTS[name]
 
 
-def _drawn(rule: Callable[..., fx.Rule], settings: Settings, guess: Any, **own: Any) -> fx.Rule:
+def _drawn(
+    rule: Callable[..., fx.Rule], settings: Settings, guess: Any, **own: Any
+) -> fx.Rule:
     """Build a rule with tangents."""
     combination = COMBINES[settings.combine or "mean"]
     if settings.combine == "control-variate":
@@ -94,18 +98,28 @@ def _drawn(rule: Callable[..., fx.Rule], settings: Settings, guess: Any, **own: 
 
 
 def _exact(settings: Settings, guess: Any) -> fx.Rule:
-    return fx.Exact() if settings.chunk_size is None else fx.Exact(chunk_size=settings.chunk_size)
+    return (
+        fx.Exact()
+        if settings.chunk_size is None
+        else fx.Exact(chunk_size=settings.chunk_size)
+    )
 
 
 def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
-    return fx.DirectFeedbackAlignment(jax.random.fold_in(jax.random.key(settings.seed), FEEDBACK))
+    return fx.DirectFeedbackAlignment(
+        jax.random.fold_in(jax.random.key(settings.seed), FEEDBACK)
+    )
 
 
 def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
     key = jax.random.key(settings.seed)
     number = settings.num_tangents or 1
     return ren2023.method(
-        settings.rule, None, key, tangents=_tangents(settings, None), num_tangents=number
+        settings.rule,
+        None,
+        key,
+        tangents=_tangents(settings, None),
+        num_tangents=number,
     ).rule
 
 
@@ -126,7 +140,9 @@ _PLAIN: Mapping[str, RuleChoice] = {
         tangents="low-rank",
     ),
     "exact": RuleChoice(
-        _exact, ("chunk_size",), "the true gradient by forward mode, one basis vector after another"
+        _exact,
+        ("chunk_size",),
+        "the true gradient by forward mode, one basis vector after another",
     ),
     "finite-difference": RuleChoice(
         lambda settings, guess: _drawn(
@@ -170,7 +186,9 @@ _PLAIN: Mapping[str, RuleChoice] = {
 
 def _published(reading: ren2023.Reading) -> RuleChoice:
     """A method of Ren et al. 2023: one of the rules above, or noise of its own."""
-    plain = {"BP": "backprop", "FA": "feedback", "DFA": "direct-feedback"}.get(reading.kind)
+    plain = {"BP": "backprop", "FA": "feedback", "DFA": "direct-feedback"}.get(
+        reading.kind
+    )
     own = RuleChoice(_published_noise, ("tangents", "num_tangents"), "", _LOCAL)
     return dataclasses.replace(
         _PLAIN[plain] if plain else own,
@@ -273,7 +291,9 @@ def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
     True
     """
     rule = RULES[settings.rule]
-    settings = dataclasses.replace(settings, tangents=settings.tangents or rule.tangents)
+    settings = dataclasses.replace(
+        settings, tangents=settings.tangents or rule.tangents
+    )
     takes = set(rule.takes)
     if settings.tangents != "sparse":
         takes.discard("density")

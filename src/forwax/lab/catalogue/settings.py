@@ -46,8 +46,12 @@ class Settings:
     num_tangents: Count | None = _choice(
         1, "How many tangents each step draws; more cost more and are less noisy."
     )
-    combine: str | None = _choice("mean", "How slopes and tangents become one estimate.")
-    density: Share | None = _choice(0.1, "The share of non-zero entries of sparse tangents (0.1).")
+    combine: str | None = _choice(
+        "mean", "How slopes and tangents become one estimate."
+    )
+    density: Share | None = _choice(
+        0.1, "The share of non-zero entries of sparse tangents (0.1)."
+    )
     chunk_size: Count | None = _choice(
         None, "How many tangents are pushed forward at once; all of them by default."
     )
@@ -91,7 +95,9 @@ class Settings:
         "The number of steps between two evaluations on the test set; a twentieth of all steps by "
         "default.",
     )
-    seed: Seed = _choice(0, "The seed of the initial parameters, the data order and the tangents.")
+    seed: Seed = _choice(
+        0, "The seed of the initial parameters, the data order and the tangents."
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = _choice(
         "float32",
         "The floating type that the model computes in; half precision keeps its parameters in "
@@ -116,7 +122,9 @@ class Settings:
         "Whether supervised training images of local-mixer are shifted by up to 2 pixels, and "
         "flipped where coloured.",
     )
-    data_parallel: bool = _choice(False, "Whether each batch is spread over all local devices.")
+    data_parallel: bool = _choice(
+        False, "Whether each batch is spread over all local devices."
+    )
 
     def as_dict(self) -> Json:
         """Give the settings as a dictionary that JSON can hold.

@@ -63,7 +63,9 @@ def run(options: CompareOptions) -> int:
     try:
         results = compare(comparison)
     except KeyboardInterrupt:
-        print(f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {folder}")
+        print(
+            f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {folder}"
+        )
         return 130
     save(comparison, results)
     # a log has no width of its own; the tables need this much
@@ -94,7 +96,9 @@ def compare(comparison: Comparison) -> Json:
         rate = settings.learning_rate
         assert rate is not None
         searches[name] = [] if options.paper else _search(bench, name, rate)
-        rates_found[name] = rates.best_rate(rates.pairs(searches[name]) or [(rate, 0.0)])
+        rates_found[name] = rates.best_rate(
+            rates.pairs(searches[name]) or [(rate, 0.0)]
+        )
     for seed in range(options.seeds):
         for name, rate in rates_found.items():
             runs.setdefault(name, []).append(
@@ -110,12 +114,16 @@ def _search(bench: Bench, name: str, suggested: float) -> list[Json]:
     comparison = bench.comparison
 
     def candidate(number: int, rate: float) -> Json:
-        return comparison.part(f"search-{name}-{number}", bench.candidate, name, number, rate)
+        return comparison.part(
+            f"search-{name}-{number}", bench.candidate, name, number, rate
+        )
 
     candidates = rates.search(suggested, comparison.options.search_rates, candidate)
     note = rates.edge_note(candidates)
     best = rates.best_rate(rates.pairs(candidates))
-    print(f"{name}: learning rate {best:.3g}" + (f" ({note})" if note else ""), flush=True)
+    print(
+        f"{name}: learning rate {best:.3g}" + (f" ({note})" if note else ""), flush=True
+    )
     return candidates
 
 
@@ -136,7 +144,9 @@ def _facts(comparison: Comparison) -> Json:
         "batch_size": next(iter(comparison.settings.values())).batch_size,
         "seeds": list(range(options.seeds)),
         "search": None if options.paper else search,
-        "settings": {name: each.as_dict() for name, each in comparison.settings.items()},
+        "settings": {
+            name: each.as_dict() for name, each in comparison.settings.items()
+        },
         "cores": os.cpu_count(),
         "date": f"{datetime.now():%Y-%m-%d}",
         **report.machine(),

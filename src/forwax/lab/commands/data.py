@@ -28,7 +28,9 @@ class DataOptions:
     """
 
     name: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SET", help_behavior_hint="")
+        str | None,
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="SET", help_behavior_hint=""),
     ] = None
     """The set: digits, mnist, fashion-mnist or cifar10. Without it, a table of all sets."""
 
@@ -89,7 +91,9 @@ def describe(name: str, data_dir: Path | None = None) -> str:
     lines = [f"{name}: {place}{verified}"]
     for split, images in (("training", data.train_images), ("test", data.test_images)):
         shape = "x".join(str(size) for size in images.shape[1:])
-        lines.append(f"  {split}: {len(images):,} images of {shape}, uint8 from 0 to {data.scale}")
+        lines.append(
+            f"  {split}: {len(images):,} images of {shape}, uint8 from 0 to {data.scale}"
+        )
     lines.append(f"  {'class':<14}{'training':>10}{'test':>10}")
     for label, in_train, in_test in zip(
         data.class_names,

@@ -12,7 +12,11 @@ from rich.console import Console
 import forwax as fx
 from forwax.lab.catalogue import names
 from forwax.lab.catalogue.names import NamedRule
-from forwax.lab.catalogue.options import OneLossName, find_configuration, find_experiment
+from forwax.lab.catalogue.options import (
+    OneLossName,
+    find_configuration,
+    find_experiment,
+)
 from forwax.lab.catalogue.rules import build_rule, initial_guess
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import Count, CountOrNot, PathOrNot, UsageError, check_ranges
@@ -80,16 +84,22 @@ def run(options: DiagnoseOptions) -> int:
     return 0
 
 
-def measure(problem: Task, named: list[NamedRule], size: int, options: DiagnoseOptions) -> Any:
+def measure(
+    problem: Task, named: list[NamedRule], size: int, options: DiagnoseOptions
+) -> Any:
     """Diagnose the rules on one random batch at the initial parameters; see `forwax.diagnose`."""
     init, feedback, key = jax.random.split(jax.random.key(options.seed), 3)
     params = problem.init(init)
-    chosen = np.random.default_rng(options.seed).choice(problem.num_examples, size, replace=False)
+    chosen = np.random.default_rng(options.seed).choice(
+        problem.num_examples, size, replace=False
+    )
     images, labels = (jnp.asarray(each[np.sort(chosen)]) for each in problem.train)
     rules = {}
     for each in named:
         settings = Settings(**each.given)
-        rules[each.about] = build_rule(settings, initial_guess(settings, params, feedback))
+        rules[each.about] = build_rule(
+            settings, initial_guess(settings, params, feedback)
+        )
     diagnose = fx.diagnose(
         problem.loss,
         rules,

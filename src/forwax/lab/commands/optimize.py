@@ -49,7 +49,11 @@ if TYPE_CHECKING:
 else:
     FunctionName = Literal[tuple(DEFAULTS)]
     RuleName = Literal[
-        tuple(name for name, rule in RULES.items() if name != "backprop" and not rule.needs_data)
+        tuple(
+            name
+            for name, rule in RULES.items()
+            if name != "backprop" and not rule.needs_data
+        )
     ]
     # what needs a guess of the gradient is left out: it would be a state, which plain descent
     # does not keep
@@ -96,7 +100,9 @@ class OptimizeOptions:
     """How many tangents each step draws."""
     combine: CombineName = "mean"
     """How slopes and tangents become one estimate."""
-    condition_number: Annotated[float, Range("at least 1", lambda x: 1 <= x < math.inf)] = 100.0
+    condition_number: Annotated[
+        float, Range("at least 1", lambda x: 1 <= x < math.inf)
+    ] = 100.0
     """The condition number of the quadratic function."""
     seed: Natural = 0
     """The seed of all runs."""
@@ -127,7 +133,9 @@ def run(options: OptimizeOptions) -> int:
     rules = {"backprop": fx.Backprop(), name: rule}
     keys = jax.random.split(jax.random.key(options.seed), options.runs)
     descents = {name: descend(plan, rule, keys) for name, rule in rules.items()}
-    timings = dict(zip(rules, measure(plan, list(rules.values()), keys[0]), strict=True))
+    timings = dict(
+        zip(rules, measure(plan, list(rules.values()), keys[0]), strict=True)
+    )
     numbers = summarise(plan, rules, descents, timings, options.seed)
     report.print_tables(make_table(numbers))
     style.save(picture.draw(plan, descents, timings), path)

@@ -14,7 +14,15 @@ from forwax.lab.catalogue.names import Entry
 from forwax.lab.catalogue.options import check_numbers
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
-from forwax.lab.flags import Chosen, Count, CountOrNot, Natural, PathOrNot, UsageError, check_ranges
+from forwax.lab.flags import (
+    Chosen,
+    Count,
+    CountOrNot,
+    Natural,
+    PathOrNot,
+    UsageError,
+    check_ranges,
+)
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
 from forwax.lab.report import Json
@@ -126,14 +134,28 @@ def run(options: ReproduceOptions) -> int:
                 for entry in dict.fromkeys(entries):
                     settings = settings_of(column, entry, data, options, seed)
                     summary = _train(
-                        folder_of(folder, entry, seed), column, entry, data, settings, signals
+                        folder_of(folder, entry, seed),
+                        column,
+                        entry,
+                        data,
+                        settings,
+                        signals,
                     )
                     finite &= summary["finite"]
-                    save(folder, column, checksum, table.facts(settings, summary, options.holdout))
+                    save(
+                        folder,
+                        column,
+                        checksum,
+                        table.facts(settings, summary, options.holdout),
+                    )
         except KeyboardInterrupt:
-            print(f"\nStopped; what was done is kept in {folder}. The same command goes on.")
+            print(
+                f"\nStopped; what was done is kept in {folder}. The same command goes on."
+            )
             return signals.code
-    report.print_tables(table.make_table(column, *finished(folder, checksum)), width_in_logs=150)
+    report.print_tables(
+        table.make_table(column, *finished(folder, checksum)), width_in_logs=150
+    )
     print(f"Table, curves and runs: {folder}")
     return 0 if finite else NOT_FINITE
 
@@ -149,7 +171,9 @@ def parse_entries(options: ReproduceOptions) -> list[Entry]:
     """
     check_ranges(options)
     if options.epochs is not None and options.steps is not None:
-        raise UsageError("--steps and --epochs both say how long to train; give one of them.")
+        raise UsageError(
+            "--steps and --epochs both say how long to train; give one of them."
+        )
     if not options.rules:
         raise UsageError(
             "--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run."
@@ -168,7 +192,9 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     held = options.holdout
     total = len(data.train_images)
     if held >= total:
-        raise UsageError(f"--holdout must leave images to train on; there are {total} in all.")
+        raise UsageError(
+            f"--holdout must leave images to train on; there are {total} in all."
+        )
     if held:
         test = [x[-held:] for x in train]
         train = [x[:-held] for x in train]
@@ -191,7 +217,11 @@ def settings_of(
         UsageError: when one is out of range.
     """
     names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
-    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    changes = {
+        name: getattr(options, name)
+        for name in names
+        if getattr(options, name) is not None
+    }
     num_examples = len(data.train_images)
     settings = entry.settings(column, num_examples, seed=seed, **changes)
     check_numbers(settings, num_examples)
@@ -199,7 +229,12 @@ def settings_of(
 
 
 def _train(
-    folder: Path, column: Column, entry: Entry, data: DataSet, settings: Settings, signals: Signals
+    folder: Path,
+    column: Column,
+    entry: Entry,
+    data: DataSet,
+    settings: Settings,
+    signals: Signals,
 ) -> Json:
     """Train one method with one seed, or read what an earlier sitting finished."""
     if signals.received is not None:

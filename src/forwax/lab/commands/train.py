@@ -49,7 +49,9 @@ class TrainOptions(SettingOptions):
     """What to train on what."""
     config: str = "default"
     """A configuration: default, paper or paper-fast; for local-mixer a column of reproduce."""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")] = None
+    resume: Annotated[
+        Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")
+    ] = None
     """Go on with the run in this folder, bit for bit as if it had never stopped."""
     runs: Path = Path("runs")
     """The folder that the run's folder is made in."""
@@ -64,10 +66,17 @@ DESCRIPTION = "\n".join(
         "Train a model on real data, by default without backpropagation.",
         "",
         "Experiments; docs/results/experiments.md tells what their defaults reached:",
-        *(f"- {name}: {experiment.description}" for name, experiment in EXPERIMENTS.items()),
+        *(
+            f"- {name}: {experiment.description}"
+            for name, experiment in EXPERIMENTS.items()
+        ),
         "",
         "Rules:",
-        *(f"- {name}: {rule.about}" for name, rule in RULES.items() if not rule.published),
+        *(
+            f"- {name}: {rule.about}"
+            for name, rule in RULES.items()
+            if not rule.published
+        ),
         "",
         "Options that are left out are those of the experiment's configuration.",
     ]
@@ -110,7 +119,9 @@ def run(options: TrainOptions) -> int:
             accuracy = run.summary()["test_accuracy"]
             print(f"{run.path} is finished already: test accuracy {accuracy:.1%}.")
             return 0
-        run, problem, settings = _resume(run, options.data_dir) if run else _start(options)
+        run, problem, settings = (
+            _resume(run, options.data_dir) if run else _start(options)
+        )
         with opened(run, problem, settings) as files:
             if options.resume:
                 whence = f"step {files.step} of {settings.steps}"
@@ -129,7 +140,12 @@ def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
     data_dir = options.data_dir
     problem = build_problem(experiment, asked(experiment, config, given), data_dir)
     settings = resolve(
-        experiment, config, given, problem.num_examples, problem.num_parameters, problem.noise
+        experiment,
+        config,
+        given,
+        problem.num_examples,
+        problem.num_parameters,
+        problem.noise,
     )
     name = experiment.name
     kept = {
@@ -184,7 +200,9 @@ class _Training(Session):
     def __init__(self, files: Files, problem: Task, settings: Settings):
         trainer = build_trainer(problem, settings, files.state)
         steps = settings.steps
-        super().__init__(trainer, {*range(0, steps, settings.eval_every or steps), steps}, files)
+        super().__init__(
+            trainer, {*range(0, steps, settings.eval_every or steps), steps}, files
+        )
         self.metrics = files.metrics
         self.score = Scorer(problem, problem.test)
 
@@ -194,7 +212,11 @@ class _Training(Session):
         times = self.seconds - seconds + seconds * np.arange(1, count + 1) / count
         columns = block.losses, block.accuracies, times.round(6)
         names = "step", "loss", "accuracy", "seconds"
-        rows = zip(range(first, first + count), *(each.tolist() for each in columns), strict=True)
+        rows = zip(
+            range(first, first + count),
+            *(each.tolist() for each in columns),
+            strict=True,
+        )
         self.metrics.append(dict(zip(names, row, strict=True)) for row in rows)
 
     def at_stop(self) -> None:

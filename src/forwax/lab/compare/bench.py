@@ -78,7 +78,11 @@ class Trial(Session):
         """Give at most `BINS` pairs (middle step, mean training loss)."""
         losses = np.array(self.losses)
         parts = np.array_split(np.arange(len(losses)), min(BINS, len(losses)) or 1)
-        return [(float(part.mean() + 1), float(losses[part].mean())) for part in parts if len(part)]
+        return [
+            (float(part.mean() + 1), float(losses[part].mean()))
+            for part in parts
+            if len(part)
+        ]
 
 
 class Bench:
@@ -110,13 +114,17 @@ class Bench:
             print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
         return {
             "seconds": seconds,
-            "temporary_bytes": {name: each.temporary_bytes for name, each in programs.items()},
+            "temporary_bytes": {
+                name: each.temporary_bytes for name, each in programs.items()
+            },
         }
 
     def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""
         steps = self.comparison.search_steps
-        trial = Trial(self._program(name, steps), rate, 0, self._validation, [steps]).train()
+        trial = Trial(
+            self._program(name, steps), rate, 0, self._validation, [steps]
+        ).train()
         loss = finite(trial.validation_losses[-1]) if trial.finite else None
         count = self.comparison.options.search_rates
         what = "not finite" if loss is None else f"validation loss {loss:.4g}"

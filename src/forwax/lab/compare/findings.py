@@ -42,7 +42,9 @@ def gather(
     Returns:
         A dictionary that JSON can hold: no infinities, and "not reached" in place of a number.
     """
-    seconds = {name: float(np.median(values)) for name, values in timing["seconds"].items()}
+    seconds = {
+        name: float(np.median(values)) for name, values in timing["seconds"].items()
+    }
     found: dict[str, Json] = {}
     for rule in rules:
         name = rule.name
@@ -81,10 +83,15 @@ def _of_runs(runs: list[Json]) -> Json:
         "learning_rate": runs[0]["learning_rate"],
         "train_loss": finite(train_loss),
         "test_accuracy": float(np.mean(accuracies)),
-        "test_accuracy_sd": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else None,
+        "test_accuracy_sd": float(np.std(accuracies, ddof=1))
+        if len(runs) > 1
+        else None,
         "non_finite": sum(not run["finite"] for run in runs),
         "best_validation_loss": finite(min(losses, default=math.inf)),
-        "curve": {"steps": steps, "validation_losses": [finite(loss) for loss in losses]},
+        "curve": {
+            "steps": steps,
+            "validation_losses": [finite(loss) for loss in losses],
+        },
         "runs": runs,
     }
 
@@ -99,7 +106,9 @@ def median_curve(runs: list[Json]) -> tuple[list[int], list[float]]:
     """
     steps = max((run["steps"] for run in runs), key=len)
     losses = zip_longest(*(run["validation_losses"] for run in runs))
-    by_step = ([math.inf if loss is None else loss for loss in of_runs] for of_runs in losses)
+    by_step = (
+        [math.inf if loss is None else loss for loss in of_runs] for of_runs in losses
+    )
     # NumPy's median of infinities is not a number
     return steps, list(map(statistics.median, by_step))
 
@@ -112,7 +121,11 @@ def default_target(found: dict[str, Json]) -> float | None:
     >>> default_target({"a": {"curve": {"validation_losses": [0.1, 0.12341]}, "non_finite": 0}})
     0.124
     """
-    kept = [each["curve"]["validation_losses"] for each in found.values() if not each["non_finite"]]
+    kept = [
+        each["curve"]["validation_losses"]
+        for each in found.values()
+        if not each["non_finite"]
+    ]
     largest = max((losses[-1] or 0 for losses in kept), default=0)
     if largest <= 0:
         return None
@@ -154,7 +167,10 @@ def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
 def _reached(each: Json, step: int | None, what: str) -> dict[str, float | str]:
     if step is None:
         return dict.fromkeys((f"steps_to_{what}", f"seconds_to_{what}"), NOT_REACHED)
-    return {f"steps_to_{what}": step, f"seconds_to_{what}": step * each["seconds_per_step"]}
+    return {
+        f"steps_to_{what}": step,
+        f"seconds_to_{what}": step * each["seconds_per_step"],
+    }
 
 
 def _against(each: Json, reference: Json | None) -> Json:
@@ -168,5 +184,7 @@ def _against(each: Json, reference: Json | None) -> Json:
         "time_ratio": time_ratio,
         **_reached(each, ours, "backprops_best"),
         # a reference that was at its best before the first step took no time
-        "T_ratio": time_ratio * ours / theirs if ours is not None and theirs else NOT_REACHED,
+        "T_ratio": time_ratio * ours / theirs
+        if ours is not None and theirs
+        else NOT_REACHED,
     }

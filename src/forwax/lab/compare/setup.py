@@ -84,7 +84,9 @@ class CompareOptions:
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     out: PathOrNot = None
     """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
-    resume: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    resume: Annotated[
+        Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")
+    ] = None
     """Go on with the comparison in this folder; finished parts are not done again."""
 
     @property
@@ -113,8 +115,15 @@ def resumed(options: CompareOptions) -> CompareOptions:
         )
     fields = {field.name for field in dataclasses.fields(CompareOptions)}
     stored = {name: config[name] for name in fields & config.keys()}
-    data_dir = options.data_dir or (Path(config["data_dir"]) if config.get("data_dir") else None)
-    stored |= {"rules": tuple(config["rules"]), "data_dir": data_dir, "out": None, "resume": folder}
+    data_dir = options.data_dir or (
+        Path(config["data_dir"]) if config.get("data_dir") else None
+    )
+    stored |= {
+        "rules": tuple(config["rules"]),
+        "data_dir": data_dir,
+        "out": None,
+        "resume": folder,
+    }
     return CompareOptions(**stored)
 
 
@@ -186,11 +195,14 @@ def make_ready(options: CompareOptions) -> Comparison:
     by_default = names.PAPER_RULES if options.paper else names.DEFAULT_RULES
     rules = names.parse_all(options.rules or by_default)
     problem, validation = hold_out(
-        build_problem(experiment, Settings(), options.data_dir), options.validation_examples
+        build_problem(experiment, Settings(), options.data_dir),
+        options.validation_examples,
     )
     images, labels = (each[: options.test_examples] for each in problem.test)
     problem = dataclasses.replace(problem, test=(images, labels))
-    settings = {rule.name: _settings(options, experiment, rule, problem) for rule in rules}
+    settings = {
+        rule.name: _settings(options, experiment, rule, problem) for rule in rules
+    }
     folder = options.resume or make_folder(options)
     return Comparison(options, folder, problem, validation, rules, settings)
 
@@ -209,7 +221,9 @@ def hold_out(problem: Task, count: int | None) -> tuple[Task, Examples]:
     total = len(images)
     count = min(2000, max(1, total // 5)) if count is None else count
     if not 1 <= count < total:
-        raise UsageError(f"--validation-examples must be from 1 to {total - 1}, got {count}.")
+        raise UsageError(
+            f"--validation-examples must be from 1 to {total - 1}, got {count}."
+        )
     order = np.random.default_rng(0).permutation(total)
     held = np.sort(order[:count])
     kept = np.sort(order[count:])
@@ -224,11 +238,18 @@ def _settings(
 ) -> Settings:
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
     own = {"steps": options.steps, "batch_size": options.batch_size}
-    given = {**rule.given} | {name: value for name, value in own.items() if value is not None}
+    given = {**rule.given} | {
+        name: value for name, value in own.items() if value is not None
+    }
     num_examples = problem.num_examples
     num_parameters = problem.num_parameters
     settings = resolve(
-        experiment, options.configuration, given, num_examples, num_parameters, problem.noise
+        experiment,
+        options.configuration,
+        given,
+        num_examples,
+        num_parameters,
+        problem.noise,
     )
     if options.paper:
         return settings
@@ -236,5 +257,7 @@ def _settings(
         raise UsageError(
             f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
         )
-    rate = experiment.suggest_rate(settings, build_rule(settings), num_parameters, problem.noise)
+    rate = experiment.suggest_rate(
+        settings, build_rule(settings), num_parameters, problem.noise
+    )
     return dataclasses.replace(settings, learning_rate=rate)

@@ -54,7 +54,11 @@ def accuracy(each: Json) -> str:
     >>> accuracy({"test_accuracy": 0.9512, "test_accuracy_sd": 0.004})
     '95.1 ± 0.4 %'
     """
-    spread = "" if each["test_accuracy_sd"] is None else f" ± {100 * each['test_accuracy_sd']:.1f}"
+    spread = (
+        ""
+        if each["test_accuracy_sd"] is None
+        else f" ± {100 * each['test_accuracy_sd']:.1f}"
+    )
     return f"{100 * each['test_accuracy']:.1f}{spread} %"
 
 
@@ -129,7 +133,10 @@ def notes(results: Json) -> list[str]:
 
 def _tried(candidates: list[Json]) -> str:
     """Tell every candidate's rate with its validation loss, from the smallest rate on."""
-    tried = sorted((each["learning_rate"], each["validation_loss"]) for each in candidates)
+    tried = sorted(
+        (each["learning_rate"], each["validation_loss"]) for each in candidates
+    )
     return ", ".join(
-        f"{number(rate)} ({'not finite' if loss is None else number(loss)})" for rate, loss in tried
+        f"{number(rate)} ({'not finite' if loss is None else number(loss)})"
+        for rate, loss in tried
     )

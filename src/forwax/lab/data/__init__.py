@@ -3,4 +3,12 @@
 from forwax.lab.data.sets import DataError, DataSet, find_source, names
 from forwax.lab.data.store import cache_dir, load, locate
 
-__all__ = ["DataError", "DataSet", "cache_dir", "find_source", "load", "locate", "names"]
+__all__ = [
+    "DataError",
+    "DataSet",
+    "cache_dir",
+    "find_source",
+    "load",
+    "locate",
+    "names",
+]

@@ -41,7 +41,9 @@ def decompress(content: bytes) -> bytes:
     except EOFError:
         raise ValueError("is truncated: its gzip stream ends early") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"is damaged: its gzip stream cannot be unpacked ({error})") from None
+        raise ValueError(
+            f"is damaged: its gzip stream cannot be unpacked ({error})"
+        ) from None
 
 
 def decode_idx(content: bytes) -> tuple[np.ndarray, ...]:

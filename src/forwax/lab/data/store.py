@@ -150,7 +150,9 @@ def _read_split(
     source: Source, folder: Path, files: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images and the labels of all files."""
-    arrays = [array for file in files for array in source.decode(_read(source, folder, file))]
+    arrays = [
+        array for file in files for array in source.decode(_read(source, folder, file))
+    ]
     return np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
 
 
@@ -167,7 +169,9 @@ def _read(source: Source, folder: Path, file: str) -> bytes:
     return _verified(source, file, path.read_bytes(), str(path), remedy)
 
 
-def _verified(source: Source, file: str, packed: bytes, where: str, remedy: str) -> bytes:
+def _verified(
+    source: Source, file: str, packed: bytes, where: str, remedy: str
+) -> bytes:
     """Unpack content and check its md5.
 
     Args:
@@ -189,7 +193,9 @@ def _verified(source: Source, file: str, packed: bytes, where: str, remedy: str)
         digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
         if digest != expected:
             source.decode(content)  # a fault of the format says more than a checksum
-            raise ValueError(f"should have md5 {expected} once decompressed, but has {digest}")
+            raise ValueError(
+                f"should have md5 {expected} once decompressed, but has {digest}"
+            )
     except ValueError as error:
         raise DataError(f"{where} {error}; {remedy}.") from None
     return content
@@ -224,10 +230,14 @@ def fetch(source: Source, cache: Path) -> Path:
             staged = Path(staging) / source.folder
             staged.mkdir()
             for file, packed, where in _contents(source, Path(staging)):
-                (staged / file).write_bytes(_verified(source, file, packed, where, REMEDY))
+                (staged / file).write_bytes(
+                    _verified(source, file, packed, where, REMEDY)
+                )
             missing = ", ".join(sorted(_missing(source, staged)))
             if missing:
-                raise DataError(f"{source.home} gave an archive without {missing}; {REMEDY}.")
+                raise DataError(
+                    f"{source.home} gave an archive without {missing}; {REMEDY}."
+                )
             try:
                 os.replace(staged, final)
             except OSError:
@@ -245,7 +255,9 @@ def fetch(source: Source, cache: Path) -> Path:
 def _sweep(cache: Path) -> None:
     """Remove what killed fetches left a day ago or earlier; younger ones may still be at work."""
     for folder in cache.glob(f"{STAGING_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError):  # another process may sweep at the same time
+        with contextlib.suppress(
+            FileNotFoundError
+        ):  # another process may sweep at the same time
             if time.time() - folder.stat().st_mtime > STALE_SECONDS:
                 rmtree(folder, ignore_errors=True)
 
@@ -263,11 +275,15 @@ def _contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes, str]]:
             for member in archive:
                 # nothing else in the archive is touched
                 file = member.name.removeprefix(f"{source.folder}/")
-                stream = archive.extractfile(member) if file in source.checksums else None
+                stream = (
+                    archive.extractfile(member) if file in source.checksums else None
+                )
                 if stream is not None:
                     yield file, stream.read(), f"{file} of {source.home}"
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{source.home} gave a truncated or damaged archive; {REMEDY}.") from error
+        raise DataError(
+            f"{source.home} gave a truncated or damaged archive; {REMEDY}."
+        ) from error
 
 
 def _download(source: Source, url: str, target: Path) -> Path:
@@ -319,4 +335,6 @@ class _DownloadBar:
 
     @total.setter
     def total(self, size: int) -> None:
-        self._progress.update(self._task, total=size or None)  # a server may not tell the size
+        self._progress.update(
+            self._task, total=size or None
+        )  # a server may not tell the size

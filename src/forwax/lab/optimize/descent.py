@@ -107,7 +107,10 @@ def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Any]:
         last, (values, points) = jax.lax.scan(
             body,
             jnp.array(plan.start),
-            (jax.random.split(key, plan.iterations), jnp.arange(plan.iterations, dtype=float)),
+            (
+                jax.random.split(key, plan.iterations),
+                jnp.arange(plan.iterations, dtype=float),
+            ),
         )
         values = jnp.append(values, plan.function(last))
         return values, jnp.concatenate([points, last[None]]) if planar else None, last
@@ -131,7 +134,9 @@ def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
     >>> print(f"{runs.final[0]:.1e}")
     5.6e-05
     """
-    return Descent(*jax.tree.map(np.asarray, jax.jit(jax.vmap(one_run(plan, rule)))(keys)))
+    return Descent(
+        *jax.tree.map(np.asarray, jax.jit(jax.vmap(one_run(plan, rule)))(keys))
+    )
 
 
 def measure(
@@ -144,10 +149,13 @@ def measure(
     plans = (
         plan,
         dataclasses.replace(
-            plan, function=dataclasses.replace(plan.function, name="sum", formula=jnp.sum)
+            plan,
+            function=dataclasses.replace(plan.function, name="sum", formula=jnp.sum),
         ),
     )
-    seconds = seconds_of([one_run(each, rule) for rule in rules for each in plans], key, repeats)
+    seconds = seconds_of(
+        [one_run(each, rule) for rule in rules for each in plans], key, repeats
+    )
     return [Timing(*pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 
 
@@ -155,7 +163,9 @@ def seconds_of(
     programs: list[Callable[[jax.Array], Any]], key: jax.Array, repeats: int = REPEATS
 ) -> list[float]:
     """Return the median seconds of each program on that key, compiled and warm, in turns."""
-    calls = {str(i): partial(jax.jit(program), key) for i, program in enumerate(programs)}
+    calls = {
+        str(i): partial(jax.jit(program), key) for i, program in enumerate(programs)
+    }
     return list(medians(interleaved(calls, repeats)).values())
 
 

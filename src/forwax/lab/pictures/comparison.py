@@ -36,9 +36,17 @@ def draw(results: Json) -> Figure:
         for axes in (left, right):
             _draw_target(axes, results["target_loss"])
     lines = left.get_legend_handles_labels()
-    figure.legend(*lines, loc="outside lower center", ncols=min(len(results["rules"]), 2))
-    rates = "the paper's rates" if results["search"] is None else "each rule at its own tuned rate"
-    style.headline(figure, f"{results['experiment']}, batch {results['batch_size']}: {rates}")
+    figure.legend(
+        *lines, loc="outside lower center", ncols=min(len(results["rules"]), 2)
+    )
+    rates = (
+        "the paper's rates"
+        if results["search"] is None
+        else "each rule at its own tuned rate"
+    )
+    style.headline(
+        figure, f"{results['experiment']}, batch {results['batch_size']}: {rates}"
+    )
     return figure
 
 

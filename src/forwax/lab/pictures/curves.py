@@ -13,7 +13,9 @@ Columns = dict[str, np.ndarray]
 
 
 @style.styled
-def draw_curves(rows: list[Json], title: str, colour: str = style.PALETTE["forward"]) -> Figure:
+def draw_curves(
+    rows: list[Json], title: str, colour: str = style.PALETTE["forward"]
+) -> Figure:
     """Draw loss (above) and accuracy (below) against steps (left) and seconds (right).
 
     Args:
@@ -59,7 +61,9 @@ def _draw_loss(axes: Axes, train: Columns, axis: str, colour: str) -> None:
         axes.set_yscale("log")
 
 
-def _draw_accuracy(axes: Axes, train: Columns, test: Columns, axis: str, colour: str) -> None:
+def _draw_accuracy(
+    axes: Axes, train: Columns, test: Columns, axis: str, colour: str
+) -> None:
     smoothed = smooth(train["accuracy"])
     axes.plot(train[axis], smoothed, color=style.MUTED, linewidth=1, label="training")
     points = np.stack([test[axis], test["test_accuracy"]])

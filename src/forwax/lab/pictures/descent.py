@@ -67,7 +67,9 @@ def _look(name: str) -> Json:
     return {"color": style.colour(name), "linewidth": 2.4, "zorder": order}
 
 
-def _draw_losses(axes: Axes, scale: float, name: str, descent: Descent, minimum: float) -> None:
+def _draw_losses(
+    axes: Axes, scale: float, name: str, descent: Descent, minimum: float
+) -> None:
     """Draw f above its minimum, every run and their median at each step, against scaled steps."""
     shown = _thinned(descent.values.shape[1])[1:]
     x = scale * shown
@@ -98,7 +100,9 @@ def _thinned(length: int) -> np.ndarray:
 def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
     """Draw the ways of all runs over the contours of the function."""
     ways = {name: np.array(descent.points) for name, descent in descents.items()}
-    corners = _frame(plan, np.concatenate([points.reshape(-1, 2) for points in ways.values()]))
+    corners = _frame(
+        plan, np.concatenate([points.reshape(-1, 2) for points in ways.values()])
+    )
     _draw_contours(axes, plan, corners)
     shown = _thinned(plan.iterations + 1)
     for name, points in ways.items():

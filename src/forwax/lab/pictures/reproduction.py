@@ -12,7 +12,12 @@ from forwax.lab.ren2023.table import Results
 from forwax.lab.report import Json
 from forwax.models import ren2023
 
-_COLOURS = {"BP": "backprop", "FA": "finite-difference", "FG-W": "forward-16", "FG-A": "forward"}
+_COLOURS = {
+    "BP": "backprop",
+    "FA": "finite-difference",
+    "FG-W": "forward-16",
+    "FG-A": "forward",
+}
 _DASHES = {"global": ":", "local": "--", "greedy": "-"}
 
 
@@ -62,5 +67,10 @@ def _look(entry: Entry) -> Json:
         "alpha": 1.0 if entry.name == entry.row else 0.4,
     }
     if number > 1:
-        look |= {"linewidth": 2.2, "marker": f"${number}$", "markersize": 8, "markevery": 0.2}
+        look |= {
+            "linewidth": 2.2,
+            "marker": f"${number}$",
+            "markersize": 8,
+            "markevery": 0.2,
+        }
     return look

@@ -49,6 +49,10 @@ def _read_name(name: str) -> tuple[Entry, int] | None:
     """The row and the seed that a folder's name tells; None for other folders."""
     row, _, seed = name.rpartition("-")
     try:
-        return (Entry.parse(row.replace("_", ":")), int(seed)) if seed.isdecimal() else None
+        return (
+            (Entry.parse(row.replace("_", ":")), int(seed))
+            if seed.isdecimal()
+            else None
+        )
     except UsageError:
         return None

@@ -45,7 +45,9 @@ def train(
     run = _open(folder, problem, settings)
     if run.finished:
         if not run.summary()["finite"]:
-            tell(f"not finite in an earlier sitting; to train it again, remove {folder}")
+            tell(
+                f"not finite in an earlier sitting; to train it again, remove {folder}"
+            )
         return run.summary()
     with opened(run, problem, settings) as files:
         session = _Epochs(files, problem, settings, tell)
@@ -101,7 +103,9 @@ class _Epochs(Session):
         self.begun["accuracies"] += block.accuracies.tolist()
 
     def at_stop(self) -> None:
-        loss, accuracy = (float(np.array(x, np.float32).mean()) for x in self.begun.values())
+        loss, accuracy = (
+            float(np.array(x, np.float32).mean()) for x in self.begun.values()
+        )
         test_loss, test_accuracy = self.score(self.trainer.state.params)
         epoch = self.trainer.step / self.per_epoch
         test_error = 100 * (1 - test_accuracy)
@@ -142,6 +146,8 @@ def _summary(run: Run, session: Session, finite: bool) -> Json:
         "test_errors": [row["test_error"] for row in rows],
         "losses": [row["loss"] for row in rows],
         "seconds_per_epoch": seconds / max(1e-9, rows[-1]["epoch"]) if rows else None,
-        "num_devices": len(jax.local_devices()) if session.settings.data_parallel else 1,
+        "num_devices": len(jax.local_devices())
+        if session.settings.data_parallel
+        else 1,
         **session.facts(),
     }

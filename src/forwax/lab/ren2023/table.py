@@ -32,12 +32,15 @@ def _row(column: Column, entry: Entry, runs: Sequence[Json]) -> tuple[str, ...]:
     lost = len(runs) - len(kept)
     return (
         entry.name,
-        spread([run["test_error"] for run in kept]) + (f" ({lost} not finite)" if lost else ""),
+        spread([run["test_error"] for run in kept])
+        + (f" ({lost} not finite)" if lost else ""),
         spread([run["train_error"] for run in kept]),
         *("-" if error is None else f"{error:.2f}" for error in paper),
         f"{runs[0]['learning_rate']:g}" if runs else "-",
         f"{kept[0]['epochs'][-1]:g}" if kept else "-",
-        f"{statistics.median(run['seconds_per_epoch'] for run in kept):.1f}" if kept else "-",
+        f"{statistics.median(run['seconds_per_epoch'] for run in kept):.1f}"
+        if kept
+        else "-",
         str(len(runs)),
     )
 
@@ -76,7 +79,11 @@ def facts(settings: Settings, summary: Json, held_out: int) -> str:
     """
     shown = "two views of each image"
     if settings.objective == "supervised":
-        shown = "images shifted by up to 2 pixels" if settings.augment else "no augmentation"
+        shown = (
+            "images shifted by up to 2 pixels"
+            if settings.augment
+            else "no augmentation"
+        )
     told = (
         f"Batches of {settings.batch_size}, {settings.optimizer}, {settings.schedule} decay to "
         f"zero, weight decay {settings.weight_decay:g}, {shown}; mean ± standard deviation over "
@@ -85,7 +92,5 @@ def facts(settings: Settings, summary: Json, held_out: int) -> str:
         f"{summary['versions']['jax']}."
     )
     if held_out:
-        told += (
-            f" Errors are on {held_out} training images that were held out, not on the test set."
-        )
+        told += f" Errors are on {held_out} training images that were held out, not on the test set."
     return told

@@ -19,7 +19,9 @@ from forwax.lab.training.step import TrainState, guarded_rule
 NAMES = ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped")
 
 
-def monitored(settings: Settings, state: TrainState, num_parameters: int) -> dict[str, Any]:
+def monitored(
+    settings: Settings, state: TrainState, num_parameters: int
+) -> dict[str, Any]:
     """Give what `forwax.Safe.monitor` finds in the slopes of the last thousand steps.
 
     Args:
@@ -59,7 +61,9 @@ def advice(experiment: str, trainer: Trainer, folder: Path, loss: float) -> str:
     n = problem.num_parameters
     rule = build_rule(settings, jnp.zeros(n))
     rate = settings.learning_rate or 0.0
-    suggested = find_experiment(experiment).suggest_rate(settings, rule, n, problem.noise)
+    suggested = find_experiment(experiment).suggest_rate(
+        settings, rule, n, problem.noise
+    )
     smaller = min(suggested, rate / 3)
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
     if settings.num_tangents is not None:

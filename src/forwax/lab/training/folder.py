@@ -66,7 +66,10 @@ class Run:
             draft = parent / f".{name}-{os.getpid()}-{datetime.now():%H%M%S%f}.part"
             draft.mkdir()
             write_json(draft / CONFIG, config)
-            return cls(_move_to_free_name(draft, f"{name}-{datetime.now():%Y%m%d-%H%M%S}"), config)
+            return cls(
+                _move_to_free_name(draft, f"{name}-{datetime.now():%Y%m%d-%H%M%S}"),
+                config,
+            )
         except OSError as error:
             raise UsageError(
                 f"Cannot make a run's folder in {parent}: {error.strerror}; choose --runs."
@@ -134,7 +137,9 @@ def _move_to_free_name(draft: Path, name: str) -> Path:
     """Rename the draft; a name that is taken (two runs in one second) gets a number."""
     for number in range(1, 100):
         with suppress(OSError):
-            return draft.rename(draft.with_name(name if number == 1 else f"{name}-{number}"))
+            return draft.rename(
+                draft.with_name(name if number == 1 else f"{name}-{number}")
+            )
     shutil.rmtree(draft, ignore_errors=True)
     raise FileExistsError(17, "a hundred runs began in the same second", name)
 
@@ -205,7 +210,9 @@ class Checkpoints:
         """
         step = int(state.step)
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=self._args.StandardSave(_as_tree(state, seconds)))
+            self._manager.save(
+                step, args=self._args.StandardSave(_as_tree(state, seconds))
+            )
             self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> Checkpoint | None:
@@ -221,7 +228,8 @@ class Checkpoints:
         if step is None:
             return None
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _as_tree(like, 0.0)
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+            _as_tree(like, 0.0),
         )
         tree = self._manager.restore(step, args=self._args.StandardRestore(abstract))
         return Checkpoint(TrainState(**tree["state"]), float(tree["seconds"]))
@@ -253,7 +261,9 @@ def opened(run: Run, problem: Task, settings: Settings) -> Iterator[Files]:
     checkpoints = Checkpoints(run.path / CHECKPOINTS)
     metrics = Metrics(run.path)
     try:
-        found = checkpoints.restore(jax.eval_shape(lambda: init_state(problem, settings)))
+        found = checkpoints.restore(
+            jax.eval_shape(lambda: init_state(problem, settings))
+        )
         state, seconds = (found.state, found.seconds) if found else (None, 0.0)
         step = int(state.step) if state else 0
         run.cut_metrics(step)

@@ -71,12 +71,16 @@ class Task:
     def noise(self, rule: Any) -> int:
         """The number of noise coordinates of one example, for a rule with noise on activities."""
         image, label = (jnp.asarray(x[:1]) for x in self.train)
-        params = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0)))
+        params = jax.tree.map(
+            jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0))
+        )
         rows = fx.explain(self.loss, rule, **_BATCHED)(params, image, label).rows
         return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
 
-def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | None = None) -> Task:
+def build_problem(
+    experiment: Experiment, settings: Settings, data_dir: Path | None = None
+) -> Task:
     """Load the data and make the model and its loss.
 
     Args:
@@ -92,7 +96,9 @@ def build_problem(experiment: Experiment, settings: Settings, data_dir: Path | N
     >>> build_problem(EXPERIMENTS["digits"], Settings()).num_parameters
     2410
     """
-    return problem_of(load(settings.data or experiment.data_set, data_dir), experiment, settings)
+    return problem_of(
+        load(settings.data or experiment.data_set, data_dir), experiment, settings
+    )
 
 
 def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Task:
@@ -101,7 +107,9 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Tas
     shape = data.train_images.shape[1:]
 
     def make(key: Array) -> Any:
-        return eqx.partition(experiment.model(shape, data.num_classes, key), eqx.is_inexact_array)
+        return eqx.partition(
+            experiment.model(shape, data.num_classes, key), eqx.is_inexact_array
+        )
 
     def init(key: Array) -> Any:
         return cast(make(key)[0], parameter_dtype(settings.dtype))
@@ -142,7 +150,12 @@ def standardiser(images: np.ndarray) -> Scale:
 def checksum_of(data: DataSet) -> str:
     """The SHA-256 of a data set's shapes, types and values."""
     digest = hashlib.sha256()
-    for array in (data.train_images, data.train_labels, data.test_images, data.test_labels):
+    for array in (
+        data.train_images,
+        data.train_labels,
+        data.test_images,
+        data.test_labels,
+    ):
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

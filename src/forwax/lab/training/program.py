@@ -20,7 +20,13 @@ from jax import Array
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.training.problem import Examples, Task
-from forwax.lab.training.step import TrainState, init_state, make_step, placement, split_seed
+from forwax.lab.training.step import (
+    TrainState,
+    init_state,
+    make_step,
+    placement,
+    split_seed,
+)
 
 MAX_BLOCK = 4096
 """The most steps of one block: the size of the buffers of losses and accuracies."""
@@ -65,7 +71,9 @@ def make_block(problem: Task, settings: Settings) -> Callable[..., _Carry]:
     numbers = jnp.arange(problem.num_examples, dtype=jnp.int32)
 
     def block(carry: _Carry, count: Array, rate: Any, seed: Any, *data: Any) -> _Carry:
-        step = make_step(problem, dataclasses.replace(settings, learning_rate=rate, seed=seed))
+        step = make_step(
+            problem, dataclasses.replace(settings, learning_rate=rate, seed=seed)
+        )
         data_key = split_seed(seed).data
 
         def body(carry: _Carry) -> _Carry:
@@ -73,7 +81,9 @@ def make_block(problem: Task, settings: Settings) -> Callable[..., _Carry]:
             order = jax.lax.cond(
                 epoch == carry.epoch,
                 lambda: carry.order,
-                lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), numbers),
+                lambda: jax.random.permutation(
+                    jax.random.fold_in(data_key, epoch), numbers
+                ),
             )
             chosen = jax.lax.dynamic_slice_in_dim(order, position * batch, batch)
             state, loss, accuracy, finite = step(
@@ -95,7 +105,9 @@ def make_block(problem: Task, settings: Settings) -> Callable[..., _Carry]:
         carry = carry._replace(done=jnp.int32(0), finite=jnp.bool(True))
         if not loops_well(problem):  # one step, whatever the count
             return body(carry)
-        return jax.lax.while_loop(lambda carry: (carry.done < count) & carry.finite, body, carry)
+        return jax.lax.while_loop(
+            lambda carry: (carry.done < count) & carry.finite, body, carry
+        )
 
     return block
 
@@ -109,9 +121,13 @@ def loops_well(problem: Task) -> bool:
     Args:
         problem: the experiment made ready.
     """
-    image, label = (jax.ShapeDtypeStruct(each.shape[1:], each.dtype) for each in problem.train)
+    image, label = (
+        jax.ShapeDtypeStruct(each.shape[1:], each.dtype) for each in problem.train
+    )
     convolves = "conv_general_dilated" in str(
-        jax.make_jaxpr(problem.loss)(jax.eval_shape(problem.init, jax.random.key(0)), image, label)
+        jax.make_jaxpr(problem.loss)(
+            jax.eval_shape(problem.init, jax.random.key(0)), image, label
+        )
     )
     return not (convolves and jax.default_backend() == "cpu")
 
@@ -131,14 +147,20 @@ class Scorer:
             np.concatenate([each, np.zeros((padding, *each.shape[1:]), each.dtype)])
             for each in (*examples, np.ones(self._count, bool))
         )
-        self._batches = jax.device_put([x.reshape(-1, size, *x.shape[1:]) for x in padded])
+        self._batches = jax.device_put(
+            [x.reshape(-1, size, *x.shape[1:]) for x in padded]
+        )
 
         def of_batch(params: Any, images: Array, labels: Array, weights: Array) -> Any:
-            losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(params, images, labels)
+            losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(
+                params, images, labels
+            )
             return jnp.sum(jnp.where(weights, losses, 0)), jnp.sum(correct & weights)
 
         def evaluate(params: Any, batches: Any) -> Any:
-            losses, correct = jax.lax.map(lambda batch: of_batch(params, *batch), batches)
+            losses, correct = jax.lax.map(
+                lambda batch: of_batch(params, *batch), batches
+            )
             return losses.sum(), correct.sum()
 
         self._evaluate = jax.jit(evaluate)
@@ -171,7 +193,9 @@ class CompiledTraining:
     _init: Any
     _where: Any
 
-    def start(self, learning_rate: float, seed: int, state: TrainState | None = None) -> Trainer:
+    def start(
+        self, learning_rate: float, seed: int, state: TrainState | None = None
+    ) -> Trainer:
         """Give a run before its first step, or after the one that led to a state.
 
         The initial parameters of a seed are the same for every rule.
@@ -231,10 +255,14 @@ class Trainer:
 
     def _call(self, count: int) -> Block:
         inputs = np.int32(count), _rate(self.learning_rate), np.uint32(self.seed)
-        self._carry = carry = self.program._block(self._carry, *inputs, *self.program.data)
+        self._carry = carry = self.program._block(
+            self._carry, *inputs, *self.program.data
+        )
         done = int(carry.done)
         stopped_by = None if carry.finite else float(carry.last_loss)
-        losses, accuracies = (np.asarray(x)[:done] for x in (carry.losses, carry.accuracies))
+        losses, accuracies = (
+            np.asarray(x)[:done] for x in (carry.losses, carry.accuracies)
+        )
         return Block(losses, accuracies, stopped_by)
 
 
@@ -251,7 +279,9 @@ def _rate(learning_rate: float) -> Array:
     return jnp.asarray(learning_rate, float)
 
 
-def build_program(problem: Task, settings: Settings, data: Any = None) -> CompiledTraining:
+def build_program(
+    problem: Task, settings: Settings, data: Any = None
+) -> CompiledTraining:
     """Compile the block of steps ahead of time.
 
     Args:
@@ -292,7 +322,9 @@ def build_program(problem: Task, settings: Settings, data: Any = None) -> Compil
     )
 
 
-def build_trainer(problem: Task, settings: Settings, state: TrainState | None = None) -> Trainer:
+def build_trainer(
+    problem: Task, settings: Settings, state: TrainState | None = None
+) -> Trainer:
     """Compile a program for one run, and go to its start.
 
     Args:

@@ -9,7 +9,13 @@ from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 SECONDS_BETWEEN_LINES = 3.0
 
@@ -20,7 +26,9 @@ class Reporter(AbstractContextManager["Reporter"], Protocol):
     def __exit__(self, *exception: object) -> None:
         """Leave what is shown as it is."""
 
-    def update(self, step: int, loss: float, accuracy: float, steps_per_second: float) -> None:
+    def update(
+        self, step: int, loss: float, accuracy: float, steps_per_second: float
+    ) -> None:
         """Tell the step reached, the training loss and accuracy of the last block, and the pace."""
         ...
 
@@ -31,7 +39,9 @@ class Bar(Reporter):
     Example: `with Bar("digits", 1000, start=0) as report: report.update(10, 2.3, 0.1, 500.0)`
     """
 
-    def __init__(self, name: str, steps: int, start: int, console: Console | None = None):
+    def __init__(
+        self, name: str, steps: int, start: int, console: Console | None = None
+    ):
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -40,7 +50,9 @@ class Bar(Reporter):
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task(name, total=steps, completed=start, told="first steps")
+        self._task = self._progress.add_task(
+            name, total=steps, completed=start, told="first steps"
+        )
 
     def __enter__(self) -> Bar:
         """Show the bar."""
@@ -51,9 +63,13 @@ class Bar(Reporter):
         """Leave the bar as it is."""
         self._progress.stop()
 
-    def update(self, step: int, loss: float, accuracy: float, steps_per_second: float) -> None:
+    def update(
+        self, step: int, loss: float, accuracy: float, steps_per_second: float
+    ) -> None:
         """Redraw the bar."""
-        told = f"loss {loss:.4f} accuracy {accuracy:.3f} {steps_per_second:,.0f} steps/s"
+        told = (
+            f"loss {loss:.4f} accuracy {accuracy:.3f} {steps_per_second:,.0f} steps/s"
+        )
         self._progress.update(self._task, completed=step, told=told)
 
 
@@ -71,13 +87,21 @@ class Lines(Reporter):
         self._seconds_between = seconds_between
         self._last = time.monotonic()
 
-    def update(self, step: int, loss: float, accuracy: float, steps_per_second: float) -> None:
+    def update(
+        self, step: int, loss: float, accuracy: float, steps_per_second: float
+    ) -> None:
         """Print a line where the last one is old enough, and at the last step."""
         if step < self._steps and time.monotonic() - self._last < self._seconds_between:
             return
         self._last = time.monotonic()
-        left = timedelta(seconds=round((self._steps - step) / max(steps_per_second, 1e-9)))
-        pace = f"{steps_per_second:,.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2g}"
+        left = timedelta(
+            seconds=round((self._steps - step) / max(steps_per_second, 1e-9))
+        )
+        pace = (
+            f"{steps_per_second:,.0f}"
+            if steps_per_second >= 10
+            else f"{steps_per_second:.2g}"
+        )
         print(
             f"{self._name}: step {step} of {self._steps}, loss {loss:.4f}, accuracy "
             f"{accuracy:.3f}, {pace} steps/s, {left} left",

@@ -56,7 +56,8 @@ class Signals:
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
         signal.signal(
-            number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler
+            number,
+            signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler,
         )
 
     @property

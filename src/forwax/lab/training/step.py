@@ -107,7 +107,9 @@ def make_step(problem: Task, settings: Settings) -> Any:
             )(key, state.params, images, labels)
             slopes = rule.history
         else:
-            (loss, correct), grads = problem.gradient(rule)(key, state.params, images, labels)
+            (loss, correct), grads = problem.gradient(rule)(
+                key, state.params, images, labels
+            )
         squares = (jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(sum(squares, jnp.float32(0)))
 
@@ -116,9 +118,15 @@ def make_step(problem: Task, settings: Settings) -> Any:
             guess = state.guess
             if needs_guess(settings):
                 kept = settings.guess_decay or 0.0
-                guess = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, guess, grads)
+                guess = jax.tree.map(
+                    lambda old, new: kept * old + (1 - kept) * new, guess, grads
+                )
             return TrainState(
-                optax.apply_updates(state.params, updates), opt_state, guess, state.step + 1, slopes
+                optax.apply_updates(state.params, updates),
+                opt_state,
+                guess,
+                state.step + 1,
+                slopes,
             )
 
         # a branch, not a select: a select would copy all parameters at every step
@@ -155,6 +163,6 @@ def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any],
         )
     mesh = jax.make_mesh((count,), ("examples",), (AxisType.Auto,), devices=devices)
     rows = NamedSharding(mesh, PartitionSpec("examples"))
-    return NamedSharding(mesh, PartitionSpec()), lambda batch: jax.lax.with_sharding_constraint(
-        batch, rows
-    )
+    return NamedSharding(
+        mesh, PartitionSpec()
+    ), lambda batch: jax.lax.with_sharding_constraint(batch, rows)

@@ -23,7 +23,9 @@ Run = Callable[[int], object]
 """Does so many steps."""
 
 
-def measure(programs: dict[str, CompiledTraining], rounds: int = ROUNDS) -> dict[str, list[float]]:
+def measure(
+    programs: dict[str, CompiledTraining], rounds: int = ROUNDS
+) -> dict[str, list[float]]:
     """Measure the seconds of a step under each rule, and of evaluating the loss of a batch.
 
     One round measures each in turn, so that a change of the machine's load meets all of them alike.
@@ -58,9 +60,13 @@ def _evaluations(program: CompiledTraining) -> Run:
     params = program.start(0.0, seed=0).state.params
 
     @jax.jit
-    def evaluate(first: int, count: int, params: Any, images: Array, labels: Array) -> Array:
+    def evaluate(
+        first: int, count: int, params: Any, images: Array, labels: Array
+    ) -> Array:
         def add(i: Any, total: Array) -> Array:
-            rows = jax.lax.dynamic_slice_in_dim(order, i % per_epoch * batch_size, batch_size)
+            rows = jax.lax.dynamic_slice_in_dim(
+                order, i % per_epoch * batch_size, batch_size
+            )
             return total + losses(params, images[rows], labels[rows])[0].mean()
 
         if looped:
