@@ -37,8 +37,8 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for number in range(rounds):
-        is_late = time.perf_counter() - begin > max_seconds
-        if is_late and number >= FEWEST_ROUNDS:
+        may_stop = number >= FEWEST_ROUNDS
+        if may_stop and time.perf_counter() - begin > max_seconds:
             break
         # The order turns: a call may leave the caches warm, or the processor hot, for the next one.
         first = number % len(names)

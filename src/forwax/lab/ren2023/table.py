@@ -92,5 +92,8 @@ def facts(settings: Settings, summary: Json, held_out: int) -> str:
         f"{summary['versions']['jax']}."
     )
     if held_out:
-        told += f" Errors are on {held_out} training images that were held out, not on the test set."
+        told += (
+            f" Errors are on {held_out} training images that were held out, not on the "
+            "test set."
+        )
     return told
