@@ -234,7 +234,10 @@ class Safe(LearningRule):
         bound = self.bound()
 
         def guarded(slopes: Array) -> Array:
-            clipped = slopes if self.clip is None else jnp.clip(slopes, -bound, bound)
+            clipped = slopes
+            if self.clip is not None:
+                limit = bound.astype(slopes.dtype)
+                clipped = jnp.clip(slopes, -limit, limit)
             return jnp.where(jnp.isfinite(slopes), clipped, 0) if self.skip else clipped
 
         return guarded

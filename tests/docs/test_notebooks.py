@@ -18,7 +18,12 @@ PAGES = sorted(
 def execute(page: str):
     """Run a page in a kernel of its own and return the notebook with its outputs."""
     notebook = jupytext.read(DOCS / page)
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(DOCS)}},  # where the docs build runs it
+    )
     flags = os.environ[
         "XLA_FLAGS"
     ].split()  # the tests' eight devices are not for readers

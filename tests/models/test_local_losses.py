@@ -120,10 +120,10 @@ def written_by_hand(model, x, label, key):
         axis=1,
         keepdims=True,
     )[None]
-    live = jax.nn.relu(z) > 0
+    live = (jax.nn.relu(z) > 0).astype(z.dtype)
     deltas = (
         (slopes * noise[0].reshape(noise[1].shape)).reshape(z.shape) * live,
-        slopes * noise[1] * (h > 0),
+        slopes * noise[1] * (h > 0).astype(h.dtype),
     )
     (by_dense,) = jax.vjp(first, block.dense)[1](deltas[0])
     (by_groups,) = jax.vjp(lambda layer: second(layer, jax.nn.relu(z)), block.groups)[

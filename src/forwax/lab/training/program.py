@@ -95,7 +95,7 @@ def make_block(problem: Task, settings: Settings) -> Callable[..., _Carry]:
                 state,
                 epoch,
                 order,
-                done + finite,
+                done + finite.astype(done.dtype),
                 finite,
                 loss,
                 carry.losses.at[done].set(loss),
