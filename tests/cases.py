@@ -377,6 +377,12 @@ RULES: dict[str, fx.Rule] = {
 SITE_RULES: dict[str, fx.Rule] = {"activity": fx.ActivityPerturbation()}
 """Rules that need data."""
 
+BIASED = {"weight-projection", "safe", "finite-difference", "finite-differences"}
+"""Those of the rules whose mean is not the gradient."""
+
+REVERSE_MODE = {"backprop"}
+"""Those of the rules that run reverse mode."""
+
 
 def rules_for(case: Case) -> dict[str, fx.Rule]:
     """The rules that can estimate a case's gradient."""

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import pytest
 
 import forwax as fx
-from cases import COMBINATIONS, RULES, TANGENTS, assert_trees_close, normal, tree_loss
+from cases import (
+    BIASED,
+    COMBINATIONS,
+    REVERSE_MODE,
+    RULES,
+    TANGENTS,
+    assert_trees_close,
+    normal,
+    tree_loss,
+)
 
 KEY = jax.random.key(0)
 PARAMS = {"a": normal(1, 3), "b": normal(2, 2)}
@@ -174,14 +183,9 @@ def test_densities_are_checked(bad):
 @pytest.mark.parametrize("name", ALL)
 def test_stated_properties(name):
     rule = ALL[name]
-    biased = "difference" in name or name in (
-        "weight-projection",
-        "projection",
-        "shrinkage",
-        "safe",
-    )
+    biased = name in BIASED or name in ("projection", "shrinkage")
     assert rule.unbiased == (not biased)
-    assert rule.reverse_mode == (name == "backprop")
+    assert rule.reverse_mode == (name in REVERSE_MODE)
     exact = isinstance(rule, fx.Exact | fx.Backprop)
     assert (rule.relative_mse(1000) == 0) == exact
     assert 0 < rule.learning_rate_scale(1000) <= 1

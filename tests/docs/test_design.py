@@ -16,7 +16,7 @@ TO_BE_WRITTEN = "my_"
 
 def named_paths() -> list[str]:
     """Paths from the root that the page names."""
-    paths = re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.]+)", PAGE)
+    paths = re.findall(r"`((?:src|tests|docs|benchmarks)/[\w/.-]+)", PAGE)
     return sorted({path for path in paths if TO_BE_WRITTEN not in path})
 
 
