@@ -90,6 +90,16 @@ _CALLS = [
 ]
 
 
+_ADD = Facts(
+    credit=axis_rules.elementwise,
+    passed_by_regions=True,
+    elementwise_for_regions=True,
+    sum_behind_outputs=True,
+    sum_of_a_loop=True,
+    additive=True,
+)
+
+
 PRIMITIVES: dict[str, Facts] = {
     # programs inside programs
     **{primitive.name: Facts(inlined=True) for primitive in _CALLS},
@@ -100,29 +110,10 @@ PRIMITIVES: dict[str, Facts] = {
     "custom_vjp_call": Facts(lacks_jvp=True),
     "stop_gradient": Facts(stops_derivatives=True),
     # entry by entry: sums
-    "add": Facts(
-        credit=axis_rules.elementwise,
-        passed_by_regions=True,
-        elementwise_for_regions=True,
-        sum_behind_outputs=True,
-        sum_of_a_loop=True,
-        additive=True,
-    ),
-    "add_any": Facts(
-        credit=axis_rules.elementwise,
-        passed_by_regions=True,
-        elementwise_for_regions=True,
-        sum_behind_outputs=True,
-        sum_of_a_loop=True,
-        additive=True,
-    ),
-    "sub": Facts(
-        credit=axis_rules.elementwise,
-        passed_by_regions=True,
-        elementwise_for_regions=True,
-        sum_behind_outputs=True,
-        additive=True,
-    ),
+    "add": _ADD,
+    "add_any": _ADD,  # what transposition adds up by
+    # Its second operand's sign turns, so that it is no running sum of a loop.
+    "sub": dataclasses.replace(_ADD, sum_of_a_loop=False),
     "neg": Facts(
         credit=axis_rules.elementwise,
         passed_by_regions=True,
