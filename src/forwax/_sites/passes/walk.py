@@ -81,12 +81,12 @@ def walk(
     Returns:
         The program's outputs.
     """
-    # Equations live as long as the level, so that their identities serve as keys.
-    region_behind = {id(region.equations[-1]): region for region in level.regions}
+    # Equations are compared by identity.
+    region_behind = {region.equations[-1]: region for region in level.regions}
     waiting: list[Equation] = []
     for equation in level.program.equations:
         plan = level.loop_of(equation)
-        region = region_behind.get(id(equation))
+        region = region_behind.get(equation)
         if plan is None:
             waiting.append(equation)
         if plan is not None or region is not None:
