@@ -4,6 +4,7 @@ Outside `shard_map`, and with `check_vma=False`, nothing varies and every functi
 identity.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -46,6 +47,23 @@ def stand_in(aval: Any) -> Any:
 def tree_axes(tree: Any) -> list[Axes]:
     """The varying axes of every leaf."""
     return [axes(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def all_axes(tree: Any) -> Axes:
+    """The mesh axes over which any leaf varies."""
+    return frozenset().union(*tree_axes(tree))
+
+
+def size(over: Iterable[str]) -> int:
+    """The number of devices along mesh axes."""
+    # The sum of a constant over devices is a constant too.
+    return math.prod(lax.psum(1, name) for name in over)
+
+
+def mean(x: Array, over: Iterable[str]) -> Array:
+    """The mean of a value over those of the mesh axes over which it varies."""
+    axes_of_mean = set(over) & axes(x)
+    return total(x, axes_of_mean) / size(axes_of_mean)
 
 
 def is_split(x: Any) -> bool:

@@ -8,6 +8,7 @@ from forwax._rules.exact import Exact
 from forwax._rules.fdfa import FDFA
 from forwax._rules.feedback import FeedbackAlignment, random_feedback
 from forwax._rules.finite_difference import FiniteDifference
+from forwax._rules.learned_feedback import LearnedFeedback
 from forwax._rules.weight import WeightPerturbation
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Exact",
     "FeedbackAlignment",
     "FiniteDifference",
+    "LearnedFeedback",
     "LearningRule",
     "Rule",
     "WeightPerturbation",

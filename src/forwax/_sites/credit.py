@@ -143,6 +143,8 @@ def credits_of(
     traced: Traced,
     noises: Sequence[Variable],
     sources: Sequence[Shape],
+    *,
+    any_way: bool = False,
 ) -> list[list[Credit]]:
     """What each noise changes of each source.
 
@@ -151,9 +153,11 @@ def credits_of(
             the sources.
         noises: the inputs that are noises.
         sources: the sources' shapes.
+        any_way: whether an axis counts as told apart if it is on any one way, whatever comes by
+            others: what the axes have in common, no bound on what the noise changes.
     """
     noisy = mapped_variables(traced.program, noises)
-    follower = _Follower(traced.types, noisy)
+    follower = _Follower(traced.types, noisy, _any_of if any_way else _meet)
     seeds: list[Links] = []
     for number, shape in enumerate(sources):
         links: dict[Tag, Link] = {(number, -1): None}
@@ -193,13 +197,20 @@ class _Follower:
     Attributes:
         types: of its variables.
         noisy: those that depend on a noise.
-        links: how each of them is tied to the sources, by all uses so far. Tags are added and
-            links become None, but none becomes finer: so loops come to an end.
+        meet: the links of a value of two uses. It may only grow coarser, or only finer, so that
+            loops come to an end.
+        links: how each of them is tied to the sources, by all uses so far.
     """
 
-    def __init__(self, types: Sequence[Any], noisy: set[Variable]) -> None:
+    def __init__(
+        self,
+        types: Sequence[Any],
+        noisy: set[Variable],
+        meet: Callable[[Links, Links], Links],
+    ) -> None:
         self.types = types
         self.noisy = noisy
+        self.meet = meet
         self.links: dict[Variable, Links] = {}
 
     def links_of(self, variable: Variable) -> Links:
@@ -221,7 +232,7 @@ class _Follower:
     def add_use(self, atom: Atom, links: Links) -> None:
         if isinstance(atom, Constant) or atom not in self.noisy:
             return
-        self.links[atom] = _meet(self.links_of(atom), links)
+        self.links[atom] = self.meet(self.links_of(atom), links)
 
     def cross(self, equation: Equation, outputs: Sequence[Links]) -> None:
         """From the links of an operation's results to those of its operands."""
@@ -260,7 +271,7 @@ class _Follower:
             loop,
             [*after, *stacked],
             step_back,
-            _meet,
+            self.meet,
             backward=True,
         )
         consts, carry, xs = loop.split(links)
@@ -285,6 +296,15 @@ def _meet(one: Links, other: Links) -> Links:
         else:
             met[tag] = link
     return met
+
+
+def _any_of(one: Links, other: Links) -> Links:
+    """The links of a value of two uses: the first that is there."""
+    found = dict(one)
+    for tag, link in other.items():
+        if found.get(tag) is None:
+            found[tag] = link
+    return found
 
 
 def _each(change: Callable[[Factor], Link], links: Links) -> Links:

@@ -53,7 +53,7 @@ def find_sites(
     sites = _make_sites(problem, analysis, exact_outputs)
     if not credit:
         return sites
-    sources = make_sources(sites, analysis.classifier.reach, exact_outputs)
+    sources = make_sources(sites, exact_outputs)
     return with_credit(sites, sources)
 
 
@@ -148,6 +148,7 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
         places=tuple(places),
         mapped=mapped,
         kinds=kinds,
+        reach=reach,
     )
 
 

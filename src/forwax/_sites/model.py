@@ -7,6 +7,7 @@ from typing import Any
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._programs.dataflow import Reach
 from forwax._programs.evaluate import Values
 from forwax._programs.program import Traced, Variable
 from forwax._signature import Problem
@@ -84,6 +85,7 @@ class Sites:
         places: in the program's order.
         mapped: the variables that differ between examples.
         kinds: what each variable is made of.
+        reach: the losses that each variable reaches, as a bit mask.
     """
 
     problem: Problem
@@ -95,6 +97,7 @@ class Sites:
     places: tuple[Site, ...]
     mapped: set[Variable]
     kinds: Kinds
+    reach: Reach
 
     @property
     def noisy(self) -> list[Site]:

@@ -143,7 +143,7 @@ def blocked_variables(
 
 def site_barrier(level: Level, kinds: Kinds) -> Callable[[Equation], bool]:
     """Which equations an exact error may not cross: sites, and what reverse mode cannot."""
-    with_noise = _with_weight_noise(level.program, kinds)
+    with_noise = with_weight_noise(level.program, kinds)
 
     def is_barrier(equation: Equation) -> bool:
         if equation.loop is not None or equation.contains(
@@ -186,9 +186,14 @@ def is_sum(equation: Equation, kinds: Kinds) -> bool:
     return len(mixed) == 1 and mixed[0] in equation.facts.scaled
 
 
-def _with_weight_noise(program: Program, kinds: Kinds) -> set[Variable]:
-    """What is made of parameters with weight noise and no data."""
-    with_noise: set[Variable] = set()
+def with_weight_noise(
+    program: Program, kinds: Mapping[Variable, Kind], given: Iterable[Variable] = ()
+) -> set[Variable]:
+    """What is made of parameters with weight noise and no data.
+
+    Of those, `given` come from outside.
+    """
+    with_noise = set(given)
     for equation in program.equations:
         inputs = equation.variables
         if equation.primitive is None:  # a promotion

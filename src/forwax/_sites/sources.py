@@ -9,7 +9,7 @@ from jax import Array
 
 from forwax import _mesh
 from forwax._programs.axes import back
-from forwax._programs.dataflow import Reach, mapped_variables
+from forwax._programs.dataflow import mapped_variables
 from forwax._programs.links import Factor
 from forwax._programs.program import (
     Equation,
@@ -126,7 +126,7 @@ def tangent_program(sites: Sites, sources: Sequence[Variable]) -> Traced:
     return trace(tangents, problem.params, problem.example_specs(), noises)
 
 
-def make_sources(sites: Sites, reach: Reach, exact: bool) -> Tail:
+def make_sources(sites: Sites, exact: bool) -> Tail:
     """The tail behind a cut that every noise's way to the losses crosses once.
 
     Its starts are the sources of credit: the output sites and the values that reach the losses past
@@ -135,6 +135,7 @@ def make_sources(sites: Sites, reach: Reach, exact: bool) -> Tail:
     """
     level = sites.level
     kinds = sites.kinds
+    reach = sites.reach
     is_site_barrier = site_barrier(level, kinds)
 
     def is_barrier(equation: Equation) -> bool:

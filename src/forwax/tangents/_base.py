@@ -147,7 +147,9 @@ def typed_key(key: Array) -> Array:
     """A legacy uint32 key as a typed one; typed keys pass through."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    return cast(Array, jax.random.wrap_key_data(key))
+    # The oldest jax says nothing about this type, the newest does.
+    wrapped: Array = jax.random.wrap_key_data(key)
+    return wrapped
 
 
 def sampler(

@@ -1,15 +1,13 @@
 """Feedback alignment: a forward pass whose reverse pass crosses products through fixed matrices."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax import Array, lax
 
-from forwax._programs.evaluate import Values, bind, read
-from forwax._programs.program import Atom, Constant, Equation, Variable
-from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level, LoopPlan
+from forwax._programs.evaluate import Values, read
+from forwax._programs.program import Equation
+from forwax._sites.feedback.crossing import Crossing, forward, is_bilinear_product
 from forwax._sites.model import Sites
 from forwax._sites.passes.keep import value
 from forwax._tree import Tree
@@ -28,15 +26,16 @@ def aligned(
     for v, matrix in zip(sites.traced.parameters, feedback, strict=True):
         if matrix is not None:
             twins[v] = lax.stop_gradient(matrix)
+    
+    def is_aligned(equation: Equation) -> bool:
+        return is_bilinear_product(equation, sites.kinds)
+
+    crossing = Crossing(sites.kinds, {}, is_aligned, twins)
 
     def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
         inputs = sites.traced.arguments(params, mapped)
-        outputs = forward_with_feedback(
-            sites.level,
-            sites.kinds,
-            inputs,
-            dict(twins),  # it grows on the way
-        )
+        env, _ = forward(sites.level, inputs, crossing)
+        outputs = [read(atom, env) for atom in sites.level.program.outputs]
         losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
         return losses, aux
 
@@ -45,133 +44,3 @@ def aligned(
         one = jax.vmap(one, (axes,), axis_size=sites.num_examples)
     losses, aux = one(list(sites.problem.mapped))
     return value(sites, losses), aux
-
-
-def forward_with_feedback(
-    level: Level,
-    kinds: Kinds,
-    inputs: Sequence[Any],
-    feedback: Values,
-) -> list[Any]:
-    """Evaluate a level so that errors cross its dots and convolutions through the feedback.
-
-    Args:
-        level: what to evaluate.
-        kinds: the kind of each variable.
-        inputs: the values of the program's inputs.
-        feedback: for the inputs that are parameters, what stands for them on the way back. Chains
-            of parameters are evaluated on it a second time.
-
-    Returns:
-        The program's outputs. The feedback of parameters that were computed on the way is added to
-        `feedback`.
-    """
-    env: Values = dict(zip(level.program.inputs, inputs, strict=True))
-    for equation in level.program.equations:
-        values = [read(atom, env) for atom in equation.inputs]
-        plan = level.loop_of(equation)
-        if plan is not None:
-            outputs = _loop(plan, kinds, values, feedback)
-        elif _is_product_with_a_parameter(equation, kinds):
-            twins = _twins(equation, values, feedback)
-            outputs = [_aligned(equation, values, twins)]
-        else:
-            outputs = bind(equation, values)
-            if _is_chain(equation, kinds):
-                # What is done to a weight before it is used is done to its feedback too.
-                twins = _twins(equation, values, feedback)
-                computed = bind(equation, twins)
-                feedback.update(zip(equation.outputs, computed, strict=True))
-        env.update(zip(equation.outputs, outputs, strict=True))
-    return [read(atom, env) for atom in level.program.outputs]
-
-
-def _twins(
-    equation: Equation,
-    values: Sequence[Any],
-    feedback: Values,
-) -> list[Any]:
-    """What stands for an equation's inputs on the way back: the feedback, else the values."""
-    twins = []
-    for atom, twin in zip(equation.inputs, values, strict=True):
-        if not isinstance(atom, Constant):
-            twin = feedback.get(atom, twin)
-        twins.append(twin)
-    return twins
-
-
-def _aligned(
-    equation: Equation,
-    values: Sequence[Any],
-    twins: Sequence[Any],
-) -> Any:
-    """A bilinear operation whose derivative by one operand takes the other's feedback."""
-
-    @jax.custom_jvp
-    def operation(values: Sequence[Any], twins: Sequence[Any]) -> Any:
-        return bind(equation, values)[0]
-
-    @operation.defjvp
-    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        values, twins = primals
-        moved, _ = tangents
-        # By the product rule, with the other operand's feedback in place of itself.
-        (first,) = bind(equation, [moved[0], twins[1]])
-        (second,) = bind(equation, [twins[0], moved[1]])
-        return operation(values, twins), first + second
-
-    fixed = [lax.stop_gradient(twin) for twin in twins]
-    return operation(list(values), fixed)
-
-
-def _loop(
-    plan: LoopPlan,
-    kinds: Kinds,
-    values: Sequence[Any],
-    feedback: Values,
-) -> list[Any]:
-    loop = plan.loop
-    consts, first_carry, scanned = loop.split(values)
-    inner_inputs = plan.level.program.inputs
-    pairs = list(zip(inner_inputs, plan.equation.inputs, strict=True))
-    const_pairs, carry_pairs, scanned_pairs = loop.split(pairs)
-
-    def known(pairs: Sequence[tuple[Variable, Atom]]) -> Values:
-        twins: Values = {}
-        for v, atom in pairs:
-            if not isinstance(atom, Constant) and atom in feedback:
-                twins[v] = feedback[atom]
-        return twins
-
-    # A carry is a parameter only if the body returns it as it is; so is its feedback.
-    entering = known([*const_pairs, *carry_pairs])
-    fixed = {v: twin for v, twin in entering.items() if kinds[v] is Kind.PARAMETER}
-
-    def step(
-        carry: list[Any],
-        slices: tuple[list[Any], Values],
-    ) -> tuple[list[Any], Any]:
-        xs, twins_of_step = slices
-        inner = {**fixed, **twins_of_step}
-        inputs = [*consts, *carry, *xs]
-        outputs = forward_with_feedback(plan.level, kinds, inputs, inner)
-        carry, ys = loop.split_outputs(outputs)
-        stacked = {v: inner[v] for v in plan.stacked.values()}
-        return carry, (ys, stacked)
-
-    slices = (scanned, known(scanned_pairs))
-    carry, (ys, twins) = loop.scan(step, first_carry, slices)
-    for outer, inner in plan.stacked.items():
-        feedback[outer] = twins[inner]
-    feedback.update(known(list(plan.unchanged.items())))
-    return [*carry, *ys]
-
-
-def _is_product_with_a_parameter(equation: Equation, kinds: Kinds) -> bool:
-    if not equation.facts.bilinear or kinds[equation.outputs[0]] is not Kind.MIXED:
-        return False
-    return any(kinds[v] is Kind.PARAMETER for v in equation.variables)
-
-
-def _is_chain(equation: Equation, kinds: Kinds) -> bool:
-    return any(kinds[v] is Kind.PARAMETER for v in equation.outputs)

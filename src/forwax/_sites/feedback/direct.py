@@ -1,131 +1,129 @@
-"""The output sites' exact error, sent straight to every other site by maps."""
+"""Gradients by maps from the outlets to the inlets, and what noise at the inlets does."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from forwax import _tree
-from forwax._programs.evaluate import Values
+from forwax import _mesh, _tree
+from forwax._programs.evaluate import Values, read
 from forwax._programs.program import Variable
 from forwax._pushforward import along, over_tangents
-from forwax._sites.model import Site, Sites
-from forwax._sites.passes.keep import forward
+from forwax._sites.feedback.crossing import Crossing, forward
+from forwax._sites.feedback.inlets import Plan
+from forwax._sites.passes import keep
+from forwax._tree import Tree
+from forwax.tangents import Tangents
+from forwax.tangents._base import sampler
+
+Backward = Callable[[list[Array]], list[Array]]
+"""Takes the outlets' exact errors to the inlets' errors."""
 
 
-def output_sites(sites: Sites) -> list[Site]:
-    """The last sites that put something out.
+def estimate(
+    plan: Plan, crossing: Crossing, errors_of: Backward
+) -> tuple[Array, Tree, Tree]:
+    """`(value, aux, grads)` with errors from outside at the inlets.
 
-    An added weight decay is none: its error is constant, which tells nothing.
+    Reverse mode crosses all that has no parameter, and the last products.
     """
-    return [
-        site for site in sites.places if site.exact and _tells_something(site, sites)
-    ]
+    sites = plan.sites
+
+    def objective(params: Tree) -> tuple[Any, Any]:
+        losses, taps, aux, records = _run(plan, crossing, params, plan.tail.records)
+        return (keep.value(sites, losses), taps), (aux, records)
+
+    params = sites.problem.params
+    (value, taps), pull, (aux, records) = jax.vjp(objective, params, has_aux=True)
+    exact = keep.errors_at(sites, plan.tail, records)
+    errors = errors_of([exact[outlet.start] for outlet in plan.outlets])
+    one = _mesh.vary(jnp.ones_like(value), _mesh.axes(value))
+    cotangents = {
+        number: _mesh.vary(error, _mesh.axes(taps[number]))
+        for number, error in enumerate(errors)
+    }
+    (grads,) = pull((one, cotangents))
+    return value, aux, grads
 
 
-def _tells_something(site: Site, sites: Sites) -> bool:
-    if site.region.promoted:
-        return False
-    if all(equation.facts.additive for equation in site.region.equations):
-        return False
-    return site.mapped or sites.num_examples is None
+def _run(
+    plan: Plan,
+    crossing: Crossing,
+    params: Tree,
+    wanted: Iterable[Variable],
+    noise: Mapping[int, Array] | None = None,
+    time: Array | None = None,
+) -> tuple[list[Array], dict[int, Array], Tree, Values]:
+    """`(losses, taps, aux, wanted values)`, examples on a leading axis of each."""
+    sites = plan.sites
+    names = {outlet.start: outlet.variable for outlet in plan.outlets}
 
+    def one(
+        mapped: Sequence[Array], noise: Mapping[int, Array] | None
+    ) -> tuple[list[Array], dict[int, Array], Tree, Values]:
+        inputs = sites.traced.arguments(params, mapped)
+        env, taps = forward(sites.level, inputs, crossing, noise, time)
+        outputs = [read(atom, env) for atom in sites.level.program.outputs]
+        losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
+        return losses, taps, aux, {v: env[names.get(v, v)] for v in wanted}
 
-def heard_by(site: Site, sites: Sites, name: str) -> list[Site]:
-    """The output sites whose losses a site reaches.
-
-    Raises:
-        ValueError: when there is none; `name` is the rule's, for the text.
-    """
-    heard = [output for output in output_sites(sites) if output.reach & site.reach]
-    if not heard:
-        raise ValueError(
-            f"{name}: found no output site after the {site.region.equations[0].name} of shape "
-            f"{site.shape}: none whose "
-            "way to the loss is free of parameters. Use FeedbackAlignment for this loss."
-        )
-    return heard
-
-
-def map_shapes(sites: Sites, name: str) -> list[tuple[int, int]]:
-    """For each site that is not a last one, the sizes of the errors it hears and of its value."""
-    heard = [heard_by(site, sites, name) for site in sites.noisy]
-    sizes = [sum(output.size for output in outputs) for outputs in heard]
-    return [(size, site.size) for size, site in zip(sizes, sites.noisy, strict=True)]
-
-
-def push_outputs(
-    sites: Sites, noise: Sequence[Array], num_tangents: int
-) -> list[Array]:
-    """The slope of each output site's value along noises [k, *spec].
-
-    Shapes are [k, *shape], with examples [k, examples, *shape].
-    """
-    outputs = [site.variable for site in output_sites(sites)]
-    mapped_axes = list(sites.problem.mapped_axes)
-    noise_axes = {site.variable: sites.axis_of(site.variable) for site in sites.noisy}
-
-    def one(mapped: Sequence[Array], noise: Values, time: Array) -> list[Array]:
-        inputs = sites.traced.arguments(sites.problem.params, mapped)
-        values, _ = forward(sites.level, inputs, noise, time, frozenset(), outputs)
-        return values[len(values) - len(outputs) :]
-
-    def slopes(noise: Values) -> tuple[list[Array], None]:
-        def values(time: Array) -> tuple[list[Array], None]:
-            if sites.num_examples is None:
-                return one((), noise, time), None
-            each = jax.vmap(
-                one, (mapped_axes, noise_axes, None), axis_size=sites.num_examples
-            )
-            return each(list(sites.problem.mapped), noise, time), None
-
-        _, tangents, _ = along(values)
-        return tangents, None
-
-    named = dict(zip([site.variable for site in sites.noisy], noise, strict=True))
-    return over_tangents(slopes, named, num_tangents)[0]
-
-
-def sent(
-    site: Site,
-    sites: Sites,
-    heard: Sequence[Site],
-    errors: Mapping[Variable, Array],
-    through: Array,
-) -> Array:
-    """A site's error: that of the outputs it hears, real coordinates [..., e], times a map [e, z].
-
-    A map of the size of one step's value serves every step of the loops around the site.
-    """
-    lead = () if sites.num_examples is None else (sites.num_examples,)
-    parts = [
-        coordinates(jnp.conj(errors[output.variable]), len(lead)) for output in heard
-    ]
-    flat = jnp.concatenate(parts, axis=-1)  # [*lead, e]
-    error = flat @ through.astype(flat.dtype)  # [*lead, z]
-    if (
-        lead and not site.mapped
-    ):  # one value for all examples has the sum of their errors
-        error = jnp.sum(error, axis=0)
-        lead = ()
-    of_step = sites.own_shape(site)
-    is_whole = error.shape[-1] == site.size
-    shape = (
-        site.shape if is_whole else (*[1] * (len(site.shape) - len(of_step)), *of_step)
+    if sites.num_examples is None:
+        return one((), noise)
+    inlet_axes = {n: 0 if i.mapped else None for n, i in enumerate(plan.inlets)}
+    value_axes = {v: sites.axis_of(v) for v in wanted}
+    each = jax.vmap(
+        one,
+        in_axes=(list(sites.problem.mapped_axes), inlet_axes if noise else None),
+        out_axes=(0, {} if noise else inlet_axes, 0, value_axes),
+        axis_size=sites.num_examples,
     )
-    spec = _tree.Spec(shape, site.dtype)
-    real_shape = _tree.real_specs(spec)[0].shape
-    value = _tree.from_real([error.reshape(*lead, *real_shape)], spec, len(lead))
-    return jnp.broadcast_to(jnp.conj(value), (*lead, *site.shape))
+    return each(list(sites.problem.mapped), noise)
 
 
-def coordinates(x: Array, lead: int) -> Array:
-    """The real coordinates [*lead, n] of values, after a number of leading axes."""
-    parts = jnp.stack([x.real, x.imag], axis=lead) if _tree.is_complex(x) else x
-    return parts.reshape(*x.shape[:lead], -1)
+def push(
+    plan: Plan, noise: Sequence[Array], num_tangents: int
+) -> tuple[list[Array], list[Array]]:
+    """What noises at the inlets do.
+
+    Returns:
+        The outlets' tangents, [k, *examples, *shape], and those of the losses.
+    """
+    params = plan.sites.problem.params
+    starts = [outlet.start for outlet in plan.outlets]
+
+    def slopes(noise: Mapping[int, Array]) -> tuple[Any, None]:
+        def values(time: Array) -> tuple[Any, None]:
+            losses, _, _, found = _run(
+                plan, plan.crossing(), params, starts, noise, time
+            )
+            return ([found[start] for start in starts], losses), None
+
+        return along(values)[1], None
+
+    return over_tangents(slopes, dict(enumerate(noise)), num_tangents)[0]
 
 
-def step_size(site: Site, sites: Sites) -> int:
-    """The number of real coordinates of a site's value in one step of the loops around it."""
-    return _tree.num_coordinates(_tree.Spec(sites.own_shape(site), site.dtype))
+def draw(plan: Plan, tangents: Tangents, key: Array, num_tangents: int) -> list[Array]:
+    """The noise of each inlet, [k, *examples, *shape]."""
+    specs = []
+    for inlet in plan.inlets:
+        shape = inlet.shape
+        if inlet.mapped and plan.sites.num_examples is not None:
+            shape = (plan.sites.num_examples, *shape)
+        specs.append(_mesh.like(shape, inlet.dtype, inlet.axes))
+    return sampler(tangents, key, specs, num_tangents, hold=True)(
+        jnp.arange(num_tangents)
+    )
+
+
+def num_coordinates(plan: Plan) -> int:
+    """The number of real coordinates of one noise."""
+    total = 0
+    for inlet in plan.inlets:
+        count = _tree.num_coordinates(inlet.spec)
+        if inlet.mapped and plan.sites.num_examples is not None:
+            count *= plan.sites.num_examples
+        total += count
+    return total

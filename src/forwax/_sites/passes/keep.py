@@ -240,7 +240,7 @@ def push_along(
 
 def output_errors(sites: Sites, records: Values) -> Values:
     """The exact derivative of the objective with respect to each output site."""
-    return _errors(sites, sites.tail, records)
+    return errors_at(sites, sites.tail, records)
 
 
 def products(sites: Sites, out: Pass) -> list[Array]:
@@ -249,7 +249,7 @@ def products(sites: Sites, out: Pass) -> list[Array]:
     Shapes are [k, *source], with examples [k, examples, *source].
     """
     assert sites.sources is not None
-    errors = _errors(sites, sites.sources, out.records)
+    errors = errors_at(sites, sites.sources, out.records)
     pairs = zip(sites.sources.starts, out.tangents, strict=True)
     return [_product(errors[v], tangents) for v, tangents in pairs]
 
@@ -260,7 +260,7 @@ def _product(error: Array, tangent: Array) -> Array:
     return jnp.real(error.astype(wide)[None] * tangent.astype(wide))
 
 
-def _errors(sites: Sites, tail: Tail, records: Values) -> Values:
+def errors_at(sites: Sites, tail: Tail, records: Values) -> Values:
     """The derivative of the objective with respect to where a tail starts."""
     if not tail.starts:
         return {}

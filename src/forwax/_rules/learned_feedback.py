@@ -1,0 +1,285 @@
+"""Reverse mode in which products with parameters hand back learned maps of the output's error.
+
+Direct maps: Nøkland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", arXiv
+1609.01596. Maps learnt from noise: Bacho, Chu, "Low-Variance Forward Gradients using Direct
+Feedback Alignment and Momentum", arXiv 2212.07282. Mirrors: Akrout et al., "Deep Learning without
+Weight Transport", arXiv 1904.05391.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from forwax import _mesh
+from forwax._rule import LearningRule, check_count, check_directions, check_shared
+from forwax._signature import Problem, Signature
+from forwax._sites.feedback import direct, maps, mirrors
+from forwax._sites.feedback.inlets import Plan, find_plan
+from forwax._tree import Tree
+from forwax.tangents import Coordinate, Rademacher, Tangents
+from forwax.tangents._base import typed_key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Feedback:
+    """What `forwax.LearnedFeedback` has learnt.
+
+    Attributes:
+        direct: one map [e, h] for each inlet, in the order of `forwax.explain`.
+        mirrors: one array of the weight's shape for each weight whose product is chained, with a
+            leading axis for each loop in which the weight differs from step to step.
+        num_steps: the number of steps so far.
+    """
+
+    direct: tuple[Array, ...]
+    mirrors: tuple[Array, ...]
+    num_steps: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LearnedFeedback(LearningRule):
+    """Reverse mode in which products with parameters hand back learned maps of the output's error.
+
+    A product φ(w, h) of a parameter with data h gives h the error e·M in place of wᵀ times its own,
+    where e is the exact error of the last products (those after which none comes), taken at their
+    values or at their data, whichever has fewer coordinates. Through all that has no parameter
+    (activations, pooling, softmax, statistics of norms, residual additions) and through the last
+    products errors go exactly, and so do gradients from a product's error to its parameter. No
+    other product waits for an error from behind it, and no weight's value enters the reverse pass
+    but those of the last products.
+
+    Maps learn from noise u on all data inputs at once and the outlets' tangents ė along it, by
+    least mean squares: R = ė - Σ u Mᵀ, M ← M + η mean(R ⊗ u). The mean is over examples, noises and
+    the axes that an input has in common with the outlets (positions of a language model), which
+    share a map; products that share their data have one map. In a linear network the maps converge
+    to the Jacobians, and the estimate to the gradient.
+
+    A direct map hears of its own position alone. Where a product's value reaches other positions
+    before the next product (keys and values of attention, the recurrent weight of a loop over
+    time), its data's error comes through a mirror of its own weight instead, which learns from the
+    product's own answers to noise.
+
+    `step` learns and estimates. `forwax.value_and_grad` takes the maps as they are; without
+    `correction` it needs no noise, and ignores the key. A rule is a frozen value, so that `step`
+    returns the next one, to be carried through the training loop and its checkpoints.
+
+    Attributes:
+        num_tangents: the number of noises in a step.
+        tangents: the distribution of the noise.
+        rate: η of the direct maps; None for 0.1 / (1 + D/N), where N is the number of samples in
+            the mean and D that of the noise coordinates in one R. Above 2 / (1 + D/N) they diverge.
+        every: maps learn in each n-th step; the others push no tangent.
+        chain: which products have mirrors: "none", "positions" as above, or "all": then the
+            estimate tends to the gradient.
+        correction: whether the noise also corrects the estimate, which makes it unbiased whatever
+            the maps are: with the slopes c along the noise and those foreseen, ĉ = Σ<ê, u>, an
+            input's error is ê + (c - ĉ) u. Each step then pushes tangents, and all products have
+            direct maps.
+        maps: what has been learnt, or None until `init` or the first step makes zeros.
+
+    Raises:
+        ValueError: when a field has no such value, a product reaches no last one, or the maps are
+            missing or do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, forwax as fx
+        >>> loss = lambda w, x: jnp.sum((jnp.tanh(x @ w["a"]) @ w["b"]) @ w["c"])
+        >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4)), "c": jnp.ones((4, 1))}
+        >>> x = jnp.ones((8, 2))
+        >>> rule = fx.LearnedFeedback().init(loss, in_axes=(None, 0))(params, x)
+        >>> [m.shape for m in rule.maps.direct]
+        [(1, 3)]
+        >>> step = jax.jit(lambda rule, key: rule.step(loss, in_axes=(None, 0))(key, params, x))
+        >>> for i in range(150):
+        ...     value, grads, rule = step(rule, jax.random.key(i))
+        >>> rule.maps.direct[0].round(2).tolist()
+        [[4.0, 4.0, 4.0]]
+    """
+
+    num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
+    tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
+    rate: float | Array | None = None
+    every: int = dataclasses.field(default=1, metadata={"static": True})
+    chain: Literal["none", "positions", "all"] = dataclasses.field(
+        default="positions", metadata={"static": True}
+    )
+    correction: bool = dataclasses.field(default=False, metadata={"static": True})
+    maps: Feedback | None = None
+
+    reverse_mode: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("LearnedFeedback", "num_tangents", self.num_tangents)
+        check_count("LearnedFeedback", "every", self.every)
+        if self.chain not in ("none", "positions", "all"):
+            raise ValueError(
+                "LearnedFeedback: expected chain to be 'none', 'positions' or 'all', got "
+                f"{self.chain!r}."
+            )
+        is_number = isinstance(self.rate, int | float)
+        if is_number and not 0 < self.rate < 2:  # type: ignore[operator]
+            raise ValueError(
+                "LearnedFeedback: expected rate between 0 and 2, beyond which least mean squares "
+                f"diverge whatever the samples, got {self.rate}. None takes 0.1 / (1 + D/N)."
+            )
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether the noise corrects the estimate."""
+        return self.correction
+
+    def sites(self, problem: Problem) -> Plan:
+        """The inlets and outlets of a problem under this rule."""
+        chain = "none" if self.correction else self.chain
+        return find_plan(problem, type(self).__name__, chain)
+
+    def basis(self, problem: Problem) -> "LearnedFeedback | None":
+        """With `correction`, the rule with each coordinate of its noise once."""
+        if not self.correction:
+            return None
+        n = direct.num_coordinates(self.sites(problem))
+        return dataclasses.replace(
+            self, tangents=Coordinate(replace=False), num_tangents=max(n, 1)
+        )
+
+    def init(
+        self,
+        loss: Callable[..., Any],
+        *,
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        in_axes: Any = None,
+    ) -> Callable[..., "LearnedFeedback"]:
+        """The rule with maps of zeros, so that its structure stays the same in all steps.
+
+        Takes the arguments of `forwax.value_and_grad`.
+
+        Returns:
+            A function of the loss's own arguments that returns the rule. Nothing is computed, the
+            loss is only traced.
+        """
+        name = "LearnedFeedback.init"
+        signature = Signature(loss, argnums, has_aux, in_axes, name, keyed=False)
+
+        def init_for(*args: Any, **kwargs: Any) -> LearnedFeedback:
+            plan = self.sites(signature.bind(args, kwargs))
+            return dataclasses.replace(self, maps=_zeros(plan))
+
+        return init_for
+
+    def advance(
+        self, key: Array, problem: Problem
+    ) -> tuple[Array, Tree, Tree, "LearnedFeedback"]:
+        """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""
+        check_directions("LearnedFeedback", self.tangents)
+        check_shared("LearnedFeedback", self.tangents)
+        over = _mesh.axes(key)  # a key of its own gives each device maps of its own
+        params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
+        plan = self.sites(dataclasses.replace(problem, params=params))
+        before = _zeros(plan) if self.maps is None else self._checked(plan)
+        before = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), before)
+
+        def learning(key: Array) -> tuple[Array, Tree, Tree, Feedback]:
+            return self._step(plan, before, key)
+
+        def resting(key: Array) -> tuple[Array, Tree, Tree, Feedback]:
+            return *self._estimate(plan, before, key), before
+
+        if self.every == 1:
+            value, aux, grads, after = learning(key)
+        else:
+            is_due = before.num_steps % self.every == 0
+            value, aux, grads, after = lax.cond(is_due, learning, resting, key)
+        after = dataclasses.replace(after, num_steps=before.num_steps + 1)
+        return value, aux, grads, dataclasses.replace(self, maps=after)
+
+    def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
+        """The gradient by the maps as they are; see `Rule.estimate`."""
+        plan = self.sites(problem)
+        return self._estimate(plan, self._checked(plan), typed_key(key))
+
+    def _step(
+        self, plan: Plan, before: Feedback, key: Array
+    ) -> tuple[Array, Tree, Tree, Feedback]:
+        found = before.direct
+        pushed = None
+        if plan.inlets:
+            noise = direct.draw(plan, self.tangents, key, self.num_tangents)
+            tangents, slopes = direct.push(plan, noise, self.num_tangents)
+            left = maps.residuals(plan, before.direct, noise, tangents)
+            over = _mesh.all_axes(noise) - _mesh.axes(key)
+            updates = maps.products(plan, noise, left, over)
+            rates = maps.rates(plan, self.num_tangents, _mesh.size(over))
+            found = tuple(
+                m + (rate if self.rate is None else self.rate) * x
+                for m, rate, x in zip(before.direct, rates, updates, strict=True)
+            )
+            pushed = (noise, slopes)
+        learnt = mirrors.learnt(plan.sites, plan.mirrors, before.mirrors, key)
+        after = Feedback(found, tuple(learnt), before.num_steps)
+        # A correction is unbiased for maps that do not hang on its own noise.
+        used = before if self.correction else after
+        return *self._sent(plan, used, pushed), after
+
+    def _estimate(
+        self, plan: Plan, found: Feedback, key: Array
+    ) -> tuple[Array, Tree, Tree]:
+        pushed = None
+        if self.correction and plan.inlets:
+            noise = direct.draw(plan, self.tangents, key, self.num_tangents)
+            _, slopes = direct.push(plan, noise, self.num_tangents)
+            pushed = (noise, slopes)
+        return self._sent(plan, found, pushed)
+
+    def _sent(
+        self, plan: Plan, found: Feedback, pushed: Any
+    ) -> tuple[Array, Tree, Tree]:
+        def errors_of(exact: list[Array]) -> list[Array]:
+            errors = maps.sent(plan, found.direct, exact)
+            if self.correction and pushed is not None:
+                errors = maps.corrected(plan, errors, *pushed)
+            return errors
+
+        return direct.estimate(plan, plan.crossing(found.mirrors), errors_of)
+
+    def _checked(self, plan: Plan) -> Feedback:
+        expected = (maps.map_shapes(plan), mirrors.mirror_shapes(plan.sites, plan.mirrors))
+        got = None
+        if self.maps is not None:
+            got = (
+                [m.shape for m in self.maps.direct],
+                [m.shape for m in self.maps.mirrors],
+            )
+        if self.maps is None or got != expected:
+            raise ValueError(
+                f"LearnedFeedback: expected direct maps and mirrors of shapes {expected}, got "
+                f"{got}. Make them with rule.init(loss)(*args), and let "
+                "rule.step(loss)(key, *args) learn them."
+            )
+        return self.maps
+
+    def relative_mse(self, n: int) -> float:
+        """Not a number: it hangs on what the maps foresee."""
+        return math.nan
+
+    def learning_rate_scale(self, n: int) -> float:
+        """1."""
+        return 1.0
+
+
+def _zeros(plan: Plan) -> Feedback:
+    """Maps before the first step, in float32 or wider."""
+    dtypes = maps.map_dtypes(plan)
+    shapes = maps.map_shapes(plan)
+    return Feedback(
+        tuple(jnp.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)),
+        tuple(mirrors.zeros(plan.sites, plan.mirrors)),
+        jnp.int32(0),
+    )
