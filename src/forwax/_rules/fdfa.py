@@ -10,17 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from forwax import _mesh, _tree
+from forwax import _mesh
 from forwax._rule import LearningRule, check_count, check_directions, check_shared
 from forwax._signature import Problem, Signature
-from forwax._sites.feedback import direct
-from forwax._sites.find import find_sites
-from forwax._sites.model import Sites
-from forwax._sites.noise import draw_noise
-from forwax._sites.passes import keep
+from forwax._sites.feedback import direct, maps
+from forwax._sites.feedback.inlets import Plan, find_plan
 from forwax._tree import Tree
 from forwax.tangents import Rademacher, Tangents
 
@@ -32,12 +28,13 @@ Maps = tuple[Array, ...]
 class FDFA(LearningRule):
     """Forward direct feedback alignment: the output error through maps that slopes teach.
 
-    As in `forwax.DirectFeedbackAlignment` a site z gets the error e·M in place of its own, where e
-    is the exact ∂loss/∂z of the last sites (those after which no site comes). Here M is the running
-    mean of (the output's slope along activity noise u) ⊗ u, whose mean is the Jacobian of the
-    output with respect to z. Noise enters all sites at once; the slopes along it are those of the
-    last sites' values, not of the loss, and are averaged over the examples. The estimate is the
-    gradient when M is the Jacobian of every example: in a linear network, in the mean.
+    As in `forwax.DirectFeedbackAlignment` the data h of a product gets the error e·M in place of
+    its own, where e is the exact error of the last products. Here M is the running mean of (the
+    slope of what e is taken at along noise u) ⊗ u, whose mean is the Jacobian with respect to h.
+    Noise enters all inlets at once; the slopes along it are vectors, not those of the loss, and are
+    averaged over the examples. The estimate is the gradient when M is the Jacobian of every
+    example: in a linear network, in the mean. `forwax.LearnedFeedback` learns the same maps with
+    less noise, by least mean squares.
 
     `step` learns and estimates. `forwax.value_and_grad` takes the maps as they are; it needs no
     noise, and ignores the key. A rule is a frozen value, so that `step` returns the next one, to be
@@ -47,24 +44,23 @@ class FDFA(LearningRule):
         decay: how much of the maps is kept in each step, in [0, 1).
         tangents: the distribution of the noise.
         num_tangents: the number of noises in a step.
-        maps: one [size of e, size of z] for each site that is not a last one, in the order of
-            `forwax.explain` and with a part for each step of the loops around a site; or None until
-            `init` or the first step makes zeros.
+        maps: one [size of e, size of h] for each inlet, in the order of `forwax.explain`; or None
+            until `init` or the first step makes zeros.
 
     Raises:
-        ValueError: when a field has no such value, no last site can be found, or the maps are
+        ValueError: when a field has no such value, no last product can be found, or the maps are
             missing or do not fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
-        >>> loss = lambda w, x: jnp.sum(jnp.tanh(x @ w["first"]) @ w["second"])
-        >>> params = {"first": jnp.ones((2, 3)), "second": jnp.ones((3, 1))}
+        >>> loss = lambda w, x: jnp.sum(jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]) @ w["c"])
+        >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4)), "c": jnp.ones((4, 1))}
         >>> rule = fx.FDFA().init(loss, in_axes=(None, 0))(params, jnp.ones((4, 2)))
         >>> [m.shape for m in rule.maps]
         [(1, 3)]
         >>> step = rule.step(loss, in_axes=(None, 0))
         >>> value, grads, rule = step(jax.random.key(0), params, jnp.ones((4, 2)))
-        >>> grads["first"].shape
+        >>> grads["a"].shape
         (2, 3)
     """
 
@@ -73,7 +69,7 @@ class FDFA(LearningRule):
     num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
     maps: Maps | None = None
 
-    reverse_mode: ClassVar[bool] = False
+    reverse_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("FDFA", "num_tangents", self.num_tangents)
@@ -85,9 +81,9 @@ class FDFA(LearningRule):
         """False: the estimate only aligns with the gradient in the course of training."""
         return False
 
-    def sites(self, problem: Problem) -> Sites:
-        """The sites of a problem under this rule."""
-        return find_sites(problem, type(self).__name__, None, exact_outputs=True)
+    def sites(self, problem: Problem) -> Plan:
+        """The inlets and outlets of a problem under this rule."""
+        return find_plan(problem, type(self).__name__)
 
     def init(
         self,
@@ -108,8 +104,8 @@ class FDFA(LearningRule):
         signature = Signature(loss, argnums, has_aux, in_axes, "FDFA.init", keyed=False)
 
         def init_for(*args: Any, **kwargs: Any) -> FDFA:
-            sites = self.sites(signature.bind(args, kwargs))
-            return dataclasses.replace(self, maps=self._zeros(sites))
+            plan = self.sites(signature.bind(args, kwargs))
+            return dataclasses.replace(self, maps=maps.zeros(plan))
 
         return init_for
 
@@ -121,59 +117,37 @@ class FDFA(LearningRule):
             key
         )  # a key of its own gives each device an estimate of its own
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
-        sites = self.sites(dataclasses.replace(problem, params=params))
-        rule = dataclasses.replace(self, maps=self._learnt(key, sites))
-        return *rule._sent(sites), rule
+        plan = self.sites(dataclasses.replace(problem, params=params))
+        rule = dataclasses.replace(self, maps=self._learnt(key, plan))
+        return *rule._sent(plan), rule
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient by the maps as they are; see `Rule.estimate`."""
         return self._sent(self.sites(problem))
 
-    def _sent(self, sites: Sites) -> tuple[Array, Tree, Tree]:
-        maps = self._checked(sites)
-        out = keep.push(sites)
-        exact = keep.output_errors(sites, out.records)
-        errors = dict(exact)
-        for site, through in zip(sites.noisy, maps, strict=True):
-            heard = direct.heard_by(site, sites, type(self).__name__)
-            errors[site.variable] = direct.sent(site, sites, heard, exact, through)
-        value = keep.value(sites, out.losses)
-        return value, out.aux, keep.assemble(sites, out.records, errors)
+    def _sent(self, plan: Plan) -> tuple[Array, Tree, Tree]:
+        used = self._checked(plan)
+        return direct.estimate(plan, lambda exact: maps.sent(plan, used, exact))
 
-    def _learnt(self, key: Array, sites: Sites) -> Maps:
+    def _learnt(self, key: Array, plan: Plan) -> Maps:
         """The running mean with one more sample."""
-        maps = self._zeros(sites) if self.maps is None else self._checked(sites)
-        if not maps:
+        before = maps.zeros(plan) if self.maps is None else self._checked(plan)
+        if not before:
             return ()
-        noise = draw_noise(sites, self.tangents, key, self.num_tangents)
-        slopes = direct.push_outputs(sites, noise, self.num_tangents)
-        outputs = [site.variable for site in direct.output_sites(sites)]
-        slope_of = dict(zip(outputs, slopes, strict=True))
-        samples = []
-        for site, u in zip(sites.noisy, noise, strict=True):
-            heard = direct.heard_by(site, sites, type(self).__name__)
-            slopes_heard = [slope_of[output.variable] for output in heard]
-            samples.append(_outer(slopes_heard, u, site.mapped, sites.num_examples))
-        pairs = zip(maps, samples, strict=True)
+        noise = direct.draw(plan, self.tangents, key, self.num_tangents)
+        tangents, _ = direct.push(plan, noise, self.num_tangents)
+        over = _mesh.all_axes(noise) - _mesh.axes(key)
+        samples = maps.products(plan, noise, tangents, over)
+        pairs = zip(before, samples, strict=True)
         return tuple(self.decay * m + (1 - self.decay) * x for m, x in pairs)
 
-    def _zeros(self, sites: Sites) -> Maps:
-        shapes = direct.map_shapes(sites, type(self).__name__)
-        dtypes = [
-            _tree.accumulation_dtype(jnp.finfo(site.dtype).dtype)
-            for site in sites.noisy
-        ]
-        return tuple(
-            jnp.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
-        )
-
-    def _checked(self, sites: Sites) -> Maps:
-        expected = direct.map_shapes(sites, type(self).__name__)
+    def _checked(self, plan: Plan) -> Maps:
+        expected = maps.map_shapes(plan)
         got = None if self.maps is None else [m.shape for m in self.maps]
         if self.maps is None or got != expected:
             raise ValueError(
                 f"FDFA: expected maps of shapes {expected} (size of the output error, size of the "
-                f"site), got {got}. Make them with rule.init(loss)(*args), and let "
+                f"product's data), got {got}. Make them with rule.init(loss)(*args), and let "
                 "rule.step(loss)(key, *args) learn them."
             )
         return self.maps
@@ -186,17 +160,3 @@ class FDFA(LearningRule):
         """1."""
         return 1.0
 
-
-def _outer(
-    slopes: Sequence[Array], noise: Array, mapped: bool, num_examples: int | None
-) -> Array:
-    """The mean over noises and examples of slope ⊗ noise, [size of e, size of z]."""
-    lead = 1 if num_examples is None else 2
-    t = jnp.concatenate([direct.coordinates(x, lead) for x in slopes], axis=-1)
-    u = direct.coordinates(noise, 2 if mapped and lead == 2 else 1)
-    if lead == 2 and not mapped:  # all examples have one noise
-        t = jnp.mean(t, axis=1)
-    t = t.reshape(-1, t.shape[-1])  # [k · examples, e]
-    u = u.reshape(-1, u.shape[-1])  # [k · examples, z]
-    dtype = _tree.accumulation_dtype(_tree.promoted(t.dtype, u.dtype))
-    return t.astype(dtype).T @ u.astype(dtype) / t.shape[0]

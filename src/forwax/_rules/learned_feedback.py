@@ -247,7 +247,7 @@ class LearnedFeedback(LearningRule):
                 errors = maps.corrected(plan, errors, *pushed)
             return errors
 
-        return direct.estimate(plan, plan.crossing(found.mirrors), errors_of)
+        return direct.estimate(plan, errors_of, found.mirrors)
 
     def _checked(self, plan: Plan) -> Feedback:
         expected = (maps.map_shapes(plan), mirrors.mirror_shapes(plan.sites, plan.mirrors))
@@ -276,10 +276,5 @@ class LearnedFeedback(LearningRule):
 
 def _zeros(plan: Plan) -> Feedback:
     """Maps before the first step, in float32 or wider."""
-    dtypes = maps.map_dtypes(plan)
-    shapes = maps.map_shapes(plan)
-    return Feedback(
-        tuple(jnp.zeros(s, d) for s, d in zip(shapes, dtypes, strict=True)),
-        tuple(mirrors.zeros(plan.sites, plan.mirrors)),
-        jnp.int32(0),
-    )
+    twins = mirrors.zeros(plan.sites, plan.mirrors)
+    return Feedback(maps.zeros(plan), tuple(twins), jnp.int32(0))

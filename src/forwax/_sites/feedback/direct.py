@@ -23,13 +23,14 @@ Backward = Callable[[list[Array]], list[Array]]
 
 
 def estimate(
-    plan: Plan, crossing: Crossing, errors_of: Backward
+    plan: Plan, errors_of: Backward, mirrors: Sequence[Array] = ()
 ) -> tuple[Array, Tree, Tree]:
     """`(value, aux, grads)` with errors from outside at the inlets.
 
-    Reverse mode crosses all that has no parameter, and the last products.
+    Reverse mode crosses all that has no parameter, the last products, and those with mirrors.
     """
     sites = plan.sites
+    crossing = plan.crossing(mirrors)
 
     def objective(params: Tree) -> tuple[Any, Any]:
         losses, taps, aux, records = _run(plan, crossing, params, plan.tail.records)

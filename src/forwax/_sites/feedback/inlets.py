@@ -150,11 +150,13 @@ def find_plan(problem: Problem, name: str, chain: str = "none") -> Plan:
     if chain == "all":
         chained = able
     elif chain == "positions" and able:
-        direct = _plan(sites, outlets, tail, cut, name)
+        direct = _plan(sites, outlets, tail, cut)
         chained = mixing_products(direct, able)
     for equation in chained:
         del cut[equation]
-    plan = _plan(sites, outlets, tail, cut, name)
+    plan = _plan(sites, outlets, tail, cut)
+    for inlet in plan.inlets:
+        _check_heard(inlet, name)
     mirrors = find_mirrors(sites, chained)
     return dataclasses.replace(
         plan, mirrors=tuple(mirrors), chained=frozenset(chained)
@@ -166,13 +168,12 @@ def _plan(
     outlets: tuple[Outlet, ...],
     tail: Tail,
     cut: Mapping[Equation, Sequence[Variable]],
-    name: str,
 ) -> Plan:
     inlets, numbers = _inlets(sites, cut)
     plan = Plan(sites, inlets, outlets, tail, numbers)
     if not inlets:
         return plan
-    linked = tuple(_linked(plan, inlet, name) for inlet in _with_heard(plan))
+    linked = tuple(_linked(plan, *found) for found in _with_heard(plan))
     return dataclasses.replace(plan, inlets=linked)
 
 
@@ -357,21 +358,26 @@ def _tangent_program(plan: Plan) -> Traced:
     return trace(tangents, problem.params, problem.example_specs(), noises)
 
 
-def _linked(plan: Plan, found: tuple[Inlet, Sequence[Credit]], name: str) -> Inlet:
+def _check_heard(inlet: Inlet, name: str) -> None:
+    if inlet.heard:
+        return
+    operation = inlet.products[0]
+    raise ValueError(
+        f"{name}: found no output site after the {operation.name} that takes a value of shape "
+        f"{inlet.shape}: none whose way to the loss is free of parameters. Use "
+        "FeedbackAlignment for this loss."
+    )
+
+
+def _linked(plan: Plan, inlet: Inlet, credit: Sequence[Credit]) -> Inlet:
     """An inlet with the outlets that it hears, and the axes that it shares with all of them."""
-    inlet, credit = found
     reach = 0
     for equation in inlet.products:
         for v in equation.outputs:
             reach |= plan.sites.reach[v]
     by_source = {c.source: c for c in credit if plan.outlets[c.source].reach & reach}
     if not by_source:
-        operation = inlet.products[0]
-        raise ValueError(
-            f"{name}: found no output site after the {operation.name} that takes a value of shape "
-            f"{inlet.shape}: none whose way to the loss is free of parameters. Use "
-            "FeedbackAlignment for this loss."
-        )
+        return inlet
     # [outlets] of {axis of the inlet: axis of the outlet}
     shared: list[dict[int, int]] = []
     for number, heard in by_source.items():

@@ -6,7 +6,6 @@ without the axes that they have in common. One map serves all examples and all c
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -20,9 +19,13 @@ def map_shapes(plan: Plan) -> list[tuple[int, int]]:
     return [(sum(_heard_sizes(plan, i)), _size(i)) for i in plan.inlets]
 
 
-def map_dtypes(plan: Plan) -> list[Any]:
-    """The dtype of each inlet's map, at least float32."""
-    return [_tree.accumulation_dtype(jnp.finfo(i.dtype).dtype) for i in plan.inlets]
+def zeros(plan: Plan) -> tuple[Array, ...]:
+    """A map of zeros for each inlet, in at least float32."""
+    found: list[Array] = []
+    for inlet, shape in zip(plan.inlets, map_shapes(plan), strict=True):
+        dtype = _tree.accumulation_dtype(jnp.finfo(inlet.dtype).dtype)
+        found.append(jnp.zeros(shape, dtype))
+    return tuple(found)
 
 
 def _size(inlet: Inlet) -> int:

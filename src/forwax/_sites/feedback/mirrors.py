@@ -23,16 +23,18 @@ from forwax._sites.model import Sites
 
 
 def may_have_mirror(equation: Equation, sites: Sites) -> bool:
-    """Whether a product is linear in one weight, so that a mirror can learn it."""
+    """Whether a product is linear in one weight that can be had without data."""
     weights = [v for v in equation.variables if sites.kinds[v] is Kind.PARAMETER]
     is_linear = equation.facts.bilinear or equation.facts.scaled == (0, 1)
-    return is_linear and len(weights) == 1
+    if not is_linear or len(weights) != 1:
+        return False
+    return len(find_mirrors(sites, [equation])) == 1
 
 
 def find_mirrors(sites: Sites, products: Sequence[Equation]) -> list[Mirror]:
     """The mirrors of the products' weights, one for each weight."""
     found: dict[Variable, Mirror] = {}
-    _search(sites, sites.level, frozenset(products), (), (), found)
+    _search(sites, sites.level, frozenset(products), (), (), set(), found)
     return list(found.values())
 
 
@@ -42,43 +44,62 @@ def _search(
     products: frozenset[Equation],
     loops: tuple[Equation, ...],
     varying: tuple[set[Variable], ...],
+    carried: set[Variable],
     found: dict[Variable, Mirror],
 ) -> None:
+    """Add the mirrors of a level.
+
+    Args:
+        sites: the problem's sites.
+        level: where to look.
+        products: whose weights are wanted.
+        loops: around the level, outermost first.
+        varying: for each of these what differs from step to step.
+        carried: what hangs on the steps before: it is known once the loop has run.
+        found: the mirrors so far, by weight.
+    """
     makers = {v: e for e in level.program.equations for v in e.outputs}
     for equation in level.program.equations:
         plan = level.loop_of(equation)
         if plan is not None:
-            # Of each loop outside, and of this one, what differs from step to step inside it.
-            body = plan.level.program
-            pairs = list(zip(body.inputs, equation.inputs, strict=True))
-            inside: list[set[Variable]] = []
-            for varies in varying:
-                given = [v for v, atom in pairs if _is_in(atom, varies)]
-                inside.append(mapped_variables(body, given))
-            inside.append(mapped_variables(body, _of_steps(plan)))
+            own = mapped_variables(plan.level.program, _of_steps(plan))
+            inside = [_inside(plan, varies) for varies in varying]
+            changing = mapped_variables(plan.level.program, _changing_carries(plan))
             _search(
                 sites,
                 plan.level,
                 products,
                 (*loops, equation),
-                tuple(inside),
+                (*inside, own),
+                _inside(plan, carried) | changing,
                 found,
             )
         elif equation in products:
             variable, chain = _weight(equation, makers, sites)
+            if variable in carried:
+                continue
             differs = tuple(variable in varies for varies in varying)
             found.setdefault(variable, Mirror(variable, chain, loops, differs))
 
 
-def _is_in(atom: Any, variables: set[Variable]) -> bool:
-    return not isinstance(atom, Constant) and atom in variables
+def _inside(plan: LoopPlan, outer: set[Variable]) -> set[Variable]:
+    """What in a loop's body hangs on some variables outside."""
+    body = plan.level.program
+    pairs = zip(body.inputs, plan.equation.inputs, strict=True)
+    given = [v for v, a in pairs if not isinstance(a, Constant) and a in outer]
+    return mapped_variables(body, given)
 
 
 def _of_steps(plan: LoopPlan) -> list[Variable]:
     """The inputs of a loop's body that differ from step to step."""
-    _, carry, xs = plan.loop.split(plan.level.program.inputs)
+    _, _, xs = plan.loop.split(plan.level.program.inputs)
+    return [*_changing_carries(plan), *xs]
+
+
+def _changing_carries(plan: LoopPlan) -> list[Variable]:
+    _, carry, _ = plan.loop.split(plan.level.program.inputs)
     pairs = zip(carry, plan.loop.unchanged, strict=True)
-    return [*(v for v, is_unchanged in pairs if not is_unchanged), *xs]
+    return [v for v, is_unchanged in pairs if not is_unchanged]
 
 
 def _weight(
