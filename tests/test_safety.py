@@ -268,15 +268,9 @@ def test_errors():
         fx.Safe(fx.WeightPerturbation()).monitor(3)
 
 
-@pytest.mark.parametrize(
-    "rule", [fx.FDFA(), fx.Safe(fx.WeightPerturbation())], ids=["fdfa", "safe"]
-)
-def test_a_rule_that_learns_is_refused(rule):
-    with pytest.raises(
-        TypeError,
-        match=f"stays the same from step to step, .* got {type(rule).__name__}, which learns",
-    ):
-        fx.Safe(rule)
+def test_a_guard_is_not_guarded():
+    with pytest.raises(TypeError, match="got Safe, which guards slopes already"):
+        fx.Safe(fx.Safe(fx.WeightPerturbation()))
 
 
 def test_it_has_the_rules_own_properties():

@@ -92,17 +92,8 @@ class Rule(abc.ABC):
         """
         check_replicated(type(self).__name__, problem.params, _mesh.axes(key))
         value, aux, grads = self.estimate(key, problem)
-        norm = jnp.sqrt(_tree.inner(grads, grads))
-        used = guard(norm[None])[0]
-        # An infinite norm that is not clipped would give ∞ / ∞.
-        scale = jnp.where(norm == used, 1, used / jnp.where(norm == 0, 1, norm))
-
-        def cut(x: Array) -> Array:
-            scaled = x * scale.astype(x.dtype)
-            # A skipped estimate is zero even where its entries are not finite.
-            return jnp.where(used == 0, 0, scaled)
-
-        return value, aux, jax.tree.map(cut, grads), norm[None]
+        grads, norm = guarded_by_norm(grads, guard)
+        return value, aux, grads, norm[None]
 
     @abc.abstractmethod
     def relative_mse(self, n: int) -> float:
@@ -117,6 +108,21 @@ class Rule(abc.ABC):
 
         The part of a learning rate tuned for the exact gradient that suits this estimate.
         """
+
+
+def guarded_by_norm(grads: Tree, guard: Callable[[Array], Array]) -> tuple[Tree, Array]:
+    """An estimate whose norm is guarded as a slope is, and the norm before."""
+    norm = jnp.sqrt(_tree.inner(grads, grads))
+    used = guard(norm[None])[0]
+    # An infinite norm that is not clipped would give ∞ / ∞.
+    scale = jnp.where(norm == used, 1, used / jnp.where(norm == 0, 1, norm))
+
+    def cut(x: Array) -> Array:
+        scaled = x * scale.astype(x.dtype)
+        # A skipped estimate is zero even where its entries are not finite.
+        return jnp.where(used == 0, 0, scaled)
+
+    return jax.tree.map(cut, grads), norm
 
 
 class LearningRule(Rule):

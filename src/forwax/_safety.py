@@ -16,8 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from forwax import _tree
-from forwax._rule import LearningRule, Rule, check_count
+from forwax import _mesh, _tree
+from forwax._rule import (
+    LearningRule,
+    Rule,
+    check_count,
+    check_replicated,
+    guarded_by_norm,
+)
 from forwax._signature import Problem
 from forwax._tree import Tree
 
@@ -134,9 +140,10 @@ class Safe(LearningRule):
     `jax.shard_map` the parameters must be replicated. All other rules,
     `forwax.ActivityPerturbation` with its slopes for each example among them, have no slope that
     scales their estimate as a whole: there the norm |ĝ| takes the place of |c|, and an estimate
-    whose norm is not finite, or overflows when it is squared, is skipped as a whole. A rule that
-    learns from step to step, such as `forwax.FDFA`, is refused: `step` would hand out the guard's
-    successor and not the rule's own.
+    whose norm is not finite, or overflows when it is squared, is skipped as a whole. Of a rule that
+    learns from step to step, such as `forwax.LearnedFeedback`, the field `rule` of the successor is
+    the rule's own successor; what a skipped step has taught is dropped. It is to be initialised
+    before it is wrapped.
 
     Attributes:
         rule: the rule to guard.
@@ -149,7 +156,7 @@ class Safe(LearningRule):
         history: what is remembered, or None until `init` or the first step makes it.
 
     Raises:
-        TypeError: when the rule is itself one that learns.
+        TypeError: when the rule is itself a `Safe`.
         ValueError: when a field has no such value, or where parameters are sharded.
 
     Example:
@@ -174,13 +181,10 @@ class Safe(LearningRule):
     def __post_init__(self) -> None:
         check_count("Safe", "window", self.window)
         check_count("Safe", "warm_up", self.warm_up)
-        if hasattr(
-            self.rule, "advance"
-        ):  # a learning rule, or one of others that learns
+        if isinstance(self.rule, Safe):
             raise TypeError(
-                "Safe: expected a rule that stays the same from step to step, such as "
-                f"forwax.WeightPerturbation(), got {type(self.rule).__name__}, which learns: "
-                "Safe would never hand out what it has learnt. Use it as it is."
+                "Safe: expected a rule such as forwax.WeightPerturbation(), got Safe, which guards "
+                "slopes already. Use it as it is."
             )
         if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(
@@ -249,8 +253,20 @@ class Safe(LearningRule):
 
     def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "Safe"]:
         """The estimate, and the rule that remembers its slopes; see `LearningRule.advance`."""
-        value, aux, grads, slopes = self.rule.guarded(key, problem, self.guard())
-        return value, aux, grads, self.after(slopes)
+        guard = self.guard()
+        if not isinstance(self.rule, LearningRule):
+            value, aux, grads, slopes = self.rule.guarded(key, problem, guard)
+            return value, aux, grads, self.after(slopes)
+        name = type(self.rule).__name__
+        check_replicated(name, problem.params, _mesh.axes(key))
+        value, aux, grads, learnt = self.rule.advance(key, problem)
+        grads, norm = guarded_by_norm(grads, guard)
+        # What a bad step taught is dropped with its estimate.
+        is_good = jnp.isfinite(norm) & _tree.all_finite(learnt)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(is_good, new, old), learnt, self.rule
+        )
+        return value, aux, grads, dataclasses.replace(self.after(norm[None]), rule=kept)
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The estimate, clipped by what is remembered; see `Rule.estimate`."""

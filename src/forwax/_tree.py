@@ -169,6 +169,13 @@ def added(terms: Sequence[Array]) -> Array:
     return functools.reduce(operator.add, terms)
 
 
+def all_finite(tree: Tree) -> Array:
+    """Whether all entries of all inexact leaves are finite."""
+    leaves = jax.tree.leaves(tree)
+    inexact = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.array([jnp.all(jnp.isfinite(x)) for x in inexact]).all()
+
+
 def conjugate(tree: Tree) -> Tree:
     """The complex conjugate of every leaf.
 

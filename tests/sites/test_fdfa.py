@@ -18,17 +18,19 @@ PARAMS = {
     "w": normal(0, 3, 4),
     "b": normal(1, 4),
     "v": normal(2, 4, 4),
+    "u": normal(8, 4, 4),
     "o": normal(3, 4, 2),
 }
 X = normal(4, 8, 3)
 
 
 def linear(p, x):
-    return jnp.sum(jnp.sin(((x @ p["w"] + p["b"]) @ p["v"]) @ p["o"]))
+    return jnp.sum(jnp.sin((((x @ p["w"] + p["b"]) @ p["v"]) @ p["u"]) @ p["o"]))
 
 
 def mlp(p, x):
-    return jnp.sum(jnp.sin(jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]) @ p["o"]))
+    h = jnp.tanh(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"])
+    return jnp.sum(jnp.sin(jnp.tanh(h @ p["u"]) @ p["o"]))
 
 
 def listed(loss, args, in_axes):
@@ -37,7 +39,7 @@ def listed(loss, args, in_axes):
     Its maps are exact after one step.
     """
     n = (
-        fx.ActivityPerturbation()
+        fx.LearnedFeedback(correction=True)
         .basis(Signature(loss, 0, False, in_axes).bind(args, {}))
         .num_tangents
     )
@@ -94,7 +96,9 @@ def test_the_maps_of_a_linear_network_are_its_jacobians():
     step = jax.jit(listed(linear, (PARAMS, X), EACH).step(linear, in_axes=EACH))
     _, grads, rule = step(KEY, PARAMS, X)
     second = PARAMS["o"].T
-    assert_close(rule.maps, (second @ PARAMS["v"].T, second))
+    assert_close(
+        rule.maps, (second @ PARAMS["u"].T @ PARAMS["v"].T, second @ PARAMS["u"].T)
+    )
     assert_close(grads, fx.grad(linear, fx.Backprop(), in_axes=EACH)(KEY, PARAMS, X))
 
 
@@ -103,7 +107,7 @@ def test_the_maps_are_a_running_mean_of_what_noise_shows():
     step = jax.jit(lambda rule, key: rule.step(linear, in_axes=EACH)(key, PARAMS, X)[2])
     first = step(rule, KEY)
     second = step(first, jax.random.key(1))
-    jacobian = PARAMS["o"].T @ PARAMS["v"].T
+    jacobian = PARAMS["o"].T @ PARAMS["u"].T @ PARAMS["v"].T
     spread = 5 * float(jnp.linalg.norm(jacobian)) * 3 / math.sqrt(4096 * 8)
     np.testing.assert_allclose(first.maps[0], jacobian / 4, atol=spread / 4)
     np.testing.assert_allclose(second.maps[0], jacobian * 7 / 16, atol=spread / 2)
@@ -127,7 +131,7 @@ def test_learnt_maps_point_nearer_to_the_gradient_than_random_ones():
         both = [fx.grad(mlp, rule, in_axes=EACH)(KEY, PARAMS, x) for rule in rules]
         return [
             {name: grads[name] for name in "wbv"} for grads in both
-        ]  # "o" is exact in all of them
+        ]  # "u" and "o" are exact in all of them
 
     truth, learnt, *random = estimates(jax.random.split(KEY, 100))
     assert cosine(learnt, truth) > max(0.8, *(cosine(grads, truth) for grads in random))

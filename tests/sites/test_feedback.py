@@ -88,14 +88,32 @@ def test_feedback_of_another_shape_is_refused():
         fx.grad(mlp, fx.FeedbackAlignment(jnp.ones(3)))(KEY, PARAMS, normal(3, 3))
 
 
-def test_direct_feedback_sends_the_output_error_to_every_site():
+def deep(p, x):
+    h = jnp.tanh(x @ p["w"].T + p["b"])
+    return jnp.sum(jnp.sin(jnp.tanh(h @ p["u"]) @ p["v"]))
+
+
+DEEP = PARAMS | {"u": normal(5, 4, 4)}
+
+
+def test_direct_feedback_sends_the_output_error_to_the_data_of_every_product():
     x, sent = normal(3, 5, 3), jnp.asarray(normal(4, 2, 4))
     rule = fx.DirectFeedbackAlignment((sent,))
-    got = fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x)
-    h = np.tanh(x @ PARAMS["w"].T + PARAMS["b"])
-    error = np.cos(h @ PARAMS["v"]) / 5
-    hidden = error @ sent  # Nøkland: in place of the error at the pre-activation
-    assert_close(got, {"w": hidden.T @ x, "b": hidden.sum(0), "v": h.T @ error})
+    got = fx.grad(deep, rule, in_axes=(None, 0))(KEY, DEEP, x)
+    h = np.tanh(x @ DEEP["w"].T + DEEP["b"])
+    last = np.tanh(h @ DEEP["u"])
+    error = np.cos(last @ DEEP["v"]) / 5
+    before_last = (error @ DEEP["v"].T) * (1 - last**2)
+    hidden = (error @ sent) * (1 - h**2)  # Nøkland: (B e) ⊙ f′(a)
+    assert_close(
+        got,
+        {
+            "w": hidden.T @ x,
+            "b": hidden.sum(0),
+            "u": h.T @ before_last,
+            "v": last.T @ error,
+        },
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,14 +160,14 @@ def test_direct_feedback_refuses_maps_that_do_not_fit():
     maps = (jnp.ones((2, 4)), jnp.ones((2, 4)))
     with pytest.raises(
         ValueError,
-        match="expected one map for each site that is not a last one, 1 in all, got 2",
+        match=r"expected one map for each inlet.*, 1 in all, got 2",
     ):
-        fx.grad(mlp, fx.DirectFeedbackAlignment(maps))(KEY, PARAMS, normal(3, 3))
+        fx.grad(deep, fx.DirectFeedbackAlignment(maps))(KEY, DEEP, normal(3, 3))
     with pytest.raises(
         ValueError, match=r"expected map 0 of shape \(2, 4\).*got \(3, 4\)"
     ):
-        fx.grad(mlp, fx.DirectFeedbackAlignment((jnp.ones((3, 4)),)))(
-            KEY, PARAMS, normal(3, 3)
+        fx.grad(deep, fx.DirectFeedbackAlignment((jnp.ones((3, 4)),)))(
+            KEY, DEEP, normal(3, 3)
         )
 
 

@@ -159,4 +159,3 @@ class FDFA(LearningRule):
     def learning_rate_scale(self, n: int) -> float:
         """1."""
         return 1.0
-

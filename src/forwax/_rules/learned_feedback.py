@@ -250,7 +250,10 @@ class LearnedFeedback(LearningRule):
         return direct.estimate(plan, errors_of, found.mirrors)
 
     def _checked(self, plan: Plan) -> Feedback:
-        expected = (maps.map_shapes(plan), mirrors.mirror_shapes(plan.sites, plan.mirrors))
+        expected = (
+            maps.map_shapes(plan),
+            mirrors.mirror_shapes(plan.sites, plan.mirrors),
+        )
         got = None
         if self.maps is not None:
             got = (

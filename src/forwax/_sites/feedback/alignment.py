@@ -26,7 +26,7 @@ def aligned(
     for v, matrix in zip(sites.traced.parameters, feedback, strict=True):
         if matrix is not None:
             twins[v] = lax.stop_gradient(matrix)
-    
+
     def is_aligned(equation: Equation) -> bool:
         return is_bilinear_product(equation, sites.kinds)
 

@@ -65,6 +65,7 @@ class Crossing:
     twins: Mapping[Variable, Any] = dataclasses.field(default_factory=dict)
     mirrors: Sequence[Mirror] = ()
 
+
 def forward(
     level: Level,
     inputs: Sequence[Any],
@@ -197,9 +198,7 @@ class _Run:
         def step(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
             xs, twins_of_step, noise_of_step, behind_of_step = slices
             twins = {**fixed, **twins_of_step}
-            run = _Run(
-                self.crossing, twins, noise_of_step, behind_of_step, self.time
-            )
+            run = _Run(self.crossing, twins, noise_of_step, behind_of_step, self.time)
             env = run.level(plan.level, [*consts, *carry, *xs])
             outputs = [read(atom, env) for atom in plan.level.program.outputs]
             carry, ys = loop.split_outputs(outputs)

@@ -158,9 +158,7 @@ def find_plan(problem: Problem, name: str, chain: str = "none") -> Plan:
     for inlet in plan.inlets:
         _check_heard(inlet, name)
     mirrors = find_mirrors(sites, chained)
-    return dataclasses.replace(
-        plan, mirrors=tuple(mirrors), chained=frozenset(chained)
-    )
+    return dataclasses.replace(plan, mirrors=tuple(mirrors), chained=frozenset(chained))
 
 
 def _plan(

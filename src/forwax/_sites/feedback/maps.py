@@ -127,7 +127,7 @@ def corrected(
     left = _tree.added([_behind(c, lead) for c in slopes])  # [k, *examples]
     if plan.sites.num_examples is not None:
         left = left / plan.sites.num_examples  # the objective is their mean
-    shared = jnp.zeros((), left.dtype)
+    shared = jnp.zeros(left.shape[:1], left.dtype)  # [k]
     for inlet, error, u in zip(plan.inlets, errors, noise, strict=True):
         # Gradients of complex values are conjugate: Re(error · u) is the change of the loss.
         product = jnp.real(error[None] * u).astype(left.dtype)

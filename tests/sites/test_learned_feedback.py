@@ -1,0 +1,408 @@
+"""Learned feedback: laws in linear networks, maps that are shared, chains, and the correction."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import forwax as fx
+from forwax._signature import Signature
+from forwax._sites.feedback.inlets import find_plan
+from sites.programs import PROGRAMS, normal
+
+KEY = jax.random.key(0)
+EACH = (None, 0)
+PARAMS = {
+    "w": normal(0, 3, 4),
+    "b": normal(1, 4),
+    "v": normal(2, 4, 5),
+    "u": normal(3, 5, 4),
+    "o": normal(4, 4, 2),
+}
+X = normal(5, 8, 3)
+
+
+def network(activation):
+    def loss(p, x):
+        h = activation(x @ p["w"] + p["b"])
+        h = activation(activation(h @ p["v"]) @ p["u"])
+        return jnp.sum(jnp.sin(h @ p["o"]))
+
+    return loss
+
+
+LINEAR = network(lambda x: x)
+MLP = network(jnp.tanh)
+
+
+def plan_of(loss, args, in_axes=None, chain="none", **options):
+    problem = Signature(loss, 0, False, in_axes).bind(args, {})
+    return find_plan(problem, "LearnedFeedback", chain, **options)
+
+
+def train(rule, loss, args, steps, in_axes=None, **options):
+    """The rule after some steps at the same parameters."""
+
+    @jax.jit
+    def run(rule):
+        def learn(rule, key):
+            return rule.step(loss, in_axes=in_axes, **options)(key, *args)[-1], None
+
+        return jax.lax.scan(learn, rule, jax.random.split(KEY, steps))[0]
+
+    return run(rule.init(loss, in_axes=in_axes, **options)(*args))
+
+
+def assert_close(got, expected, rtol=1e-4):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        scale = float(jnp.max(jnp.abs(b)))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale + 1e-6)
+
+
+def exact(loss, args, **options):
+    return fx.grad(loss, fx.Backprop(), **options)(KEY, *args)
+
+
+def test_in_a_linear_network_maps_become_the_jacobians_and_the_estimate_the_gradient():
+    args = (PARAMS, X)
+    rule = train(fx.LearnedFeedback(), LINEAR, args, 600, in_axes=EACH)
+    last = PARAMS["o"].T @ PARAMS["u"].T
+    assert_close(rule.maps.direct, (last @ PARAMS["v"].T, last))
+    got = fx.grad(LINEAR, rule, in_axes=EACH)(KEY, *args)
+    assert_close(got, exact(LINEAR, args, in_axes=EACH))
+
+
+def test_with_the_jacobian_as_map_units_that_are_all_on_give_the_exact_gradient():
+    positive = {k: np.abs(v) for k, v in PARAMS.items()}
+    loss, x = network(jax.nn.relu), np.abs(X)
+    last = positive["o"].T @ positive["u"].T
+    rule = fx.LearnedFeedback().init(loss, in_axes=EACH)(positive, x)
+    maps = dataclasses.replace(rule.maps, direct=(last @ positive["v"].T, last))
+    rule = dataclasses.replace(rule, maps=maps)
+    got = fx.grad(loss, rule, in_axes=EACH)(KEY, positive, x)
+    assert_close(got, exact(loss, (positive, x), in_axes=EACH), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chain", ["none", "all"])
+def test_no_weight_but_the_last_enters_the_reverse_pass(chain):
+    """With other weights behind the forward pass the errors stay as they are."""
+    args = (PARAMS, X)
+    rule = train(fx.LearnedFeedback(chain=chain), MLP, args, 3, in_axes=EACH)
+
+    def replaced(p, x):
+        # Forward "v" and "u" are the parameters' own; on the way back they would be others.
+        swap = lambda w: 5 * w - jax.lax.stop_gradient(4 * w)
+        return MLP(p | {"v": swap(p["v"]), "u": swap(p["u"])}, x)
+
+    grads = fx.grad(MLP, rule, in_axes=EACH)(KEY, *args)
+    again = fx.grad(replaced, rule, in_axes=EACH)(KEY, *args)
+    for name in ("w", "b", "o"):
+        assert_close(again[name], grads[name], rtol=1e-5)
+
+
+CHAINS_ALL = [
+    "convolutions",
+    "layer_norm",
+    "embedding",
+    "tied",
+    "gated_recurrent",
+    "readout_and_loss_in_a_scan",
+    "scan_over_layers",
+    "nested_scans",
+    "attention",
+    "local_losses",
+    "residual_with_shared_gain",
+]
+
+
+@pytest.mark.parametrize("name", CHAINS_ALL)
+def test_mirrors_throughout_become_backprop(name):
+    program = PROGRAMS[name]
+    args = (program.params, *program.data)
+    rule = fx.LearnedFeedback(chain="all")
+    rule = train(rule, program.loss, args, 800, **program.options)
+    assert rule.maps.mirrors
+    assert not rule.maps.direct
+    got = fx.grad(program.loss, rule, **program.options)(KEY, *args)
+    assert_close(got, exact(program.loss, args, **program.options))
+
+
+HEARD = [name for name in PROGRAMS if name != "parameters_in_carries"]
+
+
+@pytest.mark.parametrize("name", HEARD)
+def test_the_correction_makes_the_estimate_unbiased_whatever_the_maps(name):
+    """Exactly: the mean over all coordinates of the noise is the gradient."""
+    program = PROGRAMS[name]
+    args = (program.params, *program.data)
+    rule = fx.LearnedFeedback(correction=True)
+    rule = arbitrary(rule.init(program.loss, **program.options)(*args))
+    problem = Signature(
+        program.loss, **{"argnums": 0, "has_aux": False} | program.options
+    )
+    rule = rule.basis(problem.bind(args, {}))
+    got = jax.jit(fx.grad(program.loss, rule, **program.options))(KEY, *args)
+    reference = fx.Exact() if name in ("while_loop", "spectral_norm") else fx.Backprop()
+    truth = fx.grad(program.loss, reference, **program.options)(KEY, *args)
+    assert_close(got, truth, rtol=1e-3)
+
+
+def test_draws_of_the_corrected_estimate_have_the_gradient_as_their_mean():
+    rule = fx.LearnedFeedback(correction=True, num_tangents=2)
+    rule = arbitrary(rule.init(MLP, in_axes=EACH)(PARAMS, X))
+    fx.testing.assert_unbiased(rule, MLP, (PARAMS, X), in_axes=EACH, tolerance=0.05)
+
+
+def arbitrary(rule):
+    leaves, structure = jax.tree.flatten(rule.maps.direct)
+    keys = jax.random.split(jax.random.key(1), len(leaves) + 1)
+    drawn = [jax.random.normal(k, m.shape, m.dtype) for k, m in zip(keys, leaves)]  # noqa: B905
+    maps = dataclasses.replace(rule.maps, direct=structure.unflatten(drawn))
+    return dataclasses.replace(rule, maps=maps)
+
+
+def test_a_correction_that_learns_from_its_own_noise_is_biased():
+    """The biased twin: the same rule without the correction fails the same check."""
+    rule = arbitrary(fx.LearnedFeedback().init(MLP, in_axes=EACH)(PARAMS, X))
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Claims(fx.LearnedFeedback):
+        unbiased = True
+
+    fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
+    with pytest.raises(AssertionError):
+        fx.testing.assert_unbiased(Claims(**fields), MLP, (PARAMS, X), in_axes=EACH)
+
+
+def test_the_corrections_second_moment_is_that_of_what_the_maps_fail_to_foresee():
+    """E|error - δ|² = (n - 1) |δ - ê|² for signs, n the coordinates of an example's noise."""
+    x = X[:1]
+    rule = arbitrary(
+        fx.LearnedFeedback(correction=True).init(MLP, in_axes=EACH)(PARAMS, x)
+    )
+    truth = exact(MLP, (PARAMS, x), in_axes=EACH)["w"]
+
+    @jax.jit
+    def estimates(keys):
+        grad = fx.grad(MLP, rule, in_axes=EACH)
+        return jax.vmap(lambda key: grad(key, PARAMS, x)["w"])(keys)
+
+    found = estimates(jax.random.split(KEY, 4096))
+    plain = dataclasses.replace(rule, correction=False)
+    foreseen = fx.grad(MLP, plain, in_axes=EACH)(KEY, PARAMS, x)["w"]
+    # w's own error is linear in that of the 4 coordinates of its layer's output, of 9 in all.
+    h = np.tanh(x @ PARAMS["w"] + PARAMS["b"])
+    through = (1 - h**2)[0]
+    # δ - ê at the first inlet
+    delta = np.asarray((truth - foreseen)[0] / x[0, 0]) / through
+    second = _residual_at_second(rule, x)
+    total = np.sum(delta**2) + np.sum(second**2)
+    # For signs E[(r·u)² u_i²] - r_i² = |r|² - r_i².
+    law = float(np.sum(through**2 * (total - delta**2)) * np.sum(x**2))
+    got = float(jnp.mean(jnp.sum((found - truth[None]) ** 2, (1, 2))))
+    assert got == pytest.approx(law, rel=0.1)  # 4,096 draws: 4 standard errors
+
+
+def _residual_at_second(rule, x):
+    h = np.tanh(x @ PARAMS["w"] + PARAMS["b"])
+    g = np.tanh(h @ PARAMS["v"])
+    last = np.tanh(g @ PARAMS["u"])
+    error = np.cos(last @ PARAMS["o"])
+    before = (error @ PARAMS["o"].T) * (1 - last**2)
+    return (before @ PARAMS["u"].T - error @ rule.maps.direct[1])[0]
+
+
+def causal(p, tokens):
+    h = p["embedding"][tokens]
+    for layer in p["layers"]:
+        h = h + attend(layer, h)
+        h = h + jax.nn.relu(h @ layer["f1"]) @ layer["f2"]
+    return jnp.sum(jax.nn.log_softmax(h @ p["head"])[:, 0])
+
+
+def attend(layer, h):
+    q, k, v = (h @ layer[name] for name in "qkv")
+    scores = jnp.where(jnp.tri(len(h), dtype=bool), q @ k.T, -jnp.inf)
+    return jax.nn.softmax(scores) @ v @ layer["o"]
+
+
+def layer(seed):
+    shapes = {
+        "q": (4, 4),
+        "k": (4, 4),
+        "v": (4, 4),
+        "o": (4, 4),
+        "f1": (4, 6),
+        "f2": (6, 4),
+    }
+    return {n: normal(seed + i, *s) / 2 for i, (n, s) in enumerate(shapes.items())}
+
+
+TRANSFORMER = {
+    "embedding": normal(30, 7, 4),
+    "layers": [layer(10), layer(20)],
+    "head": normal(31, 4, 7),
+}
+TOKENS = np.random.default_rng(0).integers(0, 7, (3, 5))
+
+
+def test_positions_share_maps_and_products_with_common_data_have_one():
+    plan = plan_of(causal, (TRANSFORMER, TOKENS), EACH)
+    assert [len(i.products) for i in plan.inlets] == [3, 1, 1, 1] * 2
+    assert all(i.common == ((0, (0,)),) for i in plan.inlets)
+    # e is the last hidden state [5, 4], not the logits [5, 7].
+    assert [o.shape for o in plan.outlets] == [(5, 4)]
+    rule = fx.LearnedFeedback(chain="none").init(causal, in_axes=EACH)
+    shapes = [m.shape for m in rule(TRANSFORMER, TOKENS).maps.direct]
+    assert shapes == [(4, 4), (4, 4), (4, 4), (4, 6)] * 2
+
+
+def test_keys_and_values_are_chained_and_queries_are_not():
+    plan = plan_of(causal, (TRANSFORMER, TOKENS), EACH, "positions")
+    assert [len(i.products) for i in plan.inlets] == [1, 1, 1, 1] * 2
+    weights = [m.variable for m in plan.mirrors]
+    parameters = jax.tree_util.tree_leaves_with_path(TRANSFORMER)
+    names = [
+        jax.tree_util.keystr(path[-1:])
+        for v, (path, _) in zip(plan.sites.traced.parameters, parameters, strict=True)
+        if v in weights
+    ]
+    assert names == ["['k']", "['v']"] * 2
+
+
+def test_the_recurrent_weight_of_a_loop_over_time_is_chained_and_layers_are_not():
+    program = PROGRAMS["gated_recurrent"]
+    args = (program.params, *program.data)
+    plan = plan_of(program.loss, args, program.in_axes, "positions")
+    assert [m.varies for m in plan.mirrors] == [(False,)]
+    program = PROGRAMS["scan_over_layers"]
+    args = (program.params, *program.data)
+    plan = plan_of(program.loss, args, program.in_axes, "positions")
+    assert not plan.mirrors
+
+
+def test_a_gain_has_no_positions_of_its_own():
+    def loss(p, x):
+        h = jnp.tanh(jnp.tanh(x @ p["w"]) * p["gain"][None])
+        return jnp.sum(h @ p["o"])
+
+    params = {"w": normal(0, 3, 4), "gain": normal(1, 4), "o": normal(2, 4, 4)}
+    plan = plan_of(loss, (params, normal(3, 2, 5, 3)), EACH)
+    (inlet,) = plan.inlets
+    assert inlet.common == ((0, (0,)),)
+
+
+def test_local_losses_hear_only_what_they_reach():
+    program = PROGRAMS["local_losses"]
+    args = (program.params, *program.data)
+    plan = plan_of(program.loss, args, program.in_axes)
+    (inlet,) = plan.inlets
+    assert inlet.heard == (1,)
+
+
+def test_maps_learn_in_each_nth_step_and_the_others_push_no_tangent():
+    args = (PARAMS, X)
+    rule = fx.LearnedFeedback(every=3).init(MLP, in_axes=EACH)(*args)
+    step = jax.jit(lambda rule, key: rule.step(MLP, in_axes=EACH)(key, *args)[-1])
+    changed = []
+    for key in jax.random.split(KEY, 7):
+        after = step(rule, key)
+        changed.append(bool(jnp.any(after.maps.direct[0] != rule.maps.direct[0])))
+        rule = after
+    assert changed == [True, False, False] * 2 + [True]
+
+    def flops(f, *args):
+        return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+
+    # Both ways are in one program; the one without learning costs what given maps cost.
+    once = dataclasses.replace(rule, every=1)
+    grad = lambda rule, key, *args: fx.value_and_grad(MLP, rule, in_axes=EACH)(
+        key, *args
+    )
+    whole = lambda rule, key, *args: rule.step(MLP, in_axes=EACH)(key, *args)
+    given, learning = flops(grad, rule, KEY, *args), flops(whole, once, KEY, *args)
+    jaxpr = jax.make_jaxpr(whole)(rule, KEY, *args)
+    conds = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    (branches,) = [e.params["branches"] for e in conds]
+    costs = sorted(flops(jax.extend.core.jaxpr_as_fun(b), *_zeros(b)) for b in branches)
+    assert costs[0] == pytest.approx(given, rel=0.02)
+    assert costs[1] == pytest.approx(learning, rel=0.02)
+    assert costs[1] > 1.3 * costs[0]
+
+
+def _zeros(branch):
+    return [
+        KEY
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        else jnp.zeros(a.shape, a.dtype)
+        for a in branch.in_avals
+    ]
+
+
+def test_more_noise_and_given_rates():
+    args = (PARAMS, X)
+    few = train(fx.LearnedFeedback(rate=0.02), MLP, args, 5, in_axes=EACH)
+    # The rate is taken as it is: after one step the maps are η mean(ė ⊗ u).
+    one = fx.LearnedFeedback(rate=0.02).init(MLP, in_axes=EACH)(*args)
+    two = dataclasses.replace(one, rate=0.04)
+    maps = [r.step(MLP, in_axes=EACH)(KEY, *args)[-1].maps.direct for r in (one, two)]
+    assert_close(maps[1], jax.tree.map(lambda m: 2 * m, maps[0]))
+    assert int(few.maps.num_steps) == 5
+
+
+def test_half_precision_keeps_maps_in_float32():
+    half = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.bfloat16))
+    args = (half(PARAMS), half(X))
+    rule = fx.LearnedFeedback().init(MLP, in_axes=EACH)(*args)
+    value, grads, rule = rule.step(MLP, in_axes=EACH)(KEY, *args)
+    assert value.dtype == jnp.bfloat16
+    assert {m.dtype for m in rule.maps.direct} == {jnp.dtype("float32")}
+    assert {g.dtype for g in grads.values()} == {jnp.dtype("bfloat16")}
+
+
+def test_safe_guards_it_and_hands_out_what_it_learnt():
+    args = (PARAMS, X)
+    safe = fx.Safe(fx.LearnedFeedback().init(MLP, in_axes=EACH)(*args)).init()
+    step = jax.jit(lambda safe, key, p: safe.step(MLP, in_axes=EACH)(key, p, X))
+    for key in jax.random.split(KEY, 3):
+        _, grads, safe = step(safe, key, PARAMS)
+    assert int(safe.rule.maps.num_steps) == 3
+    broken = PARAMS | {"w": PARAMS["w"] * np.nan}
+    _, grads, after = step(safe, KEY, broken)
+    assert all(bool(jnp.all(g == 0)) for g in jax.tree.leaves(grads))
+    assert_close(after.rule.maps, safe.rule.maps, rtol=0)
+    assert int(after.history.num_skipped) == 1
+
+
+def test_what_does_not_fit_is_refused():
+    args = (PARAMS, X)
+    text = r"expected direct maps and mirrors of shapes .*\(2, 4\), \(2, 5\).*got None"
+    with pytest.raises(ValueError, match=text):
+        fx.grad(MLP, fx.LearnedFeedback(), in_axes=EACH)(KEY, *args)
+    with pytest.raises(ValueError, match="'none', 'positions' or 'all', got 'some'"):
+        fx.LearnedFeedback(chain="some")
+    with pytest.raises(ValueError, match="expected rate between 0 and 2"):
+        fx.LearnedFeedback(rate=2.5)
+    for field in ("every", "num_tangents"):
+        with pytest.raises(ValueError, match=f"{field} to be a positive integer"):
+            fx.LearnedFeedback(**{field: 0})
+    inside = lambda p, x: jnp.sum(
+        jax.lax.scan(lambda h, x: (jnp.tanh(x * p + jnp.maximum(h, p)), None), 0.0, x)[
+            0
+        ]
+    )
+    with pytest.raises(ValueError, match="found no output site after the max"):
+        fx.LearnedFeedback().init(inside, in_axes=EACH)(jnp.asarray(0.5), X)
+
+
+def test_its_law_is_unknown():
+    rule = fx.LearnedFeedback()
+    assert (rule.unbiased, rule.learning_rate_scale(3)) == (False, 1.0)
+    assert math.isnan(rule.relative_mse(3))
+    assert fx.LearnedFeedback(correction=True).unbiased
