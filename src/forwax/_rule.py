@@ -31,6 +31,9 @@ class Rule(abc.ABC):
     has_slopes: ClassVar[bool] = False
     """Whether scalar slopes of the loss scale the whole estimate: `guarded` then acts on them."""
 
+    learns: ClassVar[bool] = False
+    """Whether the rule changes from step to step, as a `LearningRule` does."""
+
     @property
     def unbiased(self) -> bool:
         """Whether the mean of the estimate is the gradient."""
@@ -131,6 +134,8 @@ class LearningRule(Rule):
     A subclass says in `advance` what a step is; `forwax.value_and_grad` takes the rule as it is and
     changes nothing.
     """
+
+    learns: ClassVar[bool] = True
 
     @abc.abstractmethod
     def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, Self]:

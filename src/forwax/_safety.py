@@ -10,7 +10,7 @@ estimate, and costs nothing.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -181,10 +181,10 @@ class Safe(LearningRule):
     def __post_init__(self) -> None:
         check_count("Safe", "window", self.window)
         check_count("Safe", "warm_up", self.warm_up)
-        if isinstance(self.rule, Safe):
+        if self.rule.inner is not self.rule:
             raise TypeError(
-                "Safe: expected a rule such as forwax.WeightPerturbation(), got Safe, which guards "
-                "slopes already. Use it as it is."
+                "Safe: expected a rule such as forwax.WeightPerturbation(), got "
+                f"{type(self.rule).__name__}, which wraps one already. Use it as it is."
             )
         if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(
@@ -254,12 +254,13 @@ class Safe(LearningRule):
     def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "Safe"]:
         """The estimate, and the rule that remembers its slopes; see `LearningRule.advance`."""
         guard = self.guard()
-        if not isinstance(self.rule, LearningRule):
+        if not self.rule.learns:
             value, aux, grads, slopes = self.rule.guarded(key, problem, guard)
             return value, aux, grads, self.after(slopes)
         name = type(self.rule).__name__
         check_replicated(name, problem.params, _mesh.axes(key))
-        value, aux, grads, learnt = self.rule.advance(key, problem)
+        learner = cast(LearningRule, self.rule)
+        value, aux, grads, learnt = learner.advance(key, problem)
         grads, norm = guarded_by_norm(grads, guard)
         # What a bad step taught is dropped with its estimate.
         is_good = jnp.isfinite(norm) & _tree.all_finite(learnt)

@@ -12,7 +12,7 @@ import pytest
 
 import forwax as fx
 from forwax._signature import Signature
-from forwax._sites.feedback.inlets import find_plan
+from forwax._sites.feedback.find_routes import find_routes
 from sites.programs import PROGRAMS, normal
 
 KEY = jax.random.key(0)
@@ -42,7 +42,7 @@ MLP = network(jnp.tanh)
 
 def plan_of(loss, args, in_axes=None, chain="none", **options):
     problem = Signature(loss, 0, False, in_axes).bind(args, {})
-    return find_plan(problem, "LearnedFeedback", chain, **options)
+    return find_routes(problem, "LearnedFeedback", chain, **options)
 
 
 def train(rule, loss, args, steps, in_axes=None, **options):

@@ -14,7 +14,8 @@ from jax import Array
 from forwax._rule import Rule
 from forwax._signature import Problem, check_key
 from forwax._sites.feedback import direct, maps
-from forwax._sites.feedback.inlets import Plan, find_plan
+from forwax._sites.feedback.find_routes import find_routes
+from forwax._sites.feedback.inlets import Routes
 from forwax._tree import Tree
 from forwax.tangents._base import typed_key
 
@@ -60,15 +61,15 @@ class DirectFeedbackAlignment(Rule):
         """False: the estimate only aligns with the gradient in the course of training."""
         return False
 
-    def sites(self, problem: Problem) -> Plan:
+    def sites(self, problem: Problem) -> Routes:
         """The inlets and outlets of a problem under this rule."""
-        return find_plan(problem, type(self).__name__)
+        return find_routes(problem, type(self).__name__)
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The directly aligned gradient; see `Rule.estimate`."""
-        plan = self.sites(problem)
-        used = self._maps(maps.map_shapes(plan))
-        return direct.estimate(plan, lambda exact: maps.sent(plan, used, exact))
+        routes = self.sites(problem)
+        used = self._maps(maps.map_shapes(routes))
+        return direct.estimate(routes, lambda exact: maps.sent(routes, used, exact))
 
     def _maps(self, shapes: Sequence[tuple[int, int]]) -> list[Array]:
         if not isinstance(self.feedback, tuple | list):

@@ -16,7 +16,8 @@ from forwax import _mesh
 from forwax._rule import LearningRule, check_count, check_directions, check_shared
 from forwax._signature import Problem, Signature
 from forwax._sites.feedback import direct, maps
-from forwax._sites.feedback.inlets import Plan, find_plan
+from forwax._sites.feedback.find_routes import find_routes
+from forwax._sites.feedback.inlets import Routes
 from forwax._tree import Tree
 from forwax.tangents import Rademacher, Tangents
 
@@ -81,9 +82,9 @@ class FDFA(LearningRule):
         """False: the estimate only aligns with the gradient in the course of training."""
         return False
 
-    def sites(self, problem: Problem) -> Plan:
+    def sites(self, problem: Problem) -> Routes:
         """The inlets and outlets of a problem under this rule."""
-        return find_plan(problem, type(self).__name__)
+        return find_routes(problem, type(self).__name__)
 
     def init(
         self,
@@ -104,8 +105,8 @@ class FDFA(LearningRule):
         signature = Signature(loss, argnums, has_aux, in_axes, "FDFA.init", keyed=False)
 
         def init_for(*args: Any, **kwargs: Any) -> FDFA:
-            plan = self.sites(signature.bind(args, kwargs))
-            return dataclasses.replace(self, maps=maps.zeros(plan))
+            routes = self.sites(signature.bind(args, kwargs))
+            return dataclasses.replace(self, maps=maps.zeros(routes))
 
         return init_for
 
@@ -117,32 +118,32 @@ class FDFA(LearningRule):
             key
         )  # a key of its own gives each device an estimate of its own
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
-        plan = self.sites(dataclasses.replace(problem, params=params))
-        rule = dataclasses.replace(self, maps=self._learnt(key, plan))
-        return *rule._sent(plan), rule
+        routes = self.sites(dataclasses.replace(problem, params=params))
+        rule = dataclasses.replace(self, maps=self._learnt(key, routes))
+        return *rule._sent(routes), rule
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient by the maps as they are; see `Rule.estimate`."""
         return self._sent(self.sites(problem))
 
-    def _sent(self, plan: Plan) -> tuple[Array, Tree, Tree]:
-        used = self._checked(plan)
-        return direct.estimate(plan, lambda exact: maps.sent(plan, used, exact))
+    def _sent(self, routes: Routes) -> tuple[Array, Tree, Tree]:
+        used = self._checked(routes)
+        return direct.estimate(routes, lambda exact: maps.sent(routes, used, exact))
 
-    def _learnt(self, key: Array, plan: Plan) -> Maps:
+    def _learnt(self, key: Array, routes: Routes) -> Maps:
         """The running mean with one more sample."""
-        before = maps.zeros(plan) if self.maps is None else self._checked(plan)
+        before = maps.zeros(routes) if self.maps is None else self._checked(routes)
         if not before:
             return ()
-        noise = direct.draw(plan, self.tangents, key, self.num_tangents)
-        tangents, _ = direct.push(plan, noise, self.num_tangents)
+        noise = direct.draw(routes, self.tangents, key, self.num_tangents)
+        tangents, _ = direct.push(routes, noise, self.num_tangents)
         over = _mesh.all_axes(noise) - _mesh.axes(key)
-        samples = maps.products(plan, noise, tangents, over)
+        samples = maps.products(routes, noise, tangents, over)
         pairs = zip(before, samples, strict=True)
         return tuple(self.decay * m + (1 - self.decay) * x for m, x in pairs)
 
-    def _checked(self, plan: Plan) -> Maps:
-        expected = maps.map_shapes(plan)
+    def _checked(self, routes: Routes) -> Maps:
+        expected = maps.map_shapes(routes)
         got = None if self.maps is None else [m.shape for m in self.maps]
         if self.maps is None or got != expected:
             raise ValueError(

@@ -19,7 +19,8 @@ from forwax import _mesh
 from forwax._rule import LearningRule, check_count, check_directions, check_shared
 from forwax._signature import Problem, Signature
 from forwax._sites.feedback import direct, maps, mirrors
-from forwax._sites.feedback.inlets import Plan, find_plan
+from forwax._sites.feedback.find_routes import find_routes
+from forwax._sites.feedback.inlets import Routes
 from forwax._tree import Tree
 from forwax.tangents import Coordinate, Rademacher, Tangents
 from forwax.tangents._base import typed_key
@@ -135,10 +136,10 @@ class LearnedFeedback(LearningRule):
         """Whether the noise corrects the estimate."""
         return self.correction
 
-    def sites(self, problem: Problem) -> Plan:
+    def sites(self, problem: Problem) -> Routes:
         """The inlets and outlets of a problem under this rule."""
         chain = "none" if self.correction else self.chain
-        return find_plan(problem, type(self).__name__, chain)
+        return find_routes(problem, type(self).__name__, chain)
 
     def basis(self, problem: Problem) -> "LearnedFeedback | None":
         """With `correction`, the rule with each coordinate of its noise once."""
@@ -169,8 +170,8 @@ class LearnedFeedback(LearningRule):
         signature = Signature(loss, argnums, has_aux, in_axes, name, keyed=False)
 
         def init_for(*args: Any, **kwargs: Any) -> LearnedFeedback:
-            plan = self.sites(signature.bind(args, kwargs))
-            return dataclasses.replace(self, maps=_zeros(plan))
+            routes = self.sites(signature.bind(args, kwargs))
+            return dataclasses.replace(self, maps=_zeros(routes))
 
         return init_for
 
@@ -182,15 +183,15 @@ class LearnedFeedback(LearningRule):
         check_shared("LearnedFeedback", self.tangents)
         over = _mesh.axes(key)  # a key of its own gives each device maps of its own
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
-        plan = self.sites(dataclasses.replace(problem, params=params))
-        before = _zeros(plan) if self.maps is None else self._checked(plan)
+        routes = self.sites(dataclasses.replace(problem, params=params))
+        before = _zeros(routes) if self.maps is None else self._checked(routes)
         before = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), before)
 
         def learning(key: Array) -> tuple[Array, Tree, Tree, Feedback]:
-            return self._step(plan, before, key)
+            return self._step(routes, before, key)
 
         def resting(key: Array) -> tuple[Array, Tree, Tree, Feedback]:
-            return *self._estimate(plan, before, key), before
+            return *self._estimate(routes, before, key), before
 
         if self.every == 1:
             value, aux, grads, after = learning(key)
@@ -202,57 +203,57 @@ class LearnedFeedback(LearningRule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient by the maps as they are; see `Rule.estimate`."""
-        plan = self.sites(problem)
-        return self._estimate(plan, self._checked(plan), typed_key(key))
+        routes = self.sites(problem)
+        return self._estimate(routes, self._checked(routes), typed_key(key))
 
     def _step(
-        self, plan: Plan, before: Feedback, key: Array
+        self, routes: Routes, before: Feedback, key: Array
     ) -> tuple[Array, Tree, Tree, Feedback]:
         found = before.direct
         pushed = None
-        if plan.inlets:
-            noise = direct.draw(plan, self.tangents, key, self.num_tangents)
-            tangents, slopes = direct.push(plan, noise, self.num_tangents)
-            left = maps.residuals(plan, before.direct, noise, tangents)
+        if routes.inlets:
+            noise = direct.draw(routes, self.tangents, key, self.num_tangents)
+            tangents, slopes = direct.push(routes, noise, self.num_tangents)
+            left = maps.residuals(routes, before.direct, noise, tangents)
             over = _mesh.all_axes(noise) - _mesh.axes(key)
-            updates = maps.products(plan, noise, left, over)
-            rates = maps.rates(plan, self.num_tangents, _mesh.size(over))
+            updates = maps.products(routes, noise, left, over)
+            rates = maps.rates(routes, self.num_tangents, _mesh.size(over))
             found = tuple(
                 m + (rate if self.rate is None else self.rate) * x
                 for m, rate, x in zip(before.direct, rates, updates, strict=True)
             )
             pushed = (noise, slopes)
-        learnt = mirrors.learnt(plan.sites, plan.mirrors, before.mirrors, key)
+        learnt = mirrors.learnt(routes.sites, routes.mirrors, before.mirrors, key)
         after = Feedback(found, tuple(learnt), before.num_steps)
         # A correction is unbiased for maps that do not hang on its own noise.
         used = before if self.correction else after
-        return *self._sent(plan, used, pushed), after
+        return *self._sent(routes, used, pushed), after
 
     def _estimate(
-        self, plan: Plan, found: Feedback, key: Array
+        self, routes: Routes, found: Feedback, key: Array
     ) -> tuple[Array, Tree, Tree]:
         pushed = None
-        if self.correction and plan.inlets:
-            noise = direct.draw(plan, self.tangents, key, self.num_tangents)
-            _, slopes = direct.push(plan, noise, self.num_tangents)
+        if self.correction and routes.inlets:
+            noise = direct.draw(routes, self.tangents, key, self.num_tangents)
+            _, slopes = direct.push(routes, noise, self.num_tangents)
             pushed = (noise, slopes)
-        return self._sent(plan, found, pushed)
+        return self._sent(routes, found, pushed)
 
     def _sent(
-        self, plan: Plan, found: Feedback, pushed: Any
+        self, routes: Routes, found: Feedback, pushed: Any
     ) -> tuple[Array, Tree, Tree]:
         def errors_of(exact: list[Array]) -> list[Array]:
-            errors = maps.sent(plan, found.direct, exact)
+            errors = maps.sent(routes, found.direct, exact)
             if self.correction and pushed is not None:
-                errors = maps.corrected(plan, errors, *pushed)
+                errors = maps.corrected(routes, errors, *pushed)
             return errors
 
-        return direct.estimate(plan, errors_of, found.mirrors)
+        return direct.estimate(routes, errors_of, found.mirrors)
 
-    def _checked(self, plan: Plan) -> Feedback:
+    def _checked(self, routes: Routes) -> Feedback:
         expected = (
-            maps.map_shapes(plan),
-            mirrors.mirror_shapes(plan.sites, plan.mirrors),
+            maps.map_shapes(routes),
+            mirrors.mirror_shapes(routes.sites, routes.mirrors),
         )
         got = None
         if self.maps is not None:
@@ -277,7 +278,7 @@ class LearnedFeedback(LearningRule):
         return 1.0
 
 
-def _zeros(plan: Plan) -> Feedback:
+def _zeros(routes: Routes) -> Feedback:
     """Maps before the first step, in float32 or wider."""
-    twins = mirrors.zeros(plan.sites, plan.mirrors)
-    return Feedback(maps.zeros(plan), tuple(twins), jnp.int32(0))
+    twins = mirrors.zeros(routes.sites, routes.mirrors)
+    return Feedback(maps.zeros(routes), tuple(twins), jnp.int32(0))

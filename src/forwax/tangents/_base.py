@@ -1,6 +1,7 @@
 """What a distribution of tangents is, and how a rule draws from it."""
 
-# pyright: strict, reportUnknownMemberType=false
+# pyright: strict, reportUnknownMemberType=false, reportUnnecessaryCast=false
+# Whether a cast is needed hangs on the version of jax.
 
 import abc
 from collections.abc import Callable, Sequence
@@ -147,9 +148,7 @@ def typed_key(key: Array) -> Array:
     """A legacy uint32 key as a typed one; typed keys pass through."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key
-    # The oldest jax says nothing about this type, the newest does.
-    wrapped: Array = jax.random.wrap_key_data(key)
-    return wrapped
+    return cast(Array, jax.random.wrap_key_data(key))
 
 
 def sampler(

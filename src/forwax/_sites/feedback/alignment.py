@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from forwax._programs.evaluate import Values, read
 from forwax._programs.program import Equation
-from forwax._sites.feedback.crossing import Crossing, forward, is_bilinear_product
+from forwax._sites.feedback.crossing import WayBack, forward, is_bilinear_product
 from forwax._sites.model import Sites
 from forwax._sites.passes.keep import value
 from forwax._tree import Tree
@@ -30,11 +30,11 @@ def aligned(
     def is_aligned(equation: Equation) -> bool:
         return is_bilinear_product(equation, sites.kinds)
 
-    crossing = Crossing(sites.kinds, {}, is_aligned, twins)
+    way = WayBack(sites.kinds, {}, is_aligned, twins)
 
     def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
         inputs = sites.traced.arguments(params, mapped)
-        env, _ = forward(sites.level, inputs, crossing)
+        env, _ = forward(sites.level, inputs, way)
         outputs = [read(atom, env) for atom in sites.level.program.outputs]
         losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
         return losses, aux

@@ -45,7 +45,7 @@ class Mirror:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Crossing:
+class WayBack:
     """How errors cross the products of a program.
 
     Attributes:
@@ -69,7 +69,7 @@ class Crossing:
 def forward(
     level: Level,
     inputs: Sequence[Any],
-    crossing: Crossing,
+    way: WayBack,
     noise: Mapping[int, Array] | None = None,
     time: Array | None = None,
     behind: Mapping[Variable, Array] | None = None,
@@ -79,7 +79,7 @@ def forward(
     Args:
         level: what to evaluate.
         inputs: the values of the program's inputs.
-        crossing: how errors come back.
+        way: how errors come back.
         noise: by the inlet that it enters at, with a leading axis for each loop around it; then
             nothing is cut.
         time: the scalar whose tangent scales the noise.
@@ -89,16 +89,16 @@ def forward(
         The values of all variables of this level, and of each inlet the value in front of the cut;
         those of a loop's body have a leading axis.
     """
-    run = _Run(crossing, dict(crossing.twins), noise, behind or {}, time)
+    run = _Evaluation(way, dict(way.twins), noise, behind or {}, time)
     return run.level(level, inputs), run.taps
 
 
 @dataclasses.dataclass
-class _Run:
+class _Evaluation:
     """One evaluation of one level.
 
     Attributes:
-        crossing: how errors come back.
+        way: how errors come back.
         twins: those of the level's inputs, and of what was computed from them so far.
         noise: what enters at each inlet; None to cut there.
         behind: what enters at variables.
@@ -107,7 +107,7 @@ class _Run:
         entered: what products read in place of them.
     """
 
-    crossing: Crossing
+    way: WayBack
     twins: dict[Variable, Any]
     noise: Mapping[int, Array] | None
     behind: Mapping[Variable, Array]
@@ -133,7 +133,7 @@ class _Run:
 
     def entering(self, equation: Equation, env: Values) -> list[Any]:
         """An equation's inputs, those behind an inlet as it lets them through."""
-        inlets = self.crossing.inlets.get(equation, {})
+        inlets = self.way.inlets.get(equation, {})
         values = []
         for atom in equation.inputs:
             value = read(atom, env)
@@ -154,10 +154,10 @@ class _Run:
 
     def apply(self, equation: Equation, values: Sequence[Any]) -> list[Any]:
         """Compute an equation, with the weight's twin in the derivative of a product."""
-        kinds = self.crossing.kinds
+        kinds = self.way.kinds
         if not self.twins:
             return bind(equation, values)
-        if self.crossing.is_aligned(equation):
+        if self.way.is_aligned(equation):
             return [_aligned(equation, values, self.twins_of(equation, values))]
         is_chain = any(kinds[v] is Kind.PARAMETER for v in equation.outputs)
         if is_chain and self.twins.keys().isdisjoint(equation.outputs):
@@ -183,12 +183,12 @@ class _Run:
         const_pairs, carry_pairs, scanned_pairs = loop.split(pairs)
 
         # A carry is a parameter only if the body returns it as it is; so is its twin.
-        kinds = self.crossing.kinds
+        kinds = self.way.kinds
         entering = self.known([*const_pairs, *carry_pairs])
         fixed = {v: twin for v, twin in entering.items() if kinds[v] is Kind.PARAMETER}
         fixed_inside, scanned_inside = self.twins_inside(plan)
         fixed |= fixed_inside
-        numbers = _numbers_inside(plan.level, self.crossing)
+        numbers = _numbers_inside(plan.level, self.way)
         noise = None
         if self.noise is not None:
             noise = {number: self.noise[number] for number in numbers}
@@ -198,7 +198,7 @@ class _Run:
         def step(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
             xs, twins_of_step, noise_of_step, behind_of_step = slices
             twins = {**fixed, **twins_of_step}
-            run = _Run(self.crossing, twins, noise_of_step, behind_of_step, self.time)
+            run = _Evaluation(self.way, twins, noise_of_step, behind_of_step, self.time)
             env = run.level(plan.level, [*consts, *carry, *xs])
             outputs = [read(atom, env) for atom in plan.level.program.outputs]
             carry, ys = loop.split_outputs(outputs)
@@ -221,7 +221,7 @@ class _Run:
         """The twins of a loop's body: those of all steps, and those of each."""
         fixed: dict[Variable, Any] = {}
         scanned: dict[Variable, Any] = {}
-        for mirror in self.crossing.mirrors:
+        for mirror in self.way.mirrors:
             if mirror.inside(plan.equation) and mirror.variable in self.twins:
                 depth = mirror.loops.index(plan.equation)
                 part = scanned if mirror.varies[depth] else fixed
@@ -237,13 +237,13 @@ class _Run:
         return twins
 
 
-def _numbers_inside(level: Level, crossing: Crossing) -> set[int]:
+def _numbers_inside(level: Level, way: WayBack) -> set[int]:
     """The inlets of a loop's body, and of the loops inside it."""
     numbers: set[int] = set()
     for equation in level.program.equations:
-        numbers.update(crossing.inlets.get(equation, {}).values())
+        numbers.update(way.inlets.get(equation, {}).values())
     for plan in level.loops.values():
-        numbers |= _numbers_inside(plan.level, crossing)
+        numbers |= _numbers_inside(plan.level, way)
     return numbers
 
 

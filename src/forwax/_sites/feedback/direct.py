@@ -11,8 +11,8 @@ from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values, read
 from forwax._programs.program import Variable
 from forwax._pushforward import along, over_tangents
-from forwax._sites.feedback.crossing import Crossing, forward
-from forwax._sites.feedback.inlets import Plan
+from forwax._sites.feedback.crossing import WayBack, forward
+from forwax._sites.feedback.inlets import Routes
 from forwax._sites.passes import keep
 from forwax._tree import Tree
 from forwax.tangents import Tangents
@@ -23,23 +23,23 @@ Backward = Callable[[list[Array]], list[Array]]
 
 
 def estimate(
-    plan: Plan, errors_of: Backward, mirrors: Sequence[Array] = ()
+    routes: Routes, errors_of: Backward, mirrors: Sequence[Array] = ()
 ) -> tuple[Array, Tree, Tree]:
     """`(value, aux, grads)` with errors from outside at the inlets.
 
     Reverse mode crosses all that has no parameter, the last products, and those with mirrors.
     """
-    sites = plan.sites
-    crossing = plan.crossing(mirrors)
+    sites = routes.sites
+    way = routes.way_back(mirrors)
 
     def objective(params: Tree) -> tuple[Any, Any]:
-        losses, taps, aux, records = _run(plan, crossing, params, plan.tail.records)
+        losses, taps, aux, records = _run(routes, way, params, routes.tail.records)
         return (keep.value(sites, losses), taps), (aux, records)
 
     params = sites.problem.params
     (value, taps), pull, (aux, records) = jax.vjp(objective, params, has_aux=True)
-    exact = keep.errors_at(sites, plan.tail, records)
-    errors = errors_of([exact[outlet.start] for outlet in plan.outlets])
+    exact = keep.errors_at(sites, routes.tail, records)
+    errors = errors_of([exact[outlet.start] for outlet in routes.outlets])
     one = _mesh.vary(jnp.ones_like(value), _mesh.axes(value))
     cotangents = {
         number: _mesh.vary(error, _mesh.axes(taps[number]))
@@ -50,29 +50,29 @@ def estimate(
 
 
 def _run(
-    plan: Plan,
-    crossing: Crossing,
+    routes: Routes,
+    way: WayBack,
     params: Tree,
     wanted: Iterable[Variable],
     noise: Mapping[int, Array] | None = None,
     time: Array | None = None,
 ) -> tuple[list[Array], dict[int, Array], Tree, Values]:
     """`(losses, taps, aux, wanted values)`, examples on a leading axis of each."""
-    sites = plan.sites
-    names = {outlet.start: outlet.variable for outlet in plan.outlets}
+    sites = routes.sites
+    names = {outlet.start: outlet.variable for outlet in routes.outlets}
 
     def one(
         mapped: Sequence[Array], noise: Mapping[int, Array] | None
     ) -> tuple[list[Array], dict[int, Array], Tree, Values]:
         inputs = sites.traced.arguments(params, mapped)
-        env, taps = forward(sites.level, inputs, crossing, noise, time)
+        env, taps = forward(sites.level, inputs, way, noise, time)
         outputs = [read(atom, env) for atom in sites.level.program.outputs]
         losses, aux = jax.tree.unflatten(sites.traced.out_tree, outputs)
         return losses, taps, aux, {v: env[names.get(v, v)] for v in wanted}
 
     if sites.num_examples is None:
         return one((), noise)
-    inlet_axes = {n: 0 if i.mapped else None for n, i in enumerate(plan.inlets)}
+    inlet_axes = {n: 0 if i.mapped else None for n, i in enumerate(routes.inlets)}
     value_axes = {v: sites.axis_of(v) for v in wanted}
     each = jax.vmap(
         one,
@@ -84,20 +84,20 @@ def _run(
 
 
 def push(
-    plan: Plan, noise: Sequence[Array], num_tangents: int
+    routes: Routes, noise: Sequence[Array], num_tangents: int
 ) -> tuple[list[Array], list[Array]]:
     """What noises at the inlets do.
 
     Returns:
         The outlets' tangents, [k, *examples, *shape], and those of the losses.
     """
-    params = plan.sites.problem.params
-    starts = [outlet.start for outlet in plan.outlets]
+    params = routes.sites.problem.params
+    starts = [outlet.start for outlet in routes.outlets]
 
     def slopes(noise: Mapping[int, Array]) -> tuple[Any, None]:
         def values(time: Array) -> tuple[Any, None]:
             losses, _, _, found = _run(
-                plan, plan.crossing(), params, starts, noise, time
+                routes, routes.way_back(), params, starts, noise, time
             )
             return ([found[start] for start in starts], losses), None
 
@@ -106,25 +106,27 @@ def push(
     return over_tangents(slopes, dict(enumerate(noise)), num_tangents)[0]
 
 
-def draw(plan: Plan, tangents: Tangents, key: Array, num_tangents: int) -> list[Array]:
+def draw(
+    routes: Routes, tangents: Tangents, key: Array, num_tangents: int
+) -> list[Array]:
     """The noise of each inlet, [k, *examples, *shape]."""
     specs = []
-    for inlet in plan.inlets:
+    for inlet in routes.inlets:
         shape = inlet.shape
-        if inlet.mapped and plan.sites.num_examples is not None:
-            shape = (plan.sites.num_examples, *shape)
+        if inlet.mapped and routes.sites.num_examples is not None:
+            shape = (routes.sites.num_examples, *shape)
         specs.append(_mesh.like(shape, inlet.dtype, inlet.axes))
     return sampler(tangents, key, specs, num_tangents, hold=True)(
         jnp.arange(num_tangents)
     )
 
 
-def num_coordinates(plan: Plan) -> int:
+def num_coordinates(routes: Routes) -> int:
     """The number of real coordinates of one noise."""
     total = 0
-    for inlet in plan.inlets:
+    for inlet in routes.inlets:
         count = _tree.num_coordinates(inlet.spec)
-        if inlet.mapped and plan.sites.num_examples is not None:
-            count *= plan.sites.num_examples
+        if inlet.mapped and routes.sites.num_examples is not None:
+            count *= routes.sites.num_examples
         total += count
     return total

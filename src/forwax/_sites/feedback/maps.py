@@ -11,18 +11,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
-from forwax._sites.feedback.inlets import Inlet, Plan
+from forwax._sites.feedback.inlets import Inlet, Outlet, Routes
 
 
-def map_shapes(plan: Plan) -> list[tuple[int, int]]:
+def map_shapes(routes: Routes) -> list[tuple[int, int]]:
     """The shape [e, h] of each inlet's map."""
-    return [(sum(_heard_sizes(plan, i)), _size(i)) for i in plan.inlets]
+    return [(sum(_heard_sizes(routes, i)), _size(i)) for i in routes.inlets]
 
 
-def zeros(plan: Plan) -> tuple[Array, ...]:
+def zeros(routes: Routes) -> tuple[Array, ...]:
     """A map of zeros for each inlet, in at least float32."""
     found: list[Array] = []
-    for inlet, shape in zip(plan.inlets, map_shapes(plan), strict=True):
+    for inlet, shape in zip(routes.inlets, map_shapes(routes), strict=True):
         dtype = _tree.accumulation_dtype(jnp.finfo(inlet.dtype).dtype)
         found.append(jnp.zeros(shape, dtype))
     return tuple(found)
@@ -37,31 +37,31 @@ def num_positions(inlet: Inlet) -> int:
     return math.prod(inlet.shape[axis] for axis, _ in inlet.common)
 
 
-def _heard_sizes(plan: Plan, inlet: Inlet) -> list[int]:
+def _heard_sizes(routes: Routes, inlet: Inlet) -> list[int]:
     """For each outlet that an inlet hears the coordinates without the common axes."""
     positions = num_positions(inlet)
-    outlets = [plan.outlets[number] for number in inlet.heard]
+    outlets = [routes.outlets[number] for number in inlet.heard]
     return [_tree.num_coordinates(outlet) // positions for outlet in outlets]
 
 
-def sent(plan: Plan, maps: Sequence[Array], errors: Sequence[Array]) -> list[Array]:
+def sent(routes: Routes, maps: Sequence[Array], errors: Sequence[Array]) -> list[Array]:
     """Each inlet's error, the outlets' errors times its map.
 
     Args:
-        plan: the ways of the errors.
+        routes: the ways of the errors.
         maps: one an inlet.
         errors: the exact error of each outlet, as `jax.grad` writes it.
     """
     return [
-        _sent_to(plan, inlet, through, errors)
-        for inlet, through in zip(plan.inlets, maps, strict=True)
+        _sent_to(routes, inlet, through, errors)
+        for inlet, through in zip(routes.inlets, maps, strict=True)
     ]
 
 
 def _sent_to(
-    plan: Plan, inlet: Inlet, through: Array, errors: Sequence[Array]
+    routes: Routes, inlet: Inlet, through: Array, errors: Sequence[Array]
 ) -> Array:
-    lead = 0 if plan.sites.num_examples is None else 1
+    lead = 0 if routes.sites.num_examples is None else 1
     # [*examples, common positions, e]
     parts = [
         _positions_first(errors[number].conj(), lead, axes)
@@ -98,7 +98,9 @@ def _positions_first(x: Array, lead: int, common: Sequence[int]) -> Array:
     return jnp.concatenate([flat.real, flat.imag], axis=-1)
 
 
-def _positions_back(y: Array, lead: int, common: Sequence[int], like: Inlet) -> Array:
+def _positions_back(
+    y: Array, lead: int, common: Sequence[int], like: Inlet | Outlet
+) -> Array:
     """The inverse of `_positions_first` for a value of the form of an inlet."""
     if _tree.is_complex(like):
         y = lax.complex(*jnp.split(y, 2, axis=-1))
@@ -110,7 +112,7 @@ def _positions_back(y: Array, lead: int, common: Sequence[int], like: Inlet) -> 
 
 
 def corrected(
-    plan: Plan,
+    routes: Routes,
     errors: Sequence[Array],
     noise: Sequence[Array],
     slopes: Sequence[Array],
@@ -118,17 +120,17 @@ def corrected(
     """Errors whose mean over the noise is exact, whatever the maps foresee: ê + (c - ĉ) u.
 
     Args:
-        plan: the ways of the errors.
+        routes: the ways of the errors.
         errors: what the maps foresee at each inlet, ê.
         noise: what entered there, u, [k, *examples, *shape].
         slopes: the tangents of the losses along it, [k, *examples, *shape].
     """
-    lead = 1 if plan.sites.num_examples is None else 2
+    lead = 1 if routes.sites.num_examples is None else 2
     left = _tree.added([_behind(c, lead) for c in slopes])  # [k, *examples]
-    if plan.sites.num_examples is not None:
-        left = left / plan.sites.num_examples  # the objective is their mean
+    num_examples = routes.sites.num_examples or 1
+    left = left / num_examples  # the objective is their mean
     shared = jnp.zeros(left.shape[:1], left.dtype)  # [k]
-    for inlet, error, u in zip(plan.inlets, errors, noise, strict=True):
+    for inlet, error, u in zip(routes.inlets, errors, noise, strict=True):
         # Gradients of complex values are conjugate: Re(error · u) is the change of the loss.
         product = jnp.real(error[None] * u).astype(left.dtype)
         if inlet.mapped or lead == 1:
@@ -138,11 +140,11 @@ def corrected(
     # What all examples share moves the sum of their losses.
     total = left - shared if lead == 1 else jnp.sum(left, axis=1) - shared
     found: list[Array] = []
-    for inlet, error, u in zip(plan.inlets, errors, noise, strict=True):
+    for inlet, error, u in zip(routes.inlets, errors, noise, strict=True):
         rest = left if inlet.mapped and lead == 2 else total
         if inlet.mapped and lead == 2:
             # One example's noise cannot tell what the noise that all share did to its loss.
-            rest = rest - shared[..., None] / plan.sites.num_examples
+            rest = rest - shared[..., None] / num_examples
         weights = rest.reshape(*rest.shape, *[1] * (u.ndim - rest.ndim))
         correction = jnp.mean(weights.astype(u.real.dtype) * u.conj(), axis=0)
         found.append(error + correction.astype(error.dtype))
@@ -156,7 +158,7 @@ def _behind(x: Array, lead: int) -> Array:
 
 
 def residuals(
-    plan: Plan,
+    routes: Routes,
     maps: Sequence[Array],
     noise: Sequence[Array],
     tangents: Sequence[Array],
@@ -166,52 +168,52 @@ def residuals(
     R = ė - Σ u Mᵀ over the inlets that hear the outlet.
 
     Args:
-        plan: the ways of the errors.
+        routes: the ways of the errors.
         maps: one an inlet.
         noise: what entered at each inlet, [k, *examples, *shape].
         tangents: the outlets' tangents ė, [k, *examples, *shape].
     """
-    lead = 1 if plan.sites.num_examples is None else 2
+    lead = 1 if routes.sites.num_examples is None else 2
     left = list(tangents)
-    for inlet, through, u in zip(plan.inlets, maps, noise, strict=True):
-        flat = _noise_by_position(plan, inlet, u)
+    for inlet, through, u in zip(routes.inlets, maps, noise, strict=True):
+        flat = _noise_by_position(routes, inlet, u)
         foreseen = flat @ through.T.astype(flat.dtype)
         start = 0
-        sizes = _heard_sizes(plan, inlet)
+        sizes = _heard_sizes(routes, inlet)
         for (number, axes), size in zip(_heard_axes(inlet), sizes, strict=True):
             part = foreseen[..., start : start + size]
-            outlet = plan.outlets[number]
+            outlet = routes.outlets[number]
             left[number] = left[number] - _positions_back(part, lead, axes, outlet)
             start += size
     return left
 
 
-def _noise_by_position(plan: Plan, inlet: Inlet, noise: Array) -> Array:
+def _noise_by_position(routes: Routes, inlet: Inlet, noise: Array) -> Array:
     """Noise as [k, *examples, common positions, h]; one example where all share it."""
-    if plan.sites.num_examples is not None and not inlet.mapped:
+    if routes.sites.num_examples is not None and not inlet.mapped:
         noise = noise[:, None]
-    lead = 1 if plan.sites.num_examples is None else 2
+    lead = 1 if routes.sites.num_examples is None else 2
     own = [axis for axis, _ in inlet.common]
     return _positions_first(noise, lead, own)
 
 
 def products(
-    plan: Plan, noise: Sequence[Array], tangents: Sequence[Array], over: _mesh.Axes
+    routes: Routes, noise: Sequence[Array], tangents: Sequence[Array], over: _mesh.Axes
 ) -> list[Array]:
     """For each inlet the mean of tangents ⊗ noise, [e, h].
 
     The mean is over noises, examples and common positions, and over the given mesh axes.
 
     Args:
-        plan: the ways of the errors.
+        routes: the ways of the errors.
         noise: what entered at each inlet, [k, *examples, *shape].
         tangents: of each outlet, [k, *examples, *shape].
         over: the mesh axes that the examples are split over.
     """
     found: list[Array] = []
-    lead = 1 if plan.sites.num_examples is None else 2
-    for inlet, u in zip(plan.inlets, noise, strict=True):
-        flat = _noise_by_position(plan, inlet, u)
+    lead = 1 if routes.sites.num_examples is None else 2
+    for inlet, u in zip(routes.inlets, noise, strict=True):
+        flat = _noise_by_position(routes, inlet, u)
         parts = [
             _positions_first(tangents[number], lead, axes)
             for number, axes in _heard_axes(inlet)
@@ -226,22 +228,22 @@ def products(
     return found
 
 
-def rates(plan: Plan, num_tangents: int, num_devices: int) -> list[float]:
+def rates(routes: Routes, num_tangents: int, num_devices: int) -> list[float]:
     """The rate 0.1 / (1 + D/N) of each map.
 
     N is the number of samples in the mean: examples, common positions and noises. D is the number
     of noise coordinates that one outlet's tangent is foreseen from. Least mean squares with rate η
     converge for η (1 + D/N) < 2.
     """
-    coordinates = [0] * len(plan.outlets)
-    for inlet in plan.inlets:
+    coordinates = [0] * len(routes.outlets)
+    for inlet in routes.inlets:
         for number in inlet.heard:
             coordinates[number] += _size(inlet)
     found: list[float] = []
-    for inlet in plan.inlets:
+    for inlet in routes.inlets:
         samples = num_tangents * num_positions(inlet)
         if inlet.mapped:
-            samples *= (plan.sites.num_examples or 1) * num_devices
+            samples *= (routes.sites.num_examples or 1) * num_devices
         most = max(coordinates[number] for number in inlet.heard)
         found.append(0.1 / (1 + most / samples))
     return found

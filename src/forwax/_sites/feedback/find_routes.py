@@ -1,0 +1,221 @@
+"""From a problem to the routes of its errors."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from forwax import _mesh, _tree
+from forwax._programs.dataflow import Reach
+from forwax._programs.program import Equation, Program, Variable
+from forwax._programs.tracing import new_variable, renamed_inputs
+from forwax._signature import Problem
+from forwax._sites.feedback.inlets import (
+    Inlet,
+    Numbers,
+    Outlet,
+    Routes,
+    lengths_around,
+)
+from forwax._sites.feedback.mirrors import find_mirrors, may_have_mirror
+from forwax._sites.feedback.positions import mixing_products, with_positions
+from forwax._sites.find import find_sites
+from forwax._sites.kinds import Kind
+from forwax._sites.levels import Level
+from forwax._sites.model import Site, Sites
+from forwax._sites.outputs import Tail, is_crossed, tail_from, with_weight_noise
+
+
+def find_routes(problem: Problem, name: str, chain: str = "none") -> Routes:
+    """The inlets and outlets of a problem.
+
+    Args:
+        problem: the parameters, the loss and the examples.
+        name: the rule's name, for errors.
+        chain: which products hand errors on through a mirror: "none", "positions" or "all".
+
+    Raises:
+        ValueError: when an inlet reaches no outlet.
+    """
+    sites = find_sites(problem, name, None, exact_outputs=True)
+    inputs = data_inputs(sites.level, sites.kinds, sites.reach)
+    outlets, tail = _outlets(sites, inputs)
+    mapped = {o.start for o in outlets if o.variable in sites.mapped}
+    sites = dataclasses.replace(sites, mapped=sites.mapped | mapped)
+    exact = {e for site in sites.places if site.exact for e in site.region.equations}
+    cut = {e: data for e, data in inputs.items() if e not in exact}
+
+    chained: list[Equation] = []
+    able = [e for e in cut if may_have_mirror(e, sites)]
+    if chain == "all":
+        chained = able
+    elif chain == "positions" and able:
+        direct = _plan(sites, outlets, tail, cut)
+        chained = mixing_products(direct, able)
+    for equation in chained:
+        del cut[equation]
+    routes = _plan(sites, outlets, tail, cut)
+    for inlet in routes.inlets:
+        _check_heard(inlet, name)
+    mirrors = find_mirrors(sites, chained)
+    return dataclasses.replace(
+        routes, mirrors=tuple(mirrors), chained=frozenset(chained)
+    )
+
+
+def _plan(
+    sites: Sites,
+    outlets: tuple[Outlet, ...],
+    tail: Tail,
+    cut: Mapping[Equation, Sequence[Variable]],
+) -> Routes:
+    inlets, numbers = _inlets(sites, cut)
+    routes = Routes(sites, inlets, outlets, tail, numbers)
+    return with_positions(routes) if inlets else routes
+
+
+def data_inputs(
+    level: Level,
+    kinds: Mapping[Variable, Kind],
+    reach: Reach,
+    weights: frozenset[Variable] = frozenset(),
+) -> dict[Equation, list[Variable]]:
+    """For each product of parameters with data the data that it takes, loops included.
+
+    What reverse mode cannot cross counts as a product that takes all its inputs.
+
+    Args:
+        level: where to look.
+        kinds: of all variables.
+        reach: the losses that each variable reaches.
+        weights: parameters with a noise of their own that enter the level.
+    """
+    found: dict[Equation, list[Variable]] = {}
+    noisy = with_weight_noise(level.program, kinds, weights)
+    for equation in level.program.equations:
+        plan = level.loop_of(equation)
+        if plan is not None:
+            body = plan.level.program
+            pairs = zip(body.inputs, equation.inputs, strict=True)
+            inside = frozenset(v for v, atom in pairs if atom in noisy)
+            found |= data_inputs(plan.level, kinds, reach, inside)
+            continue
+        if equation.primitive is None or not is_crossed(equation, reach):
+            continue
+        mixed = [v for v in equation.variables if kinds[v] is Kind.MIXED]
+        if equation.contains(lambda facts: facts.irreversible):
+            data = mixed
+        elif equation.facts.additive:  # passes errors on as they are
+            data = []
+        else:
+            is_weight = [
+                v in noisy or kinds[v] is Kind.PARAMETER for v in equation.variables
+            ]
+            data = [v for v in mixed if v not in noisy] if any(is_weight) else []
+        if data:
+            found[equation] = list(dict.fromkeys(data))
+    return found
+
+
+def _outlets(
+    sites: Sites, inputs: Mapping[Equation, Sequence[Variable]]
+) -> tuple[tuple[Outlet, ...], Tail]:
+    """The values of the last sites, or their data inputs where these have fewer coordinates."""
+    types = sites.traced.types
+    program = sites.level.program
+    names: dict[Variable, Variable] = {}
+    chosen: dict[Variable, int] = {}
+    in_front: set[Equation] = set()
+    for site in output_sites(sites):
+        taken = [v for e in site.region.equations for v in inputs.get(e, ())]
+        size = sum(_tree.num_coordinates(types[v]) for v in taken)
+        if taken and size < site.size:
+            in_front.update(site.region.equations)
+            for v in taken:
+                names.setdefault(v, new_variable(types, types[v]))
+                chosen[v] = chosen.get(v, 0) | site.reach
+        else:
+            chosen[site.variable] = chosen.get(site.variable, 0) | site.reach
+
+    def renamed(equation: Equation) -> Equation:
+        return renamed_inputs(equation, names) if equation in in_front else equation
+
+    # The tail starts at the edge into the last products alone: other uses are no part of it.
+    read_anew = Program(
+        program.inputs, tuple(map(renamed, program.equations)), program.outputs
+    )
+    reach = [*sites.reach, *[0] * (len(types) - len(sites.reach))]
+    starts = tuple(names.get(v, v) for v in chosen)
+    behind = _behind(read_anew, starts)
+    tail = tail_from(read_anew, starts, behind.__contains__, reach, sites.num_losses)
+    outlets = [
+        Outlet(v, names.get(v, v), tuple(types[v].shape), types[v].dtype, losses)
+        for v, losses in chosen.items()
+    ]
+    return tuple(outlets), tail
+
+
+def _behind(program: Program, starts: Sequence[Variable]) -> set[Equation]:
+    """The equations that read the starts, or what is computed from them."""
+    reached = set(starts)
+    behind: set[Equation] = set()
+    for equation in program.equations:
+        if not reached.isdisjoint(equation.variables):
+            behind.add(equation)
+            reached.update(equation.outputs)
+    return behind
+
+
+def output_sites(sites: Sites) -> list[Site]:
+    """The last sites that put something out.
+
+    An added weight decay is none: its error is constant, which tells nothing.
+    """
+    return [
+        site for site in sites.places if site.exact and _tells_something(site, sites)
+    ]
+
+
+def _tells_something(site: Site, sites: Sites) -> bool:
+    if site.region.promoted:
+        return False
+    if all(equation.facts.additive for equation in site.region.equations):
+        return False
+    return site.mapped or sites.num_examples is None
+
+
+def _inlets(
+    sites: Sites,
+    cut: Mapping[Equation, Sequence[Variable]],
+) -> tuple[tuple[Inlet, ...], Numbers]:
+    lengths = lengths_around(sites.level)
+    types = sites.traced.types
+    products: dict[Variable, list[Equation]] = {}
+    for equation, data in cut.items():
+        for v in data:
+            products.setdefault(v, []).append(equation)
+    inlets: list[Inlet] = []
+    numbers: dict[Equation, dict[Variable, int]] = {}
+    for number, (v, readers) in enumerate(products.items()):
+        aval = types[v]
+        inlet = Inlet(
+            v,
+            tuple(readers),
+            shape=(*lengths[readers[0]], *aval.shape),
+            dtype=aval.dtype,
+            mapped=v in sites.mapped,
+            axes=_mesh.type_axes(aval),
+        )
+        inlets.append(inlet)
+        for equation in readers:
+            numbers.setdefault(equation, {})[v] = number
+    return tuple(inlets), numbers
+
+
+def _check_heard(inlet: Inlet, name: str) -> None:
+    if inlet.heard:
+        return
+    operation = inlet.products[0]
+    raise ValueError(
+        f"{name}: found no output site after the {operation.name} that takes a value of shape "
+        f"{inlet.shape}: none whose way to the loss is free of parameters. Use "
+        "FeedbackAlignment for this loss."
+    )

@@ -1,0 +1,235 @@
+"""Which axes an inlet has in common with the outlets, and which products mix positions."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from forwax import _mesh
+from forwax._programs.axes import back
+from forwax._programs.axis_rules import join_all
+from forwax._programs.links import Factor, Link, Shape
+from forwax._programs.program import Atom, Constant, Equation, Traced, Variable
+from forwax._programs.tracing import trace
+from forwax._pushforward import along
+from forwax._sites.credit import Credit, credits_of
+from forwax._sites.feedback.crossing import forward
+from forwax._sites.feedback.inlets import Inlet, Routes, lengths_around
+from forwax._sites.feedback.mirrors import find_mirrors
+from forwax._sites.kinds import Kind
+from forwax._sites.levels import Level
+from forwax._sites.model import Sites
+from forwax._tree import Tree
+
+
+def with_positions(routes: Routes) -> Routes:
+    """The routes whose inlets know the outlets that they reach, and the axes in common with them."""
+    traced = _tangent_program(routes)
+    noises = traced.data[-len(routes.inlets) :]
+    shapes = [outlet.shape for outlet in routes.outlets]
+    credit = credits_of(traced, noises, shapes, any_way=True)
+    pairs = zip(routes.inlets, credit, strict=True)
+    linked = tuple(_linked(routes, inlet, heard) for inlet, heard in pairs)
+    return dataclasses.replace(routes, inlets=linked)
+
+
+def _tangent_program(routes: Routes) -> Traced:
+    """The program of one example from noises at inlets, its last inputs, to outlets' tangents."""
+    sites = routes.sites
+
+    def tangents(
+        params: Tree, mapped: Sequence[Array], noises: Sequence[Array]
+    ) -> list[Array]:
+        inputs = sites.traced.arguments(params, mapped)
+        noise = dict(enumerate(noises))
+
+        def values(time: Array) -> tuple[list[Array], None]:
+            env, _ = forward(sites.level, inputs, routes.way_back(), noise, time)
+            return [env[outlet.variable] for outlet in routes.outlets], None
+
+        return along(values)[1]
+
+    noises = [_mesh.like(i.shape, i.dtype, i.axes) for i in routes.inlets]
+    problem = sites.problem
+    return trace(tangents, problem.params, problem.example_specs(), noises)
+
+
+def _linked(routes: Routes, inlet: Inlet, credit: Sequence[Credit]) -> Inlet:
+    """An inlet with the outlets that it hears, and the axes that it shares with all of them."""
+    reach = 0
+    for equation in inlet.products:
+        for v in equation.outputs:
+            reach |= routes.sites.reach[v]
+    by_source = {c.source: c for c in credit if routes.outlets[c.source].reach & reach}
+    if not by_source:
+        return inlet
+    # [outlets] of {axis of the inlet: axis of the outlet}
+    shared: list[dict[int, int]] = []
+    for number, heard in by_source.items():
+        shape = routes.outlets[number].shape
+        axes: dict[int, int] = {}
+        for axis, link in heard.links:
+            is_whole = link == Factor(link.axis, 1, shape[axis])
+            if is_whole and inlet.shape[link.axis] == shape[axis]:
+                axes[link.axis] = axis
+        shared.append(axes)
+    own = set.intersection(*map(set, shared)) - _axes_of_weights(routes.sites, inlet)
+    common = tuple((axis, tuple(axes[axis] for axes in shared)) for axis in sorted(own))
+    return dataclasses.replace(inlet, heard=tuple(by_source), common=common)
+
+
+def mixing_products(routes: Routes, able: Sequence[Equation]) -> list[Equation]:
+    """The products whose value reaches other positions before the next product.
+
+    Positions are those along an axis that the product's inlet has in common with the outlets, and
+    the steps of loops in which the product has the same weight.
+    """
+    sites = routes.sites
+    lengths = lengths_around(sites.level)
+    values = [e.outputs[0] for e in able]
+    shapes = [
+        (*lengths[e], *sites.traced.types[v].shape)
+        for e, v in zip(able, values, strict=True)
+    ]
+    traced = _program_to_next(routes, values, shapes)
+    noises = traced.data[-len(able) :]
+    ends = [i.shape for i in routes.inlets] + [o.shape for o in routes.outlets]
+    credit = credits_of(traced, noises, ends)
+    mixing: list[Equation] = []
+    for equation, heard in zip(able, credit, strict=True):
+        (number,) = routes.numbers[equation].values()
+        inlet = routes.inlets[number]
+        followed = {
+            (outlet, axes[place])
+            for _, axes in inlet.common
+            for place, outlet in enumerate(inlet.heard)
+        }
+        (mirror,) = find_mirrors(sites, [equation])
+        # A loop in which the weight stays the same is one over time.
+        loops = [d for d, varies in enumerate(mirror.varies) if not varies]
+        if any(_mixes(routes, c, followed, loops) for c in heard):
+            mixing.append(equation)
+    return mixing
+
+
+def _mixes(
+    routes: Routes,
+    credit: Credit,
+    followed: set[tuple[int, int]],
+    loops: Sequence[int],
+) -> bool:
+    """Whether what a product's value changes of an end lies at other positions too."""
+    apart = {axis for axis, _ in credit.links}
+    first_outlet = len(routes.inlets)
+    if credit.source >= first_outlet:
+        outlet = credit.source - first_outlet
+        return any(number == outlet and axis not in apart for number, axis in followed)
+    end = routes.inlets[credit.source]
+    for axis, of_outlets in end.common:
+        tied = set(zip(end.heard, of_outlets, strict=True))
+        if axis not in apart and not followed.isdisjoint(tied):
+            return True
+    # The end lies in the same loop if it has its axis: then each step is to change its own.
+    own_loops = lengths_around(routes.sites.level)[end.products[0]]
+    return any(axis < len(own_loops) and axis not in apart for axis in loops)
+
+
+def _program_to_next(
+    routes: Routes, values: Sequence[Variable], shapes: Sequence[Shape]
+) -> Traced:
+    """The program of one example from noises at products' values to tangents at the next ends.
+
+    Tangents end at inlets, so that those of an inlet come from the products before it alone.
+    """
+    sites = routes.sites
+    types = sites.traced.types
+
+    def tangents(
+        params: Tree, mapped: Sequence[Array], noises: Sequence[Array]
+    ) -> list[Array]:
+        inputs = sites.traced.arguments(params, mapped)
+        noise = dict(zip(values, noises, strict=True))
+
+        def ends(time: Array) -> tuple[list[Array], None]:
+            env, taps = forward(
+                sites.level, inputs, routes.way_back(), behind=noise, time=time
+            )
+            inlets = [taps[number] for number in range(len(routes.inlets))]
+            return [*inlets, *(env[o.variable] for o in routes.outlets)], None
+
+        return along(ends)[1]
+
+    noises = [
+        _mesh.like(shape, types[v].dtype, _mesh.type_axes(types[v]))
+        for v, shape in zip(values, shapes, strict=True)
+    ]
+    problem = sites.problem
+    return trace(tangents, problem.params, problem.example_specs(), noises)
+
+
+def _axes_of_weights(sites: Sites, inlet: Inlet) -> set[int]:
+    """The inlet's axes along which a weight differs: a gain's own are no positions."""
+    maker = _makers(sites.level)
+    types = sites.traced.types
+    num_loops = len(inlet.shape) - len(types[inlet.variable].shape)
+    found: set[int] = set()
+    for product in inlet.products:
+        shapes = [_shape(atom, types) for atom in product.inputs]
+        outs = [_shape(v, types) for v in product.outputs]
+        for axis, length in enumerate(outs[0]):
+            links = [
+                back(product, place, 0, Factor(axis, 1, length), shapes, outs)
+                for place in range(len(shapes))
+            ]
+            is_of_weight = False
+            for atom, link in zip(product.inputs, links, strict=True):
+                is_of_weight |= _varies(atom, link, maker, sites)
+            for atom, link in zip(product.inputs, links, strict=True):
+                if is_of_weight and atom == inlet.variable and link is not None:
+                    found.add(num_loops + link.axis)
+    return found
+
+
+def _varies(
+    atom: Atom,
+    link: Link,
+    maker: Mapping[Variable, Equation],
+    sites: Sites,
+) -> bool:
+    """Whether a parameter, or what is made of it, has the axis of a link, and not broadcast."""
+    if link is None or isinstance(atom, Constant) or link.size == 1:
+        return False
+    if sites.kinds[atom] is not Kind.PARAMETER:
+        return False
+    types = sites.traced.types
+    if atom not in maker:
+        return True
+    equation = maker[atom]
+    shapes = [_shape(a, types) for a in equation.inputs]
+    outs = [_shape(v, types) for v in equation.outputs]
+    output = equation.outputs.index(atom)
+    for place, operand in enumerate(equation.inputs):
+        further = back(equation, place, output, link, shapes, outs)
+        if _varies(operand, further, maker, sites):
+            return True
+    # What an operation without a rule makes may differ along all axes.
+    return equation.facts.credit is join_all
+
+
+def _makers(level: Level) -> dict[Variable, Equation]:
+    """The operation that makes each parameter chain, in a level and the loops inside it."""
+    makers: dict[Variable, Equation] = {}
+    for equation in level.program.equations:
+        if level.loop_of(equation) is None and equation.primitive is not None:
+            makers.update(dict.fromkeys(equation.outputs, equation))
+    for plan in level.loops.values():
+        makers |= _makers(plan.level)
+    return makers
+
+
+def _shape(atom: Atom, types: Sequence[Any]) -> Shape:
+    if isinstance(atom, Constant):
+        return tuple(jnp.shape(atom.value))
+    return tuple(types[atom].shape)
