@@ -2,8 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from forwax import _mesh
@@ -44,10 +47,11 @@ def find_sites(
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
         _check_split(traced.arguments(problem.params, problem.mapped), name)
     unselected = _unselected(traced, problem.params, select, name)
+    closed = _kinds_of_closed(traced, problem)
     if exact_outputs:
-        analysis = _analyse_with_split_loops(traced, unselected)
+        analysis = _analyse_with_split_loops(traced, unselected, closed)
     else:
-        analysis = _analyse(traced, unselected)
+        analysis = _analyse(traced, unselected, closed)
     _check_data(analysis, name)
 
     sites = _make_sites(problem, analysis, exact_outputs)
@@ -80,16 +84,63 @@ class _Analysis:
         return is_mixed and any(map(self.classifier.is_parameter, equation.inputs))
 
 
-def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
+@dataclasses.dataclass(frozen=True)
+class _Closed:
+    """What the arrays that are neither parameters nor mapped count as.
+
+    Attributes:
+        inputs: one kind for each of the program's first inputs.
+        inside: of arrays written into the program.
+    """
+
+    inputs: tuple[Kind, ...]
+    inside: Kind
+
+
+def _kinds_of_closed(traced: Traced, problem: Problem) -> _Closed:
+    """Which arrays of the loss are data, and which are to a parameter what a constant is.
+
+    With examples, what no example owns is a constant: frozen weights, masks, running statistics.
+    Without, arguments are data and what the loss closes over is a constant; but a loss that is
+    given no array, or keys and scalars alone, must close over its data.
+    """
+    count = len(traced.closed)
+    if problem.num_examples is not None:
+        return _Closed((Kind.CONSTANT,) * count, Kind.CONSTANT)
+    if not any(map(_may_be_data, problem.arguments)):
+        return _Closed((Kind.DATA,) * count, Kind.DATA)
+    given = {id(x) for x in problem.arguments}
+    # Tracing keeps arrays of jax as they are, and copies those of NumPy: any may be an argument.
+    numpy = Kind.CONSTANT
+    if any(isinstance(x, np.ndarray) for x in problem.arguments):
+        numpy = Kind.DATA
+    kinds: list[Kind] = []
+    for x in traced.closed:
+        kind = Kind.CONSTANT if isinstance(x, jax.Array) else numpy
+        kinds.append(Kind.DATA if id(x) in given else kind)
+    return _Closed(tuple(kinds), numpy)
+
+
+def _may_be_data(x: Any) -> bool:
+    return x.ndim > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _analyse(
+    traced: Traced, unselected: Sequence[Variable], closed: _Closed
+) -> _Analysis:
     types = list(traced.types)  # classifying adds to them
     traced = dataclasses.replace(traced, types=types)
     count = num_losses(traced)
-    kinds = dict.fromkeys(traced.program.inputs, Kind.DATA)
-    kinds.update(dict.fromkeys(traced.parameters, Kind.PARAMETER))
-    classifier = Classifier(types, reach(traced.program, types, count))
+    # [closed-over arrays, parameters, data]
+    kinds = [
+        *closed.inputs,
+        *[Kind.PARAMETER] * len(traced.parameters),
+        *[Kind.DATA] * len(traced.data),
+    ]
+    classifier = Classifier(types, reach(traced.program, types, count), closed.inside)
     program = classifier.classify(
         traced.program,
-        list(kinds.values()),
+        kinds,
         unselected,
         count,
     )
@@ -97,17 +148,17 @@ def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
 
 
 def _analyse_with_split_loops(
-    traced: Traced, unselected: Sequence[Variable]
+    traced: Traced, unselected: Sequence[Variable], closed: _Closed
 ) -> _Analysis:
     """The analysis of a loss whose loops are split where that makes sites output sites."""
     if all(equation.loop is None for equation in traced.program.equations):
-        return _analyse(traced, unselected)
+        return _analyse(traced, unselected, closed)
     # What is split does not hang on which parameters get weight noise.
-    analysis = _analyse(traced, ())
+    analysis = _analyse(traced, (), closed)
     in_parts = split_loops(traced, analysis.is_site)
     if in_parts is traced and not unselected:
         return analysis
-    return _analyse(in_parts, unselected)
+    return _analyse(in_parts, unselected, closed)
 
 
 def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> Sites:

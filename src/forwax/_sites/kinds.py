@@ -25,9 +25,9 @@ from forwax._programs.tracing import new_variable
 class Kind(enum.IntEnum):
     """What a value is made of.
 
-    CONSTANT: literals and parameters behind a `stop_gradient`. DATA: the loss's other arguments and
-    arrays that it closes over. MIXED: data and parameters. PARAMETER: parameters and constants
-    alone.
+    CONSTANT: literals, parameters behind a `stop_gradient`, and arrays that are no data, such as
+    frozen weights and masks; see `forwax._sites.find`. DATA: the other arrays that the loss is
+    given. MIXED: data and parameters. PARAMETER: parameters and constants alone.
     """
 
     CONSTANT = 0
@@ -43,12 +43,14 @@ class Classifier:
         types: the abstract value of each variable. It is append-only: a new variable's number is
             the list's length, and a variable that is not used after all leaves a gap.
         reach: the losses that each variable reaches; extended likewise.
+        closed: what arrays written into the program are: constants or data.
         kinds: the kind of each variable.
     """
 
-    def __init__(self, types: list[Any], reach: Reach) -> None:
+    def __init__(self, types: list[Any], reach: Reach, closed: Kind) -> None:
         self.types = types
         self.reach = reach
+        self.closed = closed
         self.kinds: dict[Variable, Kind] = {}
 
     def classify(
@@ -85,11 +87,11 @@ class Classifier:
         )
 
     def kind(self, atom: Atom) -> Kind:
-        """The kind of a variable or constant; arrays written into the program are data."""
+        """The kind of a variable or constant."""
         if not isinstance(atom, Constant):
             return self.kinds[atom]
         if jnp.ndim(atom.value) > 0:
-            return Kind.DATA
+            return self.closed
         return Kind.CONSTANT
 
     def kinds_of(self, atoms: Iterable[Atom]) -> list[Kind]:
