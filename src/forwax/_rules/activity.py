@@ -23,6 +23,7 @@ from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
 from forwax._sites.find import find_sites
+from forwax._sites.kinds import Kind
 from forwax._sites.model import Pass, Site, Sites
 from forwax._sites.noise import Drawn, Held, draw_noise, num_coordinates
 from forwax._sites.passes import keep
@@ -309,7 +310,11 @@ def _behind_slopes(sites: Sites, slopes: Sequence[Array]) -> Sites:
     sums = (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in slopes)
     total = sum(sums, start=jnp.zeros(()))
     mapped = tuple(behind(x, [total]) for x in sites.problem.mapped)
-    closed = [behind(x, [total]) for x in sites.traced.closed]
+    # Frozen weights and masks would be copied; what is made of them alone may be kept.
+    closed = [
+        x if sites.kinds[v] is Kind.CONSTANT else behind(x, [total])
+        for x, v in zip(sites.traced.closed, sites.level.program.inputs, strict=False)
+    ]
     problem = dataclasses.replace(sites.problem, mapped=mapped)
     traced = dataclasses.replace(sites.traced, closed=closed)
     return dataclasses.replace(sites, problem=problem, traced=traced)
