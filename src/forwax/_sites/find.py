@@ -17,7 +17,8 @@ from forwax._signature import Problem
 from forwax._sites.kinds import Classifier, Kind
 from forwax._sites.levels import make_level
 from forwax._sites.model import Site, Sites, num_losses
-from forwax._sites.outputs import NO_TAIL, make_tail, output_regions
+from forwax._sites.outputs import NO_TAIL, check_tail, make_tail, output_regions
+from forwax._sites.products import find_products
 from forwax._sites.sources import make_sources, with_credit
 from forwax._sites.split_loops import split_loops
 from forwax._tree import Tree
@@ -58,6 +59,7 @@ def find_sites(
     if not credit:
         return sites
     sources = make_sources(sites, analysis.classifier.reach, exact_outputs)
+    check_tail(sources, sites.products)
     return with_credit(sites, sources)
 
 
@@ -164,12 +166,13 @@ def _analyse_with_split_loops(
 def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> Sites:
     traced = analysis.traced
     types = traced.types
-    kinds = analysis.classifier.kinds
     reach = analysis.classifier.reach
-    level = make_level(analysis.program, kinds, reach, types)
+    products = find_products(analysis.program, analysis.classifier.kinds)
+    level = make_level(analysis.program, products, reach, types)
     tail = NO_TAIL
     if exact_outputs:
-        tail = make_tail(level, kinds, reach, num_losses(traced))
+        tail = make_tail(level, products, reach, num_losses(traced))
+        check_tail(tail, products)
     outputs = set(output_regions(level, tail))
     # Parameters and closed-over arrays are the same for all examples.
     mapped = mapped_variables(analysis.program, traced.data)
@@ -198,7 +201,7 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
         credit={},
         places=tuple(places),
         mapped=mapped,
-        kinds=kinds,
+        products=products,
     )
 
 

@@ -333,7 +333,7 @@ def _join(*kinds: Kind) -> Kind:
 
 def _may_enter(equation: Equation, kinds: set[Kind]) -> bool:
     """Whether a parameter may enter as it is: where reverse mode can take an error to it."""
-    if equation.contains(lambda facts: facts.irreversible):
+    if equation.irreversible:
         return False
     if not _have_data(kinds):
         return True

@@ -12,8 +12,9 @@ from forwax._programs.program import Traced, Variable
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
 from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level
+from forwax._sites.levels import Level
 from forwax._sites.outputs import Tail
+from forwax._sites.products import Kinds, Products
 from forwax._sites.regions import Region
 from forwax._tree import Spec, Tree
 
@@ -83,7 +84,7 @@ class Sites:
         credit: for each noisy site what its noise changes of the sources; empty without them.
         places: in the program's order.
         mapped: the variables that differ between examples.
-        kinds: what each variable is made of.
+        products: where trained weights meet data.
     """
 
     problem: Problem
@@ -94,7 +95,12 @@ class Sites:
     credit: Mapping[Variable, Sequence[Credit]]
     places: tuple[Site, ...]
     mapped: set[Variable]
-    kinds: Kinds
+    products: Products
+
+    @property
+    def kinds(self) -> Kinds:
+        """What each variable is made of."""
+        return self.products.kinds
 
     @property
     def noisy(self) -> list[Site]:

@@ -18,8 +18,8 @@ from forwax._programs.program import (
     variables,
 )
 from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level
-from forwax._sites.products import find_products
+from forwax._sites.levels import Level
+from forwax._sites.products import Kinds, Products
 from forwax._sites.regions import Region
 
 
@@ -66,9 +66,9 @@ NO_TAIL = Tail((), (), (), frozenset())
 """Behind no site, when errors are not taken exactly."""
 
 
-def make_tail(level: Level, kinds: Kinds, reach: Reach, num_losses: int) -> Tail:
+def make_tail(level: Level, products: Products, reach: Reach, num_losses: int) -> Tail:
     """The tail behind the output sites of a program's top level."""
-    stopped = site_barrier(level, kinds)
+    stopped = site_barrier(products)
     blocked = blocked_variables(level.program, reach, stopped)
     # An output site reaches no other: so its error is exact without crossing one.
     starts: list[Variable] = []
@@ -114,6 +114,33 @@ def tail_from(
     )
 
 
+def check_tail(tail: Tail, products: Products) -> None:
+    """Assert that no error of a tail comes through two products with trained weights.
+
+    A start that is no weight has one behind it, its own: from there on there may be none.
+
+    Raises:
+        AssertionError: when a way to a loss holds one more; the tail would be backprop's.
+    """
+    # for each variable the products on its way back from the losses' side to a parameter
+    crossed = {v: 0 if v in products.mixed else 1 for v in tail.starts}
+    for equation in tail.equations:
+        on_the_way = [crossed[v] for v in equation.variables if v in crossed]
+        if not on_the_way:
+            continue
+        is_weight = products.makes_weights(equation)
+        most = max(on_the_way) + (products.is_product(equation) and not is_weight)
+        if most > 1:
+            raise AssertionError(
+                f"forwax: the error of a last site crosses {equation.name} "
+                f"({equation.source or 'no place known'}), a product with a trained weight, beside "
+                "its own: that would be backprop. This is a bug of forwax; please report the loss. "
+                "exact_outputs=False does without such errors."
+            )
+        for v in equation.outputs:
+            crossed[v] = max(most, crossed.get(v, 0))
+
+
 def is_crossed(equation: Equation, reach: Reach) -> bool:
     """Whether derivatives of the losses go through an equation."""
     reaches_losses = equation_reach(equation, reach) != 0
@@ -149,26 +176,19 @@ def blocked_variables(
     return blocked
 
 
-def site_barrier(
-    level: Level, kinds: Kinds
-) -> Callable[[Equation], Sequence[Variable]]:
+def site_barrier(products: Products) -> Callable[[Equation], Sequence[Variable]]:
     """Which inputs of an equation an exact error may not reach through it; often none.
 
     They are those of sites, and of what reverse mode cannot cross.
     """
-    products = find_products(level.program, kinds)
 
     def stopped(equation: Equation) -> Sequence[Variable]:
         inputs = equation.variables
-        if equation.loop is not None or equation.contains(
-            lambda facts: facts.irreversible
-        ):
+        if equation.loop is not None or equation.irreversible:
             return inputs
         weights = products.weights(equation)
         if any(map(products.is_weight, weights)):
-            data = (v for v in inputs if v not in products.copies)
-            has_data = any(kinds[v] in (Kind.DATA, Kind.MIXED) for v in data)
-            return inputs if has_data else ()
+            return inputs if products.is_product(equation) else ()
         # A weight that is a site itself may have its exact error: it crosses this product alone.
         return products.data_inputs(equation)
 

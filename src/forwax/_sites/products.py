@@ -1,9 +1,12 @@
 """Products of trained weights with data: what an error crosses at most once."""
 
 import dataclasses
+from typing import TypeAlias
 
 from forwax._programs.program import Equation, Loop, Program, Variable
 from forwax._sites.kinds import Kind
+
+Kinds: TypeAlias = dict[Variable, Kind]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,9 +24,14 @@ class Products:
             and data where they meet a parameter.
     """
 
-    kinds: dict[Variable, Kind]
+    kinds: Kinds
     copies: frozenset[Variable]
     merged: frozenset[Variable]
+
+    @property
+    def mixed(self) -> frozenset[Variable]:
+        """All mixed weights."""
+        return self.copies | self.merged
 
     def is_weight(self, variable: Variable) -> bool:
         """Whether a variable is a trained weight wherever it is used."""
@@ -39,6 +47,22 @@ class Products:
         inputs = equation.variables
         weights = [v for v in inputs if self.is_weight(v)]
         return weights or [v for v in inputs if v in self.merged]
+
+    def is_product(self, equation: Equation) -> bool:
+        """Whether a trained weight meets data in an equation."""
+        weights = self.weights(equation)
+        data = [v for v in equation.variables if v not in weights]
+        return len(weights) > 0 and any(
+            self.kinds[v] in (Kind.DATA, Kind.MIXED) for v in data
+        )
+
+    def is_made(self, variable: Variable) -> bool:
+        """Whether a variable is a trained weight somewhere."""
+        return self.is_weight(variable) or variable in self.merged
+
+    def makes_weights(self, equation: Equation) -> bool:
+        """Whether an equation gives trained weights: what is done to weights before their use."""
+        return any(map(self.is_made, equation.outputs))
 
     def data_inputs(self, equation: Equation) -> list[Variable]:
         """The activities that meet a trained weight in an equation: errors stop there.
@@ -56,7 +80,7 @@ class Products:
         ]
 
 
-def find_products(program: Program, kinds: dict[Variable, Kind]) -> Products:
+def find_products(program: Program, kinds: Kinds) -> Products:
     """The products of a rewritten program and of the bodies of its loops."""
     copies: set[Variable] = set()
     merged: set[Variable] = set()
@@ -66,7 +90,7 @@ def find_products(program: Program, kinds: dict[Variable, Kind]) -> Products:
 
 def _find_weights(
     program: Program,
-    kinds: dict[Variable, Kind],
+    kinds: Kinds,
     copies: set[Variable],
     merged: set[Variable],
 ) -> None:
@@ -89,7 +113,7 @@ def _find_weights(
 
 def _made_of_weights(
     equation: Equation,
-    kinds: dict[Variable, Kind],
+    kinds: Kinds,
     copies: set[Variable],
     merged: set[Variable],
 ) -> set[Variable] | None:

@@ -135,7 +135,7 @@ def make_sources(sites: Sites, reach: Reach, exact: bool) -> Tail:
     """
     level = sites.level
     kinds = sites.kinds
-    stopped_by_sites = site_barrier(level, kinds)
+    stopped_by_sites = site_barrier(sites.products)
 
     def stopped(equation: Equation) -> Sequence[Variable]:
         if exact:

@@ -8,10 +8,10 @@ from jax import Array, lax
 
 from forwax._programs.evaluate import Values, bind, read
 from forwax._programs.program import Atom, Constant, Equation, Variable
-from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level, LoopPlan
+from forwax._sites.levels import Level, LoopPlan
 from forwax._sites.model import Sites
 from forwax._sites.passes.keep import value
+from forwax._sites.products import Products
 from forwax._tree import Tree
 
 
@@ -33,7 +33,7 @@ def aligned(
         inputs = sites.traced.arguments(params, mapped)
         outputs = forward_with_feedback(
             sites.level,
-            sites.kinds,
+            sites.products,
             inputs,
             dict(twins),  # it grows on the way
         )
@@ -49,7 +49,7 @@ def aligned(
 
 def forward_with_feedback(
     level: Level,
-    kinds: Kinds,
+    products: Products,
     inputs: Sequence[Any],
     feedback: Values,
 ) -> list[Any]:
@@ -57,7 +57,7 @@ def forward_with_feedback(
 
     Args:
         level: what to evaluate.
-        kinds: the kind of each variable.
+        products: where trained weights meet data.
         inputs: the values of the program's inputs.
         feedback: for the inputs that are parameters, what stands for them on the way back. Chains
             of parameters are evaluated on it a second time.
@@ -71,13 +71,13 @@ def forward_with_feedback(
         values = [read(atom, env) for atom in equation.inputs]
         plan = level.loop_of(equation)
         if plan is not None:
-            outputs = _loop(plan, kinds, values, feedback)
-        elif _is_product_with_a_parameter(equation, kinds):
+            outputs = _loop(plan, products, values, feedback)
+        elif equation.facts.bilinear and products.is_product(equation):
             twins = _twins(equation, values, feedback)
             outputs = [_aligned(equation, values, twins)]
         else:
             outputs = bind(equation, values)
-            if _is_chain(equation, kinds):
+            if products.makes_weights(equation):
                 # What is done to a weight before it is used is done to its feedback too.
                 twins = _twins(equation, values, feedback)
                 computed = bind(equation, twins)
@@ -126,7 +126,7 @@ def _aligned(
 
 def _loop(
     plan: LoopPlan,
-    kinds: Kinds,
+    products: Products,
     values: Sequence[Any],
     feedback: Values,
 ) -> list[Any]:
@@ -143,9 +143,12 @@ def _loop(
                 twins[v] = feedback[atom]
         return twins
 
-    # A carry is a parameter only if the body returns it as it is; so is its feedback.
+    # A carry is a weight only if the body returns it as it is; so is its feedback.
     entering = known([*const_pairs, *carry_pairs])
-    fixed = {v: twin for v, twin in entering.items() if kinds[v] is Kind.PARAMETER}
+    fixed = {v: twin for v, twin in entering.items() if products.is_made(v)}
+    pairs_of_outputs = zip(plan.equation.outputs, loop.body.outputs, strict=True)
+    handed_on, stacked = loop.split_outputs(list(pairs_of_outputs))
+    inner_of = {outer: v for outer, v in stacked if products.is_made(outer)}
 
     def step(
         carry: list[Any],
@@ -154,24 +157,15 @@ def _loop(
         xs, twins_of_step = slices
         inner = {**fixed, **twins_of_step}
         inputs = [*consts, *carry, *xs]
-        outputs = forward_with_feedback(plan.level, kinds, inputs, inner)
+        outputs = forward_with_feedback(plan.level, products, inputs, inner)
         carry, ys = loop.split_outputs(outputs)
-        stacked = {v: inner[v] for v in plan.stacked.values()}
-        return carry, (ys, stacked)
+        twins = {outer: inner[v] for outer, v in inner_of.items()}
+        return carry, (ys, twins)
 
     slices = (scanned, known(scanned_pairs))
     carry, (ys, twins) = loop.scan(step, first_carry, slices)
-    for outer, inner in plan.stacked.items():
-        feedback[outer] = twins[inner]
-    feedback.update(known(list(plan.unchanged.items())))
+    feedback.update(twins)
+    for outer, v in handed_on:
+        if v in fixed:
+            feedback[outer] = fixed[v]
     return [*carry, *ys]
-
-
-def _is_product_with_a_parameter(equation: Equation, kinds: Kinds) -> bool:
-    if not equation.facts.bilinear or kinds[equation.outputs[0]] is not Kind.MIXED:
-        return False
-    return any(kinds[v] is Kind.PARAMETER for v in equation.variables)
-
-
-def _is_chain(equation: Equation, kinds: Kinds) -> bool:
-    return any(kinds[v] is Kind.PARAMETER for v in equation.outputs)
