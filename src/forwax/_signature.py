@@ -6,6 +6,7 @@ Behind this door there is only `Problem`: parameters, and an objective that take
 # pyright: strict, reportUnknownMemberType=false
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -290,8 +291,9 @@ class _Mapped:
 
 
 def _arrays(arguments: Any) -> tuple[Any, ...]:
-    leaves = jax.tree.leaves(arguments)
-    return tuple(leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray))
+    leaves: list[Any] = jax.tree.leaves(arguments)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    return tuple(itertools.compress(leaves, is_array))
 
 
 def _leaf_axes(

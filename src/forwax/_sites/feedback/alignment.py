@@ -159,13 +159,13 @@ def _loop(
         inputs = [*consts, *carry, *xs]
         outputs = forward_with_feedback(plan.level, products, inputs, inner)
         carry, ys = loop.split_outputs(outputs)
-        twins = {outer: inner[v] for outer, v in inner_of.items()}
+        twins = {outer: read(v, inner) for outer, v in inner_of.items()}
         return carry, (ys, twins)
 
     slices = (scanned, known(scanned_pairs))
     carry, (ys, twins) = loop.scan(step, first_carry, slices)
     feedback.update(twins)
     for outer, v in handed_on:
-        if v in fixed:
+        if not isinstance(v, Constant) and v in fixed:
             feedback[outer] = fixed[v]
     return [*carry, *ys]
