@@ -11,7 +11,6 @@ from forwax._programs.evaluate import Values
 from forwax._programs.program import Traced, Variable
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
-from forwax._sites.kinds import Kind
 from forwax._sites.levels import Level
 from forwax._sites.outputs import Tail
 from forwax._sites.products import Kinds, Products
@@ -115,12 +114,6 @@ class Sites:
     def own_shape(self, site: Site) -> tuple[int, ...]:
         """The shape of a site's value in one step of the loops around it."""
         return tuple(self.traced.types[site.variable].shape)
-
-    def parameter_shapes(self, site: Site) -> list[tuple[int, ...]]:
-        """The shapes of the parameters, and of what is made of them alone, that enter a site."""
-        inputs = site.region.inputs
-        parameters = [v for v in inputs if self.kinds[v] is Kind.PARAMETER]
-        return [tuple(self.traced.types[v].shape) for v in parameters]
 
     @property
     def num_losses(self) -> int:
