@@ -23,9 +23,10 @@ def custom_vjp_error(equation: Any) -> TypeError:
     place = f" (called at {source})" if source else ""
     return TypeError(
         f"forwax: the loss calls the jax.custom_vjp function {name}{place} on values that depend "
-        "on the parameters, but a custom_vjp function has no JVP, which forward gradients need. "
-        "Write its rule as a jax.custom_jvp, or use forwax.FiniteDifference, which needs no "
-        "derivative rule."
+        "on the parameters, but a custom_vjp function has no JVP, which this rule needs to push "
+        "tangents. Write its rule as a jax.custom_jvp; or use forwax.FeedbackAlignment or "
+        "forwax.DirectFeedbackAlignment, whose errors go back by the function's own rule; or "
+        "forwax.FiniteDifference, which needs no derivative rule."
     )
 
 

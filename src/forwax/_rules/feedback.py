@@ -61,7 +61,8 @@ class FeedbackAlignment(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The aligned gradient; see `Rule.estimate`."""
-        sites = find_sites(problem, type(self).__name__, None, exact_outputs=False)
+        name = type(self).__name__
+        sites = find_sites(problem, name, None, exact_outputs=False, pushes=False)
         feedback = _matched(self.feedback, problem.params)
 
         def aligned(params: Tree) -> tuple[Array, Tree]:

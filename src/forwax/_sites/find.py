@@ -33,6 +33,7 @@ def find_sites(
     select: Select | None,
     exact_outputs: bool,
     credit: bool = False,
+    pushes: bool = True,
 ) -> Sites:
     """Trace the loss of one example and find its sites.
 
@@ -43,16 +44,18 @@ def find_sites(
             weight noise.
         exact_outputs: whether the last sites take their exact error.
         credit: whether to look for the axes along which slopes can be told apart.
+        pushes: whether the rule pushes tangents through the loss. One that does not takes
+            `jax.custom_vjp` functions too, each with its own rule.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
         _check_split(traced.arguments(problem.params, problem.mapped), name)
     unselected = _unselected(traced, problem.params, select, name)
-    closed = _kinds_of_closed(traced, problem)
+    given = dataclasses.replace(_kinds_of_closed(traced, problem), pushes=pushes)
     if exact_outputs:
-        analysis = _analyse_with_split_loops(traced, unselected, closed)
+        analysis = _analyse_with_split_loops(traced, unselected, given)
     else:
-        analysis = _analyse(traced, unselected, closed)
+        analysis = _analyse(traced, unselected, given)
     _check_data(analysis, name)
 
     sites = _make_sites(problem, analysis, exact_outputs)
@@ -87,19 +90,22 @@ class _Analysis:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Closed:
-    """What the arrays that are neither parameters nor mapped count as.
+class _Given:
+    """What is known of a traced loss before its analysis.
 
     Attributes:
-        inputs: one kind for each of the program's first inputs.
-        inside: of arrays written into the program.
+        closed: the kinds of the arrays that are neither parameters nor mapped, the program's first
+            inputs.
+        inside: the kind of arrays written into the program.
+        pushes: see `find_sites`.
     """
 
-    inputs: tuple[Kind, ...]
+    closed: tuple[Kind, ...]
     inside: Kind
+    pushes: bool = True
 
 
-def _kinds_of_closed(traced: Traced, problem: Problem) -> _Closed:
+def _kinds_of_closed(traced: Traced, problem: Problem) -> _Given:
     """Which arrays of the loss are data, and which are to a parameter what a constant is.
 
     With examples, what no example owns is a constant: frozen weights, masks, running statistics.
@@ -108,9 +114,9 @@ def _kinds_of_closed(traced: Traced, problem: Problem) -> _Closed:
     """
     count = len(traced.closed)
     if problem.num_examples is not None:
-        return _Closed((Kind.CONSTANT,) * count, Kind.CONSTANT)
+        return _Given((Kind.CONSTANT,) * count, Kind.CONSTANT)
     if not any(map(_may_be_data, problem.arguments)):
-        return _Closed((Kind.DATA,) * count, Kind.DATA)
+        return _Given((Kind.DATA,) * count, Kind.DATA)
     given = {id(x) for x in problem.arguments}
     # Tracing keeps arrays of jax as they are, and copies those of NumPy: any may be an argument.
     numpy = Kind.CONSTANT
@@ -120,7 +126,7 @@ def _kinds_of_closed(traced: Traced, problem: Problem) -> _Closed:
     for x in traced.closed:
         kind = Kind.CONSTANT if isinstance(x, jax.Array) else numpy
         kinds.append(Kind.DATA if id(x) in given else kind)
-    return _Closed(tuple(kinds), numpy)
+    return _Given(tuple(kinds), numpy)
 
 
 def _may_be_data(x: Any) -> bool:
@@ -128,18 +134,20 @@ def _may_be_data(x: Any) -> bool:
 
 
 def _analyse(
-    traced: Traced, unselected: Sequence[Variable], closed: _Closed
+    traced: Traced, unselected: Sequence[Variable], given: _Given
 ) -> _Analysis:
     types = list(traced.types)  # classifying adds to them
     traced = dataclasses.replace(traced, types=types)
     count = num_losses(traced)
     # [closed-over arrays, parameters, data]
     kinds = [
-        *closed.inputs,
+        *given.closed,
         *[Kind.PARAMETER] * len(traced.parameters),
         *[Kind.DATA] * len(traced.data),
     ]
-    classifier = Classifier(types, reach(traced.program, types, count), closed.inside)
+    classifier = Classifier(
+        types, reach(traced.program, types, count), given.inside, given.pushes
+    )
     program = classifier.classify(
         traced.program,
         kinds,
@@ -150,17 +158,17 @@ def _analyse(
 
 
 def _analyse_with_split_loops(
-    traced: Traced, unselected: Sequence[Variable], closed: _Closed
+    traced: Traced, unselected: Sequence[Variable], given: _Given
 ) -> _Analysis:
     """The analysis of a loss whose loops are split where that makes sites output sites."""
     if all(equation.loop is None for equation in traced.program.equations):
-        return _analyse(traced, unselected, closed)
+        return _analyse(traced, unselected, given)
     # What is split does not hang on which parameters get weight noise.
-    analysis = _analyse(traced, (), closed)
+    analysis = _analyse(traced, (), given)
     in_parts = split_loops(traced, analysis.is_site)
     if in_parts is traced and not unselected:
         return analysis
-    return _analyse(in_parts, unselected, closed)
+    return _analyse(in_parts, unselected, given)
 
 
 def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> Sites:

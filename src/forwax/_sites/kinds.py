@@ -44,12 +44,16 @@ class Classifier:
             the list's length, and a variable that is not used after all leaves a gap.
         reach: the losses that each variable reaches; extended likewise.
         closed: what arrays written into the program are: constants or data.
+        pushes: whether tangents are pushed, which some custom rules refuse.
         kinds: the kind of each variable.
     """
 
-    def __init__(self, types: list[Any], reach: Reach, closed: Kind) -> None:
+    def __init__(
+        self, types: list[Any], reach: Reach, closed: Kind, pushes: bool
+    ) -> None:
         self.types = types
         self.reach = reach
+        self.pushes = pushes
         self.closed = closed
         self.kinds: dict[Variable, Kind] = {}
 
@@ -189,7 +193,7 @@ class _Draft:
         is_live = equation_reach(equation, self.classifier.reach) != 0
         if equation.facts.stops_derivatives:
             kinds = set(map(_without_derivative, kinds))
-        elif is_live:
+        elif is_live and self.classifier.pushes:
             self.check_custom_rules(equation, kinds)
 
         if is_live and Kind.PARAMETER in kinds:
