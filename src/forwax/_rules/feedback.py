@@ -27,8 +27,9 @@ class FeedbackAlignment(Rule):
 
     What is done to a weight before it is used (a transpose, a reshape, a standardisation) is done
     to its feedback too; tied weights have tied feedback. All other operations, gains and look-ups
-    included, are differentiated as they are, and so are parameters inside `cond`. Needs no noise;
-    the key is ignored. Reverse mode runs, so that a loss with a `while_loop` is rejected.
+    included, are differentiated as they are, and so are parameters inside `cond`; `jax.custom_vjp`
+    functions go back by their own rules. Needs no noise; the key is ignored. Reverse mode runs, so
+    that a loss with a `while_loop` is rejected.
 
     Attributes:
         feedback: a pytree of the parameters' structure, None for a parameter that is its own
