@@ -10,6 +10,7 @@ from forwax._directions.add import Pair
 from forwax._directions.convolution import one_feature
 from forwax._directions.direction import Shape
 from forwax._directions.factored import Factored
+from forwax._programs.evaluate import bind
 from forwax._programs.moves import Move
 from forwax._programs.program import Equation
 
@@ -26,10 +27,13 @@ def is_move(equation: Equation) -> bool:
 
 
 def added(equation: Equation, position: int, tangent: Factored) -> Factored:
-    """The tangent of a sum with something that has none."""
-    if equation.name != "sub" or position == 0:
-        return tangent
-    return Factored.of([(-left, right) for left, right in tangent.pairs])
+    """The tangent of a sum, or a difference, with something that has none."""
+    pairs: list[Pair] = []
+    for left, right in tangent.pairs:
+        terms = [jnp.zeros_like(left)] * 2
+        terms[position] = left
+        pairs.append((bind(equation, terms)[0], right))
+    return Factored.of(pairs)
 
 
 def moved(

@@ -51,9 +51,9 @@ class ActivityPerturbation(Rule):
     For a layer of fan-out q and batch N the squared error of the mean gradient is
     (q - 1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
 
-    With `in_axes` what is mapped is data, and other arrays, such as frozen weights and masks, are to
-    a parameter what constants are; without, what the loss closes over is no data either, unless it
-    is given no array but its parameters and keys.
+    With `in_axes` what is mapped is data, and other arrays, such as frozen weights and masks, are
+    to a parameter what constants are; without, what the loss closes over is no data either, unless
+    it is given no array but its parameters and keys.
 
     Sites after which no site comes get their exact error from reverse mode over the parameter-free
     rest of the loss, and no noise. Parameters inside `while_loop` and `cond` bodies, and in a
