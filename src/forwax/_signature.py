@@ -6,6 +6,7 @@ Behind this door there is only `Problem`: parameters, and an objective that take
 # pyright: strict, reportUnknownMemberType=false
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -55,6 +56,7 @@ class Problem:
             sum it is.
         mapped: the arrays of all examples.
         mapped_axes: the axis of examples of each of them.
+        arguments: the arrays of the arguments that are not differentiated, as they were given.
 
     Example:
         >>> import dataclasses, jax, jax.numpy as jnp, forwax as fx
@@ -74,6 +76,7 @@ class Problem:
     example: Callable[..., tuple[list[Array], Tree]]
     mapped: tuple[Array, ...] = ()
     mapped_axes: tuple[int, ...] = ()
+    arguments: tuple[Any, ...] = ()
 
     @property
     def num_examples(self) -> int | None:
@@ -168,6 +171,9 @@ class Signature:
             example=example,
             mapped=mapped.arrays,
             mapped_axes=mapped.axes,
+            arguments=_arrays(
+                ([arg for i, arg in enumerate(args) if i not in numbers], kwargs)
+            ),
         )
 
     def _numbers(self, num_args: int) -> tuple[int, ...]:
@@ -282,6 +288,12 @@ class _Mapped:
         pairs = zip(self.leaves, self.leaf_axes, strict=True)
         leaves = [leaf if axis is None else next(remaining) for leaf, axis in pairs]
         return list(with_leaves(self.args, leaves))
+
+
+def _arrays(arguments: Any) -> tuple[Any, ...]:
+    leaves: list[Any] = jax.tree.leaves(arguments)
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    return tuple(itertools.compress(leaves, is_array))
 
 
 def _leaf_axes(

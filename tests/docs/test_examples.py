@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "equinox_digits": {"epochs": 1, "batch": 512},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
+    "spiking": {"steps": 100, "batch": 32},
     "while_loop": {"steps": 1000, "count": 6},
 }
 
@@ -39,6 +40,12 @@ def test_while_loop(capsys):
         line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()[1:3]
     ]
     assert by_jacfwd == by_exact
+
+
+def test_spiking(capsys):
+    reached = module_at(EXAMPLES / "spiking.py").main(**TINY["spiking"])
+    assert 0.5 < reached <= 1
+    assert f"{reached:.0%}" in capsys.readouterr().out
 
 
 def test_optax_loop(capsys):

@@ -59,13 +59,18 @@ class Env:
             if self.made[name].shape == shape
         ]
         if step.tied and same:
-            return CHAINS[step.chain](self._read(same[0]))
+            return self._through(step.chain, self._read(same[0]))
         name = f"p{self.count}"
         self.made.setdefault(
             name, np.random.default_rng(self.count).normal(size=shape) * 0.7
         )
         self.count += 1
-        return CHAINS[step.chain](self._read(name))
+        return self._through(step.chain, self._read(name))
+
+    def _through(self, chain: str, w: Array) -> Array:
+        if chain in OF_EXAMPLE:
+            return OF_EXAMPLE[chain](w, jnp.mean(self.example[0]))
+        return CHAINS[chain](w)
 
     def _read(self, name: str) -> Array:
         return jnp.asarray(self.made[name] if self.given is None else self.given[name])
@@ -89,7 +94,21 @@ CHAINS: dict[str, Callable[[Array], Array]] = {
         lax.scan(lambda c, x: (c + x, c * x), w[0] * 0, w)[1] if w.ndim else w
     ),
     "spectral": spectral,
+    "added to a frozen one": lambda w: w + frozen(w),
+    "masked": lambda w: w * np.sign(frozen(w)).clip(0),
+    "chosen": lambda w: jnp.where(frozen(w) > 0, w, 0),
+    "scaled by a statistic": lambda w: w * lax.rsqrt(jnp.var(frozen(w)) + 0.5),
 }
+
+OF_EXAMPLE: dict[str, Callable[[Array, Array], Array]] = {
+    "noisy": lambda w, x: w + jnp.exp(0.1 * w) * jnp.sin(frozen(w) + x),
+    "dropped": lambda w, x: jnp.where(frozen(w) > x, w / 0.5, 0),
+}
+
+
+def frozen(w: Array) -> np.ndarray:
+    """An array of a weight's shape that no parameter enters."""
+    return np.asarray(np.random.default_rng(w.size).normal(size=w.shape), w.dtype)
 
 
 def matrix(h: Array) -> Array:
@@ -487,7 +506,7 @@ def recipe_of(seed: int) -> Recipe:
     def step() -> Step:
         return Step(
             op=draw.choice([*OPS_BY_NAME, *OFTEN]),
-            chain=draw.choice(["as it is", draw.choice(list(CHAINS))]),
+            chain=draw.choice(["as it is", draw.choice([*CHAINS, *OF_EXAMPLE])]),
             tied=draw.random() < 0.5,
             wrap=draw.choice(["nothing", draw.choice(WRAPS)]),
             a=draw.randrange(4),

@@ -10,6 +10,7 @@ from forwax._directions.add import Pair
 from forwax._directions.convolution import one_feature
 from forwax._directions.direction import Shape
 from forwax._directions.factored import Factored
+from forwax._programs.evaluate import bind
 from forwax._programs.moves import Move
 from forwax._programs.program import Equation
 
@@ -23,6 +24,16 @@ def is_move(equation: Equation) -> bool:
     if facts.casts:
         return bool(jnp.issubdtype(equation.params["new_dtype"], jnp.inexact))
     return facts.move_of_factors is not None
+
+
+def added(equation: Equation, position: int, tangent: Factored) -> Factored:
+    """The tangent of a sum, or a difference, with something that has none."""
+    pairs: list[Pair] = []
+    for left, right in tangent.pairs:
+        terms = [jnp.zeros_like(left)] * 2
+        terms[position] = left
+        pairs.append((bind(equation, terms)[0], right))
+    return Factored.of(pairs)
 
 
 def moved(
@@ -101,6 +112,24 @@ def product(
     return total
 
 
+def of_both(
+    equation: Equation, tangents: Sequence[Factored], values: Sequence[Any]
+) -> Factored | None:
+    """The tangent of a dot of two values with tangents in factors, as of weights a @ b.
+
+    Returns:
+        None where the tangents must be formed.
+    """
+    pairs: list[Pair] = []
+    for position, tangent in enumerate(tangents):
+        for left, right in tangent.pairs:
+            pair = _factors_of_dot(equation, position, left, right, values)
+            if pair is None:
+                return None
+            pairs.append(pair)
+    return Factored.of(pairs)
+
+
 def _dot_product(
     equation: Equation,
     position: int,
@@ -109,6 +138,18 @@ def _dot_product(
     values: Sequence[Any],
     out: Shape,
 ) -> Array | None:
+    factors = _factors_of_dot(equation, position, left, right, values)
+    return None if factors is None else factors[0] * factors[1]
+
+
+def _factors_of_dot(
+    equation: Equation,
+    position: int,
+    left: Array,
+    right: Array,
+    values: Sequence[Any],
+) -> Pair | None:
+    """The factors of a dot's tangent, one thin dot and the factor that it leaves as it is."""
     contracted, batch = equation.params["dimension_numbers"]
     own = contracted[position]
     mixed = batch[position]
@@ -134,7 +175,7 @@ def _dot_product(
         outer_at = num_mixed
     thin = jnp.expand_dims(thin, range(thin_at, thin_at + num_free))
     outer = jnp.expand_dims(outer, range(outer_at, outer_at + num_theirs))
-    return thin * outer.astype(thin.dtype)
+    return thin, outer.astype(thin.dtype)
 
 
 def _thin_dot(

@@ -11,7 +11,7 @@ from jax import Array
 from forwax._directions.convolution import in_pieces
 from forwax._directions.direction import Direction, RowOf
 from forwax._directions.factored import Factored
-from forwax._directions.operations import is_move, moved, product
+from forwax._directions.operations import added, is_move, moved, of_both, product
 from forwax._programs.evaluate import bind, inject, read
 from forwax._programs.order import behind
 from forwax._programs.program import (
@@ -90,6 +90,7 @@ class _Evaluation:
         packed: directions of inputs that nothing has used yet.
         factored: the tangents of variables that are kept in factors.
         last: what layer was evaluated last.
+        given: the program's inputs.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class _Evaluation:
         self.packed = packed
         self.factored: dict[Variable, Factored] = {}
         self.last: list[Array] = []
+        self.given: frozenset[Variable] = frozenset()
 
     def outputs(self, program: Program) -> list[Any]:
+        self.given = frozenset(program.inputs)
         for equation in program.equations:
             outputs = self.apply(equation)
             pairs = zip(equation.outputs, outputs, strict=True)
@@ -164,11 +167,16 @@ class _Evaluation:
     def operation(self, equation: Equation, values: list[Any]) -> list[Any]:
         """The outputs of what is no loop."""
         thin = [i for i, atom in enumerate(equation.inputs) if self.is_factored(atom)]
-        # With two of them the result is no product of factors; a callback may have no outputs.
-        if len(thin) == 1 and equation.outputs:
+        if len(thin) == 1 and equation.outputs:  # a callback may have none
             outputs = self.through(equation, thin[0], values)
             if outputs is not None:
                 return outputs
+        elif len(thin) == 2 and equation.facts.is_dot:
+            tangents = [self.factored[v] for v in equation.variables]
+            new = of_both(equation, tangents, values)
+            if new is not None:
+                self.factored[equation.outputs[0]] = new
+                return bind(equation, values)
         for position in thin:
             atom = equation.inputs[position]
             values[position] = self.formed(atom, values[position])
@@ -189,6 +197,8 @@ class _Evaluation:
         if position == 0 and is_move(equation):
             shape = jnp.shape(values[0])
             new = moved(equation, tangent, values, shape, out)
+        elif equation.facts.additive and self.is_given(equation.inputs[1 - position]):
+            new = added(equation, position, tangent)
         if new is not None:
             self.factored[result] = new
             return bind(equation, values)
@@ -199,6 +209,10 @@ class _Evaluation:
         whole = not equation.facts.is_convolution
         value = bind(equation, values)[0] if whole else in_pieces(equation, values)
         return [inject(value, noise, self.push.time)]
+
+    def is_given(self, atom: Atom) -> bool:
+        """Whether a value is an input, as a frozen weight, and not one that has been computed."""
+        return isinstance(atom, Constant) or atom in self.given
 
     def is_factored(self, atom: Atom) -> bool:
         return not isinstance(atom, Constant) and atom in self.factored

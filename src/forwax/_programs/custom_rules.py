@@ -1,32 +1,105 @@
 """Custom derivative rules of the user: those without a JVP, and those that close over a trace."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import numpy as np
 from jax import Array
 from jax.extend import source_info_util
 
 from forwax import _mesh, _tree
 from forwax._programs.evaluate import bind, read
 from forwax._programs.primitives import facts_of
-from forwax._programs.program import Equation, Program, Traced, equations_of, is_inexact
+from forwax._programs.program import (
+    Equation,
+    Program,
+    Traced,
+    equations_of,
+    is_inexact,
+    opened,
+)
 from forwax._signature import Problem
 
 
 def custom_vjp_error(equation: Any) -> TypeError:
     """The error that names a jaxpr's custom_vjp function, its place, and the ways out."""
-    inner = equation.params["call_jaxpr"]
-    name = getattr(inner, "jaxpr", inner).debug_info.func_src_info
     source = source_info_util.summarize(equation.source_info)
     place = f" (called at {source})" if source else ""
     return TypeError(
-        f"forwax: the loss calls the jax.custom_vjp function {name}{place} on values that depend "
-        "on the parameters, but a custom_vjp function has no JVP, which forward gradients need. "
-        "Write its rule as a jax.custom_jvp, or use forwax.FiniteDifference, which needs no "
-        "derivative rule."
+        f"forwax: the loss calls the {_function(equation)}{place} on values that depend "
+        "on the parameters, but a custom_vjp function has no JVP, which this rule needs to push "
+        "tangents. Write its rule as a jax.custom_jvp; or use forwax.FeedbackAlignment or "
+        "forwax.DirectFeedbackAlignment, whose errors go back by the function's own rule; or "
+        "forwax.FiniteDifference, which needs no derivative rule."
     )
+
+
+def _function(equation: Any) -> str:
+    """The user's function behind a jaxpr's custom_vjp equation."""
+    inner, _ = opened(equation.params["call_jaxpr"])
+    name = inner.debug_info.func_src_info
+    if not name.startswith("wrapped_fun at"):
+        return f"jax.custom_vjp function {name}"
+    # custom_gradient names its own wrapper; the user's function stands where its equations are.
+    places = [source_info_util.summarize(eqn.source_info) for eqn in inner.eqns[:1]]
+    return " at ".join(["jax.custom_gradient function", *places])
+
+
+def with_jvp(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """The outputs of a custom_vjp function, with a JVP: the transpose of its backward rule.
+
+    A backward rule takes a cotangent g to Jᵀg, linearly. Its transpose takes a tangent t to J t,
+    where J is the Jacobian that the rule pretends: that of a surrogate, if it is one.
+
+    Raises:
+        TypeError: under differentiation, where the rule is not linear in the cotangent, or has an
+            operation that JAX cannot transpose.
+    """
+    # What the function closes over comes first; its rule knows no derivative by that.
+    first = equation.params.get("num_consts", 0)
+    operands = range(first, len(values))
+    moving = [i for i in operands if is_inexact(jax.typeof(values[i]))]
+
+    def outputs(part: list[Any]) -> list[Any]:
+        whole = list(values)
+        for i, value in zip(moving, part, strict=True):
+            whole[i] = value
+        return bind(equation, whole)
+
+    @jax.custom_jvp
+    def function(part: list[Any]) -> list[Any]:
+        return outputs(part)
+
+    @function.defjvp
+    def rule(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        (part,) = primals
+        (moved,) = tangents
+        out, pull = jax.vjp(outputs, part)
+        inexact = [is_inexact(jax.typeof(x)) for x in out]
+
+        def pull_inexact(given: list[Any]) -> list[Any]:
+            remaining = iter(given)
+            cotangents: list[Any] = []
+            for x, has_tangent in zip(out, inexact, strict=True):
+                zero = np.zeros(x.shape, jax.dtypes.float0)
+                cotangents.append(next(remaining) if has_tangent else zero)
+            return pull(cotangents)[0]
+
+        given = list(itertools.compress(out, inexact))
+        try:
+            (pushed,) = jax.linear_transpose(pull_inexact, given)(moved)
+        except (NotImplementedError, TypeError, ValueError, AssertionError) as error:
+            raise custom_vjp_error(equation.origin) from error
+        remaining = iter(pushed)
+        return out, [
+            next(remaining) if has_tangent else np.zeros(x.shape, jax.dtypes.float0)
+            for x, has_tangent in zip(out, inexact, strict=True)
+        ]
+
+    return function([values[i] for i in moving])
 
 
 def named(error: TypeError, problem: Problem) -> TypeError:

@@ -107,7 +107,7 @@ PRIMITIVES: dict[str, Facts] = {
     "while": Facts(stays_in_a_loop=True, irreversible=True),
     "cond": Facts(stays_in_a_loop=True),
     "custom_jvp_call": Facts(has_own_jvp=True, one_site=True),
-    "custom_vjp_call": Facts(lacks_jvp=True),
+    "custom_vjp_call": Facts(lacks_jvp=True, one_site=True),
     "stop_gradient": Facts(stops_derivatives=True),
     # entry by entry: sums
     "add": _ADD,

@@ -159,6 +159,13 @@ class Equation:
         """Whether the parameters hold programs, as those of `cond` and of custom rules do."""
         return len(self.inner_jaxprs) > 0
 
+    @property
+    def irreversible(self) -> bool:
+        """Whether reverse mode cannot cross it, or something inside it."""
+        if self.facts.lacks_jvp:  # the user wrote how it is crossed
+            return False
+        return self.contains(lambda facts: facts.irreversible)
+
     def contains(self, is_wanted: Callable[[Facts], bool]) -> bool:
         """Whether something is true of this operation's facts, or of one inside it."""
         if is_wanted(self.facts):

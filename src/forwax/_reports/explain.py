@@ -1,14 +1,15 @@
 """What a rule does to a loss: its sites, their noise, their credit, and where it falls back."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from forwax._programs.program import Variable
 from forwax._reports.table import as_rich, as_text
 from forwax._rule import check_rule
 from forwax._rules import ActivityPerturbation, Rule
 from forwax._signature import Signature
+from forwax._sites.counts import Counts, parameter_counts, together
 from forwax._sites.credit import Credit
 from forwax._sites.model import Site, Sites
 from forwax._sites.regions import Region
@@ -24,7 +25,7 @@ class SiteRow:
     Attributes:
         operation: the operations from the parameters to the noise.
         shape: of one example's value, with a leading axis for each loop around it.
-        weight_noise: the number of parameters that enter here.
+        weight_noise: the number of parameters that enter here, before anything is made of them.
         activity_noise: the number of coordinates of one example's activity.
         credit: what multiplies the site's noise; axes are those of `shape`.
         where: the place in the user's source.
@@ -121,18 +122,22 @@ def explain(
             sites = ActivityPerturbation().sites(problem)
         # Of all rules one alone has a memory; "shared" gives all examples and positions one slope.
         is_shared = getattr(rule.inner, "memory", "keep") == "shared"
-        return Explanation(tuple(_row(site, sites, is_shared) for site in sites.places))
+        counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
+        rows = (_row(site, sites, counts, is_shared) for site in sites.places)
+        return Explanation(tuple(rows))
 
     return explain_loss
 
 
-def _row(site: Site, sites: Sites, is_shared: bool) -> SiteRow:
-    entering = sum(math.prod(shape) for shape in sites.parameter_shapes(site))
+def _row(
+    site: Site, sites: Sites, counts: Mapping[Variable, Counts], is_shared: bool
+) -> SiteRow:
+    entering = together([counts.get(v, {}) for v in site.region.inputs])
     sources = [equation.source for equation in site.region.equations if equation.source]
     return SiteRow(
         operation=_operation(site.region),
         shape=site.shape,
-        weight_noise=entering,
+        weight_noise=sum(entering.values()),
         activity_noise=site.size,
         credit=_credit(site, sites, is_shared),
         where=sources[0] if sources else "",

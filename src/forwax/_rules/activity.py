@@ -23,6 +23,7 @@ from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
 from forwax._sites.find import find_sites
+from forwax._sites.kinds import Kind
 from forwax._sites.model import Pass, Site, Sites
 from forwax._sites.noise import Drawn, Held, draw_noise, num_coordinates
 from forwax._sites.passes import keep
@@ -49,6 +50,10 @@ class ActivityPerturbation(Rule):
     the estimate; with `forwax.LocalLosses` a site takes the slopes of the losses that it reaches.
     For a layer of fan-out q and batch N the squared error of the mean gradient is
     (q - 1)·mean|G_i|²/N with signs, against (pq - 1)|Ḡ|² under weight noise.
+
+    With `in_axes` what is mapped is data, and other arrays, such as frozen weights and masks, are
+    to a parameter what constants are; without, what the loss closes over is no data either, unless
+    it is given no array but its parameters and keys.
 
     Sites after which no site comes get their exact error from reverse mode over the parameter-free
     rest of the loss, and no noise. Parameters inside `while_loop` and `cond` bodies, and in a
@@ -309,7 +314,11 @@ def _behind_slopes(sites: Sites, slopes: Sequence[Array]) -> Sites:
     sums = (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in slopes)
     total = sum(sums, start=jnp.zeros(()))
     mapped = tuple(behind(x, [total]) for x in sites.problem.mapped)
-    closed = [behind(x, [total]) for x in sites.traced.closed]
+    # Frozen weights and masks would be copied; what is made of them alone may be kept.
+    closed = [
+        x if sites.kinds[v] is Kind.CONSTANT else behind(x, [total])
+        for x, v in zip(sites.traced.closed, sites.level.program.inputs, strict=False)
+    ]
     problem = dataclasses.replace(sites.problem, mapped=mapped)
     traced = dataclasses.replace(sites.traced, closed=closed)
     return dataclasses.replace(sites, problem=problem, traced=traced)

@@ -27,8 +27,9 @@ class FeedbackAlignment(Rule):
 
     What is done to a weight before it is used (a transpose, a reshape, a standardisation) is done
     to its feedback too; tied weights have tied feedback. All other operations, gains and look-ups
-    included, are differentiated as they are, and so are parameters inside `cond`. Needs no noise;
-    the key is ignored. Reverse mode runs, so that a loss with a `while_loop` is rejected.
+    included, are differentiated as they are, and so are parameters inside `cond`; `jax.custom_vjp`
+    functions go back by their own rules. Needs no noise; the key is ignored. Reverse mode runs, so
+    that a loss with a `while_loop` is rejected.
 
     Attributes:
         feedback: a pytree of the parameters' structure, None for a parameter that is its own
@@ -61,7 +62,8 @@ class FeedbackAlignment(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The aligned gradient; see `Rule.estimate`."""
-        sites = find_sites(problem, type(self).__name__, None, exact_outputs=False)
+        name = type(self).__name__
+        sites = find_sites(problem, name, None, exact_outputs=False, pushes=False)
         feedback = _matched(self.feedback, problem.params)
 
         def aligned(params: Tree) -> tuple[Array, Tree]:

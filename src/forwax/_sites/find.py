@@ -2,8 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from forwax import _mesh
@@ -14,7 +17,8 @@ from forwax._signature import Problem
 from forwax._sites.kinds import Classifier, Kind
 from forwax._sites.levels import make_level
 from forwax._sites.model import Site, Sites, num_losses
-from forwax._sites.outputs import NO_TAIL, make_tail, output_regions
+from forwax._sites.outputs import NO_TAIL, check_tail, make_tail, output_regions
+from forwax._sites.products import find_products
 from forwax._sites.sources import make_sources, with_credit
 from forwax._sites.split_loops import split_loops
 from forwax._tree import Tree
@@ -29,6 +33,7 @@ def find_sites(
     select: Select | None,
     exact_outputs: bool,
     credit: bool = False,
+    pushes: bool = True,
 ) -> Sites:
     """Trace the loss of one example and find its sites.
 
@@ -39,21 +44,25 @@ def find_sites(
             weight noise.
         exact_outputs: whether the last sites take their exact error.
         credit: whether to look for the axes along which slopes can be told apart.
+        pushes: whether the rule pushes tangents through the loss. One that does not takes
+            `jax.custom_vjp` functions too, each with its own rule.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
         _check_split(traced.arguments(problem.params, problem.mapped), name)
     unselected = _unselected(traced, problem.params, select, name)
+    given = dataclasses.replace(_kinds_of_closed(traced, problem), pushes=pushes)
     if exact_outputs:
-        analysis = _analyse_with_split_loops(traced, unselected)
+        analysis = _analyse_with_split_loops(traced, unselected, given)
     else:
-        analysis = _analyse(traced, unselected)
+        analysis = _analyse(traced, unselected, given)
     _check_data(analysis, name)
 
     sites = _make_sites(problem, analysis, exact_outputs)
     if not credit:
         return sites
     sources = make_sources(sites, exact_outputs)
+    check_tail(sources, sites.products)
     return with_credit(sites, sources)
 
 
@@ -80,16 +89,68 @@ class _Analysis:
         return is_mixed and any(map(self.classifier.is_parameter, equation.inputs))
 
 
-def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What is known of a traced loss before its analysis.
+
+    Attributes:
+        closed: the kinds of the arrays that are neither parameters nor mapped, the program's first
+            inputs.
+        inside: the kind of arrays written into the program.
+        pushes: see `find_sites`.
+    """
+
+    closed: tuple[Kind, ...]
+    inside: Kind
+    pushes: bool = True
+
+
+def _kinds_of_closed(traced: Traced, problem: Problem) -> _Given:
+    """Which arrays of the loss are data, and which are to a parameter what a constant is.
+
+    With examples, what no example owns is a constant: frozen weights, masks, running statistics.
+    Without, arguments are data and what the loss closes over is a constant; but a loss that is
+    given no array, or keys and scalars alone, must close over its data.
+    """
+    count = len(traced.closed)
+    if problem.num_examples is not None:
+        return _Given((Kind.CONSTANT,) * count, Kind.CONSTANT)
+    if not any(map(_may_be_data, problem.arguments)):
+        return _Given((Kind.DATA,) * count, Kind.DATA)
+    given = {id(x) for x in problem.arguments}
+    # Tracing keeps arrays of jax as they are, and copies those of NumPy: any may be an argument.
+    numpy = Kind.CONSTANT
+    if any(isinstance(x, np.ndarray) for x in problem.arguments):
+        numpy = Kind.DATA
+    kinds: list[Kind] = []
+    for x in traced.closed:
+        kind = Kind.CONSTANT if isinstance(x, jax.Array) else numpy
+        kinds.append(Kind.DATA if id(x) in given else kind)
+    return _Given(tuple(kinds), numpy)
+
+
+def _may_be_data(x: Any) -> bool:
+    return x.ndim > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _analyse(
+    traced: Traced, unselected: Sequence[Variable], given: _Given
+) -> _Analysis:
     types = list(traced.types)  # classifying adds to them
     traced = dataclasses.replace(traced, types=types)
     count = num_losses(traced)
-    kinds = dict.fromkeys(traced.program.inputs, Kind.DATA)
-    kinds.update(dict.fromkeys(traced.parameters, Kind.PARAMETER))
-    classifier = Classifier(types, reach(traced.program, types, count))
+    # [closed-over arrays, parameters, data]
+    kinds = [
+        *given.closed,
+        *[Kind.PARAMETER] * len(traced.parameters),
+        *[Kind.DATA] * len(traced.data),
+    ]
+    classifier = Classifier(
+        types, reach(traced.program, types, count), given.inside, given.pushes
+    )
     program = classifier.classify(
         traced.program,
-        list(kinds.values()),
+        kinds,
         unselected,
         count,
     )
@@ -97,28 +158,29 @@ def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
 
 
 def _analyse_with_split_loops(
-    traced: Traced, unselected: Sequence[Variable]
+    traced: Traced, unselected: Sequence[Variable], given: _Given
 ) -> _Analysis:
     """The analysis of a loss whose loops are split where that makes sites output sites."""
     if all(equation.loop is None for equation in traced.program.equations):
-        return _analyse(traced, unselected)
+        return _analyse(traced, unselected, given)
     # What is split does not hang on which parameters get weight noise.
-    analysis = _analyse(traced, ())
+    analysis = _analyse(traced, (), given)
     in_parts = split_loops(traced, analysis.is_site)
     if in_parts is traced and not unselected:
         return analysis
-    return _analyse(in_parts, unselected)
+    return _analyse(in_parts, unselected, given)
 
 
 def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> Sites:
     traced = analysis.traced
     types = traced.types
-    kinds = analysis.classifier.kinds
     reach = analysis.classifier.reach
-    level = make_level(analysis.program, kinds, reach, types)
+    products = find_products(analysis.program, analysis.classifier.kinds)
+    level = make_level(analysis.program, products, reach, types)
     tail = NO_TAIL
     if exact_outputs:
-        tail = make_tail(level, kinds, reach, num_losses(traced))
+        tail = make_tail(level, products, reach, num_losses(traced))
+        check_tail(tail, products)
     outputs = set(output_regions(level, tail))
     # Parameters and closed-over arrays are the same for all examples.
     mapped = mapped_variables(analysis.program, traced.data)
@@ -147,7 +209,7 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
         credit={},
         places=tuple(places),
         mapped=mapped,
-        kinds=kinds,
+        products=products,
         reach=reach,
     )
 

@@ -25,9 +25,9 @@ from forwax._programs.tracing import new_variable
 class Kind(enum.IntEnum):
     """What a value is made of.
 
-    CONSTANT: literals and parameters behind a `stop_gradient`. DATA: the loss's other arguments and
-    arrays that it closes over. MIXED: data and parameters. PARAMETER: parameters and constants
-    alone.
+    CONSTANT: literals, parameters behind a `stop_gradient`, and arrays that are no data, such as
+    frozen weights and masks; see `forwax._sites.find`. DATA: the other arrays that the loss is
+    given. MIXED: data and parameters. PARAMETER: parameters and constants alone.
     """
 
     CONSTANT = 0
@@ -43,12 +43,18 @@ class Classifier:
         types: the abstract value of each variable. It is append-only: a new variable's number is
             the list's length, and a variable that is not used after all leaves a gap.
         reach: the losses that each variable reaches; extended likewise.
+        closed: what arrays written into the program are: constants or data.
+        pushes: whether tangents are pushed, which some custom rules refuse.
         kinds: the kind of each variable.
     """
 
-    def __init__(self, types: list[Any], reach: Reach) -> None:
+    def __init__(
+        self, types: list[Any], reach: Reach, closed: Kind, pushes: bool
+    ) -> None:
         self.types = types
         self.reach = reach
+        self.pushes = pushes
+        self.closed = closed
         self.kinds: dict[Variable, Kind] = {}
 
     def classify(
@@ -85,11 +91,11 @@ class Classifier:
         )
 
     def kind(self, atom: Atom) -> Kind:
-        """The kind of a variable or constant; arrays written into the program are data."""
+        """The kind of a variable or constant."""
         if not isinstance(atom, Constant):
             return self.kinds[atom]
         if jnp.ndim(atom.value) > 0:
-            return Kind.DATA
+            return self.closed
         return Kind.CONSTANT
 
     def kinds_of(self, atoms: Iterable[Atom]) -> list[Kind]:
@@ -187,7 +193,7 @@ class _Draft:
         is_live = equation_reach(equation, self.classifier.reach) != 0
         if equation.facts.stops_derivatives:
             kinds = set(map(_without_derivative, kinds))
-        elif is_live:
+        elif is_live and self.classifier.pushes:
             self.check_custom_rules(equation, kinds)
 
         if is_live and Kind.PARAMETER in kinds:
@@ -331,7 +337,7 @@ def _join(*kinds: Kind) -> Kind:
 
 def _may_enter(equation: Equation, kinds: set[Kind]) -> bool:
     """Whether a parameter may enter as it is: where reverse mode can take an error to it."""
-    if equation.contains(lambda facts: facts.irreversible):
+    if equation.irreversible:
         return False
     if not _have_data(kinds):
         return True

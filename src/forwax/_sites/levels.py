@@ -7,9 +7,8 @@ from typing import Any, TypeAlias
 from forwax._programs.dataflow import Reach
 from forwax._programs.program import Atom, Equation, Loop, Program, Variable, variables
 from forwax._sites.kinds import Kind
+from forwax._sites.products import Kinds, Products
 from forwax._sites.regions import Region, find_regions
-
-Kinds: TypeAlias = dict[Variable, Kind]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,18 +135,21 @@ class _Assembly:
 
 def make_level(
     program: Program,
-    kinds: Kinds,
+    products: Products,
     reach: Reach,
     types: Sequence[Any],
     inputs: frozenset[Variable] = frozenset(),
 ) -> Level:
     """Plan one level; values of `inputs` come from outside, so that they need no record here."""
-    regions = find_regions(program, kinds, reach, types)
+    kinds = products.kinds
+    regions = find_regions(program, products, reach, types)
     region_at = {region.equations[-1]: region for region in regions}
     loops: dict[Equation, LoopPlan] = {}
     for equation in program.equations:
         if equation.loop is not None:
-            loops[equation] = _plan_loop(equation, equation.loop, kinds, reach, types)
+            loops[equation] = _plan_loop(
+                equation, equation.loop, products, reach, types
+            )
 
     # Backwards, so that whatever reads an equation's outputs has been added before it.
     outputs = variables(program.outputs)
@@ -170,15 +172,16 @@ def make_level(
 def _plan_loop(
     equation: Equation,
     loop: Loop,
-    kinds: Kinds,
+    products: Products,
     reach: Reach,
     types: Sequence[Any],
 ) -> LoopPlan:
+    kinds = products.kinds
     body = loop.body
     consts, carry, xs = loop.split(body.inputs)
     level = make_level(
         body,
-        kinds,
+        products,
         reach,
         types,
         inputs=frozenset([*consts, *xs]),

@@ -12,9 +12,9 @@ from forwax._programs.evaluate import Values
 from forwax._programs.program import Traced, Variable
 from forwax._signature import Problem
 from forwax._sites.credit import Credit
-from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level
+from forwax._sites.levels import Level
 from forwax._sites.outputs import Tail
+from forwax._sites.products import Kinds, Products
 from forwax._sites.regions import Region
 from forwax._tree import Spec, Tree
 
@@ -84,7 +84,7 @@ class Sites:
         credit: for each noisy site what its noise changes of the sources; empty without them.
         places: in the program's order.
         mapped: the variables that differ between examples.
-        kinds: what each variable is made of.
+        products: where trained weights meet data.
         reach: the losses that each variable reaches, as a bit mask.
     """
 
@@ -96,8 +96,13 @@ class Sites:
     credit: Mapping[Variable, Sequence[Credit]]
     places: tuple[Site, ...]
     mapped: set[Variable]
-    kinds: Kinds
+    products: Products
     reach: Reach
+
+    @property
+    def kinds(self) -> Kinds:
+        """What each variable is made of."""
+        return self.products.kinds
 
     @property
     def noisy(self) -> list[Site]:
@@ -112,12 +117,6 @@ class Sites:
     def own_shape(self, site: Site) -> tuple[int, ...]:
         """The shape of a site's value in one step of the loops around it."""
         return tuple(self.traced.types[site.variable].shape)
-
-    def parameter_shapes(self, site: Site) -> list[tuple[int, ...]]:
-        """The shapes of the parameters, and of what is made of them alone, that enter a site."""
-        inputs = site.region.inputs
-        parameters = [v for v in inputs if self.kinds[v] is Kind.PARAMETER]
-        return [tuple(self.traced.types[v].shape) for v in parameters]
 
     @property
     def num_losses(self) -> int:

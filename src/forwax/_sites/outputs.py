@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jax import Array
@@ -18,7 +18,8 @@ from forwax._programs.program import (
     variables,
 )
 from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level
+from forwax._sites.levels import Level
+from forwax._sites.products import Kinds, Products
 from forwax._sites.regions import Region
 
 
@@ -65,10 +66,10 @@ NO_TAIL = Tail((), (), (), frozenset())
 """Behind no site, when errors are not taken exactly."""
 
 
-def make_tail(level: Level, kinds: Kinds, reach: Reach, num_losses: int) -> Tail:
+def make_tail(level: Level, products: Products, reach: Reach, num_losses: int) -> Tail:
     """The tail behind the output sites of a program's top level."""
-    is_barrier = site_barrier(level, kinds)
-    blocked = blocked_variables(level.program, reach, is_barrier)
+    stopped = site_barrier(products)
+    blocked = blocked_variables(level.program, reach, stopped)
     # An output site reaches no other: so its error is exact without crossing one.
     starts: list[Variable] = []
     for region in level.regions:
@@ -113,6 +114,33 @@ def tail_from(
     )
 
 
+def check_tail(tail: Tail, products: Products) -> None:
+    """Assert that no error of a tail comes through two products with trained weights.
+
+    A start that is no weight has one behind it, its own: from there on there may be none.
+
+    Raises:
+        AssertionError: when a way to a loss holds one more; the tail would be backprop's.
+    """
+    # for each variable the products on its way back from the losses' side to a parameter
+    crossed = {v: 0 if v in products.mixed else 1 for v in tail.starts}
+    for equation in tail.equations:
+        on_the_way = [crossed[v] for v in equation.variables if v in crossed]
+        if not on_the_way:
+            continue
+        is_weight = products.makes_weights(equation)
+        most = max(on_the_way) + (products.is_product(equation) and not is_weight)
+        if most > 1:
+            raise AssertionError(
+                f"forwax: the error of a last site crosses {equation.name} "
+                f"({equation.source or 'no place known'}), a product with a trained weight, beside "
+                "its own: that would be backprop. This is a bug of forwax; please report the loss. "
+                "exact_outputs=False does without such errors."
+            )
+        for v in equation.outputs:
+            crossed[v] = max(most, crossed.get(v, 0))
+
+
 def is_crossed(equation: Equation, reach: Reach) -> bool:
     """Whether derivatives of the losses go through an equation."""
     reaches_losses = equation_reach(equation, reach) != 0
@@ -128,47 +156,43 @@ def output_regions(level: Level, tail: Tail) -> list[Region]:
 def blocked_variables(
     program: Program,
     reach: Reach,
-    is_barrier: Callable[[Equation], bool],
+    stopped: Callable[[Equation], Collection[Variable]],
 ) -> set[Variable]:
-    """The variables from which a way to the losses crosses a barrier."""
+    """The variables from which every way to the losses is stopped, or one of them.
+
+    Args:
+        program: the program.
+        reach: the losses that each variable reaches.
+        stopped: the inputs of an equation at which an error may not arrive through it.
+    """
     blocked: set[Variable] = set()
     # All that reads an equation's outputs stands behind it: `blocked` is complete for them.
     for equation in reversed(program.equations):
         if not is_crossed(equation, reach):
             continue
-        if is_barrier(equation) or not blocked.isdisjoint(equation.outputs):
+        blocked.update(stopped(equation))
+        if not blocked.isdisjoint(equation.outputs):
             blocked.update(equation.variables)
     return blocked
 
 
-def site_barrier(level: Level, kinds: Kinds) -> Callable[[Equation], bool]:
-    """Which equations an exact error may not cross: sites, and what reverse mode cannot."""
-    with_noise = with_weight_noise(level.program, kinds)
+def site_barrier(products: Products) -> Callable[[Equation], Sequence[Variable]]:
+    """Which inputs of an equation an exact error may not reach through it; often none.
 
-    def is_barrier(equation: Equation) -> bool:
-        if equation.loop is not None or equation.contains(
-            lambda facts: facts.irreversible
-        ):
-            return True
-        # A sum passes errors on as they are, whatever it adds.
-        if equation.primitive is None or equation.facts.additive:
-            return False
+    They are those of sites, and of what reverse mode cannot cross.
+    """
+
+    def stopped(equation: Equation) -> Sequence[Variable]:
         inputs = equation.variables
-        has_weights = any(v in with_noise or kinds[v] is Kind.PARAMETER for v in inputs)
-        return has_weights and has_data(equation.inputs)
+        if equation.loop is not None or equation.irreversible:
+            return inputs
+        weights = products.weights(equation)
+        if any(map(products.is_weight, weights)):
+            return inputs if products.is_product(equation) else ()
+        # A weight that is a site itself may have its exact error: it crosses this product alone.
+        return products.data_inputs(equation)
 
-    def has_data(inputs: Iterable[Atom]) -> bool:
-        for atom in inputs:
-            if isinstance(
-                atom, Constant
-            ):  # an array in the program is data, a scalar is not
-                if getattr(atom.value, "ndim", 0):
-                    return True
-            elif kinds[atom] in (Kind.DATA, Kind.MIXED) and atom not in with_noise:
-                return True
-        return False
-
-    return is_barrier
+    return stopped
 
 
 def is_sum(equation: Equation, kinds: Kinds) -> bool:
@@ -184,23 +208,3 @@ def is_sum(equation: Equation, kinds: Kinds) -> bool:
         if not isinstance(atom, Constant) and kinds[atom] is Kind.MIXED:
             mixed.append(position)
     return len(mixed) == 1 and mixed[0] in equation.facts.scaled
-
-
-def with_weight_noise(
-    program: Program, kinds: Mapping[Variable, Kind], given: Iterable[Variable] = ()
-) -> set[Variable]:
-    """What is made of parameters with weight noise and no data.
-
-    Of those, `given` come from outside.
-    """
-    with_noise = set(given)
-    for equation in program.equations:
-        inputs = equation.variables
-        if equation.primitive is None:  # a promotion
-            with_noise.update(equation.outputs)
-            continue
-        others = [v for v in inputs if v not in with_noise]
-        has_no_data = all(kinds[v] in (Kind.PARAMETER, Kind.CONSTANT) for v in others)
-        if has_no_data and len(others) < len(inputs):
-            with_noise.update(equation.outputs)
-    return with_noise

@@ -8,7 +8,7 @@ else reads what lies between; a noise point makes everything between a site and 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from forwax._programs.dataflow import Reach, equation_reach
@@ -21,6 +21,7 @@ from forwax._programs.program import (
 )
 from forwax._sites.kinds import Kind
 from forwax._sites.noise_point import NOISE_POINT
+from forwax._sites.products import Products
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,11 +71,12 @@ class _Reader:
     def __init__(
         self,
         program: Program,
-        kinds: dict[Variable, Kind],
+        products: Products,
         reach: Reach,
         types: Sequence[Any],
     ) -> None:
-        self.kinds = kinds
+        self.products = products
+        self.kinds = products.kinds
         self.reach = reach
         self.types = types
         # What reaches no loss does not count: noise there changes nothing.
@@ -109,20 +111,28 @@ class _Reader:
 
 def find_regions(
     program: Program,
-    kinds: dict[Variable, Kind],
+    products: Products,
     reach: Reach,
     types: Sequence[Any],
 ) -> list[Region]:
     """The regions at one level of a program; bodies of loops are levels of their own."""
-    reader = _Reader(program, kinds, reach, types)
+    reader = _Reader(program, products, reach, types)
     regions = _marked_regions(program, reader)
     marked: set[Equation] = set()
     for region in regions:
         marked.update(region.equations)
     growing: list[_Growing] = []
     ends: dict[Variable, _Growing] = {}
+    merging = _merging(program, reader, marked)
+    for equations in merging.values():
+        marked.update(equations)
     for equation in program.equations:
         if equation in marked or equation.loop is not None:
+            continue
+        if equation in merging:
+            region = _Growing([*merging[equation], equation], [])
+            growing.append(region)
+            ends[equation.outputs[0]] = region
             continue
         if reader.is_mixed(equation):
             _grow(equation, reader, growing, ends)
@@ -184,6 +194,42 @@ def _may_join(equation: Equation, reader: _Reader, carried: list[Variable]) -> b
     return is_gain and reader.takes_parameter(equation)
 
 
+def _merging(
+    program: Program, reader: _Reader, marked: set[Equation]
+) -> dict[Equation, list[Equation]]:
+    """The products of which a merged weight is read by nothing else, with what makes the weight.
+
+    Noise behind such a product is no larger than it would be at the weight.
+    """
+    merging: dict[Equation, list[Equation]] = {}
+    for product in program.equations:
+        weights = reader.products.weights(product)
+        if product in marked or not product.facts.bilinear or len(weights) != 1:
+            continue
+        (weight,) = weights
+        if weight not in reader.products.merged or reader.uses[weight] != 1:
+            continue
+        if not reader.is_mixed(product):
+            continue
+        if reader.size(product.outputs[0]) > reader.size(weight):
+            continue
+
+        def may_lie_inside(equation: Equation) -> bool:
+            if equation in marked or not _may_lie_inside(equation, reader):
+                return False
+            facts = equation.facts
+            made = reader.products.merged.issuperset(reader.noisy(equation))
+            # entry by entry, or moves: a sum along an axis might be a layer written out
+            is_chain = facts.passed_by_regions or facts.elementwise_for_regions
+            is_move = facts.looks_up or facts.move_of_factors is not None
+            return made and (is_chain or is_move)
+
+        equations = _before([weight], program, reader, may_lie_inside)
+        if equations:
+            merging[product] = equations
+    return merging
+
+
 def _marked_regions(program: Program, reader: _Reader) -> list[Region]:
     regions: list[Region] = []
     for mark in program.equations:
@@ -197,10 +243,24 @@ def _marked_regions(program: Program, reader: _Reader) -> list[Region]:
 
 def _before_mark(mark: Equation, program: Program, reader: _Reader) -> list[Equation]:
     """What lies between the mark and the sites of which every way leads to it, in order."""
-    uses_inside: Counter[Variable] = Counter(mark.variables)
+
+    def may_lie_inside(equation: Equation) -> bool:
+        return equation is not mark and _may_lie_inside(equation, reader)
+
+    return _before(mark.variables, program, reader, may_lie_inside)
+
+
+def _before(
+    ends: Sequence[Variable],
+    program: Program,
+    reader: _Reader,
+    may_lie_inside: Callable[[Equation], bool],
+) -> list[Equation]:
+    """What lies between sites and the one reader of these variables, and leads nowhere else."""
+    uses_inside: Counter[Variable] = Counter(ends)
     inside: list[Equation] = []
     for equation in reversed(program.equations):
-        if equation is mark or not _may_lie_inside(equation, reader):
+        if not may_lie_inside(equation):
             continue
         exits = reader.noisy(equation)
         if not all(0 < uses_inside[v] == reader.uses[v] for v in exits):
@@ -217,7 +277,7 @@ def _may_lie_inside(equation: Equation, reader: _Reader) -> bool:
     """Whether an error may go from a noise point back through an equation, or to it."""
     if equation.loop is not None or equation.primitive is None or _is_mark(equation):
         return False
-    if equation.contains(lambda facts: facts.irreversible):
+    if equation.irreversible:
         return False
     # Beyond a dot that is no site the error would be that of backprop.
     if equation.facts.bilinear and not reader.is_site(equation):

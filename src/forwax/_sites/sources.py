@@ -136,15 +136,15 @@ def make_sources(sites: Sites, exact: bool) -> Tail:
     level = sites.level
     kinds = sites.kinds
     reach = sites.reach
-    is_site_barrier = site_barrier(level, kinds)
+    stopped_by_sites = site_barrier(sites.products)
 
-    def is_barrier(equation: Equation) -> bool:
+    def stopped(equation: Equation) -> Sequence[Variable]:
         if exact:
-            return is_site_barrier(equation)
-        return not is_sum(equation, kinds)
+            return stopped_by_sites(equation)
+        return () if is_sum(equation, kinds) else equation.variables
 
     equations = [e for e in level.program.equations if is_crossed(e, reach)]
-    blocked = blocked_variables(level.program, reach, is_barrier)
+    blocked = blocked_variables(level.program, reach, stopped)
     noisy = _noisy_variables(sites)
 
     def is_end(region: Region) -> bool:
@@ -156,7 +156,7 @@ def make_sources(sites: Sites, exact: bool) -> Tail:
     in_ends = {equation for region in ends for equation in region.equations}
 
     def is_inside(equation: Equation) -> bool:
-        if equation in in_ends or is_barrier(equation):
+        if equation in in_ends or stopped(equation):
             return False
         mixed = [v for v in equation.outputs if kinds[v] is Kind.MIXED]
         return len(mixed) > 0 and blocked.isdisjoint(mixed)

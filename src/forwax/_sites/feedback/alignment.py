@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from forwax._programs.evaluate import Values, read
 from forwax._programs.program import Equation
-from forwax._sites.feedback.crossing import WayBack, forward, is_bilinear_product
+from forwax._sites.feedback.crossing import WayBack, forward
 from forwax._sites.model import Sites
 from forwax._sites.passes.keep import value
 from forwax._tree import Tree
@@ -28,9 +28,9 @@ def aligned(
             twins[v] = lax.stop_gradient(matrix)
 
     def is_aligned(equation: Equation) -> bool:
-        return is_bilinear_product(equation, sites.kinds)
+        return equation.facts.bilinear and sites.products.is_product(equation)
 
-    way = WayBack(sites.kinds, {}, is_aligned, twins)
+    way = WayBack(sites.products, {}, is_aligned, twins)
 
     def one(mapped: Sequence[Array]) -> tuple[list[Array], Tree]:
         inputs = sites.traced.arguments(params, mapped)

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 from jax import Array, lax
 
+from forwax._programs.custom_rules import with_jvp
 from forwax._programs.evaluate import Values, bind, inject, read
 from forwax._programs.program import Atom, Constant, Equation, Variable
-from forwax._sites.kinds import Kind
-from forwax._sites.levels import Kinds, Level, LoopPlan
+from forwax._sites.levels import Level, LoopPlan
+from forwax._sites.products import Products
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +50,7 @@ class WayBack:
     """How errors cross the products of a program.
 
     Attributes:
-        kinds: of all variables.
+        products: where trained weights meet data.
         inlets: for each product that is cut the numbers of its inlets, by the variable that it
             reads.
         is_aligned: which products errors cross through the twins of their weights.
@@ -59,7 +60,7 @@ class WayBack:
         mirrors: where the twins of a loop's body stand.
     """
 
-    kinds: Kinds
+    products: Products
     inlets: Mapping[Equation, Mapping[Variable, int]]
     is_aligned: Callable[[Equation], bool]
     twins: Mapping[Variable, Any] = dataclasses.field(default_factory=dict)
@@ -154,12 +155,13 @@ class _Evaluation:
 
     def apply(self, equation: Equation, values: Sequence[Any]) -> list[Any]:
         """Compute an equation, with the weight's twin in the derivative of a product."""
-        kinds = self.way.kinds
+        if self.time is not None and equation.facts.lacks_jvp:
+            return with_jvp(equation, values)
         if not self.twins:
             return bind(equation, values)
         if self.way.is_aligned(equation):
             return [_aligned(equation, values, self.twins_of(equation, values))]
-        is_chain = any(kinds[v] is Kind.PARAMETER for v in equation.outputs)
+        is_chain = self.way.products.makes_weights(equation)
         if is_chain and self.twins.keys().isdisjoint(equation.outputs):
             # What is done to a weight before it is used is done to its twin too.
             computed = bind(equation, self.twins_of(equation, values))
@@ -182,10 +184,12 @@ class _Evaluation:
         pairs = list(zip(plan.level.program.inputs, plan.equation.inputs, strict=True))
         const_pairs, carry_pairs, scanned_pairs = loop.split(pairs)
 
-        # A carry is a parameter only if the body returns it as it is; so is its twin.
-        kinds = self.way.kinds
+        # A carry is a weight only if the body returns it as it is; so is its twin.
+        is_made = self.way.products.is_made
         entering = self.known([*const_pairs, *carry_pairs])
-        fixed = {v: twin for v, twin in entering.items() if kinds[v] is Kind.PARAMETER}
+        fixed = {v: twin for v, twin in entering.items() if is_made(v)}
+        returned = zip(plan.equation.outputs, plan.level.program.outputs, strict=True)
+        handed_on, stacked = loop.split_outputs(list(returned))
         fixed_inside, scanned_inside = self.twins_inside(plan)
         fixed |= fixed_inside
         numbers = _numbers_inside(plan.level, self.way)
@@ -202,17 +206,16 @@ class _Evaluation:
             env = run.level(plan.level, [*consts, *carry, *xs])
             outputs = [read(atom, env) for atom in plan.level.program.outputs]
             carry, ys = loop.split_outputs(outputs)
-            stacked = {v: run.twins[v] for v in plan.stacked.values() if v in run.twins}
-            return carry, (ys, run.taps, stacked)
+            return carry, (ys, run.taps, run.known(stacked))
 
         twins_of_steps = self.known(scanned_pairs) | scanned_inside
         slices = (scanned, twins_of_steps, noise, behind)
         carry, (ys, taps, twins) = loop.scan(step, first_carry, slices)
         self.taps.update(taps)
-        for outer, inner in plan.stacked.items():
-            if inner in twins:
-                self.twins[outer] = twins[inner]
-        self.twins.update(self.known(list(plan.unchanged.items())))
+        self.twins.update(twins)
+        for outer, v in handed_on:
+            if not isinstance(v, Constant) and v in fixed:
+                self.twins[outer] = fixed[v]
         return [*carry, *ys]
 
     def twins_inside(
@@ -253,13 +256,6 @@ def _made_inside(level: Level) -> set[Variable]:
     for plan in level.loops.values():
         made |= _made_inside(plan.level)
     return made
-
-
-def is_bilinear_product(equation: Equation, kinds: Kinds) -> bool:
-    """Whether an equation is a dot or a convolution of a parameter with data."""
-    if not equation.facts.bilinear or kinds[equation.outputs[0]] is not Kind.MIXED:
-        return False
-    return any(kinds[v] is Kind.PARAMETER for v in equation.variables)
 
 
 def _aligned(

@@ -21,7 +21,8 @@ from forwax._sites.find import find_sites
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Level
 from forwax._sites.model import Site, Sites
-from forwax._sites.outputs import Tail, is_crossed, tail_from, with_weight_noise
+from forwax._sites.outputs import Tail, is_crossed, tail_from
+from forwax._sites.products import Products
 
 
 def find_routes(problem: Problem, name: str, chain: str = "none") -> Routes:
@@ -35,8 +36,8 @@ def find_routes(problem: Problem, name: str, chain: str = "none") -> Routes:
     Raises:
         ValueError: when an inlet reaches no outlet.
     """
-    sites = find_sites(problem, name, None, exact_outputs=True)
-    inputs = data_inputs(sites.level, sites.kinds, sites.reach)
+    sites = find_sites(problem, name, None, exact_outputs=True, pushes=False)
+    inputs = data_inputs(sites.level, sites.products, sites.reach)
     outlets, tail = _outlets(sites, inputs)
     mapped = {o.start for o in outlets if o.variable in sites.mapped}
     sites = dataclasses.replace(sites, mapped=sites.mapped | mapped)
@@ -73,43 +74,24 @@ def _plan(
 
 
 def data_inputs(
-    level: Level,
-    kinds: Mapping[Variable, Kind],
-    reach: Reach,
-    weights: frozenset[Variable] = frozenset(),
+    level: Level, products: Products, reach: Reach
 ) -> dict[Equation, list[Variable]]:
-    """For each product of parameters with data the data that it takes, loops included.
+    """For each product of trained weights with data the data that it takes, loops included.
 
     What reverse mode cannot cross counts as a product that takes all its inputs.
-
-    Args:
-        level: where to look.
-        kinds: of all variables.
-        reach: the losses that each variable reaches.
-        weights: parameters with a noise of their own that enter the level.
     """
     found: dict[Equation, list[Variable]] = {}
-    noisy = with_weight_noise(level.program, kinds, weights)
     for equation in level.program.equations:
         plan = level.loop_of(equation)
         if plan is not None:
-            body = plan.level.program
-            pairs = zip(body.inputs, equation.inputs, strict=True)
-            inside = frozenset(v for v, atom in pairs if atom in noisy)
-            found |= data_inputs(plan.level, kinds, reach, inside)
+            found |= data_inputs(plan.level, products, reach)
             continue
         if equation.primitive is None or not is_crossed(equation, reach):
             continue
-        mixed = [v for v in equation.variables if kinds[v] is Kind.MIXED]
-        if equation.contains(lambda facts: facts.irreversible):
-            data = mixed
-        elif equation.facts.additive:  # passes errors on as they are
-            data = []
-        else:
-            is_weight = [
-                v in noisy or kinds[v] is Kind.PARAMETER for v in equation.variables
-            ]
-            data = [v for v in mixed if v not in noisy] if any(is_weight) else []
+        data = products.data_inputs(equation)
+        if equation.irreversible:
+            kinds = products.kinds
+            data = [v for v in equation.variables if kinds[v] is Kind.MIXED]
         if data:
             found[equation] = list(dict.fromkeys(data))
     return found

@@ -100,7 +100,7 @@ class Routes:
         variables = [mirror.variable for mirror in self.mirrors]
         twins = dict(zip(variables, mirrors, strict=bool(mirrors)))
         return WayBack(
-            self.sites.kinds,
+            self.sites.products,
             self.numbers,
             self.chained.__contains__,
             twins,

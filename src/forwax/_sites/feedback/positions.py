@@ -25,7 +25,7 @@ from forwax._tree import Tree
 
 
 def with_positions(routes: Routes) -> Routes:
-    """The routes whose inlets know the outlets that they reach, and the axes in common with them."""
+    """The routes, each inlet with the outlets that it reaches and the axes in common with them."""
     traced = _tangent_program(routes)
     noises = traced.data[-len(routes.inlets) :]
     shapes = [outlet.shape for outlet in routes.outlets]
