@@ -109,7 +109,7 @@ def test_a_rule_around_a_while_loop_and_a_parameter_in_it():
 
 @pytest.mark.parametrize(
     "rule",
-    [fx.ActivityPerturbation(), fx.FDFA(), fx.WeightPerturbation(num_tangents=2)],
+    [fx.ActivityPerturbation(), fx.WeightPerturbation(num_tangents=2)],
     ids=lambda rule: type(rule).__name__,
 )
 def test_rules_that_push_tangents_name_the_function_and_the_ways_out(rule):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend import source_info_util
@@ -48,11 +49,19 @@ def _function(equation: Any) -> str:
     return " at ".join(["jax.custom_gradient function", *places])
 
 
-def with_jvp(equation: Equation, values: Sequence[Any]) -> list[Any]:
+def with_jvp(
+    equation: Equation, values: Sequence[Any], *, or_joined: bool = False
+) -> list[Any]:
     """The outputs of a custom_vjp function, with a JVP: the transpose of its backward rule.
 
     A backward rule takes a cotangent g to Jᵀg, linearly. Its transpose takes a tangent t to J t,
     where J is the Jacobian that the rule pretends: that of a surrogate, if it is one.
+
+    Args:
+        equation: the call of the function.
+        values: its operands.
+        or_joined: whether a rule that has no transpose counts as one in which all hangs on all, so
+            that what hangs on what can be told, and no more.
 
     Raises:
         TypeError: under differentiation, where the rule is not linear in the cotangent, or has an
@@ -92,7 +101,10 @@ def with_jvp(equation: Equation, values: Sequence[Any]) -> list[Any]:
         try:
             (pushed,) = jax.linear_transpose(pull_inexact, given)(moved)
         except (NotImplementedError, TypeError, ValueError, AssertionError) as error:
-            raise custom_vjp_error(equation.origin) from error
+            if not or_joined:
+                raise custom_vjp_error(equation.origin) from error
+            joined = sum(jnp.sum(x).real.astype(jnp.float32) for x in moved)
+            pushed = [jnp.broadcast_to(joined.astype(x.dtype), x.shape) for x in given]
         remaining = iter(pushed)
         return out, [
             next(remaining) if has_tangent else np.zeros(x.shape, jax.dtypes.float0)

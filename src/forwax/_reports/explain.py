@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from forwax import _tree
 from forwax._programs.program import Variable
 from forwax._reports.table import as_rich, as_text
 from forwax._rule import check_rule
@@ -11,6 +12,8 @@ from forwax._rules import ActivityPerturbation, Rule
 from forwax._signature import Signature
 from forwax._sites.counts import Counts, parameter_counts, together
 from forwax._sites.credit import Credit
+from forwax._sites.feedback.inlets import Routes
+from forwax._sites.feedback.maps import map_shapes
 from forwax._sites.model import Site, Sites
 from forwax._sites.regions import Region
 
@@ -27,7 +30,9 @@ class SiteRow:
         shape: of one example's value, with a leading axis for each loop around it.
         weight_noise: the number of parameters that enter here, before anything is made of them.
         activity_noise: the number of coordinates of one example's activity.
-        credit: what multiplies the site's noise; axes are those of `shape`.
+        credit: what multiplies the site's noise; axes are those of `shape`. Of rules that send
+            errors: how the site's data gets its error, axes being those of the data; and where the
+            exact error is taken.
         where: the place in the user's source.
     """
 
@@ -120,6 +125,8 @@ def explain(
         sites = rule.sites(problem)
         if sites is None:
             sites = ActivityPerturbation().sites(problem)
+        if isinstance(sites, Routes):
+            return Explanation(_rows_of_routes(sites))  # rules that send errors
         # Of all rules one alone has a memory; "shared" gives all examples and positions one slope.
         is_shared = getattr(rule.inner, "memory", "keep") == "shared"
         counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
@@ -127,6 +134,47 @@ def explain(
         return Explanation(tuple(rows))
 
     return explain_loss
+
+
+def _rows_of_routes(routes: Routes) -> tuple[SiteRow, ...]:
+    sites = routes.sites
+    counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
+    rows: list[SiteRow] = []
+    for site in sites.places:
+        row = _row(site, sites, counts, is_shared=False)
+        rows.append(dataclasses.replace(row, credit=_way_back(site, routes)))
+    return tuple(rows)
+
+
+def _way_back(site: Site, routes: Routes) -> str:
+    """What a site's data gets in place of its own error, or where the exact error is taken."""
+    data = [v for e in site.region.equations for v in e.variables]
+    taken = [o for o in routes.outlets if o.variable in (site.variable, *data)]
+    if site.exact:
+        if not taken:
+            return "exact error"
+        place = "value" if taken[0].variable == site.variable else "data"
+        size = sum(_tree.num_coordinates(outlet) for outlet in taken)
+        return f"exact error, sent from its {place}: {size:,} coordinates"
+    if not routes.chained.isdisjoint(site.region.equations):
+        return "exact error of what follows; its data's by a mirror of the weight"
+    numbers = {
+        number
+        for equation in site.region.equations
+        for number in routes.numbers.get(equation, {}).values()
+    }
+    if not numbers:
+        return "exact error of what follows; its data needs none"
+    texts: list[str] = []
+    shapes = map_shapes(routes)
+    for number in sorted(numbers):
+        rows, columns = shapes[number]
+        text = f"map {number} of {rows}×{columns}"
+        axes = [str(axis) for axis, _ in routes.inlets[number].common]
+        if axes:
+            text += f", shared along axis {' and '.join(axes)}"
+        texts.append(text)
+    return f"exact error of what follows; its data's by {'; '.join(texts)}"
 
 
 def _row(

@@ -58,6 +58,7 @@ class WayBack:
             evaluated on it a second time. What has none is its own. Those of a loop's body that
             differ from step to step have a leading axis.
         mirrors: where the twins of a loop's body stand.
+        is_traced: whether it is only asked what hangs on what.
     """
 
     products: Products
@@ -65,6 +66,7 @@ class WayBack:
     is_aligned: Callable[[Equation], bool]
     twins: Mapping[Variable, Any] = dataclasses.field(default_factory=dict)
     mirrors: Sequence[Mirror] = ()
+    is_traced: bool = False
 
 
 def forward(
@@ -156,7 +158,7 @@ class _Evaluation:
     def apply(self, equation: Equation, values: Sequence[Any]) -> list[Any]:
         """Compute an equation, with the weight's twin in the derivative of a product."""
         if self.time is not None and equation.facts.lacks_jvp:
-            return with_jvp(equation, values)
+            return with_jvp(equation, values, or_joined=self.way.is_traced)
         if not self.twins:
             return bind(equation, values)
         if self.way.is_aligned(equation):

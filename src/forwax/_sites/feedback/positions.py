@@ -38,6 +38,7 @@ def with_positions(routes: Routes) -> Routes:
 def _tangent_program(routes: Routes) -> Traced:
     """The program of one example from noises at inlets, its last inputs, to outlets' tangents."""
     sites = routes.sites
+    way = dataclasses.replace(routes.way_back(), is_traced=True)
 
     def tangents(
         params: Tree, mapped: Sequence[Array], noises: Sequence[Array]
@@ -46,7 +47,7 @@ def _tangent_program(routes: Routes) -> Traced:
         noise = dict(enumerate(noises))
 
         def values(time: Array) -> tuple[list[Array], None]:
-            env, _ = forward(sites.level, inputs, routes.way_back(), noise, time)
+            env, _ = forward(sites.level, inputs, way, noise, time)
             return [env[outlet.variable] for outlet in routes.outlets], None
 
         return along(values)[1]
@@ -145,6 +146,7 @@ def _program_to_next(
     """
     sites = routes.sites
     types = sites.traced.types
+    way = dataclasses.replace(routes.way_back(), is_traced=True)
 
     def tangents(
         params: Tree, mapped: Sequence[Array], noises: Sequence[Array]
@@ -153,9 +155,7 @@ def _program_to_next(
         noise = dict(zip(values, noises, strict=True))
 
         def ends(time: Array) -> tuple[list[Array], None]:
-            env, taps = forward(
-                sites.level, inputs, routes.way_back(), behind=noise, time=time
-            )
+            env, taps = forward(sites.level, inputs, way, behind=noise, time=time)
             inlets = [taps[number] for number in range(len(routes.inlets))]
             return [*inlets, *(env[o.variable] for o in routes.outlets)], None
 
