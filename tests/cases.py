@@ -374,7 +374,10 @@ RULES: dict[str, fx.Rule] = {
     ),
     "backprop": fx.Backprop(),
 }
-SITE_RULES: dict[str, fx.Rule] = {"activity": fx.ActivityPerturbation()}
+SITE_RULES: dict[str, fx.Rule] = {
+    "activity": fx.ActivityPerturbation(),
+    "learned-feedback": fx.LearnedFeedback(correction=True),
+}
 """Rules that need data."""
 
 BIASED = {"weight-projection", "safe", "finite-difference", "finite-differences"}

@@ -9,6 +9,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import forwax as fx
 from forwax._signature import Signature
@@ -132,10 +133,7 @@ def test_mirrors_throughout_become_backprop(name):
     assert_close(got, exact(program.loss, args, **program.options))
 
 
-HEARD = [name for name in PROGRAMS if name != "parameters_in_carries"]
-
-
-@pytest.mark.parametrize("name", HEARD)
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_the_correction_makes_the_estimate_unbiased_whatever_the_maps(name):
     """Exactly: the mean over all coordinates of the noise is the gradient."""
     program = PROGRAMS[name]
@@ -406,3 +404,43 @@ def test_its_law_is_unknown():
     assert (rule.unbiased, rule.learning_rate_scale(3)) == (False, 1.0)
     assert math.isnan(rule.relative_mse(3))
     assert fx.LearnedFeedback(correction=True).unbiased
+
+
+def test_it_works_under_vmap_and_over_devices_with_the_same_maps_everywhere():
+    """Over devices that hold parts of the examples, maps learn from all of them."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    rule = arbitrary(fx.LearnedFeedback().init(MLP, in_axes=EACH)(PARAMS, X))
+
+    def step(rule, key, p, x):
+        return rule.step(MLP, in_axes=EACH)(key, p, x)
+
+    spread = jax.shard_map(
+        lambda *args: step(*args)[1:],
+        mesh=mesh,
+        in_specs=(P(), P(), P(), P("d")),
+        out_specs=(P(), P()),
+    )
+    _, after = jax.jit(spread)(rule, KEY, PARAMS, X)
+    *_, alone = step(rule, KEY, PARAMS, X)
+    assert jax.tree.structure(after) == jax.tree.structure(rule)
+    # Another noise, but as many samples: maps have moved, on all devices alike.
+    for a, b, c in zip(
+        after.maps.direct, alone.maps.direct, rule.maps.direct, strict=True
+    ):
+        assert a.shape == b.shape
+        assert float(jnp.linalg.norm(a - c)) > 0.1 * float(jnp.linalg.norm(b - c))
+    # With given maps no noise enters: the sum over devices of means is 4 means of all.
+    given = jax.shard_map(
+        lambda r, k, p, x: fx.grad(MLP, r, in_axes=EACH)(k, p, x),
+        mesh=mesh,
+        in_specs=(P(), P(), P(), P("d")),
+        out_specs=P(),
+    )
+    got = jax.jit(given)(rule, KEY, PARAMS, X)
+    expected = fx.grad(MLP, rule, in_axes=EACH)(KEY, PARAMS, X)
+    assert_close(got, jax.tree.map(lambda g: 4 * g, expected))
+
+    many = jax.vmap(lambda key: rule.step(MLP, in_axes=EACH)(key, PARAMS, X)[1])
+    keys = jax.random.split(KEY, 3)
+    one = rule.step(MLP, in_axes=EACH)(keys[1], PARAMS, X)[1]
+    assert_close(jax.tree.map(lambda g: g[1], many(keys)), one)

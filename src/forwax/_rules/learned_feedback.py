@@ -138,8 +138,10 @@ class LearnedFeedback(LearningRule):
 
     def sites(self, problem: Problem) -> Routes:
         """The inlets and outlets of a problem under this rule."""
-        chain = "none" if self.correction else self.chain
-        return find_routes(problem, type(self).__name__, chain)
+        name = type(self).__name__
+        if self.correction:
+            return find_routes(problem, name, must_hear=False)
+        return find_routes(problem, name, self.chain)
 
     def basis(self, problem: Problem) -> "LearnedFeedback | None":
         """With `correction`, the rule with each coordinate of its noise once."""
@@ -204,7 +206,10 @@ class LearnedFeedback(LearningRule):
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient by the maps as they are; see `Rule.estimate`."""
         routes = self.sites(problem)
-        return self._estimate(routes, self._checked(routes), typed_key(key))
+        # Corrected, maps of zeros do as well: the estimate is then that of activity noise.
+        is_new = self.correction and self.maps is None
+        found = _zeros(routes) if is_new else self._checked(routes)
+        return self._estimate(routes, found, typed_key(key))
 
     def _step(
         self, routes: Routes, before: Feedback, key: Array

@@ -25,16 +25,19 @@ from forwax._sites.outputs import Tail, is_crossed, tail_from
 from forwax._sites.products import Products
 
 
-def find_routes(problem: Problem, name: str, chain: str = "none") -> Routes:
+def find_routes(
+    problem: Problem, name: str, chain: str = "none", *, must_hear: bool = True
+) -> Routes:
     """The inlets and outlets of a problem.
 
     Args:
         problem: the parameters, the loss and the examples.
         name: the rule's name, for errors.
         chain: which products hand errors on through a mirror: "none", "positions" or "all".
+        must_hear: whether an inlet without an outlet is an error.
 
     Raises:
-        ValueError: when an inlet reaches no outlet.
+        ValueError: when an inlet reaches no outlet, and must.
     """
     sites = find_sites(problem, name, None, exact_outputs=True, pushes=False)
     inputs = data_inputs(sites.level, sites.products, sites.reach)
@@ -54,8 +57,9 @@ def find_routes(problem: Problem, name: str, chain: str = "none") -> Routes:
     for equation in chained:
         del cut[equation]
     routes = _plan(sites, outlets, tail, cut)
-    for inlet in routes.inlets:
-        _check_heard(inlet, name)
+    if must_hear:
+        for inlet in routes.inlets:
+            _check_heard(inlet, name)
     mirrors = find_mirrors(sites, chained)
     return dataclasses.replace(
         routes, mirrors=tuple(mirrors), chained=frozenset(chained)

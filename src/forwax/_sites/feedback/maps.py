@@ -62,6 +62,10 @@ def _sent_to(
     routes: Routes, inlet: Inlet, through: Array, errors: Sequence[Array]
 ) -> Array:
     lead = 0 if routes.sites.num_examples is None else 1
+    if not inlet.heard:
+        examples = (routes.sites.num_examples,) if lead and inlet.mapped else ()
+        zeros = jnp.zeros((*examples, *inlet.shape), inlet.dtype)
+        return _mesh.vary(zeros, inlet.axes)
     # [*examples, common positions, e]
     parts = [
         _positions_first(errors[number].conj(), lead, axes)
@@ -218,6 +222,9 @@ def products(
             _positions_first(tangents[number], lead, axes)
             for number, axes in _heard_axes(inlet)
         ]
+        if not parts:
+            found.append(jnp.zeros((0, flat.shape[-1])))
+            continue
         heard = jnp.concatenate(parts, axis=-1)
         if lead == 2 and not inlet.mapped:  # all examples have one noise
             heard = jnp.mean(heard, axis=1, keepdims=True)
@@ -244,6 +251,6 @@ def rates(routes: Routes, num_tangents: int, num_devices: int) -> list[float]:
         samples = num_tangents * num_positions(inlet)
         if inlet.mapped:
             samples *= (routes.sites.num_examples or 1) * num_devices
-        most = max(coordinates[number] for number in inlet.heard)
+        most = max((coordinates[number] for number in inlet.heard), default=0)
         found.append(0.1 / (1 + most / samples))
     return found
