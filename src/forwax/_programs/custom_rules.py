@@ -103,7 +103,9 @@ def with_jvp(
         except (NotImplementedError, TypeError, ValueError, AssertionError) as error:
             if not or_joined:
                 raise custom_vjp_error(equation.origin) from error
-            joined = sum(jnp.sum(x).real.astype(jnp.float32) for x in moved)
+            # A sum of all tangents stands for what hangs on all of them.
+            sums = [jnp.sum(x).real.astype(jnp.float32) for x in moved]
+            joined = jnp.sum(jnp.stack(sums))
             pushed = [jnp.broadcast_to(joined.astype(x.dtype), x.shape) for x in given]
         remaining = iter(pushed)
         return out, [

@@ -149,6 +149,7 @@ class _Evaluation:
         """What products read at an inlet: all of them the same value, with one noise."""
         if number not in self.entered:
             if self.noise is None:
+                # The error of what is in front of the cut comes from outside.
                 self.taps[number] = value
                 self.entered[number] = lax.stop_gradient(value)
             else:
@@ -182,18 +183,20 @@ class _Evaluation:
     def loop(self, plan: LoopPlan, values: Sequence[Any]) -> list[Any]:
         """Run a loop; what is inside is done in every step."""
         loop = plan.loop
+        body = plan.level.program
         consts, first_carry, scanned = loop.split(values)
-        pairs = list(zip(plan.level.program.inputs, plan.equation.inputs, strict=True))
-        const_pairs, carry_pairs, scanned_pairs = loop.split(pairs)
+        pairs = zip(body.inputs, plan.equation.inputs, strict=True)
+        const_pairs, carry_pairs, scanned_pairs = loop.split(list(pairs))
 
         # A carry is a weight only if the body returns it as it is; so is its twin.
         is_made = self.way.products.is_made
         entering = self.known([*const_pairs, *carry_pairs])
         fixed = {v: twin for v, twin in entering.items() if is_made(v)}
-        returned = zip(plan.equation.outputs, plan.level.program.outputs, strict=True)
+        returned = zip(plan.equation.outputs, body.outputs, strict=True)
         handed_on, stacked = loop.split_outputs(list(returned))
         fixed_inside, scanned_inside = self.twins_inside(plan)
         fixed |= fixed_inside
+        # Each step takes its slice of the noise that enters inside.
         numbers = _numbers_inside(plan.level, self.way)
         noise = None
         if self.noise is not None:
@@ -206,7 +209,7 @@ class _Evaluation:
             twins = {**fixed, **twins_of_step}
             run = _Evaluation(self.way, twins, noise_of_step, behind_of_step, self.time)
             env = run.level(plan.level, [*consts, *carry, *xs])
-            outputs = [read(atom, env) for atom in plan.level.program.outputs]
+            outputs = [read(atom, env) for atom in body.outputs]
             carry, ys = loop.split_outputs(outputs)
             return carry, (ys, run.taps, run.known(stacked))
 
@@ -215,6 +218,7 @@ class _Evaluation:
         carry, (ys, taps, twins) = loop.scan(step, first_carry, slices)
         self.taps.update(taps)
         self.twins.update(twins)
+        # A weight that goes through the loop as it is comes out with its twin.
         for outer, v in handed_on:
             if not isinstance(v, Constant) and v in fixed:
                 self.twins[outer] = fixed[v]

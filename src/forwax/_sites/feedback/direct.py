@@ -38,6 +38,7 @@ def estimate(
 
     params = sites.problem.params
     (value, taps), pull, (aux, records) = jax.vjp(objective, params, has_aux=True)
+    # The tail is run once more: the errors must be there before the one reverse pass.
     exact = keep.errors_at(sites, routes.tail, records)
     errors = errors_of([exact[outlet.start] for outlet in routes.outlets])
     one = _mesh.vary(jnp.ones_like(value), _mesh.axes(value))

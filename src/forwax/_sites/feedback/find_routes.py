@@ -93,6 +93,7 @@ def data_inputs(
         if equation.primitive is None or not is_crossed(equation, reach):
             continue
         data = products.data_inputs(equation)
+        # Weights that enter a `while_loop` are cut off too: only from outside can they hear.
         if equation.irreversible:
             kinds = products.kinds
             data = [v for v in equation.variables if kinds[v] is Kind.MIXED]
@@ -112,6 +113,7 @@ def _outlets(
     in_front: set[Equation] = set()
     for site in output_sites(sites):
         taken = [v for e in site.region.equations for v in inputs.get(e, ())]
+        # Logits of ten classes are fewer than the data, and the data fewer than a vocabulary.
         size = sum(_tree.num_coordinates(types[v]) for v in taken)
         if taken and size < site.size:
             in_front.update(site.region.equations)

@@ -6,12 +6,13 @@ outlets' errors brings the inlet's error in its place.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax import Array
 
-from forwax import _mesh
+from forwax import _mesh, _tree
 from forwax._programs.program import Equation, Variable
 from forwax._sites.feedback.crossing import Mirror, WayBack
 from forwax._sites.levels import Level
@@ -72,6 +73,30 @@ class Inlet:
         """Shape and dtype of one example's value."""
         return Spec(self.shape, self.dtype)
 
+    @property
+    def own_axes(self) -> list[int]:
+        """Its side of the common axes."""
+        return [axis for axis, _ in self.common]
+
+    @property
+    def heard_axes(self) -> list[list[int]]:
+        """For each outlet that it hears the outlet's side of the common axes."""
+        sides: list[list[int]] = []
+        for place in range(len(self.heard)):
+            axes = [of_outlets[place] for _, of_outlets in self.common]
+            sides.append(axes)
+        return sides
+
+    @property
+    def num_positions(self) -> int:
+        """The number of positions that share its map."""
+        return math.prod(self.shape[axis] for axis in self.own_axes)
+
+    @property
+    def size(self) -> int:
+        """The number h of real coordinates at one position."""
+        return _tree.num_coordinates(self.spec) // self.num_positions
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Routes:
@@ -94,6 +119,19 @@ class Routes:
     numbers: Numbers
     mirrors: tuple[Mirror, ...] = ()
     chained: frozenset[Equation] = frozenset()
+
+    @property
+    def num_lead(self) -> int:
+        """The number of leading axes of what each example has: its own, or none."""
+        return 0 if self.sites.num_examples is None else 1
+
+    def heard_sizes(self, inlet: Inlet) -> list[int]:
+        """For each outlet that an inlet hears the real coordinates at one position."""
+        sizes: list[int] = []
+        for number in inlet.heard:
+            whole = _tree.num_coordinates(self.outlets[number])
+            sizes.append(whole // inlet.num_positions)
+        return sizes
 
     def way_back(self, mirrors: Sequence[Array] = ()) -> WayBack:
         """How the reverse pass goes: cut at all inlets, through the mirrors elsewhere."""

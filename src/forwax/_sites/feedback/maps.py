@@ -16,7 +16,11 @@ from forwax._sites.feedback.inlets import Inlet, Outlet, Routes
 
 def map_shapes(routes: Routes) -> list[tuple[int, int]]:
     """The shape [e, h] of each inlet's map."""
-    return [(sum(_heard_sizes(routes, i)), _size(i)) for i in routes.inlets]
+    shapes: list[tuple[int, int]] = []
+    for inlet in routes.inlets:
+        num_errors = sum(routes.heard_sizes(inlet))
+        shapes.append((num_errors, inlet.size))
+    return shapes
 
 
 def zeros(routes: Routes) -> tuple[Array, ...]:
@@ -28,22 +32,6 @@ def zeros(routes: Routes) -> tuple[Array, ...]:
     return tuple(found)
 
 
-def _size(inlet: Inlet) -> int:
-    return _tree.num_coordinates(inlet.spec) // num_positions(inlet)
-
-
-def num_positions(inlet: Inlet) -> int:
-    """The number of positions that share an inlet's map."""
-    return math.prod(inlet.shape[axis] for axis, _ in inlet.common)
-
-
-def _heard_sizes(routes: Routes, inlet: Inlet) -> list[int]:
-    """For each outlet that an inlet hears the coordinates without the common axes."""
-    positions = num_positions(inlet)
-    outlets = [routes.outlets[number] for number in inlet.heard]
-    return [_tree.num_coordinates(outlet) // positions for outlet in outlets]
-
-
 def sent(routes: Routes, maps: Sequence[Array], errors: Sequence[Array]) -> list[Array]:
     """Each inlet's error, the outlets' errors times its map.
 
@@ -52,66 +40,82 @@ def sent(routes: Routes, maps: Sequence[Array], errors: Sequence[Array]) -> list
         maps: one an inlet.
         errors: the exact error of each outlet, as `jax.grad` writes it.
     """
-    return [
-        _sent_to(routes, inlet, through, errors)
-        for inlet, through in zip(routes.inlets, maps, strict=True)
-    ]
+    found: list[Array] = []
+    for inlet, through in zip(routes.inlets, maps, strict=True):
+        if inlet.heard:
+            error = _sent_to(routes, inlet, through, errors)
+        else:
+            error = _nothing(routes, inlet)
+        found.append(error)
+    return found
 
 
 def _sent_to(
-    routes: Routes, inlet: Inlet, through: Array, errors: Sequence[Array]
+    routes: Routes,
+    inlet: Inlet,
+    through: Array,
+    errors: Sequence[Array],
 ) -> Array:
-    lead = 0 if routes.sites.num_examples is None else 1
-    if not inlet.heard:
-        examples = (routes.sites.num_examples,) if lead and inlet.mapped else ()
-        zeros = jnp.zeros((*examples, *inlet.shape), inlet.dtype)
-        return _mesh.vary(zeros, inlet.axes)
-    # [*examples, common positions, e]
-    parts = [
-        _positions_first(errors[number].conj(), lead, axes)
-        for number, axes in _heard_axes(inlet)
-    ]
-    flat = jnp.concatenate(parts, axis=-1)
+    lead = routes.num_lead
+    # Gradients of complex values are conjugate to the directions that maps take to one another.
+    heard = [errors[number].conj() for number in inlet.heard]
+    flat = _heard_by_position(inlet, heard, lead)  # [*examples, positions, e]
     error = flat @ through.astype(flat.dtype)
     if lead and not inlet.mapped:
         # One value for all examples has the sum of their errors.
         error = jnp.sum(error, axis=0)
         lead = 0
-    own = [axis for axis, _ in inlet.common]
-    value = _positions_back(error, lead, own, inlet)
+    value = _positions_back(error, lead, inlet.own_axes, inlet)
     return value.conj().astype(inlet.dtype)
 
 
-def _heard_axes(inlet: Inlet) -> list[tuple[int, list[int]]]:
-    """The outlets that an inlet hears, each with its side of the common axes."""
-    return [
-        (number, [axes[place] for _, axes in inlet.common])
-        for place, number in enumerate(inlet.heard)
-    ]
+def _nothing(routes: Routes, inlet: Inlet) -> Array:
+    """The error of an inlet that hears of no outlet."""
+    shape = inlet.shape
+    if inlet.mapped and routes.sites.num_examples is not None:
+        shape = (routes.sites.num_examples, *shape)
+    zeros = jnp.zeros(shape, inlet.dtype)
+    return _mesh.vary(zeros, inlet.axes)
+
+
+def _heard_by_position(inlet: Inlet, heard: Sequence[Array], lead: int) -> Array:
+    """The outlets' values that an inlet hears, side by side, [*lead, positions, e]."""
+    parts: list[Array] = []
+    for value, axes in zip(heard, inlet.heard_axes, strict=True):
+        part = _positions_first(value, lead, axes)
+        parts.append(part)
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _positions_first(x: Array, lead: int, common: Sequence[int]) -> Array:
     """Values [*lead, *shape] as real coordinates [*lead, common positions, all others]."""
-    front = [*range(lead), *(lead + axis for axis in common)]
+    front = list(range(lead))
+    front += [lead + axis for axis in common]
     rest = [axis for axis in range(x.ndim) if axis not in front]
     moved = jnp.transpose(x, [*front, *rest])
-    num_positions = math.prod(moved.shape[lead : len(front)])
-    flat = moved.reshape(*x.shape[:lead], num_positions, -1)
+    positions = moved.shape[lead : len(front)]
+    flat = moved.reshape(*x.shape[:lead], math.prod(positions), -1)
     if not _tree.is_complex(x):
         return flat
     return jnp.concatenate([flat.real, flat.imag], axis=-1)
 
 
 def _positions_back(
-    y: Array, lead: int, common: Sequence[int], like: Inlet | Outlet
+    y: Array,
+    lead: int,
+    common: Sequence[int],
+    like: Inlet | Outlet,
 ) -> Array:
-    """The inverse of `_positions_first` for a value of the form of an inlet."""
+    """The inverse of `_positions_first` for a value of the form of an inlet or outlet."""
     if _tree.is_complex(like):
-        y = lax.complex(*jnp.split(y, 2, axis=-1))
-    rest = [axis for axis in range(len(like.shape)) if axis not in common]
-    order = [*common, *rest]
-    moved = y.reshape(*y.shape[:lead], *(like.shape[axis] for axis in order))
-    back = [lead + order.index(axis) for axis in range(len(like.shape))]
+        real, imaginary = jnp.split(y, 2, axis=-1)
+        y = lax.complex(real, imaginary)
+    axes = range(len(like.shape))
+    order = [*common, *(axis for axis in axes if axis not in common)]
+    lengths = [like.shape[axis] for axis in order]
+    moved = y.reshape(*y.shape[:lead], *lengths)
+    # where each axis of the value stands now
+    back = [lead + order.index(axis) for axis in axes]
     return jnp.transpose(moved, [*range(lead), *back])
 
 
@@ -129,36 +133,43 @@ def corrected(
         noise: what entered there, u, [k, *examples, *shape].
         slopes: the tangents of the losses along it, [k, *examples, *shape].
     """
-    lead = 1 if routes.sites.num_examples is None else 2
-    left = _tree.added([_behind(c, lead) for c in slopes])  # [k, *examples]
+    lead = 1 + routes.num_lead
     num_examples = routes.sites.num_examples or 1
-    left = left / num_examples  # the objective is their mean
+    of_losses = [_sum_behind(c, lead) for c in slopes]
+    left = _tree.added(of_losses) / num_examples  # the objective is the examples' mean
     shared = jnp.zeros(left.shape[:1], left.dtype)  # [k]
     for inlet, error, u in zip(routes.inlets, errors, noise, strict=True):
-        # Gradients of complex values are conjugate: Re(error · u) is the change of the loss.
-        product = jnp.real(error[None] * u).astype(left.dtype)
-        if inlet.mapped or lead == 1:
-            left = left - _behind(product, lead)
+        # Re(error · u) is the change of the loss, for gradients of complex values too.
+        foreseen = jnp.real(error[None] * u).astype(left.dtype)
+        if _is_own(routes, inlet):
+            left = left - _sum_behind(foreseen, lead)
         else:
-            shared = shared + _behind(product, 1)
-    # What all examples share moves the sum of their losses.
-    total = left - shared if lead == 1 else jnp.sum(left, axis=1) - shared
+            shared = shared + _sum_behind(foreseen, 1)
+
+    # What all examples share moves the sum of their losses, and each loss by a part of it.
+    total = _sum_behind(left, 1) - shared
+    if routes.num_lead:
+        left = left - shared[:, None] / num_examples
     found: list[Array] = []
     for inlet, error, u in zip(routes.inlets, errors, noise, strict=True):
-        rest = left if inlet.mapped and lead == 2 else total
-        if inlet.mapped and lead == 2:
-            # One example's noise cannot tell what the noise that all share did to its loss.
-            rest = rest - shared[..., None] / num_examples
-        weights = rest.reshape(*rest.shape, *[1] * (u.ndim - rest.ndim))
-        correction = jnp.mean(weights.astype(u.real.dtype) * u.conj(), axis=0)
+        weights = left if _is_own(routes, inlet) else total
+        missing = [1] * (u.ndim - weights.ndim)
+        weights = weights.reshape(*weights.shape, *missing).astype(u.real.dtype)
+        correction = jnp.mean(weights * u.conj(), axis=0)
         found.append(error + correction.astype(error.dtype))
     return found
 
 
-def _behind(x: Array, lead: int) -> Array:
+def _is_own(routes: Routes, inlet: Inlet) -> bool:
+    """Whether each example has a value of its own, and a noise."""
+    return inlet.mapped and routes.num_lead > 0
+
+
+def _sum_behind(x: Array, lead: int) -> Array:
     """Sums over all axes but the leading ones, in at least float32."""
     wide = x.astype(_tree.accumulation_dtype(x.dtype))
-    return jnp.sum(wide, axis=tuple(range(lead, x.ndim)))
+    axes = range(lead, x.ndim)
+    return jnp.sum(wide, axis=tuple(axes))
 
 
 def residuals(
@@ -177,14 +188,16 @@ def residuals(
         noise: what entered at each inlet, [k, *examples, *shape].
         tangents: the outlets' tangents ė, [k, *examples, *shape].
     """
-    lead = 1 if routes.sites.num_examples is None else 2
+    lead = 1 + routes.num_lead
     left = list(tangents)
     for inlet, through, u in zip(routes.inlets, maps, noise, strict=True):
         flat = _noise_by_position(routes, inlet, u)
-        foreseen = flat @ through.T.astype(flat.dtype)
+        foreseen = flat @ through.T.astype(flat.dtype)  # [k, *examples, positions, e]
         start = 0
-        sizes = _heard_sizes(routes, inlet)
-        for (number, axes), size in zip(_heard_axes(inlet), sizes, strict=True):
+        sizes = routes.heard_sizes(inlet)
+        for number, axes, size in zip(
+            inlet.heard, inlet.heard_axes, sizes, strict=True
+        ):
             part = foreseen[..., start : start + size]
             outlet = routes.outlets[number]
             left[number] = left[number] - _positions_back(part, lead, axes, outlet)
@@ -194,15 +207,17 @@ def residuals(
 
 def _noise_by_position(routes: Routes, inlet: Inlet, noise: Array) -> Array:
     """Noise as [k, *examples, common positions, h]; one example where all share it."""
-    if routes.sites.num_examples is not None and not inlet.mapped:
+    if routes.num_lead and not inlet.mapped:
         noise = noise[:, None]
-    lead = 1 if routes.sites.num_examples is None else 2
-    own = [axis for axis, _ in inlet.common]
-    return _positions_first(noise, lead, own)
+    lead = 1 + routes.num_lead
+    return _positions_first(noise, lead, inlet.own_axes)
 
 
 def products(
-    routes: Routes, noise: Sequence[Array], tangents: Sequence[Array], over: _mesh.Axes
+    routes: Routes,
+    noise: Sequence[Array],
+    tangents: Sequence[Array],
+    over: _mesh.Axes,
 ) -> list[Array]:
     """For each inlet the mean of tangents ⊗ noise, [e, h].
 
@@ -215,24 +230,31 @@ def products(
         over: the mesh axes that the examples are split over.
     """
     found: list[Array] = []
-    lead = 1 if routes.sites.num_examples is None else 2
     for inlet, u in zip(routes.inlets, noise, strict=True):
-        flat = _noise_by_position(routes, inlet, u)
-        parts = [
-            _positions_first(tangents[number], lead, axes)
-            for number, axes in _heard_axes(inlet)
-        ]
-        if not parts:
-            found.append(jnp.zeros((0, flat.shape[-1])))
-            continue
-        heard = jnp.concatenate(parts, axis=-1)
-        if lead == 2 and not inlet.mapped:  # all examples have one noise
-            heard = jnp.mean(heard, axis=1, keepdims=True)
-        dtype = _tree.accumulation_dtype(_tree.promoted(heard.dtype, flat.dtype))
-        heard = heard.astype(dtype).reshape(-1, heard.shape[-1])
-        flat = flat.astype(dtype).reshape(-1, flat.shape[-1])
-        found.append(_mesh.mean(heard.T @ flat / len(flat), over))
+        if inlet.heard:
+            mean = _mean_product(routes, inlet, u, tangents)
+            found.append(_mesh.mean(mean, over))
+        else:
+            found.append(jnp.zeros((0, inlet.size)))
     return found
+
+
+def _mean_product(
+    routes: Routes,
+    inlet: Inlet,
+    noise: Array,
+    tangents: Sequence[Array],
+) -> Array:
+    lead = 1 + routes.num_lead
+    flat = _noise_by_position(routes, inlet, noise)
+    heard = [tangents[number] for number in inlet.heard]
+    moved = _heard_by_position(inlet, heard, lead)
+    if routes.num_lead and not inlet.mapped:  # all examples have one noise
+        moved = jnp.mean(moved, axis=1, keepdims=True)
+    dtype = _tree.accumulation_dtype(_tree.promoted(moved.dtype, flat.dtype))
+    moved = moved.astype(dtype).reshape(-1, moved.shape[-1])
+    flat = flat.astype(dtype).reshape(-1, flat.shape[-1])
+    return moved.T @ flat / len(flat)
 
 
 def rates(routes: Routes, num_tangents: int, num_devices: int) -> list[float]:
@@ -245,12 +267,13 @@ def rates(routes: Routes, num_tangents: int, num_devices: int) -> list[float]:
     coordinates = [0] * len(routes.outlets)
     for inlet in routes.inlets:
         for number in inlet.heard:
-            coordinates[number] += _size(inlet)
+            coordinates[number] += inlet.size
+
     found: list[float] = []
     for inlet in routes.inlets:
-        samples = num_tangents * num_positions(inlet)
-        if inlet.mapped:
-            samples *= (routes.sites.num_examples or 1) * num_devices
+        num_samples = num_tangents * inlet.num_positions
+        if _is_own(routes, inlet):
+            num_samples *= (routes.sites.num_examples or 1) * num_devices
         most = max((coordinates[number] for number in inlet.heard), default=0)
-        found.append(0.1 / (1 + most / samples))
+        found.append(0.1 / (1 + most / num_samples))
     return found
