@@ -92,12 +92,12 @@ def forward(
         The values of all variables of this level, and of each inlet the value in front of the cut;
         those of a loop's body have a leading axis.
     """
-    run = _Evaluation(way, dict(way.twins), noise, behind or {}, time)
+    run = _LevelRun(way, dict(way.twins), noise, behind or {}, time)
     return run.level(level, inputs), run.taps
 
 
 @dataclasses.dataclass
-class _Evaluation:
+class _LevelRun:
     """One evaluation of one level.
 
     Attributes:
@@ -207,7 +207,7 @@ class _Evaluation:
         def step(carry: list[Any], slices: Any) -> tuple[list[Any], Any]:
             xs, twins_of_step, noise_of_step, behind_of_step = slices
             twins = {**fixed, **twins_of_step}
-            run = _Evaluation(self.way, twins, noise_of_step, behind_of_step, self.time)
+            run = _LevelRun(self.way, twins, noise_of_step, behind_of_step, self.time)
             env = run.level(plan.level, [*consts, *carry, *xs])
             outputs = [read(atom, env) for atom in body.outputs]
             carry, ys = loop.split_outputs(outputs)
