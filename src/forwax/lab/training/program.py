@@ -56,7 +56,6 @@ class _Carry(NamedTuple):
     order: Array
     done: Array
     finite: Array
-    last_loss: Array
     losses: Array
     accuracies: Array
 
@@ -89,16 +88,15 @@ def make_block(problem: Task, settings: Settings) -> Callable[..., _Carry]:
             state, loss, accuracy, finite = step(
                 carry.state, *spread([each[chosen] for each in data])
             )
-            loss = loss.astype(jnp.float32)
             done = carry.done
+            # where the step was not made, the next block writes over its loss
             return _Carry(
                 state,
                 epoch,
                 order,
                 done + finite.astype(done.dtype),
                 finite,
-                loss,
-                carry.losses.at[done].set(loss),
+                carry.losses.at[done].set(loss.astype(jnp.float32)),
                 carry.accuracies.at[done].set(accuracy),
             )
 
@@ -139,36 +137,20 @@ class Scorer:
     """
 
     def __init__(self, problem: Task, examples: Examples):
-        self._count = len(examples[0])
-        size = min(EVALUATION_BATCH, self._count)
-        padding = -self._count % size
-        # equal batches; the padding of the last one has weight False
-        padded = (
-            np.concatenate([each, np.zeros((padding, *each.shape[1:]), each.dtype)])
-            for each in (*examples, np.ones(self._count, bool))
-        )
-        self._batches = jax.device_put(
-            [x.reshape(-1, size, *x.shape[1:]) for x in padded]
-        )
-
-        def of_batch(params: Any, images: Array, labels: Array, weights: Array) -> Any:
-            losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(
-                params, images, labels
+        def evaluate(params: Any, examples: Any) -> Any:
+            return jax.lax.map(
+                lambda each: problem.loss(params, *each),
+                examples,
+                batch_size=EVALUATION_BATCH,
             )
-            return jnp.sum(jnp.where(weights, losses, 0)), jnp.sum(correct & weights)
-
-        def evaluate(params: Any, batches: Any) -> Any:
-            losses, correct = jax.lax.map(
-                lambda batch: of_batch(params, *batch), batches
-            )
-            return losses.sum(), correct.sum()
 
         self._evaluate = jax.jit(evaluate)
+        self._examples = jax.device_put(examples)
 
     def __call__(self, params: Any) -> tuple[float, float]:
         """Give the mean loss and the accuracy in [0, 1]."""
-        losses, correct = self._evaluate(params, self._batches)
-        return float(losses) / self._count, float(correct) / self._count
+        losses, correct = self._evaluate(params, self._examples)
+        return float(np.mean(losses, dtype=float)), float(np.mean(correct))
 
 
 @dataclass(eq=False)
@@ -259,18 +241,16 @@ class Trainer:
             self._carry, *inputs, *self.program.data
         )
         done = int(carry.done)
-        stopped_by = None if carry.finite else float(carry.last_loss)
-        losses, accuracies = (
-            np.asarray(x)[:done] for x in (carry.losses, carry.accuracies)
-        )
-        return Block(losses, accuracies, stopped_by)
+        losses = np.asarray(carry.losses)
+        stopped_by = None if carry.finite else float(losses[done])
+        return Block(losses[:done], np.asarray(carry.accuracies)[:done], stopped_by)
 
 
 def _carry(state: TrainState, num_examples: int) -> _Carry:
     """Where a run is when its sitting begins; no epoch is the current one yet."""
     buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
     order = jnp.zeros(num_examples, jnp.int32)
-    nothing = jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer.copy()
+    nothing = jnp.int32(0), jnp.bool(True), buffer, buffer.copy()
     return _Carry(state, jnp.int32(-1), order, *nothing)
 
 
@@ -310,10 +290,9 @@ def build_program(
     seed = np.uint32(0)
     spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
     started = time.perf_counter()
-    lowered = jax.jit(make_block(problem, settings), donate_argnums=0, **spread).lower(
-        jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data
-    )
-    compiled = lowered.compile()
+    block = jax.jit(make_block(problem, settings), donate_argnums=0, **spread)
+    shapes = jax.eval_shape(start, seed)
+    compiled = block.lower(shapes, np.int32(0), _rate(0), seed, *data).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     temporaries = None if memory is None else int(memory.temp_size_in_bytes)
