@@ -23,11 +23,11 @@ from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import PathOrNot, Range, UsageError, check_ranges
 from forwax.lab.training.advice import advice, monitored
-from forwax.lab.training.folder import CURVES, SUMMARY, Files, Run, opened
+from forwax.lab.training.folder import CURVES, SUMMARY, Run, opened
 from forwax.lab.training.problem import Task, build_problem
-from forwax.lab.training.program import Block, Scorer, build_trainer
-from forwax.lab.training.progress import make_reporter
-from forwax.lab.training.session import NOT_FINITE, Session
+from forwax.lab.training.program import Block
+from forwax.lab.training.progress import reporting
+from forwax.lab.training.session import NOT_FINITE, Session, Sitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,8 @@ def run(options: TrainOptions) -> int:
             if options.resume:
                 whence = f"step {files.step} of {settings.steps}"
                 print(f"Going on with {run.path} from {whence}.", flush=True)
-            session = _Training(files, problem, settings)
+            every = settings.eval_every or settings.steps
+            session = _Training(files, problem, settings, every)
             session.checkpoint_seconds = options.checkpoint_seconds
             with session.signals.watch():
                 return _train(run, session, started)
@@ -194,17 +195,8 @@ def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
     return run, problem, settings
 
 
-class _Training(Session):
+class _Training(Sitting):
     """A line for each step, an evaluation every so often."""
-
-    def __init__(self, files: Files, problem: Task, settings: Settings):
-        trainer = build_trainer(problem, settings, files.state)
-        steps = settings.steps
-        super().__init__(
-            trainer, {*range(0, steps, settings.eval_every or steps), steps}, files
-        )
-        self.metrics = files.metrics
-        self.score = Scorer(problem, problem.test)
 
     def after_block(self, block: Block, seconds: float) -> None:
         count = len(block.losses)
@@ -232,7 +224,7 @@ def _train(run: Run, session: _Training, started: float) -> int:
     name = run.config["experiment"]
     trainer = session.trainer
     steps = session.settings.steps
-    with make_reporter(name, steps, trainer.step) as session.reporter:
+    with reporting(name, steps, trainer.step) as session.report:
         stopped_by = session.run()
     session.save()
     if stopped_by is not None:

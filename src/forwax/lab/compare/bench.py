@@ -14,7 +14,7 @@ from forwax.lab.compare.setup import Comparison
 from forwax.lab.report import Json, finite
 from forwax.lab.training import timing
 from forwax.lab.training.program import Block, CompiledTraining, Scorer, build_program
-from forwax.lab.training.progress import make_reporter
+from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import Session
 
 BINS = 200
@@ -50,12 +50,11 @@ class Trial(Session):
         score: Scorer,
         at_steps: Iterable[int],
     ):
-        super().__init__(program.start(rate, seed), at_steps)
+        super().__init__(program.start(rate, seed), at_steps, score)
         self.losses: list[float] = []
         self.validated: list[int] = []
         self.validation_losses: list[float] = []
         self.finite = True
-        self._score = score
 
     def after_block(self, block: Block, seconds: float) -> None:
         """Keep the losses."""
@@ -65,7 +64,7 @@ class Trial(Session):
     def at_stop(self) -> None:
         """Take the validation loss."""
         self.validated.append(len(self.losses))
-        self.validation_losses.append(self._score(self.trainer.state.params)[0])
+        self.validation_losses.append(self.score(self.trainer.state.params)[0])
 
     def train(self) -> Trial:
         """Train from the first step to the last."""
@@ -138,7 +137,7 @@ class Bench:
         program = self._program(name, steps)
         started = time.perf_counter()
         trial = Trial(program, rate, seed, self._validation, at_steps)
-        with make_reporter(f"{name}, seed {seed}", steps, 0) as trial.reporter:
+        with reporting(f"{name}, seed {seed}", steps, 0) as trial.report:
             trial.train()
         wall = time.perf_counter() - started
         loss, accuracy = self._test(trial.trainer.state.params)
