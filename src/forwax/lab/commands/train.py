@@ -261,7 +261,7 @@ def _finish(run: Run, session: Session, started: float) -> None:
         "experiment": config["experiment"],
         "config": config["config"],
         "rule": settings.rule,
-        "reverse_mode": rule.reverse_mode,
+        "reverse_mode": not rule.backward,
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
         "train_loss": sum(losses) / len(losses),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -258,6 +259,9 @@ def _settings(
             f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
         )
     rate = experiment.suggest_rate(
-        settings, build_rule(settings), num_parameters, problem.noise
+        settings,
+        build_rule(settings, jnp.zeros(num_parameters)),
+        num_parameters,
+        problem.noise,
     )
     return dataclasses.replace(settings, learning_rate=rate)
