@@ -92,8 +92,7 @@ def tiny_experiment(monkeypatch):
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
     # the picture has tests of its own, and takes longer than these runs
     monkeypatch.setattr(
-        "forwax.lab.pictures.curves.save_curves",
-        lambda rows, title, path, colour: path.write_bytes(b"curves"),
+        "forwax.lab.style.save", lambda figure, path: path.write_bytes(b"curves")
     )
 
 

@@ -43,9 +43,8 @@ class Experiment:
             the rule's law.
         suggested_epochs: how long settings train that say neither steps nor epochs; None for the
             configuration's steps.
-        gradient: from the model's static half, the map of pixels to inputs, the settings and the
-            largest pixel to a function of a rule, see `Gradient`; None for softmax cross-entropy by
-            `forwax.value_and_grad`.
+        gradient: makes what estimates the gradient, see `Objective`; None for softmax cross-entropy
+            by `forwax.value_and_grad`.
 
     >>> EXPERIMENTS["digits"].data_set
     'digits'

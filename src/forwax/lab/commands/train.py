@@ -273,7 +273,7 @@ def _finish(run: Run, session: Session, started: float) -> None:
     }
     title = f"{config['experiment']}, rule {settings.rule}: {accuracy} on the test set"
     colour = style.PALETTE["backprop" if settings.rule == "backprop" else "forward"]
-    curves.save_curves(rows, title, run.path / CURVES, colour)
+    style.save(curves.draw_curves(rows, title, colour), run.path / CURVES)
     report.write_json(run.path / SUMMARY, summary)
     total = time.perf_counter() - started
     print(

@@ -59,7 +59,6 @@ class Trial(Session):
     def after_block(self, block: Block, seconds: float) -> None:
         """Keep the losses."""
         self.losses += block.losses.tolist()
-        self.finite = block.stopped_by is None
 
     def at_stop(self) -> None:
         """Take the validation loss."""
@@ -70,18 +69,15 @@ class Trial(Session):
         """Train from the first step to the last."""
         if self.stops[0] == 0:
             self.at_stop()
-        self.run()
+        self.finite = self.run() is None
         return self
 
-    def binned(self) -> list[tuple[float, float]]:
+    def binned(self) -> list[list[float]]:
         """Give at most `BINS` pairs (middle step, mean training loss)."""
-        losses = np.array(self.losses)
-        parts = np.array_split(np.arange(len(losses)), min(BINS, len(losses)) or 1)
-        return [
-            (float(part.mean() + 1), float(losses[part].mean()))
-            for part in parts
-            if len(part)
-        ]
+        count = len(self.losses)
+        points = np.column_stack([np.arange(1, count + 1), self.losses])
+        parts = np.array_split(points, min(BINS, count) or 1)
+        return [part.mean(axis=0).tolist() for part in parts if len(part)]
 
 
 class Bench:

@@ -10,7 +10,7 @@ to touch backprop's best validation loss.
 
 import math
 import statistics
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 
 import numpy as np
 
@@ -148,12 +148,8 @@ def settled_step(curve: Json, target: float | None) -> int | None:
     >>> settled_step({"steps": [0, 5, 10, 15], "validation_losses": [2.0, 1.0, 1.5, 0.9]}, 1.0)
     15
     """
-    settled = None
-    for step, is_low in reversed(_lows(curve, target)):
-        if not is_low:
-            break
-        settled = step
-    return settled
+    settled = takewhile(lambda point: point[1], reversed(_lows(curve, target)))
+    return min((step for step, _ in settled), default=None)
 
 
 def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
@@ -165,11 +161,10 @@ def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
 
 
 def _reached(each: Json, step: int | None, what: str) -> dict[str, float | str]:
-    if step is None:
-        return dict.fromkeys((f"steps_to_{what}", f"seconds_to_{what}"), NOT_REACHED)
+    seconds = NOT_REACHED if step is None else step * each["seconds_per_step"]
     return {
-        f"steps_to_{what}": step,
-        f"seconds_to_{what}": step * each["seconds_per_step"],
+        f"steps_to_{what}": NOT_REACHED if step is None else step,
+        f"seconds_to_{what}": seconds,
     }
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -19,7 +18,6 @@ from forwax.lab.catalogue import names
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
-from forwax.lab.catalogue.rules import build_rule, needs_guess
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import (
     Chosen,
@@ -226,42 +224,27 @@ def hold_out(problem: Task, count: int | None) -> tuple[Task, Examples]:
             f"--validation-examples must be from 1 to {total - 1}, got {count}."
         )
     order = np.random.default_rng(0).permutation(total)
-    held = np.sort(order[:count])
-    kept = np.sort(order[count:])
-    return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
-        images[held],
-        labels[held],
+    held, kept = (
+        (images[rows], labels[rows]) for rows in map(np.sort, np.split(order, [count]))
     )
+    return dataclasses.replace(problem, train=kept), held
 
 
 def _settings(
     options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Task
 ) -> Settings:
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
-    own = {"steps": options.steps, "batch_size": options.batch_size}
-    given = {**rule.given} | {
-        name: value for name, value in own.items() if value is not None
-    }
-    num_examples = problem.num_examples
-    num_parameters = problem.num_parameters
-    settings = resolve(
+    given = dict(rule.given)
+    for name in ("steps", "batch_size"):
+        if getattr(options, name) is not None:
+            given[name] = getattr(options, name)
+    if not options.paper:
+        given["learning_rate"] = None
+    return resolve(
         experiment,
         options.configuration,
         given,
-        num_examples,
-        num_parameters,
+        problem.num_examples,
+        problem.num_parameters,
         problem.noise,
     )
-    if options.paper:
-        return settings
-    if needs_guess(settings):
-        raise UsageError(
-            f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
-        )
-    rate = experiment.suggest_rate(
-        settings,
-        build_rule(settings, jnp.zeros(num_parameters)),
-        num_parameters,
-        problem.noise,
-    )
-    return dataclasses.replace(settings, learning_rate=rate)

@@ -1,5 +1,6 @@
 """One experiment made ready to train: its data, its initial parameters, its loss."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,7 +132,8 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Tas
         test=(data.test_images, data.test_labels.astype(np.int32)),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         checksum=checksum_of(data),
-        custom_gradient=gradient and gradient(static, scale, settings, data.scale),
+        custom_gradient=gradient
+        and functools.partial(gradient, static, scale, settings, data.scale),
     )
 
 
