@@ -9,6 +9,7 @@ CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -256,8 +257,8 @@ def column_of(settings: Settings) -> Column:
     return COLUMNS[DEFAULT]
 
 
-def row_of(settings: Settings) -> str:
-    """Give the name of the settings' row, in which several noises show.
+def row_of(settings: Any) -> str:
+    """Give the name of the row of settings, or of a row's entry, in which several noises show.
 
     >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'

@@ -257,27 +257,24 @@ def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
     True
     """
     rule = RULES[settings.rule]
-    settings = dataclasses.replace(
-        settings, tangents=settings.tangents or rule.tangents
-    )
-    takes = set(rule.takes)
-    if settings.tangents != "sparse":
-        takes.discard("density")
-    if not needs_guess(settings):
-        takes.discard("guess_decay")
-    left_out = [name for name in RULE_SETTINGS if name not in takes]
-    for name in left_out:
+    tangents = settings.tangents or rule.tangents
+    settings = dataclasses.replace(settings, tangents=tangents)
+    refusals = {}
+    for name in RULE_SETTINGS:
+        takers = [other for other, choice in RULES.items() if name in choice.takes]
+        if settings.rule not in takers:
+            refusals[name] = (
+                f"does not apply to --rule {settings.rule}; it belongs to: {', '.join(takers)}"
+            )
+    if "tangents" in rule.takes and tangents != "sparse":
+        refusals["density"] = (
+            f"belongs to --tangents sparse, but the tangents are {tangents}"
+        )
+    if "tangents" in rule.takes and not needs_guess(settings):
+        refusals["guess_decay"] = (
+            "belongs to --tangents guided or --combine control-variate, and neither was chosen"
+        )
+    for name, refusal in refusals.items():
         if name in given:
-            raise UsageError(f"{flag(name)} {_why_not(name, settings)}.")
-    return dataclasses.replace(settings, **dict.fromkeys(left_out))
-
-
-def _why_not(name: str, settings: Settings) -> str:
-    """Say why the settings do not take one of their own."""
-    draws = "tangents" in RULES[settings.rule].takes
-    if draws and name == "density":
-        return f"belongs to --tangents sparse, but the tangents are {settings.tangents}"
-    if draws and name == "guess_decay":
-        return "belongs to --tangents guided or --combine control-variate, and neither was chosen"
-    takers = ", ".join(rule for rule, choice in RULES.items() if name in choice.takes)
-    return f"does not apply to --rule {settings.rule}; it belongs to: {takers}"
+            raise UsageError(f"{flag(name)} {refusal}.")
+    return dataclasses.replace(settings, **dict.fromkeys(refusals))

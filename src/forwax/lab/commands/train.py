@@ -61,6 +61,9 @@ class TrainOptions(SettingOptions):
     """The time between two checkpoints."""
 
 
+TOLD = ("experiment", "config", "rule", "steps", "learning_rate", "seed")
+"""What summary.json repeats of config.json."""
+
 DESCRIPTION = "\n".join(
     [
         "Train a model on real data, by default without backpropagation.",
@@ -249,7 +252,6 @@ def _finish(run: Run, session: Session, started: float) -> None:
     from forwax.lab import style
     from forwax.lab.pictures import curves
 
-    config = run.config
     settings = session.settings
     rows = run.metrics()
     rule = RULES[settings.rule]
@@ -258,20 +260,16 @@ def _finish(run: Run, session: Session, started: float) -> None:
     accuracy = f"{last['test_accuracy']:.1%}"
     pace = settings.steps / session.seconds
     summary = {
-        "experiment": config["experiment"],
-        "config": config["config"],
-        "rule": settings.rule,
+        **{name: run.config[name] for name in TOLD},
         "reverse_mode": not rule.backward,
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
         "train_loss": sum(losses) / len(losses),
-        "steps": settings.steps,
         "steps_per_second": pace,
-        "learning_rate": settings.learning_rate,
-        "seed": settings.seed,
         **session.facts(),
     }
-    title = f"{config['experiment']}, rule {settings.rule}: {accuracy} on the test set"
+    name = run.config["experiment"]
+    title = f"{name}, rule {settings.rule}: {accuracy} on the test set"
     colour = style.PALETTE["backprop" if settings.rule == "backprop" else "forward"]
     style.save(curves.draw_curves(rows, title, colour), run.path / CURVES)
     report.write_json(run.path / SUMMARY, summary)

@@ -26,6 +26,7 @@ from forwax.lab.catalogue.objectives import (
 )
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
+from forwax.lab.data.sets import ARRAYS
 from forwax.lab.flags import UsageError
 
 Examples = tuple[np.ndarray, np.ndarray]
@@ -152,12 +153,7 @@ def standardiser(images: np.ndarray) -> Scale:
 def checksum_of(data: DataSet) -> str:
     """The SHA-256 of a data set's shapes, types and values."""
     digest = hashlib.sha256()
-    for array in (
-        data.train_images,
-        data.train_labels,
-        data.test_images,
-        data.test_labels,
-    ):
+    for array in (getattr(data, name) for name in ARRAYS):
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
