@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 import forwax as fx
 from forwax import combine, tangents
-from forwax.lab.catalogue.settings import Settings
+from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import UsageError, flag
+from forwax.lab.report import Json
 from forwax.models import ren2023
 
 TANGENTS: Mapping[str, Any] = {
@@ -164,15 +165,16 @@ def needs_guess(settings: Settings) -> bool:
     return guesses and "tangents" in RULES[settings.rule].takes
 
 
-def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
-    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones.
+def guarded_rule(settings: Settings, guess: Any = None, history: Any = None) -> Any:
+    """Build the rule, inside `forwax.Safe` where the settings clip slopes or skip bad ones.
 
     A step whose loss is not finite is not skipped: the loop stops before it, and keeps a
     checkpoint. So it does where a slope that is not skipped makes the gradient so.
 
-    >>> guard_rule(Settings(), fx.WeightPerturbation()) == fx.WeightPerturbation()
-    True
+    >>> guarded_rule(Settings(rule="backprop"))
+    Backprop()
     """
+    rule = build_rule(settings, guess)
     skip = bool(settings.skip_bad_slopes)
     if settings.clip_slopes is None and not skip:
         return rule
@@ -234,10 +236,9 @@ def build_rule(settings: Settings, guess: Any = None) -> Any:
         raise UsageError(str(error)) from error
 
 
-def _filled(entry: Any, own: Mapping[str, Any]) -> Any:
+def _filled(entry: Any, own: Json) -> Any:
     """Put a run's guess or density into tangents or a combination that have one."""
-    names = {field.name for field in dataclasses.fields(entry)}
-    return dataclasses.replace(entry, **{name: own[name] for name in names & set(own)})
+    return dataclasses.replace(entry, **fields_in(entry, own))
 
 
 def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:

@@ -141,5 +141,14 @@ class Settings:
         >>> Settings.from_dict({"steps": 3, "experiment": "digits"}).steps
         3
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+        return cls(**fields_in(cls, values))
+
+
+def fields_in(options: Any, values: Json) -> Json:
+    """Give those of the values that are fields of a dataclass, by name.
+
+    >>> fields_in(Settings, {"steps": 3, "experiment": "digits"})
+    {'steps': 3}
+    """
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: value for name, value in values.items() if name in names}

@@ -18,7 +18,7 @@ from forwax.lab.catalogue import names
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
-from forwax.lab.catalogue.settings import Settings
+from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import (
     Chosen,
     Count,
@@ -112,18 +112,10 @@ def resumed(options: CompareOptions) -> CompareOptions:
         raise UsageError(
             f"{folder} is the folder of a training run; go on with: forwax train --resume {folder}"
         )
-    fields = {field.name for field in dataclasses.fields(CompareOptions)}
-    stored = {name: config[name] for name in fields & config.keys()}
-    data_dir = options.data_dir or (
-        Path(config["data_dir"]) if config.get("data_dir") else None
-    )
-    stored |= {
-        "rules": tuple(config["rules"]),
-        "data_dir": data_dir,
-        "out": None,
-        "resume": folder,
-    }
-    return CompareOptions(**stored)
+    stored = CompareOptions(**fields_in(CompareOptions, config))
+    data_dir = options.data_dir or (stored.data_dir and Path(stored.data_dir))
+    rules = tuple(stored.rules)
+    return dataclasses.replace(stored, rules=rules, data_dir=data_dir, resume=folder)
 
 
 def make_folder(options: CompareOptions) -> Path:
@@ -133,7 +125,6 @@ def make_folder(options: CompareOptions) -> Path:
         UsageError: when it cannot be made, or holds a comparison already.
     """
     config = dataclasses.asdict(options) | {
-        "rules": list(options.rules),
         "versions": report.versions(),
         "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
         "out": None,

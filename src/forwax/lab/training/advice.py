@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 import forwax as fx
 from forwax.lab.catalogue.options import find_experiment
-from forwax.lab.catalogue.rules import RULES, build_rule
+from forwax.lab.catalogue.rules import RULES, build_rule, guarded_rule
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
 from forwax.lab.training.program import Trainer
-from forwax.lab.training.step import TrainState, guarded_rule
+from forwax.lab.training.step import TrainState
 
 NAMES = ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped")
 

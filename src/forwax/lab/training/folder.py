@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -170,9 +170,9 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state and how many seconds of training led to it."""
+    """A state, None before the first one, and how many seconds of training led to it."""
 
-    state: TrainState
+    state: TrainState | None
     seconds: float
 
 
@@ -202,18 +202,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, seconds: float) -> None:
-        """Write a checkpoint and wait until it is complete; one of the same step stays as it is.
+        """Write a checkpoint, complete on return; one of the same step stays as it is.
 
         Args:
             state: the state to keep.
             seconds: the training time so far.
         """
-        step = int(state.step)
-        if step not in self._manager.all_steps():
-            self._manager.save(
-                step, args=self._args.StandardSave(_as_tree(state, seconds))
-            )
-            self._manager.wait_until_finished()
+        saved = self._args.StandardSave(_as_tree(state, seconds))
+        self._manager.save(int(state.step), args=saved)
 
     def restore(self, like: TrainState) -> Checkpoint | None:
         """Read the newest complete checkpoint.
@@ -227,11 +223,8 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            _as_tree(like, 0.0),
-        )
-        tree = self._manager.restore(step, args=self._args.StandardRestore(abstract))
+        shapes = self._args.StandardRestore(_as_tree(like, 0.0))
+        tree = self._manager.restore(step, args=shapes)
         return Checkpoint(TrainState(**tree["state"]), float(tree["seconds"]))
 
     def close(self) -> None:
@@ -258,16 +251,12 @@ class Files:
 @contextmanager
 def opened(run: Run, problem: Task, settings: Settings) -> Iterator[Files]:
     """Open a run's files, its metrics cut back to its last checkpoint."""
-    checkpoints = Checkpoints(run.path / CHECKPOINTS)
-    metrics = Metrics(run.path)
-    try:
-        found = checkpoints.restore(
-            jax.eval_shape(lambda: init_state(problem, settings))
-        )
-        state, seconds = (found.state, found.seconds) if found else (None, 0.0)
-        step = int(state.step) if state else 0
+    with (
+        closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints,
+        closing(Metrics(run.path)) as metrics,
+    ):
+        like = jax.eval_shape(lambda: init_state(problem, settings))
+        found = checkpoints.restore(like) or Checkpoint(None, 0.0)
+        step = int(found.state.step) if found.state else 0
         run.cut_metrics(step)
-        yield Files(run, metrics, checkpoints, state, step, seconds)
-    finally:
-        metrics.close()
-        checkpoints.close()
+        yield Files(run, metrics, checkpoints, found.state, step, found.seconds)

@@ -284,14 +284,11 @@ def build_program(
     def init(seed: Any) -> TrainState:
         return init_state(problem, dataclasses.replace(settings, seed=seed))
 
-    def start(seed: Any) -> _Carry:
-        return _carry(init(seed), problem.num_examples)
-
     seed = np.uint32(0)
     spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
     started = time.perf_counter()
     block = jax.jit(make_block(problem, settings), donate_argnums=0, **spread)
-    shapes = jax.eval_shape(start, seed)
+    shapes = jax.eval_shape(lambda: _carry(init(seed), problem.num_examples))
     compiled = block.lower(shapes, np.int32(0), _rate(0), seed, *data).compile()
     seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()

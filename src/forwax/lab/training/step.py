@@ -12,8 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from forwax.lab.catalogue.optimizers import build_optimizer
 from forwax.lab.catalogue.rules import (
     FEEDBACK,
-    build_rule,
-    guard_rule,
+    guarded_rule,
     initial_guess,
     needs_guess,
 )
@@ -73,11 +72,6 @@ def init_state(problem: Task, settings: Settings) -> TrainState:
 
     # one program instead of one for each operation
     return jax.jit(init)()
-
-
-def guarded_rule(settings: Settings, guess: Any, slopes: Any = None) -> Any:
-    """Build the rule, inside `forwax.Safe` where the settings say so."""
-    return guard_rule(settings, build_rule(settings, guess), slopes)
 
 
 def make_step(problem: Task, settings: Settings) -> Any:
