@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import equinox as eqx
-import jax
+from jax import Array
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.report import Json
 from forwax.models import LocalMixer, ren2023
 from forwax.models.local_mixer import SIZES
 
-ModelFactory = Callable[[tuple[int, int, int], int, jax.Array], eqx.Module]
+ModelFactory = Callable[[tuple[int, int, int], int, Array], eqx.Module]
 """From (the shape of one image, the number of classes, a key) to a model of one example."""
 
 PROJECTION = 128

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 import forwax as fx
 from forwax import combine, tangents
@@ -181,7 +182,7 @@ def guarded_rule(settings: Settings, guess: Any = None, history: Any = None) -> 
     return fx.Safe(rule, clip=settings.clip_slopes, skip=skip, history=history)
 
 
-def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
+def initial_guess(settings: Settings, params: Any, key: Array) -> Any:
     """Give what the rule keeps between steps: a guess of zero, fixed feedback, or nothing.
 
     Args:
@@ -241,7 +242,7 @@ def _filled(entry: Any, own: Json) -> Any:
     return dataclasses.replace(entry, **fields_in(entry, own))
 
 
-def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
+def check_rule(settings: Settings, given: Json) -> Settings:
     """Refuse what the rule does not take, and set to None what does not apply to it.
 
     Args:

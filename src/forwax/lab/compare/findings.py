@@ -16,7 +16,7 @@ import numpy as np
 
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.compare.rates import edge_note
-from forwax.lab.report import Json, finite
+from forwax.lab.report import Json, Rows, RowsByRule, finite
 from forwax.lab.training.timing import LOSS
 
 NOT_REACHED = "not reached"
@@ -25,8 +25,8 @@ NOT_REACHED = "not reached"
 def gather(
     rules: list[NamedRule],
     timing: Json,
-    searches: dict[str, list[Json]],
-    runs: dict[str, list[Json]],
+    searches: RowsByRule,
+    runs: RowsByRule,
     target_loss: float | None = None,
 ) -> Json:
     """Gather the parts of a comparison.
@@ -53,27 +53,26 @@ def gather(
             "colour": rule.colour,
             "dashes": rule.dashes,
             "search": searches.get(name, []),
-            "edge": edge_note(searches[name]) if searches.get(name) else None,
+            "edge": edge_note(searches[name]) if name in searches else None,
             "seconds_per_step": seconds[name],
             "R": seconds[name] / seconds[LOSS],
             "temporary_bytes": timing["temporary_bytes"][name],
         }
-    is_given = target_loss is not None
-    target = target_loss if is_given else default_target(found)
+    target = default_target(found) if target_loss is None else target_loss
     for each in found.values():
         each |= _reached(each, settled_step(each["curve"], target), "target")
         each |= _against(each, found.get("backprop"))
     return {
         "loss_seconds": seconds[LOSS],
         "target_loss": target,
-        "target_is": "given"
-        if is_given
-        else "the loss that the slowest rule that stayed finite ends at",
+        "target_is": "the loss that the slowest rule that stayed finite ends at"
+        if target_loss is None
+        else "given",
         "rules": found,
     }
 
 
-def _of_runs(runs: list[Json]) -> Json:
+def _of_runs(runs: Rows) -> Json:
     """Gather what the seeds of one rule gave."""
     accuracies = [run["test_accuracy"] for run in runs]
     steps, losses = median_curve(runs)
@@ -96,7 +95,7 @@ def _of_runs(runs: list[Json]) -> Json:
     }
 
 
-def median_curve(runs: list[Json]) -> tuple[list[int], list[float]]:
+def median_curve(runs: Rows) -> tuple[list[int], list[float]]:
     """Give the steps and the median validation loss over the runs.
 
     A run that ended early counts as infinite.

@@ -5,14 +5,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forwax.lab import style
-from forwax.lab.report import Json
+from forwax.lab.report import Rows
 
 Columns = dict[str, np.ndarray]
 
 
 @style.styled
 def draw_curves(
-    rows: list[Json], title: str, colour: str = style.PALETTE["forward"]
+    rows: Rows, title: str, colour: str = style.PALETTE["forward"]
 ) -> Figure:
     """Draw loss (above) and accuracy (below) against steps (left) and seconds (right).
 
@@ -72,7 +72,7 @@ def _draw_accuracy(
         )
 
 
-def _columns(rows: list[Json], *names: str) -> Columns:
+def _columns(rows: Rows, *names: str) -> Columns:
     """Gather the rows that have the first of the named values into arrays."""
     kept = [row for row in rows if names[0] in row]
     names = ("step", "seconds", *names)

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,14 @@ from forwax.lab.catalogue.options import find_experiment
 from forwax.lab.catalogue.rules import RULES, build_rule, guarded_rule
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 from forwax.lab.training.program import Trainer
 from forwax.lab.training.step import TrainState
 
 NAMES = ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped")
 
 
-def monitored(
-    settings: Settings, state: TrainState, num_parameters: int
-) -> dict[str, Any]:
+def monitored(settings: Settings, state: TrainState, num_parameters: int) -> Json:
     """Give what `forwax.Safe.monitor` finds in the slopes of the last thousand steps.
 
     Args:

@@ -28,11 +28,12 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
 from forwax.lab.data.sets import ARRAYS
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 
 Examples = tuple[np.ndarray, np.ndarray]
 """(images uint8 [N, height, width, channels], labels int32 [N]) in host memory."""
 
-_BATCHED: dict[str, Any] = {"has_aux": True, "in_axes": (None, 0, 0)}
+_BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,15 +76,12 @@ class Signals:
     @contextlib.contextmanager
     def watch(self) -> Iterator[Signals]:
         """Watch while the context lasts; outside the main thread there is nothing to watch."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread():
-            numbers = ()
-        before = {number: signal.signal(number, self._note) for number in numbers}
-        try:
+        with contextlib.ExitStack() as before:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    handler = signal.signal(number, self._note)
+                    before.callback(signal.signal, number, handler)
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Session:
