@@ -399,7 +399,7 @@ def test_lars_takes_decay_off_the_weights_of_the_backbone_alone():
 def test_settings_follow_size_data_and_objective():
     settings = COLUMNS["mnist-s"].settings
     assert (
-        columns.learning_rate(dataclasses.replace(settings, rule="BP"))
+        columns.suggested(dataclasses.replace(settings, rule="BP"))[0]
         == COLUMNS["mnist-s"].rates["BP"]
     )
     large = dataclasses.replace(

@@ -25,6 +25,7 @@ from forwax.lab.flags import (
     PathOrNot,
     UsageError,
     check_ranges,
+    given,
 )
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
@@ -210,11 +211,7 @@ def settings_of(
         UsageError: when one is out of range.
     """
     names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
-    changes = {
-        name: getattr(options, name)
-        for name in names
-        if getattr(options, name) is not None
-    }
+    changes = given(options, names)
     num_examples = len(data.train_images)
     settings = entry.settings(column, num_examples, seed=seed, **changes)
     check_numbers(settings, num_examples)

@@ -139,31 +139,24 @@ def run(options: TrainOptions) -> int:
 def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
     """Check the options, load the data, make the folder."""
     experiment = find_experiment(options.experiment)
-    given = options.given()
-    config = options.config
-    data_dir = options.data_dir
-    problem = build_problem(experiment, asked(experiment, config, given), data_dir)
+    choices = experiment, options.config, options.given()
+    problem = build_problem(experiment, asked(*choices), options.data_dir)
     settings = resolve(
-        experiment,
-        config,
-        given,
-        problem.num_examples,
-        problem.num_parameters,
-        problem.noise,
+        *choices, problem.num_examples, problem.num_parameters, problem.noise
     )
-    name = experiment.name
     kept = {
-        "experiment": name,
-        "config": config,
+        "experiment": experiment.name,
+        "config": options.config,
         **settings.as_dict(),
-        "data_dir": str(data_dir.absolute()) if data_dir else None,
+        "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
         "data_checksum": problem.checksum,
         "num_parameters": problem.num_parameters,
         "versions": report.versions(),
     }
-    run = Run.create(options.runs, name, kept)
+    run = Run.create(options.runs, experiment.name, kept)
     print(
-        f"{name}: {problem.num_parameters:,} parameters, {problem.num_examples:,} examples.\n"
+        f"{experiment.name}: {problem.num_parameters:,} parameters, "
+        f"{problem.num_examples:,} examples.\n"
         f"Rule: {_told(settings)}. Optimizer: {settings.optimizer}, learning rate "
         f"{settings.learning_rate:.3g}.\nRun: {run.path}",
         flush=True,
@@ -185,12 +178,12 @@ def _told(settings: Settings) -> str:
 
 def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
     """Load the settings and the data that the run had."""
-    config = run.config
-    experiment = find_experiment(config["experiment"])
-    settings = Settings.from_dict(config)
-    stored = Path(config["data_dir"]) if config["data_dir"] else None
-    problem = build_problem(experiment, settings, data_dir or stored)
-    if problem.checksum != config["data_checksum"]:
+    experiment = find_experiment(run.config["experiment"])
+    settings = Settings.from_dict(run.config)
+    stored = run.config["data_dir"]
+    data_dir = data_dir or (stored and Path(stored))
+    problem = build_problem(experiment, settings, data_dir)
+    if problem.checksum != run.config["data_checksum"]:
         raise UsageError(
             f"The data set {experiment.data_set} is not the one that {run.path} was trained on "
             "(its checksum differs); give the old one with --data-dir, or start a new run."
@@ -202,17 +195,17 @@ class _Training(Sitting):
     """A line for each step, an evaluation every so often."""
 
     def after_block(self, block: Block, seconds: float) -> None:
-        count = len(block.losses)
-        first = self.trainer.step - count + 1
-        times = self.seconds - seconds + seconds * np.arange(1, count + 1) / count
-        columns = block.losses, block.accuracies, times.round(6)
-        names = "step", "loss", "accuracy", "seconds"
-        rows = zip(
-            range(first, first + count),
-            *(each.tolist() for each in columns),
-            strict=True,
-        )
-        self.metrics.append(dict(zip(names, row, strict=True)) for row in rows)
+        numbers = np.arange(1, len(block.losses) + 1)
+        columns = {
+            "step": self.trainer.step - len(numbers) + numbers,
+            "loss": block.losses,
+            "accuracy": block.accuracies,
+            "seconds": (
+                self.seconds - seconds + seconds * numbers / len(numbers)
+            ).round(6),
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        self.metrics.append(dict(zip(columns, row, strict=True)) for row in rows)
 
     def at_stop(self) -> None:
         state = self.trainer.state
@@ -225,18 +218,17 @@ class _Training(Sitting):
 def _train(run: Run, session: _Training, started: float) -> int:
     """Train until something stops it, and say what did."""
     name = run.config["experiment"]
-    trainer = session.trainer
     steps = session.settings.steps
-    with reporting(name, steps, trainer.step) as session.report:
+    with reporting(name, steps, session.trainer.step) as session.report:
         stopped_by = session.run()
     session.save()
     if stopped_by is not None:
-        print(advice(name, trainer, run.path, stopped_by))
+        print(advice(name, session.trainer, run.path, stopped_by))
         return NOT_FINITE
     if session.stopped_early:
         print(
-            f"Stopped at step {trainer.step} of {steps}; go on with: forwax train --resume "
-            f"{run.path}"
+            f"Stopped at step {session.trainer.step} of {steps}; go on with: forwax train "
+            f"--resume {run.path}"
         )
         return session.signals.code
     _finish(run, session, started)

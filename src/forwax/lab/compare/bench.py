@@ -10,10 +10,11 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from forwax._reports.timing import medians
 from forwax.lab.compare.setup import Comparison
 from forwax.lab.report import Json, finite
 from forwax.lab.training import timing
-from forwax.lab.training.program import Block, CompiledTraining, Scorer, build_program
+from forwax.lab.training.program import Block, CompiledTraining, Score, scorer
 from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import Session
 
@@ -47,7 +48,7 @@ class Trial(Session):
         program: CompiledTraining,
         rate: float,
         seed: int,
-        score: Scorer,
+        score: Score,
         at_steps: Iterable[int],
     ):
         super().__init__(program.start(rate, seed), at_steps, score)
@@ -92,21 +93,21 @@ class Bench:
         self.comparison = comparison
         self._program = functools.cache(self._compiled)
         self._data = jax.device_put(problem.train)
-        self._validation = Scorer(problem, comparison.validation)
-        self._test = Scorer(problem, problem.test)
+        self._validation = scorer(problem, comparison.validation)
+        self._test = scorer(problem, problem.test)
 
     def _compiled(self, name: str, steps: int) -> CompiledTraining:
         settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
         print(f"Compiling {name} for {steps:,} steps.", flush=True)
-        return build_program(self.comparison.problem, settings, self._data)
+        return CompiledTraining(self.comparison.problem, settings, self._data)
 
     def timing(self) -> Json:
         """Measure the time of a step under every rule, and gather the compiled memory."""
         names = self.comparison.settings
         programs = {name: self._program(name, self.comparison.steps) for name in names}
         seconds = timing.measure(programs)
-        for name, values in seconds.items():
-            print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
+        for name, median in medians(seconds).items():
+            print(f"{name}: {1000 * median:.3g} ms", flush=True)
         return {
             "seconds": seconds,
             "temporary_bytes": {
@@ -117,9 +118,8 @@ class Bench:
     def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""
         steps = self.comparison.search_steps
-        trial = Trial(
-            self._program(name, steps), rate, 0, self._validation, [steps]
-        ).train()
+        program = self._program(name, steps)
+        trial = Trial(program, rate, 0, self._validation, [steps]).train()
         loss = finite(trial.validation_losses[-1]) if trial.finite else None
         count = self.comparison.options.search_rates
         what = "not finite" if loss is None else f"validation loss {loss:.4g}"

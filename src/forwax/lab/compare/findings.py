@@ -14,6 +14,7 @@ from itertools import takewhile, zip_longest
 
 import numpy as np
 
+from forwax._reports.timing import medians
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.compare.rates import edge_note
 from forwax.lab.report import Json, Rows, RowsByRule, finite
@@ -42,9 +43,7 @@ def gather(
     Returns:
         A dictionary that JSON can hold: no infinities, and "not reached" in place of a number.
     """
-    seconds = {
-        name: float(np.median(values)) for name, values in timing["seconds"].items()
-    }
+    seconds = medians(timing["seconds"])
     found: dict[str, Json] = {}
     for rule in rules:
         name = rule.name

@@ -27,6 +27,7 @@ from forwax.lab.flags import (
     Positive,
     UsageError,
     check_ranges,
+    given,
 )
 from forwax.lab.report import Json
 from forwax.lab.training.folder import CONFIG, Run
@@ -225,16 +226,13 @@ def _settings(
     options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Task
 ) -> Settings:
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
-    given = dict(rule.given)
-    for name in ("steps", "batch_size"):
-        if getattr(options, name) is not None:
-            given[name] = getattr(options, name)
+    asked = rule.given | given(options, ("steps", "batch_size"))
     if not options.paper:
-        given["learning_rate"] = None
+        asked["learning_rate"] = None
     return resolve(
         experiment,
         options.configuration,
-        given,
+        asked,
         problem.num_examples,
         problem.num_parameters,
         problem.noise,

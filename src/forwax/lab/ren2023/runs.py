@@ -12,7 +12,7 @@ from forwax.lab.flags import UsageError
 from forwax.lab.report import Json, write_json
 from forwax.lab.training.folder import CHECKPOINTS, CONFIG, SUMMARY, Files, Run, opened
 from forwax.lab.training.problem import Task
-from forwax.lab.training.program import Block, Scorer
+from forwax.lab.training.program import Block, scorer
 from forwax.lab.training.session import Session, Signals, Sitting
 
 Tell = Callable[[str], None]
@@ -126,11 +126,10 @@ class _Epochs(Sitting):
 
 def _summary(run: Run, session: Session, finite: bool) -> Json:
     rows = [row for row in run.metrics() if "test_error" in row]
-    problem = session.problem
-    seconds = session.seconds
     train_error = None
     if finite:  # without noise or augmentation
-        accuracy = Scorer(problem, problem.train)(session.trainer.state.params)[1]
+        score = scorer(session.problem, session.problem.train)
+        accuracy = score(session.trainer.state.params)[1]
         train_error = 100 * (1 - accuracy)
     return {
         "finite": finite,
@@ -139,7 +138,7 @@ def _summary(run: Run, session: Session, finite: bool) -> Json:
         "epochs": [row["epoch"] for row in rows],
         "test_errors": [row["test_error"] for row in rows],
         "losses": [row["loss"] for row in rows],
-        "seconds_per_epoch": seconds / max(1e-9, rows[-1]["epoch"]) if rows else None,
+        "seconds_per_epoch": session.seconds / rows[-1]["epoch"] if rows else None,
         "num_devices": len(jax.local_devices())
         if session.settings.data_parallel
         else 1,

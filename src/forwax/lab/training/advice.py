@@ -57,10 +57,9 @@ def advice(experiment: str, trainer: Trainer, folder: Path, loss: float) -> str:
     settings = trainer.program.settings
     problem = trainer.program.problem
     n = problem.num_parameters
-    rule = build_rule(settings, jnp.zeros(n))
     rate = settings.learning_rate or 0.0
     suggested = find_experiment(experiment).suggest_rate(
-        settings, rule, n, problem.noise
+        settings, build_rule(settings, jnp.zeros(n)), n, problem.noise
     )
     smaller = min(suggested, rate / 3)
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]

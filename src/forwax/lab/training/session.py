@@ -22,9 +22,10 @@ from forwax.lab.training.problem import Task
 from forwax.lab.training.program import (
     MAX_BLOCK,
     Block,
-    Scorer,
+    Score,
     Trainer,
     build_trainer,
+    scorer,
 )
 from forwax.lab.training.progress import Report
 
@@ -99,7 +100,7 @@ class Session:
     checkpoint_seconds = 60.0
     """The least time between two checkpoints."""
 
-    def __init__(self, trainer: Trainer, stops: Iterable[int], score: Scorer):
+    def __init__(self, trainer: Trainer, stops: Iterable[int], score: Score):
         self.trainer = trainer
         self.problem = trainer.program.problem
         self.settings = trainer.program.settings
@@ -175,7 +176,7 @@ class Sitting(Session):
         super().__init__(
             build_trainer(problem, settings, files.state),
             {*range(0, settings.steps, every), settings.steps},
-            Scorer(problem, problem.test),
+            scorer(problem, problem.test),
         )
         self.seconds = files.seconds
         self.metrics = files.metrics

@@ -1,6 +1,7 @@
 """The time of one step under each rule, and of evaluating the loss once: warm, in turns."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def measure(
     # at rate zero the parameters stay where they are, and the work is the same
     runs |= {name: program.start(0.0, seed=0).run for name, program in programs.items()}
     counts = {name: _calibrate(run) for name, run in runs.items()}
-    calls = {name: lambda run=run, n=counts[name]: run(n) for name, run in runs.items()}
+    calls = {name: partial(run, counts[name]) for name, run in runs.items()}
     seconds = interleaved(calls, rounds, max_seconds=TOTAL_SECONDS)
     return {name: (times / counts[name]).tolist() for name, times in seconds.items()}
 
@@ -80,8 +81,8 @@ def _calibrate(run: Run) -> int:
     """Choose how many steps one measurement has; this warms up as well."""
     jax.block_until_ready(run(1))
     count = 1
-    seconds = seconds_of(lambda: run(1))
+    seconds = seconds_of(partial(run, 1))
     while seconds < BLOCK_SECONDS / 4 and count < MAX_BLOCK:
         count = min(4 * count, MAX_BLOCK)
-        seconds = seconds_of(lambda n=count: run(n))
+        seconds = seconds_of(partial(run, count))
     return int(np.clip(BLOCK_SECONDS * count / seconds, 1, MAX_BLOCK))
