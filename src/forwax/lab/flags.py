@@ -37,6 +37,7 @@ class Range:
 
 Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 Positive = Annotated[float, Range("a positive number", lambda x: 0 < x < math.inf)]
+AtLeastOne = Annotated[float, Range("at least 1", lambda x: 1 <= x < math.inf)]
 CountOrNot = Chosen[Count]
 PathOrNot = Chosen[Path]
 _NOT_NEGATIVE = Range("zero or more", lambda x: 0 <= x < math.inf)

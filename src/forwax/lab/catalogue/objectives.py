@@ -84,10 +84,11 @@ def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
     return loss
 
 
-def _read(settings: Settings) -> tuple[Any, ren2023.Reading, bool]:
-    """The floating type, what the method's name says, and whether its losses come in parts."""
+def _method(settings: Settings, rule: Any) -> ren2023.Method:
+    """The method that the settings name, by this rule."""
     reading = ren2023.READINGS[settings.rule]
-    return jnp.dtype(settings.dtype), reading, settings.parts and reading.draws_noise
+    parts = settings.parts and reading.draws_noise
+    return ren2023.Method(settings.rule, reading.losses, parts, rule)
 
 
 def supervised(
@@ -102,16 +103,12 @@ def supervised(
         largest_pixel: of the data set, see `DataSet.scale`.
         rule: how the gradient is found.
     """
-    dtype, reading, parts = _read(settings)
+    method = _method(settings, rule)
+    dtype = settings.dtype
 
     def loss(params: Any, x: Array, label: Array) -> Any:
-        losses = local_losses(
-            eqx.combine(cast(params, dtype), static),
-            x,
-            label,
-            reading.losses,
-            parts=parts,
-        )
+        model = eqx.combine(cast(params, dtype), static)
+        losses = local_losses(model, x, label, method.losses, parts=method.parts)
         # the same forward pass again, which XLA merges with the first; no rule sees parameters in
         # it
         seen = eqx.combine(cast(lax.stop_gradient(params), dtype), static)
@@ -148,9 +145,8 @@ def contrastive(
 
     The accuracy is the readout's on the first view; the arguments are those of `supervised`.
     """
-    dtype, reading, parts = _read(settings)
-    method = ren2023.Method(settings.rule, reading.losses, parts, rule)
-    of_batch = ren2023.contrastive(method, static)
+    dtype = settings.dtype
+    of_batch = ren2023.contrastive(_method(settings, rule), static)
 
     def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
         key, shown = jax.random.split(key)
