@@ -20,7 +20,7 @@ from forwax.lab.compare.setup import CompareOptions
 from forwax.lab.flags import UsageError
 from forwax.lab.pictures import comparison as picture
 from forwax.lab.training import timing
-from forwax.lab.training.program import Scorer, build_program, build_trainer
+from forwax.lab.training.program import CompiledTraining, build_trainer, scorer
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 RULES = ("backprop", "forward", "projection-4")
@@ -161,7 +161,7 @@ def test_a_rerun_skips_what_is_finished(finished, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("a finished part was done again")
 
-    monkeypatch.setattr("forwax.lab.compare.bench.build_program", refuse)
+    monkeypatch.setattr("forwax.lab.compare.bench.CompiledTraining", refuse)
     assert compare.run(CompareOptions(resume=folder)) == 0
     again = json.loads((folder / "results.json").read_text())
     assert again == results
@@ -205,7 +205,7 @@ def program(compile_once):
     settings = Settings(
         num_tangents=2, learning_rate=1.0, schedule="cosine", steps=20, batch_size=64
     )
-    return build_program(problem, settings, jax.device_put(problem.train)), Scorer(
+    return CompiledTraining(problem, settings, jax.device_put(problem.train)), scorer(
         problem, validation
     )
 
@@ -232,7 +232,7 @@ def test_a_model_that_does_not_loop_well_makes_one_step_a_call_with_the_same_res
     monkeypatch.setattr("forwax.lab.training.program.loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "loops_well", lambda problem: False)
     monkeypatch.setattr(timing, "BLOCK_SECONDS", 1e-3)
-    single = build_program(made.problem, made.settings, made.data)
+    single = CompiledTraining(made.problem, made.settings, made.data)
     ours, theirs = (
         Trial(each, 0.01, 3, score, [0, 5]).train() for each in (single, made)
     )

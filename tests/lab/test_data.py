@@ -152,11 +152,12 @@ def test_a_server_may_unpack_on_the_way(remote, serve, datafiles):
 def test_the_bar_counts_what_the_downloader_reports():
     with store.Progress(disable=True) as progress:
         bar = store._DownloadBar(progress, "file")
-        bar.total = 0
-        assert bar.total is None
+        bar.update(3)
+        assert progress.tasks[0].total is None
+        bar.reset()
         bar.total = 10
         bar.update(4)
-        assert (progress.tasks[0].completed, bar.total) == (4, 10)
+        assert (progress.tasks[0].completed, progress.tasks[0].total) == (4, 10)
         bar.reset()
         bar.update(10)
         bar.close()

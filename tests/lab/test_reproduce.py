@@ -67,7 +67,8 @@ def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch)
     assert rows[1].split(" | ")[3:5] == ["3.17", "0.00"]
     assert (folder / "curves.png").exists()
     monkeypatch.setattr(
-        runs, "build_trainer", lambda *_: pytest.fail("it trained again")
+        "forwax.lab.training.session.build_trainer",
+        lambda *_: pytest.fail("it trained again"),
     )
     config = json.loads((folder / "DFA-1" / "config.json").read_text())
     del config["skip_bad_slopes"]  # as from a version without this setting
@@ -240,7 +241,8 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
         settings = Entry.parse(name).settings(COLUMNS["mnist-m"], 60_000)
         assert settings.rule == name
         assert all(column.rates[name] > 0 for column in COLUMNS.values())
-        gradient = objectives.supervised({}, lambda x: x, settings, 255)(fx.Backprop())
+        rule = fx.Backprop()
+        gradient = objectives.supervised({}, lambda x: x, settings, 255, rule)
         with pytest.raises(StopIteration):
             gradient(jax.random.key(0), {}, *(x[:2] for x in problem.train))
     ways = {"": "global", "L-": "local", "LG-": "greedy"}
@@ -397,7 +399,7 @@ def test_lars_takes_decay_off_the_weights_of_the_backbone_alone():
 def test_settings_follow_size_data_and_objective():
     settings = COLUMNS["mnist-s"].settings
     assert (
-        columns.learning_rate(dataclasses.replace(settings, rule="BP"))
+        columns.suggested(dataclasses.replace(settings, rule="BP"))[0]
         == COLUMNS["mnist-s"].rates["BP"]
     )
     large = dataclasses.replace(

@@ -36,10 +36,10 @@ from forwax.lab.training.folder import (
 from forwax.lab.training.problem import problem_of
 from forwax.lab.training.program import (
     MAX_BLOCK,
-    Scorer,
     Trainer,
     build_trainer,
     loops_well,
+    scorer,
 )
 from forwax.lab.training.step import init_state, make_step
 from forwax.models import MLP, Conv
@@ -92,8 +92,7 @@ def tiny_experiment(monkeypatch):
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", TINY)
     # the picture has tests of its own, and takes longer than these runs
     monkeypatch.setattr(
-        "forwax.lab.pictures.curves.save_curves",
-        lambda rows, title, path, colour: path.write_bytes(b"curves"),
+        "forwax.lab.style.save", lambda figure, path: path.write_bytes(b"curves")
     )
 
 
@@ -345,7 +344,7 @@ def test_the_evaluation_counts_every_test_example_once(monkeypatch):
     monkeypatch.setattr("forwax.lab.training.program.EVALUATION_BATCH", 4)
     one = trainer()
     problem = one.program.problem
-    loss, accuracy = Scorer(problem, problem.test)(one.state.params)
+    loss, accuracy = scorer(problem, problem.test)(one.state.params)
     images, labels = problem.test
     assert len(images) == 9
     losses, correct = jax.vmap(problem.loss, (None, 0, 0))(

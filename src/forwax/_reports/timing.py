@@ -55,7 +55,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def medians(seconds: Seconds) -> dict[str, float]:
+def medians(seconds: Mapping[str, Any]) -> dict[str, float]:
     """The median over the rounds of each call's seconds."""
     return {name: float(np.median(times)) for name, times in seconds.items()}
 

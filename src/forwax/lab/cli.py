@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-_ABOUT = {
+COMMANDS: Mapping[str, str] = {
     "train": "train a model on real data, by default without backpropagation",
     "compare": "train the same model by several rules, side by side",
     "diagnose": "measure what rules give and cost, and say which to use",
@@ -13,11 +13,7 @@ _ABOUT = {
     "reproduce": "run a paper's experiments, ours beside the paper's",
     "data": "fetch, verify and cache a data set, or say where it is",
 }
-COMMANDS: Mapping[str, tuple[str, str, str]] = {
-    name: (f"forwax.lab.commands.{name}", f"{name.title()}Options", about)
-    for name, about in _ABOUT.items()
-}
-"""Each subcommand: its module, its options there, and one line about it."""
+"""Each subcommand, a module of `forwax.lab.commands`, and one line about it."""
 
 
 def usage() -> str:
@@ -26,7 +22,7 @@ def usage() -> str:
     >>> print(usage().splitlines()[0])
     usage: forwax COMMAND [OPTIONS]
     """
-    commands = "\n".join(f"  {name:<11}{about}" for name, about in _ABOUT.items())
+    commands = "\n".join(f"  {name:<11}{about}" for name, about in COMMANDS.items())
     return (
         "usage: forwax COMMAND [OPTIONS]\n\nTrain and optimise without backpropagation.\n\n"
         f"{commands}\n\nHelp on a command: forwax COMMAND --help. Without options, `forwax train` "
@@ -73,13 +69,13 @@ def _run(name: str, words: list[str]) -> int:
         from forwax.lab.data import DataError
         from forwax.lab.flags import UsageError
 
-        module: Any = import_module(COMMANDS[name][0])
+        module: Any = import_module(f"forwax.lab.commands.{name}")
     except ModuleNotFoundError as error:
         return _mistake(
             f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'."
         )
     options = tyro.cli(
-        getattr(module, COMMANDS[name][1]),
+        getattr(module, f"{name.title()}Options"),
         prog=f"forwax {name}",
         # without a text of its own, a command is described by its options' docstring
         description=getattr(module, "DESCRIPTION", None),

@@ -1,7 +1,7 @@
 """How options read in `--help`, and what is said when one lies out of range."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -37,6 +37,7 @@ class Range:
 
 Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
 Positive = Annotated[float, Range("a positive number", lambda x: 0 < x < math.inf)]
+AtLeastOne = Annotated[float, Range("at least 1", lambda x: 1 <= x < math.inf)]
 CountOrNot = Chosen[Count]
 PathOrNot = Chosen[Path]
 _NOT_NEGATIVE = Range("zero or more", lambda x: 0 <= x < math.inf)
@@ -55,6 +56,12 @@ def check_ranges(options: Any) -> None:
         for each in _ranges(kind):
             if value is not None and not each.holds(value):
                 raise UsageError(f"{flag(name)} must be {each.wanted}, got {value}.")
+
+
+def given(options: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Give those of the named options that are not left open, by name."""
+    values = ((name, getattr(options, name)) for name in names)
+    return {name: value for name, value in values if value is not None}
 
 
 def flag(name: str) -> str:

@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,6 +18,10 @@ from rich.text import Text
 
 Json = dict[str, Any]
 """What JSON can hold, or keyword arguments by their names."""
+
+Rows = list[Json]
+RowsByRule = dict[str, Rows]
+"""Rows of one kind, and those of each rule by its name."""
 
 PACKAGES = ("forwax", "jax", "jaxlib", "numpy", "optax", "equinox")
 
@@ -111,7 +115,7 @@ def write_text(path: Path, text: str) -> None:
         draft.write_text(text)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Json) -> None:
     """Write a JSON file in one move; see `replacing`.
 
     >>> import tempfile

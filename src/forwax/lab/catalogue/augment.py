@@ -15,6 +15,10 @@ from jax import Array
 GREY = (0.299, 0.587, 0.114)
 """The weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
+JITTER = (0.4, 0.4, 0.2, 0.1)
+"""How far jitter may go: a shift of all values, shares of contrast and saturation, and of the
+circle of hues."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
@@ -23,10 +27,6 @@ class Augmentation:
     Attributes:
         least_area: the smallest share of the image's area that a crop keeps.
         jitter: the probability of colour jitter.
-        brightness: by how much jitter may shift all values.
-        contrast: by what share it may change the contrast.
-        saturation: the saturation.
-        hue: the hue, as a share of the circle.
         greyscale: the probability of losing all colour.
         blur: the probability of a Gaussian blur.
         solarise: the probability of inverting bright pixels.
@@ -37,10 +37,6 @@ class Augmentation:
 
     least_area: float = 0.08
     jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
     greyscale: float = 0.2
     blur: float = 1.0
     solarise: float = 0.0
@@ -84,9 +80,7 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     x = crop(keys[1], image, augmentation.least_area)
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
-        x = _sometimes(
-            whether[2], augmentation.jitter, jitter(how[2], x, augmentation), x
-        )
+        x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x), x)
         x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
     x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
     solarised = jnp.minimum(x, 1 - x)
@@ -143,23 +137,15 @@ def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
     )
 
 
-def jitter(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> Array:
-    """Change brightness, contrast, saturation and hue at random.
+def jitter(key: Array, image: Array, most: tuple[float, ...] = JITTER) -> Array:
+    """Change brightness, contrast, saturation and hue at random, each by so much at most.
 
     >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
     (4, 4, 3)
     """
-    most = jnp.array(
-        [
-            augmentation.brightness,
-            augmentation.contrast,
-            augmentation.saturation,
-            augmentation.hue,
-        ]
-    )
-    brightness, contrast, saturation, hue = (
-        jax.random.uniform(key, (4,), minval=-1.0) * most
-    )
+    brightness, contrast, saturation, hue = jax.random.uniform(
+        key, (4,), minval=-1.0
+    ) * jnp.array(most)
     x = image + brightness
     x = _away(x, jnp.mean(_grey(x)), contrast)
     x = _away(x, _grey(x), saturation)

@@ -9,6 +9,7 @@ CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -256,8 +257,8 @@ def column_of(settings: Settings) -> Column:
     return COLUMNS[DEFAULT]
 
 
-def row_of(settings: Settings) -> str:
-    """Give the name of the settings' row, in which several noises show.
+def row_of(settings: Any) -> str:
+    """Give the name of the row of settings, or of a row's entry, in which several noises show.
 
     >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'
@@ -266,22 +267,15 @@ def row_of(settings: Settings) -> str:
     return f"{settings.rule}:{settings.num_tangents}" if is_several else settings.rule
 
 
-def learning_rate(settings: Settings) -> float:
-    """Give the rate of the settings' row in the column nearest to the settings.
+def suggested(settings: Settings) -> tuple[float, int]:
+    """Give the rate and the epochs of the settings' row in the column nearest to the settings.
 
-    >>> learning_rate(COLUMNS["mnist-m"].settings) == COLUMNS["mnist-m"].rates["LG-FG-A"]
-    True
+    >>> suggested(COLUMNS["mnist-m"].settings)
+    (0.05, 120)
     """
-    return column_of(settings).rate_of(row_of(settings))
-
-
-def epochs(settings: Settings) -> int:
-    """Give the epochs of the settings' row in the column nearest to the settings.
-
-    >>> epochs(COLUMNS["mnist-m"].settings) == COLUMNS["mnist-m"].epochs_of("LG-FG-A")
-    True
-    """
-    return column_of(settings).epochs_of(row_of(settings))
+    column = column_of(settings)
+    row = row_of(settings)
+    return column.rate_of(row), column.epochs_of(row)
 
 
 def configurations() -> dict[str, Settings]:
@@ -294,7 +288,8 @@ def configurations() -> dict[str, Settings]:
     found = {}
     for name, column in COLUMNS.items():
         settings = column.settings
-        steps = epochs(settings) * (sizes[settings.data or ""] // settings.batch_size)
+        per_epoch = sizes[settings.data or ""] // settings.batch_size
+        steps = suggested(settings)[1] * per_epoch
         found[name] = column.warmed_up(dataclasses.replace(settings, steps=steps))
     return found
 

@@ -39,13 +39,11 @@ class Experiment:
         notes: why there is no configuration of a name.
         specialise: gives the experiment for the settings' size, data, objective and rule, where
             these are open.
-        suggested_rate: the learning rate for settings that name none; None where it follows from
-            the rule's law.
-        suggested_epochs: how long settings train that say neither steps nor epochs; None for the
-            configuration's steps.
-        gradient: from the model's static half, the map of pixels to inputs, the settings and the
-            largest pixel to a function of a rule, see `Gradient`; None for softmax cross-entropy by
-            `forwax.value_and_grad`.
+        suggested: the learning rate for settings that name none, and the epochs for settings that
+            say neither steps nor epochs; None where the rate follows from the rule's law, and the
+            steps are the configuration's.
+        gradient: makes what estimates the gradient, see `Objective`; None for softmax cross-entropy
+            by `forwax.value_and_grad`.
 
     >>> EXPERIMENTS["digits"].data_set
     'digits'
@@ -60,8 +58,7 @@ class Experiment:
     effective_noise: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
     specialise: Callable[[Experiment, Settings], Experiment] | None = None
-    suggested_rate: Callable[[Settings], float] | None = None
-    suggested_epochs: Callable[[Settings], float] | None = None
+    suggested: Callable[[Settings], tuple[float, float]] | None = None
     gradient: Objective | None = None
 
     def of(self, settings: Settings) -> Experiment:
@@ -83,8 +80,8 @@ class Experiment:
             num_parameters: the size of the model.
             noise: gives the number of noise coordinates of one example, see `Task.noise`.
         """
-        if self.suggested_rate is not None:
-            return self.suggested_rate(settings)
+        if self.suggested is not None:
+            return self.suggested(settings)[0]
         drawn = noise(rule) if settings.rule == "activity" else None
         counted = None if drawn is None else min(drawn, self.effective_noise or drawn)
         return optimizers.suggest_rate(
@@ -212,8 +209,7 @@ _ALL = (
         "more, see `forwax reproduce --help`; --size, --data and --objective choose what is "
         "trained.",
         specialise=_of_local_mixer,
-        suggested_rate=columns.learning_rate,
-        suggested_epochs=columns.epochs,
+        suggested=columns.suggested,
     ),
 )
 

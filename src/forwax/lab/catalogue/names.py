@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forwax.lab import style
-from forwax.lab.catalogue.columns import DRAWING, Column
+from forwax.lab.catalogue.columns import DRAWING, Column, row_of
 from forwax.lab.catalogue.rules import RULES, TANGENTS
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
@@ -210,11 +210,7 @@ class Entry:
         >>> Entry.parse("FG-A:8:normal").row
         'FG-A:8'
         """
-        return (
-            f"{self.rule}:{self.num_tangents}"
-            if (self.num_tangents or 1) > 1
-            else self.rule
-        )
+        return row_of(self)
 
     def settings(self, column: Column, num_examples: int, **changes: Any) -> Settings:
         """The settings of this row in a column.

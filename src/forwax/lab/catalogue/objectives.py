@@ -40,8 +40,9 @@ Estimate = Callable[[Array, Any, Array, Array], Any]
 Gradient = Callable[[Any], Estimate]
 """From a rule to what estimates the gradient by it."""
 
-Objective = Callable[[Any, Scale, Settings, int], Gradient]
-"""From (a model's static half, pixels to inputs, settings, the largest pixel) to a gradient."""
+Objective = Callable[[Any, Scale, Settings, int, Any], Estimate]
+"""From a model's static half, pixels to inputs, settings, the largest pixel and a rule to what
+estimates the gradient by it."""
 
 Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
 """From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
@@ -83,15 +84,16 @@ def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
     return loss
 
 
-def _read(settings: Settings) -> tuple[Any, ren2023.Reading, bool]:
-    """The floating type, what the method's name says, and whether its losses come in parts."""
+def _method(settings: Settings, rule: Any) -> ren2023.Method:
+    """The method that the settings name, by this rule."""
     reading = ren2023.READINGS[settings.rule]
-    return jnp.dtype(settings.dtype), reading, settings.parts and reading.draws_noise
+    parts = settings.parts and reading.draws_noise
+    return ren2023.Method(settings.rule, reading.losses, parts, rule)
 
 
 def supervised(
-    static: Any, scale: Scale, settings: Settings, largest_pixel: int
-) -> Gradient:
+    static: Any, scale: Scale, settings: Settings, largest_pixel: int, rule: Any
+) -> Estimate:
     """Local cross-entropies, see `forwax.models.local_losses`.
 
     Args:
@@ -99,34 +101,28 @@ def supervised(
         scale: from pixels to inputs.
         settings: the run's settings.
         largest_pixel: of the data set, see `DataSet.scale`.
+        rule: how the gradient is found.
     """
-    dtype, reading, parts = _read(settings)
+    method = _method(settings, rule)
+    dtype = settings.dtype
 
     def loss(params: Any, x: Array, label: Array) -> Any:
-        losses = local_losses(
-            eqx.combine(cast(params, dtype), static),
-            x,
-            label,
-            reading.losses,
-            parts=parts,
-        )
+        model = eqx.combine(cast(params, dtype), static)
+        losses = local_losses(model, x, label, method.losses, parts=method.parts)
         # the same forward pass again, which XLA merges with the first; no rule sees parameters in
         # it
         seen = eqx.combine(cast(lax.stop_gradient(params), dtype), static)
         return losses, jnp.argmax(lax.stop_gradient(seen(x))) == label
 
-    def gradient(rule: Any) -> Estimate:
-        of_batch = fx.value_and_grad(loss, rule, has_aux=True, in_axes=(None, 0, 0))
+    of_batch = fx.value_and_grad(loss, rule, has_aux=True, in_axes=(None, 0, 0))
 
-        def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
-            if settings.augment:
-                key, shown = jax.random.split(key)
-                images = shifted(shown, images)
-            return of_batch(key, params, scale(images).astype(dtype), labels)
+    def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
+        if settings.augment:
+            key, shown = jax.random.split(key)
+            images = shifted(shown, images)
+        return of_batch(key, params, scale(images).astype(dtype), labels)
 
-        return estimate
-
-    return gradient
+    return estimate
 
 
 def shifted(key: Array, images: Array) -> Array:
@@ -143,32 +139,29 @@ def shifted(key: Array, images: Array) -> Array:
 
 
 def contrastive(
-    static: Any, scale: Scale, settings: Settings, largest_pixel: int
-) -> Gradient:
+    static: Any, scale: Scale, settings: Settings, largest_pixel: int, rule: Any
+) -> Estimate:
     """NT-Xent between two views of each image, the readout trained along.
 
     The accuracy is the readout's on the first view; the arguments are those of `supervised`.
     """
-    dtype, reading, parts = _read(settings)
+    dtype = settings.dtype
+    of_batch = ren2023.contrastive(_method(settings, rule), static)
 
-    def gradient(rule: Any) -> Estimate:
-        of_batch = ren2023.contrastive(
-            ren2023.Method(settings.rule, reading.losses, parts, rule), static
+    def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
+        key, shown = jax.random.split(key)
+        pixels = images.astype(jnp.float32) / largest_pixel
+        x, y = (
+            scale(largest_pixel * view).astype(dtype)
+            for view in augment.two_views(shown, pixels)
         )
+        low = cast(params, dtype)
+        loss, grads = of_batch(key, low, x, y, labels)
+        logits = jax.vmap(eqx.combine(low, static))(x)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return (loss, jnp.argmax(logits, axis=-1) == labels), grads
 
-        def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
-            key, shown = jax.random.split(key)
-            views = augment.two_views(shown, images / jnp.float32(largest_pixel))
-            x, y = (scale(largest_pixel * view).astype(dtype) for view in views)
-            low = cast(params, dtype)
-            loss, grads = of_batch(key, low, x, y, labels)
-            logits = jax.vmap(eqx.combine(low, static))(x)
-            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-            return (loss, jnp.argmax(logits, axis=-1) == labels), grads
-
-        return estimate
-
-    return gradient
+    return estimate
 
 
 GRADIENTS: Mapping[str, Objective] = {

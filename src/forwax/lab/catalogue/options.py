@@ -13,7 +13,7 @@ from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
 from forwax.lab.catalogue.optimizers import OPTIMIZERS, SCHEDULES
 from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, check_rule
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Chosen, UsageError, check_ranges
+from forwax.lab.flags import Chosen, UsageError, check_ranges, given
 from forwax.lab.report import Json
 
 if TYPE_CHECKING:
@@ -53,11 +53,7 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, None]:
 
 def _given(self: Any) -> Json:
     """Give what the user named, by field; fields of subclasses are left out."""
-    values = {
-        field.name: getattr(self, field.name)
-        for field in dataclasses.fields(SettingOptions)
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    return given(self, (field.name for field in dataclasses.fields(SettingOptions)))
 
 
 _EPOCHS = "The number of passes over the training set, instead of --steps."
@@ -207,8 +203,8 @@ def _with_steps(
         return settings
     if epochs is not None and not 0 < epochs < float("inf"):
         raise UsageError(f"--epochs must be a positive number, got {epochs}.")
-    if epochs is None and experiment.suggested_epochs is not None:
-        epochs = experiment.suggested_epochs(settings)
+    if epochs is None and experiment.suggested is not None:
+        epochs = experiment.suggested(settings)[1]
     if epochs is None:
         return settings
     steps = round(epochs * (num_examples // settings.batch_size))

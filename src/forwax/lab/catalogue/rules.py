@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 import forwax as fx
 from forwax import combine, tangents
-from forwax.lab.catalogue.settings import Settings
+from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import UsageError, flag
+from forwax.lab.report import Json
 from forwax.models import ren2023
 
 TANGENTS: Mapping[str, Any] = {
@@ -39,88 +41,40 @@ COMBINES: Mapping[str, Any] = {
 FEEDBACK = 0xFEED
 """Folded into a seed's key for fixed feedback: the small numbers give the run's other keys."""
 
-Build = Callable[[Settings, Any], fx.Rule]
-"""From the settings and what the rule keeps between steps to the rule."""
-
 
 @dataclass(frozen=True)
 class RuleChoice:
     """A rule of the command line.
 
     Attributes:
-        build: builds it.
-        takes: the settings that it takes.
+        build: builds it from what it takes, by name.
+        takes: the settings that it takes, and `feedback` where it keeps fixed feedback matrices
+            between steps.
         about: one line about it.
-        backward: what it does backwards, in one sentence for the end of a run.
-        reverse_mode: whether errors cross layers backwards.
+        backward: what it does backwards, in one sentence for the end of a run; empty where errors
+            cross layers backwards.
         needs_data: whether it only works on a loss with data.
         published: whether it is a method of Ren et al. 2023, which also says where losses sit.
-        keeps_feedback: whether it keeps fixed feedback matrices between steps.
         tangents: the tangents that it takes by default, a name of `TANGENTS`.
 
     >>> RULES["exact"].takes
     ('chunk_size',)
     """
 
-    build: Build
+    build: Callable[..., fx.Rule]
     takes: tuple[str, ...]
     about: str
     backward: str = (
         "No reverse mode was used: no backward pass, and nothing kept for one."
     )
-    reverse_mode: bool = False
     needs_data: bool = False
     published: bool = False
-    keeps_feedback: bool = False
     tangents: str = "rademacher"
 
 
-def _tangents(settings: Settings, guess: Any) -> Any:
-    name = settings.tangents or RULES[settings.rule].tangents
-    if name == "sparse":
-        return tangents.Sparse(settings.density or 0.1)
-    return tangents.Guided(guess) if name == "guided" else TANGENTS[name]
-
-
-def _drawn(
-    rule: Callable[..., fx.Rule], settings: Settings, guess: Any, **own: Any
-) -> fx.Rule:
-    """Build a rule with tangents."""
-    combination = COMBINES[settings.combine or "mean"]
-    if settings.combine == "control-variate":
-        combination = combine.ControlVariate(guess)
-    return rule(
-        _tangents(settings, guess),
-        num_tangents=settings.num_tangents or 1,
-        combine=combination,
-        **own,
-    )
-
-
-def _exact(settings: Settings, guess: Any) -> fx.Rule:
-    return (
-        fx.Exact()
-        if settings.chunk_size is None
-        else fx.Exact(chunk_size=settings.chunk_size)
-    )
-
-
-def _direct_feedback(settings: Settings, guess: Any) -> fx.Rule:
-    return fx.DirectFeedbackAlignment(
-        jax.random.fold_in(jax.random.key(settings.seed), FEEDBACK)
-    )
-
-
-def _published_noise(settings: Settings, guess: Any) -> fx.Rule:
-    key = jax.random.key(settings.seed)
-    number = settings.num_tangents or 1
-    return ren2023.method(
-        settings.rule,
-        None,
-        key,
-        tangents=_tangents(settings, None),
-        num_tangents=number,
-    ).rule
+def _direct_feedback(seed: Any) -> fx.Rule:
+    key = jax.random.fold_in(jax.random.key(seed), FEEDBACK)
+    return fx.DirectFeedbackAlignment(key)
 
 
 _LOCAL = (
@@ -132,66 +86,57 @@ _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 _PLAIN: Mapping[str, RuleChoice] = {
     "weight": RuleChoice(
-        lambda settings, guess: _drawn(
-            fx.WeightPerturbation, settings, guess, chunk_size=settings.chunk_size
-        ),
+        fx.WeightPerturbation,
         (*_DRAWN, "chunk_size", *_SAFETY),
         "slopes along random weight tangents, by forward mode",
         tangents="low-rank",
     ),
     "exact": RuleChoice(
-        _exact,
+        fx.Exact,
         ("chunk_size",),
         "the true gradient by forward mode, one basis vector after another",
     ),
     "finite-difference": RuleChoice(
-        lambda settings, guess: _drawn(
-            fx.FiniteDifference, settings, guess, epsilon=settings.epsilon or 1e-3
-        ),
+        fx.FiniteDifference,
         (*_DRAWN, "epsilon"),
         "slopes from two evaluations each",
     ),
     "activity": RuleChoice(
-        lambda settings, guess: _drawn(fx.ActivityPerturbation, settings, guess),
+        fx.ActivityPerturbation,
         _DRAWN,
         "slopes along noise on the activities, one for each example",
         _LOCAL,
         needs_data=True,
     ),
     "feedback": RuleChoice(
-        lambda settings, feedback: fx.FeedbackAlignment(feedback),
-        (),
+        fx.FeedbackAlignment,
+        ("feedback",),
         "errors cross layers through fixed random matrices",
         "",
-        reverse_mode=True,
         needs_data=True,
-        keeps_feedback=True,
     ),
     "direct-feedback": RuleChoice(
         _direct_feedback,
-        (),
+        ("seed",),
         "the output error reaches every layer by a fixed random map",
         _LOCAL,
         needs_data=True,
     ),
-    "backprop": RuleChoice(
-        lambda settings, guess: fx.Backprop(),
-        (),
-        "reverse mode, the reference",
-        "",
-        reverse_mode=True,
-    ),
+    "backprop": RuleChoice(fx.Backprop, (), "reverse mode, the reference", ""),
 }
 
 
-def _published(reading: ren2023.Reading) -> RuleChoice:
+def _published(name: str, kind: str) -> RuleChoice:
     """A method of Ren et al. 2023: one of the rules above, or noise of its own."""
-    plain = {"BP": "backprop", "FA": "feedback", "DFA": "direct-feedback"}.get(
-        reading.kind
-    )
-    own = RuleChoice(_published_noise, ("tangents", "num_tangents"), "", _LOCAL)
+
+    def noise(**options: Any) -> fx.Rule:
+        # the key is for fixed feedback, which noise has none of
+        return ren2023.method(name, None, jax.random.key(0), **options).rule
+
+    own = RuleChoice(noise, ("tangents", "num_tangents"), "", _LOCAL)
+    plain = {"BP": "backprop", "FA": "feedback", "DFA": "direct-feedback"}
     return dataclasses.replace(
-        _PLAIN[plain] if plain else own,
+        _PLAIN[plain[kind]] if kind in plain else own,
         about="as in Ren et al. 2023",
         tangents="hadamard",
         needs_data=True,
@@ -201,7 +146,7 @@ def _published(reading: ren2023.Reading) -> RuleChoice:
 
 RULES: Mapping[str, RuleChoice] = {
     **_PLAIN,
-    **{name: _published(reading) for name, reading in ren2023.READINGS.items()},
+    **{name: _published(name, each.kind) for name, each in ren2023.READINGS.items()},
 }
 """Every rule of the command line."""
 
@@ -221,22 +166,23 @@ def needs_guess(settings: Settings) -> bool:
     return guesses and "tangents" in RULES[settings.rule].takes
 
 
-def guard_rule(settings: Settings, rule: Any, history: Any = None) -> Any:
-    """Wrap a rule in `forwax.Safe` where the settings clip slopes or skip bad ones.
+def guarded_rule(settings: Settings, guess: Any = None, history: Any = None) -> Any:
+    """Build the rule, inside `forwax.Safe` where the settings clip slopes or skip bad ones.
 
     A step whose loss is not finite is not skipped: the loop stops before it, and keeps a
     checkpoint. So it does where a slope that is not skipped makes the gradient so.
 
-    >>> guard_rule(Settings(), fx.WeightPerturbation()) == fx.WeightPerturbation()
-    True
+    >>> guarded_rule(Settings(rule="backprop"))
+    Backprop()
     """
+    rule = build_rule(settings, guess)
     skip = bool(settings.skip_bad_slopes)
     if settings.clip_slopes is None and not skip:
         return rule
     return fx.Safe(rule, clip=settings.clip_slopes, skip=skip, history=history)
 
 
-def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
+def initial_guess(settings: Settings, params: Any, key: Array) -> Any:
     """Give what the rule keeps between steps: a guess of zero, fixed feedback, or nothing.
 
     Args:
@@ -247,7 +193,7 @@ def initial_guess(settings: Settings, params: Any, key: jax.Array) -> Any:
     >>> initial_guess(Settings(), {}, jax.random.key(0)) is None
     True
     """
-    if RULES[settings.rule].keeps_feedback:
+    if "feedback" in RULES[settings.rule].takes:
         return fx.random_feedback(key, params)
     return jax.tree.map(jnp.zeros_like, params) if needs_guess(settings) else None
 
@@ -268,13 +214,35 @@ def build_rule(settings: Settings, guess: Any = None) -> Any:
     >>> build_rule(Settings(rule="backprop"))
     Backprop()
     """
+    choice = RULES[settings.rule]
+    own = {"guess": guess, "density": settings.density or 0.1}
+    options = {
+        "tangents": _filled(TANGENTS[settings.tangents or choice.tangents], own),
+        "num_tangents": settings.num_tangents,
+        "combine": _filled(COMBINES[settings.combine or "mean"], own),
+        "chunk_size": settings.chunk_size,
+        "epsilon": settings.epsilon,
+        "seed": settings.seed,
+        "feedback": guess,
+    }
+    # what is None has the library's default
+    taken = {
+        name: value
+        for name, value in options.items()
+        if name in choice.takes and value is not None
+    }
     try:
-        return RULES[settings.rule].build(settings, guess)
+        return choice.build(**taken)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
-def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
+def _filled(entry: Any, own: Json) -> Any:
+    """Put a run's guess or density into tangents or a combination that have one."""
+    return dataclasses.replace(entry, **fields_in(entry, own))
+
+
+def check_rule(settings: Settings, given: Json) -> Settings:
     """Refuse what the rule does not take, and set to None what does not apply to it.
 
     Args:
@@ -291,27 +259,24 @@ def check_rule(settings: Settings, given: Mapping[str, Any]) -> Settings:
     True
     """
     rule = RULES[settings.rule]
-    settings = dataclasses.replace(
-        settings, tangents=settings.tangents or rule.tangents
-    )
-    takes = set(rule.takes)
-    if settings.tangents != "sparse":
-        takes.discard("density")
-    if not needs_guess(settings):
-        takes.discard("guess_decay")
-    left_out = [name for name in RULE_SETTINGS if name not in takes]
-    for name in left_out:
+    tangents = settings.tangents or rule.tangents
+    settings = dataclasses.replace(settings, tangents=tangents)
+    refusals = {}
+    for name in RULE_SETTINGS:
+        takers = [other for other, choice in RULES.items() if name in choice.takes]
+        if settings.rule not in takers:
+            refusals[name] = (
+                f"does not apply to --rule {settings.rule}; it belongs to: {', '.join(takers)}"
+            )
+    if "tangents" in rule.takes and tangents != "sparse":
+        refusals["density"] = (
+            f"belongs to --tangents sparse, but the tangents are {tangents}"
+        )
+    if "tangents" in rule.takes and not needs_guess(settings):
+        refusals["guess_decay"] = (
+            "belongs to --tangents guided or --combine control-variate, and neither was chosen"
+        )
+    for name, refusal in refusals.items():
         if name in given:
-            raise UsageError(f"{flag(name)} {_why_not(name, settings)}.")
-    return dataclasses.replace(settings, **dict.fromkeys(left_out))
-
-
-def _why_not(name: str, settings: Settings) -> str:
-    """Say why the settings do not take one of their own."""
-    draws = "tangents" in RULES[settings.rule].takes
-    if draws and name == "density":
-        return f"belongs to --tangents sparse, but the tangents are {settings.tangents}"
-    if draws and name == "guess_decay":
-        return "belongs to --tangents guided or --combine control-variate, and neither was chosen"
-    takers = ", ".join(rule for rule, choice in RULES.items() if name in choice.takes)
-    return f"does not apply to --rule {settings.rule}; it belongs to: {takers}"
+            raise UsageError(f"{flag(name)} {refusal}.")
+    return dataclasses.replace(settings, **dict.fromkeys(refusals))

@@ -5,16 +5,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from forwax.lab.flags import Count, Natural, NotNegative, Positive, Range
+from forwax.lab.flags import AtLeastOne, Count, Natural, NotNegative, Positive, Range
 from forwax.lab.report import Json
 
 Share = Annotated[Positive, Range("at most 1", lambda x: x <= 1)]
 Seed = Annotated[Natural, Range("below 2**32", lambda x: x < 2**32)]
-Medians = Annotated[float, Range("at least 1", lambda x: 1 <= x < math.inf)]
 Decay = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 
@@ -61,7 +59,7 @@ class Settings:
         "Guided tangents and control variates use an exponential mean of past estimates; this "
         "share is kept (0.9).",
     )
-    clip_slopes: Medians | None = _choice(
+    clip_slopes: AtLeastOne | None = _choice(
         None,
         "The largest slope, in medians of the last 1,001 steps': 1 stops explosions; by default "
         "nothing is clipped.",
@@ -141,5 +139,14 @@ class Settings:
         >>> Settings.from_dict({"steps": 3, "experiment": "digits"}).steps
         3
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+        return cls(**fields_in(cls, values))
+
+
+def fields_in(options: Any, values: Json) -> Json:
+    """Give those of the values that are fields of a dataclass, by name.
+
+    >>> fields_in(Settings, {"steps": 3, "experiment": "digits"})
+    {'steps': 3}
+    """
+    names = {field.name for field in dataclasses.fields(options)}
+    return {name: value for name, value in values.items() if name in names}

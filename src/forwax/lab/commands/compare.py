@@ -8,13 +8,16 @@ folder, so that a rerun skips it.
 import os
 import time
 from datetime import datetime
+from functools import partial
+from itertools import product
+from typing import Any
 
 from forwax.lab import report
 from forwax.lab.catalogue import names
 from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
 from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready
-from forwax.lab.report import Json
+from forwax.lab.report import Json, RowsByRule
 
 __all__ = ["DESCRIPTION", "CompareOptions", "compare", "run"]
 
@@ -89,42 +92,32 @@ def compare(comparison: Comparison) -> Json:
     bench = Bench(comparison)
     print(f"Folder: {comparison.folder}", flush=True)
     timing = comparison.part("timing", bench.timing)
-    searches: dict[str, list[Json]] = {}
-    runs: dict[str, list[Json]] = {}
-    rates_found: dict[str, float] = {}
-    for name, settings in comparison.settings.items():
-        rate = settings.learning_rate
-        assert rate is not None
-        searches[name] = [] if options.paper else _search(bench, name, rate)
-        rates_found[name] = rates.best_rate(
-            rates.pairs(searches[name]) or [(rate, 0.0)]
-        )
-    for seed in range(options.seeds):
-        for name, rate in rates_found.items():
-            runs.setdefault(name, []).append(
-                comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
-            )
+    found = {
+        name: each.learning_rate or 0.0 for name, each in comparison.settings.items()
+    }
+    searches: RowsByRule = {}
+    if not options.paper:
+        for name, suggested in found.items():
+            candidate = partial(_candidate, bench, name)
+            tried = rates.search(suggested, options.search_rates, candidate)
+            note = rates.edge_note(tried)
+            searches[name] = tried
+            found[name] = best = rates.best_rate(rates.pairs(tried))
+            told = f" ({note})" if note else ""
+            print(f"{name}: learning rate {best:.3g}{told}", flush=True)
+    runs: RowsByRule = {name: [] for name in found}
+    for seed, (name, rate) in product(range(options.seeds), found.items()):
+        run = comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
+        runs[name].append(run)
     return _facts(comparison) | findings.gather(
         comparison.rules, timing, searches, runs, options.target_loss
     )
 
 
-def _search(bench: Bench, name: str, suggested: float) -> list[Json]:
-    """Find the candidates of one rule; each is a part of its own."""
-    comparison = bench.comparison
-
-    def candidate(number: int, rate: float) -> Json:
-        return comparison.part(
-            f"search-{name}-{number}", bench.candidate, name, number, rate
-        )
-
-    candidates = rates.search(suggested, comparison.options.search_rates, candidate)
-    note = rates.edge_note(candidates)
-    best = rates.best_rate(rates.pairs(candidates))
-    print(
-        f"{name}: learning rate {best:.3g}" + (f" ({note})" if note else ""), flush=True
-    )
-    return candidates
+def _candidate(bench: Bench, name: str, *tried: Any) -> Json:
+    """Give one candidate of a search, a part of its own, by its number and its rate."""
+    part = f"search-{name}-{tried[0]}"
+    return bench.comparison.part(part, bench.candidate, name, *tried)
 
 
 def _facts(comparison: Comparison) -> Json:

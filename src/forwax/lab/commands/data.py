@@ -95,12 +95,9 @@ def describe(name: str, data_dir: Path | None = None) -> str:
             f"  {split}: {len(images):,} images of {shape}, uint8 from 0 to {data.scale}"
         )
     lines.append(f"  {'class':<14}{'training':>10}{'test':>10}")
-    for label, in_train, in_test in zip(
-        data.class_names,
-        np.bincount(data.train_labels, minlength=data.num_classes),
-        np.bincount(data.test_labels, minlength=data.num_classes),
-        strict=True,
-    ):
+    splits = (data.train_labels, data.test_labels)
+    counts = (np.bincount(labels, minlength=data.num_classes) for labels in splits)
+    for label, in_train, in_test in zip(data.class_names, *counts, strict=True):
         lines.append(f"  {label:<14}{in_train:>10,}{in_test:>10,}")
     return "\n".join(lines)
 

@@ -14,12 +14,12 @@ from forwax.lab.catalogue import names
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import (
     OneLossName,
-    find_configuration,
+    check_numbers,
     find_experiment,
 )
 from forwax.lab.catalogue.rules import build_rule, initial_guess
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Count, CountOrNot, PathOrNot, UsageError, check_ranges
+from forwax.lab.flags import Count, CountOrNot, PathOrNot, check_ranges
 from forwax.lab.training.problem import Task, build_problem
 
 DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
@@ -70,12 +70,8 @@ def run(options: DiagnoseOptions) -> int:
     named = names.parse_all(options.rules)
     experiment = find_experiment(options.experiment)
     problem = build_problem(experiment, Settings(), options.data_dir)
-    size = options.batch_size or find_configuration(experiment, "default").batch_size
-    most = problem.num_examples
-    if size > most:
-        raise UsageError(
-            f"--batch-size must be at most the {most} examples of the training set, got {size}."
-        )
+    size = options.batch_size or experiment.configurations["default"].batch_size
+    check_numbers(Settings(batch_size=size), problem.num_examples)
     print(
         f"{experiment.name}, {size} examples, at the initial parameters of seed {options.seed}.",
         flush=True,

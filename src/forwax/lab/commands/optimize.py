@@ -14,12 +14,12 @@ from forwax.lab.catalogue.options import check_room
 from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import (
+    AtLeastOne,
     Chosen,
     Count,
     Natural,
     NotNegative,
     Positive,
-    Range,
     UsageError,
     check_ranges,
 )
@@ -100,9 +100,7 @@ class OptimizeOptions:
     """How many tangents each step draws."""
     combine: CombineName = "mean"
     """How slopes and tangents become one estimate."""
-    condition_number: Annotated[
-        float, Range("at least 1", lambda x: 1 <= x < math.inf)
-    ] = 100.0
+    condition_number: AtLeastOne = 100.0
     """The condition number of the quadratic function."""
     seed: Natural = 0
     """The seed of all runs."""

@@ -2,9 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import tyro
 
 from forwax.lab import report
@@ -14,6 +16,7 @@ from forwax.lab.catalogue.names import Entry
 from forwax.lab.catalogue.options import check_numbers
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
+from forwax.lab.data.sets import ARRAYS
 from forwax.lab.flags import (
     Chosen,
     Count,
@@ -22,10 +25,10 @@ from forwax.lab.flags import (
     PathOrNot,
     UsageError,
     check_ranges,
+    given,
 )
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
-from forwax.lab.report import Json
 from forwax.lab.training.problem import checksum_of, problem_of
 from forwax.lab.training.session import NOT_FINITE, Signals
 
@@ -130,24 +133,21 @@ def run(options: ReproduceOptions) -> int:
     finite = True
     with Signals().watch() as signals:
         try:
-            for seed in range(options.seeds):
-                for entry in dict.fromkeys(entries):
-                    settings = settings_of(column, entry, data, options, seed)
-                    summary = _train(
-                        folder_of(folder, entry, seed),
-                        column,
-                        entry,
-                        data,
-                        settings,
-                        signals,
-                    )
-                    finite &= summary["finite"]
-                    save(
-                        folder,
-                        column,
-                        checksum,
-                        table.facts(settings, summary, options.holdout),
-                    )
+            for seed, entry in product(range(options.seeds), dict.fromkeys(entries)):
+                settings = settings_of(column, entry, data, options, seed)
+                if signals.received is not None:
+                    raise KeyboardInterrupt
+                problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
+                print(
+                    f"{column.title}: {entry.name}, seed {seed}, learning rate "
+                    f"{settings.learning_rate:g}",
+                    flush=True,
+                )
+                path = folder_of(folder, entry, seed)
+                summary = runs.train(path, problem, settings, _tell, signals)
+                finite &= summary["finite"]
+                facts = table.facts(settings, summary, options.holdout)
+                save(folder, column, checksum, facts)
         except KeyboardInterrupt:
             print(
                 f"\nStopped; what was done is kept in {folder}. The same command goes on."
@@ -187,25 +187,19 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     Raises:
         UsageError: when nothing would be left to train on.
     """
-    train = [data.train_images, data.train_labels]
-    test = [data.test_images, data.test_labels]
-    held = options.holdout
+    arrays = {name: getattr(data, name) for name in ARRAYS}
     total = len(data.train_images)
-    if held >= total:
+    kept = total - options.holdout
+    if kept <= 0:
         raise UsageError(
             f"--holdout must leave images to train on; there are {total} in all."
         )
-    if held:
-        test = [x[-held:] for x in train]
-        train = [x[:-held] for x in train]
+    if options.holdout:
+        for name in ("images", "labels"):
+            whole = arrays[f"train_{name}"]
+            arrays[f"train_{name}"], arrays[f"test_{name}"] = np.split(whole, [kept])
     few = slice(options.examples)
-    return dataclasses.replace(
-        data,
-        train_images=train[0][few],
-        train_labels=train[1][few],
-        test_images=test[0][few],
-        test_labels=test[1][few],
-    )
+    return dataclasses.replace(data, **{name: x[few] for name, x in arrays.items()})
 
 
 def settings_of(
@@ -217,35 +211,11 @@ def settings_of(
         UsageError: when one is out of range.
     """
     names = ("epochs", "steps", "batch_size", "learning_rate", "augment", "dtype")
-    changes = {
-        name: getattr(options, name)
-        for name in names
-        if getattr(options, name) is not None
-    }
+    changes = given(options, names)
     num_examples = len(data.train_images)
     settings = entry.settings(column, num_examples, seed=seed, **changes)
     check_numbers(settings, num_examples)
     return settings
-
-
-def _train(
-    folder: Path,
-    column: Column,
-    entry: Entry,
-    data: DataSet,
-    settings: Settings,
-    signals: Signals,
-) -> Json:
-    """Train one method with one seed, or read what an earlier sitting finished."""
-    if signals.received is not None:
-        raise KeyboardInterrupt
-    problem = problem_of(data, EXPERIMENTS["local-mixer"], settings)
-    print(
-        f"{column.title}: {entry.name}, seed {settings.seed}, learning rate "
-        f"{settings.learning_rate:g}",
-        flush=True,
-    )
-    return runs.train(folder, problem, settings, _tell, signals)
 
 
 def _tell(line: str) -> None:

@@ -23,11 +23,11 @@ from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import PathOrNot, Range, UsageError, check_ranges
 from forwax.lab.training.advice import advice, monitored
-from forwax.lab.training.folder import CURVES, SUMMARY, Files, Run, opened
+from forwax.lab.training.folder import CURVES, SUMMARY, Run, opened
 from forwax.lab.training.problem import Task, build_problem
-from forwax.lab.training.program import Block, Scorer, build_trainer
-from forwax.lab.training.progress import make_reporter
-from forwax.lab.training.session import NOT_FINITE, Session
+from forwax.lab.training.program import Block
+from forwax.lab.training.progress import reporting
+from forwax.lab.training.session import NOT_FINITE, Session, Sitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,9 @@ class TrainOptions(SettingOptions):
     checkpoint_seconds: Annotated[float, Range("zero or more", lambda x: x >= 0)] = 5.0
     """The time between two checkpoints."""
 
+
+TOLD = ("experiment", "config", "rule", "steps", "learning_rate", "seed")
+"""What summary.json repeats of config.json."""
 
 DESCRIPTION = "\n".join(
     [
@@ -126,7 +129,8 @@ def run(options: TrainOptions) -> int:
             if options.resume:
                 whence = f"step {files.step} of {settings.steps}"
                 print(f"Going on with {run.path} from {whence}.", flush=True)
-            session = _Training(files, problem, settings)
+            every = settings.eval_every or settings.steps
+            session = _Training(files, problem, settings, every)
             session.checkpoint_seconds = options.checkpoint_seconds
             with session.signals.watch():
                 return _train(run, session, started)
@@ -135,31 +139,24 @@ def run(options: TrainOptions) -> int:
 def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
     """Check the options, load the data, make the folder."""
     experiment = find_experiment(options.experiment)
-    given = options.given()
-    config = options.config
-    data_dir = options.data_dir
-    problem = build_problem(experiment, asked(experiment, config, given), data_dir)
+    choices = experiment, options.config, options.given()
+    problem = build_problem(experiment, asked(*choices), options.data_dir)
     settings = resolve(
-        experiment,
-        config,
-        given,
-        problem.num_examples,
-        problem.num_parameters,
-        problem.noise,
+        *choices, problem.num_examples, problem.num_parameters, problem.noise
     )
-    name = experiment.name
     kept = {
-        "experiment": name,
-        "config": config,
+        "experiment": experiment.name,
+        "config": options.config,
         **settings.as_dict(),
-        "data_dir": str(data_dir.absolute()) if data_dir else None,
+        "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
         "data_checksum": problem.checksum,
         "num_parameters": problem.num_parameters,
         "versions": report.versions(),
     }
-    run = Run.create(options.runs, name, kept)
+    run = Run.create(options.runs, experiment.name, kept)
     print(
-        f"{name}: {problem.num_parameters:,} parameters, {problem.num_examples:,} examples.\n"
+        f"{experiment.name}: {problem.num_parameters:,} parameters, "
+        f"{problem.num_examples:,} examples.\n"
         f"Rule: {_told(settings)}. Optimizer: {settings.optimizer}, learning rate "
         f"{settings.learning_rate:.3g}.\nRun: {run.path}",
         flush=True,
@@ -181,12 +178,12 @@ def _told(settings: Settings) -> str:
 
 def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
     """Load the settings and the data that the run had."""
-    config = run.config
-    experiment = find_experiment(config["experiment"])
-    settings = Settings.from_dict(config)
-    stored = Path(config["data_dir"]) if config["data_dir"] else None
-    problem = build_problem(experiment, settings, data_dir or stored)
-    if problem.checksum != config["data_checksum"]:
+    experiment = find_experiment(run.config["experiment"])
+    settings = Settings.from_dict(run.config)
+    stored = run.config["data_dir"]
+    data_dir = data_dir or (stored and Path(stored))
+    problem = build_problem(experiment, settings, data_dir)
+    if problem.checksum != run.config["data_checksum"]:
         raise UsageError(
             f"The data set {experiment.data_set} is not the one that {run.path} was trained on "
             "(its checksum differs); give the old one with --data-dir, or start a new run."
@@ -194,30 +191,21 @@ def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
     return run, problem, settings
 
 
-class _Training(Session):
+class _Training(Sitting):
     """A line for each step, an evaluation every so often."""
 
-    def __init__(self, files: Files, problem: Task, settings: Settings):
-        trainer = build_trainer(problem, settings, files.state)
-        steps = settings.steps
-        super().__init__(
-            trainer, {*range(0, steps, settings.eval_every or steps), steps}, files
-        )
-        self.metrics = files.metrics
-        self.score = Scorer(problem, problem.test)
-
     def after_block(self, block: Block, seconds: float) -> None:
-        count = len(block.losses)
-        first = self.trainer.step - count + 1
-        times = self.seconds - seconds + seconds * np.arange(1, count + 1) / count
-        columns = block.losses, block.accuracies, times.round(6)
-        names = "step", "loss", "accuracy", "seconds"
-        rows = zip(
-            range(first, first + count),
-            *(each.tolist() for each in columns),
-            strict=True,
-        )
-        self.metrics.append(dict(zip(names, row, strict=True)) for row in rows)
+        numbers = np.arange(1, len(block.losses) + 1)
+        columns = {
+            "step": self.trainer.step - len(numbers) + numbers,
+            "loss": block.losses,
+            "accuracy": block.accuracies,
+            "seconds": (
+                self.seconds - seconds + seconds * numbers / len(numbers)
+            ).round(6),
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        self.metrics.append(dict(zip(columns, row, strict=True)) for row in rows)
 
     def at_stop(self) -> None:
         state = self.trainer.state
@@ -230,18 +218,17 @@ class _Training(Session):
 def _train(run: Run, session: _Training, started: float) -> int:
     """Train until something stops it, and say what did."""
     name = run.config["experiment"]
-    trainer = session.trainer
     steps = session.settings.steps
-    with make_reporter(name, steps, trainer.step) as session.reporter:
+    with reporting(name, steps, session.trainer.step) as session.report:
         stopped_by = session.run()
     session.save()
     if stopped_by is not None:
-        print(advice(name, trainer, run.path, stopped_by))
+        print(advice(name, session.trainer, run.path, stopped_by))
         return NOT_FINITE
     if session.stopped_early:
         print(
-            f"Stopped at step {trainer.step} of {steps}; go on with: forwax train --resume "
-            f"{run.path}"
+            f"Stopped at step {session.trainer.step} of {steps}; go on with: forwax train "
+            f"--resume {run.path}"
         )
         return session.signals.code
     _finish(run, session, started)
@@ -257,7 +244,6 @@ def _finish(run: Run, session: Session, started: float) -> None:
     from forwax.lab import style
     from forwax.lab.pictures import curves
 
-    config = run.config
     settings = session.settings
     rows = run.metrics()
     rule = RULES[settings.rule]
@@ -266,22 +252,18 @@ def _finish(run: Run, session: Session, started: float) -> None:
     accuracy = f"{last['test_accuracy']:.1%}"
     pace = settings.steps / session.seconds
     summary = {
-        "experiment": config["experiment"],
-        "config": config["config"],
-        "rule": settings.rule,
-        "reverse_mode": rule.reverse_mode,
+        **{name: run.config[name] for name in TOLD},
+        "reverse_mode": not rule.backward,
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
         "train_loss": sum(losses) / len(losses),
-        "steps": settings.steps,
         "steps_per_second": pace,
-        "learning_rate": settings.learning_rate,
-        "seed": settings.seed,
         **session.facts(),
     }
-    title = f"{config['experiment']}, rule {settings.rule}: {accuracy} on the test set"
+    name = run.config["experiment"]
+    title = f"{name}, rule {settings.rule}: {accuracy} on the test set"
     colour = style.PALETTE["backprop" if settings.rule == "backprop" else "forward"]
-    curves.save_curves(rows, title, run.path / CURVES, colour)
+    style.save(curves.draw_curves(rows, title, colour), run.path / CURVES)
     report.write_json(run.path / SUMMARY, summary)
     total = time.perf_counter() - started
     print(

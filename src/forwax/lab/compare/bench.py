@@ -10,11 +10,12 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 
+from forwax._reports.timing import medians
 from forwax.lab.compare.setup import Comparison
 from forwax.lab.report import Json, finite
 from forwax.lab.training import timing
-from forwax.lab.training.program import Block, CompiledTraining, Scorer, build_program
-from forwax.lab.training.progress import make_reporter
+from forwax.lab.training.program import Block, CompiledTraining, Score, scorer
+from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import Session
 
 BINS = 200
@@ -47,42 +48,37 @@ class Trial(Session):
         program: CompiledTraining,
         rate: float,
         seed: int,
-        score: Scorer,
+        score: Score,
         at_steps: Iterable[int],
     ):
-        super().__init__(program.start(rate, seed), at_steps)
+        super().__init__(program.start(rate, seed), at_steps, score)
         self.losses: list[float] = []
         self.validated: list[int] = []
         self.validation_losses: list[float] = []
         self.finite = True
-        self._score = score
 
     def after_block(self, block: Block, seconds: float) -> None:
         """Keep the losses."""
         self.losses += block.losses.tolist()
-        self.finite = block.stopped_by is None
 
     def at_stop(self) -> None:
         """Take the validation loss."""
         self.validated.append(len(self.losses))
-        self.validation_losses.append(self._score(self.trainer.state.params)[0])
+        self.validation_losses.append(self.score(self.trainer.state.params)[0])
 
     def train(self) -> Trial:
         """Train from the first step to the last."""
         if self.stops[0] == 0:
             self.at_stop()
-        self.run()
+        self.finite = self.run() is None
         return self
 
-    def binned(self) -> list[tuple[float, float]]:
+    def binned(self) -> list[list[float]]:
         """Give at most `BINS` pairs (middle step, mean training loss)."""
-        losses = np.array(self.losses)
-        parts = np.array_split(np.arange(len(losses)), min(BINS, len(losses)) or 1)
-        return [
-            (float(part.mean() + 1), float(losses[part].mean()))
-            for part in parts
-            if len(part)
-        ]
+        count = len(self.losses)
+        points = np.column_stack([np.arange(1, count + 1), self.losses])
+        parts = np.array_split(points, min(BINS, count) or 1)
+        return [part.mean(axis=0).tolist() for part in parts if len(part)]
 
 
 class Bench:
@@ -97,21 +93,21 @@ class Bench:
         self.comparison = comparison
         self._program = functools.cache(self._compiled)
         self._data = jax.device_put(problem.train)
-        self._validation = Scorer(problem, comparison.validation)
-        self._test = Scorer(problem, problem.test)
+        self._validation = scorer(problem, comparison.validation)
+        self._test = scorer(problem, problem.test)
 
     def _compiled(self, name: str, steps: int) -> CompiledTraining:
         settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
         print(f"Compiling {name} for {steps:,} steps.", flush=True)
-        return build_program(self.comparison.problem, settings, self._data)
+        return CompiledTraining(self.comparison.problem, settings, self._data)
 
     def timing(self) -> Json:
         """Measure the time of a step under every rule, and gather the compiled memory."""
         names = self.comparison.settings
         programs = {name: self._program(name, self.comparison.steps) for name in names}
         seconds = timing.measure(programs)
-        for name, values in seconds.items():
-            print(f"{name}: {1000 * np.median(values):.3g} ms", flush=True)
+        for name, median in medians(seconds).items():
+            print(f"{name}: {1000 * median:.3g} ms", flush=True)
         return {
             "seconds": seconds,
             "temporary_bytes": {
@@ -122,9 +118,8 @@ class Bench:
     def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""
         steps = self.comparison.search_steps
-        trial = Trial(
-            self._program(name, steps), rate, 0, self._validation, [steps]
-        ).train()
+        program = self._program(name, steps)
+        trial = Trial(program, rate, 0, self._validation, [steps]).train()
         loss = finite(trial.validation_losses[-1]) if trial.finite else None
         count = self.comparison.options.search_rates
         what = "not finite" if loss is None else f"validation loss {loss:.4g}"
@@ -138,7 +133,7 @@ class Bench:
         program = self._program(name, steps)
         started = time.perf_counter()
         trial = Trial(program, rate, seed, self._validation, at_steps)
-        with make_reporter(f"{name}, seed {seed}", steps, 0) as trial.reporter:
+        with reporting(f"{name}, seed {seed}", steps, 0) as trial.report:
             trial.train()
         wall = time.perf_counter() - started
         loss, accuracy = self._test(trial.trainer.state.params)

@@ -10,13 +10,14 @@ to touch backprop's best validation loss.
 
 import math
 import statistics
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 
 import numpy as np
 
+from forwax._reports.timing import medians
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.compare.rates import edge_note
-from forwax.lab.report import Json, finite
+from forwax.lab.report import Json, Rows, RowsByRule, finite
 from forwax.lab.training.timing import LOSS
 
 NOT_REACHED = "not reached"
@@ -25,8 +26,8 @@ NOT_REACHED = "not reached"
 def gather(
     rules: list[NamedRule],
     timing: Json,
-    searches: dict[str, list[Json]],
-    runs: dict[str, list[Json]],
+    searches: RowsByRule,
+    runs: RowsByRule,
     target_loss: float | None = None,
 ) -> Json:
     """Gather the parts of a comparison.
@@ -42,9 +43,7 @@ def gather(
     Returns:
         A dictionary that JSON can hold: no infinities, and "not reached" in place of a number.
     """
-    seconds = {
-        name: float(np.median(values)) for name, values in timing["seconds"].items()
-    }
+    seconds = medians(timing["seconds"])
     found: dict[str, Json] = {}
     for rule in rules:
         name = rule.name
@@ -53,27 +52,26 @@ def gather(
             "colour": rule.colour,
             "dashes": rule.dashes,
             "search": searches.get(name, []),
-            "edge": edge_note(searches[name]) if searches.get(name) else None,
+            "edge": edge_note(searches[name]) if name in searches else None,
             "seconds_per_step": seconds[name],
             "R": seconds[name] / seconds[LOSS],
             "temporary_bytes": timing["temporary_bytes"][name],
         }
-    is_given = target_loss is not None
-    target = target_loss if is_given else default_target(found)
+    target = default_target(found) if target_loss is None else target_loss
     for each in found.values():
         each |= _reached(each, settled_step(each["curve"], target), "target")
         each |= _against(each, found.get("backprop"))
     return {
         "loss_seconds": seconds[LOSS],
         "target_loss": target,
-        "target_is": "given"
-        if is_given
-        else "the loss that the slowest rule that stayed finite ends at",
+        "target_is": "the loss that the slowest rule that stayed finite ends at"
+        if target_loss is None
+        else "given",
         "rules": found,
     }
 
 
-def _of_runs(runs: list[Json]) -> Json:
+def _of_runs(runs: Rows) -> Json:
     """Gather what the seeds of one rule gave."""
     accuracies = [run["test_accuracy"] for run in runs]
     steps, losses = median_curve(runs)
@@ -96,7 +94,7 @@ def _of_runs(runs: list[Json]) -> Json:
     }
 
 
-def median_curve(runs: list[Json]) -> tuple[list[int], list[float]]:
+def median_curve(runs: Rows) -> tuple[list[int], list[float]]:
     """Give the steps and the median validation loss over the runs.
 
     A run that ended early counts as infinite.
@@ -148,12 +146,8 @@ def settled_step(curve: Json, target: float | None) -> int | None:
     >>> settled_step({"steps": [0, 5, 10, 15], "validation_losses": [2.0, 1.0, 1.5, 0.9]}, 1.0)
     15
     """
-    settled = None
-    for step, is_low in reversed(_lows(curve, target)):
-        if not is_low:
-            break
-        settled = step
-    return settled
+    settled = takewhile(lambda point: point[1], reversed(_lows(curve, target)))
+    return min((step for step, _ in settled), default=None)
 
 
 def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
@@ -165,11 +159,10 @@ def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
 
 
 def _reached(each: Json, step: int | None, what: str) -> dict[str, float | str]:
-    if step is None:
-        return dict.fromkeys((f"steps_to_{what}", f"seconds_to_{what}"), NOT_REACHED)
+    seconds = NOT_REACHED if step is None else step * each["seconds_per_step"]
     return {
-        f"steps_to_{what}": step,
-        f"seconds_to_{what}": step * each["seconds_per_step"],
+        f"steps_to_{what}": NOT_REACHED if step is None else step,
+        f"seconds_to_{what}": seconds,
     }
 
 

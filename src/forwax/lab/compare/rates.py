@@ -8,10 +8,8 @@ non-finite loses.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
-Candidate = dict[str, Any]
-"""As JSON: learning_rate, steps, and validation_loss, None where the run turned non-finite."""
+from forwax.lab.report import Json, Rows
 
 Tried = list[tuple[float, float]]
 """Pairs of (rate, validation loss), the loss infinite where the run turned non-finite."""
@@ -34,12 +32,10 @@ def next_rate(tried: Tried, suggested: float) -> float:
     if len(tried) < 2:
         return suggested * FACTOR ** len(tried)
     rates = [rate for rate, _ in sorted(tried)]
+    # neighbours are at most FACTOR apart, so that beyond an edge the gap is the widest
+    rates = [rates[0] / FACTOR**2, *rates, rates[-1] * FACTOR**2]
     best = best_rate(tried)
     at = rates.index(best)
-    if at == 0:
-        return best / FACTOR
-    if best == rates[-1]:
-        return best * FACTOR
     below = rates[at - 1]
     above = rates[at + 1]
     # equal gaps differ in their last digits
@@ -57,31 +53,32 @@ def best_rate(tried: Tried) -> float:
 
 
 def search(
-    suggested: float, count: int, candidate: Callable[[int, float], Candidate]
-) -> list[Candidate]:
+    suggested: float, count: int, candidate: Callable[[int, float], Json]
+) -> Rows:
     """Try `count` rates.
 
     Args:
         suggested: the suggested rate.
         count: how many candidates.
-        candidate: trains with the rate of the given number, or gives what an earlier sitting found.
+        candidate: trains with the rate of the given number, or gives what an earlier sitting found:
+            learning_rate, steps, and validation_loss, None where the run turned non-finite.
 
     Returns:
         Every candidate, in the order in which they were tried.
     """
-    found: list[Candidate] = []
+    found: Rows = []
     for number in range(count):
         found.append(candidate(number, next_rate(pairs(found), suggested)))
     return found
 
 
-def pairs(candidates: list[Candidate]) -> Tried:
+def pairs(candidates: Rows) -> Tried:
     """Give (rate, validation loss) of each candidate, infinite where it turned non-finite."""
     found = ((each["learning_rate"], each["validation_loss"]) for each in candidates)
     return [(rate, math.inf if loss is None else loss) for rate, loss in found]
 
 
-def edge_note(candidates: list[Candidate]) -> str | None:
+def edge_note(candidates: Rows) -> str | None:
     """Give one sentence where the choice is not bracketed, else None.
 
     >>> edge_note([{"learning_rate": 1.0, "validation_loss": None}])

@@ -18,8 +18,7 @@ from forwax.lab.catalogue import names
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
-from forwax.lab.catalogue.rules import build_rule, needs_guess
-from forwax.lab.catalogue.settings import Settings
+from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import (
     Chosen,
     Count,
@@ -28,6 +27,7 @@ from forwax.lab.flags import (
     Positive,
     UsageError,
     check_ranges,
+    given,
 )
 from forwax.lab.report import Json
 from forwax.lab.training.folder import CONFIG, Run
@@ -113,18 +113,10 @@ def resumed(options: CompareOptions) -> CompareOptions:
         raise UsageError(
             f"{folder} is the folder of a training run; go on with: forwax train --resume {folder}"
         )
-    fields = {field.name for field in dataclasses.fields(CompareOptions)}
-    stored = {name: config[name] for name in fields & config.keys()}
-    data_dir = options.data_dir or (
-        Path(config["data_dir"]) if config.get("data_dir") else None
-    )
-    stored |= {
-        "rules": tuple(config["rules"]),
-        "data_dir": data_dir,
-        "out": None,
-        "resume": folder,
-    }
-    return CompareOptions(**stored)
+    stored = CompareOptions(**fields_in(CompareOptions, config))
+    data_dir = options.data_dir or (stored.data_dir and Path(stored.data_dir))
+    rules = tuple(stored.rules)
+    return dataclasses.replace(stored, rules=rules, data_dir=data_dir, resume=folder)
 
 
 def make_folder(options: CompareOptions) -> Path:
@@ -134,7 +126,6 @@ def make_folder(options: CompareOptions) -> Path:
         UsageError: when it cannot be made, or holds a comparison already.
     """
     config = dataclasses.asdict(options) | {
-        "rules": list(options.rules),
         "versions": report.versions(),
         "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
         "out": None,
@@ -225,39 +216,24 @@ def hold_out(problem: Task, count: int | None) -> tuple[Task, Examples]:
             f"--validation-examples must be from 1 to {total - 1}, got {count}."
         )
     order = np.random.default_rng(0).permutation(total)
-    held = np.sort(order[:count])
-    kept = np.sort(order[count:])
-    return dataclasses.replace(problem, train=(images[kept], labels[kept])), (
-        images[held],
-        labels[held],
+    held, kept = (
+        (images[rows], labels[rows]) for rows in map(np.sort, np.split(order, [count]))
     )
+    return dataclasses.replace(problem, train=kept), held
 
 
 def _settings(
     options: CompareOptions, experiment: Experiment, rule: NamedRule, problem: Task
 ) -> Settings:
     """Give the rule's settings; its rate is the paper's with --paper, else the suggested one."""
-    own = {"steps": options.steps, "batch_size": options.batch_size}
-    given = {**rule.given} | {
-        name: value for name, value in own.items() if value is not None
-    }
-    num_examples = problem.num_examples
-    num_parameters = problem.num_parameters
-    settings = resolve(
+    asked = rule.given | given(options, ("steps", "batch_size"))
+    if not options.paper:
+        asked["learning_rate"] = None
+    return resolve(
         experiment,
         options.configuration,
-        given,
-        num_examples,
-        num_parameters,
+        asked,
+        problem.num_examples,
+        problem.num_parameters,
         problem.noise,
     )
-    if options.paper:
-        return settings
-    if needs_guess(settings):
-        raise UsageError(
-            f"{rule.name} needs a guess of the gradient, which a suggested rate cannot know."
-        )
-    rate = experiment.suggest_rate(
-        settings, build_rule(settings), num_parameters, problem.noise
-    )
-    return dataclasses.replace(settings, learning_rate=rate)

@@ -1,6 +1,6 @@
 """The tables of a comparison, for the terminal and as markdown, from what results.json holds."""
 
-from forwax.lab.report import Json, Table
+from forwax.lab.report import Json, Rows, Table
 
 COLUMNS = (
     "rule",
@@ -131,7 +131,7 @@ def notes(results: Json) -> list[str]:
     return found
 
 
-def _tried(candidates: list[Json]) -> str:
+def _tried(candidates: Rows) -> str:
     """Tell every candidate's rate with its validation loss, from the smallest rate on."""
     tried = sorted(
         (each["learning_rate"], each["validation_loss"]) for each in candidates

@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 
 GZIP_MAGIC = b"\x1f\x8b"
-IDX_UINT8 = b"\x00\x00\x08"
+IDX_MAGIC = (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03")
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)
 
@@ -64,11 +64,11 @@ def decode_idx(content: bytes) -> tuple[np.ndarray, ...]:
         array([7, 2, 1], dtype=int32)
     """
     magic = content[:4]
-    if len(magic) == 4 and (magic[:3] != IDX_UINT8 or magic[3] not in (1, 3)):
+    if len(magic) == 4 and magic not in IDX_MAGIC:
         raise ValueError(
             f"has the magic number 0x{magic.hex()}, not 0x00000801 (labels) or 0x00000803 (images)"
         )
-    header = 4 + 4 * magic[3] if len(magic) == 4 else 8
+    header = 4 + 4 * (magic[3] if len(magic) == 4 else 1)
     if len(content) < header:
         raise ValueError(
             f"is truncated: its header takes {header} bytes, but it holds {len(content)}"

@@ -7,6 +7,9 @@ import numpy as np
 
 from forwax.lab.data.formats import decode_cifar, decode_idx
 
+ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+"""The arrays of a `DataSet`, in their order."""
+
 DIGITS_TEST_SIZE = 360
 DIGITS_SPLIT_SEED = 0
 

@@ -321,20 +321,14 @@ def _download(source: Source, url: str, target: Path) -> Path:
 class _DownloadBar:
     """A rich progress bar in the shape that pooch's downloader drives."""
 
+    # pooch sets it; a server may not tell the size
+    total = 0
+
     def __init__(self, progress: Progress, label: str):
-        task = progress.add_task(label, total=None)
         self._progress = progress
-        self._task = task
-        self.update = partial(progress.advance, task)
-        self.reset = partial(progress.reset, task)
-        self.close = partial(progress.stop_task, task)
+        self._task = progress.add_task(label, total=None)
+        self.reset = partial(progress.reset, self._task)
+        self.close = partial(progress.stop_task, self._task)
 
-    @property
-    def total(self) -> float | None:
-        return self._progress.tasks[self._task].total
-
-    @total.setter
-    def total(self, size: int) -> None:
-        self._progress.update(
-            self._task, total=size or None
-        )  # a server may not tell the size
+    def update(self, size: int) -> None:
+        self._progress.update(self._task, advance=size, total=self.total or None)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 import forwax as fx
 from forwax._reports.timing import interleaved, medians
@@ -92,13 +93,13 @@ Descents = Mapping[str, Descent]
 Timings = Mapping[str, Timing]
 
 
-def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Any]:
+def one_run(plan: Plan, rule: fx.Rule) -> Callable[[Array], Any]:
     """Return the function from a key to (values, points or None, last point) of one run."""
     step = fx.value_and_grad(plan.function, rule)
     planar = len(plan.start) == 2
 
-    def run(key: jax.Array) -> Any:
-        def body(x: jax.Array, per_step: Any) -> Any:
+    def run(key: Array) -> Any:
+        def body(x: Array, per_step: Any) -> Any:
             step_key, i = per_step
             value, gradient = step(step_key, x)
             rate = plan.learning_rate * jnp.exp(-plan.decay * i)
@@ -118,7 +119,7 @@ def one_run(plan: Plan, rule: fx.Rule) -> Callable[[jax.Array], Any]:
     return run
 
 
-def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
+def descend(plan: Plan, rule: fx.Rule, keys: Array) -> Descent:
     """Run gradient descent once for each key.
 
     Args:
@@ -134,13 +135,12 @@ def descend(plan: Plan, rule: fx.Rule, keys: jax.Array) -> Descent:
     >>> print(f"{runs.final[0]:.1e}")
     5.6e-05
     """
-    return Descent(
-        *jax.tree.map(np.asarray, jax.jit(jax.vmap(one_run(plan, rule)))(keys))
-    )
+    runs = jax.jit(jax.vmap(one_run(plan, rule)))
+    return Descent(*jax.device_get(runs(keys)))
 
 
 def measure(
-    plan: Plan, rules: list[fx.Rule], key: jax.Array, repeats: int = REPEATS
+    plan: Plan, rules: list[fx.Rule], key: Array, repeats: int = REPEATS
 ) -> list[Timing]:
     """Measure the seconds of single runs under each rule, the rules taking turns.
 
@@ -160,7 +160,7 @@ def measure(
 
 
 def seconds_of(
-    programs: list[Callable[[jax.Array], Any]], key: jax.Array, repeats: int = REPEATS
+    programs: list[Callable[[Array], Any]], key: Array, repeats: int = REPEATS
 ) -> list[float]:
     """Return the median seconds of each program on that key, compiled and warm, in turns."""
     calls = {

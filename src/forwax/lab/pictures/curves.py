@@ -1,20 +1,18 @@
 """The picture of one run: training loss and test accuracy against steps and against seconds."""
 
-from pathlib import Path
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from forwax.lab import style
-from forwax.lab.report import Json
+from forwax.lab.report import Rows
 
 Columns = dict[str, np.ndarray]
 
 
 @style.styled
 def draw_curves(
-    rows: list[Json], title: str, colour: str = style.PALETTE["forward"]
+    rows: Rows, title: str, colour: str = style.PALETTE["forward"]
 ) -> Figure:
     """Draw loss (above) and accuracy (below) against steps (left) and seconds (right).
 
@@ -47,11 +45,6 @@ def draw_curves(
     return figure
 
 
-def save_curves(rows: list[Json], title: str, path: Path, colour: str) -> None:
-    """Draw the picture and save it in one move; see `draw_curves`."""
-    style.save(draw_curves(rows, title, colour), path)
-
-
 def _draw_loss(axes: Axes, train: Columns, axis: str, colour: str) -> None:
     x = train[axis]
     loss = train["loss"]
@@ -79,7 +72,7 @@ def _draw_accuracy(
         )
 
 
-def _columns(rows: list[Json], *names: str) -> Columns:
+def _columns(rows: Rows, *names: str) -> Columns:
     """Gather the rows that have the first of the named values into arrays."""
     kept = [row for row in rows if names[0] in row]
     names = ("step", "seconds", *names)
@@ -92,8 +85,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     >>> smooth(np.array([1.0, 3.0])).tolist()
     [1.0, 3.0]
     """
-    reach = len(values) // 100
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.clip([index - reach, index + reach + 1], 0, len(values))
-    return (total[high] - total[low]) / (high - low)
+    window = np.ones(2 * (len(values) // 100) + 1)
+    total = np.convolve(values, window, mode="same")
+    return total / np.convolve(np.ones(len(values)), window, mode="same")

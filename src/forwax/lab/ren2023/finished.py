@@ -5,7 +5,7 @@ from pathlib import Path
 from forwax.lab.catalogue.columns import RULES
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.flags import UsageError
-from forwax.lab.report import Json
+from forwax.lab.report import RowsByRule
 from forwax.lab.training.folder import SUMMARY, Run
 
 
@@ -18,7 +18,7 @@ def folder_of(column: Path, entry: Entry, seed: int) -> Path:
     return column / f"{entry.name.replace(':', '_')}-{seed}"
 
 
-def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[Json]]]:
+def finished(column: Path, checksum: str) -> tuple[list[Entry], RowsByRule]:
     """Read all finished runs on the same data.
 
     Args:
@@ -37,7 +37,7 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], dict[str, list[J
             entry, seed = read
             place = (RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed)
             found[place] = run
-    results: dict[str, list[Json]] = {}
+    results: RowsByRule = {}
     # the place names the row and the seed, so that no two runs share one
     for place, run in sorted(found.items()):
         summary = run.summary() | {"learning_rate": run.config["learning_rate"]}

@@ -12,8 +12,8 @@ from forwax.lab.flags import UsageError
 from forwax.lab.report import Json, write_json
 from forwax.lab.training.folder import CHECKPOINTS, CONFIG, SUMMARY, Files, Run, opened
 from forwax.lab.training.problem import Task
-from forwax.lab.training.program import Block, Scorer, build_trainer
-from forwax.lab.training.session import Session, Signals
+from forwax.lab.training.program import Block, scorer
+from forwax.lab.training.session import Session, Signals, Sitting
 
 Tell = Callable[[str], None]
 """Gets a line an epoch, and one about a loss that is not finite."""
@@ -81,19 +81,13 @@ def _open(folder: Path, problem: Task, settings: Settings) -> Run:
     return run
 
 
-class _Epochs(Session):
+class _Epochs(Sitting):
     """An evaluation and a line for each epoch; `begun` is the one so far, step by step."""
 
     def __init__(self, files: Files, problem: Task, settings: Settings, tell: Tell):
         self.per_epoch = max(1, problem.num_examples // settings.batch_size)
-        super().__init__(
-            build_trainer(problem, settings, files.state),
-            {*range(0, settings.steps, self.per_epoch), settings.steps},
-            files,
-        )
+        super().__init__(files, problem, settings, self.per_epoch)
         self.tell = tell
-        self.metrics = files.metrics
-        self.score = Scorer(problem, problem.test)
         self.begun: dict[str, list[float]] = {"losses": [], "accuracies": []}
         for row in files.run.metrics()[-1:]:
             self.begun = row.get("begun", self.begun)
@@ -132,11 +126,10 @@ class _Epochs(Session):
 
 def _summary(run: Run, session: Session, finite: bool) -> Json:
     rows = [row for row in run.metrics() if "test_error" in row]
-    problem = session.problem
-    seconds = session.seconds
     train_error = None
     if finite:  # without noise or augmentation
-        accuracy = Scorer(problem, problem.train)(session.trainer.state.params)[1]
+        score = scorer(session.problem, session.problem.train)
+        accuracy = score(session.trainer.state.params)[1]
         train_error = 100 * (1 - accuracy)
     return {
         "finite": finite,
@@ -145,7 +138,7 @@ def _summary(run: Run, session: Session, finite: bool) -> Json:
         "epochs": [row["epoch"] for row in rows],
         "test_errors": [row["test_error"] for row in rows],
         "losses": [row["loss"] for row in rows],
-        "seconds_per_epoch": seconds / max(1e-9, rows[-1]["epoch"]) if rows else None,
+        "seconds_per_epoch": session.seconds / rows[-1]["epoch"] if rows else None,
         "num_devices": len(jax.local_devices())
         if session.settings.data_parallel
         else 1,

@@ -3,25 +3,23 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import forwax as fx
 from forwax.lab.catalogue.options import find_experiment
-from forwax.lab.catalogue.rules import RULES, build_rule
+from forwax.lab.catalogue.rules import RULES, build_rule, guarded_rule
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 from forwax.lab.training.program import Trainer
-from forwax.lab.training.step import TrainState, guarded_rule
+from forwax.lab.training.step import TrainState
 
 NAMES = ("gradient_norm", "relative_mse", "cosine", "num_clipped", "num_skipped")
 
 
-def monitored(
-    settings: Settings, state: TrainState, num_parameters: int
-) -> dict[str, Any]:
+def monitored(settings: Settings, state: TrainState, num_parameters: int) -> Json:
     """Give what `forwax.Safe.monitor` finds in the slopes of the last thousand steps.
 
     Args:
@@ -59,10 +57,9 @@ def advice(experiment: str, trainer: Trainer, folder: Path, loss: float) -> str:
     settings = trainer.program.settings
     problem = trainer.program.problem
     n = problem.num_parameters
-    rule = build_rule(settings, jnp.zeros(n))
     rate = settings.learning_rate or 0.0
     suggested = find_experiment(experiment).suggest_rate(
-        settings, rule, n, problem.noise
+        settings, build_rule(settings, jnp.zeros(n)), n, problem.noise
     )
     smaller = min(suggested, rate / 3)
     tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]

@@ -1,8 +1,8 @@
 """The folder of one run: config.json, metrics.jsonl, checkpoints, curves.png, summary.json.
 
 A folder appears with config.json inside; every later file is written under another name and then
-renamed, or, as metrics.jsonl, cut back to the checkpoint's step when a run goes on. A kill at any
-moment leaves a folder that resumes.
+renamed. Only metrics.jsonl grows in its place, and is cut back to the checkpoint's step when a run
+goes on. A kill at any moment leaves a folder that resumes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 
 import jax
@@ -21,7 +22,7 @@ import numpy as np
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
-from forwax.lab.report import Json, write_json
+from forwax.lab.report import Json, Rows, write_json, write_text
 from forwax.lab.training.problem import Task
 from forwax.lab.training.step import TrainState, init_state
 
@@ -102,9 +103,13 @@ class Run:
         """Read summary.json of a finished run."""
         return json.loads((self.path / SUMMARY).read_text())
 
-    def metrics(self) -> list[Json]:
+    def metrics(self) -> Rows:
         """Read all complete lines of metrics.jsonl; empty where there is no such file."""
-        return [row for row, _ in self._complete_rows()]
+        rows = []
+        with suppress(FileNotFoundError, ValueError):  # a line may be torn
+            for line in (self.path / METRICS).read_bytes().split(b"\n")[:-1]:
+                rows.append(json.loads(line))
+        return rows
 
     def cut_metrics(self, step: int) -> None:
         """Cut metrics.jsonl back to the lines up to a step; a torn last line goes too.
@@ -112,25 +117,8 @@ class Run:
         Args:
             step: the last step whose lines stay.
         """
-        end = 0
-        for row, stop in self._complete_rows():
-            if row["step"] > step:
-                break
-            end = stop
-        if (self.path / METRICS).exists():
-            os.truncate(self.path / METRICS, end)
-
-    def _complete_rows(self) -> Iterator[tuple[Json, int]]:
-        """Give each row with the offset of its end, up to the first line that is torn."""
-        path = self.path / METRICS
-        end = 0
-        for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
-            end += len(line) + 1
-            try:
-                row = json.loads(line)
-            except ValueError:
-                return
-            yield row, end
+        kept = takewhile(lambda row: row["step"] <= step, self.metrics())
+        write_text(self.path / METRICS, _as_lines(kept))
 
 
 def _move_to_free_name(draft: Path, name: str) -> Path:
@@ -142,6 +130,10 @@ def _move_to_free_name(draft: Path, name: str) -> Path:
             )
     shutil.rmtree(draft, ignore_errors=True)
     raise FileExistsError(17, "a hundred runs began in the same second", name)
+
+
+def _as_lines(rows: Iterable[Json]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 class Metrics:
@@ -156,7 +148,7 @@ class Metrics:
 
     def append(self, rows: Iterable[Json]) -> None:
         """Write one line a row and hand them to the system."""
-        self._file.write(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        self._file.write(_as_lines(rows).encode())
         self._file.flush()
 
     def sync(self) -> None:
@@ -170,9 +162,9 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state and how many seconds of training led to it."""
+    """A state, None before the first one, and how many seconds of training led to it."""
 
-    state: TrainState
+    state: TrainState | None
     seconds: float
 
 
@@ -202,18 +194,14 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, seconds: float) -> None:
-        """Write a checkpoint and wait until it is complete; one of the same step stays as it is.
+        """Write a checkpoint, complete on return; one of the same step stays as it is.
 
         Args:
             state: the state to keep.
             seconds: the training time so far.
         """
-        step = int(state.step)
-        if step not in self._manager.all_steps():
-            self._manager.save(
-                step, args=self._args.StandardSave(_as_tree(state, seconds))
-            )
-            self._manager.wait_until_finished()
+        saved = self._args.StandardSave(_as_tree(state, seconds))
+        self._manager.save(int(state.step), args=saved)
 
     def restore(self, like: TrainState) -> Checkpoint | None:
         """Read the newest complete checkpoint.
@@ -227,11 +215,8 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             return None
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-            _as_tree(like, 0.0),
-        )
-        tree = self._manager.restore(step, args=self._args.StandardRestore(abstract))
+        shapes = self._args.StandardRestore(_as_tree(like, 0.0))
+        tree = self._manager.restore(step, args=shapes)
         return Checkpoint(TrainState(**tree["state"]), float(tree["seconds"]))
 
     def close(self) -> None:
@@ -258,16 +243,10 @@ class Files:
 @contextmanager
 def opened(run: Run, problem: Task, settings: Settings) -> Iterator[Files]:
     """Open a run's files, its metrics cut back to its last checkpoint."""
-    checkpoints = Checkpoints(run.path / CHECKPOINTS)
-    metrics = Metrics(run.path)
-    try:
-        found = checkpoints.restore(
-            jax.eval_shape(lambda: init_state(problem, settings))
-        )
-        state, seconds = (found.state, found.seconds) if found else (None, 0.0)
-        step = int(state.step) if state else 0
+    like = jax.eval_shape(lambda: init_state(problem, settings))
+    with closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints:
+        found = checkpoints.restore(like) or Checkpoint(None, 0.0)
+        step = int(found.state.step) if found.state else 0
         run.cut_metrics(step)
-        yield Files(run, metrics, checkpoints, state, step, seconds)
-    finally:
-        metrics.close()
-        checkpoints.close()
+        with closing(Metrics(run.path)) as metrics:
+            yield Files(run, metrics, checkpoints, found.state, step, found.seconds)

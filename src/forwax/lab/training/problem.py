@@ -1,5 +1,6 @@
 """One experiment made ready to train: its data, its initial parameters, its loss."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from forwax.lab.catalogue.objectives import (
 )
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
+from forwax.lab.data.sets import ARRAYS
 from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
 
 Examples = tuple[np.ndarray, np.ndarray]
 """(images uint8 [N, height, width, channels], labels int32 [N]) in host memory."""
 
-_BATCHED: dict[str, Any] = {"has_aux": True, "in_axes": (None, 0, 0)}
+_BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,8 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Tas
         test=(data.test_images, data.test_labels.astype(np.int32)),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         checksum=checksum_of(data),
-        custom_gradient=gradient and gradient(static, scale, settings, data.scale),
+        custom_gradient=gradient
+        and functools.partial(gradient, static, scale, settings, data.scale),
     )
 
 
@@ -150,12 +154,7 @@ def standardiser(images: np.ndarray) -> Scale:
 def checksum_of(data: DataSet) -> str:
     """The SHA-256 of a data set's shapes, types and values."""
     digest = hashlib.sha256()
-    for array in (
-        data.train_images,
-        data.train_labels,
-        data.test_images,
-        data.test_labels,
-    ):
+    for array in (getattr(data, name) for name in ARRAYS):
         digest.update(repr((array.shape, array.dtype.str)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -33,6 +33,9 @@ MAX_BLOCK = 4096
 
 EVALUATION_BATCH = 500
 
+Score = Callable[[Any], tuple[float, float]]
+"""From parameters to the mean loss and the accuracy in [0, 1]."""
+
 
 class Block(NamedTuple):
     """What a block of steps reports: a loss and an accuracy for each step that it made.
@@ -56,7 +59,6 @@ class _Carry(NamedTuple):
     order: Array
     done: Array
     finite: Array
-    last_loss: Array
     losses: Array
     accuracies: Array
 
@@ -89,16 +91,15 @@ def make_block(problem: Task, settings: Settings) -> Callable[..., _Carry]:
             state, loss, accuracy, finite = step(
                 carry.state, *spread([each[chosen] for each in data])
             )
-            loss = loss.astype(jnp.float32)
             done = carry.done
+            # where the step was not made, the next block writes over its loss
             return _Carry(
                 state,
                 epoch,
                 order,
                 done + finite.astype(done.dtype),
                 finite,
-                loss,
-                carry.losses.at[done].set(loss),
+                carry.losses.at[done].set(loss.astype(jnp.float32)),
                 carry.accuracies.at[done].set(accuracy),
             )
 
@@ -132,66 +133,72 @@ def loops_well(problem: Task) -> bool:
     return not (convolves and jax.default_backend() == "cpu")
 
 
-class Scorer:
-    """Gives the mean loss and the accuracy of parameters on one set, the same way for every rule.
+def scorer(problem: Task, examples: Examples) -> Score:
+    """Make what scores parameters on one set, the same way for every rule.
 
-    Example: `loss, accuracy = Scorer(problem, problem.test)(params)`
+    Example: `loss, accuracy = scorer(problem, problem.test)(params)`
     """
+    on_device = jax.device_put(examples)
 
-    def __init__(self, problem: Task, examples: Examples):
-        self._count = len(examples[0])
-        size = min(EVALUATION_BATCH, self._count)
-        padding = -self._count % size
-        # equal batches; the padding of the last one has weight False
-        padded = (
-            np.concatenate([each, np.zeros((padding, *each.shape[1:]), each.dtype)])
-            for each in (*examples, np.ones(self._count, bool))
-        )
-        self._batches = jax.device_put(
-            [x.reshape(-1, size, *x.shape[1:]) for x in padded]
+    @jax.jit
+    def evaluate(params: Any, examples: Any) -> Any:
+        return jax.lax.map(
+            lambda each: problem.loss(params, *each),
+            examples,
+            batch_size=EVALUATION_BATCH,
         )
 
-        def of_batch(params: Any, images: Array, labels: Array, weights: Array) -> Any:
-            losses, correct = jax.vmap(problem.loss, in_axes=(None, 0, 0))(
-                params, images, labels
-            )
-            return jnp.sum(jnp.where(weights, losses, 0)), jnp.sum(correct & weights)
+    def score(params: Any) -> tuple[float, float]:
+        losses, correct = evaluate(params, on_device)
+        return float(np.mean(losses, dtype=float)), float(np.mean(correct))
 
-        def evaluate(params: Any, batches: Any) -> Any:
-            losses, correct = jax.lax.map(
-                lambda batch: of_batch(params, *batch), batches
-            )
-            return losses.sum(), correct.sum()
-
-        self._evaluate = jax.jit(evaluate)
-
-    def __call__(self, params: Any) -> tuple[float, float]:
-        """Give the mean loss and the accuracy in [0, 1]."""
-        losses, correct = self._evaluate(params, self._batches)
-        return float(losses) / self._count, float(correct) / self._count
+    return score
 
 
-@dataclass(eq=False)
 class CompiledTraining:
     """The compiled block of steps of one problem and rule, for every learning rate and seed.
 
-    Attributes:
+    Args:
         problem: the experiment made ready.
-        settings: the rule's settings; their learning rate and seed stand for any other.
-        data: the training set on the device.
+        settings: settings with a learning rate, see `forwax.lab.catalogue.options.resolve`; their
+            learning rate and seed stand for any other.
+        data: the training set on the device, where several programs share it.
+
+    Attributes:
         compile_seconds: how long tracing and compiling took.
         temporary_bytes: the temporary memory of the compiled block, as XLA reports it, or None
             where it does not.
+
+    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
+    >>> from forwax.lab.training.problem import build_problem
+    >>> settings = Settings(learning_rate=0.01)
+    >>> program = CompiledTraining(build_problem(EXPERIMENTS["digits"], settings), settings)
+    >>> trainer = program.start(0.01, seed=0)
+    >>> trainer.run(3).losses.shape, trainer.step
+    ((3,), 3)
     """
 
-    problem: Task
-    settings: Settings
-    data: Any
-    compile_seconds: float
-    temporary_bytes: int | None
-    _block: Any
-    _init: Any
-    _where: Any
+    def __init__(self, problem: Task, settings: Settings, data: Any = None):
+        where = placement(settings)[0]
+
+        def init(seed: Any) -> TrainState:
+            return init_state(problem, dataclasses.replace(settings, seed=seed))
+
+        self.problem = problem
+        self.settings = settings
+        self.data = jax.device_put(problem.train, where) if data is None else data
+        self._init = jax.jit(init)
+        self._where = where
+        seed = np.uint32(0)
+        spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
+        started = time.perf_counter()
+        block = jax.jit(make_block(problem, settings), donate_argnums=0, **spread)
+        shapes = jax.eval_shape(lambda: _carry(init(seed), problem.num_examples))
+        lowered = block.lower(shapes, np.int32(0), _rate(0), seed, *self.data)
+        self.block = lowered.compile()
+        self.compile_seconds = time.perf_counter() - started
+        memory = self.block.memory_analysis()
+        self.temporary_bytes = memory and int(memory.temp_size_in_bytes)
 
     def start(
         self, learning_rate: float, seed: int, state: TrainState | None = None
@@ -255,71 +262,26 @@ class Trainer:
 
     def _call(self, count: int) -> Block:
         inputs = np.int32(count), _rate(self.learning_rate), np.uint32(self.seed)
-        self._carry = carry = self.program._block(
+        self._carry = carry = self.program.block(
             self._carry, *inputs, *self.program.data
         )
         done = int(carry.done)
-        stopped_by = None if carry.finite else float(carry.last_loss)
-        losses, accuracies = (
-            np.asarray(x)[:done] for x in (carry.losses, carry.accuracies)
-        )
-        return Block(losses, accuracies, stopped_by)
+        losses = np.asarray(carry.losses)
+        stopped_by = None if carry.finite else float(losses[done])
+        return Block(losses[:done], np.asarray(carry.accuracies)[:done], stopped_by)
 
 
 def _carry(state: TrainState, num_examples: int) -> _Carry:
     """Where a run is when its sitting begins; no epoch is the current one yet."""
     buffer = jnp.zeros(MAX_BLOCK, jnp.float32)
     order = jnp.zeros(num_examples, jnp.int32)
-    nothing = jnp.int32(0), jnp.bool(True), jnp.float32(0), buffer, buffer.copy()
+    nothing = jnp.int32(0), jnp.bool(True), buffer, buffer.copy()
     return _Carry(state, jnp.int32(-1), order, *nothing)
 
 
 def _rate(learning_rate: float) -> Array:
     """The rate in the widest type of the day."""
     return jnp.asarray(learning_rate, float)
-
-
-def build_program(
-    problem: Task, settings: Settings, data: Any = None
-) -> CompiledTraining:
-    """Compile the block of steps ahead of time.
-
-    Args:
-        problem: the experiment made ready.
-        settings: settings with a learning rate, see `forwax.lab.catalogue.options.resolve`.
-        data: the training set on the device, where several programs share it.
-
-    >>> from forwax.lab.catalogue.experiments import EXPERIMENTS
-    >>> from forwax.lab.training.problem import build_problem
-    >>> settings = Settings(learning_rate=0.01)
-    >>> program = build_program(build_problem(EXPERIMENTS["digits"], settings), settings)
-    >>> trainer = program.start(0.01, seed=0)
-    >>> trainer.run(3).losses.shape, trainer.step
-    ((3,), 3)
-    """
-    where = placement(settings)[0]
-    if data is None:
-        data = jax.device_put(problem.train, where)
-
-    def init(seed: Any) -> TrainState:
-        return init_state(problem, dataclasses.replace(settings, seed=seed))
-
-    def start(seed: Any) -> _Carry:
-        return _carry(init(seed), problem.num_examples)
-
-    seed = np.uint32(0)
-    spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
-    started = time.perf_counter()
-    lowered = jax.jit(make_block(problem, settings), donate_argnums=0, **spread).lower(
-        jax.eval_shape(start, seed), np.int32(0), _rate(0), seed, *data
-    )
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    temporaries = None if memory is None else int(memory.temp_size_in_bytes)
-    return CompiledTraining(
-        problem, settings, data, seconds, temporaries, compiled, jax.jit(init), where
-    )
 
 
 def build_trainer(
@@ -329,9 +291,9 @@ def build_trainer(
 
     Args:
         problem: the experiment made ready.
-        settings: as for `build_program`.
+        settings: the run's settings, with a learning rate.
         state: a state to go on from; its memory is given away.
     """
-    program = build_program(problem, settings)
+    program = CompiledTraining(problem, settings)
     assert settings.learning_rate is not None
     return program.start(settings.learning_rate, settings.seed, state)

@@ -1,12 +1,10 @@
 """How far a run is: a bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -19,97 +17,61 @@ from rich.progress import (
 
 SECONDS_BETWEEN_LINES = 3.0
 
-
-class Reporter(AbstractContextManager["Reporter"], Protocol):
-    """What a session tells about its progress."""
-
-    def __exit__(self, *exception: object) -> None:
-        """Leave what is shown as it is."""
-
-    def update(
-        self, step: int, loss: float, accuracy: float, steps_per_second: float
-    ) -> None:
-        """Tell the step reached, the training loss and accuracy of the last block, and the pace."""
-        ...
+Report = Callable[[int, float, float, float], None]
+"""Is told the step reached, the training loss and accuracy of the last block, steps a second."""
 
 
-class Bar(Reporter):
-    """A progress bar with loss, accuracy, steps per second and time left.
+@contextmanager
+def bar(
+    name: str, steps: int, start: int, console: Console | None = None
+) -> Iterator[Report]:
+    """Show a progress bar with loss, accuracy, steps per second and time left.
 
-    Example: `with Bar("digits", 1000, start=0) as report: report.update(10, 2.3, 0.1, 500.0)`
+    Example: `with bar("digits", 1000, start=0) as report: report(10, 2.3, 0.1, 500.0)`
     """
+    with Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task(name, total=steps, completed=start, told="first steps")
 
-    def __init__(
-        self, name: str, steps: int, start: int, console: Console | None = None
-    ):
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task(
-            name, total=steps, completed=start, told="first steps"
-        )
+        def report(step: int, loss: float, accuracy: float, pace: float) -> None:
+            told = f"loss {loss:.4f} accuracy {accuracy:.3f} {pace:,.0f} steps/s"
+            progress.update(task, completed=step, told=told)
 
-    def __enter__(self) -> Bar:
-        """Show the bar."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Leave the bar as it is."""
-        self._progress.stop()
-
-    def update(
-        self, step: int, loss: float, accuracy: float, steps_per_second: float
-    ) -> None:
-        """Redraw the bar."""
-        told = (
-            f"loss {loss:.4f} accuracy {accuracy:.3f} {steps_per_second:,.0f} steps/s"
-        )
-        self._progress.update(self._task, completed=step, told=told)
+        yield report
 
 
-class Lines(Reporter):
-    """One plain line every few seconds, without control codes, for logs.
+def lines(name: str, steps: int, seconds_between: float) -> Report:
+    """Print one plain line every few seconds and at the last step, without control codes, for logs.
 
-    >>> with Lines("digits", 100, seconds_between=0.0) as report:
-    ...     report.update(50, 0.5, 0.75, 25.0)
+    >>> report = lines("digits", 100, seconds_between=0.0)
+    >>> report(50, 0.5, 0.75, 25.0)
     digits: step 50 of 100, loss 0.5000, accuracy 0.750, 25 steps/s, 0:00:02 left
     """
+    last = time.monotonic()
 
-    def __init__(self, name: str, steps: int, seconds_between: float):
-        self._name = name
-        self._steps = steps
-        self._seconds_between = seconds_between
-        self._last = time.monotonic()
-
-    def update(
-        self, step: int, loss: float, accuracy: float, steps_per_second: float
-    ) -> None:
-        """Print a line where the last one is old enough, and at the last step."""
-        if step < self._steps and time.monotonic() - self._last < self._seconds_between:
+    def report(step: int, loss: float, accuracy: float, pace: float) -> None:
+        nonlocal last
+        if step < steps and time.monotonic() - last < seconds_between:
             return
-        self._last = time.monotonic()
-        left = timedelta(
-            seconds=round((self._steps - step) / max(steps_per_second, 1e-9))
-        )
-        pace = (
-            f"{steps_per_second:,.0f}"
-            if steps_per_second >= 10
-            else f"{steps_per_second:.2g}"
-        )
+        last = time.monotonic()
+        left = timedelta(seconds=round((steps - step) / max(pace, 1e-9)))
+        shown = f"{pace:,.0f}" if pace >= 10 else f"{pace:.2g}"
         print(
-            f"{self._name}: step {step} of {self._steps}, loss {loss:.4f}, accuracy "
-            f"{accuracy:.3f}, {pace} steps/s, {left} left",
+            f"{name}: step {step} of {steps}, loss {loss:.4f}, accuracy {accuracy:.3f}, "
+            f"{shown} steps/s, {left} left",
             flush=True,
         )
 
+    return report
 
-def make_reporter(name: str, steps: int, start: int) -> Reporter:
+
+def reporting(name: str, steps: int, start: int) -> AbstractContextManager[Report]:
     """Give a bar where the standard output is a terminal, else plain lines.
 
     Args:
@@ -118,5 +80,5 @@ def make_reporter(name: str, steps: int, start: int) -> Reporter:
         start: the step that the run goes on from.
     """
     if sys.stdout.isatty():
-        return Bar(name, steps, start)
-    return Lines(name, steps, SECONDS_BETWEEN_LINES)
+        return bar(name, steps, start)
+    return nullcontext(lines(name, steps, SECONDS_BETWEEN_LINES))

@@ -15,10 +15,19 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from forwax.lab import report
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.report import Json
 from forwax.lab.training.folder import Files
-from forwax.lab.training.program import MAX_BLOCK, Block, Trainer
-from forwax.lab.training.progress import Reporter
+from forwax.lab.training.problem import Task
+from forwax.lab.training.program import (
+    MAX_BLOCK,
+    Block,
+    Score,
+    Trainer,
+    build_trainer,
+    scorer,
+)
+from forwax.lab.training.progress import Report
 
 BLOCK_SECONDS = 0.25
 """How long a block of steps should take, so that Ctrl-C is answered within half a second."""
@@ -68,15 +77,12 @@ class Signals:
     @contextlib.contextmanager
     def watch(self) -> Iterator[Signals]:
         """Watch while the context lasts; outside the main thread there is nothing to watch."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is not threading.main_thread():
-            numbers = ()
-        before = {number: signal.signal(number, self._note) for number in numbers}
-        try:
+        with contextlib.ExitStack() as before:
+            if threading.current_thread() is threading.main_thread():
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    handler = signal.signal(number, self._note)
+                    before.callback(signal.signal, number, handler)
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class Session:
@@ -85,29 +91,24 @@ class Session:
     Attributes:
         trainer: what makes the steps.
         stops: the steps at which a block must end, the last step among them.
+        score: gives loss and accuracy of parameters at a stop.
         seconds: of training so far, those of earlier sittings included.
         signals: what stops it between two blocks.
-        reporter: is told how far the run is.
+        report: is told how far the run is.
     """
 
     checkpoint_seconds = 60.0
-    """The least time between two checkpoints; one is written at a stop too."""
+    """The least time between two checkpoints."""
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        stops: Iterable[int],
-        files: Files | None = None,
-        signals: Signals | None = None,
-    ):
+    def __init__(self, trainer: Trainer, stops: Iterable[int], score: Score):
         self.trainer = trainer
         self.problem = trainer.program.problem
         self.settings = trainer.program.settings
         self.stops = sorted(stops)
-        self.seconds = files.seconds if files else 0.0
-        self.signals = signals or Signals()
-        self.reporter: Reporter | None = None
-        self._files = files
+        self.score = score
+        self.seconds = 0.0
+        self.signals = Signals()
+        self.report: Report = lambda *told: None
 
     def after_block(self, block: Block, seconds: float) -> None:
         """Note what a block of steps gave, and how long it took; `seconds` counts it already."""
@@ -121,10 +122,7 @@ class Session:
         return self.trainer.step < self.stops[-1]
 
     def save(self) -> None:
-        """Write a checkpoint, after the metrics that it counts on."""
-        if self._files is not None:
-            self._files.metrics.sync()
-            self._files.checkpoints.save(self.trainer.state, self.seconds)
+        """Write a checkpoint, where the session has a folder."""
 
     def run(self) -> float | None:
         """Train until the last step, a signal, or a loss that is not finite, which is returned."""
@@ -142,9 +140,8 @@ class Session:
             if block.stopped_by is not None:
                 return block.stopped_by
             pace = count / seconds
-            if self.reporter is not None:
-                means = float(block.losses.mean()), float(block.accuracies.mean())
-                self.reporter.update(trainer.step, *means, pace)
+            means = float(block.losses.mean()), float(block.accuracies.mean())
+            self.report(trainer.step, *means, pace)
             if trainer.step == stop:
                 self.at_stop()
             size = block_size(pace, size)
@@ -163,3 +160,29 @@ class Session:
             "num_parameters": self.problem.num_parameters,
             **report.machine(),
         }
+
+
+class Sitting(Session):
+    """A session in a run's folder: from its last checkpoint on, with stops to score the test set.
+
+    Args:
+        files: the folder's.
+        problem: the experiment made ready.
+        settings: the run's settings, with a learning rate.
+        every: how many steps lie between two stops.
+    """
+
+    def __init__(self, files: Files, problem: Task, settings: Settings, every: int):
+        super().__init__(
+            build_trainer(problem, settings, files.state),
+            {*range(0, settings.steps, every), settings.steps},
+            scorer(problem, problem.test),
+        )
+        self.seconds = files.seconds
+        self.metrics = files.metrics
+        self.checkpoints = files.checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint, after the metrics that it counts on."""
+        self.metrics.sync()
+        self.checkpoints.save(self.trainer.state, self.seconds)

@@ -12,8 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from forwax.lab.catalogue.optimizers import build_optimizer
 from forwax.lab.catalogue.rules import (
     FEEDBACK,
-    build_rule,
-    guard_rule,
+    guarded_rule,
     initial_guess,
     needs_guess,
 )
@@ -75,11 +74,6 @@ def init_state(problem: Task, settings: Settings) -> TrainState:
     return jax.jit(init)()
 
 
-def guarded_rule(settings: Settings, guess: Any, slopes: Any = None) -> Any:
-    """Build the rule, inside `forwax.Safe` where the settings say so."""
-    return guard_rule(settings, build_rule(settings, guess), slopes)
-
-
 def make_step(problem: Task, settings: Settings) -> Any:
     """Make one training step, not compiled.
 
@@ -113,14 +107,12 @@ def make_step(problem: Task, settings: Settings) -> Any:
         squares = (jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(sum(squares, jnp.float32(0)))
 
-        def advance(state: TrainState) -> TrainState:
+        def advance() -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             guess = state.guess
             if needs_guess(settings):
-                kept = settings.guess_decay or 0.0
-                guess = jax.tree.map(
-                    lambda old, new: kept * old + (1 - kept) * new, guess, grads
-                )
+                share = 1 - (settings.guess_decay or 0.0)
+                guess = optax.incremental_update(grads, guess, share)
             return TrainState(
                 optax.apply_updates(state.params, updates),
                 opt_state,
@@ -130,8 +122,8 @@ def make_step(problem: Task, settings: Settings) -> Any:
             )
 
         # a branch, not a select: a select would copy all parameters at every step
-        state = jax.lax.cond(finite, advance, lambda state: state, state)
-        return state, loss, jnp.mean(correct, dtype=jnp.float32), finite
+        after = jax.lax.cond(finite, advance, lambda: state)
+        return after, loss, jnp.mean(correct, dtype=jnp.float32), finite
 
     return step
 

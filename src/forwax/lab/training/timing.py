@@ -1,6 +1,7 @@
 """The time of one step under each rule, and of evaluating the loss once: warm, in turns."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def measure(
     # at rate zero the parameters stay where they are, and the work is the same
     runs |= {name: program.start(0.0, seed=0).run for name, program in programs.items()}
     counts = {name: _calibrate(run) for name, run in runs.items()}
-    calls = {name: lambda run=run, n=counts[name]: run(n) for name, run in runs.items()}
+    calls = {name: partial(run, counts[name]) for name, run in runs.items()}
     seconds = interleaved(calls, rounds, max_seconds=TOTAL_SECONDS)
     return {name: (times / counts[name]).tolist() for name, times in seconds.items()}
 
@@ -51,41 +52,37 @@ def measure(
 def _evaluations(program: CompiledTraining) -> Run:
     """Evaluate the mean loss of batch after batch, in a compiled loop where the steps have one."""
     problem = program.problem
-    batch_size = program.settings.batch_size
-    num_examples = problem.num_examples
-    per_epoch = num_examples // batch_size
-    looped = loops_well(problem)
+    size = program.settings.batch_size
+    count = problem.num_examples
+    order = jnp.asarray(np.random.default_rng(0).permutation(count), jnp.int32)
     losses = jax.vmap(problem.loss, in_axes=(None, 0, 0))
-    order = jnp.asarray(np.random.default_rng(0).permutation(num_examples), jnp.int32)
-    params = program.start(0.0, seed=0).state.params
+    inputs = program.start(0.0, seed=0).state.params, program.data
 
-    @jax.jit
-    def evaluate(
-        first: int, count: int, params: Any, images: Array, labels: Array
-    ) -> Array:
-        def add(i: Any, total: Array) -> Array:
-            rows = jax.lax.dynamic_slice_in_dim(
-                order, i % per_epoch * batch_size, batch_size
-            )
-            return total + losses(params, images[rows], labels[rows])[0].mean()
+    def loss(number: Any, params: Any, data: Any) -> Array:
+        first = number % (count // size) * size
+        rows = jax.lax.dynamic_slice_in_dim(order, first, size)
+        return losses(params, *(each[rows] for each in data))[0].mean()
 
-        if looped:
-            return jax.lax.fori_loop(first, first + count, add, jnp.float32(0))
-        return add(first, jnp.float32(0))
+    def total(count: int, *inputs: Any) -> Array:
+        def add(number: Array, so_far: Array) -> Array:
+            return so_far + loss(number, *inputs)
 
-    def run(count: int) -> None:
-        for first in range(0, count, count if looped else 1):
-            evaluate(first, count, params, *program.data).block_until_ready()
+        return jax.lax.fori_loop(0, count, add, jnp.float32(0))
 
-    return run
+    evaluate = jax.jit(total if loops_well(problem) else loss)
+    if loops_well(problem):
+        return lambda count: evaluate(count, *inputs)
+    return lambda count: [
+        evaluate(number, *inputs).block_until_ready() for number in range(count)
+    ]
 
 
 def _calibrate(run: Run) -> int:
     """Choose how many steps one measurement has; this warms up as well."""
-    run(1)
+    jax.block_until_ready(run(1))
     count = 1
-    seconds = seconds_of(lambda: run(1))
+    seconds = seconds_of(partial(run, 1))
     while seconds < BLOCK_SECONDS / 4 and count < MAX_BLOCK:
         count = min(4 * count, MAX_BLOCK)
-        seconds = seconds_of(lambda n=count: run(n))
+        seconds = seconds_of(partial(run, count))
     return int(np.clip(BLOCK_SECONDS * count / seconds, 1, MAX_BLOCK))
