@@ -292,7 +292,9 @@ class Convolve(eqx.Module):
         return self.conv(x).sum((0, 1))
 
 
-@pytest.mark.parametrize("rule", ["activity", "feedback", "direct-feedback"])
+@pytest.mark.parametrize(
+    "rule", ["activity", "feedback", "direct-feedback", "learned-feedback"]
+)
 def test_rules_on_sites_lower_the_loss(rule):
     losses = trainer(rule=rule, steps=400).run(400).losses
     assert losses[-40:].mean() < 0.8 * losses[:40].mean()

@@ -37,6 +37,7 @@ PALETTE: dict[str, str] = {
     "exact": "#5b8e3e",
     "feedback": "#7c9885",
     "direct-feedback": "#3aa6a0",
+    "learned-feedback": "#b5179e",
     "value": "#3a78b5",
     "tangent": "#e4572e",
     "cotangent": "#1b998b",

@@ -78,6 +78,7 @@ LINES: Mapping[str, NamedRule] = {
     "direct-feedback": NamedRule(
         "direct feedback alignment", {"rule": "direct-feedback"}
     ),
+    "learned-feedback": NamedRule("learned feedback", {"rule": "learned-feedback"}),
     "exact": NamedRule("exact, forward mode", {"rule": "exact"}),
 }
 """Every rule by its name; `NAME-K` is the same with K tangents, such as forward-16."""

@@ -202,6 +202,8 @@ def suggest_rate(
     >>> settings = Settings(backprop_rate=0.5, batch_size=64)
     >>> suggest_rate(settings, fx.Backprop(), n=1000)
     0.5
+    >>> round(suggest_rate(settings, fx.LearnedFeedback(), n=1000), 6)
+    0.166667
     >>> round(suggest_rate(settings, fx.WeightPerturbation(), n=1000), 6)
     0.0005
     >>> round(suggest_rate(settings, fx.WeightPerturbation(), 1000, effective_dimension=100), 6)
@@ -210,6 +212,9 @@ def suggest_rate(
     0.071429
     """
     choice = OPTIMIZERS[settings.optimizer]
+    if rule.learns:
+        # Maps lag behind weights that move fast.
+        return choice.base_rate or settings.backprop_rate * choice.factor / 3
     k = getattr(rule, "num_tangents", None)
     if noise is not None:
         n = round(1 + max(noise - 1, 0) * DISAGREEMENT / settings.batch_size)

@@ -48,8 +48,8 @@ class RuleChoice:
 
     Attributes:
         build: builds it from what it takes, by name.
-        takes: the settings that it takes, and `feedback` where it keeps fixed feedback matrices
-            between steps.
+        takes: the settings that it takes, and what it keeps between steps: `feedback` for fixed
+            matrices, `maps` for what it learns.
         about: one line about it.
         backward: what it does backwards, in one sentence for the end of a run; empty where errors
             cross layers backwards.
@@ -120,6 +120,13 @@ _PLAIN: Mapping[str, RuleChoice] = {
         ("seed",),
         "the output error reaches every layer by a fixed random map",
         _LOCAL,
+        needs_data=True,
+    ),
+    "learned-feedback": RuleChoice(
+        fx.LearnedFeedback,
+        ("maps",),
+        "the output error reaches every layer by maps that noise teaches",
+        "No error crossed a layer but the last: each came by a map from the output.",
         needs_data=True,
     ),
     "backprop": RuleChoice(fx.Backprop, (), "reverse mode, the reference", ""),
@@ -224,6 +231,7 @@ def build_rule(settings: Settings, guess: Any = None) -> Any:
         "epsilon": settings.epsilon,
         "seed": settings.seed,
         "feedback": guess,
+        "maps": guess,
     }
     # what is None has the library's default
     taken = {

@@ -93,9 +93,8 @@ def measure(
     rules = {}
     for each in named:
         settings = Settings(**each.given)
-        rules[each.about] = build_rule(
-            settings, initial_guess(settings, params, feedback)
-        )
+        rule = build_rule(settings, initial_guess(settings, params, feedback))
+        rules[each.about] = problem.ready(rule, params)
     diagnose = fx.diagnose(
         problem.loss,
         rules,

@@ -33,7 +33,7 @@ from forwax.lab.report import Json
 Examples = tuple[np.ndarray, np.ndarray]
 """(images uint8 [N, height, width, channels], labels int32 [N]) in host memory."""
 
-_BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
+BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +69,24 @@ class Task:
         """The function that estimates the gradient of a batch by a rule; see `Gradient`."""
         if self.custom_gradient is not None:
             return self.custom_gradient(rule)
-        return fx.value_and_grad(self.loss, rule, **_BATCHED)
+        return fx.value_and_grad(self.loss, rule, **BATCHED)
+
+    def ready(self, rule: Any, params: Any) -> Any:
+        """The rule, one that learns with the maps that it starts from."""
+        if not rule.learns or rule.inner is not rule:
+            return rule
+        return rule.init(self.loss, **BATCHED)(params, *self._one_example())
+
+    def _one_example(self) -> tuple[Array, Array]:
+        image, label = (jnp.asarray(x[:1]) for x in self.train)
+        return image, label
 
     def noise(self, rule: Any) -> int:
         """The number of noise coordinates of one example, for a rule with noise on activities."""
-        image, label = (jnp.asarray(x[:1]) for x in self.train)
         params = jax.tree.map(
             jnp.zeros_like, jax.eval_shape(self.init, jax.random.key(0))
         )
-        rows = fx.explain(self.loss, rule, **_BATCHED)(params, image, label).rows
+        rows = fx.explain(self.loss, rule, **BATCHED)(params, *self._one_example()).rows
         return sum(row.activity_noise for row in rows if row.credit != "exact error")
 
 

@@ -18,7 +18,7 @@ from forwax.lab.catalogue.rules import (
 )
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
-from forwax.lab.training.problem import Task
+from forwax.lab.training.problem import BATCHED, Task
 
 
 class TrainState(NamedTuple):
@@ -66,7 +66,8 @@ def init_state(problem: Task, settings: Settings) -> TrainState:
         key = split_seed(settings.seed).init
         params = problem.init(key)
         guess = initial_guess(settings, params, jax.random.fold_in(key, FEEDBACK))
-        rule = guarded_rule(settings, guess)
+        rule = problem.ready(guarded_rule(settings, guess), params)
+        guess = getattr(rule, "maps", guess)
         slopes = rule.init().history if rule.inner is not rule else None
         return TrainState(params, optimizer.init(params), guess, jnp.int32(0), slopes)
 
@@ -95,11 +96,13 @@ def make_step(problem: Task, settings: Settings) -> Any:
         key = jax.random.fold_in(noise_key, state.step)
         slopes = state.slopes
         rule = guarded_rule(settings, state.guess, slopes)
-        if rule.inner is not rule and problem.custom_gradient is None:
-            (loss, correct), grads, rule = rule.step(
-                problem.loss, has_aux=True, in_axes=(None, 0, 0)
-            )(key, state.params, images, labels)
-            slopes = rule.history
+        learnt = state.guess
+        if rule.learns and problem.custom_gradient is None:
+            (loss, correct), grads, rule = rule.step(problem.loss, **BATCHED)(
+                key, state.params, images, labels
+            )
+            slopes = getattr(rule, "history", None)
+            learnt = getattr(rule, "maps", learnt)
         else:
             (loss, correct), grads = problem.gradient(rule)(
                 key, state.params, images, labels
@@ -109,7 +112,7 @@ def make_step(problem: Task, settings: Settings) -> Any:
 
         def advance() -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            guess = state.guess
+            guess = learnt
             if needs_guess(settings):
                 share = 1 - (settings.guess_decay or 0.0)
                 guess = optax.incremental_update(grads, guess, share)
