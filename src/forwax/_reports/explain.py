@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from forwax._programs.links import Link
 from forwax._reports.table import as_rich, as_text
 from forwax._rule import check_rule
 from forwax._rules import ActivityPerturbation, Rule
@@ -182,14 +183,27 @@ def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
 def _along(by_source: Sequence[Credit]) -> list[str]:
     """The axes of the site's value along which its slopes are told apart, whatever the source."""
     links = [
-        {(link.axis, link.inner) for _, link in credit.links if link.size > 1}
+        {link.axis: link for _, link in credit.links if link.axis is not None}
         for credit in by_source
     ]
     # An axis counts if every part of the loss tells its positions apart.
-    common = sorted(set.intersection(*links)) if links else []
-    return [
-        f" and position of axis {axis}"
-        if inner == 1
-        else f" and {inner} positions of axis {axis}"
-        for axis, inner in common
-    ]
+    common = set.intersection(*map(set, links)) if links else set()
+    return [_along_axis(axis, [of[axis] for of in links]) for axis in sorted(common)]
+
+
+def _along_axis(axis: int, links: Sequence[Link]) -> str:
+    """How slopes are told apart along one axis, and which terms each of them hears."""
+    width = max(link.group for link in links)
+    places = (
+        f"position of axis {axis}"
+        if width == 1
+        else f"{width} positions of axis {axis}"
+    )
+    wide = [link for link in links if not link.is_exact]
+    if not wide:
+        return f" and {places}"
+    if all(link.is_later for link in wide):
+        return f" and {places}, later terms"
+    if all(link.is_earlier for link in wide):
+        return f" and {places}, earlier terms"
+    return f" and {places}, terms near it"

@@ -1,0 +1,347 @@
+"""Between what the entries of a result lie, from where those of the operands do.
+
+This is what makes causal masks known: `exp(where(mask, s, -inf) - max)` lies between 0 and 0 where
+the mask is off. The entries are those of real arrays without NaN, which would be in the gradient.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+
+from forwax._programs.links import Shape, runs
+
+LARGEST_PRODUCT = 1e8
+"""A dot or convolution is taken to lie within this; within an eighth of what a narrow type holds.
+
+A finite constant in place of -inf, such as -1e30, is below all scores if scores are no larger.
+"""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Range:
+    """Bounds of an array's entries.
+
+    Attributes:
+        low: float64; each axis has the array's length, or 1 where the same holds all along.
+        high: of the same rank.
+        value: the array itself, where it is known.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    value: np.ndarray | None = None
+
+    @property
+    def is_zero(self) -> np.ndarray:
+        """Where the entries are 0."""
+        return (self.low == 0) & (self.high == 0)
+
+
+def within(low: float, high: float, shape: Shape) -> Range:
+    """The same bounds for all entries of an array of this shape."""
+    of_each = (1,) * len(shape)
+    return Range(np.full(of_each, low), np.full(of_each, high))
+
+
+def anything(shape: Shape) -> Range:
+    """What is true of every array."""
+    return within(-np.inf, np.inf, shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """An operation on ranges.
+
+    Attributes:
+        params: the operation's parameters.
+        operands: what is known of them.
+        shapes: the operands' shapes.
+        out: the result's shape.
+        dtype: the result's.
+    """
+
+    params: dict[str, Any]
+    operands: Sequence[Range]
+    shapes: Sequence[Shape]
+    out: Shape
+    dtype: Any
+
+
+RangeRule: TypeAlias = Callable[[Operation], Range]
+"""Takes an operation to the range of its result."""
+
+
+def unchanged(at: Operation) -> Range:
+    """The first operand's."""
+    return dataclasses.replace(at.operands[0], value=None)
+
+
+def cast(at: Operation) -> Range:
+    """Another dtype; rounding towards whole numbers is not followed."""
+    return of_floats(unchanged)(at)
+
+
+def bounded(low: float, high: float) -> RangeRule:
+    """A function with these bounds, whatever it is given."""
+
+    def rule(at: Operation) -> Range:
+        return within(low, high, at.out)
+
+    return rule
+
+
+def product_of_arrays(at: Operation) -> Range:
+    """A dot or convolution: no larger than `LARGEST_PRODUCT`, by assumption."""
+    if not jnp.issubdtype(at.dtype, jnp.floating):
+        return anything(at.out)
+    most = min(LARGEST_PRODUCT, float(jnp.finfo(at.dtype).max) / 8)
+    return within(-most, most, at.out)
+
+
+# --- entry by entry ---
+
+
+def of_floats(rule: RangeRule) -> RangeRule:
+    """A rule that whole numbers break, which wrap around."""
+
+    def of_numbers(at: Operation) -> Range:
+        return rule(at) if jnp.issubdtype(at.dtype, jnp.inexact) else anything(at.out)
+
+    return of_numbers
+
+
+@of_floats
+def add(at: Operation) -> Range:
+    """The sum of two."""
+    return _sum(*at.operands)
+
+
+@of_floats
+def sub(at: Operation) -> Range:
+    """The difference of two."""
+    return _sum(at.operands[0], _negative(at.operands[1]))
+
+
+@of_floats
+def neg(at: Operation) -> Range:
+    """The other sign."""
+    return _negative(at.operands[0])
+
+
+def _negative(x: Range) -> Range:
+    return Range(-x.high, -x.low)
+
+
+def _sum(x: Range, y: Range) -> Range:
+    with np.errstate(invalid="ignore"):
+        low, high = x.low + y.low, x.high + y.high
+    # What is -inf stays so, or becomes NaN; and the same for inf.
+    surely_low = (x.high == -np.inf) | (y.high == -np.inf)
+    surely_high = (x.low == np.inf) | (y.low == np.inf)
+    low = np.where(np.isnan(low), -np.inf, low)
+    high = np.where(np.isnan(high), np.inf, high)
+    return Range(
+        np.where(surely_high, np.inf, low), np.where(surely_low, -np.inf, high)
+    )
+
+
+@of_floats
+def mul(at: Operation) -> Range:
+    """The product of two; 0 times anything is 0, for infinities would give NaN."""
+    x, y = at.operands
+    with np.errstate(invalid="ignore"):
+        corners = [a * b for a in (x.low, x.high) for b in (y.low, y.high)]
+    corners = np.stack([np.where(np.isnan(c), 0, c) for c in corners])
+    return Range(corners.min(0), corners.max(0))
+
+
+@of_floats
+def div(at: Operation) -> Range:
+    """0 divided by anything, and what is divided by a known number."""
+    x, y = at.operands
+    is_positive = (y.low == y.high) & (y.low > 0) & np.isfinite(y.low)
+    by = np.where(is_positive, y.low, 1)
+    low = np.where(is_positive, x.low / by, -np.inf)
+    high = np.where(is_positive, x.high / by, np.inf)
+    return Range(np.where(x.is_zero, 0, low), np.where(x.is_zero, 0, high))
+
+
+def maximum(at: Operation) -> Range:
+    """The larger of two; either, of booleans."""
+    return _by_bounds(at, np.maximum)
+
+
+def minimum(at: Operation) -> Range:
+    """The smaller of two; both, of booleans."""
+    return _by_bounds(at, np.minimum)
+
+
+def _by_bounds(at: Operation, of: Callable[..., np.ndarray]) -> Range:
+    x, y = at.operands
+    return Range(of(x.low, y.low), of(x.high, y.high))
+
+
+def of_booleans(rule: RangeRule) -> RangeRule:
+    """A rule that holds for booleans alone: of integers these operations take single bits."""
+
+    def of_bits(at: Operation) -> Range:
+        return rule(at) if at.dtype == np.bool_ else anything(at.out)
+
+    return of_bits
+
+
+def logical_not(at: Operation) -> Range:
+    """1 less a boolean."""
+    (x,) = at.operands
+    return Range(1 - x.high, 1 - x.low)
+
+
+def exp(base: float) -> RangeRule:
+    """Powers of a base; 0 where even the largest is less than half the smallest number."""
+
+    def rule(at: Operation) -> Range:
+        if not jnp.issubdtype(at.dtype, jnp.floating):
+            return anything(at.out)
+        # Narrow types are computed in a wider one first.
+        is_double = jnp.finfo(at.dtype).bits == 64
+        smallest = np.finfo(np.float64 if is_double else np.float32).smallest_subnormal
+        underflow = math.log(smallest, base) - 2
+
+        def power(x: np.ndarray) -> np.ndarray:
+            with np.errstate(over="ignore"):
+                return np.where(
+                    x < underflow, 0, np.power(base, np.maximum(x, underflow))
+                )
+
+        (x,) = at.operands
+        return Range(np.zeros_like(x.low), power(x.high))
+
+    return rule
+
+
+def select_n(at: Operation) -> Range:
+    """One of several, by number."""
+    which, *cases = at.operands
+    low, high = np.inf, -np.inf
+    for i, case in enumerate(cases):
+        possible = (which.low <= i) & (which.high >= i)
+        low = np.minimum(low, np.where(possible, case.low, np.inf))
+        high = np.maximum(high, np.where(possible, case.high, -np.inf))
+    return Range(np.asarray(low), np.asarray(high))
+
+
+# --- along axes ---
+
+
+def reduce_max(at: Operation) -> Range:
+    """The largest along axes."""
+    (x,) = at.operands
+    axes = tuple(at.params["axes"])
+    return Range(x.low.max(axes, initial=-np.inf), x.high.max(axes, initial=-np.inf))
+
+
+def reduce_sum(at: Operation) -> Range:
+    """The sum along axes."""
+    (x,) = at.operands
+    axes = tuple(at.params["axes"])
+    count = math.prod(at.shapes[0][axis] for axis in axes)
+    with np.errstate(invalid="ignore"):
+        low = x.low.min(axes, initial=np.inf) * count
+        high = x.high.max(axes, initial=-np.inf) * count
+    return Range(np.nan_to_num(low, nan=0), np.nan_to_num(high, nan=0))
+
+
+# --- entries that move ---
+
+
+Move: TypeAlias = Callable[[Operation, np.ndarray], np.ndarray]
+"""Moves the entries of bounds, whose axes may have length 1, as the operation does an array's."""
+
+
+def moved(move: Move) -> RangeRule:
+    """The rule of an operation that moves its first operand's entries."""
+
+    def rule(at: Operation) -> Range:
+        x = at.operands[0]
+        return Range(move(at, x.low), move(at, x.high))
+
+    return rule
+
+
+def transpose(at: Operation, x: np.ndarray) -> np.ndarray:
+    """Axes in another order."""
+    return x.transpose(at.params["permutation"])
+
+
+def squeeze(at: Operation, x: np.ndarray) -> np.ndarray:
+    """Axes of size 1 go."""
+    return x.squeeze(tuple(at.params["dimensions"]))
+
+
+def broadcast_in_dim(at: Operation, x: np.ndarray) -> np.ndarray:
+    """New axes, and others repeated."""
+    shape = [1] * len(at.out)
+    for axis, length in zip(at.params["broadcast_dimensions"], x.shape, strict=True):
+        shape[axis] = length
+    return x.reshape(shape)
+
+
+def reshape(at: Operation, x: np.ndarray) -> np.ndarray:
+    """The flat position stays: what differs along a run of axes is written out along it."""
+    shape = at.shapes[0]
+    full, result = [1] * len(shape), [1] * len(at.out)
+    for own, other in runs(shape, at.out):
+        if any(x.shape[axis] > 1 for axis in own):
+            for axis in own:
+                full[axis] = shape[axis]
+            for axis in other:
+                result[axis] = at.out[axis]
+    return np.broadcast_to(x, full).reshape(result)
+
+
+def rev(at: Operation, x: np.ndarray) -> np.ndarray:
+    """Some axes backwards."""
+    return np.flip(x, at.params["dimensions"])
+
+
+def slice_(at: Operation, x: np.ndarray) -> np.ndarray:
+    """A window."""
+    params = at.params
+    strides = params["strides"] or (1,) * x.ndim
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    windows = [slice(*window) for window in bounds]
+    windows = [
+        w if n > 1 else slice(None) for w, n in zip(windows, x.shape, strict=True)
+    ]
+    return x[tuple(windows)]
+
+
+def hull(at: Operation) -> Range:
+    """Entries of the first operand, wherever they go."""
+    x = at.operands[0]
+    return within(x.low.min(initial=np.inf), x.high.max(initial=-np.inf), at.out)
+
+
+def concatenate(at: Operation) -> Range:
+    """Several operands one after another."""
+    axis = at.params["dimension"]
+
+    def joined(parts: list[np.ndarray]) -> np.ndarray:
+        shape = list(np.broadcast_shapes(*(_without(x, axis) for x in parts)))
+        whole: list[np.ndarray] = []
+        for part, of_operand in zip(parts, at.shapes, strict=True):
+            shape[axis] = of_operand[axis]
+            whole.append(np.broadcast_to(part, shape))
+        return np.concatenate(whole, axis)
+
+    lows = [x.low for x in at.operands]
+    return Range(joined(lows), joined([x.high for x in at.operands]))
+
+
+def _without(x: np.ndarray, axis: int) -> Shape:
+    """A shape in which one axis has length 1."""
+    return (*x.shape[:axis], 1, *x.shape[axis + 1 :])
