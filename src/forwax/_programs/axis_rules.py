@@ -178,7 +178,7 @@ def stack(at: Crossing, link: Link) -> Link:
     axis = _axis(link)
     if axis == new_axis:  # the operand as a whole is one position
         own = slice(at.position, at.position + 1)
-        return link.with_windows(link.first[own], link.last[own])
+        return link.with_windows(link.first[own], link.last[own]).joined()
     return link.on(axis - 1 if axis > new_axis else axis)
 
 

@@ -97,7 +97,7 @@ class Link:
 
     def with_windows(self, first: np.ndarray, last: np.ndarray) -> "Link":
         """Other windows on the same axis, which may have another length."""
-        return linked(self.axis, first, last, self.size)
+        return Link(self.axis, first, last, self.size)
 
     def pulled(
         self, of_operand: np.ndarray, of_result: np.ndarray, length: int
@@ -120,7 +120,7 @@ class Link:
             np.broadcast_to(self.first[:, None], shape), initial=self.size, **of_all
         )
         last = np.max(np.broadcast_to(self.last[:, None], shape), initial=-1, **of_all)
-        return linked(axis, first, last, self.size)
+        return Link(axis, first, last, self.size)
 
     def either(self, other: "Link") -> "Link | None":
         """What holds of a value with two uses; None on two different axes."""
@@ -131,7 +131,7 @@ class Link:
             return self
         first = np.minimum(self.first, other.first)
         last = np.maximum(self.last, other.last)
-        return linked(axes.pop() if axes else None, first, last, self.size)
+        return Link(axes.pop() if axes else None, first, last, self.size)
 
     def both(self, other: "Link") -> "Link":
         """What holds if two links along the same axis do."""
@@ -151,17 +151,10 @@ class Link:
         return float(np.sum(begun - ended)) / (self.length * other.length)
 
 
-def linked(axis: int | None, first: np.ndarray, last: np.ndarray, size: int) -> Link:
-    """A link; of an axis of length 1 no coordinate is told apart."""
-    if len(first) == 1:
-        axis = None
-    return Link(axis, first, last, size)
-
-
 def along(axis: int, length: int) -> Link:
     """The link of the followed axis itself."""
     positions = np.arange(length)
-    return linked(axis, positions, positions, length)
+    return Link(axis, positions, positions, length)
 
 
 def through_reshape(link: Link, shape: Shape, out: Shape) -> Link:
@@ -184,7 +177,7 @@ def through_reshape(link: Link, shape: Shape, out: Shape) -> Link:
     links: list[Link] = []
     for i, axis in enumerate(own):
         others = tuple(j for j in range(len(own)) if j != i)
-        links.append(linked(axis, first.min(others), last.max(others), link.size))
+        links.append(Link(axis, first.min(others), last.max(others), link.size))
     return min(links, key=lambda link: link.width)
 
 

@@ -415,7 +415,7 @@ def _first_step(loop: Loop, steps: int) -> Change:
     def change(link: Link) -> Link:
         if link.axis != steps:
             return link
-        return link.with_windows(link.first[first], link.last[first])
+        return link.with_windows(link.first[first], link.last[first]).joined()
 
     return change
 
