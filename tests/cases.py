@@ -374,10 +374,19 @@ RULES: dict[str, fx.Rule] = {
     ),
     "backprop": fx.Backprop(),
 }
-SITE_RULES: dict[str, fx.Rule] = {"activity": fx.ActivityPerturbation()}
+SITE_RULES: dict[str, fx.Rule] = {
+    "activity": fx.ActivityPerturbation(),
+    "decay": fx.ActivityPerturbation(credit=fx.credit.Decay(0.9)),
+}
 """Rules that need data."""
 
-BIASED = {"weight-projection", "safe", "finite-difference", "finite-differences"}
+BIASED = {
+    "weight-projection",
+    "safe",
+    "finite-difference",
+    "finite-differences",
+    "decay",
+}
 """Those of the rules whose mean is not the gradient."""
 
 REVERSE_MODE = {"backprop"}

@@ -250,7 +250,7 @@ def pair_of(mask: np.ndarray, axis: int, other: int) -> np.ndarray | None:
     if mask.ndim == 0 or mask.shape[other] == 1:
         return None
     rest = tuple(i for i in range(mask.ndim) if i not in (axis, other))
-    pair = mask.any(rest)
+    pair = np.any(mask, rest)
     return pair if axis < other else pair.T
 
 

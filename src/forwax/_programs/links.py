@@ -81,7 +81,7 @@ class Link:
     def group(self) -> int:
         """How many neighbouring coordinates change the same positions."""
         moves = np.diff(self.first) | np.diff(self.last)
-        return self.length // (1 + np.count_nonzero(moves))
+        return self.length // (1 + int(np.count_nonzero(moves)))
 
     def on(self, axis: int | None) -> "Link":
         """The same on another axis of a value; without one, what holds for all coordinates."""

@@ -22,7 +22,7 @@ A finite constant in place of -inf, such as -1e30, is below all scores if scores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Range:
+class Bounds:
     """Bounds of an array's entries.
 
     Attributes:
@@ -41,13 +41,13 @@ class Range:
         return (self.low == 0) & (self.high == 0)
 
 
-def within(low: float, high: float, shape: Shape) -> Range:
+def within(low: float, high: float, shape: Shape) -> Bounds:
     """The same bounds for all entries of an array of this shape."""
     of_each = (1,) * len(shape)
-    return Range(np.full(of_each, low), np.full(of_each, high))
+    return Bounds(np.full(of_each, low), np.full(of_each, high))
 
 
-def anything(shape: Shape) -> Range:
+def anything(shape: Shape) -> Bounds:
     """What is true of every array."""
     return within(-np.inf, np.inf, shape)
 
@@ -65,22 +65,22 @@ class Operation:
     """
 
     params: dict[str, Any]
-    operands: Sequence[Range]
+    operands: Sequence[Bounds]
     shapes: Sequence[Shape]
     out: Shape
     dtype: Any
 
 
-RangeRule: TypeAlias = Callable[[Operation], Range]
+RangeRule: TypeAlias = Callable[[Operation], Bounds]
 """Takes an operation to the range of its result."""
 
 
-def unchanged(at: Operation) -> Range:
+def unchanged(at: Operation) -> Bounds:
     """The first operand's."""
     return dataclasses.replace(at.operands[0], value=None)
 
 
-def cast(at: Operation) -> Range:
+def cast(at: Operation) -> Bounds:
     """Another dtype; rounding towards whole numbers is not followed."""
     return of_floats(unchanged)(at)
 
@@ -88,13 +88,13 @@ def cast(at: Operation) -> Range:
 def bounded(low: float, high: float) -> RangeRule:
     """A function with these bounds, whatever it is given."""
 
-    def rule(at: Operation) -> Range:
+    def rule(at: Operation) -> Bounds:
         return within(low, high, at.out)
 
     return rule
 
 
-def product_of_arrays(at: Operation) -> Range:
+def product_of_arrays(at: Operation) -> Bounds:
     """A dot or convolution: no larger than `LARGEST_PRODUCT`, by assumption."""
     if not jnp.issubdtype(at.dtype, jnp.floating):
         return anything(at.out)
@@ -108,35 +108,35 @@ def product_of_arrays(at: Operation) -> Range:
 def of_floats(rule: RangeRule) -> RangeRule:
     """A rule that whole numbers break, which wrap around."""
 
-    def of_numbers(at: Operation) -> Range:
+    def of_numbers(at: Operation) -> Bounds:
         return rule(at) if jnp.issubdtype(at.dtype, jnp.inexact) else anything(at.out)
 
     return of_numbers
 
 
 @of_floats
-def add(at: Operation) -> Range:
+def add(at: Operation) -> Bounds:
     """The sum of two."""
     return _sum(*at.operands)
 
 
 @of_floats
-def sub(at: Operation) -> Range:
+def sub(at: Operation) -> Bounds:
     """The difference of two."""
     return _sum(at.operands[0], _negative(at.operands[1]))
 
 
 @of_floats
-def neg(at: Operation) -> Range:
+def neg(at: Operation) -> Bounds:
     """The other sign."""
     return _negative(at.operands[0])
 
 
-def _negative(x: Range) -> Range:
-    return Range(-x.high, -x.low)
+def _negative(x: Bounds) -> Bounds:
+    return Bounds(-x.high, -x.low)
 
 
-def _sum(x: Range, y: Range) -> Range:
+def _sum(x: Bounds, y: Bounds) -> Bounds:
     with np.errstate(invalid="ignore"):
         low, high = x.low + y.low, x.high + y.high
     # What is -inf stays so, or becomes NaN; and the same for inf.
@@ -144,66 +144,66 @@ def _sum(x: Range, y: Range) -> Range:
     surely_high = (x.low == np.inf) | (y.low == np.inf)
     low = np.where(np.isnan(low), -np.inf, low)
     high = np.where(np.isnan(high), np.inf, high)
-    return Range(
+    return Bounds(
         np.where(surely_high, np.inf, low), np.where(surely_low, -np.inf, high)
     )
 
 
 @of_floats
-def mul(at: Operation) -> Range:
+def mul(at: Operation) -> Bounds:
     """The product of two; 0 times anything is 0, for infinities would give NaN."""
     x, y = at.operands
     with np.errstate(invalid="ignore"):
         corners = [a * b for a in (x.low, x.high) for b in (y.low, y.high)]
     corners = np.stack([np.where(np.isnan(c), 0, c) for c in corners])
-    return Range(corners.min(0), corners.max(0))
+    return Bounds(corners.min(0), corners.max(0))
 
 
 @of_floats
-def div(at: Operation) -> Range:
+def div(at: Operation) -> Bounds:
     """0 divided by anything, and what is divided by a known number."""
     x, y = at.operands
     is_positive = (y.low == y.high) & (y.low > 0) & np.isfinite(y.low)
     by = np.where(is_positive, y.low, 1)
     low = np.where(is_positive, x.low / by, -np.inf)
     high = np.where(is_positive, x.high / by, np.inf)
-    return Range(np.where(x.is_zero, 0, low), np.where(x.is_zero, 0, high))
+    return Bounds(np.where(x.is_zero, 0, low), np.where(x.is_zero, 0, high))
 
 
-def maximum(at: Operation) -> Range:
+def maximum(at: Operation) -> Bounds:
     """The larger of two; either, of booleans."""
     return _by_bounds(at, np.maximum)
 
 
-def minimum(at: Operation) -> Range:
+def minimum(at: Operation) -> Bounds:
     """The smaller of two; both, of booleans."""
     return _by_bounds(at, np.minimum)
 
 
-def _by_bounds(at: Operation, of: Callable[..., np.ndarray]) -> Range:
+def _by_bounds(at: Operation, of: Callable[..., np.ndarray]) -> Bounds:
     x, y = at.operands
-    return Range(of(x.low, y.low), of(x.high, y.high))
+    return Bounds(of(x.low, y.low), of(x.high, y.high))
 
 
 def of_booleans(rule: RangeRule) -> RangeRule:
     """A rule that holds for booleans alone: of integers these operations take single bits."""
 
-    def of_bits(at: Operation) -> Range:
+    def of_bits(at: Operation) -> Bounds:
         return rule(at) if at.dtype == np.bool_ else anything(at.out)
 
     return of_bits
 
 
-def logical_not(at: Operation) -> Range:
+def logical_not(at: Operation) -> Bounds:
     """1 less a boolean."""
     (x,) = at.operands
-    return Range(1 - x.high, 1 - x.low)
+    return Bounds(1 - x.high, 1 - x.low)
 
 
 def exp(base: float) -> RangeRule:
     """Powers of a base; 0 where even the largest is less than half the smallest number."""
 
-    def rule(at: Operation) -> Range:
+    def rule(at: Operation) -> Bounds:
         if not jnp.issubdtype(at.dtype, jnp.floating):
             return anything(at.out)
         # Narrow types are computed in a wider one first.
@@ -218,12 +218,12 @@ def exp(base: float) -> RangeRule:
                 )
 
         (x,) = at.operands
-        return Range(np.zeros_like(x.low), power(x.high))
+        return Bounds(np.zeros_like(x.low), power(x.high))
 
     return rule
 
 
-def select_n(at: Operation) -> Range:
+def select_n(at: Operation) -> Bounds:
     """One of several, by number."""
     which, *cases = at.operands
     low, high = np.inf, -np.inf
@@ -231,20 +231,20 @@ def select_n(at: Operation) -> Range:
         possible = (which.low <= i) & (which.high >= i)
         low = np.minimum(low, np.where(possible, case.low, np.inf))
         high = np.maximum(high, np.where(possible, case.high, -np.inf))
-    return Range(np.asarray(low), np.asarray(high))
+    return Bounds(np.asarray(low), np.asarray(high))
 
 
 # --- along axes ---
 
 
-def reduce_max(at: Operation) -> Range:
+def reduce_max(at: Operation) -> Bounds:
     """The largest along axes."""
     (x,) = at.operands
     axes = tuple(at.params["axes"])
-    return Range(x.low.max(axes, initial=-np.inf), x.high.max(axes, initial=-np.inf))
+    return Bounds(x.low.max(axes, initial=-np.inf), x.high.max(axes, initial=-np.inf))
 
 
-def reduce_sum(at: Operation) -> Range:
+def reduce_sum(at: Operation) -> Bounds:
     """The sum along axes."""
     (x,) = at.operands
     axes = tuple(at.params["axes"])
@@ -252,7 +252,7 @@ def reduce_sum(at: Operation) -> Range:
     with np.errstate(invalid="ignore"):
         low = x.low.min(axes, initial=np.inf) * count
         high = x.high.max(axes, initial=-np.inf) * count
-    return Range(np.nan_to_num(low, nan=0), np.nan_to_num(high, nan=0))
+    return Bounds(np.nan_to_num(low, nan=0), np.nan_to_num(high, nan=0))
 
 
 # --- entries that move ---
@@ -265,9 +265,9 @@ Move: TypeAlias = Callable[[Operation, np.ndarray], np.ndarray]
 def moved(move: Move) -> RangeRule:
     """The rule of an operation that moves its first operand's entries."""
 
-    def rule(at: Operation) -> Range:
+    def rule(at: Operation) -> Bounds:
         x = at.operands[0]
-        return Range(move(at, x.low), move(at, x.high))
+        return Bounds(move(at, x.low), move(at, x.high))
 
     return rule
 
@@ -320,13 +320,13 @@ def slice_(at: Operation, x: np.ndarray) -> np.ndarray:
     return x[tuple(windows)]
 
 
-def hull(at: Operation) -> Range:
+def hull(at: Operation) -> Bounds:
     """Entries of the first operand, wherever they go."""
     x = at.operands[0]
     return within(x.low.min(initial=np.inf), x.high.max(initial=-np.inf), at.out)
 
 
-def concatenate(at: Operation) -> Range:
+def concatenate(at: Operation) -> Bounds:
     """Several operands one after another."""
     axis = at.params["dimension"]
 
@@ -339,7 +339,7 @@ def concatenate(at: Operation) -> Range:
         return np.concatenate(whole, axis)
 
     lows = [x.low for x in at.operands]
-    return Range(joined(lows), joined([x.high for x in at.operands]))
+    return Bounds(joined(lows), joined([x.high for x in at.operands]))
 
 
 def _without(x: np.ndarray, axis: int) -> Shape:

@@ -23,7 +23,7 @@ from forwax._programs.program import (
     Traced,
     Variable,
 )
-from forwax._programs.range_rules import Operation, Range, anything
+from forwax._programs.range_rules import Bounds, Operation, anything
 from forwax._programs.tracing import called
 
 _DEEPEST = 100
@@ -50,7 +50,7 @@ class Ranges:
         self.types = traced.types
         self.makers: dict[Variable, Equation] = {}
         self.sources: dict[Variable, tuple[Equation, Loop, int]] = {}
-        self.found: dict[Variable, Range] = {}
+        self.found: dict[Variable, Bounds] = {}
         self.read(traced.program)
         # behind the closed-over arrays come parameters and data
         closed = traced.program.inputs[: len(traced.closed)]
@@ -78,7 +78,7 @@ class Ranges:
         known = self.of(atom)
         return (known.low <= case) & (known.high >= case)
 
-    def of(self, atom: Atom, depth: int = 0) -> Range:
+    def of(self, atom: Atom, depth: int = 0) -> Bounds:
         """The range of an atom."""
         if isinstance(atom, Constant):
             return self.of_value(atom.value)
@@ -96,7 +96,7 @@ class Ranges:
         self.found[atom] = known
         return known
 
-    def of_value(self, value: Any) -> Range:
+    def of_value(self, value: Any) -> Bounds:
         """The range of an array that is there."""
         shape = tuple(jnp.shape(value))
         dtype = getattr(value, "dtype", None) or jnp.result_type(value)
@@ -107,9 +107,9 @@ class Ranges:
         wide = array.astype(np.float64)
         if np.isnan(wide).any():
             return anything(shape)
-        return Range(wide, wide, array)
+        return Bounds(wide, wide, array)
 
-    def of_input(self, equation: Equation, loop: Loop, i: int, depth: int) -> Range:
+    def of_input(self, equation: Equation, loop: Loop, i: int, depth: int) -> Bounds:
         """The range of an input of a loop's body, in all steps."""
         outside = equation.inputs[i]
         carry = i - loop.num_consts
@@ -122,9 +122,9 @@ class Ranges:
         known = self.of(outside, depth + 1)
         if loop.length == 0:
             return anything(self.shape(outside)[1:])
-        return Range(known.low.min(0), known.high.max(0))
+        return Bounds(known.low.min(0), known.high.max(0))
 
-    def of_result(self, equation: Equation, depth: int) -> Range:
+    def of_result(self, equation: Equation, depth: int) -> Bounds:
         """The range of what an operation gives."""
         (out, *more) = equation.outputs
         shape = self.shape(out)
@@ -148,7 +148,7 @@ class Ranges:
         at = Operation(equation.params, operands, shapes, shape, dtype)
         return rule(at)
 
-    def of_inner(self, equation: Equation, depth: int) -> Range:
+    def of_inner(self, equation: Equation, depth: int) -> Bounds:
         """The range of what a function with a derivative of its own gives, by its own program."""
         program = called(equation, self.types)
         self.read(program)

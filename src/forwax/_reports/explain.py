@@ -1,6 +1,7 @@
 """What a rule does to a loss: its sites, their noise, their credit, and where it falls back."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,12 +123,14 @@ def explain(
             sites = ActivityPerturbation().sites(problem)
         # Of all rules one alone has a memory; "shared" gives all examples and positions one slope.
         is_shared = getattr(rule.inner, "memory", "keep") == "shared"
-        return Explanation(tuple(_row(site, sites, is_shared) for site in sites.places))
+        decays = getattr(rule.inner, "credit", None) is not None
+        said = functools.partial(_row, sites=sites, is_shared=is_shared, decays=decays)
+        return Explanation(tuple(map(said, sites.places)))
 
     return explain_loss
 
 
-def _row(site: Site, sites: Sites, is_shared: bool) -> SiteRow:
+def _row(site: Site, sites: Sites, is_shared: bool, decays: bool) -> SiteRow:
     entering = sum(math.prod(shape) for shape in sites.parameter_shapes(site))
     sources = [equation.source for equation in site.region.equations if equation.source]
     return SiteRow(
@@ -135,7 +138,7 @@ def _row(site: Site, sites: Sites, is_shared: bool) -> SiteRow:
         shape=site.shape,
         weight_noise=entering,
         activity_noise=site.size,
-        credit=_credit(site, sites, is_shared),
+        credit=_credit(site, sites, is_shared, decays),
         where=sources[0] if sources else "",
     )
 
@@ -156,7 +159,7 @@ def _operation(region: Region) -> str:
     return " + ".join(names)
 
 
-def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
+def _credit(site: Site, sites: Sites, is_shared: bool, decays: bool) -> str:
     """What multiplies a site's noise: how far its slopes are told apart, and of which losses."""
     if site.exact:
         return "exact error"
@@ -164,7 +167,7 @@ def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
     by_source = sites.credit.get(site.variable, ())
     num_parts = 1 if sites.sources is None else len(sites.sources.starts)
     hears_all = len(by_source) in (0, num_parts)
-    along = [] if is_shared else _along(by_source)
+    along = [] if is_shared else _along(by_source, decays)
     if sites.num_examples is not None:
         each = site.mapped and not is_shared
         text = "one slope per example" if each else "one slope for all examples"
@@ -180,7 +183,7 @@ def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
     return f"{text}, {len(by_source)} of {num_parts} parts of the loss"
 
 
-def _along(by_source: Sequence[Credit]) -> list[str]:
+def _along(by_source: Sequence[Credit], decays: bool) -> list[str]:
     """The axes of the site's value along which its slopes are told apart, whatever the source."""
     links = [
         {link.axis: link for _, link in credit.links if link.axis is not None}
@@ -188,10 +191,12 @@ def _along(by_source: Sequence[Credit]) -> list[str]:
     ]
     # An axis counts if every part of the loss tells its positions apart.
     common = set.intersection(*map(set, links)) if links else set()
-    return [_along_axis(axis, [of[axis] for of in links]) for axis in sorted(common)]
+    return [
+        _along_axis(axis, [of[axis] for of in links], decays) for axis in sorted(common)
+    ]
 
 
-def _along_axis(axis: int, links: Sequence[Link]) -> str:
+def _along_axis(axis: int, links: Sequence[Link], decays: bool) -> str:
     """How slopes are told apart along one axis, and which terms each of them hears."""
     width = max(link.group for link in links)
     places = (
@@ -203,7 +208,9 @@ def _along_axis(axis: int, links: Sequence[Link]) -> str:
     if not wide:
         return f" and {places}"
     if all(link.is_later for link in wide):
-        return f" and {places}, later terms"
-    if all(link.is_earlier for link in wide):
-        return f" and {places}, earlier terms"
-    return f" and {places}, terms near it"
+        terms = "later terms"
+    elif all(link.is_earlier for link in wide):
+        terms = "earlier terms"
+    else:
+        terms = "terms near it"
+    return f" and {places}, {terms}{' decaying' if decays else ''}"
