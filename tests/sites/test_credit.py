@@ -13,8 +13,7 @@ import pytest
 import forwax as fx
 from forwax._programs.links import Link, along
 from forwax._signature import Signature
-from forwax._sites.sources import tangent_program
-from helpers import KEY, basis_of, estimates
+from helpers import KEY, basis_of, estimates, leak
 from sites.programs import PROGRAMS, Program, normal
 
 P = {
@@ -259,45 +258,6 @@ def test_a_wrong_link_leaks():
         )
         > 1e-3
     )
-
-
-def leak(sites, problem):
-    """The largest derivative that the credit calls zero."""
-    program = tangent_program(sites, sites.sources.starts)
-    mapped = [
-        np.take(np.asarray(x), 0, axis=axis)
-        for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)
-    ]
-    leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]
-    from forwax._sites.levels import Level
-    from forwax._sites.passes.keep import forward
-
-    level = Level(program.program, (), frozenset(), {})
-    noises = [np.zeros(site.shape, site.dtype) for site in sites.noisy]
-    tangents = lambda noises: forward(level, [*leaves, *noises], {}, None, frozenset())[
-        0
-    ]
-    jacobians = jax.device_get(jax.jit(jax.jacfwd(tangents))(noises))
-    worst = 0.0
-    for j, site in enumerate(sites.noisy):
-        for credit in sites.credit[site.variable]:
-            jacobian = np.abs(
-                np.asarray(jacobians[credit.source][j])
-            )  # [*source, *noise]
-            for axis, link in credit.links:
-                for position in range(credit.shape[axis]):
-                    part = jacobian.take(position, axis=axis)
-                    other = (position < link.first) | (position > link.last)
-                    if link.axis is None:
-                        part = part * other
-                    else:
-                        own_axis = len(credit.shape) - 1 + link.axis
-                        part = part.take(np.flatnonzero(other), axis=own_axis)
-                    worst = max(worst, float(part.max(initial=0)))
-        reached = {credit.source for credit in sites.credit[site.variable]}
-        for number in set(range(len(jacobians))) - reached:
-            worst = max(worst, float(np.abs(jacobians[number][j]).max(initial=0)))
-    return worst
 
 
 def test_the_table_tells_the_axes():
