@@ -318,7 +318,11 @@ def attention(env: Env, h: Array, s: Step) -> Array:
     if s.a == 2:
         return m + jax.nn.softmax(scores + jnp.where(causal.T, 0, -jnp.inf)) @ m
     # Some rows may be off: they hear all positions alike.
-    seen = causal & (scores[:1] > 0) if s.b % 2 else causal & (jnp.sum(causal, 1) > 1)
+    seen = (
+        causal & (scores[:1] > 0)
+        if s.b % 2
+        else causal & (jnp.sum(causal, 1, keepdims=True) > 1)
+    )
     return m + jax.nn.softmax(jnp.where(seen, scores, -1e30)) @ m
 
 

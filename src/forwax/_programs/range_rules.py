@@ -20,6 +20,9 @@ LARGEST_PRODUCT = 1e8
 A finite constant in place of -inf, such as -1e30, is below all scores if scores are no larger.
 """
 
+_WHOLE = 256
+"""Whole numbers up to this are exact in every dtype that models compute in."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bounds:
@@ -77,7 +80,7 @@ RangeRule: TypeAlias = Callable[[Operation], Bounds]
 
 def unchanged(at: Operation) -> Bounds:
     """The first operand's."""
-    return dataclasses.replace(at.operands[0], value=None)
+    return at.operands[0]
 
 
 def cast(at: Operation) -> Bounds:
@@ -117,19 +120,22 @@ def of_floats(rule: RangeRule) -> RangeRule:
 @of_floats
 def add(at: Operation) -> Bounds:
     """The sum of two."""
-    return _sum(*at.operands)
+    x, y = at.operands
+    return _sum(x, y)
 
 
 @of_floats
 def sub(at: Operation) -> Bounds:
     """The difference of two."""
-    return _sum(at.operands[0], _negative(at.operands[1]))
+    x, y = at.operands
+    return _sum(x, _negative(y))
 
 
 @of_floats
 def neg(at: Operation) -> Bounds:
     """The other sign."""
-    return _negative(at.operands[0])
+    (x,) = at.operands
+    return _negative(x)
 
 
 def _negative(x: Bounds) -> Bounds:
@@ -137,25 +143,27 @@ def _negative(x: Bounds) -> Bounds:
 
 
 def _sum(x: Bounds, y: Bounds) -> Bounds:
-    with np.errstate(invalid="ignore"):
-        low, high = x.low + y.low, x.high + y.high
-    # What is -inf stays so, or becomes NaN; and the same for inf.
-    surely_low = (x.high == -np.inf) | (y.high == -np.inf)
-    surely_high = (x.low == np.inf) | (y.low == np.inf)
+    low = x.low + y.low
+    high = x.high + y.high
+    # What is -inf stays so, or becomes NaN.
+    is_lowest = (x.high == -np.inf) | (y.high == -np.inf)
     low = np.where(np.isnan(low), -np.inf, low)
     high = np.where(np.isnan(high), np.inf, high)
-    return Bounds(
-        np.where(surely_high, np.inf, low), np.where(surely_low, -np.inf, high)
-    )
+    high = np.where(is_lowest, -np.inf, high)
+    # Rounding may leave something where numbers cancel, unless they are small and whole.
+    cancels = (low == 0) & (high == 0) & ~(x.is_zero & y.is_zero)
+    is_exact = (x.low == np.round(x.low)) & (np.abs(x.low) <= _WHOLE)
+    high = np.where(cancels & ~is_exact, np.inf, high)
+    return Bounds(low, high)
 
 
 @of_floats
 def mul(at: Operation) -> Bounds:
     """The product of two; 0 times anything is 0, for infinities would give NaN."""
     x, y = at.operands
-    with np.errstate(invalid="ignore"):
-        corners = [a * b for a in (x.low, x.high) for b in (y.low, y.high)]
-    corners = np.stack([np.where(np.isnan(c), 0, c) for c in corners])
+    corners = [a * b for a in (x.low, x.high) for b in (y.low, y.high)]
+    corners = np.stack(np.broadcast_arrays(*corners))
+    corners = np.where(np.isnan(corners), 0, corners)
     return Bounds(corners.min(0), corners.max(0))
 
 
@@ -167,7 +175,10 @@ def div(at: Operation) -> Bounds:
     by = np.where(is_positive, y.low, 1)
     low = np.where(is_positive, x.low / by, -np.inf)
     high = np.where(is_positive, x.high / by, np.inf)
-    return Bounds(np.where(x.is_zero, 0, low), np.where(x.is_zero, 0, high))
+    return Bounds(
+        low=np.where(x.is_zero, 0, low),
+        high=np.where(x.is_zero, 0, high),
+    )
 
 
 def maximum(at: Operation) -> Bounds:
@@ -189,7 +200,10 @@ def of_booleans(rule: RangeRule) -> RangeRule:
     """A rule that holds for booleans alone: of integers these operations take single bits."""
 
     def of_bits(at: Operation) -> Bounds:
-        return rule(at) if at.dtype == np.bool_ else anything(at.out)
+        if at.dtype != np.bool_:
+            return anything(at.out)
+        known = rule(at)
+        return Bounds(known.low.clip(0, 1), known.high.clip(0, 1))
 
     return of_bits
 
@@ -211,14 +225,12 @@ def exp(base: float) -> RangeRule:
         smallest = np.finfo(np.float64 if is_double else np.float32).smallest_subnormal
         underflow = math.log(smallest, base) - 2
 
-        def power(x: np.ndarray) -> np.ndarray:
-            with np.errstate(over="ignore"):
-                return np.where(
-                    x < underflow, 0, np.power(base, np.maximum(x, underflow))
-                )
-
         (x,) = at.operands
-        return Bounds(np.zeros_like(x.low), power(x.high))
+        highest = np.power(base, np.maximum(x.high, underflow))
+        return Bounds(
+            low=np.zeros_like(x.low),
+            high=np.where(x.high < underflow, 0, highest),
+        )
 
     return rule
 
@@ -241,7 +253,10 @@ def reduce_max(at: Operation) -> Bounds:
     """The largest along axes."""
     (x,) = at.operands
     axes = tuple(at.params["axes"])
-    return Bounds(x.low.max(axes, initial=-np.inf), x.high.max(axes, initial=-np.inf))
+    return Bounds(
+        low=x.low.max(axes, initial=-np.inf),
+        high=x.high.max(axes, initial=-np.inf),
+    )
 
 
 def reduce_sum(at: Operation) -> Bounds:
@@ -249,10 +264,11 @@ def reduce_sum(at: Operation) -> Bounds:
     (x,) = at.operands
     axes = tuple(at.params["axes"])
     count = math.prod(at.shapes[0][axis] for axis in axes)
-    with np.errstate(invalid="ignore"):
-        low = x.low.min(axes, initial=np.inf) * count
-        high = x.high.max(axes, initial=-np.inf) * count
-    return Bounds(np.nan_to_num(low, nan=0), np.nan_to_num(high, nan=0))
+    if count == 0:
+        return within(0, 0, at.out)
+    low = x.low.min(axes) * count
+    high = x.high.max(axes) * count
+    return Bounds(low, high)
 
 
 # --- entries that move ---

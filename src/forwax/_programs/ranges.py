@@ -4,6 +4,7 @@ Asked for one value at a time, so that a program costs nothing that no question 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from forwax._programs.program import (
     Traced,
     Variable,
 )
-from forwax._programs.range_rules import Bounds, Operation, anything
+from forwax._programs.range_rules import Bounds, Operation, anything, unchanged
 from forwax._programs.tracing import called
 
 _DEEPEST = 100
@@ -42,6 +43,7 @@ class Ranges:
         types: the abstract value of each variable.
         makers: the operation that gives each variable.
         sources: for the input of a loop's body the loop's operation, and which input it is.
+        closed: the values of inputs that are known.
         found: what was asked for before.
         varying: what depends on values that are not known.
     """
@@ -50,14 +52,15 @@ class Ranges:
         self.types = traced.types
         self.makers: dict[Variable, Equation] = {}
         self.sources: dict[Variable, tuple[Equation, Loop, int]] = {}
+        self.closed: dict[Variable, Any] = {}
         self.found: dict[Variable, Bounds] = {}
         self.read(traced.program)
         # behind the closed-over arrays come parameters and data
         closed = traced.program.inputs[: len(traced.closed)]
         for variable, value in zip(closed, traced.closed, strict=True):
             if not _tree.is_abstract(value):
-                self.found[variable] = self.of_value(value)
-        unknown = [v for v in traced.program.inputs if v not in self.found]
+                self.closed[variable] = value
+        unknown = [v for v in traced.program.inputs if v not in self.closed]
         self.varying = mapped_variables(traced.program, unknown)
 
     def read(self, program: Program) -> None:
@@ -87,10 +90,12 @@ class Ranges:
         shape = self.shape(atom)
         if depth > _DEEPEST or math.prod(shape) > _LARGEST:
             return anything(shape)
-        if atom in self.sources:
+        if atom in self.closed:
+            known = self.of_value(self.closed[atom])
+        elif atom in self.sources:
             known = self.of_input(*self.sources[atom], depth)
         elif atom in self.makers:
-            known = self.of_result(self.makers[atom], depth)
+            known = self.of_result(self.makers[atom], atom, depth)
         else:
             known = anything(shape)
         self.found[atom] = known
@@ -101,7 +106,8 @@ class Ranges:
         shape = tuple(jnp.shape(value))
         dtype = getattr(value, "dtype", None) or jnp.result_type(value)
         is_real = any(jnp.issubdtype(dtype, kind) for kind in _REAL)
-        if not is_real or math.prod(shape) > _LARGEST:
+        is_here = getattr(value, "is_fully_addressable", True)
+        if not (is_real and is_here) or math.prod(shape) > _LARGEST:
             return anything(shape)
         array = np.asarray(value)
         wide = array.astype(np.float64)
@@ -124,11 +130,10 @@ class Ranges:
             return anything(self.shape(outside)[1:])
         return Bounds(known.low.min(0), known.high.max(0))
 
-    def of_result(self, equation: Equation, depth: int) -> Bounds:
-        """The range of what an operation gives."""
-        (out, *more) = equation.outputs
+    def of_result(self, equation: Equation, out: Variable, depth: int) -> Bounds:
+        """The range of one of the results of an operation."""
         shape = self.shape(out)
-        if more or equation.loop is not None:
+        if len(equation.outputs) > 1 or equation.loop is not None:
             return anything(shape)
         if equation.facts.has_own_jvp:
             return self.of_inner(equation, depth)
@@ -137,16 +142,28 @@ class Ranges:
             return anything(shape)
         operands = [self.of(atom, depth + 1) for atom in equation.inputs]
         values = [x.value for x in operands if x.value is not None]
-        if len(values) == len(operands) and not equation.has_inner_programs:
-            with jax.ensure_compile_time_eval():
-                (value,) = bind(equation, [jnp.asarray(x) for x in values])
-            return self.of_value(value)
+        if rule is not unchanged and len(values) == len(operands):
+            return self.computed(equation, values, shape)
         if rule is None:
             return anything(shape)
         shapes = list(map(self.shape, equation.inputs))
         dtype = self.types[out].dtype
         at = Operation(equation.params, operands, shapes, shape, dtype)
-        return rule(at)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return rule(at)
+
+    def computed(
+        self, equation: Equation, values: Sequence[np.ndarray], shape: Shape
+    ) -> Bounds:
+        """The range of what an operation makes of known values."""
+        if equation.has_inner_programs:
+            return anything(shape)
+        try:
+            with jax.ensure_compile_time_eval():
+                (value,) = bind(equation, [jnp.asarray(x) for x in values])
+        except Exception:  # some need what is around them, such as the axes of a mesh
+            return anything(shape)
+        return self.of_value(value)
 
     def of_inner(self, equation: Equation, depth: int) -> Bounds:
         """The range of what a function with a derivative of its own gives, by its own program."""
