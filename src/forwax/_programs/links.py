@@ -38,14 +38,16 @@ class Link:
             return True
         if not isinstance(other, Link):
             return NotImplemented
-        if (self.axis, self.size) != (other.axis, other.size):
+        if self.axis != other.axis or self.size != other.size:
             return False
-        same_first = np.array_equal(self.first, other.first)
-        return same_first and np.array_equal(self.last, other.last)
+        if not np.array_equal(self.first, other.first):
+            return False
+        return np.array_equal(self.last, other.last)
 
     def __hash__(self) -> int:
-        windows = (self.first.tobytes(), self.last.tobytes())
-        return hash((self.axis, self.size, *windows))
+        first = self.first.tobytes()
+        last = self.last.tobytes()
+        return hash((self.axis, self.size, first, last))
 
     @property
     def length(self) -> int:
@@ -60,12 +62,13 @@ class Link:
     @property
     def is_open(self) -> bool:
         """Whether every coordinate may change all positions, so that nothing is said."""
-        return bool(np.all(self.first <= 0) and np.all(self.last >= self.size - 1))
+        return self.is_earlier and self.is_later
 
     @property
     def width(self) -> float:
         """How many positions a coordinate may change, on average."""
-        return float(np.mean(np.maximum(self.last - self.first + 1, 0)))
+        widths = self.last - self.first + 1
+        return float(np.mean(widths.clip(0)))
 
     @property
     def is_later(self) -> bool:
@@ -81,7 +84,8 @@ class Link:
     def group(self) -> int:
         """How many neighbouring coordinates change the same positions."""
         moves = np.diff(self.first) | np.diff(self.last)
-        return self.length // (1 + int(np.count_nonzero(moves)))
+        num_groups = 1 + int(np.count_nonzero(moves))
+        return self.length // num_groups
 
     def on(self, axis: int | None) -> "Link":
         """The same on another axis of a value; without one, what holds for all coordinates."""
@@ -115,12 +119,15 @@ class Link:
     def through(self, mask: np.ndarray, axis: int) -> "Link":
         """The link of an operand's axis: mask[x, y], x on this link's axis, says y enters x."""
         shape = (self.length, mask.shape[1])
-        of_all = {"axis": 0, "where": np.broadcast_to(mask, shape)}
-        first = np.min(
-            np.broadcast_to(self.first[:, None], shape), initial=self.size, **of_all
+        enters = np.broadcast_to(mask, shape)
+        first = np.broadcast_to(self.first[:, None], shape)
+        last = np.broadcast_to(self.last[:, None], shape)
+        return Link(
+            axis,
+            first.min(0, where=enters, initial=self.size),
+            last.max(0, where=enters, initial=-1),
+            self.size,
         )
-        last = np.max(np.broadcast_to(self.last[:, None], shape), initial=-1, **of_all)
-        return Link(axis, first, last, self.size)
 
     def either(self, other: "Link") -> "Link | None":
         """What holds of a value with two uses; None on two different axes."""
@@ -129,26 +136,33 @@ class Link:
             return None
         if self is other:
             return self
+        axis = axes.pop() if axes else None
         first = np.minimum(self.first, other.first)
         last = np.maximum(self.last, other.last)
-        return Link(axes.pop() if axes else None, first, last, self.size)
+        return Link(axis, first, last, self.size)
 
     def both(self, other: "Link") -> "Link":
         """What holds if two links along the same axis do."""
         first = np.maximum(self.first, other.first)
-        return self.with_windows(first, np.minimum(self.last, other.last))
+        last = np.minimum(self.last, other.last)
+        return self.with_windows(first, last)
 
     def overlap(self, other: "Link") -> float:
         """The share of pairs of coordinates, one of each link, that change a position together."""
-        at_first = [np.clip(x.first, 0, self.size) for x in (self, other)]
-        at_last = [np.clip(x.last, -1, self.size - 1) for x in (self, other)]
-        real = [at_first[i] <= at_last[i] for i in (0, 1)]
-        starts = np.sort(at_first[1][real[1]])
-        ends = np.sort(at_last[1][real[1]])
+        first, last = self._windows()
+        starts, ends = other._windows()
         # Of the other's windows those that begin in time, less those that ended before.
-        begun = np.searchsorted(starts, at_last[0][real[0]], side="right")
-        ended = np.searchsorted(ends, at_first[0][real[0]], side="left")
-        return float(np.sum(begun - ended)) / (self.length * other.length)
+        begun = np.searchsorted(np.sort(starts), last, side="right")
+        ended = np.searchsorted(np.sort(ends), first, side="left")
+        num_pairs = self.length * other.length
+        return float(np.sum(begun - ended)) / num_pairs
+
+    def _windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """First and last positions of the windows that hold any."""
+        first = self.first.clip(0)
+        last = self.last.clip(max=self.size - 1)
+        holds_any = first <= last
+        return first[holds_any], last[holds_any]
 
 
 def along(axis: int, length: int) -> Link:
@@ -160,9 +174,10 @@ def along(axis: int, length: int) -> Link:
 def through_reshape(link: Link, shape: Shape, out: Shape) -> Link:
     """The link of a value that was reshaped from `shape` to `out`: the flat position stays."""
     assert link.axis is not None
-    own, other = next(
-        (pair for pair in runs(shape, out) if link.axis in pair[1]), ((), ())
-    )
+    pairs = [pair for pair in runs(shape, out) if link.axis in pair[1]]
+    if not pairs:
+        return link.joined()
+    ((own, other),) = pairs
     entries = [out[axis] for axis in other]
     if not own or math.prod(entries) > LONGEST:
         return link.joined()
@@ -171,13 +186,16 @@ def through_reshape(link: Link, shape: Shape, out: Shape) -> Link:
     lengths = [shape[axis] for axis in own]
 
     def reshaped(windows: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(windows.reshape(place), entries).reshape(lengths)
+        written_out = np.broadcast_to(windows.reshape(place), entries)
+        return written_out.reshape(lengths)
 
-    first, last = reshaped(link.first), reshaped(link.last)
+    first = reshaped(link.first)
+    last = reshaped(link.last)
     links: list[Link] = []
     for i, axis in enumerate(own):
         others = tuple(j for j in range(len(own)) if j != i)
-        links.append(Link(axis, first.min(others), last.max(others), link.size))
+        of_axis = Link(axis, first.min(others), last.max(others), link.size)
+        links.append(of_axis)
     return min(links, key=lambda link: link.width)
 
 

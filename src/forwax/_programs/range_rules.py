@@ -47,7 +47,10 @@ class Bounds:
 def within(low: float, high: float, shape: Shape) -> Bounds:
     """The same bounds for all entries of an array of this shape."""
     of_each = (1,) * len(shape)
-    return Bounds(np.full(of_each, low), np.full(of_each, high))
+    return Bounds(
+        low=np.full(of_each, low),
+        high=np.full(of_each, high),
+    )
 
 
 def anything(shape: Shape) -> Bounds:
@@ -101,7 +104,8 @@ def product_of_arrays(at: Operation) -> Bounds:
     """A dot or convolution: no larger than `LARGEST_PRODUCT`, by assumption."""
     if not jnp.issubdtype(at.dtype, jnp.floating):
         return anything(at.out)
-    most = min(LARGEST_PRODUCT, float(jnp.finfo(at.dtype).max) / 8)
+    largest = float(jnp.finfo(at.dtype).max)
+    most = min(LARGEST_PRODUCT, largest / 8)
     return within(-most, most, at.out)
 
 
@@ -112,7 +116,9 @@ def of_floats(rule: RangeRule) -> RangeRule:
     """A rule that whole numbers break, which wrap around."""
 
     def of_numbers(at: Operation) -> Bounds:
-        return rule(at) if jnp.issubdtype(at.dtype, jnp.inexact) else anything(at.out)
+        if not jnp.issubdtype(at.dtype, jnp.inexact):
+            return anything(at.out)
+        return rule(at)
 
     return of_numbers
 
@@ -241,8 +247,10 @@ def select_n(at: Operation) -> Bounds:
     low, high = np.inf, -np.inf
     for i, case in enumerate(cases):
         possible = (which.low <= i) & (which.high >= i)
-        low = np.minimum(low, np.where(possible, case.low, np.inf))
-        high = np.maximum(high, np.where(possible, case.high, -np.inf))
+        lowest = np.where(possible, case.low, np.inf)
+        highest = np.where(possible, case.high, -np.inf)
+        low = np.minimum(low, lowest)
+        high = np.maximum(high, highest)
     return Bounds(np.asarray(low), np.asarray(high))
 
 
@@ -328,18 +336,22 @@ def slice_(at: Operation, x: np.ndarray) -> np.ndarray:
     """A window."""
     params = at.params
     strides = params["strides"] or (1,) * x.ndim
-    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-    windows = [slice(*window) for window in bounds]
-    windows = [
-        w if n > 1 else slice(None) for w, n in zip(windows, x.shape, strict=True)
-    ]
+    windows: list[slice] = []
+    for axis, length in enumerate(x.shape):
+        start = params["start_indices"][axis]
+        stop = params["limit_indices"][axis]
+        is_constant = length == 1
+        window = slice(None) if is_constant else slice(start, stop, strides[axis])
+        windows.append(window)
     return x[tuple(windows)]
 
 
 def hull(at: Operation) -> Bounds:
     """Entries of the first operand, wherever they go."""
     x = at.operands[0]
-    return within(x.low.min(initial=np.inf), x.high.max(initial=-np.inf), at.out)
+    low = x.low.min(initial=np.inf)
+    high = x.high.max(initial=-np.inf)
+    return within(low, high, at.out)
 
 
 def concatenate(at: Operation) -> Bounds:
@@ -347,7 +359,8 @@ def concatenate(at: Operation) -> Bounds:
     axis = at.params["dimension"]
 
     def joined(parts: list[np.ndarray]) -> np.ndarray:
-        shape = list(np.broadcast_shapes(*(_without(x, axis) for x in parts)))
+        others = [_without(x, axis) for x in parts]
+        shape = list(np.broadcast_shapes(*others))
         whole: list[np.ndarray] = []
         for part, of_operand in zip(parts, at.shapes, strict=True):
             shape[axis] = of_operand[axis]
@@ -355,7 +368,8 @@ def concatenate(at: Operation) -> Bounds:
         return np.concatenate(whole, axis)
 
     lows = [x.low for x in at.operands]
-    return Bounds(joined(lows), joined([x.high for x in at.operands]))
+    highs = [x.high for x in at.operands]
+    return Bounds(joined(lows), joined(highs))
 
 
 def _without(x: np.ndarray, axis: int) -> Shape:
