@@ -377,10 +377,17 @@ RULES: dict[str, fx.Rule] = {
 SITE_RULES: dict[str, fx.Rule] = {
     "activity": fx.ActivityPerturbation(),
     "learned-feedback": fx.LearnedFeedback(correction=True),
+    "decay": fx.ActivityPerturbation(credit=fx.credit.Decay(0.9)),
 }
 """Rules that need data."""
 
-BIASED = {"weight-projection", "safe", "finite-difference", "finite-differences"}
+BIASED = {
+    "weight-projection",
+    "safe",
+    "finite-difference",
+    "finite-differences",
+    "decay",
+}
 """Those of the rules whose mean is not the gradient."""
 
 REVERSE_MODE = {"backprop"}

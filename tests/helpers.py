@@ -16,10 +16,12 @@ import numpy as np
 import forwax as fx
 from forwax import _tree
 from forwax._signature import Signature
-from forwax._sites.levels import LoopPlan
+from forwax._sites.levels import Level, LoopPlan
 from forwax._sites.noise import Drawn
+from forwax._sites.passes.keep import forward
 from forwax._sites.passes.replay import like
 from forwax._sites.regions import Region
+from forwax._sites.sources import tangent_program
 from forwax.tangents._base import typed_key
 
 KEY = jax.random.key(0)
@@ -58,6 +60,47 @@ def estimates(program, *rules, key=KEY):
 def basis_of(program, rule):
     """A rule with every coordinate of its noise once: its estimate is the mean over all noise."""
     return rule.basis(problem_of(program))
+
+
+def jacobians_of(sites, problem, example=0):
+    """Of the sources by the noises, for one example: [source][noise], [*source, *noise]."""
+    program = tangent_program(sites, sites.sources.starts)
+    mapped = [
+        np.take(np.asarray(x), example, axis=axis)
+        for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)
+    ]
+    leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]
+    level = Level(program.program, (), frozenset(), {})
+    noises = [np.zeros(site.shape, site.dtype) for site in sites.noisy]
+    tangents = lambda noises: forward(level, [*leaves, *noises], {}, None, frozenset())[
+        0
+    ]
+    return jax.device_get(jax.jit(jax.jacfwd(tangents))(noises))
+
+
+def leak(sites, problem, example=0):
+    """The largest derivative that the credit calls zero."""
+    if not sites.credit:
+        return 0.0
+    jacobians = jacobians_of(sites, problem, example)
+    worst = 0.0
+    for j, site in enumerate(sites.noisy):
+        for credit in sites.credit[site.variable]:
+            jacobian = np.abs(np.asarray(jacobians[credit.source][j]))
+            for axis, link in credit.links:
+                for position in range(credit.shape[axis]):
+                    part = jacobian.take(position, axis=axis)
+                    other = (position < link.first) | (position > link.last)
+                    if link.axis is None:
+                        part = part * other
+                    else:
+                        own_axis = len(credit.shape) - 1 + link.axis
+                        part = part.take(np.flatnonzero(other), axis=own_axis)
+                    worst = max(worst, float(part.max(initial=0)))
+        reached = {credit.source for credit in sites.credit[site.variable]}
+        for number in set(range(len(jacobians))) - reached:
+            worst = max(worst, float(np.abs(jacobians[number][j]).max(initial=0)))
+    return worst
 
 
 @jax.tree_util.register_dataclass

@@ -14,6 +14,7 @@ MODULES = (
     "forwax",
     "forwax.tangents",
     "forwax.combine",
+    "forwax.credit",
     "forwax.testing",
     "forwax.functions",
     "forwax.losses",

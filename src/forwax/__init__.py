@@ -1,6 +1,7 @@
 """forwax: train and optimise JAX programs without backpropagation."""
 
 from forwax import combine as combine
+from forwax import credit as credit
 from forwax import functions as functions
 from forwax import tangents as tangents
 from forwax import testing as testing
@@ -46,6 +47,7 @@ __all__ = [
     "Safe",
     "WeightPerturbation",
     "combine",
+    "credit",
     "diagnose",
     "explain",
     "functions",

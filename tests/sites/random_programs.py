@@ -329,8 +329,35 @@ def stop(env: Env, h: Array, s: Step) -> Array:
 def attention(env: Env, h: Array, s: Step) -> Array:
     m = matrix(h)
     q, k = m @ env.weight(s, m.shape[1], 2), m @ env.weight(s, m.shape[1], 2)
-    mask = jnp.tri(m.shape[0], dtype=bool) if s.a % 2 else True
-    return m + jax.nn.softmax(jnp.where(mask, q @ k.T, -1e9)) @ m
+    causal, scores = jnp.tri(m.shape[0], dtype=bool), q @ k.T
+    if s.a == 0:
+        return m + jax.nn.softmax(scores, where=causal | (scores > 0)) @ m
+    if s.a == 1:
+        return m + jax.nn.softmax(jnp.where(causal, scores, -1e9)) @ m
+    if s.a == 2:
+        return m + jax.nn.softmax(scores + jnp.where(causal.T, 0, -jnp.inf)) @ m
+    # Some rows may be off: they hear all positions alike.
+    seen = (
+        causal & (scores[:1] > 0)
+        if s.b % 2
+        else causal & (jnp.sum(causal, 1, keepdims=True) > 1)
+    )
+    return m + jax.nn.softmax(jnp.where(seen, scores, -1e30)) @ m
+
+
+def cumulate(env: Env, h: Array, s: Step) -> Array:
+    m = matrix(h)
+    m = jnp.flip(m, 0) if s.b % 2 else m
+    if s.a == 0:
+        return jnp.cumsum(m, axis=s.b // 2)
+    if s.a == 1:
+        return jnp.cumprod(jnp.tanh(m), axis=0)
+    if s.a == 2:
+        decays = jax.nn.sigmoid(m * env.weight(s))
+        both = lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1])
+        return lax.associative_scan(both, (decays, m))[1]
+    shifted = jnp.concatenate([jnp.zeros_like(m[:1]), m[:-1]])
+    return shifted if s.b // 2 else m - shifted
 
 
 def spectrum(env: Env, h: Array, s: Step) -> Array:
@@ -386,6 +413,7 @@ OPS += [
     gate,
     stop,
     attention,
+    cumulate,
     spectrum,
     until_small,
     leaky,

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from forwax._programs.links import Factor
+from forwax._programs.links import Link, along
 from forwax._signature import Signature
-from forwax._sites.sources import tangent_program
-from helpers import KEY, basis_of, estimates
+from helpers import KEY, basis_of, estimates, leak
 from sites.programs import PROGRAMS, Program, normal
 
 P = {
@@ -128,40 +127,58 @@ def convolution(p, x):
 
 
 BATCH, IMAGES = normal(5, 5, 3), normal(6, 2, 4, 4)
-ROWS = Factor(0, 1, 5)
+ROWS = along(0, 5)
+
+
+def windows(axis, size, first, last=None):
+    """A link by its windows; each one position without `last`."""
+    first = np.array(first)
+    return Link(axis, first, first if last is None else np.array(last), size)
+
+
 CASES = {  # loss, data, mapped, rule, the links of the first site
     "mean": (plain_mean, BATCH, False, KEEP, [{0: ROWS}]),
     "mean-of-sums": (plain_mean, BATCH, False, SUMS, [{0: ROWS}]),
     "labels": (cross_entropy, BATCH, False, KEEP, [{0: ROWS}]),
     "labels-of-sums": (cross_entropy, BATCH, False, SUMS, [{0: ROWS}]),
     "contrastive": (contrastive, BATCH, False, KEEP, [{0: ROWS}]),
-    "contrastive-of-sums": (contrastive, BATCH, False, SUMS, None),
+    # Each row meets the next one, and the last one the first.
+    "contrastive-of-sums": (
+        contrastive,
+        BATCH,
+        False,
+        SUMS,
+        [{}, {0: windows(0, 5, [0, 1, 2, 3, 0], [1, 2, 3, 4, 4])}],
+    ),
     "past": (
         past_the_last_site,
         BATCH,
         False,
         KEEP,
-        [{0: ROWS}, {0: ROWS, 1: Factor(1, 1, 4)}, {0: ROWS}],
+        [{0: ROWS}, {0: ROWS, 1: along(1, 4)}, {0: ROWS}],
     ),
     "batch-norm": (batch_norm, BATCH, False, KEEP, None),
-    "views": (two_views, normal(7, 6, 3), False, KEEP, [{0: Factor(0, 1, 6)}]),
+    "views": (two_views, normal(7, 6, 3), False, KEEP, [{0: along(0, 6)}]),
     "views-of-sums": (
         two_views,
         normal(7, 6, 3),
         False,
         SUMS,
-        [{0: Factor(0, 1, 6)}, {0: Factor(0, 1, 6, -3)}],
+        [
+            {0: windows(0, 3, [0, 1, 2, 3, 3, 3], [0, 1, 2, -1, -1, -1])},
+            {0: windows(0, 3, [3, 3, 3, 0, 1, 2], [-1, -1, -1, 0, 1, 2])},
+        ],
     ),
     "patches": (
         patches_and_groups,
         normal(8, 2, 6, 3),
         True,
         KEEP,
-        [{0: Factor(1, 2, 2)}, {0: Factor(0, 1, 6), 1: Factor(1, 1, 4)}],
+        [{0: windows(1, 2, [0, 0, 1, 1])}, {0: along(0, 6), 1: along(1, 4)}],
     ),
     "scan": (layers_by_scan, BATCH, False, KEEP, [{0: ROWS}, {1: ROWS}]),
     "stack": (stacked_steps, BATCH, False, SUMS, [{}]),
-    "convolution": (convolution, IMAGES, False, KEEP, [{0: Factor(0, 1, 2)}]),
+    "convolution": (convolution, IMAGES, False, KEEP, [{0: along(0, 2)}]),
 }
 
 
@@ -243,47 +260,6 @@ def test_a_wrong_link_leaks():
     )
 
 
-def leak(sites, problem):
-    """The largest derivative that the credit calls zero."""
-    program = tangent_program(sites, sites.sources.starts)
-    mapped = [
-        np.take(np.asarray(x), 0, axis=axis)
-        for x, axis in zip(problem.mapped, problem.mapped_axes, strict=True)
-    ]
-    leaves = [*program.closed, *jax.tree.leaves(problem.params), *mapped]
-    from forwax._sites.levels import Level
-    from forwax._sites.passes.keep import forward
-
-    level = Level(program.program, (), frozenset(), {})
-    noises = [np.zeros(site.shape, site.dtype) for site in sites.noisy]
-    tangents = lambda noises: forward(level, [*leaves, *noises], {}, None, frozenset())[
-        0
-    ]
-    jacobians = jax.device_get(jax.jit(jax.jacfwd(tangents))(noises))
-    worst = 0.0
-    for j, site in enumerate(sites.noisy):
-        for credit in sites.credit[site.variable]:
-            jacobian = np.abs(
-                np.asarray(jacobians[credit.source][j])
-            )  # [*source, *noise]
-            for axis, link in credit.links:
-                positions = link.positions(
-                    site.shape[link.axis] if link.size > 1 else 1
-                )
-                for position in range(credit.shape[axis]):
-                    part = jacobian.take(position, axis=axis)
-                    if link.size == 1:
-                        part = part * (position != link.offset)
-                    else:
-                        other = np.flatnonzero(positions != position)
-                        part = part.take(other, axis=len(credit.shape) - 1 + link.axis)
-                    worst = max(worst, float(part.max(initial=0)))
-        reached = {credit.source for credit in sites.credit[site.variable]}
-        for number in set(range(len(jacobians))) - reached:
-            worst = max(worst, float(np.abs(jacobians[number][j]).max(initial=0)))
-    return worst
-
-
 def test_the_table_tells_the_axes():
     def credit(name):
         loss, data, mapped, rule, _ = CASES[name]
@@ -295,7 +271,7 @@ def test_the_table_tells_the_axes():
     assert credit("stack")[0] == "one slope, 1 of 5 parts of the loss"
     both = "one slope per example and position of axis 0 and 2 positions of axis 1, 1 of 2 losses"
     assert credit("patches") == [
-        "one slope per example, 2 of 2 losses",
+        "one slope per example and 2 positions of axis 1, 2 of 2 losses",
         both,
         "exact error",
     ]

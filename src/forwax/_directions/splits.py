@@ -11,7 +11,8 @@ from jax import Array
 from forwax import _tree
 from forwax._directions.operations import is_move
 from forwax._programs.axes import back
-from forwax._programs.links import Factor
+from forwax._programs.axis_rules import Crossing
+from forwax._programs.links import along
 from forwax._programs.program import Atom, Constant, Equation, Loop, Program, Variable
 
 Split: TypeAlias = tuple[frozenset[int], frozenset[int]]
@@ -190,17 +191,18 @@ class _Finder:
         steps: Sequence[Equation | None],
     ) -> int | None:
         """The parameter's axis that an axis of the moved variable is."""
-        link: Factor | None = Factor(axis, 1, shape[axis])
+        link = along(axis, shape[axis])
         for step in steps:
+            if link.axis is None or not link.is_exact:
+                return None
             if step is None:  # a scan sliced the first axis off
-                link = dataclasses.replace(link, axis=link.axis + 1)
+                link = link.on(link.axis + 1)
             else:
                 shapes = [self.shape(atom) for atom in step.inputs]
                 out = self.shape(step.outputs[0])
-                link = back(step, 0, 0, link, shapes, [out])
-            if link is None:
-                return None
-        return None if link.size == 1 else link.axis
+                at = Crossing(step.params, 0, 0, shapes, [out])
+                link = back(step, at, link)
+        return link.axis if link.is_exact else None
 
     def shape(self, atom: Atom) -> tuple[int, ...]:
         if isinstance(atom, Constant):

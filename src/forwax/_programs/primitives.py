@@ -6,13 +6,15 @@ behind output sites but is no running sum of a loop.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from jax.extend.core import primitives
 
-from forwax._programs import axis_rules, moves
-from forwax._programs.axis_rules import AxisRule
+from forwax._programs import axis_rules, moves, range_rules
+from forwax._programs.axis_rules import AxisRule, MaskRule
 from forwax._programs.moves import MoveRule
+from forwax._programs.range_rules import RangeRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Facts:
         inlined: in traced programs its inner program takes its place.
         is_loop: in traced programs it is a `Loop`.
         credit: which axis of an operand follows an axis of the result.
+        passes: which entries of an operand pass, where others are multiplied by 0 or not chosen.
+        range: between what its result lies.
         passed_by_regions: noise may move from one operand to behind it, for it keeps errors as
             they are.
         elementwise_for_regions: an error may go back through it inside one region.
@@ -48,6 +52,8 @@ class Facts:
     inlined: bool = False
     is_loop: bool = False
     credit: AxisRule = axis_rules.join_all
+    passes: MaskRule | None = None
+    range: RangeRule | None = None
     passed_by_regions: bool = False
     elementwise_for_regions: bool = False
     marks_noise_points: bool = False
@@ -97,6 +103,7 @@ _ADD = Facts(
     sum_behind_outputs=True,
     sum_of_a_loop=True,
     additive=True,
+    range=range_rules.add,
 )
 
 
@@ -108,31 +115,53 @@ PRIMITIVES: dict[str, Facts] = {
     "cond": Facts(stays_in_a_loop=True),
     "custom_jvp_call": Facts(has_own_jvp=True, one_site=True),
     "custom_vjp_call": Facts(lacks_jvp=True, one_site=True),
-    "stop_gradient": Facts(stops_derivatives=True),
+    "stop_gradient": Facts(stops_derivatives=True, range=range_rules.unchanged),
     # entry by entry: sums
     "add": _ADD,
     "add_any": _ADD,  # what transposition adds up by
     # Its second operand's sign turns, so that it is no running sum of a loop.
-    "sub": dataclasses.replace(_ADD, sum_of_a_loop=False),
+    "sub": dataclasses.replace(_ADD, sum_of_a_loop=False, range=range_rules.sub),
     "neg": Facts(
         credit=axis_rules.elementwise,
+        range=range_rules.neg,
         passed_by_regions=True,
         sum_behind_outputs=True,
     ),
     # entry by entry: products and choices
     "mul": Facts(
-        credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0, 1)
+        credit=axis_rules.elementwise,
+        passes=axis_rules.by_factor,
+        range=range_rules.mul,
+        elementwise_for_regions=True,
+        scaled=(0, 1),
     ),
     "div": Facts(
-        credit=axis_rules.elementwise, elementwise_for_regions=True, scaled=(0,)
+        credit=axis_rules.elementwise,
+        range=range_rules.div,
+        elementwise_for_regions=True,
+        scaled=(0,),
     ),
-    "select_n": Facts(credit=axis_rules.elementwise, elementwise_for_regions=True),
+    "select_n": Facts(
+        credit=axis_rules.elementwise,
+        passes=axis_rules.by_choice,
+        range=range_rules.select_n,
+        elementwise_for_regions=True,
+    ),
     "pow": Facts(elementwise_for_regions=True),
-    "max": Facts(elementwise_for_regions=True),
-    "min": Facts(elementwise_for_regions=True),
+    "max": Facts(range=range_rules.maximum, elementwise_for_regions=True),
+    "min": Facts(range=range_rules.minimum, elementwise_for_regions=True),
+    # entry by entry: of values alone, whose tangents are products
+    "exp": Facts(range=range_rules.exp(math.e)),
+    "exp2": Facts(range=range_rules.exp(2.0)),
+    "logistic": Facts(range=range_rules.bounded(0, 1)),
+    "tanh": Facts(range=range_rules.bounded(-1, 1)),
+    "and": Facts(range=range_rules.of_booleans(range_rules.minimum)),
+    "or": Facts(range=range_rules.of_booleans(range_rules.maximum)),
+    "not": Facts(range=range_rules.of_booleans(range_rules.logical_not)),
     # entry by entry: the same value, or a part of it
     "convert_element_type": Facts(
         credit=axis_rules.elementwise,
+        range=range_rules.cast,
         passed_by_regions=True,
         sum_behind_outputs=True,
         move_of_factors=moves.convert_element_type,
@@ -140,11 +169,13 @@ PRIMITIVES: dict[str, Facts] = {
     ),
     "copy": Facts(
         credit=axis_rules.elementwise,
+        range=range_rules.unchanged,
         passed_by_regions=True,
         move_of_factors=moves.unchanged,
     ),
     "name": Facts(
         credit=axis_rules.elementwise,
+        range=range_rules.unchanged,
         marks_noise_points=True,
         move_of_factors=moves.unchanged,
     ),
@@ -152,9 +183,15 @@ PRIMITIVES: dict[str, Facts] = {
         credit=axis_rules.elementwise, move_of_factors=moves.unchanged
     ),
     "sharding_constraint": Facts(
-        credit=axis_rules.elementwise, move_of_factors=moves.unchanged
+        credit=axis_rules.elementwise,
+        range=range_rules.unchanged,
+        move_of_factors=moves.unchanged,
     ),
-    "pvary": Facts(credit=axis_rules.elementwise, move_of_factors=moves.vary),
+    "pvary": Facts(
+        credit=axis_rules.elementwise,
+        range=range_rules.unchanged,
+        move_of_factors=moves.vary,
+    ),
     "real": Facts(credit=axis_rules.elementwise),
     "imag": Facts(credit=axis_rules.elementwise),
     "conj": Facts(credit=axis_rules.elementwise),
@@ -164,40 +201,54 @@ PRIMITIVES: dict[str, Facts] = {
     # moves of entries
     "reshape": Facts(
         credit=axis_rules.reshape,
+        range=range_rules.moved(range_rules.reshape),
         passed_by_regions=True,
         sum_behind_outputs=True,
         move_of_factors=moves.reshape,
     ),
     "transpose": Facts(
         credit=axis_rules.transpose,
+        range=range_rules.moved(range_rules.transpose),
         passed_by_regions=True,
         sum_behind_outputs=True,
         move_of_factors=moves.transpose,
     ),
     "squeeze": Facts(
         credit=axis_rules.squeeze,
+        range=range_rules.moved(range_rules.squeeze),
         passed_by_regions=True,
         sum_behind_outputs=True,
         move_of_factors=moves.squeeze,
     ),
     "broadcast_in_dim": Facts(
         credit=axis_rules.broadcast_in_dim,
+        range=range_rules.moved(range_rules.broadcast_in_dim),
         passed_by_regions=True,
         sum_behind_outputs=True,
         move_of_factors=moves.broadcast_in_dim,
     ),
-    "slice": Facts(credit=axis_rules.slice_, move_of_factors=moves.slice_),
+    "slice": Facts(
+        credit=axis_rules.slice_,
+        range=range_rules.moved(range_rules.slice_),
+        move_of_factors=moves.slice_,
+    ),
     "dynamic_slice": Facts(
-        credit=axis_rules.dynamic_slice, move_of_factors=moves.dynamic_slice
+        credit=axis_rules.dynamic_slice,
+        range=range_rules.hull,
+        move_of_factors=moves.dynamic_slice,
     ),
     "dynamic_update_slice": Facts(credit=axis_rules.dynamic_update_slice),
-    "concatenate": Facts(credit=axis_rules.concatenate, sum_behind_outputs=True),
+    "concatenate": Facts(
+        credit=axis_rules.concatenate,
+        range=range_rules.concatenate,
+        sum_behind_outputs=True,
+    ),
     "stack": Facts(credit=axis_rules.stack, sum_behind_outputs=True),
     "split": Facts(credit=axis_rules.split),
     "unstack": Facts(credit=axis_rules.unstack),
     "tile": Facts(credit=axis_rules.tile),
     "pad": Facts(credit=axis_rules.pad),
-    "rev": Facts(credit=axis_rules.rev),
+    "rev": Facts(credit=axis_rules.rev, range=range_rules.moved(range_rules.rev)),
     "sort": Facts(credit=axis_rules.along("dimension")),
     # look-ups and updates
     "gather": Facts(credit=axis_rules.gather, looks_up=True),
@@ -208,13 +259,24 @@ PRIMITIVES: dict[str, Facts] = {
     "scatter-min": Facts(one_site=True),
     "scatter-max": Facts(one_site=True),
     # sums along axes, and layers
-    "reduce_sum": Facts(credit=axis_rules.reduce, sum_behind_outputs=True),
-    "cumsum": Facts(credit=axis_rules.along("axis")),
+    "reduce_sum": Facts(
+        credit=axis_rules.reduce,
+        range=range_rules.reduce_sum,
+        sum_behind_outputs=True,
+    ),
+    "reduce_max": Facts(range=range_rules.reduce_max),
+    "cumsum": Facts(credit=axis_rules.cumulative),
     "reduce_window_sum": Facts(credit=axis_rules.window),
     "select_and_gather_add": Facts(credit=axis_rules.window),
     "fft": Facts(credit=axis_rules.fft),
-    "dot_general": Facts(credit=axis_rules.dot_general, is_dot=True),
+    "dot_general": Facts(
+        credit=axis_rules.dot_general,
+        range=range_rules.product_of_arrays,
+        is_dot=True,
+    ),
     "conv_general_dilated": Facts(
-        credit=axis_rules.conv_general_dilated, is_convolution=True
+        credit=axis_rules.conv_general_dilated,
+        range=range_rules.product_of_arrays,
+        is_convolution=True,
     ),
 }

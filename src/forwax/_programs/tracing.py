@@ -90,6 +90,14 @@ def retrace(
     return Program(tuple(given), tuple(equations), outputs)
 
 
+def called(equation: Equation, types: list[Any]) -> Program:
+    """What an operation that calls a program computes, from its own operands."""
+    equations: list[Equation] = []
+    outputs = _Conversion(types).inline(equation, equation.inputs, equations)
+    given = variables(equation.inputs)
+    return Program(tuple(given), tuple(equations), tuple(outputs))
+
+
 def renamed_inputs(equation: Equation, names: Mapping[Variable, Atom]) -> Equation:
     """The same operation on other inputs."""
     inputs = renamed(equation.inputs, names)

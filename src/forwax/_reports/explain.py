@@ -1,10 +1,12 @@
 """What a rule does to a loss: its sites, their noise, their credit, and where it falls back."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from forwax import _tree
+from forwax._programs.links import Link
 from forwax._programs.program import Variable
 from forwax._reports.table import as_rich, as_text
 from forwax._rule import check_rule
@@ -129,9 +131,12 @@ def explain(
             return Explanation(_rows_of_routes(sites))  # rules that send errors
         # Of all rules one alone has a memory; "shared" gives all examples and positions one slope.
         is_shared = getattr(rule.inner, "memory", "keep") == "shared"
+        decays = getattr(rule.inner, "credit", None) is not None
         counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
-        rows = (_row(site, sites, counts, is_shared) for site in sites.places)
-        return Explanation(tuple(rows))
+        row_of = functools.partial(
+            _row, sites=sites, counts=counts, is_shared=is_shared, decays=decays
+        )
+        return Explanation(tuple(map(row_of, sites.places)))
 
     return explain_loss
 
@@ -141,7 +146,7 @@ def _rows_of_routes(routes: Routes) -> tuple[SiteRow, ...]:
     counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
     rows: list[SiteRow] = []
     for site in sites.places:
-        row = _row(site, sites, counts, is_shared=False)
+        row = _row(site, sites, counts, is_shared=False, decays=False)
         rows.append(dataclasses.replace(row, credit=_way_back(site, routes)))
     return tuple(rows)
 
@@ -178,7 +183,11 @@ def _way_back(site: Site, routes: Routes) -> str:
 
 
 def _row(
-    site: Site, sites: Sites, counts: Mapping[Variable, Counts], is_shared: bool
+    site: Site,
+    sites: Sites,
+    counts: Mapping[Variable, Counts],
+    is_shared: bool,
+    decays: bool,
 ) -> SiteRow:
     entering = together([counts.get(v, {}) for v in site.region.inputs])
     sources = [equation.source for equation in site.region.equations if equation.source]
@@ -187,7 +196,7 @@ def _row(
         shape=site.shape,
         weight_noise=sum(entering.values()),
         activity_noise=site.size,
-        credit=_credit(site, sites, is_shared),
+        credit=_credit(site, sites, is_shared, decays),
         where=sources[0] if sources else "",
     )
 
@@ -208,7 +217,7 @@ def _operation(region: Region) -> str:
     return " + ".join(names)
 
 
-def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
+def _credit(site: Site, sites: Sites, is_shared: bool, decays: bool) -> str:
     """What multiplies a site's noise: how far its slopes are told apart, and of which losses."""
     if site.exact:
         return "exact error"
@@ -216,7 +225,7 @@ def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
     by_source = sites.credit.get(site.variable, ())
     num_parts = 1 if sites.sources is None else len(sites.sources.starts)
     hears_all = len(by_source) in (0, num_parts)
-    along = [] if is_shared else _along(by_source)
+    along = [] if is_shared else _along(by_source, decays)
     if sites.num_examples is not None:
         each = site.mapped and not is_shared
         text = "one slope per example" if each else "one slope for all examples"
@@ -232,17 +241,34 @@ def _credit(site: Site, sites: Sites, is_shared: bool) -> str:
     return f"{text}, {len(by_source)} of {num_parts} parts of the loss"
 
 
-def _along(by_source: Sequence[Credit]) -> list[str]:
+def _along(by_source: Sequence[Credit], decays: bool) -> list[str]:
     """The axes of the site's value along which its slopes are told apart, whatever the source."""
     links = [
-        {(link.axis, link.inner) for _, link in credit.links if link.size > 1}
+        {link.axis: link for _, link in credit.links if link.axis is not None}
         for credit in by_source
     ]
     # An axis counts if every part of the loss tells its positions apart.
-    common = sorted(set.intersection(*links)) if links else []
+    common = set.intersection(*map(set, links)) if links else set()
     return [
-        f" and position of axis {axis}"
-        if inner == 1
-        else f" and {inner} positions of axis {axis}"
-        for axis, inner in common
+        _along_axis(axis, [of[axis] for of in links], decays) for axis in sorted(common)
     ]
+
+
+def _along_axis(axis: int, links: Sequence[Link], decays: bool) -> str:
+    """How slopes are told apart along one axis, and which terms each of them hears."""
+    width = max(link.group for link in links)
+    places = (
+        f"position of axis {axis}"
+        if width == 1
+        else f"{width} positions of axis {axis}"
+    )
+    wide = [link for link in links if not link.is_exact]
+    if not wide:
+        return f" and {places}"
+    if all(link.is_later for link in wide):
+        terms = "later terms"
+    elif all(link.is_earlier for link in wide):
+        terms = "earlier terms"
+    else:
+        terms = "terms near it"
+    return f" and {places}, {terms}{' decaying' if decays else ''}"

@@ -31,6 +31,7 @@ from forwax._sites.passes.replay import push_drawn, replay
 from forwax._sites.sources import of_a_step, shared_noise, with_slopes_of_loops
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
+from forwax.credit import Decay
 from forwax.tangents import Coordinate, Rademacher, Tangents
 from forwax.tangents._base import IndependentTangents, typed_key
 
@@ -75,6 +76,8 @@ class ActivityPerturbation(Rule):
             variance.
         exact_outputs: whether the last sites take their exact error; False for an estimate without
             any reverse pass through the loss.
+        credit: `forwax.credit.Decay` where terms of the loss that stand further from a noise's own
+            position are to count less (biased); None for all that a noise can change.
 
     Raises:
         ValueError: when a field has no such value, `where` selects no parameter, or the loss has no
@@ -102,6 +105,7 @@ class ActivityPerturbation(Rule):
         default="keep", metadata={"static": True}
     )
     exact_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
+    credit: Decay | None = None
 
     def __post_init__(self) -> None:
         check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
@@ -120,8 +124,8 @@ class ActivityPerturbation(Rule):
 
     @property
     def unbiased(self) -> bool:
-        """Whether the combination keeps the estimate unbiased."""
-        return self.combine.unbiased
+        """Whether the combination keeps the estimate unbiased, and no term is made less of."""
+        return self.combine.unbiased and (self.credit is None or self.credit.unbiased)
 
     def sites(self, problem: Problem) -> Sites:
         """The sites of a problem under this rule."""
@@ -143,6 +147,11 @@ class ActivityPerturbation(Rule):
         """One estimate; see `Rule.estimate`."""
         check_directions("ActivityPerturbation", self.tangents, self.combine)
         check_shared("ActivityPerturbation", self.tangents)
+        if self.credit is not None and not isinstance(self.credit, Decay):
+            raise TypeError(
+                "ActivityPerturbation: expected credit such as forwax.credit.Decay(0.9), or None, "
+                f"got {self.credit!r}."
+            )
         over = _mesh.axes(
             key
         )  # a key of its own gives each device an estimate of its own
@@ -168,6 +177,7 @@ class ActivityPerturbation(Rule):
     def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
         """For each noisy site what multiplies its noise: [k, ...], axes that broadcast to it."""
         products = keep.products(sites, out) if sites.credit else []
+        decay = None if self.credit is None else self.credit.rate
         # Sites that hear of the same have their slopes summed once.
         sums: dict[Any, Array] = {}
         slopes: dict[Variable, Array] = {}
@@ -182,7 +192,7 @@ class ActivityPerturbation(Rule):
             )
             if hears not in sums:
                 if sites.credit:
-                    total = _told_apart(site, site_credits, products, sites)
+                    total = _told_apart(site, site_credits, products, sites, decay)
                 else:
                     total = _credited(site, out.slopes, sites)
                 sums[hears] = total * self._scale(sites, site)
@@ -340,7 +350,11 @@ def _credited(site: Site, slopes: Sequence[Array], sites: Sites) -> Array:
 
 
 def _told_apart(
-    site: Site, site_credits: Sequence[Credit], products: Sequence[Array], sites: Sites
+    site: Site,
+    site_credits: Sequence[Credit],
+    products: Sequence[Array],
+    sites: Sites,
+    decay: Array | None,
 ) -> Array:
     """The slopes of a site's sources, summed over the axes along which its noise spreads."""
     lead = 1 if sites.num_examples is None or not site.mapped else 2
@@ -349,7 +363,7 @@ def _told_apart(
         product = products[credit.source]
         if product.ndim - len(credit.shape) > lead:  # one noise for all examples
             product = jnp.sum(product, axis=1)
-        total += credit.slopes(product, lead, site.shape)
+        total += credit.slopes(product, lead, site.shape, decay)
     # One noise for all devices hears of all their losses.
     return _mesh.total(total, _mesh.axes(total) - site.axes)
 

@@ -9,8 +9,9 @@ from jax import Array
 
 from forwax import _mesh
 from forwax._programs.axes import back
+from forwax._programs.axis_rules import Crossing
 from forwax._programs.dataflow import mapped_variables
-from forwax._programs.links import Factor
+from forwax._programs.links import along
 from forwax._programs.program import (
     Equation,
     Traced,
@@ -67,7 +68,7 @@ def _may_gain(sites: Sites, source: Variable) -> bool:
     """
     types = sites.traced.types
     shape = tuple(types[source].shape)
-    links = [Factor(axis, 1, length) for axis, length in enumerate(shape) if length > 1]
+    links = [along(axis, length) for axis, length in enumerate(shape) if length > 1]
     layer = _layer_of(sites, source)
     if layer is None:
         return len(links) > 0
@@ -75,9 +76,9 @@ def _may_gain(sites: Sites, source: Variable) -> bool:
     for position, variable in enumerate(layer.variables):
         if sites.kinds[variable] is not Kind.MIXED:
             continue
-        for link in links:
-            if back(layer, position, 0, link, shapes, [shape]) is not None:
-                return True
+        at = Crossing(layer.params, position, 0, shapes, [shape])
+        if not all(back(layer, at, link).is_open for link in links):
+            return True
     return False
 
 
@@ -194,7 +195,7 @@ def with_slopes_of_loops(sites: Sites) -> Sites:
         links = [
             (a, link)
             for a, link in credit.links
-            if link.size == 1 or link.axis >= first
+            if link.axis is None or link.axis >= first
         ]
         return dataclasses.replace(credit, links=tuple(links))
 
@@ -234,6 +235,6 @@ def shared_noise(
     most: float = 0
     for credit in sites.credit[site.variable]:
         if credit.source in credit_of_other:
-            num_slopes = credit.common(credit_of_other[credit.source])
-            most = max(most, size / num_slopes)
+            share = credit.overlap(credit_of_other[credit.source])
+            most = max(most, size * share)
     return most

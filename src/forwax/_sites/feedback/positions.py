@@ -7,13 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from forwax import _mesh
+from forwax import _mesh, _pushforward
 from forwax._programs.axes import back
-from forwax._programs.axis_rules import join_all
-from forwax._programs.links import Factor, Link, Shape
+from forwax._programs.axis_rules import Crossing, join_all
+from forwax._programs.links import Shape, along
 from forwax._programs.program import Atom, Constant, Equation, Traced, Variable
 from forwax._programs.tracing import trace
-from forwax._pushforward import along
 from forwax._sites.credit import Credit, credits_of
 from forwax._sites.feedback.crossing import forward
 from forwax._sites.feedback.inlets import Inlet, Routes, lengths_around
@@ -50,7 +49,7 @@ def _tangent_program(routes: Routes) -> Traced:
             env, _ = forward(sites.level, inputs, way, noise, time)
             return [env[outlet.variable] for outlet in routes.outlets], None
 
-        return along(values)[1]
+        return _pushforward.along(values)[1]
 
     noises = [_mesh.like(i.shape, i.dtype, i.axes) for i in routes.inlets]
     problem = sites.problem
@@ -68,12 +67,10 @@ def _linked(routes: Routes, inlet: Inlet, credit: Sequence[Credit]) -> Inlet:
         return inlet
     # [outlets] of {axis of the inlet: axis of the outlet}
     shared: list[dict[int, int]] = []
-    for number, heard in by_source.items():
-        shape = routes.outlets[number].shape
+    for heard in by_source.values():
         axes: dict[int, int] = {}
         for axis, link in heard.links:
-            is_whole = link == Factor(link.axis, 1, shape[axis])
-            if is_whole and inlet.shape[link.axis] == shape[axis]:
+            if link.axis is not None and link.is_kept:
                 axes[link.axis] = axis
         shared.append(axes)
     own = set.intersection(*map(set, shared)) - _axes_of_weights(routes.sites, inlet)
@@ -122,7 +119,7 @@ def _mixes(
     loops: Sequence[int],
 ) -> bool:
     """Whether what a product's value changes of an end lies at other positions too."""
-    apart = {axis for axis, _ in credit.links}
+    apart = {axis for axis, link in credit.links if link.is_kept}
     first_outlet = len(routes.inlets)
     if credit.source >= first_outlet:
         outlet = credit.source - first_outlet
@@ -159,7 +156,7 @@ def _program_to_next(
             inlets = [taps[number] for number in range(len(routes.inlets))]
             return [*inlets, *(env[o.variable] for o in routes.outlets)], None
 
-        return along(ends)[1]
+        return _pushforward.along(ends)[1]
 
     noises = [
         _mesh.like(shape, types[v].dtype, _mesh.type_axes(types[v]))
@@ -171,48 +168,55 @@ def _program_to_next(
 
 def _axes_of_weights(sites: Sites, inlet: Inlet) -> set[int]:
     """The inlet's axes along which a weight differs: a gain's own are no positions."""
-    maker = _makers(sites.level)
+    makers = _makers(sites.level)
     types = sites.traced.types
     num_loops = len(inlet.shape) - len(types[inlet.variable].shape)
     found: set[int] = set()
     for product in inlet.products:
-        shapes = [_shape(atom, types) for atom in product.inputs]
-        outs = [_shape(v, types) for v in product.outputs]
-        for axis, length in enumerate(outs[0]):
-            links = [
-                back(product, place, 0, Factor(axis, 1, length), shapes, outs)
-                for place in range(len(shapes))
-            ]
-            is_of_weight = False
-            for atom, link in zip(product.inputs, links, strict=True):
-                is_of_weight |= _varies(atom, link, maker, sites)
-            for atom, link in zip(product.inputs, links, strict=True):
-                if is_of_weight and atom == inlet.variable and link is not None:
-                    found.add(num_loops + link.axis)
+        out = product.outputs[0]
+        for axis in range(len(_shape(out, types))):
+            axes = _axes_behind(product, out, axis, types)
+            operands = zip(product.inputs, axes, strict=True)
+            if not any(_varies(atom, own, makers, sites) for atom, own in operands):
+                continue
+            for atom, own in zip(product.inputs, axes, strict=True):
+                if atom == inlet.variable and own is not None:
+                    found.add(num_loops + own)
     return found
+
+
+def _axes_behind(
+    equation: Equation, out: Variable, axis: int, types: Sequence[Any]
+) -> list[int | None]:
+    """For each operand of an equation its axis that a result's axis follows, if there is one."""
+    shapes = [_shape(atom, types) for atom in equation.inputs]
+    outs = [_shape(v, types) for v in equation.outputs]
+    output = equation.outputs.index(out)
+    link = along(axis, outs[output][axis])
+    axes: list[int | None] = []
+    for place in range(len(shapes)):
+        at = Crossing(equation.params, place, output, shapes, outs)
+        axes.append(back(equation, at, link).axis)
+    return axes
 
 
 def _varies(
     atom: Atom,
-    link: Link,
-    maker: Mapping[Variable, Equation],
+    axis: int | None,
+    makers: Mapping[Variable, Equation],
     sites: Sites,
 ) -> bool:
-    """Whether a parameter, or what is made of it, has the axis of a link, and not broadcast."""
-    if link is None or isinstance(atom, Constant) or link.size == 1:
+    """Whether a parameter, or what is made of it, has an axis, and not by repetition."""
+    if axis is None or isinstance(atom, Constant):
         return False
     if sites.kinds[atom] is not Kind.PARAMETER:
         return False
-    types = sites.traced.types
-    if atom not in maker:
-        return True
-    equation = maker[atom]
-    shapes = [_shape(a, types) for a in equation.inputs]
-    outs = [_shape(v, types) for v in equation.outputs]
-    output = equation.outputs.index(atom)
-    for place, operand in enumerate(equation.inputs):
-        further = back(equation, place, output, link, shapes, outs)
-        if _varies(operand, further, maker, sites):
+    if atom not in makers:
+        return _shape(atom, sites.traced.types)[axis] > 1
+    equation = makers[atom]
+    axes = _axes_behind(equation, atom, axis, sites.traced.types)
+    for operand, own in zip(equation.inputs, axes, strict=True):
+        if _varies(operand, own, makers, sites):
             return True
     # What an operation without a rule makes may differ along all axes.
     return equation.facts.credit is join_all
