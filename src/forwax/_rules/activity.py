@@ -23,6 +23,7 @@ from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem, Signature, check_key
 from forwax._sites.balance import balanced, moments
 from forwax._sites.credit import Credit
+from forwax._sites.fewer_weights import with_fewer_weights
 from forwax._sites.find import find_sites
 from forwax._sites.model import Pass, Site, Sites
 from forwax._sites.noise import Drawn, Held, draw_noise, num_coordinates
@@ -37,6 +38,7 @@ from forwax.tangents._base import IndependentTangents, typed_key
 
 _UNROLLED = 16
 _MEMORY = ("keep", "replay", "shared")
+_NOISE = ("activity", "auto")
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +77,9 @@ class ActivityPerturbation(Rule):
         scales: one positive number σ for each site with noise, in the order of `forwax.explain`: an
             array or a tuple. Noise σ·u enters and the error is c·u/σ, which is unbiased for any σ;
             `calibrate` finds those with the least error. None: all 1.
+        noise: "activity", or "auto": weight noise, each example's own, on parameters that have fewer
+            entries than the activities that they make, such as a gain that is used at many
+            positions; with `memory="shared"` one noise for all examples.
 
     Raises:
         ValueError: when a field has no such value, `where` selects no parameter, or the loss has no
@@ -103,6 +108,9 @@ class ActivityPerturbation(Rule):
     )
     exact_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
     scales: Any = None
+    noise: Literal["activity", "auto"] = dataclasses.field(
+        default="activity", metadata={"static": True}
+    )
 
     def __post_init__(self) -> None:
         check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
@@ -110,6 +118,11 @@ class ActivityPerturbation(Rule):
             raise ValueError(
                 f"ActivityPerturbation: expected memory to be one of {_MEMORY}, "
                 f"got {self.memory!r}."
+            )
+        if self.noise not in _NOISE:
+            raise ValueError(
+                f"ActivityPerturbation: expected noise to be one of {_NOISE}, "
+                f"got {self.noise!r}."
             )
         if isinstance(self.combine, Combine) and not isinstance(
             self.combine, Mean | Shrinkage
@@ -126,10 +139,24 @@ class ActivityPerturbation(Rule):
 
     def sites(self, problem: Problem) -> Sites:
         """The sites of a problem under this rule."""
-        has_credit = self.memory != "shared"
-        name = type(self).__name__
-        chosen = selection(self.where)
-        sites = find_sites(problem, name, chosen, self.exact_outputs, credit=has_credit)
+        sites = self._sites(problem)
+        if self.noise == "activity":
+            return sites
+        weights = with_fewer_weights(sites, own_slopes=self.memory != "shared")
+        return self._sites(problem, weights) if weights else sites
+
+    def _sites(self, problem: Problem, weights: Sequence[int] = ()) -> Sites:
+        """The sites, with weight noise on the parameters at these places."""
+        own_slopes = self.memory != "shared"
+        sites = find_sites(
+            problem,
+            type(self).__name__,
+            selection(self.where),
+            self.exact_outputs,
+            credit=own_slopes,
+            weights=weights,
+            own_weights=own_slopes,
+        )
         # A replay visits one step of a loop after the other: its steps share their slopes.
         return with_slopes_of_loops(sites) if self.memory == "replay" else sites
 

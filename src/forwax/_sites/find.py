@@ -11,7 +11,7 @@ from forwax._programs.dataflow import mapped_variables, reach
 from forwax._programs.program import Equation, Program, Traced, Variable
 from forwax._programs.tracing import trace
 from forwax._signature import Problem
-from forwax._sites.kinds import Classifier, Kind
+from forwax._sites.kinds import Classifier, Kind, Unselected
 from forwax._sites.levels import make_level
 from forwax._sites.model import Site, Sites, num_losses
 from forwax._sites.outputs import NO_TAIL, make_tail, output_regions
@@ -29,6 +29,8 @@ def find_sites(
     select: Select | None,
     exact_outputs: bool,
     credit: bool = False,
+    weights: Sequence[int] = (),
+    own_weights: bool = False,
 ) -> Sites:
     """Trace the loss of one example and find its sites.
 
@@ -39,11 +41,15 @@ def find_sites(
             weight noise.
         exact_outputs: whether the last sites take their exact error.
         credit: whether to look for the axes along which slopes can be told apart.
+        weights: the places of parameters that get weight noise whatever `select` says.
+        own_weights: whether each example then has its own.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
         _check_split(traced.arguments(problem.params, problem.mapped), name)
-    unselected = _unselected(traced, problem.params, select, name)
+    unselected = dict.fromkeys(_unselected(traced, problem.params, select, name), None)
+    own = over_examples(problem) if own_weights else None
+    unselected.update({traced.parameters[place]: own for place in weights})
     if exact_outputs:
         analysis = _analyse_with_split_loops(traced, unselected)
     else:
@@ -80,7 +86,7 @@ class _Analysis:
         return is_mixed and any(map(self.classifier.is_parameter, equation.inputs))
 
 
-def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
+def _analyse(traced: Traced, unselected: Unselected) -> _Analysis:
     types = list(traced.types)  # classifying adds to them
     traced = dataclasses.replace(traced, types=types)
     count = num_losses(traced)
@@ -97,13 +103,13 @@ def _analyse(traced: Traced, unselected: Sequence[Variable]) -> _Analysis:
 
 
 def _analyse_with_split_loops(
-    traced: Traced, unselected: Sequence[Variable]
+    traced: Traced, unselected: Unselected
 ) -> _Analysis:
     """The analysis of a loss whose loops are split where that makes sites output sites."""
     if all(equation.loop is None for equation in traced.program.equations):
         return _analyse(traced, unselected)
     # What is split does not hang on which parameters get weight noise.
-    analysis = _analyse(traced, ())
+    analysis = _analyse(traced, {})
     in_parts = split_loops(traced, analysis.is_site)
     if in_parts is traced and not unselected:
         return analysis
@@ -120,8 +126,10 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
     if exact_outputs:
         tail = make_tail(level, kinds, reach, num_losses(traced))
     outputs = set(output_regions(level, tail))
-    # Parameters and closed-over arrays are the same for all examples.
-    mapped = mapped_variables(analysis.program, traced.data)
+    # Parameters and closed-over arrays are the same for all examples, unless they get own noise.
+    mapped = mapped_variables(
+        analysis.program, [*traced.data, *analysis.classifier.own_copies]
+    )
 
     places: list[Site] = []
     for region, lengths in level.all_regions():
@@ -149,6 +157,13 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
         mapped=mapped,
         kinds=kinds,
     )
+
+
+def over_examples(problem: Problem) -> _mesh.Axes | None:
+    """The mesh axes over which the examples lie; None without examples."""
+    if problem.num_examples is None:
+        return None
+    return frozenset().union(*map(_mesh.axes, problem.mapped))
 
 
 def _unselected(
