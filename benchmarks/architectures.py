@@ -445,7 +445,10 @@ def mixer(width: int = 32, blocks: int = 2, batch: int = 16):
                 "first": init.norm(width),
                 "tokens": [init.linear(16, 32), init.linear(32, 16)],
                 "second": init.norm(width),
-                "channels": [init.linear(width, 4 * width), init.linear(4 * width, width)],
+                "channels": [
+                    init.linear(width, 4 * width),
+                    init.linear(4 * width, width),
+                ],
             }
             for _ in range(blocks)
         ],

@@ -33,9 +33,7 @@ COLUMNS = (
 )
 
 
-def relative_mse(
-    rule: fx.Rule, of: Architecture, draws: int
-) -> tuple[float, float]:
+def relative_mse(rule: fx.Rule, of: Architecture, draws: int) -> tuple[float, float]:
     """The mean over draws, and its standard error."""
     grad = fx.grad(of.loss, rule, in_axes=of.in_axes)
     exact = fx.grad(of.loss, fx.Backprop(), in_axes=of.in_axes)

@@ -77,9 +77,10 @@ class ActivityPerturbation(Rule):
         scales: one positive number σ for each site with noise, in the order of `forwax.explain`: an
             array or a tuple. Noise σ·u enters and the error is c·u/σ, which is unbiased for any σ;
             `calibrate` finds those with the least error. None: all 1.
-        noise: "activity", or "auto": weight noise, each example's own, on parameters that have fewer
-            entries than the activities that they make, such as a gain that is used at many
-            positions; with `memory="shared"` one noise for all examples.
+        noise: "activity", or "auto": weight noise, each example's own, on parameters that have
+            fewer entries than the activities that they make, such as a gain that is used at many
+            positions, of scale √(entries / activities); with `memory="shared"` one noise for all
+            examples.
 
     Raises:
         ValueError: when a field has no such value, `where` selects no parameter, or the loss has no
@@ -145,7 +146,9 @@ class ActivityPerturbation(Rule):
         weights = with_fewer_weights(sites, own_slopes=self.memory != "shared")
         return self._sites(problem, weights) if weights else sites
 
-    def _sites(self, problem: Problem, weights: Sequence[int] = ()) -> Sites:
+    def _sites(
+        self, problem: Problem, weights: Mapping[int, float] | None = None
+    ) -> Sites:
         """The sites, with weight noise on the parameters at these places."""
         own_slopes = self.memory != "shared"
         sites = find_sites(
@@ -202,8 +205,8 @@ class ActivityPerturbation(Rule):
         Jacobian J_s of site s the noise's second moment is (Σ σ_s²|δ_s|²)(Σ |J_s|²/σ_s²), least for
         σ_s² = |J_s|/|δ_s|. Where examples, positions or parts of the loss have slopes of their own
         it is Σ_st Q_st σ_t²/σ_s², with Q_st the part of t's noise that s hears; it is least where
-        each site's row and column have one sum, and σ_s² is multiplied by √(row/column), which gives
-        the formula above where all share their slopes. Called again it goes on from there.
+        each site's row and column have one sum. A call multiplies σ_s² by √(row/column), which is
+        the formula above where all share their slopes; called again it goes on from there.
 
         Nothing is propagated back: a column comes from passes with noise at one site alone, a row
         from the site's own reverse pass. With S sites a draw costs S forward passes with slopes and
@@ -249,7 +252,9 @@ class ActivityPerturbation(Rule):
 
     def _calibrated(self, keys: Array, sites: Sites) -> Self:
         """This rule with the next scales."""
-        given = jnp.ones(len(sites.noisy)) if self.scales is None else self.scales
+        given = self.scales
+        if given is None:
+            given = [site.scale for site in sites.noisy]
         scales = scales_of(sites, given, "ActivityPerturbation")
         # The law is of second moments: signs have the least spread.
         signs = dataclasses.replace(
@@ -286,7 +291,7 @@ class ActivityPerturbation(Rule):
     ) -> dict[Variable, Array]:
         """For each noisy site what multiplies its noise: [k, ...], axes that broadcast to it.
 
-        `over` are the mesh axes of a key of one's own, which counts where all examples share slopes.
+        `over` are the mesh axes of each device's own key, which count where examples share slopes.
         """
         products = keep.products(sites, out) if sites.credit else []
         # Sites that hear of the same have their slopes summed once.

@@ -17,29 +17,39 @@ from forwax._sites.sources import shared_noise
 Leaves = frozenset[Variable]
 
 
-def with_fewer_weights(sites: Sites, own_slopes: bool) -> list[int]:
-    """The places of parameters on which noise has fewer coordinates than at all sites that they enter.
+def with_fewer_weights(sites: Sites, own_slopes: bool) -> dict[int, float]:
+    """Parameters on which noise has fewer coordinates than at all sites that they enter.
 
     Parameters that enter one site, and the sites that one parameter enters, are weighed together: a
     site is spared its noise only if no parameter needs it any more. What counts is the noise that
     one slope hears. Parameters that enter a site with an exact error keep it.
 
+    The noise's scale is √(entries / activities): a gain at T positions of inputs of variance 1 then
+    adds no more than activity noise does to its own error, T·C, nor to others', at most |δ|²; where
+    positions' errors do not agree it adds less.
+
     Args:
         sites: of the problem, all with activity noise.
         own_slopes: whether each example has slopes of its own.
+
+    Returns:
+        The places of these parameters, each with the scale of its noise.
     """
-    found: list[Variable] = []
+    found: dict[Variable, float] = {}
     leaves_at = _leaves_at(sites)
     for group in _connected(set(leaves_at.values())):
         members = [s for s in sites.places if not group.isdisjoint(leaves_at[s.region])]
         if not all(_may_change(site, sites) for site in members):
             continue
-        noise = sum(shared_noise(sites, s, s, own_slopes) for s in members)
-        weights = [sites.traced.types[v] for v in group]
-        if _tree.num_coordinates(weights) < noise:
-            found += group
+        noise = {s: shared_noise(sites, s, s, own_slopes) for s in members}
+        sizes = {v: _tree.num_coordinates(sites.traced.types[v]) for v in group}
+        if sum(sizes.values()) >= sum(noise.values()):
+            continue
+        for variable, size in sizes.items():
+            made = [noise[s] for s in members if variable in leaves_at[s.region]]
+            found[variable] = min(1, size / max(sum(made), 1)) ** 0.5
     places = enumerate(sites.traced.parameters)
-    return [place for place, variable in places if variable in found]
+    return {place: found[variable] for place, variable in places if variable in found}
 
 
 def _may_change(site: Site, sites: Sites) -> bool:

@@ -1,7 +1,7 @@
 """From a problem to its sites."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax import Array
@@ -15,6 +15,7 @@ from forwax._sites.kinds import Classifier, Kind, Unselected
 from forwax._sites.levels import make_level
 from forwax._sites.model import Site, Sites, num_losses
 from forwax._sites.outputs import NO_TAIL, make_tail, output_regions
+from forwax._sites.regions import Region
 from forwax._sites.sources import make_sources, with_credit
 from forwax._sites.split_loops import split_loops
 from forwax._tree import Tree
@@ -29,7 +30,7 @@ def find_sites(
     select: Select | None,
     exact_outputs: bool,
     credit: bool = False,
-    weights: Sequence[int] = (),
+    weights: Mapping[int, float] | None = None,
     own_weights: bool = False,
 ) -> Sites:
     """Trace the loss of one example and find its sites.
@@ -41,7 +42,8 @@ def find_sites(
             weight noise.
         exact_outputs: whether the last sites take their exact error.
         credit: whether to look for the axes along which slopes can be told apart.
-        weights: the places of parameters that get weight noise whatever `select` says.
+        weights: the places of parameters that get weight noise whatever `select` says, with its
+            scale.
         own_weights: whether each example then has its own.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
@@ -49,14 +51,15 @@ def find_sites(
         _check_split(traced.arguments(problem.params, problem.mapped), name)
     unselected = dict.fromkeys(_unselected(traced, problem.params, select, name), None)
     own = over_examples(problem) if own_weights else None
-    unselected.update({traced.parameters[place]: own for place in weights})
+    scales = {traced.parameters[i]: scale for i, scale in (weights or {}).items()}
+    unselected.update(dict.fromkeys(scales, own))
     if exact_outputs:
         analysis = _analyse_with_split_loops(traced, unselected)
     else:
         analysis = _analyse(traced, unselected)
     _check_data(analysis, name)
 
-    sites = _make_sites(problem, analysis, exact_outputs)
+    sites = _make_sites(problem, analysis, exact_outputs, scales)
     if not credit:
         return sites
     sources = make_sources(sites, analysis.classifier.reach, exact_outputs)
@@ -102,9 +105,7 @@ def _analyse(traced: Traced, unselected: Unselected) -> _Analysis:
     return _Analysis(traced, program, classifier)
 
 
-def _analyse_with_split_loops(
-    traced: Traced, unselected: Unselected
-) -> _Analysis:
+def _analyse_with_split_loops(traced: Traced, unselected: Unselected) -> _Analysis:
     """The analysis of a loss whose loops are split where that makes sites output sites."""
     if all(equation.loop is None for equation in traced.program.equations):
         return _analyse(traced, unselected)
@@ -116,7 +117,12 @@ def _analyse_with_split_loops(
     return _analyse(in_parts, unselected)
 
 
-def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> Sites:
+def _make_sites(
+    problem: Problem,
+    analysis: _Analysis,
+    exact_outputs: bool,
+    scales: Mapping[Variable, float],
+) -> Sites:
     traced = analysis.traced
     types = traced.types
     kinds = analysis.classifier.kinds
@@ -144,6 +150,7 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
                 reach=reach[variable],
                 exact=region in outputs,
                 axes=_mesh.type_axes(aval),
+                scale=_scale(region, scales),
             )
             places.append(site)
     return Sites(
@@ -157,6 +164,12 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
         mapped=mapped,
         kinds=kinds,
     )
+
+
+def _scale(region: Region, scales: Mapping[Variable, float]) -> float:
+    """The scale of a region's noise, given for parameters with weight noise."""
+    first, *_ = region.inputs
+    return scales.get(first, 1) if region.promoted else 1
 
 
 def over_examples(problem: Problem) -> _mesh.Axes | None:

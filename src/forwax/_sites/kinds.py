@@ -117,7 +117,7 @@ class Classifier:
         self.kinds[variable] = kind
 
     def copy(self, variable: Variable, over: _mesh.Axes | None) -> Variable:
-        """A new mixed variable of the same type; unless None, with `over` added to its mesh axes."""
+        """A new mixed variable of the same type, which varies over further mesh axes."""
         aval = self.types[variable]
         if over:
             over = over | _mesh.type_axes(aval)

@@ -19,11 +19,13 @@ Scales: TypeAlias = Mapping[Variable, Array]
 
 
 def scales_of(sites: Sites, scales: Any, name: str) -> Scales:
-    """A rule's scales by site; None gives none."""
-    if scales is None:
-        return {}
-    given = jnp.asarray(scales)
+    """A rule's scales by site; None gives those of the sites."""
     noisy = sites.noisy
+    if scales is None:
+        if all(site.scale == 1 for site in noisy):
+            return {}
+        scales = [site.scale for site in noisy]
+    given = jnp.asarray(scales)
     if given.shape != (len(noisy),):
         raise ValueError(
             f"{name}: expected one scale for each of the {len(noisy)} sites with noise, in the "
