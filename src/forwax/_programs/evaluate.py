@@ -19,6 +19,8 @@ def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
     primitive = equation.primitive
     if primitive is None:  # the identity that gives a parameter a noise of its own
         return [_mesh.vary(x, equation.params.get("over", ())) for x in values]
+    if equation.facts.varies:  # a parameter's copy with own noise varies before
+        return [_mesh.vary(x, equation.params["axes"]) for x in values]
     with contextlib.ExitStack() as stack:
         if equation.origin is not None:
             _enter_origin(equation.origin, stack)

@@ -11,7 +11,7 @@ from forwax._rules import ActivityPerturbation, Rule
 from forwax._signature import Signature
 from forwax._sites.credit import Credit
 from forwax._sites.model import Site, Sites
-from forwax._sites.regions import Region
+from forwax._sites.scales import Scales, scales_of
 
 _COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
 _MOST_NAMES = 6
@@ -28,6 +28,7 @@ class SiteRow:
         activity_noise: the number of coordinates of one example's activity.
         credit: what multiplies the site's noise; axes are those of `shape`.
         where: the place in the user's source.
+        scale: of the noise here; None where all are 1, or the error is exact.
     """
 
     operation: str
@@ -36,6 +37,7 @@ class SiteRow:
     activity_noise: int
     credit: str
     where: str
+    scale: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
@@ -68,8 +70,13 @@ class Explanation:
     rows: tuple[SiteRow, ...]
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table as text, the columns' names first."""
-        return [_COLUMNS, *(row.cells() for row in self.rows)]
+        """The table as text, the columns' names first; scales only where there are any."""
+        rows = [_COLUMNS, *(row.cells() for row in self.rows)]
+        scales = [row.scale for row in self.rows]
+        if all(scale is None for scale in scales):
+            return rows
+        texts = ["scale", *("" if x is None else f"{x:.3g}" for x in scales)]
+        return [(*row, text) for row, text in zip(rows, texts, strict=True)]
 
     def __str__(self) -> str:
         return as_text(self.cells())
@@ -91,7 +98,7 @@ def explain(
     Args:
         loss: as for `forwax.value_and_grad`.
         rule: a rule that works on sites; for the others the sites of `ActivityPerturbation()` are
-            shown.
+            shown. Its scales, if it has any, are a column.
         argnums: as for `forwax.value_and_grad`.
         has_aux: as for `forwax.value_and_grad`.
         in_axes: as for `forwax.value_and_grad`.
@@ -121,34 +128,38 @@ def explain(
             sites = ActivityPerturbation().sites(problem)
         # Of all rules one alone has a memory; "shared" gives all examples and positions one slope.
         is_shared = getattr(rule.inner, "memory", "keep") == "shared"
-        return Explanation(tuple(_row(site, sites, is_shared) for site in sites.places))
+        given = getattr(rule.inner, "scales", None)
+        scales = scales_of(sites, given, "explain")
+        return Explanation(
+            tuple(_row(site, sites, scales, is_shared) for site in sites.places)
+        )
 
     return explain_loss
 
 
-def _row(site: Site, sites: Sites, is_shared: bool) -> SiteRow:
+def _row(site: Site, sites: Sites, scales: Scales, is_shared: bool) -> SiteRow:
     entering = sum(math.prod(shape) for shape in sites.parameter_shapes(site))
     sources = [equation.source for equation in site.region.equations if equation.source]
     return SiteRow(
-        operation=_operation(site.region),
+        operation=_operation(site, sites),
         shape=site.shape,
         weight_noise=entering,
         activity_noise=site.size,
         credit=_credit(site, sites, is_shared),
         where=sources[0] if sources else "",
+        scale=float(scales[site.variable]) if site.variable in scales else None,
     )
 
 
-def _operation(region: Region) -> str:
+def _operation(site: Site, sites: Sites) -> str:
     """The names of a region's operations, those in the middle counted if there are many."""
+    region = site.region
     if region.promoted:
         # Noise enters at the parameter, and one equation stands for all that use it.
         origin = region.equations[0].origin
-        return (
-            "weight noise"
-            if origin is None
-            else f"weight noise ({origin.primitive.name})"
-        )
+        is_own = site.mapped and sites.num_examples is not None
+        noise = "weight noise of each example" if is_own else "weight noise"
+        return noise if origin is None else f"{noise} ({origin.primitive.name})"
     names = [equation.name for equation in region.equations]
     if len(names) > _MOST_NAMES:
         names = [*names[:2], f"{len(names) - 3} more", names[-1]]
