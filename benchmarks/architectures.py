@@ -1,8 +1,9 @@
 """Public architectures in plain JAX, small: the loss of one example, parameters, and a batch.
 
-Written after nanoGPT, Llama, LRU (Orvieto et al. 2023), S5 (Smith et al. 2023), MobileNetV2, ResNet,
-MLP-Mixer, ViT and Equinox's RNN example. Normalisations are Flax's, of one example each: there is no
-batch normalisation. Texts are the characters of this project's README, images scikit-learn's digits.
+Written after nanoGPT, Llama, LRU (Orvieto et al. 2023), S5 (Smith et al. 2023), MobileNetV2,
+ResNet, MLP-Mixer, ViT and Equinox's RNN example. Normalisations are Flax's, of one example each:
+there is no batch normalisation. Texts are the characters of this project's README, images
+scikit-learn's digits.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def text(length: int, batch: int) -> tuple[int, Array, Array]:
     readme = pathlib.Path(__file__).parent.parent / "README.md"
     characters = np.frombuffer(readme.read_bytes(), np.uint8)
     names, codes = np.unique(characters, return_inverse=True)
-    starts = np.arange(batch) * (len(codes) // batch - 1) // 1
+    starts = np.arange(batch) * (len(codes) // batch - 1)
     rows = np.stack([codes[s : s + length + 1] for s in starts])
     tokens = jnp.asarray(rows, jnp.int32)
     return len(names), tokens[:, :-1], tokens[:, 1:]

@@ -2,12 +2,11 @@
 
     python benchmarks/scaled_noise.py [--draws 300] [--only NAME ...]
 
-At the initial parameters, on one batch: E|ĝ - g|² / |g|² with one noise of signs, g by backprop. A few
-minutes an architecture on two cores.
+At the initial parameters, on one batch: E|ĝ - g|² / |g|² with one noise of signs, g by backprop. A
+few minutes an architecture on two cores.
 """
 
 import argparse
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +17,6 @@ from architectures import ARCHITECTURES, Architecture
 from timing import machine
 
 KEY = jax.random.key(0)
-COLUMNS = (
-    "architecture",
-    "parameters",
-    "weight noise",
-    "coordinates",
-    "activity noise",
-    "scaled",
-    "with auto",
-    "coordinates",
-    "unscaled",
-    "scaled",
-    "least",
-)
 
 
 def relative_mse(rule: fx.Rule, of: Architecture, draws: int) -> tuple[float, float]:
@@ -39,26 +25,24 @@ def relative_mse(rule: fx.Rule, of: Architecture, draws: int) -> tuple[float, fl
     exact = fx.grad(of.loss, fx.Backprop(), in_axes=of.in_axes)
 
     @jax.jit
-    def errors(keys, *args):
+    def error(key, *args):
         truth = exact(KEY, *args)
-        square = sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(truth))
+        apart = jax.tree.map(jnp.subtract, grad(key, *args), truth)
+        one, both = (
+            sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
+            for tree in (apart, truth)
+        )
+        return one / both
 
-        def one(key):
-            apart = jax.tree.map(jnp.subtract, grad(key, *args), truth)
-            return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(apart))
-
-        return jax.lax.map(one, keys) / square
-
-    found = np.asarray(errors(jax.random.split(KEY, draws), of.params, *of.data))
+    keys = jax.random.split(KEY, draws)
+    found = np.array([float(error(key, of.params, *of.data)) for key in keys])
     return float(found.mean()), float(found.std(ddof=1) / draws**0.5)
 
 
-def calibrated(rule: fx.ActivityPerturbation, of: Architecture, steps: int = 1):
+def calibrated(rule: fx.ActivityPerturbation, of: Architecture) -> fx.Rule:
     """The rule with scales."""
-    for step in range(steps):
-        calibrate = jax.jit(rule.calibrate(of.loss, in_axes=of.in_axes))
-        rule = calibrate(jax.random.fold_in(KEY, step), of.params, *of.data)
-    return rule
+    calibrate = rule.calibrate(of.loss, in_axes=of.in_axes)
+    return calibrate(KEY, of.params, *of.data)
 
 
 def coordinates(rule: fx.Rule, of: Architecture) -> int:

@@ -203,5 +203,5 @@ def test_each_shards_examples_have_their_own():
 
 
 def test_bad_noise_is_named():
-    with pytest.raises(ValueError, match="noise to be one of .*, got 'weight'"):
+    with pytest.raises(ValueError, match=r"noise to be one of .*, got 'weight'"):
         fx.ActivityPerturbation(noise="weight")

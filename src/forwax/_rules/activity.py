@@ -209,9 +209,10 @@ class ActivityPerturbation(Rule):
         the formula above where all share their slopes; called again it goes on from there.
 
         Nothing is propagated back: a column comes from passes with noise at one site alone, a row
-        from the site's own reverse pass. With S sites a draw costs S forward passes with slopes and
-        2S assemblies, about S steps of backprop, and the memory of `memory="keep"`; jit it, and
-        call it seldom.
+        from the site's own reverse pass. With S sites a draw costs 2S forward passes with slopes
+        and 2S assemblies, about 2S steps of backprop, and the memory of `memory="keep"`: call it
+        seldom. It compiles one step and repeats it; inside `jax.jit` that is a loop, in which XLA
+        runs convolutions slowly on CPU.
 
         Args:
             loss: as for `forwax.value_and_grad`.

@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values
+from forwax._pushforward import is_staged
 from forwax._sites.model import Pass, Sites
 from forwax._sites.passes import keep
 from forwax._sites.scales import scaled
@@ -50,30 +51,29 @@ def moments(
         square = _tree.inner(grads, grads)
         return _mesh.total(square, _mesh.axes(square))
 
-    def of_key(key: Array) -> tuple[Array, Array]:
-        first, second = jax.random.split(key)
+    def of_site(index: Array) -> tuple[Array, Array]:
+        is_site = jnp.arange(count) == index % count
+        first, second = jax.random.split(keys[index // count])
         noise, other = draw(first), draw(second)
         out = keep.push(sites, noise, 1)
-        all_errors = errors(out, other)
+        alone = [scaled(u, is_one) for u, is_one in zip(noise, is_site, strict=True)]
+        from_site = keep.push(sites, alone, 1)
+        at_site: Values = {}
+        for v, x in errors(out, other).items():
+            at_site[v] = scaled(x, is_site[variables.index(v)])
+        row = second_moment(out.records, at_site)
+        return row, second_moment(out.records, errors(from_site, other))
 
-        def of_site(site: Array) -> tuple[Array, Array]:
-            is_site = jnp.arange(count) == site
-            alone = [
-                scaled(u, is_one) for u, is_one in zip(noise, is_site, strict=True)
-            ]
-            from_site = keep.push(sites, alone, 1)
-            here = {
-                v: scaled(all_errors[v], is_one)
-                for v, is_one in zip(variables, is_site, strict=True)
-            }
-            row = second_moment(out.records, here)
-            column = second_moment(out.records, errors(from_site, other))
-            return row, column
-
-        return lax.map(of_site, jnp.arange(count))
-
-    rows, columns = lax.map(of_key, keys)
-    return jnp.mean(rows, 0), jnp.mean(columns, 0)
+    if count == 0:
+        return jnp.zeros(0), jnp.zeros(0)
+    indices = jnp.arange(keys.shape[0] * count)
+    if is_staged():
+        found = lax.map(of_site, indices)
+    else:  # XLA on CPU runs convolutions inside a loop many times slower
+        step = jax.jit(of_site)
+        found = jax.tree.map(lambda *x: jnp.stack(x), *[step(i) for i in indices])
+    rows, columns = (jnp.mean(x.reshape(-1, count), 0) for x in found)
+    return rows, columns
 
 
 def balanced(scales: Array, rows: Array, columns: Array) -> Array:
