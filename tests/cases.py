@@ -374,7 +374,10 @@ RULES: dict[str, fx.Rule] = {
     ),
     "backprop": fx.Backprop(),
 }
-SITE_RULES: dict[str, fx.Rule] = {"activity": fx.ActivityPerturbation()}
+SITE_RULES: dict[str, fx.Rule] = {
+    "activity": fx.ActivityPerturbation(),
+    "activity-auto": fx.ActivityPerturbation(noise="auto"),
+}
 """Rules that need data."""
 
 BIASED = {"weight-projection", "safe", "finite-difference", "finite-differences"}

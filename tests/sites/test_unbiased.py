@@ -18,6 +18,7 @@ RULES = {
     "no-exact-outputs": fx.ActivityPerturbation(exact_outputs=False),
     "replay": fx.ActivityPerturbation(memory="replay"),
     "shared": fx.ActivityPerturbation(memory="shared"),
+    "auto": fx.ActivityPerturbation(noise="auto"),
     "where": fx.ActivityPerturbation(where="'[wh]'"),
 }
 
@@ -30,6 +31,7 @@ CASES = [("keep", name) for name in PROGRAMS]
 CASES += [("keep-scaled", name) for name in PROGRAMS]
 CASES += [(f"{rule}-scaled", name) for rule in SCALED[1:] for name in SOME]
 CASES += [(rule, name) for rule in RULES if rule != "keep" for name in SOME]
+CASES += [("auto", name) for name in ("batch_loss", "custom_rule_with_a_parameter")]
 CASES += [
     ("replay", name) for name in ("nested_scans", "parameters_in_carries", "embedding")
 ]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from forwax import _tree
-from forwax._rules import ActivityPerturbation, Rule
+from forwax._rules import Rule
 from forwax._tree import Tree
 
 _MOST_NAMES = 3
@@ -28,12 +28,13 @@ def against_weight_noise(
         found: squared errors over |g|², [draws, leaves].
     """
     noise = rule.inner
-    if not isinstance(noise, ActivityPerturbation) or len(found) < 2:
+    # Of all rules one alone has a memory.
+    if getattr(noise, "memory", None) is None or len(found) < 2:
         return None
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [jax.tree_util.keystr(path) or "the parameter" for path, _ in leaves]
     sizes = np.array([_tree.num_coordinates(leaf) for _, leaf in leaves])
-    laws = sizes / noise.num_tangents
+    laws = sizes / getattr(noise, "num_tangents", 1)
     ratio = _surely(found.sum(1)) / laws.sum()
     ratios = _surely(found) / laws
     shares = found.mean(0) / max(found.mean(0).sum(), np.finfo(float).tiny)

@@ -56,13 +56,19 @@ def moments(
         first, second = jax.random.split(keys[index // count])
         noise, other = draw(first), draw(second)
         out = keep.push(sites, noise, 1)
-        alone = [scaled(u, is_one) for u, is_one in zip(noise, is_site, strict=True)]
+        alone: list[Array] = []
+        for u, is_one in zip(noise, is_site, strict=True):
+            alone.append(scaled(u, is_one))
         from_site = keep.push(sites, alone, 1)
         at_site: Values = {}
         for v, x in errors(out, other).items():
             at_site[v] = scaled(x, is_site[variables.index(v)])
         row = second_moment(out.records, at_site)
         return row, second_moment(out.records, errors(from_site, other))
+
+    def of_draws(found: Array) -> Array:
+        """The mean over draws, [num sites]."""
+        return jnp.mean(found.reshape(-1, count), 0)
 
     if count == 0:
         return jnp.zeros(0), jnp.zeros(0)
@@ -71,9 +77,10 @@ def moments(
         found = lax.map(of_site, indices)
     else:  # XLA on CPU runs convolutions inside a loop many times slower
         step = jax.jit(of_site)
-        found = jax.tree.map(lambda *x: jnp.stack(x), *[step(i) for i in indices])
-    rows, columns = (jnp.mean(x.reshape(-1, count), 0) for x in found)
-    return rows, columns
+        rows, columns = zip(*map(step, indices), strict=True)
+        found = (jnp.stack(rows), jnp.stack(columns))
+    of_rows, of_columns = found
+    return of_draws(of_rows), of_draws(of_columns)
 
 
 def balanced(scales: Array, rows: Array, columns: Array) -> Array:

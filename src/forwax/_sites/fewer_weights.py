@@ -7,8 +7,7 @@ own, is of C coordinates.
 from collections.abc import Iterable, Mapping
 
 from forwax import _tree
-from forwax._programs.evaluate import read
-from forwax._programs.program import Variable
+from forwax._programs.program import Atom, Variable, variables
 from forwax._sites.levels import Level, LoopPlan
 from forwax._sites.model import Site, Sites
 from forwax._sites.regions import Region
@@ -37,19 +36,44 @@ def with_fewer_weights(sites: Sites, own_slopes: bool) -> dict[int, float]:
     """
     found: dict[Variable, float] = {}
     leaves_at = _leaves_at(sites)
-    for group in _connected(set(leaves_at.values())):
-        members = [s for s in sites.places if not group.isdisjoint(leaves_at[s.region])]
-        if not all(_may_change(site, sites) for site in members):
-            continue
-        noise = {s: shared_noise(sites, s, s, own_slopes) for s in members}
-        sizes = {v: _tree.num_coordinates(sites.traced.types[v]) for v in group}
-        if sum(sizes.values()) >= sum(noise.values()):
-            continue
-        for variable, size in sizes.items():
-            made = [noise[s] for s in members if variable in leaves_at[s.region]]
-            found[variable] = min(1, size / max(sum(made), 1)) ** 0.5
-    places = enumerate(sites.traced.parameters)
-    return {place: found[variable] for place, variable in places if variable in found}
+    for group in _connected(leaves_at.values()):
+        members: list[Site] = []
+        for site in sites.places:
+            if not group.isdisjoint(leaves_at[site.region]):
+                members.append(site)
+        if all(_may_change(site, sites) for site in members):
+            noise: dict[Site, float] = {}
+            for site in members:
+                noise[site] = shared_noise(sites, site, site, own_slopes)
+            found.update(_scales(group, noise, leaves_at, sites))
+
+    scales: dict[int, float] = {}
+    for place, variable in enumerate(sites.traced.parameters):
+        if variable in found:
+            scales[place] = found[variable]
+    return scales
+
+
+def _scales(
+    group: Leaves,
+    noise: Mapping[Site, float],
+    leaves_at: Mapping[Region, Leaves],
+    sites: Sites,
+) -> dict[Variable, float]:
+    """The scale of the noise on each parameter of a group; none if that has no fewer entries."""
+    types = sites.traced.types
+    sizes = {v: _tree.num_coordinates(types[v]) for v in group}
+    if sum(sizes.values()) >= sum(noise.values()):
+        return {}
+    scales: dict[Variable, float] = {}
+    for variable, size in sizes.items():
+        made: float = 0
+        for site, count in noise.items():
+            if variable in leaves_at[site.region]:
+                made += count
+        # A parameter may be of more entries than its own site's noise, and its group of fewer.
+        scales[variable] = 1 if made <= size else (size / made) ** 0.5
+    return scales
 
 
 def _may_change(site: Site, sites: Sites) -> bool:
@@ -69,31 +93,40 @@ def _leaves_at(sites: Sites) -> dict[Region, Leaves]:
 def _follow(
     level: Level, known: dict[Variable, Leaves], found: dict[Region, Leaves]
 ) -> None:
+    """Add the parameters behind each value to `known`, and those at regions to `found`."""
     for step in level.steps:
         if isinstance(step, Region):
             found[step] = _union(step.inputs, known)
         elif isinstance(step, LoopPlan):
-            outside = {v: frozenset() for v in step.variables} | known
             inner = dict(known)
-            for v, atom in (step.fixed | step.scanned).items():
-                inner[v] = read(atom, outside)
+            for variable, atom in (step.fixed | step.scanned).items():
+                inner[variable] = _union([atom], known)
             _follow(step.level, inner, found)
-            known.update({v: read(atom, outside) for v, atom in step.unchanged.items()})
-            known.update({v: inner[inside] for v, inside in step.stacked.items()})
+            for variable, atom in step.unchanged.items():
+                known[variable] = _union([atom], known)
+            for variable, inside in step.stacked.items():
+                known[variable] = inner[inside]
         else:
-            leaves = _union(step.variables, known)
+            leaves = _union(step.inputs, known)
             known.update(dict.fromkeys(step.outputs, leaves))
 
 
-def _union(variables: Iterable[Variable], known: Mapping[Variable, Leaves]) -> Leaves:
-    return frozenset().union(*(known.get(v, frozenset()) for v in variables))
+def _union(atoms: Iterable[Atom], known: Mapping[Variable, Leaves]) -> Leaves:
+    union: Leaves = frozenset()
+    for variable in variables(atoms):
+        union |= known.get(variable, frozenset())
+    return union
 
 
-def _connected(sets: Iterable[Leaves]) -> list[set[Variable]]:
+def _connected(sets: Iterable[Leaves]) -> list[Leaves]:
     """Sets that share an element, joined; empty ones left out."""
-    groups: list[set[Variable]] = []
-    for leaves in filter(None, sets):
-        apart = [group for group in groups if group.isdisjoint(leaves)]
-        touching = [group for group in groups if not group.isdisjoint(leaves)]
-        groups = [*apart, leaves.union(*touching)]
-    return [set(group) for group in groups]
+    groups: list[Leaves] = []
+    for leaves in sets:
+        apart: list[Leaves] = []
+        for group in groups:
+            if group.isdisjoint(leaves):
+                apart.append(group)
+            else:
+                leaves |= group
+        groups = [*apart, leaves] if leaves else apart
+    return groups
