@@ -2,7 +2,7 @@
 
 Written after nanoGPT, Llama, LRU (Orvieto et al. 2023), S5 (Smith et al. 2023), MobileNetV2,
 ResNet, MLP-Mixer, ViT and Equinox's RNN example. Normalisations are Flax's, of one example each:
-there is no batch normalisation. Texts are the characters of this project's README, images
+there is no batch normalisation. Texts are the characters of this project's licence, images
 scikit-learn's digits.
 """
 
@@ -91,8 +91,8 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 def text(length: int, batch: int) -> tuple[int, Array, Array]:
     """The number of characters, and sequences of them with what comes next."""
-    readme = pathlib.Path(__file__).parent.parent / "README.md"
-    characters = np.frombuffer(readme.read_bytes(), np.uint8)
+    licence = pathlib.Path(__file__).parent.parent / "LICENSE"
+    characters = np.frombuffer(licence.read_bytes(), np.uint8)
     names, codes = np.unique(characters, return_inverse=True)
     starts = np.arange(batch) * (len(codes) // batch - 1)
     rows = np.stack([codes[s : s + length + 1] for s in starts])

@@ -389,12 +389,10 @@ class ActivityPerturbation(Rule):
             ), None
 
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
-            pairs = zip(sites.noisy, noise, strict=True)
-            of_mask = {
-                site.variable: divided(u, scales.get(site.variable))
-                for site, u in pairs
-                if site.reach == mask
-            }
+            of_mask: Values = {}
+            for site, u in zip(sites.noisy, noise, strict=True):
+                if site.reach == mask:
+                    of_mask[site.variable] = divided(u, scales.get(site.variable))
             first = next(site for site in sites.noisy if site.reach == mask)
             shared = dataclasses.replace(first, mapped=False, axes=over)
             slopes = credited(shared, out.slopes, sites)
