@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import forwax as fx
 from forwax._signature import Signature
@@ -221,3 +222,30 @@ def test_there_is_no_law_of_n_alone_with_scales():
     assert np.isnan(rule.relative_mse(10))
     with pytest.raises(ValueError, match="law follows from n alone"):
         fx.suggest_learning_rate(rule, 10, 0.1)
+
+
+def test_calibration_inside_shard_map_is_that_of_all_shards():
+    """All devices get one set of scales, within 20 % of those found on one device."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    calibrate = fx.ActivityPerturbation().calibrate(net, in_axes=(None, 0), draws=64)
+    scales = lambda key, p, x: calibrate(key, p, x).scales
+    specs = (PartitionSpec(), PartitionSpec(), PartitionSpec("d"))
+    step = jax.shard_map(scales, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    got = jax.jit(step)(KEY, NET, X)
+    np.testing.assert_allclose(got, scales(KEY, NET, jnp.asarray(X)), rtol=0.2)
+
+
+@pytest.mark.parametrize("memory", ["replay", "shared"])
+def test_each_memory_calibrates_to_its_own_slopes(memory):
+    rule = fx.ActivityPerturbation(memory=memory)
+    scales = rule.calibrate(net, in_axes=(None, 0), draws=64)(KEY, NET, X).scales
+    kept = fx.ActivityPerturbation().calibrate(net, in_axes=(None, 0), draws=64)
+    np.testing.assert_allclose(scales, kept(KEY, NET, X).scales, rtol=0.3)
+
+
+def test_a_loss_without_noise_has_no_scales():
+    loss = lambda w, x: jnp.sum(jnp.sin(x @ w))
+    calibrate = fx.ActivityPerturbation().calibrate(loss, in_axes=(None, 0))
+    rule = calibrate(KEY, jnp.ones((P, 2)), X)
+    assert rule.scales.shape == (0,)
+    fx.grad(loss, rule, in_axes=(None, 0))(KEY, jnp.ones((P, 2)), X)
