@@ -378,6 +378,7 @@ SITE_RULES: dict[str, fx.Rule] = {
     "activity": fx.ActivityPerturbation(),
     "learned-feedback": fx.LearnedFeedback(correction=True),
     "decay": fx.ActivityPerturbation(credit=fx.credit.Decay(0.9)),
+    "activity-auto": fx.ActivityPerturbation(noise="auto"),
 }
 """Rules that need data."""
 

@@ -365,3 +365,41 @@ def test_calls_are_timed_in_turn():
     assert interleaved(calls, 9, max_seconds=0)["a"].shape == (3,)
     known = {"a": np.array([1.0, 3.0, 2.0]), "b": np.array([4.0, 4.0, 9.0])}
     assert ratios(known, "a") == {"a": 1, "b": 2}
+
+
+def signed(params, x, sign):
+    """Gradients of examples that differ in their sign alone cancel."""
+    return sign * jnp.sum(jnp.sin(jnp.tanh(x @ params["a"]) @ params["c"]))
+
+
+def test_it_says_unasked_where_activity_noise_loses_to_weight_noise():
+    """Eight examples twice, with signs 1 and -0.9: their mean is a twentieth of each gradient."""
+    params, _ = arguments()
+    params = {"a": params["a"], "c": params["c"]}
+    x = jnp.tile(jax.random.normal(KEY, (8, 3)), (2, 1))
+    sign = jnp.repeat(jnp.array([1.0, -0.9]), 8)
+    diagnose = fx.diagnose(
+        signed, [fx.ActivityPerturbation()], in_axes=(None, 0, 0), draws=64, rounds=1
+    )
+    found = diagnose(KEY, params, x, sign)
+    (row,) = found.rules
+    assert row.mse[0] > 2 * found.num_parameters
+    assert row.note in found.notes()
+    assert "times the error of weight noise here, most at ['a'] (" in row.note
+    assert "LowRank" in row.note
+    assert row.learning_rate_scale == pytest.approx(1 / (1 + row.mse[0]))
+    assert diagnose(KEY, params, x, jnp.ones(16)).rules[0].note is None
+
+
+def test_it_names_the_parameter_that_is_used_at_many_positions():
+    def gain(params, x):
+        h = jnp.cumsum(jnp.tanh(x * params["gain"][None]), 0)  # [positions, channels]
+        return jnp.sum(jnp.sin(h @ params["out"]))
+
+    params = {"gain": jnp.ones(2), "out": jnp.ones((2, 1))}
+    x = jax.random.normal(KEY, (4, 64, 2))
+    rule = fx.ActivityPerturbation()
+    found = fx.diagnose(gain, {"noise": rule}, in_axes=(None, 0), draws=64, rounds=1)(
+        KEY, params, x
+    )
+    assert "at ['gain'] (" in found.rules[0].note

@@ -29,7 +29,8 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
 
     Raises:
         ValueError: when n is not positive, the tangents do not exist for n coordinates, or the
-            error follows from more than n, as with `tangents.LowRank(per_example=True)`.
+            error follows from more than n, as with `tangents.LowRank(per_example=True)` and the
+            scales of `forwax.ActivityPerturbation`.
 
     Example:
         >>> import forwax as fx
@@ -45,6 +46,7 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
     if math.isnan(scale):
         raise ValueError(
             "suggest_learning_rate: expected a rule whose law follows from n alone, got "
-            f"{rule!r}. Measure the error of its estimates with forwax.diagnose."
+            f"{rule!r}. Measure the error of its estimates with forwax.diagnose, whose rows have "
+            "the scale of the rate that follows from it."
         )
     return backprop_rate * scale

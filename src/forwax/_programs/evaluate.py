@@ -18,7 +18,9 @@ def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Compute one equation's outputs as ordinary traceable JAX operations."""
     primitive = equation.primitive
     if primitive is None:  # the identity that gives a parameter a noise of its own
-        return list(values)
+        return [_mesh.vary(x, equation.params.get("over", ())) for x in values]
+    if equation.facts.varies:  # a parameter's copy with own noise varies before
+        return [_mesh.vary(x, equation.params["axes"]) for x in values]
     with contextlib.ExitStack() as stack:
         if equation.origin is not None:
             _enter_origin(equation.origin, stack)

@@ -42,6 +42,7 @@ class Facts:
         is_convolution: a layer, linear in each of two operands.
         looks_up: it takes rows of its first operand.
         casts: it changes the dtype alone.
+        varies: its operands vary over the mesh axes in its parameter `axes` too.
         stops_derivatives: nothing before it has derivatives through it.
         irreversible: reverse mode cannot cross it.
         has_own_jvp: the user wrote its derivative, which must stay in force.
@@ -67,6 +68,7 @@ class Facts:
     is_convolution: bool = False
     looks_up: bool = False
     casts: bool = False
+    varies: bool = False
     stops_derivatives: bool = False
     irreversible: bool = False
     has_own_jvp: bool = False
@@ -191,6 +193,7 @@ PRIMITIVES: dict[str, Facts] = {
         credit=axis_rules.elementwise,
         range=range_rules.unchanged,
         move_of_factors=moves.vary,
+        varies=True,
     ),
     "real": Facts(credit=axis_rules.elementwise),
     "imag": Facts(credit=axis_rules.elementwise),

@@ -111,7 +111,7 @@ class Equation:
         primitive: what is computed; None for an identity that gives a parameter a noise of its own.
         inputs: variables and constants.
         outputs: variables.
-        params: the primitive's parameters.
+        params: the primitive's parameters; of an identity the mesh axes `over` which it varies.
         loop: the body, when this is a `scan`.
         origin: the jaxpr's equation, for its place in the user's source.
     """

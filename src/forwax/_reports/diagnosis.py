@@ -60,7 +60,7 @@ class Diagnosis:
         return [COLUMNS, without_gradient, *gradients]
 
     def notes(self) -> list[str]:
-        """What the figures mean, and why a row does not run."""
+        """What the figures mean, why a row does not run, and what else there is to know."""
         against = "no exact gradient"
         if self.reference:
             against = f"the exact gradient by {self.reference}"
@@ -71,7 +71,8 @@ class Diagnosis:
         reasons = [
             f"{row.name} does not run: {row.error}" for row in self.rows if row.error
         ]
-        return [figures, *reasons]
+        warnings = [row.note for row in self.rows if row.note]
+        return [figures, *reasons, *warnings]
 
     def __str__(self) -> str:
         table = as_text(self.cells(), _NUMBERS)

@@ -35,6 +35,7 @@ class DiagnosisRow:
         reverse_mode: whether the rule runs reverse mode; it is then never advised in place of
             backprop.
         error: why it does not run; None when it does.
+        note: what the user did not ask for and should know; None where there is nothing.
     """
 
     name: str
@@ -47,6 +48,7 @@ class DiagnosisRow:
     unbiased: bool = True
     reverse_mode: bool = False
     error: str | None = None
+    note: str | None = None
 
     @property
     def error_of_estimate(self) -> float | None:
@@ -54,6 +56,17 @@ class DiagnosisRow:
         if self.predicted_mse is not None:
             return self.predicted_mse
         return None if self.mse is None else self.mse[0]
+
+    @property
+    def learning_rate_scale(self) -> float | None:
+        """1 / (1 + M): what multiplies a rate tuned for the exact gradient; None if M is unknown.
+
+        `forwax.suggest_learning_rate` gives the same from a law; here M may be measured.
+        """
+        error = self.error_of_estimate
+        if error is None or not self.unbiased:
+            return None
+        return 1 / (1 + error)
 
     @property
     def seconds_of_progress(self) -> float | None:

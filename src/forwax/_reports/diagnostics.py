@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
+from forwax._reports.against_weights import against_weight_noise
 from forwax._reports.diagnosis import Diagnosis
 from forwax._reports.diagnosis_row import DiagnosisRow
 from forwax._reports.programs import CompiledStep, Step, compiled
@@ -197,9 +198,12 @@ def _diagnose(
         }
         if name not in programs:
             return dataclasses.replace(costs[name], **kind)
-        measured = {}
+        measured: dict[str, Any] = {}
         if reference is not None:
-            measured = _accuracy(programs[name], key, reference, draws)
+            errors, cosines = _accuracy(programs[name], key, reference, draws)
+            note = against_weight_noise(name, rule, problem.params, errors)
+            mse = _mean(errors.sum(1))
+            measured = {"mse": mse, "cosine": _mean(cosines), "note": note}
         law = rule.law(problem)
         return dataclasses.replace(costs[name], predicted_mse=law, **kind, **measured)
 
@@ -291,28 +295,29 @@ def _costs(
 
 @jax.jit
 def _compare(grads: Tree, reference: Tree) -> tuple[Array, Array]:
-    """The relative squared error and the cosine of one estimate."""
+    """The relative squared error at each leaf [leaves], and the cosine, of one estimate."""
     squared = _tree.inner(reference, reference)
     difference = jax.tree.map(jnp.subtract, grads, reference)
     length = jnp.sqrt(_tree.inner(grads, grads) * squared)
-    return _tree.inner(difference, difference) / squared, _tree.inner(
-        grads, reference
-    ) / length
+    errors = [_tree.inner(leaf, leaf) for leaf in jax.tree.leaves(difference)]
+    return jnp.stack(errors) / squared, _tree.inner(grads, reference) / length
 
 
 def _accuracy(
     program: CompiledStep, key: Array, reference: Tree, draws: int
-) -> dict[str, tuple[float, float]]:
-    """Relative squared error and cosine: means over the draws, and standard errors."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Relative squared errors [draws, leaves], whose sum is that of all, and cosines [draws]."""
     keys = jax.random.split(key, draws)
-    found = np.array(
-        [_compare(program(each)[2], reference) for each in keys], np.float64
-    )
-    means = found.mean(axis=0)  # [2]
+    found = [_compare(program(each)[2], reference) for each in keys]
+    errors, cosines = zip(*found, strict=True)
+    return np.array(errors, np.float64), np.array(cosines, np.float64)
+
+
+def _mean(found: np.ndarray) -> tuple[float, float]:
+    """The mean over draws, and its standard error."""
     # A single draw has no spread to tell an error from.
-    deviations = found.std(axis=0, ddof=1) if draws > 1 else np.full(2, math.nan)
-    errors = deviations / math.sqrt(draws)
-    return {"mse": (means[0], errors[0]), "cosine": (means[1], errors[1])}
+    deviation = found.std(ddof=1) if len(found) > 1 else math.nan
+    return found.mean(), deviation / math.sqrt(len(found))
 
 
 def _shortened(error: Exception) -> str:

@@ -17,7 +17,7 @@ from forwax._sites.credit import Credit
 from forwax._sites.feedback.inlets import Routes
 from forwax._sites.feedback.maps import map_shapes
 from forwax._sites.model import Site, Sites
-from forwax._sites.regions import Region
+from forwax._sites.scales import Scales, scales_of
 
 _COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
 _MOST_NAMES = 6
@@ -36,6 +36,7 @@ class SiteRow:
             errors: how the site's data gets its error, axes being those of the data; and where the
             exact error is taken.
         where: the place in the user's source.
+        scale: of the noise here; None where all are 1, or the error is exact.
     """
 
     operation: str
@@ -44,6 +45,7 @@ class SiteRow:
     activity_noise: int
     credit: str
     where: str
+    scale: float | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
@@ -76,8 +78,13 @@ class Explanation:
     rows: tuple[SiteRow, ...]
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table as text, the columns' names first."""
-        return [_COLUMNS, *(row.cells() for row in self.rows)]
+        """The table as text, the columns' names first; scales only where there are any."""
+        rows = [_COLUMNS, *(row.cells() for row in self.rows)]
+        scales = [row.scale for row in self.rows]
+        if all(scale is None for scale in scales):
+            return rows
+        texts = ["scale", *("" if x is None else f"{x:.3g}" for x in scales)]
+        return [(*row, text) for row, text in zip(rows, texts, strict=True)]
 
     def __str__(self) -> str:
         return as_text(self.cells())
@@ -99,7 +106,7 @@ def explain(
     Args:
         loss: as for `forwax.value_and_grad`.
         rule: a rule that works on sites; for the others the sites of `ActivityPerturbation()` are
-            shown.
+            shown. Its scales, if it has any, are a column.
         argnums: as for `forwax.value_and_grad`.
         has_aux: as for `forwax.value_and_grad`.
         in_axes: as for `forwax.value_and_grad`.
@@ -133,8 +140,14 @@ def explain(
         is_shared = getattr(rule.inner, "memory", "keep") == "shared"
         decays = getattr(rule.inner, "credit", None) is not None
         counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
+        scales = scales_of(sites, getattr(rule.inner, "scales", None), "explain")
         row_of = functools.partial(
-            _row, sites=sites, counts=counts, is_shared=is_shared, decays=decays
+            _row,
+            sites=sites,
+            counts=counts,
+            scales=scales,
+            is_shared=is_shared,
+            decays=decays,
         )
         return Explanation(tuple(map(row_of, sites.places)))
 
@@ -146,7 +159,7 @@ def _rows_of_routes(routes: Routes) -> tuple[SiteRow, ...]:
     counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
     rows: list[SiteRow] = []
     for site in sites.places:
-        row = _row(site, sites, counts, is_shared=False, decays=False)
+        row = _row(site, sites, counts, {}, is_shared=False, decays=False)
         rows.append(dataclasses.replace(row, credit=_way_back(site, routes)))
     return tuple(rows)
 
@@ -186,31 +199,32 @@ def _row(
     site: Site,
     sites: Sites,
     counts: Mapping[Variable, Counts],
+    scales: Scales,
     is_shared: bool,
     decays: bool,
 ) -> SiteRow:
     entering = together([counts.get(v, {}) for v in site.region.inputs])
     sources = [equation.source for equation in site.region.equations if equation.source]
     return SiteRow(
-        operation=_operation(site.region),
+        operation=_operation(site, sites),
         shape=site.shape,
         weight_noise=sum(entering.values()),
         activity_noise=site.size,
         credit=_credit(site, sites, is_shared, decays),
         where=sources[0] if sources else "",
+        scale=float(scales[site.variable]) if site.variable in scales else None,
     )
 
 
-def _operation(region: Region) -> str:
+def _operation(site: Site, sites: Sites) -> str:
     """The names of a region's operations, those in the middle counted if there are many."""
+    region = site.region
     if region.promoted:
         # Noise enters at the parameter, and one equation stands for all that use it.
         origin = region.equations[0].origin
-        return (
-            "weight noise"
-            if origin is None
-            else f"weight noise ({origin.primitive.name})"
-        )
+        is_own = site.mapped and sites.num_examples is not None
+        noise = "weight noise of each example" if is_own else "weight noise"
+        return noise if origin is None else f"{noise} ({origin.primitive.name})"
     names = [equation.name for equation in region.equations]
     if len(names) > _MOST_NAMES:
         names = [*names[:2], f"{len(names) - 3} more", names[-1]]

@@ -4,11 +4,10 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXi
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,19 @@ from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._programs.evaluate import Values
-from forwax._programs.order import behind
 from forwax._programs.program import Variable
 from forwax._pushforward import over_tangents
 from forwax._rule import Rule, check_count, check_directions, check_shared
-from forwax._signature import Problem
-from forwax._sites.credit import Credit
+from forwax._signature import Problem, Signature, check_key
+from forwax._sites.balance import balanced, moments
+from forwax._sites.fewer_weights import with_fewer_weights
 from forwax._sites.find import find_sites
-from forwax._sites.kinds import Kind
 from forwax._sites.model import Pass, Site, Sites
 from forwax._sites.noise import Drawn, Held, draw_noise, num_coordinates
 from forwax._sites.passes import keep
 from forwax._sites.passes.replay import push_drawn, replay
+from forwax._sites.scales import Scales, divided, scaled, scales_of
+from forwax._sites.slopes import behind_slopes, credited, plus, told_apart, weighted
 from forwax._sites.sources import of_a_step, shared_noise, with_slopes_of_loops
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean, Shrinkage
@@ -35,8 +35,7 @@ from forwax.credit import Decay
 from forwax.tangents import Coordinate, Rademacher, Tangents
 from forwax.tangents._base import IndependentTangents, typed_key
 
-_UNROLLED = 16
-_MEMORY = ("keep", "replay", "shared")
+_CHOICES = {"memory": ("keep", "replay", "shared"), "noise": ("activity", "auto")}
 
 
 @jax.tree_util.register_dataclass
@@ -78,10 +77,17 @@ class ActivityPerturbation(Rule):
             any reverse pass through the loss.
         credit: `forwax.credit.Decay` where terms of the loss that stand further from a noise's own
             position are to count less (biased); None for all that a noise can change.
+        scales: one positive number σ for each site with noise, in the order of `forwax.explain`: an
+            array or a tuple. Noise σ·u enters and the error is c·u/σ, which is unbiased for any σ;
+            `calibrate` finds those with the least error. None: all 1.
+        noise: "activity", or "auto": weight noise, each example's own, on parameters that have
+            fewer entries than the activities that they make, such as a gain that is used at many
+            positions, of scale √(entries / activities); with `memory="shared"` one noise for all
+            examples.
 
     Raises:
         ValueError: when a field has no such value, `where` selects no parameter, or the loss has no
-            data.
+            data, or as many sites with noise as there are scales.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -106,14 +112,20 @@ class ActivityPerturbation(Rule):
     )
     exact_outputs: bool = dataclasses.field(default=True, metadata={"static": True})
     credit: Decay | None = None
+    scales: Any = None
+    noise: Literal["activity", "auto"] = dataclasses.field(
+        default="activity", metadata={"static": True}
+    )
 
     def __post_init__(self) -> None:
         check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
-        if self.memory not in _MEMORY:
-            raise ValueError(
-                f"ActivityPerturbation: expected memory to be one of {_MEMORY}, "
-                f"got {self.memory!r}."
-            )
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(
+                    f"ActivityPerturbation: expected {field} to be one of {choices}, "
+                    f"got {value!r}."
+                )
         if isinstance(self.combine, Combine) and not isinstance(
             self.combine, Mean | Shrinkage
         ):
@@ -129,10 +141,26 @@ class ActivityPerturbation(Rule):
 
     def sites(self, problem: Problem) -> Sites:
         """The sites of a problem under this rule."""
-        has_credit = self.memory != "shared"
-        name = type(self).__name__
-        chosen = selection(self.where)
-        sites = find_sites(problem, name, chosen, self.exact_outputs, credit=has_credit)
+        sites = self._sites(problem)
+        if self.noise == "activity":
+            return sites
+        weights = with_fewer_weights(sites, own_slopes=self.memory != "shared")
+        return self._sites(problem, weights) if weights else sites
+
+    def _sites(
+        self, problem: Problem, weights: Mapping[int, float] | None = None
+    ) -> Sites:
+        """The sites, with weight noise on the parameters at these places."""
+        own_slopes = self.memory != "shared"
+        sites = find_sites(
+            problem,
+            type(self).__name__,
+            selection(self.where),
+            self.exact_outputs,
+            credit=own_slopes,
+            weights=weights,
+            own_weights=own_slopes,
+        )
         # A replay visits one step of a loop after the other: its steps share their slopes.
         return with_slopes_of_loops(sites) if self.memory == "replay" else sites
 
@@ -157,25 +185,121 @@ class ActivityPerturbation(Rule):
         )  # a key of its own gives each device an estimate of its own
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
         sites = self.sites(dataclasses.replace(problem, params=params))
+        scales = scales_of(sites, self.scales, "ActivityPerturbation")
         if self.memory == "replay" and sites.noisy:
-            return self._replayed(key, sites)
-        noise = self._draw(key, sites)
+            return self._replayed(key, sites, scales)
+        noise = self._draw(key, sites, scales)
         out = keep.push(sites, noise, self.num_tangents)
         value = keep.value(sites, out.losses)
         if self.memory == "shared":
-            return value, out.aux, self._shared(sites, noise, out, over)
-        slopes = self._slopes(sites, out) if noise else {}
+            return value, out.aux, self._shared(sites, scales, noise, out, over)
+        slopes = self._slopes(sites, scales, out) if noise else {}
         return value, out.aux, self._assembled(sites, noise, slopes, out.records)
 
-    def _draw(self, key: Array, sites: Sites) -> list[Array]:
-        """The noise [k, ...] of all noisy sites."""
-        own_slopes = self.memory != "shared"
-        return draw_noise(
-            sites, self.tangents, key, self.num_tangents, own_slopes=own_slopes
+    def calibrate(
+        self,
+        loss: Callable[..., Any],
+        *,
+        argnums: int | Sequence[int] = 0,
+        has_aux: bool = False,
+        in_axes: Any = None,
+        draws: int = 8,
+    ) -> Callable[..., Self]:
+        """Find the scales that give the estimate on this loss the least error.
+
+        Sites share slopes, so that each hears the noise of the others. With error δ_s and local
+        Jacobian J_s of site s the noise's second moment is (Σ σ_s²|δ_s|²)(Σ |J_s|²/σ_s²), least for
+        σ_s² = |J_s|/|δ_s|. Where examples, positions or parts of the loss have slopes of their own
+        it is Σ_st Q_st σ_t²/σ_s², with Q_st the part of t's noise that s hears, least where each
+        site's row and column have one sum. A call multiplies σ_s² by √(row/column), which is the
+        formula above where all share their slopes; called again it goes on from there.
+
+        With S sites a draw costs 2S forward passes with slopes and 2S assemblies, about 2S steps of
+        backprop, and the memory of `memory="keep"`; no error crosses two sites. One step is
+        compiled and repeated; inside `jax.jit` that is a loop, which is slow on CPU if it holds
+        convolutions.
+
+        Args:
+            loss: as for `forwax.value_and_grad`.
+            argnums: as for `forwax.value_and_grad`.
+            has_aux: as for `forwax.value_and_grad`.
+            in_axes: as for `forwax.value_and_grad`.
+            draws: over how many noises moments are averaged; each example counts by itself, so that
+                few are enough with a batch.
+
+        Returns:
+            A function `f(key, *args, **kwargs)` that returns the rule with scales of geometric mean
+            1, between 1e-4 and 1e4; a site whose moments are zero or not finite gets 1.
+
+        Raises:
+            ValueError: when `draws` is not a positive integer, or for a bad field.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, forwax as fx
+            >>> def loss(params, x):  # the second error is a hundredth of the first
+            ...     first, second = jnp.tanh(params["a"] * x), jnp.tanh(params["b"] * x)
+            ...     return jnp.sum((first + second / 100) @ params["out"])
+            >>> params = {"a": jnp.zeros(3), "b": jnp.zeros(3), "out": jnp.ones((3, 2))}
+            >>> calibrate = fx.ActivityPerturbation().calibrate(loss, in_axes=(None, 0))
+            >>> rule = calibrate(jax.random.key(0), params, jnp.ones((5, 3)))
+            >>> first, second = rule.scales  # σ² is as the error's inverse: 1 to 100
+            >>> bool(8 < second / first < 12)
+            True
+        """
+        name = "ActivityPerturbation.calibrate"
+        check_count(name, "draws", draws)
+        signature = Signature(loss, argnums, has_aux, in_axes, name)
+
+        def calibrated(key: Any, /, *args: Any, **kwargs: Any) -> Self:
+            key = typed_key(check_key(key, name))
+            sites = self.sites(signature.bind(args, kwargs))
+            return self._calibrated(jax.random.split(key, draws), sites)
+
+        return calibrated
+
+    def _calibrated(self, keys: Array, sites: Sites) -> Self:
+        """This rule with the next scales."""
+        given = self.scales
+        if given is None:
+            given = [site.scale for site in sites.noisy]
+        scales = scales_of(sites, given, "ActivityPerturbation")
+        # The law is of second moments: signs have the least spread.
+        signs = dataclasses.replace(
+            self, tangents=Rademacher(), num_tangents=1, combine=Mean()
         )
 
-    def _slopes(self, sites: Sites, out: Pass) -> dict[Variable, Array]:
-        """For each noisy site what multiplies its noise: [k, ...], axes that broadcast to it."""
+        def draw(key: Array) -> list[Array]:
+            return signs._draw(key, sites, scales)
+
+        def errors(out: Pass, noise: Sequence[Array]) -> Values:
+            slopes = signs._slopes(sites, scales, out, _mesh.axes(keys))
+            pairs = zip(sites.noisy, noise, strict=True)
+            return {s.variable: weighted(slopes[s.variable], u) for s, u in pairs}
+
+        given = jnp.asarray(given, jnp.float32)
+        found = balanced(given, *moments(sites, draw, errors, keys))
+        return dataclasses.replace(self, scales=found)
+
+    def _draw(self, key: Array, sites: Sites, scales: Scales) -> list[Array]:
+        """The noise [k, ...] of all noisy sites."""
+        own_slopes = self.memory != "shared"
+        noise = draw_noise(
+            sites, self.tangents, key, self.num_tangents, own_slopes=own_slopes
+        )
+        pairs = zip(sites.noisy, noise, strict=True)
+        return [scaled(u, scales.get(site.variable)) for site, u in pairs]
+
+    def _slopes(
+        self,
+        sites: Sites,
+        scales: Scales,
+        out: Pass,
+        over: _mesh.Axes = frozenset(),
+    ) -> dict[Variable, Array]:
+        """For each noisy site what multiplies its noise: [k, ...], axes that broadcast to it.
+
+        `over` are the mesh axes of each device's own key, which count where examples share slopes.
+        """
         products = keep.products(sites, out) if sites.credit else []
         decay = None if self.credit is None else self.credit.rate
         # Sites that hear of the same have their slopes summed once.
@@ -192,11 +316,14 @@ class ActivityPerturbation(Rule):
             )
             if hears not in sums:
                 if sites.credit:
-                    total = _told_apart(site, site_credits, products, sites, decay)
+                    sums[hears] = told_apart(site, site_credits, products, sites, decay)
+                elif self.memory == "shared":
+                    alike = dataclasses.replace(site, mapped=False, axes=over)
+                    sums[hears] = credited(alike, out.slopes, sites)
                 else:
-                    total = _credited(site, out.slopes, sites)
-                sums[hears] = total * self._scale(sites, site)
-            slopes[site.variable] = sums[hears]
+                    sums[hears] = credited(site, out.slopes, sites)
+            slope = sums[hears] * self._share(sites, scales, site)
+            slopes[site.variable] = divided(slope, scales.get(site.variable))
         return slopes
 
     def _assembled(
@@ -209,31 +336,33 @@ class ActivityPerturbation(Rule):
         """The gradient from each site's noise and slopes."""
         errors = keep.output_errors(sites, records)
         for site, u in zip(sites.noisy, noise, strict=True):
-            errors[site.variable] = _weighted(slopes[site.variable], u)
+            errors[site.variable] = weighted(slopes[site.variable], u)
         return keep.assemble(sites, records, errors)
 
-    def _replayed(self, key: Array, sites: Sites) -> tuple[Array, Tree, Tree]:
+    def _replayed(
+        self, key: Array, sites: Sites, scales: Scales
+    ) -> tuple[Array, Tree, Tree]:
         """As `_assembled`, by a second evaluation with the same noise once the slopes are known."""
-        first = self._source(key, sites)
+        first = self._source(key, sites, scales)
         if isinstance(first, Drawn):
             out = push_drawn(sites, first)
         else:
             noise = [first.values[site.variable] for site in sites.noisy]
             out = keep.push(sites, noise, self.num_tangents)
         exact = keep.output_errors(sites, out.records)
-        slopes = self._slopes(sites, out)
+        slopes = self._slopes(sites, scales, out)
         slopes = {
             s.variable: of_a_step(sites, s, slopes[s.variable]) for s in sites.noisy
         }
 
         def error(site: Site, u: Array) -> Array:
-            return _weighted(slopes[site.variable], u)
+            return weighted(slopes[site.variable], u)
 
-        again = _behind_slopes(sites, out.slopes)
-        grads = replay(again, self._source(key, again), exact, error)
+        again = behind_slopes(sites, out.slopes)
+        grads = replay(again, self._source(key, again, scales), exact, error)
         return keep.value(sites, out.losses), out.aux, grads
 
-    def _source(self, key: Array, sites: Sites) -> Drawn | Held:
+    def _source(self, key: Array, sites: Sites, scales: Scales) -> Drawn | Held:
         """The noise for `memory="replay"`: drawn site by site where the tangents allow it."""
         tangents = cast(IndependentTangents, self.tangents)
         is_independent = tangents.one_by_one and not tangents.joint
@@ -243,18 +372,22 @@ class ActivityPerturbation(Rule):
             loop_axis = {
                 s.variable: 1 + (s.mapped and has_examples) for s in sites.noisy
             }
-            return Held(
-                dict(zip(loop_axis, self._draw(key, sites), strict=True)), loop_axis
-            )
+            noise = self._draw(key, sites, scales)
+            return Held(dict(zip(loop_axis, noise, strict=True)), loop_axis)
 
         def draw(key: Array, like: Any) -> Array:
             real = tangents.draw_one(key, _tree.real_specs([like]))
             return _tree.from_real(real, [like])[0]
 
-        return Drawn(typed_key(key), draw, self.num_tangents)
+        return Drawn(typed_key(key), draw, self.num_tangents, scales=scales)
 
     def _shared(
-        self, sites: Sites, noise: Sequence[Array], out: Pass, over: _mesh.Axes
+        self,
+        sites: Sites,
+        scales: Scales,
+        noise: Sequence[Array],
+        out: Pass,
+        over: _mesh.Axes,
     ) -> Tree:
         """All examples with one slope.
 
@@ -270,16 +403,18 @@ class ActivityPerturbation(Rule):
             ), None
 
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
-            pairs = zip(sites.noisy, noise, strict=True)
-            of_mask = {site.variable: u for site, u in pairs if site.reach == mask}
+            of_mask: Values = {}
+            for site, u in zip(sites.noisy, noise, strict=True):
+                if site.reach == mask:
+                    of_mask[site.variable] = divided(u, scales.get(site.variable))
             first = next(site for site in sites.noisy if site.reach == mask)
             shared = dataclasses.replace(first, mapped=False, axes=over)
-            slopes = _credited(shared, out.slopes, sites)
+            slopes = credited(shared, out.slopes, sites)
             gradients, _ = over_tangents(pulled_back, of_mask, self.num_tangents)
-            total = _plus(total, slopes * self._scale(sites, first), gradients)
+            total = plus(total, slopes * self._share(sites, scales, first), gradients)
         return total
 
-    def _scale(self, sites: Sites, site: Site) -> float:
+    def _share(self, sites: Sites, scales: Scales, site: Site) -> float | Array:
         """1/k, and for `Shrinkage` the factor that suits what a slope here hears."""
         k = self.num_tangents
         if not isinstance(self.combine, Shrinkage):
@@ -289,6 +424,11 @@ class ActivityPerturbation(Rule):
         n = max(math.ceil(sum(heard)), 1)
         # A slope may hear fewer coordinates than were drawn jointly: then the law is below zero.
         law = max(self.tangents.relative_mse(n, k), 0)
+        if scales:  # what is heard counts as σ² here and there says
+            powers = [jnp.square(scales[s.variable].astype(float)) for s in sites.noisy]
+            own = jnp.square(scales[site.variable].astype(float))
+            scaled_up = sum(h * p for h, p in zip(heard, powers, strict=True))
+            law = law * scaled_up / (own * max(sum(heard), 1))
         return 1 / (k * (1 + law))
 
     def law(self, problem: Problem) -> float | None:
@@ -296,12 +436,19 @@ class ActivityPerturbation(Rule):
         return None
 
     def relative_mse(self, n: int) -> float:
-        """The law of the tangents for n noise coordinates that share a slope (not parameters)."""
+        """The law of the tangents for n noise coordinates that share a slope (not parameters).
+
+        NaN with scales: how much each site adds then matters, which `forwax.diagnose` measures.
+        """
+        if self.scales is not None:
+            return math.nan
         mean = self.tangents.relative_mse(n, self.num_tangents)
         return self.combine.relative_mse(mean, n, self.num_tangents)
 
     def learning_rate_scale(self, n: int) -> float:
-        """1 / (1 + M) for the law M of n noise coordinates that share a slope."""
+        """1 / (1 + M) for the law M of n noise coordinates that share a slope; NaN with scales."""
+        if self.scales is not None:
+            return math.nan
         return self.combine.learning_rate_scale(
             self.tangents.relative_mse(n, self.num_tangents)
         )
@@ -314,77 +461,3 @@ def selection(
     if isinstance(where, str):
         return lambda path: re.search(where, path) is not None
     return where
-
-
-def _behind_slopes(sites: Sites, slopes: Sequence[Array]) -> Sites:
-    """The same sites, whose data wait for the slopes.
-
-    Of equal data XLA would merge both evaluations and keep all values of the first.
-    """
-    sums = (jnp.sum(_mesh.total(x, _mesh.axes(x))) for x in slopes)
-    total = sum(sums, start=jnp.zeros(()))
-    mapped = tuple(behind(x, [total]) for x in sites.problem.mapped)
-    # Frozen weights and masks would be copied; what is made of them alone may be kept.
-    closed = [
-        x if sites.kinds[v] is Kind.CONSTANT else behind(x, [total])
-        for x, v in zip(sites.traced.closed, sites.level.program.inputs, strict=False)
-    ]
-    problem = dataclasses.replace(sites.problem, mapped=mapped)
-    traced = dataclasses.replace(sites.traced, closed=closed)
-    return dataclasses.replace(sites, problem=problem, traced=traced)
-
-
-def _credited(site: Site, slopes: Sequence[Array], sites: Sites) -> Array:
-    """The slopes of the losses that a site reaches.
-
-    They are [k, examples] for an example's own noise, else [k].
-    """
-    num_examples = sites.num_examples
-    reached = [x for i, x in enumerate(slopes) if site.reach >> i & 1]
-    total = sum(reached[1:], start=reached[0])
-    # One noise for all devices hears of all their losses.
-    total = _mesh.total(total, _mesh.axes(total) - site.axes)
-    if num_examples is None:
-        return total
-    return total / num_examples if site.mapped else jnp.mean(total, axis=1)
-
-
-def _told_apart(
-    site: Site,
-    site_credits: Sequence[Credit],
-    products: Sequence[Array],
-    sites: Sites,
-    decay: Array | None,
-) -> Array:
-    """The slopes of a site's sources, summed over the axes along which its noise spreads."""
-    lead = 1 if sites.num_examples is None or not site.mapped else 2
-    total = jnp.zeros((1,) * (lead + len(site.shape)))
-    for credit in site_credits:
-        product = products[credit.source]
-        if product.ndim - len(credit.shape) > lead:  # one noise for all examples
-            product = jnp.sum(product, axis=1)
-        total += credit.slopes(product, lead, site.shape, decay)
-    # One noise for all devices hears of all their losses.
-    return _mesh.total(total, _mesh.axes(total) - site.axes)
-
-
-def _weighted(slopes: Array, noise: Array) -> Array:
-    """Σ_j c_j conj(u_j), with a slope for each example where slopes are [k, examples]."""
-    conjugate = jnp.conj(noise) if _tree.is_complex(noise) else noise
-    wide = conjugate.astype(_tree.accumulation_dtype(noise.dtype))
-    shape = slopes.shape + (1,) * (noise.ndim - slopes.ndim)
-    slopes = slopes.astype(wide.dtype).reshape(shape)
-    num_tangents = noise.shape[0]
-    if num_tangents > _UNROLLED:
-        return jnp.sum(slopes * wide, axis=0)
-    # Term by term: a sum over the leading axis of a product runs many times slower on CPU.
-    return functools.reduce(jnp.add, (slopes[j] * wide[j] for j in range(num_tangents)))
-
-
-def _plus(total: Tree, weights: Array, gradients: Tree) -> Tree:
-    """The total and the weighted sum of gradients [k, ...]."""
-
-    def add(x: Array, gradients: Array) -> Array:
-        return x + _weighted(weights, jnp.conj(gradients)).astype(x.dtype)
-
-    return jax.tree.map(add, total, gradients)

@@ -1,7 +1,7 @@
 """From a problem to its sites."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,12 @@ from forwax._programs.dataflow import mapped_variables, reach
 from forwax._programs.program import Equation, Program, Traced, Variable
 from forwax._programs.tracing import trace
 from forwax._signature import Problem
-from forwax._sites.kinds import Classifier, Kind
+from forwax._sites.kinds import Classifier, Kind, Unselected
 from forwax._sites.levels import make_level
 from forwax._sites.model import Site, Sites, num_losses
 from forwax._sites.outputs import NO_TAIL, check_tail, make_tail, output_regions
 from forwax._sites.products import find_products
+from forwax._sites.regions import Region
 from forwax._sites.sources import make_sources, with_credit
 from forwax._sites.split_loops import split_loops
 from forwax._tree import Tree
@@ -34,6 +35,8 @@ def find_sites(
     exact_outputs: bool,
     credit: bool = False,
     pushes: bool = True,
+    weights: Mapping[int, float] | None = None,
+    own_weights: bool = False,
 ) -> Sites:
     """Trace the loss of one example and find its sites.
 
@@ -46,11 +49,17 @@ def find_sites(
         credit: whether to look for the axes along which slopes can be told apart.
         pushes: whether the rule pushes tangents through the loss. One that does not takes
             `jax.custom_vjp` functions too, each with its own rule.
+        weights: the places of parameters that get weight noise whatever `select` says, with its
+            scale.
+        own_weights: whether each example then has its own.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
         _check_split(traced.arguments(problem.params, problem.mapped), name)
-    unselected = _unselected(traced, problem.params, select, name)
+    unselected = dict.fromkeys(_unselected(traced, problem.params, select, name), None)
+    own = over_examples(problem) if own_weights else None
+    scales = {traced.parameters[i]: scale for i, scale in (weights or {}).items()}
+    unselected.update(dict.fromkeys(scales, own))
     given = dataclasses.replace(_kinds_of_closed(traced, problem), pushes=pushes)
     if exact_outputs:
         analysis = _analyse_with_split_loops(traced, unselected, given)
@@ -58,7 +67,7 @@ def find_sites(
         analysis = _analyse(traced, unselected, given)
     _check_data(analysis, name)
 
-    sites = _make_sites(problem, analysis, exact_outputs)
+    sites = _make_sites(problem, analysis, exact_outputs, scales)
     if not credit:
         return sites
     sources = make_sources(sites, exact_outputs)
@@ -133,9 +142,7 @@ def _may_be_data(x: Any) -> bool:
     return x.ndim > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _analyse(
-    traced: Traced, unselected: Sequence[Variable], given: _Given
-) -> _Analysis:
+def _analyse(traced: Traced, unselected: Unselected, given: _Given) -> _Analysis:
     types = list(traced.types)  # classifying adds to them
     traced = dataclasses.replace(traced, types=types)
     count = num_losses(traced)
@@ -158,20 +165,25 @@ def _analyse(
 
 
 def _analyse_with_split_loops(
-    traced: Traced, unselected: Sequence[Variable], given: _Given
+    traced: Traced, unselected: Unselected, given: _Given
 ) -> _Analysis:
     """The analysis of a loss whose loops are split where that makes sites output sites."""
     if all(equation.loop is None for equation in traced.program.equations):
         return _analyse(traced, unselected, given)
     # What is split does not hang on which parameters get weight noise.
-    analysis = _analyse(traced, (), given)
+    analysis = _analyse(traced, {}, given)
     in_parts = split_loops(traced, analysis.is_site)
     if in_parts is traced and not unselected:
         return analysis
     return _analyse(in_parts, unselected, given)
 
 
-def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> Sites:
+def _make_sites(
+    problem: Problem,
+    analysis: _Analysis,
+    exact_outputs: bool,
+    scales: Mapping[Variable, float],
+) -> Sites:
     traced = analysis.traced
     types = traced.types
     reach = analysis.classifier.reach
@@ -182,8 +194,10 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
         tail = make_tail(level, products, reach, num_losses(traced))
         check_tail(tail, products)
     outputs = set(output_regions(level, tail))
-    # Parameters and closed-over arrays are the same for all examples.
-    mapped = mapped_variables(analysis.program, traced.data)
+    # Parameters and closed-over arrays are the same for all examples, unless they get own noise.
+    mapped = mapped_variables(
+        analysis.program, [*traced.data, *analysis.classifier.own_copies]
+    )
 
     places: list[Site] = []
     for region, lengths in level.all_regions():
@@ -198,6 +212,7 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
                 reach=reach[variable],
                 exact=region in outputs,
                 axes=_mesh.type_axes(aval),
+                scale=_scale(region, scales),
             )
             places.append(site)
     return Sites(
@@ -212,6 +227,19 @@ def _make_sites(problem: Problem, analysis: _Analysis, exact_outputs: bool) -> S
         products=products,
         reach=reach,
     )
+
+
+def _scale(region: Region, scales: Mapping[Variable, float]) -> float:
+    """The scale of a region's noise, given for parameters with weight noise."""
+    first, *_ = region.inputs
+    return scales.get(first, 1) if region.promoted else 1
+
+
+def over_examples(problem: Problem) -> _mesh.Axes | None:
+    """The mesh axes over which the examples lie; None without examples."""
+    if problem.num_examples is None:
+        return None
+    return frozenset().union(*map(_mesh.axes, problem.mapped))
 
 
 def _unselected(

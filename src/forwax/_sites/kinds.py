@@ -2,11 +2,13 @@
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
+from forwax import _mesh
 from forwax._programs.custom_rules import check_inside, custom_vjp_error
 from forwax._programs.dataflow import Reach, equation_reach, fixed_point
 from forwax._programs.program import (
@@ -36,6 +38,10 @@ class Kind(enum.IntEnum):
     PARAMETER = 3
 
 
+Unselected: TypeAlias = Mapping[Variable, _mesh.Axes | None]
+"""The inputs that get weight noise: None, or where each example has its own, these mesh axes."""
+
+
 class Classifier:
     """Assigns kinds, and rewrites a program: noise gets a place wherever parameters meet data.
 
@@ -46,6 +52,7 @@ class Classifier:
         closed: what arrays written into the program are: constants or data.
         pushes: whether tangents are pushed, which some custom rules refuse.
         kinds: the kind of each variable.
+        own_copies: the parameters' copies on which each example has a noise of its own.
     """
 
     def __init__(
@@ -56,12 +63,13 @@ class Classifier:
         self.pushes = pushes
         self.closed = closed
         self.kinds: dict[Variable, Kind] = {}
+        self.own_copies: list[Variable] = []
 
     def classify(
         self,
         program: Program,
         kinds: Sequence[Kind],
-        unselected: Sequence[Variable],
+        unselected: Unselected,
         num_losses: int,
     ) -> Program:
         """The rewritten program.
@@ -75,9 +83,9 @@ class Classifier:
         draft = _Draft(self)
         for variable, kind in zip(program.inputs, kinds, strict=True):
             self.define(variable, kind)
-        for variable in unselected:
+        for variable, over in unselected.items():
             if self.is_parameter(variable):
-                draft.renamed[variable] = draft.promote(variable, None)
+                draft.renamed[variable] = draft.promote(variable, None, over)
         draft.add_all(program.equations)
 
         # A loss of parameters alone, such as weight decay, meets data nowhere else.
@@ -114,12 +122,17 @@ class Classifier:
             kind = _without_derivative(kind)
         self.kinds[variable] = kind
 
-    def copy(self, variable: Variable) -> Variable:
-        """A new mixed variable of the same type."""
+    def copy(self, variable: Variable, over: _mesh.Axes | None) -> Variable:
+        """A new mixed variable of the same type, which varies over further mesh axes."""
         aval = self.types[variable]
+        if over:
+            over = over | _mesh.type_axes(aval)
+            aval = jax.typeof(_mesh.like(tuple(aval.shape), aval.dtype, over))
         copy = new_variable(self.types, aval)
         self.reach.append(self.reach[variable])
         self.kinds[copy] = Kind.MIXED
+        if over is not None:
+            self.own_copies.append(copy)
         return copy
 
 
@@ -150,19 +163,23 @@ class _Draft:
             return atom
         return self.renamed.get(atom, atom)
 
-    def promote(self, variable: Atom, origin: Any) -> Variable:
+    def promote(
+        self, variable: Atom, origin: Any, over: _mesh.Axes | None = None
+    ) -> Variable:
         """Give a parameter a noise of its own at this use.
 
-        What is the same in every step of a loop gets it outside: one noise for all steps.
+        What is the same in every step of a loop gets it outside: one noise for all steps. Unless
+        `over` is None each example has its own, and examples lie along these mesh axes.
         """
         assert not isinstance(variable, Constant)
         if variable in self.hoisted:
             return self.hoisted[variable]
-        copy = self.classifier.copy(variable)
+        copy = self.classifier.copy(variable, over)
         if variable in self.invariant:
             self.hoisted[variable] = copy
         else:
-            identity = Equation(None, (variable,), (copy,), origin=origin)
+            params = {"over": over} if over else {}
+            identity = Equation(None, (variable,), (copy,), params, origin=origin)
             self.equations.append(identity)
         return copy
 

@@ -33,6 +33,7 @@ class Site:
         reach: the losses that it reaches, as a bit mask.
         exact: whether the error is taken exactly, since no site follows.
         axes: the mesh axes, inside `jax.shard_map`, over which the value varies.
+        scale: of its noise, where the rule is given none.
     """
 
     variable: Variable
@@ -43,6 +44,7 @@ class Site:
     reach: int
     exact: bool
     axes: _mesh.Axes
+    scale: float = 1
 
     @property
     def size(self) -> int:

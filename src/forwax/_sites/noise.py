@@ -14,6 +14,7 @@ from forwax._programs.order import behind
 from forwax._programs.program import Variable
 from forwax._sites.levels import Level, LoopPlan
 from forwax._sites.model import Sites
+from forwax._sites.scales import Scales, scaled
 from forwax._tree import Spec
 from forwax.tangents import Tangents
 from forwax.tangents._base import sampler, typed_key
@@ -28,12 +29,14 @@ class Drawn:
         draw: takes a key and what the noise is like to one direction of it.
         num_tangents: the number k of directions.
         keys: the keys [k] of the sites of one level.
+        scales: what multiplies a site's noise, where that is not 1.
     """
 
     key: Array
     draw: Callable[[Array, Any], Array]
     num_tangents: int
     keys: Mapping[Variable, Array] = dataclasses.field(default_factory=dict)
+    scales: Scales = dataclasses.field(default_factory=dict)
 
     def at_level(self, level: Level) -> "Drawn":
         """With the keys of a level's sites, made in one go, which compiles faster."""
@@ -53,7 +56,7 @@ class Drawn:
         key = _mesh.own_key(key, _mesh.axes(like) - _mesh.axes(key))
         data = behind(jax.random.key_data(key), [after])
         key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
-        return self.draw(key, like)
+        return scaled(self.draw(key, like), self.scales.get(variable))
 
     def all(self, variable: Variable, like: Any, after: Array) -> Array:
         """All directions [k, ...]."""

@@ -105,6 +105,11 @@ class _Reader:
             return False
         return self.is_mixed(equation) and self.takes_parameter(equation)
 
+    def is_even(self, equation: Equation) -> bool:
+        """Whether all operands are variables of the result's size."""
+        sizes = [self.size(v) for v in (*equation.variables, *equation.outputs)]
+        return len(equation.variables) == len(equation.inputs) and len(set(sizes)) == 1
+
     def size(self, variable: Variable) -> int:
         return math.prod(self.types[variable].shape)
 
@@ -188,10 +193,11 @@ def _may_join(equation: Equation, reader: _Reader, carried: list[Variable]) -> b
         return False
     if not equation.facts.scaled:
         return equation.facts.passed_by_regions
-    # a gain: the other factor is a parameter
+    # A gain: the other factor is a parameter, or, where a norm's gain meets 1 / σ first, the data
+    # to be normalised; of these as many are kept as there are activities.
     scaled = [equation.inputs[i] for i in equation.facts.scaled]
     is_gain = len(carried) == 1 and carried[0] in scaled
-    return is_gain and reader.takes_parameter(equation)
+    return is_gain and (reader.takes_parameter(equation) or reader.is_even(equation))
 
 
 def _merging(

@@ -49,7 +49,7 @@ class Batch:
             evaluate(equations, scope)
             return {v: scope[v] for v in out_axes}
 
-        if not mapped:
+        if all(axis is None for axis in out_axes.values()):
             return one({})
         return jax.vmap(one, out_axes=out_axes, axis_size=self.size)(mapped)
 
