@@ -259,6 +259,7 @@ class Safe(LearningRule):
             return value, aux, grads, self.after(slopes)
         name = type(self.rule).__name__
         check_replicated(name, problem.params, _mesh.axes(key))
+        # Its slopes go into maps; what can be guarded is the estimate.
         learner = cast(LearningRule, self.rule)
         value, aux, grads, learnt = learner.advance(key, problem)
         grads, norm = guarded_by_norm(grads, guard)
