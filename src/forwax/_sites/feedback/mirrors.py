@@ -110,7 +110,7 @@ def _weight(
     (variable,) = {v for v in product.variables if sites.kinds[v] is Kind.PARAMETER}
     chain = [product]
     # In front of a broadcast a mirror has as many entries as the parameter.
-    while variable in makers and makers[variable].name == "broadcast_in_dim":
+    while variable in makers and makers[variable].facts.repeats:
         chain.append(makers[variable])
         (variable,) = makers[variable].variables
     return variable, tuple(reversed(chain))
