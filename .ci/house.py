@@ -32,7 +32,7 @@ LIMITS: dict[str, float] = {
     "lines of a file": 450,
     # One of the two is enough. Where the lab stands; the goal is 36,000 nodes.
     "lines of the lab": 5_800,
-    "nodes of the lab": 37_900,
+    "nodes of the lab": 36_760,
     "lines with num_consts outside _programs": 4,
     "isinstance on the class of a rule or of tangents": 4,
     "class names declared twice": 0,

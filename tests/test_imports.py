@@ -77,6 +77,7 @@ def test_only_programs_reads_jaxprs(path):
 
 PUBLIC = {
     "combine",
+    "credit",
     "functions",
     "lab",
     "losses",

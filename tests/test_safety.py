@@ -269,7 +269,7 @@ def test_errors():
 
 
 def test_a_guard_is_not_guarded():
-    with pytest.raises(TypeError, match="got Safe, which wraps one already"):
+    with pytest.raises(TypeError, match="got Safe, which guards slopes already"):
         fx.Safe(fx.Safe(fx.WeightPerturbation()))
 
 

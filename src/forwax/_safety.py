@@ -181,10 +181,10 @@ class Safe(LearningRule):
     def __post_init__(self) -> None:
         check_count("Safe", "window", self.window)
         check_count("Safe", "warm_up", self.warm_up)
-        if self.rule.inner is not self.rule:
+        if hasattr(self.rule, "history"):
             raise TypeError(
                 "Safe: expected a rule such as forwax.WeightPerturbation(), got "
-                f"{type(self.rule).__name__}, which wraps one already. Use it as it is."
+                f"{type(self.rule).__name__}, which guards slopes already. Use it as it is."
             )
         if isinstance(self.clip, int | float) and not self.clip >= 1:
             raise ValueError(
@@ -259,6 +259,7 @@ class Safe(LearningRule):
             return value, aux, grads, self.after(slopes)
         name = type(self.rule).__name__
         check_replicated(name, problem.params, _mesh.axes(key))
+        # Its slopes go into maps; what can be guarded is the estimate.
         learner = cast(LearningRule, self.rule)
         value, aux, grads, learnt = learner.advance(key, problem)
         grads, norm = guarded_by_norm(grads, guard)

@@ -43,6 +43,7 @@ class Facts:
         looks_up: it takes rows of its first operand.
         casts: it changes the dtype alone.
         varies: its operands vary over the mesh axes in its parameter `axes` too.
+        repeats: it puts entries on further axes, or several times along one.
         stops_derivatives: nothing before it has derivatives through it.
         irreversible: reverse mode cannot cross it.
         has_own_jvp: the user wrote its derivative, which must stay in force.
@@ -69,6 +70,7 @@ class Facts:
     looks_up: bool = False
     casts: bool = False
     varies: bool = False
+    repeats: bool = False
     stops_derivatives: bool = False
     irreversible: bool = False
     has_own_jvp: bool = False
@@ -229,6 +231,7 @@ PRIMITIVES: dict[str, Facts] = {
         passed_by_regions=True,
         sum_behind_outputs=True,
         move_of_factors=moves.broadcast_in_dim,
+        repeats=True,
     ),
     "slice": Facts(
         credit=axis_rules.slice_,

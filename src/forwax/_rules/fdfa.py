@@ -133,10 +133,12 @@ class FDFA(LearningRule):
     def _learnt(self, key: Array, routes: Routes) -> Maps:
         """The running mean with one more sample."""
         before = maps.zeros(routes) if self.maps is None else self._checked(routes)
+        # Without an inlet all errors are exact.
         if not before:
             return ()
         noise = direct.draw(routes, self.tangents, key, self.num_tangents)
         tangents, _ = direct.push(routes, noise, self.num_tangents)
+        # Devices that share a key share their maps, whatever examples they hold.
         over = _mesh.all_axes(noise) - _mesh.axes(key)
         samples = maps.products(routes, noise, tangents, over)
         pairs = zip(before, samples, strict=True)

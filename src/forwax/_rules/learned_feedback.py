@@ -195,6 +195,7 @@ class LearnedFeedback(LearningRule):
         def resting(key: Array) -> tuple[Array, Tree, Tree, Feedback]:
             return *self._estimate(routes, before, key), before
 
+        # Each branch is a whole step, so that noise and errors share one forward pass.
         if self.every == 1:
             value, aux, grads, after = learning(key)
         else:
@@ -216,6 +217,7 @@ class LearnedFeedback(LearningRule):
     ) -> tuple[Array, Tree, Tree, Feedback]:
         found = before.direct
         pushed = None
+        # Without an inlet there is nothing to learn: all errors are exact, or cross mirrors.
         if routes.inlets:
             noise = direct.draw(routes, self.tangents, key, self.num_tangents)
             tangents, slopes = direct.push(routes, noise, self.num_tangents)

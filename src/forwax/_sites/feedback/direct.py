@@ -41,6 +41,7 @@ def estimate(
     # The tail is run once more: the errors must be there before the one reverse pass.
     exact = keep.errors_at(sites, routes.tail, records)
     errors = errors_of([exact[outlet.start] for outlet in routes.outlets])
+    # Inside shard_map a cotangent varies over the mesh axes of its value.
     one = _mesh.vary(jnp.ones_like(value), _mesh.axes(value))
     cotangents = {
         number: _mesh.vary(error, _mesh.axes(taps[number]))

@@ -135,6 +135,7 @@ class Routes:
 
     def way_back(self, mirrors: Sequence[Array] = ()) -> WayBack:
         """How the reverse pass goes: cut at all inlets, through the mirrors elsewhere."""
+        # A pass that pushes noise crosses the weights themselves, and is given no mirrors.
         variables = [mirror.variable for mirror in self.mirrors]
         twins = dict(zip(variables, mirrors, strict=bool(mirrors)))
         return WayBack(

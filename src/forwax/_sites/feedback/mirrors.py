@@ -76,6 +76,7 @@ def _search(
             )
         elif equation in products:
             variable, chain = _weight(equation, makers, sites)
+            # The learner visits all steps at once, when no step's outcome is there.
             if variable in carried:
                 continue
             differs = tuple(variable in varies for varies in varying)
@@ -108,7 +109,8 @@ def _weight(
     """The weight of a product in front of what repeats its entries, and the way from there."""
     (variable,) = {v for v in product.variables if sites.kinds[v] is Kind.PARAMETER}
     chain = [product]
-    while variable in makers and makers[variable].name == "broadcast_in_dim":
+    # In front of a broadcast a mirror has as many entries as the parameter.
+    while variable in makers and makers[variable].facts.repeats:
         chain.append(makers[variable])
         (variable,) = makers[variable].variables
     return variable, tuple(reversed(chain))
@@ -185,6 +187,7 @@ class _Learner:
             elif isinstance(step, LoopPlan):
                 new |= self.loop(step, env, mirrors, values, depth)
         for mirror in mirrors:
+            # Those of loops inside have been learnt there.
             if len(mirror.loops) == depth:
                 weight = env[mirror.variable]
                 new[mirror.variable] = self.one(mirror, weight, values[mirror.variable])
@@ -205,6 +208,7 @@ class _Learner:
             {v: read(atom, env) for v, atom in given.items() if _is_known(atom, env)}
             for given in (plan.fixed, plan.scanned)
         )
+        # What is the same in all steps learns once: under vmap it has no axis of steps.
         varies = {m.variable: 0 if m.varies[depth] else None for m in inside}
 
         def step(
@@ -233,6 +237,7 @@ class _Learner:
         (data,) = [v for v in product.variables if self.sites.kinds[v] is Kind.MIXED]
         examples = self.sites.num_examples or 1
         aval = types[data]
+        # As many samples as the loss has examples: fewer would learn more slowly.
         shape = (examples, *aval.shape)
         noise = jax.random.rademacher(
             jax.random.fold_in(self.key, mirror.variable), shape, jnp.float32

@@ -63,7 +63,7 @@ def parameter_dtype(dtype: str) -> jnp.dtype:
     Half precision computes in its type and keeps its parameters in float32, or small steps would be
     rounded off.
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype("float64" if dtype == "float64" else "float32")
 
 
 def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:

@@ -149,7 +149,7 @@ def scorer(problem: Task, examples: Examples) -> Score:
         )
 
     def score(params: Any) -> tuple[float, float]:
-        losses, correct = evaluate(params, on_device)
+        losses, correct = jax.device_get(evaluate(params, on_device))
         return float(np.mean(losses, dtype=float)), float(np.mean(correct))
 
     return score
