@@ -152,6 +152,46 @@ def test_equal_scales_change_nothing(memory):
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
+def causal(p, x):
+    """A gain with fewer entries than activities, and later terms that its noise changes."""
+    h = jnp.cumsum(jnp.tanh(x * p["gain"]) @ p["w"], axis=0)  # [positions, features]
+    return jnp.sum(jnp.sin(jnp.tanh(h @ p["v"]) @ p["o"]))
+
+
+@pytest.mark.parametrize("noise", ["activity", "auto"])
+@pytest.mark.parametrize("memory", ["keep", "replay"])
+def test_scales_change_no_mean_where_later_terms_decay(memory, noise):
+    """The decayed mean, which is not the gradient, is that of equal scales; calibrated ones too."""
+    params = {"gain": normal(5, P), "w": normal(6, P, Q), "v": normal(7, Q, R)}
+    params["o"] = normal(8, R)
+    x = normal(9, 2, 6, P)
+    program = dataclasses.replace(
+        PROGRAMS["tied"], loss=causal, params=params, data=(x,)
+    )
+    rule = fx.ActivityPerturbation(
+        memory=memory, noise=noise, credit=fx.credit.Decay(0.5)
+    )
+    rows = fx.explain(causal, rule, in_axes=(None, 0))(params, x).rows
+    assert any(row.credit.endswith("later terms decaying") for row in rows)
+    own = "weight noise of each example" in {row.operation for row in rows}
+    assert own == (noise == "auto")
+    calibrated = rule.calibrate(causal, in_axes=(None, 0))(KEY, params, jnp.asarray(x))
+    assert calibrated.credit is rule.credit
+    assert np.ptp(calibrated.scales) > 0.1
+    basis = rule.basis(problem_of(program))
+    scaled = dataclasses.replace(basis, scales=calibrated.scales)
+    if noise == "activity":
+        plain = basis
+    else:
+        plain = dataclasses.replace(basis, scales=np.ones(len(calibrated.scales)))
+    (_, got), (_, expected), (_, truth) = estimates(
+        program, scaled, plain, fx.Backprop()
+    )
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert not np.allclose(got["w"], truth["w"], rtol=0.05)
+
+
 def test_scales_are_leaves_and_may_be_mapped():
     rule = fx.ActivityPerturbation(scales=jnp.ones(3))
     assert len(jax.tree.leaves(rule)) == 1

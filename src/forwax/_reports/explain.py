@@ -159,6 +159,7 @@ def _rows_of_routes(routes: Routes) -> tuple[SiteRow, ...]:
     counts = parameter_counts(sites.traced, sites.level.program, sites.kinds)
     rows: list[SiteRow] = []
     for site in sites.places:
+        # No noise enters at these sites: they have no scales.
         row = _row(site, sites, counts, {}, is_shared=False, decays=False)
         rows.append(dataclasses.replace(row, credit=_way_back(site, routes)))
     return tuple(rows)

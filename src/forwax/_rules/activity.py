@@ -5,7 +5,6 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXi
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self, cast
 
@@ -21,7 +20,7 @@ from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem, Signature, check_key
 from forwax._sites.balance import balanced, moments
 from forwax._sites.fewer_weights import with_fewer_weights
-from forwax._sites.find import find_sites
+from forwax._sites.find import find_sites, selection
 from forwax._sites.model import Pass, Site, Sites
 from forwax._sites.noise import Drawn, Held, draw_noise, num_coordinates
 from forwax._sites.passes import keep
@@ -180,9 +179,8 @@ class ActivityPerturbation(Rule):
                 "ActivityPerturbation: expected credit such as forwax.credit.Decay(0.9), or None, "
                 f"got {self.credit!r}."
             )
-        over = _mesh.axes(
-            key
-        )  # a key of its own gives each device an estimate of its own
+        # A key of its own gives each device an estimate of its own.
+        over = _mesh.axes(key)
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
         sites = self.sites(dataclasses.replace(problem, params=params))
         scales = scales_of(sites, self.scales, "ActivityPerturbation")
@@ -282,10 +280,8 @@ class ActivityPerturbation(Rule):
 
     def _draw(self, key: Array, sites: Sites, scales: Scales) -> list[Array]:
         """The noise [k, ...] of all noisy sites."""
-        own_slopes = self.memory != "shared"
-        noise = draw_noise(
-            sites, self.tangents, key, self.num_tangents, own_slopes=own_slopes
-        )
+        own = self.memory != "shared"
+        noise = draw_noise(sites, self.tangents, key, self.num_tangents, own_slopes=own)
         pairs = zip(sites.noisy, noise, strict=True)
         return [scaled(u, scales.get(site.variable)) for site, u in pairs]
 
@@ -318,6 +314,7 @@ class ActivityPerturbation(Rule):
                 if sites.credit:
                     sums[hears] = told_apart(site, site_credits, products, sites, decay)
                 elif self.memory == "shared":
+                    # One slope for all examples, as in `_shared`.
                     alike = dataclasses.replace(site, mapped=False, axes=over)
                     sums[hears] = credited(alike, out.slopes, sites)
                 else:
@@ -393,14 +390,12 @@ class ActivityPerturbation(Rule):
 
         The noise's own gradient needs no slope, so that nothing is kept for later.
         """
-        total = keep.assemble(
-            sites, out.records, keep.output_errors(sites, out.records)
-        )
+        exact = keep.output_errors(sites, out.records)
+        total = keep.assemble(sites, out.records, exact)
 
         def pulled_back(noise: Values) -> tuple[Tree, None]:
-            return keep.assemble(
-                sites, out.records, jax.tree.map(jnp.conj, noise)
-            ), None
+            errors = jax.tree.map(jnp.conj, noise)
+            return keep.assemble(sites, out.records, errors), None
 
         for mask in dict.fromkeys(site.reach for site in sites.noisy):
             of_mask: Values = {}
@@ -452,12 +447,3 @@ class ActivityPerturbation(Rule):
         return self.combine.learning_rate_scale(
             self.tangents.relative_mse(n, self.num_tangents)
         )
-
-
-def selection(
-    where: str | Callable[[str], bool] | None,
-) -> Callable[[str], bool] | None:
-    """A predicate of a parameter's path."""
-    if isinstance(where, str):
-        return lambda path: re.search(where, path) is not None
-    return where

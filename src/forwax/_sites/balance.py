@@ -90,6 +90,7 @@ def balanced(scales: Array, rows: Array, columns: Array) -> Array:
     """
     ratio = rows / columns
     is_known = (rows > 0) & (columns > 0) & jnp.isfinite(ratio)
+    # The step is a root of σ², and logs are those of σ: a quarter.
     logs = jnp.log(scales) + jnp.log(jnp.where(is_known, ratio, 1)) / 4
     num_known = jnp.sum(is_known.astype(logs.dtype))
     mean = jnp.sum(jnp.where(is_known, logs, 0)) / jnp.maximum(num_known, 1)

@@ -98,6 +98,7 @@ def _follow(
         if isinstance(step, Region):
             found[step] = _union(step.inputs, known)
         elif isinstance(step, LoopPlan):
+            # A slice of an array has all the array's parameters behind it.
             inner = dict(known)
             for variable, atom in (step.fixed | step.scanned).items():
                 inner[variable] = _union([atom], known)

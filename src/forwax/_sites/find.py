@@ -1,6 +1,7 @@
 """From a problem to its sites."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ def find_sites(
     traced = trace(problem.example, problem.params, *problem.example_specs())
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
         _check_split(traced.arguments(problem.params, problem.mapped), name)
+    # One noise for all examples on these; on those of few entries each example's own, if asked.
     unselected = dict.fromkeys(_unselected(traced, problem.params, select, name), None)
     own = over_examples(problem) if own_weights else None
     scales = {traced.parameters[i]: scale for i, scale in (weights or {}).items()}
@@ -264,6 +266,13 @@ def _unselected(
             "forwax.WeightPerturbation."
         )
     return unselected
+
+
+def selection(where: str | Select | None) -> Select | None:
+    """A predicate of a parameter's path, from a pattern that is searched in it."""
+    if isinstance(where, str):
+        return lambda path: re.search(where, path) is not None
+    return where
 
 
 def _check_split(arrays: Sequence[Array], name: str) -> None:

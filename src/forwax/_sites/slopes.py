@@ -31,8 +31,10 @@ def behind_slopes(sites: Sites, slopes: Sequence[Array]) -> Sites:
     closed: list[Array] = []
     inputs = sites.level.program.inputs
     for x, variable in zip(sites.traced.closed, inputs, strict=False):
-        is_constant = sites.kinds[variable] is Kind.CONSTANT
-        closed.append(x if is_constant else behind(x, [total]))
+        if sites.kinds[variable] is Kind.CONSTANT:
+            closed.append(x)
+        else:
+            closed.append(behind(x, [total]))
     problem = dataclasses.replace(sites.problem, mapped=mapped)
     traced = dataclasses.replace(sites.traced, closed=closed)
     return dataclasses.replace(sites, problem=problem, traced=traced)
