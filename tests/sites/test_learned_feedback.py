@@ -318,7 +318,7 @@ def test_maps_learn_in_each_nth_step_and_the_others_push_no_tangent():
     def flops(f, *args):
         return jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
 
-    # Both ways are in one program; the one without learning costs what given maps cost.
+    # The maps learn in one branch; the other hands them on and computes nothing.
     once = dataclasses.replace(rule, every=1)
     grad = lambda rule, key, *args: fx.value_and_grad(MLP, rule, in_axes=EACH)(
         key, *args
@@ -326,12 +326,12 @@ def test_maps_learn_in_each_nth_step_and_the_others_push_no_tangent():
     whole = lambda rule, key, *args: rule.step(MLP, in_axes=EACH)(key, *args)
     given, learning = flops(grad, rule, KEY, *args), flops(whole, once, KEY, *args)
     jaxpr = jax.make_jaxpr(whole)(rule, KEY, *args)
-    conds = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
-    (branches,) = [e.params["branches"] for e in conds]
-    costs = sorted(flops(jax.extend.core.jaxpr_as_fun(b), *_zeros(b)) for b in branches)
-    assert costs[0] == pytest.approx(given, rel=0.02)
-    assert costs[1] == pytest.approx(learning, rel=0.02)
-    assert costs[1] > 1.3 * costs[0]
+    (index,) = [i for i, e in enumerate(jaxpr.eqns) if e.primitive.name == "cond"]
+    branches = jaxpr.eqns[index].params["branches"]
+    resting, pushing = sorted(branches, key=lambda b: len(b.jaxpr.eqns))
+    assert not resting.jaxpr.eqns
+    assert flops(jax.extend.core.jaxpr_as_fun(pushing), *_zeros(pushing)) > 0
+    assert learning > 1.3 * given
 
 
 def _zeros(branch):

@@ -137,10 +137,10 @@ class FDFA(LearningRule):
         if not before:
             return ()
         noise = direct.draw(routes, self.tangents, key, self.num_tangents)
-        tangents, _ = direct.push(routes, noise, self.num_tangents)
+        pushed = direct.push(routes, noise, self.num_tangents)
         # Devices that share a key share their maps, whatever examples they hold.
         over = _mesh.all_axes(noise) - _mesh.axes(key)
-        samples = maps.products(routes, noise, tangents, over)
+        samples = maps.products(routes, noise, pushed.tangents, over)
         pairs = zip(before, samples, strict=True)
         return tuple(self.decay * m + (1 - self.decay) * x for m, x in pairs)
 

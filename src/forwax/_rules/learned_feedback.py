@@ -189,18 +189,24 @@ class LearnedFeedback(LearningRule):
         before = _zeros(routes) if self.maps is None else self._checked(routes)
         before = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), before)
 
-        def learning(key: Array) -> tuple[Array, Tree, Tree, Feedback]:
-            return self._step(routes, before, key)
+        # A correction needs the noise of every step, and its maps must not hang on it.
+        pushed = self._pushed(routes, key) if self.correction else None
 
-        def resting(key: Array) -> tuple[Array, Tree, Tree, Feedback]:
-            return *self._estimate(routes, before, key), before
+        def learn() -> Feedback:
+            return self._learnt(
+                routes, before, pushed or self._pushed(routes, key), key
+            )
 
-        # Each branch is a whole step, so that noise and errors share one forward pass.
+        after = before
         if self.every == 1:
-            value, aux, grads, after = learning(key)
+            after = learn()
         else:
+            # Errors are sent behind the branch: gradients that it returned would be held beside
+            # the update.
             is_due = before.num_steps % self.every == 0
-            value, aux, grads, after = lax.cond(is_due, learning, resting, key)
+            after = lax.cond(is_due, learn, lambda: before)
+        used = before if self.correction else after
+        value, aux, grads = self._sent(routes, used, pushed)
         after = dataclasses.replace(after, num_steps=before.num_steps + 1)
         return value, aux, grads, dataclasses.replace(self, maps=after)
 
@@ -210,50 +216,41 @@ class LearnedFeedback(LearningRule):
         # Corrected, maps of zeros do as well: the estimate is then that of activity noise.
         is_new = self.correction and self.maps is None
         found = _zeros(routes) if is_new else self._checked(routes)
-        return self._estimate(routes, found, typed_key(key))
-
-    def _step(
-        self, routes: Routes, before: Feedback, key: Array
-    ) -> tuple[Array, Tree, Tree, Feedback]:
-        found = before.direct
-        pushed = None
-        # Without an inlet there is nothing to learn: all errors are exact, or cross mirrors.
-        if routes.inlets:
-            noise = direct.draw(routes, self.tangents, key, self.num_tangents)
-            tangents, slopes = direct.push(routes, noise, self.num_tangents)
-            left = maps.residuals(routes, before.direct, noise, tangents)
-            over = _mesh.all_axes(noise) - _mesh.axes(key)
-            updates = maps.products(routes, noise, left, over)
-            rates = maps.rates(routes, self.num_tangents, _mesh.size(over))
-            found = tuple(
-                m + (rate if self.rate is None else self.rate) * x
-                for m, rate, x in zip(before.direct, rates, updates, strict=True)
-            )
-            pushed = (noise, slopes)
-        learnt = mirrors.learnt(routes.sites, routes.mirrors, before.mirrors, key)
-        after = Feedback(found, tuple(learnt), before.num_steps)
-        # A correction is unbiased for maps that do not hang on its own noise.
-        used = before if self.correction else after
-        return *self._sent(routes, used, pushed), after
-
-    def _estimate(
-        self, routes: Routes, found: Feedback, key: Array
-    ) -> tuple[Array, Tree, Tree]:
-        pushed = None
-        if self.correction and routes.inlets:
-            noise = direct.draw(routes, self.tangents, key, self.num_tangents)
-            _, slopes = direct.push(routes, noise, self.num_tangents)
-            pushed = (noise, slopes)
+        pushed = self._pushed(routes, typed_key(key)) if self.correction else None
         return self._sent(routes, found, pushed)
 
+    def _pushed(self, routes: Routes, key: Array) -> direct.Pushed:
+        """Noise at all inlets, and what it does."""
+        noise = direct.draw(routes, self.tangents, key, self.num_tangents)
+        return direct.push(routes, noise, self.num_tangents)
+
+    def _learnt(
+        self,
+        routes: Routes,
+        before: Feedback,
+        pushed: direct.Pushed,
+        key: Array,
+    ) -> Feedback:
+        """The maps and mirrors after one step of learning."""
+        over = _mesh.all_axes(pushed.noise) - _mesh.axes(key)
+        left = maps.residuals(routes, before.direct, pushed.noise, pushed.tangents)
+        updates = maps.products(routes, pushed.noise, left, over)
+        rates = maps.rates(routes, self.num_tangents, _mesh.size(over))
+        found: list[Array] = []
+        for m, rate, x in zip(before.direct, rates, updates, strict=True):
+            own = rate if self.rate is None else self.rate
+            found.append(m + own * x)
+        twins = mirrors.learnt(routes.sites, routes.mirrors, before.mirrors, key)
+        return Feedback(tuple(found), tuple(twins), before.num_steps)
+
     def _sent(
-        self, routes: Routes, found: Feedback, pushed: Any
+        self, routes: Routes, found: Feedback, pushed: direct.Pushed | None
     ) -> tuple[Array, Tree, Tree]:
         def errors_of(exact: list[Array]) -> list[Array]:
             errors = maps.sent(routes, found.direct, exact)
-            if self.correction and pushed is not None:
-                errors = maps.corrected(routes, errors, *pushed)
-            return errors
+            if pushed is None:
+                return errors
+            return maps.corrected(routes, errors, pushed.noise, pushed.slopes)
 
         return direct.estimate(routes, errors_of, found.mirrors)
 

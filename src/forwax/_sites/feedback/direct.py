@@ -1,5 +1,6 @@
 """Gradients by maps from the outlets to the inlets, and what noise at the inlets does."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,14 +86,25 @@ def _run(
     return each(list(sites.problem.mapped), noise)
 
 
-def push(
-    routes: Routes, noise: Sequence[Array], num_tangents: int
-) -> tuple[list[Array], list[Array]]:
-    """What noises at the inlets do.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pushed:
+    """What noise at the inlets does.
 
-    Returns:
-        The outlets' tangents, [k, *examples, *shape], and those of the losses.
+    Attributes:
+        noise: what entered at each inlet, [k, *examples, *shape].
+        tangents: of each outlet, [k, *examples, *shape].
+        slopes: the tangents of the losses, [k, *examples, *shape].
     """
+
+    noise: list[Array]
+    tangents: list[Array]
+    slopes: list[Array]
+
+
+def push(routes: Routes, noise: Sequence[Array], num_tangents: int) -> Pushed:
+    """Push noise at the inlets, [k, *examples, *shape], through the loss."""
+    if not routes.inlets:  # all errors are exact, or cross mirrors
+        return Pushed([], [], [])
     params = routes.sites.problem.params
     starts = [outlet.start for outlet in routes.outlets]
 
@@ -105,13 +117,17 @@ def push(
 
         return along(values)[1], None
 
-    return over_tangents(slopes, dict(enumerate(noise)), num_tangents)[0]
+    named = dict(enumerate(noise))
+    (tangents, of_losses), _ = over_tangents(slopes, named, num_tangents)
+    return Pushed(list(noise), tangents, of_losses)
 
 
 def draw(
     routes: Routes, tangents: Tangents, key: Array, num_tangents: int
 ) -> list[Array]:
     """The noise of each inlet, [k, *examples, *shape]."""
+    if not routes.inlets:
+        return []
     specs = []
     for inlet in routes.inlets:
         shape = inlet.shape
