@@ -46,10 +46,10 @@ class DirectFeedbackAlignment(Rule):
         >>> loss = lambda w, x: jnp.sum(jnp.tanh(jnp.tanh(x @ w["a"]) @ w["b"]) @ w["c"])
         >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 4)), "c": jnp.ones((4, 1))}
         >>> rule = fx.DirectFeedbackAlignment((jnp.ones((1, 3)),))
-        >>> fx.grad(loss, rule)(jax.random.key(0), params, jnp.ones(2))["a"].round(3).tolist()
-        [[0.071, 0.071, 0.071], [0.071, 0.071, 0.071]]
-        >>> round(float(1 - jnp.tanh(2.0) ** 2), 3)
-        0.071
+        >>> grads = fx.grad(loss, rule)(jax.random.key(0), params, jnp.ones(2))
+        >>> slope = 1 - jnp.tanh(2.0) ** 2  # of the activation
+        >>> bool(jnp.allclose(grads["a"], slope))
+        True
     """
 
     feedback: Any
