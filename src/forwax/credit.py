@@ -3,7 +3,7 @@
 # pyright: strict, reportUnknownMemberType=false
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,7 @@ class Decay:
 
 def _known(gamma: Any) -> np.ndarray | None:
     """The factor as NumPy's, unless it is traced."""
+    # In a tree of something else, of axes for instance, it is no number.
     is_number = isinstance(gamma, int | float | np.ndarray | np.number)
     is_array = isinstance(gamma, jax.Array) and not _tree.is_abstract(gamma)
-    return np.asarray(gamma) if is_number or is_array else None
+    return np.asarray(cast(Any, gamma)) if is_number or is_array else None

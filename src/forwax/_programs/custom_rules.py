@@ -42,9 +42,9 @@ def _function(equation: Any) -> str:
     """The user's function behind a jaxpr's custom_vjp equation."""
     inner, _ = opened(equation.params["call_jaxpr"])
     name = inner.debug_info.func_src_info
-    if not name.startswith("wrapped_fun at"):
+    # custom_gradient names a place of its own; the user's function stands where its equations are.
+    if "custom_derivatives.py" not in name:
         return f"jax.custom_vjp function {name}"
-    # custom_gradient names its own wrapper; the user's function stands where its equations are.
     places = [source_info_util.summarize(eqn.source_info) for eqn in inner.eqns[:1]]
     return " at ".join(["jax.custom_gradient function", *places])
 
