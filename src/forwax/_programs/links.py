@@ -127,16 +127,20 @@ class Link:
 
     def through(self, mask: np.ndarray, axis: int) -> "Link":
         """The link of an operand's axis: mask[x, y], x on this link's axis, says y enters x."""
-        shape = (self.length, mask.shape[1])
-        enters = np.broadcast_to(mask, shape)
-        first = np.broadcast_to(self.first[:, None], shape)
-        last = np.broadcast_to(self.last[:, None], shape)
-        return Link(
-            axis,
-            first.min(0, where=enters, initial=self.size),
-            last.max(0, where=enters, initial=-1),
-            self.size,
-        )
+        enters = np.broadcast_to(mask, (self.length, mask.shape[1]))
+        is_used = enters.any(0)
+        if _is_monotone(self.first) and _is_monotone(self.last):
+            # Where windows move one way, those of the first and the last place hold the others.
+            start = np.argmax(enters, axis=0)
+            stop = self.length - 1 - np.argmax(enters[::-1], axis=0)
+            first = np.minimum(self.first[start], self.first[stop])
+            last = np.maximum(self.last[start], self.last[stop])
+        else:
+            first = np.where(enters, self.first[:, None], self.size).min(0)
+            last = np.where(enters, self.last[:, None], -1).max(0)
+        first = np.where(is_used, first, self.size)
+        last = np.where(is_used, last, -1)
+        return Link(axis, first, last, self.size)
 
     def either(self, other: "Link") -> "Link | None":
         """What holds of a value with two uses; None on two different axes."""
@@ -172,6 +176,11 @@ class Link:
         last = self.last.clip(max=self.size - 1)
         holds_any = first <= last
         return first[holds_any], last[holds_any]
+
+
+def _is_monotone(positions: np.ndarray) -> bool:
+    steps = np.diff(positions)
+    return bool(np.all(steps >= 0) or np.all(steps <= 0))
 
 
 def along(axis: int, length: int) -> Link:

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import primitives
 
 from forwax._programs import axis_rules, moves, range_rules
@@ -107,7 +108,7 @@ _ADD = Facts(
     sum_behind_outputs=True,
     sum_of_a_loop=True,
     additive=True,
-    range=range_rules.add,
+    range=range_rules.entrywise(range_rules.add),
 )
 
 
@@ -124,10 +125,12 @@ PRIMITIVES: dict[str, Facts] = {
     "add": _ADD,
     "add_any": _ADD,  # what transposition adds up by
     # Its second operand's sign turns, so that it is no running sum of a loop.
-    "sub": dataclasses.replace(_ADD, sum_of_a_loop=False, range=range_rules.sub),
+    "sub": dataclasses.replace(
+        _ADD, sum_of_a_loop=False, range=range_rules.entrywise(range_rules.sub)
+    ),
     "neg": Facts(
         credit=axis_rules.elementwise,
-        range=range_rules.neg,
+        range=range_rules.entrywise(range_rules.neg),
         passed_by_regions=True,
         sum_behind_outputs=True,
     ),
@@ -135,33 +138,37 @@ PRIMITIVES: dict[str, Facts] = {
     "mul": Facts(
         credit=axis_rules.elementwise,
         passes=axis_rules.by_factor,
-        range=range_rules.mul,
+        range=range_rules.entrywise(range_rules.mul),
         elementwise_for_regions=True,
         scaled=(0, 1),
     ),
     "div": Facts(
         credit=axis_rules.elementwise,
-        range=range_rules.div,
+        range=range_rules.entrywise(range_rules.div),
         elementwise_for_regions=True,
         scaled=(0,),
     ),
     "select_n": Facts(
         credit=axis_rules.elementwise,
         passes=axis_rules.by_choice,
-        range=range_rules.select_n,
+        range=range_rules.entrywise(range_rules.select_n),
         elementwise_for_regions=True,
     ),
     "pow": Facts(elementwise_for_regions=True),
-    "max": Facts(range=range_rules.maximum, elementwise_for_regions=True),
-    "min": Facts(range=range_rules.minimum, elementwise_for_regions=True),
+    "max": Facts(
+        range=range_rules.entrywise(range_rules.maximum), elementwise_for_regions=True
+    ),
+    "min": Facts(
+        range=range_rules.entrywise(range_rules.minimum), elementwise_for_regions=True
+    ),
     # entry by entry: of values alone, whose tangents are products
     "exp": Facts(range=range_rules.exp(math.e)),
     "exp2": Facts(range=range_rules.exp(2.0)),
     "logistic": Facts(range=range_rules.bounded(0, 1)),
     "tanh": Facts(range=range_rules.bounded(-1, 1)),
-    "and": Facts(range=range_rules.of_booleans(range_rules.minimum)),
-    "or": Facts(range=range_rules.of_booleans(range_rules.maximum)),
-    "not": Facts(range=range_rules.of_booleans(range_rules.logical_not)),
+    "and": Facts(range=range_rules.entrywise(range_rules.logical_and, jnp.bool_)),
+    "or": Facts(range=range_rules.entrywise(range_rules.logical_or, jnp.bool_)),
+    "not": Facts(range=range_rules.entrywise(range_rules.logical_not, jnp.bool_)),
     # entry by entry: the same value, or a part of it
     "convert_element_type": Facts(
         credit=axis_rules.elementwise,

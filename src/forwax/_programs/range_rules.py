@@ -12,50 +12,20 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 
+from forwax._programs.bounds import (
+    LARGEST_PRODUCT,
+    MOST_KINDS,
+    Bounds,
+    Known,
+    aligned,
+    any_entry,
+    anything,
+    within,
+)
 from forwax._programs.links import Shape, runs
-
-LARGEST_PRODUCT = 1e8
-"""A dot or convolution is taken to lie within this; within an eighth of what a narrow type holds.
-
-A finite constant in place of -inf, such as -1e30, is below all scores if scores are no larger.
-"""
 
 _WHOLE = 256
 """Whole numbers up to this are exact in every dtype that models compute in."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Bounds:
-    """Bounds of an array's entries.
-
-    Attributes:
-        low: float64; each axis has the array's length, or 1 where the same holds all along.
-        high: of the same rank.
-        value: the array itself, where it is known.
-    """
-
-    low: np.ndarray
-    high: np.ndarray
-    value: np.ndarray | None = None
-
-    @property
-    def is_zero(self) -> np.ndarray:
-        """Where the entries are 0."""
-        return (self.low == 0) & (self.high == 0)
-
-
-def within(low: float, high: float, shape: Shape) -> Bounds:
-    """The same bounds for all entries of an array of this shape."""
-    of_each = (1,) * len(shape)
-    return Bounds(
-        low=np.full(of_each, low),
-        high=np.full(of_each, high),
-    )
-
-
-def anything(shape: Shape) -> Bounds:
-    """What is true of every array."""
-    return within(-np.inf, np.inf, shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,36 +41,39 @@ class Operation:
     """
 
     params: dict[str, Any]
-    operands: Sequence[Bounds]
+    operands: Sequence[Known]
     shapes: Sequence[Shape]
     out: Shape
     dtype: Any
 
 
-RangeRule: TypeAlias = Callable[[Operation], Bounds]
-"""Takes an operation to the range of its result."""
+RangeRule: TypeAlias = Callable[[Operation], Known]
+"""Takes an operation to what is known of its result."""
 
 
-def unchanged(at: Operation) -> Bounds:
+def unchanged(at: Operation) -> Known:
     """The first operand's."""
     return at.operands[0]
 
 
-def cast(at: Operation) -> Bounds:
+def cast(at: Operation) -> Known:
     """Another dtype; rounding towards whole numbers is not followed."""
-    return of_floats(unchanged)(at)
+    if not jnp.issubdtype(at.dtype, jnp.inexact):
+        return anything(at.out)
+    (x,) = at.operands
+    return Known(x.kinds, x.bounds)
 
 
 def bounded(low: float, high: float) -> RangeRule:
     """A function with these bounds, whatever it is given."""
 
-    def rule(at: Operation) -> Bounds:
+    def rule(at: Operation) -> Known:
         return within(low, high, at.out)
 
     return rule
 
 
-def product_of_arrays(at: Operation) -> Bounds:
+def product_of_arrays(at: Operation) -> Known:
     """A dot or convolution: no larger than `LARGEST_PRODUCT`, by assumption."""
     if not jnp.issubdtype(at.dtype, jnp.floating):
         return anything(at.out)
@@ -112,72 +85,74 @@ def product_of_arrays(at: Operation) -> Bounds:
 # --- entry by entry ---
 
 
-def of_floats(rule: RangeRule) -> RangeRule:
-    """A rule that whole numbers break, which wrap around."""
+Entrywise: TypeAlias = Callable[..., Bounds]
+"""Takes the bounds of operands, the same kinds of entries in each, to those of the result."""
 
-    def of_numbers(at: Operation) -> Bounds:
-        if not jnp.issubdtype(at.dtype, jnp.inexact):
+
+def entrywise(rule: Entrywise, kind: Any = jnp.inexact) -> RangeRule:
+    """The rule of an operation entry by entry, for results of one kind of dtype.
+
+    Whole numbers wrap around, and of them logical operations take single bits.
+    """
+
+    def of_arrays(at: Operation) -> Known:
+        if not jnp.issubdtype(at.dtype, kind):
             return anything(at.out)
-        return rule(at)
+        kinds, operands = aligned(at.operands)
+        bounds = rule(*operands)
+        if len(bounds.low) > MOST_KINDS:
+            return within(bounds.low.min(), bounds.high.max(), at.out)
+        return Known(kinds, bounds)
 
-    return of_numbers
+    return of_arrays
 
 
-@of_floats
-def add(at: Operation) -> Bounds:
+def add(x: Bounds, y: Bounds) -> Bounds:
     """The sum of two."""
-    x, y = at.operands
-    return _sum(x, y)
-
-
-@of_floats
-def sub(at: Operation) -> Bounds:
-    """The difference of two."""
-    x, y = at.operands
-    return _sum(x, _negative(y))
-
-
-@of_floats
-def neg(at: Operation) -> Bounds:
-    """The other sign."""
-    (x,) = at.operands
-    return _negative(x)
-
-
-def _negative(x: Bounds) -> Bounds:
-    return Bounds(-x.high, -x.low)
-
-
-def _sum(x: Bounds, y: Bounds) -> Bounds:
     low = x.low + y.low
     high = x.high + y.high
-    # What is -inf stays so, or becomes NaN.
-    is_lowest = (x.high == -np.inf) | (y.high == -np.inf)
     low = np.where(np.isnan(low), -np.inf, low)
     high = np.where(np.isnan(high), np.inf, high)
-    high = np.where(is_lowest, -np.inf, high)
+    # What is -inf stays so, or becomes NaN.
+    for part in (x, y):
+        high = np.where(part.high == -np.inf, -np.inf, high)
     # Rounding may leave something where numbers cancel, unless they are small and whole.
-    cancels = (low == 0) & (high == 0) & ~(x.is_zero & y.is_zero)
-    is_exact = (x.low == np.round(x.low)) & (np.abs(x.low) <= _WHOLE)
+    are_zero = x.is_zero & y.is_zero
+    cancels = Bounds(low, high).is_zero & ~are_zero
+    is_whole = x.low == np.round(x.low)
+    is_exact = is_whole & (np.abs(x.low) <= _WHOLE)
     high = np.where(cancels & ~is_exact, np.inf, high)
     return Bounds(low, high)
 
 
-@of_floats
-def mul(at: Operation) -> Bounds:
+def sub(x: Bounds, y: Bounds) -> Bounds:
+    """The difference of two."""
+    return add(x, neg(y))
+
+
+def neg(x: Bounds) -> Bounds:
+    """The other sign."""
+    return Bounds(-x.high, -x.low)
+
+
+def mul(x: Bounds, y: Bounds) -> Bounds:
     """The product of two; 0 times anything is 0, for infinities would give NaN."""
-    x, y = at.operands
-    corners = [a * b for a in (x.low, x.high) for b in (y.low, y.high)]
-    corners = np.stack(np.broadcast_arrays(*corners))
+    corners = np.stack(
+        [
+            x.low * y.low,
+            x.low * y.high,
+            x.high * y.low,
+            x.high * y.high,
+        ]
+    )
     corners = np.where(np.isnan(corners), 0, corners)
     return Bounds(corners.min(0), corners.max(0))
 
 
-@of_floats
-def div(at: Operation) -> Bounds:
+def div(x: Bounds, y: Bounds) -> Bounds:
     """0 divided by anything, and what is divided by a known number."""
-    x, y = at.operands
-    is_positive = (y.low == y.high) & (y.low > 0) & np.isfinite(y.low)
+    is_known = (y.low == y.high) & np.isfinite(y.low)
+    is_positive = is_known & (y.low > 0)
     by = np.where(is_positive, y.low, 1)
     low = np.where(is_positive, x.low / by, -np.inf)
     high = np.where(is_positive, x.high / by, np.inf)
@@ -187,111 +162,125 @@ def div(at: Operation) -> Bounds:
     )
 
 
-def maximum(at: Operation) -> Bounds:
-    """The larger of two; either, of booleans."""
-    return _by_bounds(at, np.maximum)
+def maximum(x: Bounds, y: Bounds) -> Bounds:
+    """The larger of two."""
+    return Bounds(
+        low=np.maximum(x.low, y.low),
+        high=np.maximum(x.high, y.high),
+    )
 
 
-def minimum(at: Operation) -> Bounds:
-    """The smaller of two; both, of booleans."""
-    return _by_bounds(at, np.minimum)
+def minimum(x: Bounds, y: Bounds) -> Bounds:
+    """The smaller of two."""
+    return Bounds(
+        low=np.minimum(x.low, y.low),
+        high=np.minimum(x.high, y.high),
+    )
 
 
-def _by_bounds(at: Operation, of: Callable[..., np.ndarray]) -> Bounds:
-    x, y = at.operands
-    return Bounds(of(x.low, y.low), of(x.high, y.high))
+def logical_and(x: Bounds, y: Bounds) -> Bounds:
+    """Both of two booleans."""
+    return minimum(_boolean(x), _boolean(y))
 
 
-def of_booleans(rule: RangeRule) -> RangeRule:
-    """A rule that holds for booleans alone: of integers these operations take single bits."""
-
-    def of_bits(at: Operation) -> Bounds:
-        if at.dtype != np.bool_:
-            return anything(at.out)
-        known = rule(at)
-        return Bounds(known.low.clip(0, 1), known.high.clip(0, 1))
-
-    return of_bits
+def logical_or(x: Bounds, y: Bounds) -> Bounds:
+    """Either of two booleans."""
+    return maximum(_boolean(x), _boolean(y))
 
 
-def logical_not(at: Operation) -> Bounds:
+def logical_not(x: Bounds) -> Bounds:
     """1 less a boolean."""
-    (x,) = at.operands
+    x = _boolean(x)
     return Bounds(1 - x.high, 1 - x.low)
+
+
+def _boolean(x: Bounds) -> Bounds:
+    return Bounds(x.low.clip(0, 1), x.high.clip(0, 1))
 
 
 def exp(base: float) -> RangeRule:
     """Powers of a base; 0 where even the largest is less than half the smallest number."""
 
-    def rule(at: Operation) -> Bounds:
-        if not jnp.issubdtype(at.dtype, jnp.floating):
-            return anything(at.out)
+    def rule(at: Operation) -> Known:
         # Narrow types are computed in a wider one first.
-        is_double = jnp.finfo(at.dtype).bits == 64
-        smallest = np.finfo(np.float64 if is_double else np.float32).smallest_subnormal
+        is_double = at.dtype == np.float64
+        wide = np.float64 if is_double else np.float32
+        smallest = np.finfo(wide).smallest_subnormal
         underflow = math.log(smallest, base) - 2
 
-        (x,) = at.operands
-        highest = np.power(base, np.maximum(x.high, underflow))
-        return Bounds(
-            low=np.zeros_like(x.low),
-            high=np.where(x.high < underflow, 0, highest),
-        )
+        def power(x: Bounds) -> Bounds:
+            highest = np.power(base, np.maximum(x.high, underflow))
+            return Bounds(
+                low=np.zeros_like(x.low),
+                high=np.where(x.high < underflow, 0, highest),
+            )
+
+        return entrywise(power, jnp.floating)(at)
 
     return rule
 
 
-def select_n(at: Operation) -> Bounds:
+def select_n(which: Bounds, *cases: Bounds) -> Bounds:
     """One of several, by number."""
-    which, *cases = at.operands
-    low, high = np.inf, -np.inf
+    low = np.full_like(which.low, np.inf)
+    high = np.full_like(which.low, -np.inf)
     for i, case in enumerate(cases):
-        possible = (which.low <= i) & (which.high >= i)
+        is_reached = which.high >= i
+        possible = is_reached & (which.low <= i)
         lowest = np.where(possible, case.low, np.inf)
         highest = np.where(possible, case.high, -np.inf)
         low = np.minimum(low, lowest)
         high = np.maximum(high, highest)
-    return Bounds(np.asarray(low), np.asarray(high))
+    return Bounds(low, high)
 
 
 # --- along axes ---
 
 
-def reduce_max(at: Operation) -> Bounds:
-    """The largest along axes."""
+def reduce_max(at: Operation) -> Known:
+    """The largest along axes, of the kinds that are there."""
     (x,) = at.operands
     axes = tuple(at.params["axes"])
-    return Bounds(
-        low=x.low.max(axes, initial=-np.inf),
-        high=x.high.max(axes, initial=-np.inf),
-    )
+    if 0 in at.shapes[0]:
+        return anything(at.out)
+    shape = np.any(x.kinds == 0, axes).shape
+    low = np.full(shape, -np.inf)
+    high = np.full(shape, -np.inf)
+    for kind in range(x.num_kinds):
+        is_there = np.any(x.kinds == kind, axes)
+        lowest = np.maximum(low, x.bounds.low[kind])
+        highest = np.maximum(high, x.bounds.high[kind])
+        low = np.where(is_there, lowest, low)
+        high = np.where(is_there, highest, high)
+    pairs = np.stack([low.ravel(), high.ravel()])
+    bounds, kinds = np.unique(pairs, axis=1, return_inverse=True)
+    return Known(kinds.reshape(shape), Bounds(*bounds))
 
 
-def reduce_sum(at: Operation) -> Bounds:
-    """The sum along axes."""
+def reduce_sum(at: Operation) -> Known:
+    """The sum along axes, of all rows alike."""
     (x,) = at.operands
-    axes = tuple(at.params["axes"])
-    count = math.prod(at.shapes[0][axis] for axis in axes)
+    count = math.prod(at.shapes[0][axis] for axis in at.params["axes"])
     if count == 0:
         return within(0, 0, at.out)
-    low = x.low.min(axes) * count
-    high = x.high.max(axes) * count
-    return Bounds(low, high)
+    low = x.bounds.low.min() * count
+    high = x.bounds.high.max() * count
+    return within(low, high, at.out)
 
 
 # --- entries that move ---
 
 
 Move: TypeAlias = Callable[[Operation, np.ndarray], np.ndarray]
-"""Moves the entries of bounds, whose axes may have length 1, as the operation does an array's."""
+"""Moves the kinds of entries, whose axes may have length 1, as the operation does an array's."""
 
 
 def moved(move: Move) -> RangeRule:
     """The rule of an operation that moves its first operand's entries."""
 
-    def rule(at: Operation) -> Bounds:
+    def rule(at: Operation) -> Known:
         x = at.operands[0]
-        return Bounds(move(at, x.low), move(at, x.high))
+        return Known(move(at, x.kinds), x.bounds)
 
     return rule
 
@@ -346,32 +335,26 @@ def slice_(at: Operation, x: np.ndarray) -> np.ndarray:
     return x[tuple(windows)]
 
 
-def hull(at: Operation) -> Bounds:
+def hull(at: Operation) -> Known:
     """Entries of the first operand, wherever they go."""
-    x = at.operands[0]
-    low = x.low.min(initial=np.inf)
-    high = x.high.max(initial=-np.inf)
-    return within(low, high, at.out)
+    return any_entry(at.operands[0], at.out)
 
 
-def concatenate(at: Operation) -> Bounds:
+def concatenate(at: Operation) -> Known:
     """Several operands one after another."""
     axis = at.params["dimension"]
-
-    def joined(parts: list[np.ndarray]) -> np.ndarray:
-        others = [_without(x, axis) for x in parts]
-        shape = list(np.broadcast_shapes(*others))
-        whole: list[np.ndarray] = []
-        for part, of_operand in zip(parts, at.shapes, strict=True):
-            shape[axis] = of_operand[axis]
-            whole.append(np.broadcast_to(part, shape))
-        return np.concatenate(whole, axis)
-
-    lows = [x.low for x in at.operands]
-    highs = [x.high for x in at.operands]
-    return Bounds(joined(lows), joined(highs))
-
-
-def _without(x: np.ndarray, axis: int) -> Shape:
-    """A shape in which one axis has length 1."""
-    return (*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    low = np.concatenate([x.bounds.low for x in at.operands])
+    high = np.concatenate([x.bounds.high for x in at.operands])
+    if len(low) > MOST_KINDS:
+        return within(low.min(), high.max(), at.out)
+    lengths = [shape[axis] for shape in at.shapes]
+    others = [np.delete(x.kinds.shape, axis) for x in at.operands]
+    common = np.broadcast_shapes(*map(tuple, others))
+    parts: list[np.ndarray] = []
+    num_kinds = 0
+    for x, length in zip(at.operands, lengths, strict=True):
+        shape = (*common[:axis], length, *common[axis:])
+        kinds = x.kinds.astype(np.int32) + num_kinds
+        parts.append(np.broadcast_to(kinds, shape))
+        num_kinds += x.num_kinds
+    return Known(np.concatenate(parts, axis), Bounds(low, high))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from forwax import _tree
+from forwax._programs.bounds import Known, any_entry, anything, of_array
 from forwax._programs.dataflow import mapped_variables
 from forwax._programs.evaluate import bind
 from forwax._programs.links import Shape
@@ -24,7 +25,7 @@ from forwax._programs.program import (
     Traced,
     Variable,
 )
-from forwax._programs.range_rules import Bounds, Operation, anything, unchanged
+from forwax._programs.range_rules import Operation, unchanged
 from forwax._programs.tracing import called
 
 _DEEPEST = 100
@@ -53,7 +54,7 @@ class Ranges:
         self.makers: dict[Variable, Equation] = {}
         self.sources: dict[Variable, tuple[Equation, Loop, int]] = {}
         self.closed: dict[Variable, Any] = {}
-        self.found: dict[Variable, Bounds] = {}
+        self.found: dict[Variable, Known] = {}
         self.read(traced.program)
         # behind the closed-over arrays come parameters and data
         closed = traced.program.inputs[: len(traced.closed)]
@@ -74,14 +75,17 @@ class Ranges:
 
     def nonzero(self, atom: Atom) -> np.ndarray:
         """Where an array may differ from 0; axes have its lengths, or 1 if it is so all along."""
-        return ~self.of(atom).is_zero
+        known = self.of(atom)
+        return ~known.bounds.is_zero[known.kinds]
 
     def choice(self, atom: Atom, case: int) -> np.ndarray:
         """Where an array may be this whole number, in the same form."""
         known = self.of(atom)
-        return (known.low <= case) & (known.high >= case)
+        bounds = known.bounds
+        is_possible = (bounds.low <= case) & (bounds.high >= case)
+        return is_possible[known.kinds]
 
-    def of(self, atom: Atom, depth: int = 0) -> Bounds:
+    def of(self, atom: Atom, depth: int = 0) -> Known:
         """The range of an atom."""
         if isinstance(atom, Constant):
             return self.of_value(atom.value)
@@ -101,7 +105,7 @@ class Ranges:
         self.found[atom] = known
         return known
 
-    def of_value(self, value: Any) -> Bounds:
+    def of_value(self, value: Any) -> Known:
         """The range of an array that is there."""
         shape = tuple(jnp.shape(value))
         dtype = getattr(value, "dtype", None) or jnp.result_type(value)
@@ -110,12 +114,11 @@ class Ranges:
         if not (is_real and is_here) or math.prod(shape) > _LARGEST:
             return anything(shape)
         array = np.asarray(value)
-        wide = array.astype(np.float64)
-        if np.isnan(wide).any():
+        if 0 in shape or np.isnan(array.astype(np.float64)).any():
             return anything(shape)
-        return Bounds(wide, wide, array)
+        return of_array(array)
 
-    def of_input(self, equation: Equation, loop: Loop, i: int, depth: int) -> Bounds:
+    def of_input(self, equation: Equation, loop: Loop, i: int, depth: int) -> Known:
         """The range of an input of a loop's body, in all steps."""
         outside = equation.inputs[i]
         carry = i - loop.num_consts
@@ -128,9 +131,9 @@ class Ranges:
         known = self.of(outside, depth + 1)
         if loop.length == 0:
             return anything(self.shape(outside)[1:])
-        return Bounds(known.low.min(0), known.high.max(0))
+        return any_entry(known, self.shape(outside)[1:])
 
-    def of_result(self, equation: Equation, out: Variable, depth: int) -> Bounds:
+    def of_result(self, equation: Equation, out: Variable, depth: int) -> Known:
         """The range of one of the results of an operation."""
         shape = self.shape(out)
         if len(equation.outputs) > 1 or equation.loop is not None:
@@ -154,7 +157,7 @@ class Ranges:
 
     def computed(
         self, equation: Equation, values: Sequence[np.ndarray], shape: Shape
-    ) -> Bounds:
+    ) -> Known:
         """The range of what an operation makes of known values."""
         if equation.has_inner_programs:
             return anything(shape)
@@ -165,7 +168,7 @@ class Ranges:
             return anything(shape)
         return self.of_value(value)
 
-    def of_inner(self, equation: Equation, depth: int) -> Bounds:
+    def of_inner(self, equation: Equation, depth: int) -> Known:
         """The range of what a function with a derivative of its own gives, by its own program."""
         program = called(equation, self.types)
         self.read(program)
