@@ -6,6 +6,7 @@ A mask that is not known, or that leaves a row nothing, is said nothing of.
 import dataclasses
 import os
 import random
+import re
 
 import jax
 import jax.numpy as jnp
@@ -316,6 +317,51 @@ def test_a_causal_transformer_hears_later_terms_and_stays_unbiased():
     (_, grads), (_, truth) = estimates(program, basis_of(program, RULE), fx.Backprop())
     for mine, true in zip(*map(jax.tree.leaves, (grads, truth)), strict=True):
         np.testing.assert_allclose(mine, true, rtol=2e-4, atol=1e-5)
+
+
+def by_equinox():
+    eqx = pytest.importorskip("equinox")
+    layer = eqx.nn.MultiheadAttention(2, D, key=KEY)
+    params, static = eqx.partition(layer, eqx.is_inexact_array)
+
+    def loss(p, x):
+        return jnp.sum(jnp.sin(eqx.combine(p, static)(x, x, x, mask=CAUSAL)))
+
+    return loss, params
+
+
+def by_flax(dtype):
+    nnx = pytest.importorskip("flax.nnx")
+    layer = nnx.MultiHeadAttention(2, D, decode=False, dtype=dtype, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def loss(p, x):
+        layer = nnx.merge(graph, p, rest, copy=True)
+        mask = nnx.make_causal_mask(jnp.ones(T))
+        return jnp.sum(jnp.sin(layer(x.astype(dtype), mask=mask).astype(jnp.float32)))
+
+    return loss, params
+
+
+@pytest.mark.promotes("Flax mixes integers and floats")
+@pytest.mark.parametrize(
+    "made",
+    [
+        by_equinox,
+        lambda: by_flax(jnp.float32),
+        lambda: by_flax(jnp.bfloat16),
+        lambda: by_flax(jnp.float16),
+    ],
+    ids=["equinox", "flax", "flax bfloat16", "flax float16"],
+)
+def test_masks_of_libraries_are_known(made):
+    """Queries change their own term, keys and values those of all that look back at them."""
+    loss, params = made()
+    rows = fx.explain(loss, in_axes=(None, 0))(params, normal(8, 2, T, D)).rows
+    own, *later = [row.credit for row in rows if row.credit != "exact error"][:3]
+    assert re.fullmatch("one slope per example and position of axis .", own)
+    for credit in later:
+        assert re.fullmatch(own + ", later terms", credit)
 
 
 # --- random masks ---

@@ -13,6 +13,12 @@ LARGEST_PRODUCT = 1e8
 A finite constant in place of -inf, such as -1e30, is below all scores if scores are no larger.
 """
 
+_WHOLE = 256
+"""Whole numbers up to this are exact in every dtype that models compute in."""
+
+_ROUNDING = 1 / 64
+"""More than any of these dtypes rounds by in one operation, relative to the result."""
+
 MOST_KINDS = 256
 """Entries with more kinds of bounds than this are told apart no more."""
 
@@ -95,6 +101,26 @@ def of_array(value: np.ndarray) -> Known:
     ends = np.append(starts[1:], len(numbers)) - 1
     bounds = Bounds(numbers[starts], numbers[ends])
     return Known(groups[kinds].astype(np.uint8), bounds, value)
+
+
+def rounded(bounds: Bounds) -> Bounds:
+    """Bounds that hold in whatever dtype numbers within these are computed.
+
+    So a kind with both bounds equal is exact: small and whole, infinite, or never computed with.
+    """
+    return Bounds(
+        low=bounds.low - _error(bounds.low),
+        high=bounds.high + _error(bounds.high),
+    )
+
+
+def _error(x: np.ndarray) -> np.ndarray:
+    """How far rounding may have moved numbers."""
+    size = np.abs(x)
+    is_whole = x == np.round(x)
+    is_small = size <= _WHOLE
+    is_exact = (is_whole & is_small) | np.isinf(x)
+    return np.where(is_exact, 0, size * _ROUNDING)
 
 
 def any_entry(x: Known, shape: Shape) -> Known:

@@ -20,12 +20,10 @@ from forwax._programs.bounds import (
     aligned,
     any_entry,
     anything,
+    rounded,
     within,
 )
 from forwax._programs.links import Shape, runs
-
-_WHOLE = 256
-"""Whole numbers up to this are exact in every dtype that models compute in."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +59,7 @@ def cast(at: Operation) -> Known:
     if not jnp.issubdtype(at.dtype, jnp.inexact):
         return anything(at.out)
     (x,) = at.operands
-    return Known(x.kinds, x.bounds)
+    return Known(x.kinds, rounded(x.bounds))
 
 
 def bounded(low: float, high: float) -> RangeRule:
@@ -99,7 +97,7 @@ def entrywise(rule: Entrywise, kind: Any = jnp.inexact) -> RangeRule:
         if not jnp.issubdtype(at.dtype, kind):
             return anything(at.out)
         kinds, operands = aligned(at.operands)
-        bounds = rule(*operands)
+        bounds = rounded(rule(*operands))
         if len(bounds.low) > MOST_KINDS:
             return within(bounds.low.min(), bounds.high.max(), at.out)
         return Known(kinds, bounds)
@@ -116,12 +114,6 @@ def add(x: Bounds, y: Bounds) -> Bounds:
     # What is -inf stays so, or becomes NaN.
     for part in (x, y):
         high = np.where(part.high == -np.inf, -np.inf, high)
-    # Rounding may leave something where numbers cancel, unless they are small and whole.
-    are_zero = x.is_zero & y.is_zero
-    cancels = Bounds(low, high).is_zero & ~are_zero
-    is_whole = x.low == np.round(x.low)
-    is_exact = is_whole & (np.abs(x.low) <= _WHOLE)
-    high = np.where(cancels & ~is_exact, np.inf, high)
     return Bounds(low, high)
 
 
@@ -265,7 +257,9 @@ def reduce_sum(at: Operation) -> Known:
         return within(0, 0, at.out)
     low = x.bounds.low.min() * count
     high = x.bounds.high.max() * count
-    return within(low, high, at.out)
+    kinds = np.zeros((1,) * len(at.out), np.uint8)
+    bounds = Bounds(np.array([low]), np.array([high]))
+    return Known(kinds, rounded(bounds))
 
 
 # --- entries that move ---
