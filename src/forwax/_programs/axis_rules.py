@@ -149,7 +149,12 @@ def split(at: Crossing, link: Link) -> Link:
     return _placed(link, start, 1, at.shape[axis])
 
 
-def _placed(link: Link, start: int, stride: int, length: int) -> Link:
+def _placed(
+    link: Link,
+    start: int,
+    stride: int,
+    length: int,
+) -> Link:
     """The operand's link if the result's positions are its own from `start` on."""
     of_result = np.arange(link.length)
     return link.pulled(start + stride * of_result, of_result, length)
@@ -164,7 +169,12 @@ def concatenate(at: Crossing, link: Link) -> Link:
     return _window_of(link, sum(shape[axis] for shape in before), 1, at.shape[axis])
 
 
-def _window_of(link: Link, start: int, stride: int, length: int) -> Link:
+def _window_of(
+    link: Link,
+    start: int,
+    stride: int,
+    length: int,
+) -> Link:
     """The operand's link if its positions are the result's from `start` on."""
     of_operand = np.arange(length)
     of_result = start + stride * of_operand
@@ -245,7 +255,11 @@ def dot_general(at: Crossing, link: Link) -> Link:
     return min(links, key=lambda link: link.width)
 
 
-def pair_of(mask: np.ndarray, axis: int, other: int) -> np.ndarray | None:
+def pair_of(
+    mask: np.ndarray,
+    axis: int,
+    other: int,
+) -> np.ndarray | None:
     """Which positions of two axes a mask lets meet; None if that says nothing of the other."""
     if mask.ndim == 0 or mask.shape[other] == 1:
         return None

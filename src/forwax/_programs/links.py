@@ -108,7 +108,11 @@ class Link:
         last = self.last.max(keepdims=True)
         return Link(None, first, last, self.size)
 
-    def with_windows(self, first: np.ndarray, last: np.ndarray) -> "Link":
+    def with_windows(
+        self,
+        first: np.ndarray,
+        last: np.ndarray,
+    ) -> "Link":
         """Other windows on the same axis, which may have another length."""
         return Link(self.axis, first, last, self.size)
 
@@ -125,7 +129,11 @@ class Link:
         np.maximum.at(last, of_operand, self.last[of_result])
         return self.with_windows(first, last)
 
-    def through(self, mask: np.ndarray, axis: int) -> "Link":
+    def through(
+        self,
+        mask: np.ndarray,
+        axis: int,
+    ) -> "Link":
         """The link of an operand's axis: mask[x, y], x on this link's axis, says y enters x."""
         enters = np.broadcast_to(mask, (self.length, mask.shape[1]))
         is_used = enters.any(0)
@@ -189,7 +197,11 @@ def along(axis: int, length: int) -> Link:
     return Link(axis, positions, positions, length)
 
 
-def through_reshape(link: Link, shape: Shape, out: Shape) -> Link:
+def through_reshape(
+    link: Link,
+    shape: Shape,
+    out: Shape,
+) -> Link:
     """The link of a value that was reshaped from `shape` to `out`: the flat position stays."""
     assert link.axis is not None
     pairs = [pair for pair in runs(shape, out) if link.axis in pair[1]]

@@ -78,14 +78,22 @@ class Ranges:
         known = self.of(atom)
         return ~known.bounds.is_zero[known.kinds]
 
-    def choice(self, atom: Atom, case: int) -> np.ndarray:
+    def choice(
+        self,
+        atom: Atom,
+        case: int,
+    ) -> np.ndarray:
         """Where an array may be this whole number, in the same form."""
         known = self.of(atom)
         bounds = known.bounds
         is_possible = (bounds.low <= case) & (bounds.high >= case)
         return is_possible[known.kinds]
 
-    def of(self, atom: Atom, depth: int = 0) -> Known:
+    def of(
+        self,
+        atom: Atom,
+        depth: int = 0,
+    ) -> Known:
         """The range of an atom."""
         if isinstance(atom, Constant):
             return self.of_value(atom.value)
@@ -118,7 +126,13 @@ class Ranges:
             return anything(shape)
         return of_array(array)
 
-    def of_input(self, equation: Equation, loop: Loop, i: int, depth: int) -> Known:
+    def of_input(
+        self,
+        equation: Equation,
+        loop: Loop,
+        i: int,
+        depth: int,
+    ) -> Known:
         """The range of an input of a loop's body, in all steps."""
         outside = equation.inputs[i]
         carry = i - loop.num_consts
@@ -133,7 +147,12 @@ class Ranges:
             return anything(self.shape(outside)[1:])
         return any_entry(known, self.shape(outside)[1:])
 
-    def of_result(self, equation: Equation, out: Variable, depth: int) -> Known:
+    def of_result(
+        self,
+        equation: Equation,
+        out: Variable,
+        depth: int,
+    ) -> Known:
         """The range of one of the results of an operation."""
         shape = self.shape(out)
         if len(equation.outputs) > 1 or equation.loop is not None:
@@ -168,7 +187,11 @@ class Ranges:
             return anything(shape)
         return self.of_value(value)
 
-    def of_inner(self, equation: Equation, depth: int) -> Known:
+    def of_inner(
+        self,
+        equation: Equation,
+        depth: int,
+    ) -> Known:
         """The range of what a function with a derivative of its own gives, by its own program."""
         program = called(equation, self.types)
         self.read(program)

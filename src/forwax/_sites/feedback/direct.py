@@ -101,7 +101,11 @@ class Pushed:
     slopes: list[Array]
 
 
-def push(routes: Routes, noise: Sequence[Array], num_tangents: int) -> Pushed:
+def push(
+    routes: Routes,
+    noise: Sequence[Array],
+    num_tangents: int,
+) -> Pushed:
     """Push noise at the inlets, [k, *examples, *shape], through the loss."""
     if not routes.inlets:  # all errors are exact, or cross mirrors
         return Pushed([], [], [])

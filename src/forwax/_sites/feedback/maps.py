@@ -32,7 +32,11 @@ def zeros(routes: Routes) -> tuple[Array, ...]:
     return tuple(found)
 
 
-def sent(routes: Routes, maps: Sequence[Array], errors: Sequence[Array]) -> list[Array]:
+def sent(
+    routes: Routes,
+    maps: Sequence[Array],
+    errors: Sequence[Array],
+) -> list[Array]:
     """Each inlet's error, the outlets' errors times its map.
 
     Args:
@@ -78,7 +82,11 @@ def _nothing(routes: Routes, inlet: Inlet) -> Array:
     return _mesh.vary(zeros, inlet.axes)
 
 
-def _heard_by_position(inlet: Inlet, heard: Sequence[Array], lead: int) -> Array:
+def _heard_by_position(
+    inlet: Inlet,
+    heard: Sequence[Array],
+    lead: int,
+) -> Array:
     """The outlets' values that an inlet hears, side by side, [*lead, positions, e]."""
     parts: list[Array] = []
     for value, axes in zip(heard, inlet.heard_axes, strict=True):
@@ -87,7 +95,11 @@ def _heard_by_position(inlet: Inlet, heard: Sequence[Array], lead: int) -> Array
     return jnp.concatenate(parts, axis=-1)
 
 
-def _positions_first(x: Array, lead: int, common: Sequence[int]) -> Array:
+def _positions_first(
+    x: Array,
+    lead: int,
+    common: Sequence[int],
+) -> Array:
     """Values [*lead, *shape] as real coordinates [*lead, common positions, all others]."""
     front = list(range(lead))
     front += [lead + axis for axis in common]
@@ -207,7 +219,11 @@ def residuals(
     return left
 
 
-def _noise_by_position(routes: Routes, inlet: Inlet, noise: Array) -> Array:
+def _noise_by_position(
+    routes: Routes,
+    inlet: Inlet,
+    noise: Array,
+) -> Array:
     """Noise as [k, *examples, common positions, h]; one example where all share it."""
     if routes.num_lead and not inlet.mapped:
         noise = noise[:, None]
@@ -259,7 +275,11 @@ def _mean_product(
     return moved.T @ flat / len(flat)
 
 
-def rates(routes: Routes, num_tangents: int, num_devices: int) -> list[float]:
+def rates(
+    routes: Routes,
+    num_tangents: int,
+    num_devices: int,
+) -> list[float]:
     """The rate 0.1 / (1 + D/N) of each map.
 
     N is the number of samples in the mean: examples, common positions and noises. D is the number

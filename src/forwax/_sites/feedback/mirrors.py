@@ -167,7 +167,11 @@ def learnt(
 class _Learner:
     """A walk over the weights of a program, in which each mirror learns beside its weight."""
 
-    def __init__(self, sites: Sites, key: Array) -> None:
+    def __init__(
+        self,
+        sites: Sites,
+        key: Array,
+    ) -> None:
         self.sites = sites
         self.key = key
 
@@ -230,7 +234,12 @@ class _Learner:
             env[outer] = read(atom, env)
         return new
 
-    def one(self, mirror: Mirror, weight: Array, value: Array) -> Array:
+    def one(
+        self,
+        mirror: Mirror,
+        weight: Array,
+        value: Array,
+    ) -> Array:
         """One mirror after one step, by noise for all examples."""
         product = mirror.product
         types = self.sites.traced.types

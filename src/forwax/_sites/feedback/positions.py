@@ -56,7 +56,11 @@ def _tangent_program(routes: Routes) -> Traced:
     return trace(tangents, problem.params, problem.example_specs(), noises)
 
 
-def _linked(routes: Routes, inlet: Inlet, credit: Sequence[Credit]) -> Inlet:
+def _linked(
+    routes: Routes,
+    inlet: Inlet,
+    credit: Sequence[Credit],
+) -> Inlet:
     """An inlet with the outlets that it hears, and the axes that it shares with all of them."""
     # Of outlets that it changes, those whose losses it reaches: others are cut by stop_gradient.
     reach = 0
