@@ -3,7 +3,7 @@
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -179,6 +179,34 @@ class LearningRule(Rule):
             return value, grads, rule
 
         return step_of_loss
+
+
+class _Started(Protocol):
+    """A rule that can be made ready for a problem before its first step."""
+
+    def started(self, problem: Problem) -> Self:
+        """The rule in the form that it has in all steps."""
+        ...
+
+
+S = TypeVar("S", bound=_Started)
+
+
+def starter(
+    rule: S,
+    loss: Callable[..., Any],
+    argnums: int | Sequence[int],
+    has_aux: bool,
+    in_axes: Any,
+) -> Callable[..., S]:
+    """What a rule's `init` returns: from the loss's own arguments to the rule made ready."""
+    name = f"{type(rule).__name__}.init"
+    signature = Signature(loss, argnums, has_aux, in_axes, name, keyed=False)
+
+    def init_for(*args: Any, **kwargs: Any) -> S:
+        return rule.started(signature.bind(args, kwargs))
+
+    return init_for
 
 
 def check_count(name: str, field: str, value: object) -> None:

@@ -400,6 +400,28 @@ def test_a_signal_ends_the_block_and_the_run_goes_on_bit_for_bit(
     assert_same_run(run, reference)
 
 
+def test_what_a_rule_has_learnt_is_kept_and_goes_on_bit_for_bit(
+    tmp_path, monkeypatch, signal_after
+):
+    def model(shape, classes, key):
+        return MLP(9, (4, 4), classes, key=key)  # its second layer has a map
+
+    monkeypatch.setitem(
+        experiments.EXPERIMENTS, "tiny", dataclasses.replace(TINY, model=model)
+    )
+    monkeypatch.setattr(f"{__name__}.TINY", experiments.EXPERIMENTS["tiny"])
+    assert start(tmp_path / "whole", rule="learned-feedback") == 0
+    whole = only_run(tmp_path / "whole")
+    (learnt,) = final_state(whole).guess.direct
+    assert np.any(learnt != 0)
+    undo = signal_after(30)
+    assert start(tmp_path / "parts", rule="learned-feedback") == 130
+    undo()
+    run = only_run(tmp_path / "parts")
+    assert resume(run.path) == 0
+    assert_same_run(run, whole)
+
+
 def test_metrics_past_the_checkpoint_and_torn_lines_are_cut(
     reference, tmp_path, signal_after
 ):

@@ -1,5 +1,6 @@
 """Functions with a backward rule of the user's: who takes them, who refuses them, and their JVP."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -41,7 +42,7 @@ def untouched(x):
     return x, lambda error: jnp.clip(error, -0.1, 0.1)
 
 
-def spiking(p, trains, y):
+def spiking(p, trains, y, readout=clipped):
     def step(potentials, train):
         first, second = (0.9 * v for v in potentials)
         first = first + train @ p["w"]
@@ -51,7 +52,7 @@ def spiking(p, trains, y):
         return (first - s, second - t), t
 
     _, spikes = lax.scan(step, (jnp.zeros(8), jnp.zeros(8)), trains)
-    return jnp.sum((clipped(jnp.mean(spikes, axis=0)) @ p["o"] - y) ** 2)
+    return jnp.sum((readout(jnp.mean(spikes, axis=0)) @ p["o"] - y) ** 2)
 
 
 PARAMS = {"w": normal(0, 5, 8), "v": normal(1, 8, 8), "o": normal(2, 8, 3)}
@@ -75,6 +76,39 @@ def test_feedback_alignment_goes_back_by_surrogates_and_custom_gradients():
     assert norm(through_others["o"] - truth["o"]) <= 1e-5 * norm(truth["o"])
     for name in "wv":
         assert norm(through_others[name] - truth[name]) > 0.1 * norm(truth[name])
+
+
+def by_surrogates(p, trains, y):
+    """As `spiking`, without the rule that no tangent can pass."""
+    return spiking(p, trains, y, readout=lambda x: x)
+
+
+def test_errors_that_are_sent_go_back_by_surrogates_and_custom_gradients():
+    """Behind the last product the error is exact; before it, zero without the surrogate."""
+    truth = gradient(fx.Backprop())
+    learned = fx.LearnedFeedback(chain="none").init(spiking, in_axes=EACH)
+    learned = with_maps_of_ones(learned(PARAMS, *DATA))
+    for rule in (fx.DirectFeedbackAlignment(KEY), learned):
+        sent = gradient(rule)
+        assert norm(sent["o"] - truth["o"]) <= 1e-5 * norm(truth["o"])
+        assert norm(sent["w"]) > 0
+        assert norm(sent["v"]) > 0
+
+
+def with_maps_of_ones(rule):
+    maps = dataclasses.replace(
+        rule.maps, direct=jax.tree.map(jnp.ones_like, rule.maps.direct)
+    )
+    return dataclasses.replace(rule, maps=maps)
+
+
+def test_maps_learn_through_a_rule_that_can_be_transposed_and_no_other():
+    rule = fx.LearnedFeedback(chain="none")
+    start = rule.init(by_surrogates, in_axes=EACH)(PARAMS, *DATA)
+    _, _, after = start.step(by_surrogates, in_axes=EACH)(KEY, PARAMS, *DATA)
+    assert any(norm(m) > 0 for m in after.maps.direct)
+    with pytest.raises(TypeError, match="custom_vjp function has no JVP"):
+        rule.step(spiking, in_axes=EACH)(KEY, PARAMS, *DATA)
 
 
 def test_sites_of_a_rule_that_pushes_nothing():

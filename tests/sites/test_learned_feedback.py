@@ -89,21 +89,34 @@ def test_with_the_jacobian_as_map_units_that_are_all_on_give_the_exact_gradient(
     assert_close(got, exact(loss, (positive, x), in_axes=EACH), rtol=1e-5)
 
 
+def pinned(p, x, values):
+    """The network, its two inner products' values given: other weights change errors alone."""
+    h = jnp.tanh(x @ p["w"] + p["b"])
+    for name, value in zip("vu", values, strict=True):
+        z = h @ p[name]
+        h = jnp.tanh(z + jax.lax.stop_gradient(value - z))
+    return jnp.sum(jnp.sin(h @ p["o"]))
+
+
 @pytest.mark.parametrize("chain", ["none", "all"])
 def test_no_weight_but_the_last_enters_the_reverse_pass(chain):
-    """With other weights behind the forward pass the errors stay as they are."""
-    args = (PARAMS, X)
-    rule = train(fx.LearnedFeedback(chain=chain), MLP, args, 3, in_axes=EACH)
+    """With other weights behind the forward pass the errors stay as they are; backprop's do not."""
+    each = (None, 0, None)
+    values = (normal(6, 5), normal(7, 4))
+    rule = arbitrary(
+        fx.LearnedFeedback(chain=chain).init(pinned, in_axes=each)(PARAMS, X, values)
+    )
+    others = PARAMS | {"v": normal(8, 4, 5), "u": normal(9, 5, 4)}
 
-    def replaced(p, x):
-        # Forward "v" and "u" are the parameters' own; on the way back they would be others.
-        swap = lambda w: 5 * w - jax.lax.stop_gradient(4 * w)
-        return MLP(p | {"v": swap(p["v"]), "u": swap(p["u"])}, x)
+    def errors(rule, params):
+        grads = fx.grad(pinned, rule, in_axes=each)(KEY, params, X, values)
+        return {name: grads[name] for name in ("w", "b", "v", "u")}
 
-    grads = fx.grad(MLP, rule, in_axes=EACH)(KEY, *args)
-    again = fx.grad(replaced, rule, in_axes=EACH)(KEY, *args)
-    for name in ("w", "b", "o"):
-        assert_close(again[name], grads[name], rtol=1e-5)
+    assert_close(errors(rule, others), errors(rule, PARAMS), rtol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(
+            errors(fx.Backprop(), others), errors(fx.Backprop(), PARAMS), rtol=1e-2
+        )
 
 
 CHAINS_ALL = [
@@ -157,10 +170,14 @@ def test_draws_of_the_corrected_estimate_have_the_gradient_as_their_mean():
 
 
 def arbitrary(rule):
-    leaves, structure = jax.tree.flatten(rule.maps.direct)
-    keys = jax.random.split(jax.random.key(1), len(leaves) + 1)
-    drawn = [jax.random.normal(k, m.shape, m.dtype) for k, m in zip(keys, leaves)]  # noqa: B905
-    maps = dataclasses.replace(rule.maps, direct=structure.unflatten(drawn))
+    """The rule with random maps and mirrors."""
+    learnt = (rule.maps.direct, rule.maps.mirrors)
+    leaves, structure = jax.tree.flatten(learnt)
+    keys = jax.random.split(jax.random.key(1), len(leaves) + 1)[1:]
+    pairs = zip(keys, leaves, strict=True)
+    drawn = [jax.random.normal(k, m.shape, m.dtype) for k, m in pairs]
+    direct, mirrors = structure.unflatten(drawn)
+    maps = dataclasses.replace(rule.maps, direct=direct, mirrors=mirrors)
     return dataclasses.replace(rule, maps=maps)
 
 

@@ -156,7 +156,7 @@ def test_low_rank_weights_merged_and_beside_have_the_same_sites_at_the_products(
 
 
 def test_replay_is_flat_in_depth_but_for_the_merged_weights():
-    """Section 4's model: backprop holds 3.5 MiB."""
+    """24 layers with merged low-rank weights, of which backprop holds 3.5 MiB."""
     width, batch, rank = 64, 512, 4
 
     def temporaries(depth, rule):

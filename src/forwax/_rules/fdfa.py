@@ -7,14 +7,20 @@ Bacho, Chu, "Low-Variance Forward Gradients using Direct Feedback Alignment and 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 from jax import Array
 
 from forwax import _mesh
-from forwax._rule import LearningRule, check_count, check_directions, check_shared
-from forwax._signature import Problem, Signature
+from forwax._rule import (
+    LearningRule,
+    check_count,
+    check_directions,
+    check_shared,
+    starter,
+)
+from forwax._signature import Problem
 from forwax._sites.feedback import direct, maps
 from forwax._sites.feedback.find_routes import find_routes
 from forwax._sites.feedback.inlets import Routes
@@ -102,13 +108,11 @@ class FDFA(LearningRule):
             A function of the loss's own arguments that returns the rule. Nothing is computed, the
             loss is only traced.
         """
-        signature = Signature(loss, argnums, has_aux, in_axes, "FDFA.init", keyed=False)
+        return starter(self, loss, argnums, has_aux, in_axes)
 
-        def init_for(*args: Any, **kwargs: Any) -> FDFA:
-            routes = self.sites(signature.bind(args, kwargs))
-            return dataclasses.replace(self, maps=maps.zeros(routes))
-
-        return init_for
+    def started(self, problem: Problem) -> Self:
+        """The rule with maps of zeros for a problem."""
+        return dataclasses.replace(self, maps=maps.zeros(self.sites(problem)))
 
     def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "FDFA"]:
         """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""

@@ -9,15 +9,21 @@ Weight Transport", arXiv 1904.05391.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh
-from forwax._rule import LearningRule, check_count, check_directions, check_shared
-from forwax._signature import Problem, Signature
+from forwax._rule import (
+    LearningRule,
+    check_count,
+    check_directions,
+    check_shared,
+    starter,
+)
+from forwax._signature import Problem
 from forwax._sites.feedback import direct, maps, mirrors
 from forwax._sites.feedback.find_routes import find_routes
 from forwax._sites.feedback.inlets import Routes
@@ -168,14 +174,11 @@ class LearnedFeedback(LearningRule):
             A function of the loss's own arguments that returns the rule. Nothing is computed, the
             loss is only traced.
         """
-        name = "LearnedFeedback.init"
-        signature = Signature(loss, argnums, has_aux, in_axes, name, keyed=False)
+        return starter(self, loss, argnums, has_aux, in_axes)
 
-        def init_for(*args: Any, **kwargs: Any) -> LearnedFeedback:
-            routes = self.sites(signature.bind(args, kwargs))
-            return dataclasses.replace(self, maps=_zeros(routes))
-
-        return init_for
+    def started(self, problem: Problem) -> Self:
+        """The rule with maps of zeros for a problem."""
+        return dataclasses.replace(self, maps=_zeros(self.sites(problem)))
 
     def advance(
         self, key: Array, problem: Problem
