@@ -118,9 +118,8 @@ class FDFA(LearningRule):
         """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""
         check_directions("FDFA", self.tangents)
         check_shared("FDFA", self.tangents)
-        over = _mesh.axes(
-            key
-        )  # a key of its own gives each device an estimate of its own
+        # A key of its own gives each device an estimate of its own.
+        over = _mesh.axes(key)
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
         routes = self.sites(dataclasses.replace(problem, params=params))
         rule = dataclasses.replace(self, maps=self._learnt(key, routes))

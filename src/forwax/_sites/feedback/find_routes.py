@@ -54,6 +54,7 @@ def find_routes(
     elif chain == "positions" and able:
         direct = _plan(sites, outlets, tail, cut)
         chained = mixing_products(direct, able)
+    # What stays cut has direct maps: of an input that both read, the other uses alone.
     for equation in chained:
         del cut[equation]
     routes = _plan(sites, outlets, tail, cut)
@@ -182,6 +183,7 @@ def _inlets(
             products.setdefault(v, []).append(equation)
     inlets: list[Inlet] = []
     numbers: dict[Equation, dict[Variable, int]] = {}
+    # Products that read the same value hand back one error, by one map.
     for number, (v, readers) in enumerate(products.items()):
         aval = types[v]
         inlet = Inlet(

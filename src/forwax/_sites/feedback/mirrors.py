@@ -243,6 +243,7 @@ class _Learner:
         """One mirror after one step, by noise for all examples."""
         product = mirror.product
         types = self.sites.traced.types
+        # Linear in one weight, so that it has one other operand.
         (data,) = [v for v in product.variables if self.sites.kinds[v] is Kind.MIXED]
         examples = self.sites.num_examples or 1
         aval = types[data]
