@@ -1,11 +1,11 @@
 """From a problem to the routes of its errors."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from forwax import _mesh, _tree
 from forwax._programs.dataflow import Reach
-from forwax._programs.program import Equation, Program, Variable
+from forwax._programs.program import Equation, Program, Variable, variables
 from forwax._programs.tracing import new_variable, renamed_inputs
 from forwax._signature import Problem
 from forwax._sites.feedback.inlets import (
@@ -41,19 +41,24 @@ def find_routes(
     """
     sites = find_sites(problem, name, None, exact_outputs=True, pushes=False)
     inputs = data_inputs(sites.level, sites.products, sites.reach)
-    outlets, tail = _outlets(sites, inputs)
+    outlets, tail, last = _outlets(sites, inputs)
     mapped = {o.start for o in outlets if o.variable in sites.mapped}
     sites = dataclasses.replace(sites, mapped=sites.mapped | mapped)
     exact = {e for site in sites.places if site.exact for e in site.region.equations}
+    exact |= last
     cut = {e: data for e, data in inputs.items() if e not in exact}
 
     chained: list[Equation] = []
     able = [e for e in cut if may_have_mirror(e, sites)]
     if chain == "all":
         chained = able
-    elif chain == "positions" and able:
-        direct = _plan(sites, outlets, tail, cut)
-        chained = mixing_products(direct, able)
+    elif chain == "positions":
+        # What mixes positions behind a gain hands its error on through the gain.
+        chained = [e for e in able if _is_gain(e)]
+        others = [e for e in able if e not in chained]
+        direct = {e: data for e, data in cut.items() if e not in chained}
+        if others:
+            chained += mixing_products(_plan(sites, outlets, tail, direct), others)
     # What stays cut has direct maps: of an input that both read, the other uses alone.
     for equation in chained:
         del cut[equation]
@@ -105,27 +110,33 @@ def data_inputs(
 
 def _outlets(
     sites: Sites, inputs: Mapping[Equation, Sequence[Variable]]
-) -> tuple[tuple[Outlet, ...], Tail]:
-    """The values of the last sites, or their data inputs where these have fewer coordinates."""
+) -> tuple[tuple[Outlet, ...], Tail, set[Equation]]:
+    """Where exact errors are taken, the tail behind, and the operations that they cross.
+
+    They are the values of the last sites or, where these have fewer coordinates, their data; or
+    what their data are made of, as far as there are no more coordinates.
+    """
     types = sites.traced.types
     program = sites.level.program
     names: dict[Variable, Variable] = {}
     chosen: dict[Variable, int] = {}
-    in_front: set[Equation] = set()
+    crossed: set[Equation] = set()
     for site in output_sites(sites):
         taken = [v for e in site.region.equations for v in inputs.get(e, ())]
         # Logits of ten classes are fewer than the data, and the data fewer than a vocabulary.
         size = sum(_tree.num_coordinates(types[v]) for v in taken)
         if taken and size < site.size:
-            in_front.update(site.region.equations)
+            crossed.update(site.region.equations)
             for v in taken:
-                names.setdefault(v, new_variable(types, types[v]))
-                chosen[v] = chosen.get(v, 0) | site.reach
+                start, between = _earlier(sites, v, site.region.equations)
+                crossed.update(between)
+                names.setdefault(start, new_variable(types, types[start]))
+                chosen[start] = chosen.get(start, 0) | site.reach
         else:
             chosen[site.variable] = chosen.get(site.variable, 0) | site.reach
 
     def renamed(equation: Equation) -> Equation:
-        return renamed_inputs(equation, names) if equation in in_front else equation
+        return renamed_inputs(equation, names) if equation in crossed else equation
 
     # The tail starts at the edge into the last products alone: other uses are no part of it.
     read_anew = Program(
@@ -139,7 +150,70 @@ def _outlets(
         Outlet(v, names.get(v, v), tuple(types[v].shape), types[v].dtype, losses)
         for v, losses in chosen.items()
     ]
-    return tuple(outlets), tail
+    return tuple(outlets), tail, crossed
+
+
+def _earlier(
+    sites: Sites, data: Variable, readers: Collection[Equation]
+) -> tuple[Variable, set[Equation]]:
+    """The first value of no more coordinates that all of a last product's data are made of.
+
+    Maps need not learn what lies between: it holds no weight but gains, which keep entries apart.
+
+    Args:
+        sites: the problem's sites.
+        data: what the product takes.
+        readers: the operations that may read it.
+
+    Returns:
+        The value, and the operations that lie between.
+    """
+    types = sites.traced.types
+    kinds = sites.kinds
+    all_equations = sites.level.program.equations
+    outputs = variables(sites.level.program.outputs)
+
+    def size(v: Variable) -> int:
+        return _tree.num_coordinates(types[v])
+
+    found, between = data, set[Equation]()
+    open_ends = {data}
+    crossed: set[Equation] = set()
+    for equation in reversed(all_equations):
+        made = open_ends.intersection(equation.outputs)
+        if not made:
+            continue
+        # Another reader would hear of an error that is not all of it.
+        inside = crossed.union(readers)
+        is_read_inside = all(
+            e in inside or made.isdisjoint(e.variables) for e in all_equations
+        )
+        if not is_read_inside or not made.isdisjoint(outputs):
+            break
+        if not _keeps_entries_apart(equation, sites):
+            break
+        crossed.add(equation)
+        open_ends -= made
+        open_ends.update(v for v in equation.variables if kinds[v] is Kind.MIXED)
+        if len(open_ends) == 1:
+            (only,) = open_ends
+            if size(only) <= size(found):
+                found, between = only, set(crossed)
+    return found, between
+
+
+def _keeps_entries_apart(equation: Equation, sites: Sites) -> bool:
+    """Whether an operation has no trained weight, or no other than a gain."""
+    if equation.primitive is None or not is_crossed(equation, sites.reach):
+        return False
+    if equation.loop is not None or equation.irreversible:
+        return False
+    return not sites.products.weights(equation) or _is_gain(equation)
+
+
+def _is_gain(equation: Equation) -> bool:
+    """Whether a product multiplies entry by entry."""
+    return equation.facts.scaled == (0, 1)
 
 
 def _behind(program: Program, starts: Sequence[Variable]) -> set[Equation]:
