@@ -302,6 +302,65 @@ def test_the_recurrent_weight_of_a_loop_over_time_is_chained_and_layers_are_not(
     assert not plan.mirrors
 
 
+def normed(params, tokens, *, is_penalised=False):
+    """A transformer with gains, whose last product takes the normed residual stream."""
+
+    def norm(h, gain):
+        centred = h - jnp.mean(h, axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-3)
+        return centred * scale * gain[None]
+
+    h = params["embedding"][tokens]
+    x = norm(h, params["gain"])
+    scores = jnp.where(jnp.tri(len(h)) > 0, x @ params["q"] @ (x @ params["k"]).T, -9.0)
+    h = h + jax.nn.softmax(scores) @ (x @ params["v"]) @ params["o"]
+    last = norm(h, params["last"])
+    loss = -jnp.mean(jax.nn.log_softmax(last @ params["head"])[:, 0])
+    return loss + jnp.sum(last**2) if is_penalised else loss
+
+
+NORMED = TRANSFORMER["layers"][0] | {
+    "embedding": TRANSFORMER["embedding"],
+    "head": TRANSFORMER["head"],
+    "gain": 1 + normal(40, 4) / 5,
+    "last": 1 + normal(41, 4) / 5,
+}
+
+
+def test_the_error_is_taken_in_front_of_the_last_norm():
+    """What ends in the residual stream then needs no map: with maps of zeros it is exact."""
+    rule = fx.LearnedFeedback().init(normed, in_axes=EACH)(NORMED, TOKENS)
+    got = fx.grad(normed, rule, in_axes=EACH)(KEY, NORMED, TOKENS)
+    expected = exact(normed, (NORMED, TOKENS), in_axes=EACH)
+    for name in ("o", "last", "head"):
+        assert_close(got[name], expected[name], rtol=1e-5)
+    assert float(jnp.max(jnp.abs(got["q"]))) == 0
+
+
+def test_it_stays_behind_the_norm_where_something_else_reads_the_normed_value():
+    """An error taken in front of it would not be all that the last product's data have."""
+    penalised = functools.partial(normed, is_penalised=True)
+    (outlet,) = plan_of(penalised, (NORMED, TOKENS), EACH).outlets
+    (before,) = plan_of(normed, (NORMED, TOKENS), EACH).outlets
+    assert outlet.shape == before.shape == (5, 4)
+    assert outlet.variable > before.variable
+
+
+def test_gains_have_mirrors_of_their_size_so_that_chains_end_nowhere():
+    """The error of keys and values goes on to the embedding: chained with all, it is exact."""
+    plan = plan_of(normed, (NORMED, TOKENS), EACH, "positions")
+    rule = fx.LearnedFeedback().init(normed, in_axes=EACH)(NORMED, TOKENS)
+    assert [m.shape for m in rule.maps.mirrors] == [(4,), (4, 4), (4, 4)]
+    # the data of the queries, which keys and values share, and of the output's product
+    assert [len(i.products) for i in plan.inlets] == [1, 1]
+    alone = fx.LearnedFeedback(chain="none").init(normed, in_axes=EACH)(NORMED, TOKENS)
+    assert not alone.maps.mirrors
+    assert len(alone.maps.direct) == 3
+    rule = train(fx.LearnedFeedback(chain="all"), normed, (NORMED, TOKENS), 800, EACH)
+    got = fx.grad(normed, rule, in_axes=EACH)(KEY, NORMED, TOKENS)
+    assert_close(got, exact(normed, (NORMED, TOKENS), in_axes=EACH))
+
+
 def test_a_gain_has_no_positions_of_its_own():
     def loss(p, x):
         h = jnp.tanh(jnp.tanh(x @ p["w"]) * p["gain"][None])

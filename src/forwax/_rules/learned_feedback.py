@@ -56,11 +56,12 @@ class LearnedFeedback(LearningRule):
 
     A product φ(w, h) of a parameter with data h gives h the error e·M in place of wᵀ times its own,
     where e is the exact error of the last products (those after which none comes), taken at their
-    values or at their data, whichever has fewer coordinates. Through all that has no parameter
-    (activations, pooling, softmax, statistics of norms, residual additions) and through the last
-    products errors go exactly, and so do gradients from a product's error to its parameter. No
-    other product waits for an error from behind it, and no weight's value enters the reverse pass
-    but those of the last products.
+    values or at their data, whichever has fewer coordinates; and at what these data are made of
+    where that has no more, such as the residual stream in front of a last norm. Through all that
+    has no parameter (activations, pooling, softmax, statistics of norms, residual additions) and
+    through the last products errors go exactly, and so do gradients from a product's error to its
+    parameter. No other product waits for an error from behind it, and no weight's value enters the
+    reverse pass but those of the last products and of a gain between them and e.
 
     Maps learn from noise u on all data inputs at once and the outlets' tangents ė along it, by
     least mean squares: R = ė - Σ u Mᵀ, M ← M + η mean(R ⊗ u). The mean is over examples, noises and
@@ -71,7 +72,8 @@ class LearnedFeedback(LearningRule):
     A direct map hears of its own position alone. Where a product's value reaches other positions
     before the next product (keys and values of attention, the recurrent weight of a loop over
     time), its data's error comes through a mirror of its own weight instead, which learns from the
-    product's own answers to noise.
+    product's own answers to noise. So does that of a gain, or what is chained behind it would end
+    there; its mirror has as many entries as the gain.
 
     `step` learns and estimates. `forwax.value_and_grad` takes the maps as they are; without
     `correction` it needs no noise, and ignores the key. A rule is a frozen value, so that `step`
@@ -83,8 +85,8 @@ class LearnedFeedback(LearningRule):
         rate: η of the direct maps; None for 0.1 / (1 + D/N), where N is the number of samples in
             the mean and D that of the noise coordinates in one R. Above 2 / (1 + D/N) they diverge.
         every: maps learn in each n-th step; the others push no tangent.
-        chain: which products have mirrors: "none", "positions" as above, or "all": then the
-            estimate tends to the gradient.
+        chain: which products have mirrors: "none", "positions" (those that mix positions, and
+            gains), or "all": then the estimate tends to the gradient.
         correction: whether the noise also corrects the estimate, which makes it unbiased whatever
             the maps are: with the slopes c along the noise and those foreseen, ĉ = Σ<ê, u>, an
             input's error is ê + (c - ĉ) u. Each step then pushes tangents, and all products have
