@@ -6,6 +6,7 @@ from forwax import functions as functions
 from forwax import tangents as tangents
 from forwax import testing as testing
 from forwax._fused import update
+from forwax._gauss_newton import GaussNewton
 from forwax._learning_rate import suggest_learning_rate
 from forwax._momentum import Momentum
 from forwax._reports.diagnostics import diagnose
@@ -39,6 +40,7 @@ __all__ = [
     "Exact",
     "FeedbackAlignment",
     "FiniteDifference",
+    "GaussNewton",
     "LearnedFeedback",
     "LearningRule",
     "LocalLosses",

@@ -134,7 +134,7 @@ class Signature:
         numbers = self._numbers(len(args))
         in_axes = self._in_axes(args, numbers)
         for number in numbers:
-            _check_leaves(args[number])
+            check_leaves(self.name, args[number])
         params = tuple(jax.tree.map(as_array, args[number]) for number in numbers)
         mapped = _Mapped(args, in_axes)
         statics = _Statics()
@@ -346,7 +346,7 @@ def _checked_real(leaf: Any) -> Array:
     return array
 
 
-def _check_leaves(arg: Tree) -> None:
+def check_leaves(name: str, arg: Tree) -> None:
     """Raise a TypeError for a leaf that cannot be differentiated."""
     leaves = cast(list[tuple[Any, Any]], jax.tree_util.tree_leaves_with_path(arg))
     for path, leaf in leaves:
@@ -354,9 +354,9 @@ def _check_leaves(arg: Tree) -> None:
             continue
         where = jax.tree_util.keystr(path) or "the argument itself"
         raise TypeError(
-            "value_and_grad requires real- or complex-valued inputs (input dtype that is a "
-            f"sub-dtype of np.inexact), but got {describe(leaf)} at {where}. Differentiate the "
-            "floating leaves only: eqx.partition(model, eqx.is_inexact_array) for Equinox, "
+            f"{name} requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
+            f"np.inexact), but got {describe(leaf)} at {where}. Differentiate the floating leaves "
+            "only: eqx.partition(model, eqx.is_inexact_array) for Equinox, "
             "nnx.split(model, nnx.Param, ...) for Flax NNX."
         )
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.lax import Precision
 
 Tree: TypeAlias = Any
 Spec: TypeAlias = jax.ShapeDtypeStruct
@@ -162,6 +163,25 @@ def inner(left: Tree, right: Tree) -> Array:
 def _leaf_inner(a: Array, b: Array) -> Array:
     dtype = accumulation_dtype(promoted(a.dtype, b.dtype))
     return jnp.sum(a.astype(dtype) * b.astype(dtype))
+
+
+def gram(left: Tree, right: Tree) -> Array:
+    """Real inner products [k, l] of trees with a leading axis k, and l, in at least float32."""
+    dtype = common_dtype(real_specs(left))
+
+    def rows(x: Array) -> Array:
+        flat = x.reshape(x.shape[0], -1)
+        if is_complex(x):
+            # [k, size] -> [k, 2 size]
+            flat = jnp.concatenate([flat.real, flat.imag], axis=1)
+        return flat.astype(dtype)
+
+    def of_leaf(x: Array, y: Array) -> Array:
+        # Accelerators round a product's operands by default, which is too coarse to be inverted.
+        return jnp.matmul(rows(x), rows(y).T, precision=Precision.HIGHEST)
+
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return added([of_leaf(x, y) for x, y in pairs])
 
 
 def added(terms: Sequence[Array]) -> Array:

@@ -14,7 +14,6 @@ from typing import ClassVar, cast
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.lax import Precision
 
 from forwax import _tree
 from forwax._tree import Tree
@@ -151,7 +150,7 @@ class Projection(Combine):
 
     def coefficients(self, slopes: Array, tangents: Tree) -> Array:
         """(VᵀV)⁻¹ c by a guarded Cholesky factorisation."""
-        gram = _gram(tangents)
+        gram = _tree.gram(tangents, tangents)
         squares = cast(Array, jnp.diagonal(gram))
         length = jnp.sqrt(squares)
         # A tangent of zeros has no direction: its row and column of the system become the unit's.
@@ -239,18 +238,3 @@ class ControlVariate(Combine):
 def _divided(total: Tree, divisor: float) -> Tree:
     leaves = [x / divisor for x in jax.tree.leaves(total)]
     return _tree.with_leaves(total, leaves)
-
-
-def _gram(tangents: Tree) -> Array:
-    """All inner products <v_i, v_j> [k, k] over the real coordinates of all leaves."""
-    return _tree.added([_leaf_gram(x) for x in jax.tree.leaves(tangents)])
-
-
-def _leaf_gram(x: Array) -> Array:
-    flat = x.reshape(x.shape[0], -1)
-    if _tree.is_complex(x):
-        # [k, size] -> [k, 2 size]
-        flat = jnp.concatenate([flat.real, flat.imag], axis=1)
-    wide = flat.astype(_tree.accumulation_dtype(flat.dtype))
-    # Accelerators round a product's operands by default, which is too coarse for Cholesky.
-    return jnp.matmul(wide, wide.T, precision=Precision.HIGHEST)
