@@ -242,7 +242,8 @@ def test_minibatches_take_a_traced_step_size_that_falls():
     state, _ = jax.jit(lambda s: jax.lax.scan(step, s, jnp.arange(200)))(
         (START, solver)
     )
-    assert half_square(residuals(state[0], X, Y)) < 1e-4
+    first = half_square(residuals(START, X, Y))
+    assert half_square(residuals(state[0], X, Y)) < 1e-3 * first
 
 
 def test_chunks_bound_the_memory_and_change_nothing():
