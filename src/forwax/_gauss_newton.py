@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _subspace, _tree
-from forwax._directions.formed import Formed
+from forwax._directions.formed import Formed, basis_vectors
 from forwax._programs import custom_rules
 from forwax._pushforward import is_concrete, num_chunks, slopes
 from forwax._rule import check_count, check_directions, check_shared
@@ -235,25 +235,19 @@ class GaussNewton:
         weights = weights * jnp.asarray(self.step_size, weights.dtype)
         change = _subspace.combined(directions, draw, weights, self.chunk_size)
         moved = jax.tree.map(_minus, params, change)
+        is_finite = _tree.all_finite(moved)
         if not self.adapt:
-            return value, aux, *self._kept(params, moved, _tree.all_finite(moved))
+            return value, aux, *self._kept(params, moved, is_finite)
         after = objective.value(vector(moved)[0])
         square = jnp.vdot(weights, _subspace.product(curvature, weights))
         predicted = jnp.vdot(weights, slope) - square / 2
-        params, solver = self._kept(params, moved, after <= value)
+        params, solver = self._kept(params, moved, is_finite & (after <= value))
         return value, aux, params, solver._adapted(value, after, predicted)
 
     def _draw(self, key: Array, params: Tree, num_tangents: int) -> Draw:
         """How directions are drawn: held where they are pushed in one go, else drawn anew."""
-        specs = _tree.real_specs(params)
-
-        def basis(indices: Array) -> Tree:
-            row = lambda index: _tree.basis(index, specs)  # noqa: E731
-            rows = jax.vmap(row)(indices)  # [c, *shape] of each real leaf
-            return _tree.from_real(rows, params, lead=1)
-
-        draw: Draw = basis
-        if num_tangents < _tree.count(specs):
+        draw: Draw = basis_vectors(params)
+        if num_tangents < _tree.num_coordinates(params):
             draw = sampler(self.tangents, key, params, num_tangents)
         if num_chunks(num_tangents, self.chunk_size) > 1:
             return draw

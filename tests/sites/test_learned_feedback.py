@@ -346,6 +346,48 @@ def test_it_stays_behind_the_norm_where_something_else_reads_the_normed_value():
     assert outlet.variable > before.variable
 
 
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda h: h[:, None],
+        lambda h: jnp.broadcast_to(h[:, None], (4, 4)).astype(jnp.float32),
+    ],
+)
+def test_a_layer_that_is_written_as_a_product_entry_by_entry_is_no_gain(repeated):
+    """Its weight would enter the reverse pass: (h[:, None] * w).sum(0) is h @ w."""
+
+    def written(params, x):
+        h = jnp.tanh(x @ params["first"])
+        last = jnp.sum(repeated(h) * params["second"], axis=0)
+        return jnp.sum(jnp.sin(last @ params["head"]))
+
+    params = {
+        "first": normal(50, 3, 4),
+        "second": normal(51, 4, 4),
+        "head": normal(52, 4, 9),
+    }
+    for chain in ("none", "positions"):
+        plan = plan_of(written, (params, X), EACH, chain)
+        assert not plan.mirrors
+        assert len(plan.inlets) == 1
+    rule = fx.LearnedFeedback().init(written, in_axes=EACH)(params, X)
+    grads = fx.grad(written, rule, in_axes=EACH)(KEY, params, X)
+    assert float(jnp.max(jnp.abs(grads["first"]))) == 0  # its map is zero
+
+
+def test_explain_says_where_the_error_is_taken():
+    rule = fx.LearnedFeedback()
+    rows = fx.explain(normed, rule, in_axes=EACH)(NORMED, TOKENS).rows
+    assert rows[-1].credit == (
+        "exact error, sent from what its data are made of: 20 coordinates"
+    )
+    assert rows[-2].credit == "exact error of what follows; its data's too"
+    assert rows[1].credit.endswith("by a mirror of the weight")
+    penalised = functools.partial(normed, is_penalised=True)
+    rows = fx.explain(penalised, rule, in_axes=EACH)(NORMED, TOKENS).rows
+    assert rows[-1].credit == "exact error, sent from its data: 20 coordinates"
+
+
 def test_gains_have_mirrors_of_their_size_so_that_chains_end_nowhere():
     """The error of keys and values goes on to the embedding: chained with all, it is exact."""
     plan = plan_of(normed, (NORMED, TOKENS), EACH, "positions")

@@ -7,11 +7,25 @@ from typing import Any
 import jax
 from jax import Array
 
-from forwax import _tree
+from forwax import _mesh, _tree
 from forwax._directions.add import FEW
 from forwax._directions.direction import Unpacked
 from forwax._pushforward import Objective, is_concrete, over_tangents
 from forwax._tree import Tree
+
+
+def basis_vectors(params: Tree) -> Callable[[Array], Tree]:
+    """Takes indices [c] to the basis vectors of all real coordinates, as directions [c, *shape]."""
+    specs = _tree.real_specs(params)
+    axes = jax.tree.unflatten(jax.tree.structure(params), _mesh.tree_axes(params))
+
+    def draw(indices: Array) -> Tree:
+        row = lambda index: _tree.basis(index, specs)  # noqa: E731
+        rows = jax.vmap(row)(indices)  # [c, *shape] of each real leaf
+        directions = _tree.from_real(rows, params, lead=1)
+        return jax.tree.map(_mesh.vary, directions, axes)
+
+    return draw
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

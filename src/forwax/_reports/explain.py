@@ -167,19 +167,30 @@ def _rows_of_routes(routes: Routes) -> tuple[SiteRow, ...]:
 
 def _way_back(site: Site, routes: Routes) -> str:
     """What a site's data gets in place of its own error, or where the exact error is taken."""
-    data = [v for e in site.region.equations for v in e.variables]
-    taken = [o for o in routes.outlets if o.variable in (site.variable, *data)]
+    equations = site.region.equations
+    data = [v for e in equations for v in e.variables]
+    taken = [
+        outlet
+        for outlet in routes.outlets
+        if outlet.variable == site.variable or not outlet.crossed.isdisjoint(equations)
+    ]
     if site.exact:
         if not taken:
             return "exact error"
-        place = "value" if taken[0].variable == site.variable else "data"
+        place = "what its data are made of"
+        if taken[0].variable == site.variable:
+            place = "its value"
+        elif taken[0].variable in data:
+            place = "its data"
         size = sum(_tree.num_coordinates(outlet) for outlet in taken)
-        return f"exact error, sent from its {place}: {size:,} coordinates"
-    if not routes.chained.isdisjoint(site.region.equations):
+        return f"exact error, sent from {place}: {size:,} coordinates"
+    if taken:
+        return "exact error of what follows; its data's too"
+    if not routes.chained.isdisjoint(equations):
         return "exact error of what follows; its data's by a mirror of the weight"
     numbers = {
         number
-        for equation in site.region.equations
+        for equation in equations
         for number in routes.numbers.get(equation, {}).values()
     }
     if not numbers:

@@ -28,10 +28,11 @@ class DirectFeedbackAlignment(Rule):
     Where a product of a parameter with data h is not a last one, h gets the error B e in place of
     its own, where e is the exact error of the last products (those after which none comes). All in
     between is differentiated exactly: (B e) ⊙ f′(a) for a layer h = f(a), as published. e is taken
-    at the last products' values or at their data, whichever has fewer coordinates; products that
-    share their data share a map, and so do positions along axes that the data has in common with
-    the outputs. With `forwax.LocalLosses` a product hears only of outputs whose losses it reaches.
-    Needs no noise; the key of the call is ignored.
+    at the last products' values or at their data, whichever has fewer coordinates, or at what these
+    data are made of where that has no more; products that share their data share a map, and so do
+    positions along axes that the data has in common with the outputs. With `forwax.LocalLosses` a
+    product hears only of outputs whose losses it reaches. Needs no noise; the key of the call is
+    ignored.
 
     Attributes:
         feedback: a PRNG key, from which the same maps follow in every call: normal entries of

@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._directions.formed import Formed
+from forwax._directions.formed import Formed, basis_vectors
 from forwax._pushforward import slopes
 from forwax._rule import Rule, check_count
 from forwax._signature import Problem
@@ -45,19 +45,11 @@ class Exact(Rule):
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient; see `Rule.estimate`."""
         params = problem.params
-        specs = _tree.real_specs(params)
-        n = _tree.count(specs)
+        n = _tree.num_coordinates(params)
         if n == 0:
             return *problem.objective(params), params
 
-        axes = jax.tree.unflatten(jax.tree.structure(params), _mesh.tree_axes(params))
-
-        def basis(indices: Array) -> Tree:
-            row = lambda index: _tree.basis(index, specs)  # noqa: E731
-            rows = jax.vmap(row)(indices)  # [c, *shape] of each real leaf
-            tangents = _tree.from_real(rows, params, lead=1)
-            return jax.tree.map(_mesh.vary, tangents, axes)
-
+        basis = basis_vectors(params)
         directions = Formed(problem.objective, params, lambda key: basis)
         result = slopes(directions, basis, n, chunk_size=self.chunk_size)
         return result.value, result.aux, _gradient(result.found, params)

@@ -16,7 +16,11 @@ from forwax._sites.feedback.inlets import (
     lengths_around,
 )
 from forwax._sites.feedback.mirrors import find_mirrors, may_have_mirror
-from forwax._sites.feedback.positions import mixing_products, with_positions
+from forwax._sites.feedback.positions import (
+    makers_of,
+    mixing_products,
+    with_positions,
+)
 from forwax._sites.find import find_sites
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Level
@@ -41,11 +45,12 @@ def find_routes(
     """
     sites = find_sites(problem, name, None, exact_outputs=True, pushes=False)
     inputs = data_inputs(sites.level, sites.products, sites.reach)
-    outlets, tail, last = _outlets(sites, inputs)
+    makers = makers_of(sites.level)
+    outlets, tail = _outlets(sites, inputs, makers)
     mapped = {o.start for o in outlets if o.variable in sites.mapped}
     sites = dataclasses.replace(sites, mapped=sites.mapped | mapped)
     exact = {e for site in sites.places if site.exact for e in site.region.equations}
-    exact |= last
+    exact = exact.union(*(outlet.crossed for outlet in outlets))
     cut = {e: data for e, data in inputs.items() if e not in exact}
 
     chained: list[Equation] = []
@@ -54,9 +59,10 @@ def find_routes(
         chained = able
     elif chain == "positions":
         # What mixes positions behind a gain hands its error on through the gain.
-        chained = [e for e in able if _is_gain(e)]
-        others = [e for e in able if e not in chained]
-        direct = {e: data for e, data in cut.items() if e not in chained}
+        gains = {e for e in able if _is_gain(e, sites, makers)}
+        chained = [e for e in able if e in gains]
+        others = [e for e in able if e not in gains]
+        direct = {e: data for e, data in cut.items() if e not in gains}
         if others:
             chained += mixing_products(_plan(sites, outlets, tail, direct), others)
     # What stays cut has direct maps: of an input that both read, the other uses alone.
@@ -109,9 +115,11 @@ def data_inputs(
 
 
 def _outlets(
-    sites: Sites, inputs: Mapping[Equation, Sequence[Variable]]
-) -> tuple[tuple[Outlet, ...], Tail, set[Equation]]:
-    """Where exact errors are taken, the tail behind, and the operations that they cross.
+    sites: Sites,
+    inputs: Mapping[Equation, Sequence[Variable]],
+    makers: Mapping[Variable, Equation],
+) -> tuple[tuple[Outlet, ...], Tail]:
+    """Where exact errors are taken, and the tail behind.
 
     They are the values of the last sites or, where these have fewer coordinates, their data; or
     what their data are made of, as far as there are no more coordinates.
@@ -120,23 +128,24 @@ def _outlets(
     program = sites.level.program
     names: dict[Variable, Variable] = {}
     chosen: dict[Variable, int] = {}
-    crossed: set[Equation] = set()
+    crossed: dict[Variable, set[Equation]] = {}
     for site in output_sites(sites):
-        taken = [v for e in site.region.equations for v in inputs.get(e, ())]
+        last = site.region.equations
+        taken = [v for e in last for v in inputs.get(e, ())]
         # Logits of ten classes are fewer than the data, and the data fewer than a vocabulary.
         size = sum(_tree.num_coordinates(types[v]) for v in taken)
         if taken and size < site.size:
-            crossed.update(site.region.equations)
             for v in taken:
-                start, between = _earlier(sites, v, site.region.equations)
-                crossed.update(between)
+                start, between = _earlier(sites, v, last, makers)
+                crossed.setdefault(start, set()).update(between, last)
                 names.setdefault(start, new_variable(types, types[start]))
                 chosen[start] = chosen.get(start, 0) | site.reach
         else:
             chosen[site.variable] = chosen.get(site.variable, 0) | site.reach
+    in_front = set[Equation]().union(*crossed.values())
 
     def renamed(equation: Equation) -> Equation:
-        return renamed_inputs(equation, names) if equation in crossed else equation
+        return renamed_inputs(equation, names) if equation in in_front else equation
 
     # The tail starts at the edge into the last products alone: other uses are no part of it.
     read_anew = Program(
@@ -147,14 +156,24 @@ def _outlets(
     behind = _behind(read_anew, starts)
     tail = tail_from(read_anew, starts, behind.__contains__, reach, sites.num_losses)
     outlets = [
-        Outlet(v, names.get(v, v), tuple(types[v].shape), types[v].dtype, losses)
+        Outlet(
+            v,
+            start=names.get(v, v),
+            shape=tuple(types[v].shape),
+            dtype=types[v].dtype,
+            reach=losses,
+            crossed=frozenset(crossed.get(v, ())),
+        )
         for v, losses in chosen.items()
     ]
-    return tuple(outlets), tail, crossed
+    return tuple(outlets), tail
 
 
 def _earlier(
-    sites: Sites, data: Variable, readers: Collection[Equation]
+    sites: Sites,
+    data: Variable,
+    readers: Collection[Equation],
+    makers: Mapping[Variable, Equation],
 ) -> tuple[Variable, set[Equation]]:
     """The first value of no more coordinates that all of a last product's data are made of.
 
@@ -164,12 +183,12 @@ def _earlier(
         sites: the problem's sites.
         data: what the product takes.
         readers: the operations that may read it.
+        makers: what makes each variable.
 
     Returns:
         The value, and the operations that lie between.
     """
     types = sites.traced.types
-    kinds = sites.kinds
     all_equations = sites.level.program.equations
     outputs = variables(sites.level.program.outputs)
 
@@ -190,11 +209,12 @@ def _earlier(
         )
         if not is_read_inside or not made.isdisjoint(outputs):
             break
-        if not _keeps_entries_apart(equation, sites):
+        if not _may_lie_between(equation, sites, makers):
             break
         crossed.add(equation)
         open_ends -= made
-        open_ends.update(v for v in equation.variables if kinds[v] is Kind.MIXED)
+        mixed = [v for v in equation.variables if sites.kinds[v] is Kind.MIXED]
+        open_ends.update(mixed)
         if len(open_ends) == 1:
             (only,) = open_ends
             if size(only) <= size(found):
@@ -202,18 +222,40 @@ def _earlier(
     return found, between
 
 
-def _keeps_entries_apart(equation: Equation, sites: Sites) -> bool:
-    """Whether an operation has no trained weight, or no other than a gain."""
+def _may_lie_between(
+    equation: Equation, sites: Sites, makers: Mapping[Variable, Equation]
+) -> bool:
+    """Whether an operation has no trained weight, or is a gain."""
     if equation.primitive is None or not is_crossed(equation, sites.reach):
         return False
     if equation.loop is not None or equation.irreversible:
         return False
-    return not sites.products.weights(equation) or _is_gain(equation)
+    weights = sites.products.weights(equation)
+    return not weights or _is_gain(equation, sites, makers)
 
 
-def _is_gain(equation: Equation) -> bool:
-    """Whether a product multiplies entry by entry."""
-    return equation.facts.scaled == (0, 1)
+def _is_gain(
+    equation: Equation, sites: Sites, makers: Mapping[Variable, Equation]
+) -> bool:
+    """Whether a product multiplies each entry of its data by one of a parameter.
+
+    One that multiplies repeated data is a whole layer once it is summed: (h[:, None] * w).sum(0).
+    """
+    data = [v for v in equation.variables if sites.kinds[v] is Kind.MIXED]
+    if equation.facts.scaled != (0, 1) or len(data) != 1:
+        return False
+
+    def size(v: Variable) -> int:
+        return _tree.num_coordinates(sites.traced.types[v])
+
+    value = equation.outputs[0]
+    (source,) = data
+    maker = makers.get(source)
+    # Data are repeated by the product itself, or in front of it.
+    while maker is not None and (maker.facts.casts or maker.facts.repeats):
+        source = maker.variables[0]
+        maker = makers.get(source)
+    return size(value) <= size(source)
 
 
 def _behind(program: Program, starts: Sequence[Variable]) -> set[Equation]:

@@ -26,7 +26,7 @@ Numbers = Mapping[Equation, Mapping[Variable, int]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outlet:
-    """Where the exact error is taken: the value of a last site, or its data input.
+    """Where the exact error is taken: a last site's value, its data, or what these are made of.
 
     Attributes:
         variable: the value.
@@ -34,6 +34,7 @@ class Outlet:
         shape: of one example.
         dtype: of the value.
         reach: the losses that it reaches, as a bit mask.
+        crossed: the last products, where it stands in front of them, and what lies between.
     """
 
     variable: Variable
@@ -41,6 +42,7 @@ class Outlet:
     shape: tuple[int, ...]
     dtype: Any
     reach: int
+    crossed: frozenset[Equation] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -173,7 +173,7 @@ def _program_to_next(
 
 def _axes_of_weights(sites: Sites, inlet: Inlet) -> set[int]:
     """The inlet's axes along which a weight differs: a gain's own are no positions."""
-    makers = _makers(sites.level)
+    makers = makers_of(sites.level)
     types = sites.traced.types
     num_loops = len(inlet.shape) - len(types[inlet.variable].shape)
     found: set[int] = set()
@@ -227,14 +227,14 @@ def _varies(
     return equation.facts.credit is join_all
 
 
-def _makers(level: Level) -> dict[Variable, Equation]:
-    """The operation that makes each parameter chain, in a level and the loops inside it."""
+def makers_of(level: Level) -> dict[Variable, Equation]:
+    """The operation that makes each variable, in a level and the loops inside it."""
     makers: dict[Variable, Equation] = {}
     for equation in level.program.equations:
         if level.loop_of(equation) is None and equation.primitive is not None:
             makers.update(dict.fromkeys(equation.outputs, equation))
     for plan in level.loops.values():
-        makers |= _makers(plan.level)
+        makers |= makers_of(plan.level)
     return makers
 
 
