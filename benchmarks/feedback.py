@@ -1,6 +1,6 @@
 """Training by learned feedback and others beside backprop: every row by one command.
 
-    python benchmarks/feedback.py [--tasks mlp cnn lm lm-2000 lm-6] [--rules RULE ...]
+    python benchmarks/feedback.py [--tasks mlp cnn vit lm lm-2000 lm-6] [--rules RULE ...]
                                   [--seeds 3] [--steps N] [--cost] [--out FOLDER]
 
 Three rates are tried for each rule on the first seed, with two fifths of the steps and by the

@@ -74,12 +74,19 @@ def of_parts(loss: Loss, *parts: str) -> Loss:
 
 
 @functools.cache
-def images() -> tuple[np.ndarray, np.ndarray]:
-    """MNIST's test file, shuffled once: float32 [10000, 28, 28, 1] and labels."""
+def images(whole: bool) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Training and test set, pixels uint8 [N, 28, 28, 1] and labels.
+
+    All of MNIST, or its test file alone, shuffled once: 8,000 to train on and 2,000 to test.
+    """
     found = data.load("mnist")
-    order = np.random.default_rng(0).permutation(len(found.test_images))
-    x = found.test_images[order].astype(np.float32) / found.scale
-    return x, found.test_labels[order]
+    x, y = jnp.asarray(found.test_images), jnp.asarray(found.test_labels)
+    if whole:
+        train = jnp.asarray(found.train_images), jnp.asarray(found.train_labels)
+        return train, (x, y)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x[order], y[order]
+    return (x[:8000], y[:8000]), (x[8000:], y[8000:])
 
 
 def dense(key: Array, inputs: int, outputs: int) -> dict[str, Array]:
@@ -136,21 +143,23 @@ def image_task(
     batch_size: int,
     direction: optax.GradientTransformation,
     steps: int,
+    whole: bool = False,
 ) -> Task:
-    """8,000 images to train on, 2,000 to test."""
-    x, y = images()
-    train, labels = jnp.asarray(x[:8000]), jnp.asarray(y[:8000])
-    test, test_labels = jnp.asarray(x[8000:]), jnp.asarray(y[8000:])
+    """Digits; the same for all models, but for the size of the set."""
+    (train, labels), (test, test_labels) = images(whole)
+
+    def scaled(pixels: Array) -> Array:
+        return pixels.astype(jnp.float32) / 255
 
     def loss(params: Any, x: Array, y: Array) -> Array:
         return cross_entropy(logits(params, x), y)
 
     def batch(key: Array) -> Batch:
         chosen = jax.random.randint(key, (batch_size,), 0, len(train))
-        return train[chosen], labels[chosen]
+        return scaled(train[chosen]), labels[chosen]
 
     def score(params: Any) -> Array:
-        found = jax.vmap(logits, (None, 0))(params, test)
+        found = jax.vmap(logits, (None, 0))(params, scaled(test))
         return 100 * jnp.mean(jnp.argmax(found, axis=1) != test_labels)
 
     return Task(
@@ -162,13 +171,14 @@ def image_task(
         "test error, %",
         direction,
         steps,
-        "MNIST's test file, 8,000 to train on and 2,000 to test",
+        "MNIST" if whole else "MNIST's test file, 8,000 to train on and 2,000 to test",
     )
 
 
-# A causal language model of characters
+# Transformers: a causal language model of characters, and a classifier of images
 
 WIDTH, HEADS, LENGTH, SEQUENCES = 64, 4, 64, 8
+PATCH = 7
 
 
 @functools.cache
@@ -190,8 +200,8 @@ def corpus() -> tuple[np.ndarray, np.ndarray, int, str]:
     return train, test, len(letters), name
 
 
-def language_init(key: Array, letters: int, layers: int) -> Any:
-    """Embeddings of half a unit; projections back into the stream shrink with the depth."""
+def transformer_init(key: Array, layers: int, outputs: int) -> Any:
+    """All but what makes the stream; projections back into it shrink with the depth."""
 
     def weight(i: int, shape: tuple[int, int], scale: float = 1.0) -> Array:
         return (
@@ -213,15 +223,26 @@ def language_init(key: Array, letters: int, layers: int) -> Any:
         }
         for i in range(1, layers + 1)
     ]
+    head = {"w": weight(1, (WIDTH, outputs)), "norm": norm}
+    return {"layers": blocks, "head": head}
+
+
+def language_init(key: Array, letters: int, layers: int) -> Any:
+    """Embeddings of half a unit."""
     first = jax.random.normal(jax.random.fold_in(key, 0), (letters, WIDTH)) / 2
-    head = {"w": weight(1, (WIDTH, letters)), "norm": norm}
-    return {"first": first, "layers": blocks, "head": head}
+    return {"first": first} | transformer_init(key, layers, letters)
 
 
-def positions() -> np.ndarray:
-    """Half the sines and cosines of Vaswani et al. 2017, [LENGTH, WIDTH]."""
+def vit_init(key: Array) -> Any:
+    """Two layers; patches of 7 x 7 pixels."""
+    first = dense(jax.random.fold_in(key, 0), PATCH**2, WIDTH)
+    return {"first": first} | transformer_init(key, 2, 10)
+
+
+def positions(length: int) -> np.ndarray:
+    """Half the sines and cosines of Vaswani et al. 2017, [length, WIDTH]."""
     rates = 10_000.0 ** (-np.arange(WIDTH // 2) * 2 / WIDTH)
-    angles = np.arange(LENGTH)[:, None] * rates
+    angles = np.arange(length)[:, None] * rates
     both = np.concatenate([np.sin(angles), np.cos(angles)], axis=1) / 2
     return both.astype(np.float32)
 
@@ -232,22 +253,43 @@ def normalised(x: Array, norm: dict[str, Array]) -> Array:
     return centred * size * norm["gain"][None] + norm["bias"][None]
 
 
-def language_logits(
-    params: Any, letters: Array, cut: Callable[[Array], Array] = lambda x: x
-) -> Array:
-    """Logits [LENGTH, letters]; `cut` is done to the data of what goes into the stream."""
-    h = params["first"][letters] + positions()
-    future = np.triu(np.ones((LENGTH, LENGTH), bool), 1)
+Cut = Callable[[Array], Array]
+"""Done to the data of what goes into the stream."""
+
+
+def stream(params: Any, h: Array, hidden: np.ndarray, cut: Cut = lambda x: x) -> Array:
+    """The normalised stream [positions, WIDTH] behind all layers.
+
+    `hidden` says which later ones [positions, positions] each position does not see.
+    """
     for layer in params["layers"]:
         x = normalised(h, layer["norm1"])
-        q, k, v = ((x @ layer[n]).reshape(LENGTH, HEADS, -1) for n in "qkv")
+        q, k, v = ((x @ layer[n]).reshape(len(h), HEADS, -1) for n in "qkv")
         scores = jnp.einsum("thd,shd->hts", q, k) / math.sqrt(WIDTH // HEADS)
-        weights = jax.nn.softmax(jnp.where(future[None], -jnp.inf, scores))
-        mixed = jnp.einsum("hts,shd->thd", weights, v).reshape(LENGTH, WIDTH)
+        weights = jax.nn.softmax(jnp.where(hidden[None], -jnp.inf, scores))
+        mixed = jnp.einsum("hts,shd->thd", weights, v).reshape(h.shape)
         h = h + cut(mixed) @ layer["o"]
         x = normalised(h, layer["norm2"])
         h = h + cut(jax.nn.relu(x @ layer["f1"])) @ layer["f2"]
-    return normalised(h, params["head"]["norm"]) @ params["head"]["w"]
+    return normalised(h, params["head"]["norm"])
+
+
+def language_logits(params: Any, letters: Array, cut: Cut = lambda x: x) -> Array:
+    """Logits [LENGTH, letters]."""
+    future = np.triu(np.ones((LENGTH, LENGTH), bool), 1)
+    h = params["first"][letters] + positions(LENGTH)
+    return stream(params, h, future, cut) @ params["head"]["w"]
+
+
+def vit_logits(params: Any, image: Array) -> Array:
+    """Logits [10] from the mean over all patches."""
+    side = image.shape[0] // PATCH
+    tiles = image.reshape(side, PATCH, side, PATCH).swapaxes(1, 2)
+    patches = tiles.reshape(side**2, PATCH**2)
+    first = params["first"]
+    h = patches @ first["w"] + first["b"][None] + positions(side**2)
+    nothing = np.zeros((side**2, side**2), bool)
+    return jnp.mean(stream(params, h, nothing), axis=0) @ params["head"]["w"]
 
 
 def language_loss(params: Any, x: Array, y: Array) -> Array:
@@ -290,6 +332,9 @@ def language_task(layers: int, steps: int) -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": lambda: image_task(mlp_init, mlp_logits, 128, optax.trace(0.9), 2000),
     "cnn": lambda: image_task(cnn_init, cnn_logits, 32, optax.scale_by_adam(), 1000),
+    "vit": lambda: image_task(
+        vit_init, vit_logits, 64, optax.scale_by_adam(), 2000, whole=True
+    ),
     "lm": lambda: language_task(2, 500),
     "lm-2000": lambda: language_task(2, 2000),
     "lm-6": lambda: language_task(6, 500),
@@ -297,6 +342,7 @@ TASKS: dict[str, Callable[[], Task]] = {
 ABOUT = {
     "mlp": "MLP 784-512-512-512-10, batch 128, 2,000 steps, momentum 0.9",
     "cnn": "CNN of three convolutions, batch 32, 1,000 Adam steps",
+    "vit": "ViT of two layers, width 64, all of MNIST, batch 64, 2,000 Adam steps",
     "lm": "language model, 2 layers, 500 Adam steps",
     "lm-2000": "language model, 2 layers, 2,000 Adam steps",
     "lm-6": "language model, 6 layers, 500 Adam steps",

@@ -26,7 +26,7 @@ from forwax.lab.training.problem import problem_of
 from forwax.lab.training.step import split_seed
 
 pytestmark = pytest.mark.usefixtures("compile_once")
-KINDS = ("BP", "FA", "FG-W", "FG-A")
+KINDS = ("BP", "FA", "LF", "FG-W", "FG-A")
 SIZE = {"blocks": 1, "patches": 1, "channels": 8, "groups": 2}
 
 
@@ -275,7 +275,7 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
         ),
         (
             {"rules": ()},
-            r"--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run\.",
+            r"--rules needs at least one method, such as LG-FG-A; without --rules all 16 are run\.",
         ),
         ({"holdout": -5}, r"--holdout must be zero or more, got -5\."),
         ({"seeds": 0}, r"--seeds must be at least 1, got 0\."),

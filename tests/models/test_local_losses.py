@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import forwax as fx
 from forwax._signature import Signature
@@ -225,7 +226,13 @@ def test_feedback_alignment_sees_the_heads():
 
 @pytest.mark.parametrize(
     ("name", "objective"),
-    [("FA", supervised), ("DFA", supervised), ("DFA", contrastive)],
+    [
+        ("FA", supervised),
+        ("DFA", supervised),
+        ("DFA", contrastive),
+        ("L-LF", supervised),
+        ("L-LF", contrastive),
+    ],
 )
 def test_feedback_rules_train_what_stands_last_exactly(name, objective):
     model, (x, y) = mixer(projection=5 if objective is contrastive else None), batch()
@@ -233,11 +240,12 @@ def test_feedback_rules_train_what_stands_last_exactly(name, objective):
     backprop = dataclasses.replace(method, rule=fx.Backprop())
     if objective is supervised:
         both = lambda: [
-            ren2023.supervised(each)(KEY, model, x, y) for each in (method, backprop)
+            ren2023.supervised(each)(KEY, model, x, y)[:2]
+            for each in (method, backprop)
         ]
     else:
         both = lambda: [
-            ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y)
+            ren2023.contrastive(each)(KEY, model, x, x[::-1] + 1, y)[:2]
             for each in (method, backprop)
         ]
     (value, grads), (expected, exact) = jax.jit(both)()
@@ -397,6 +405,30 @@ def test_blocks_that_cannot_be_cut_are_refused():
         local([jnp.tanh], jnp.ones(3), 2, channel_axis=2, key=KEY)
 
 
+@pytest.mark.parametrize("name", ["LF", "L-LF", "LG-LF"])
+def test_learned_feedback_learns_step_by_step(name):
+    model, (x, y) = mixer(), batch()
+    start = ren2023.method(name, model, KEY)
+    backprop = dataclasses.replace(start, rule=fx.Backprop())
+    exact = ren2023.supervised(backprop)(KEY, model, x, y)[1]
+
+    def step(rule, key):
+        method = dataclasses.replace(start, rule=rule)
+        _, grads, rule = ren2023.supervised(method)(key, model, x, y)
+        return rule, grads.blocks
+
+    first, _ = jax.jit(step)(start.rule, KEY)
+    _, grads = jax.lax.scan(step, first, jax.random.split(KEY, 300))
+
+    def cosine(tree):
+        mine, true = (ravel_pytree(each)[0] for each in (tree, exact.blocks))
+        return float(mine @ true / jnp.linalg.norm(mine) / jnp.linalg.norm(true))
+
+    before = cosine(jax.tree.map(lambda g: g[0], grads))
+    after = cosine(jax.tree.map(lambda g: g[-1], grads))
+    assert after > before + 0.2
+
+
 def test_methods_take_a_partitioned_model():
     x, y = batch()
     blocks = [eqx.nn.Lambda(jnp.ravel), eqx.nn.Linear(16, 4, key=KEY)]
@@ -418,4 +450,4 @@ def test_methods_that_cannot_be_are_refused():
         ValueError, match=r"expected one of BP, L-BP, .*, DFA, got 'LG-DFA'"
     ):
         ren2023.method("LG-DFA", {}, KEY)
-    assert len(ren2023.NAMES) == 13
+    assert len(ren2023.NAMES) == 16

@@ -5,8 +5,8 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR
 
 A name is a place of the losses and a rule: none, `L-` (local) or `LG-` (local and greedy); BP
 backpropagation, FA feedback alignment, DFA direct feedback alignment, FG-W and FG-A forward
-gradients with noise on weights or activities. Heads and readout always get their exact one-layer
-gradient.
+gradients with noise on weights or activities. LF, learned feedback, is not in the paper. Heads and
+readout always get their exact one-layer gradient.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from forwax import (
     Backprop,
     DirectFeedbackAlignment,
     FeedbackAlignment,
+    LearnedFeedback,
     LocalLosses,
     Rule,
     random_feedback,
@@ -40,8 +41,8 @@ from forwax.models.local_losses import (
     projections,
 )
 
-Kind = Literal["BP", "FA", "DFA", "FG-W", "FG-A"]
-"""The rules of the paper, without where the losses sit."""
+Kind = Literal["BP", "FA", "DFA", "LF", "FG-W", "FG-A"]
+"""The rules of the paper, and learned feedback, without where the losses sit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Reading:
 
 
 _PLACES: dict[str, Where] = {"": "global", "L-": "local", "LG-": "greedy"}
-_KINDS: tuple[Kind, ...] = ("BP", "FA", "FG-W", "FG-A")
+_KINDS: tuple[Kind, ...] = ("BP", "FA", "LF", "FG-W", "FG-A")
 
 READINGS: Mapping[str, Reading] = {
     **{
@@ -95,7 +96,7 @@ class Method:
         losses: where they sit; an argument of `forwax.models.local_losses` and
             `forwax.models.contrastive_losses`.
         parts: whether they come in parts; likewise.
-        rule: for `forwax.value_and_grad`.
+        rule: for `forwax.value_and_grad`; that of LF, which learns, for its own `step`.
     """
 
     name: str
@@ -112,7 +113,7 @@ def method(
     tangents: tangents.Tangents = tangents.Hadamard(),  # noqa: B008 (a frozen value)
     num_tangents: int = 1,
 ) -> Method:
-    """The method of a name of the paper's tables.
+    """The method of a name of the paper's tables, or learned feedback in their places.
 
     Args:
         name: one of `NAMES`, such as "LG-FG-A".
@@ -146,6 +147,7 @@ def method(
         "BP": lambda: Backprop(),
         "FA": lambda: FeedbackAlignment(random_feedback(key, params)),
         "DFA": lambda: DirectFeedbackAlignment(key),
+        "LF": lambda: LearnedFeedback(),
         # parameters without activity noise get weight noise, all but the heads
         "FG-W": lambda: ActivityPerturbation(tangents, num_tangents, where=HEADS),
         "FG-A": lambda: ActivityPerturbation(tangents, num_tangents),
@@ -163,7 +165,8 @@ def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array,
 
     Returns:
         A function `f(key, params, x, labels) -> (value, grads)` of examples x [N, ...] and labels
-        [N] or [N, K].
+        [N] or [N, K]; for LF it returns `(value, grads, rule)`, whose rule has learnt and is that
+        of the next step's method.
     """
 
     def loss(params: Any, x: Array, label: Array) -> LocalLosses:
@@ -171,7 +174,27 @@ def supervised(method: Method, static: Any = None) -> Callable[..., tuple[Array,
             _model(params, static), x, label, method.losses, parts=method.parts
         )
 
-    return value_and_grad(loss, method.rule, in_axes=(None, 0, 0))
+    return estimator(loss, method.rule, in_axes=(None, 0, 0))
+
+
+def estimator(
+    loss: Callable[..., Any], rule: Any, **options: Any
+) -> Callable[..., Any]:
+    """Give `rule.step(loss, ...)` of a rule that learns, `forwax.value_and_grad` of others.
+
+    Args:
+        loss: as for `forwax.value_and_grad`.
+        rule: likewise.
+        **options: likewise.
+
+    >>> from forwax import Backprop
+    >>> double = estimator(lambda w: w**2, Backprop())
+    >>> [float(x) for x in double(jax.random.key(0), 3.0)]
+    [9.0, 6.0]
+    """
+    if rule.learns:
+        return rule.step(loss, **options)
+    return value_and_grad(loss, rule, **options)
 
 
 def contrastive(
@@ -194,7 +217,7 @@ def contrastive(
 
     Returns:
         A function `f(key, params, x, y, labels) -> (value, grads)` of two views x and y [N, ...];
-        labels [N] or [N, K] train the readout alone.
+        labels [N] or [N, K] train the readout alone. For LF it returns `(value, grads, rule)`.
 
     Raises:
         ValueError: when DFA meets an `axis_name`.
@@ -217,7 +240,7 @@ def contrastive(
             _model(params, static), x, y, labels, method.losses, **options
         )
 
-    return value_and_grad(loss, method.rule)
+    return estimator(loss, method.rule)
 
 
 def _view_by_view(

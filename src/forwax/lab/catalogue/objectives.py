@@ -26,16 +26,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-import forwax as fx
 from forwax.lab.catalogue import augment
 from forwax.lab.catalogue.settings import Settings
+from forwax.lab.report import Json
 from forwax.models import local_losses, ren2023
 
 Scale = Callable[[Array], Array]
 """From pixels to inputs."""
 
 Estimate = Callable[[Array, Any, Array, Array], Any]
-"""From (key, params, images, labels) of a batch to ((loss, correct), grads)."""
+"""From (key, params, images, labels) of a batch to ((loss, correct), grads) and, of a rule that
+learns, the rule that has learnt."""
 
 Gradient = Callable[[Any], Estimate]
 """From a rule to what estimates the gradient by it."""
@@ -46,6 +47,8 @@ estimates the gradient by it."""
 
 Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
 """From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
+
+BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 
 def cast(tree: Any, dtype: Any) -> Any:
@@ -114,7 +117,7 @@ def supervised(
         seen = eqx.combine(cast(lax.stop_gradient(params), dtype), static)
         return losses, jnp.argmax(lax.stop_gradient(seen(x))) == label
 
-    of_batch = fx.value_and_grad(loss, rule, has_aux=True, in_axes=(None, 0, 0))
+    of_batch = ren2023.estimator(loss, rule, **BATCHED)
 
     def estimate(key: Array, params: Any, images: Array, labels: Array) -> Any:
         if settings.augment:
@@ -156,10 +159,10 @@ def contrastive(
             for view in augment.two_views(shown, pixels)
         )
         low = cast(params, dtype)
-        loss, grads = of_batch(key, low, x, y, labels)
+        loss, grads, *learnt = of_batch(key, low, x, y, labels)
         logits = jax.vmap(eqx.combine(low, static))(x)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return (loss, jnp.argmax(logits, axis=-1) == labels), grads
+        return (loss, jnp.argmax(logits, axis=-1) == labels), grads, *learnt
 
     return estimate
 

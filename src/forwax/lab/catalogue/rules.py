@@ -141,10 +141,15 @@ def _published(name: str, kind: str) -> RuleChoice:
         return ren2023.method(name, None, jax.random.key(0), **options).rule
 
     own = RuleChoice(noise, ("tangents", "num_tangents"), "", _LOCAL)
-    plain = {"BP": "backprop", "FA": "feedback", "DFA": "direct-feedback"}
+    plain = {
+        "BP": "backprop",
+        "FA": "feedback",
+        "DFA": "direct-feedback",
+        "LF": "learned-feedback",
+    }
     return dataclasses.replace(
         _PLAIN[plain[kind]] if kind in plain else own,
-        about="as in Ren et al. 2023",
+        about="as in Ren et al. 2023; LF is learned feedback in its place",
         tangents="hadamard",
         needs_data=True,
         published=True,

@@ -47,7 +47,7 @@ class ReproduceOptions:
 
     Example:
         ```sh
-        forwax reproduce ren2023                   # LocalMixer M/1/16 on MNIST, all 13 methods
+        forwax reproduce ren2023                   # LocalMixer M/1/16 on MNIST, all 16 methods
         forwax reproduce ren2023 --column mnist-s --seeds 3
         forwax reproduce ren2023 --rules BP LG-FG-A LG-FG-A:4      # one noise a step, and four
         forwax reproduce ren2023 --column cifar-m --rules LG-FG-A  # for a GPU
@@ -176,7 +176,7 @@ def parse_entries(options: ReproduceOptions) -> list[Entry]:
         )
     if not options.rules:
         raise UsageError(
-            "--rules needs at least one method, such as LG-FG-A; without --rules all 13 are run."
+            "--rules needs at least one method, such as LG-FG-A; without --rules all 16 are run."
         )
     return [Entry.parse(text) for text in options.rules]
 

@@ -1,5 +1,6 @@
 """One experiment made ready to train: its data, its initial parameters, its loss."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jax import Array
 import forwax as fx
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.objectives import (
+    BATCHED,
     Estimate,
     Gradient,
     Loss,
@@ -28,12 +30,10 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
 from forwax.lab.data.sets import ARRAYS
 from forwax.lab.flags import UsageError
-from forwax.lab.report import Json
+from forwax.models.ren2023 import estimator
 
 Examples = tuple[np.ndarray, np.ndarray]
 """(images uint8 [N, height, width, channels], labels int32 [N]) in host memory."""
-
-BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +69,16 @@ class Task:
         """The function that estimates the gradient of a batch by a rule; see `Gradient`."""
         if self.custom_gradient is not None:
             return self.custom_gradient(rule)
-        return fx.value_and_grad(self.loss, rule, **BATCHED)
+        return estimator(self.loss, rule, **BATCHED)
 
     def ready(self, rule: Any, params: Any) -> Any:
         """The rule, one that learns with the maps that it starts from."""
         if not rule.learns or rule.inner is not rule:
             return rule
-        return rule.init(self.loss, **BATCHED)(params, *self._one_example())
+        inputs = jax.random.key(0), params, *self._one_example()
+        learnt = jax.eval_shape(self.gradient(rule), *inputs)[2].maps
+        maps = jax.tree.map(lambda m: jnp.zeros(m.shape, m.dtype), learnt)
+        return dataclasses.replace(rule, maps=maps)
 
     def _one_example(self) -> tuple[Array, Array]:
         image, label = (jnp.asarray(x[:1]) for x in self.train)

@@ -18,7 +18,7 @@ from forwax.lab.catalogue.rules import (
 )
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
-from forwax.lab.training.problem import BATCHED, Task
+from forwax.lab.training.problem import Task
 
 
 class TrainState(NamedTuple):
@@ -94,25 +94,19 @@ def make_step(problem: Task, settings: Settings) -> Any:
 
     def step(state: TrainState, images: Array, labels: Array) -> Any:
         key = jax.random.fold_in(noise_key, state.step)
-        slopes = state.slopes
-        rule = guarded_rule(settings, state.guess, slopes)
-        learnt = state.guess
-        if rule.learns and problem.custom_gradient is None:
-            (loss, correct), grads, rule = rule.step(problem.loss, **BATCHED)(
-                key, state.params, images, labels
-            )
-            slopes = getattr(rule, "history", None)
-            learnt = getattr(rule, "maps", learnt)
-        else:
-            (loss, correct), grads = problem.gradient(rule)(
-                key, state.params, images, labels
-            )
+        rule = guarded_rule(settings, state.guess, state.slopes)
+        (loss, correct), grads, *learnt = problem.gradient(rule)(
+            key, state.params, images, labels
+        )
         squares = (jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(sum(squares, jnp.float32(0)))
 
         def advance() -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            guess = learnt
+            slopes, guess = state.slopes, state.guess
+            for after in learnt:  # a rule that learns
+                slopes = getattr(after, "history", None)
+                guess = getattr(after, "maps", guess)
             if needs_guess(settings):
                 share = 1 - (settings.guess_decay or 0.0)
                 guess = optax.incremental_update(grads, guess, share)
