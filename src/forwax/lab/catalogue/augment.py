@@ -8,12 +8,10 @@ same key gives the same image.
 import dataclasses
 import math
 
+import dm_pix
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-GREY = (0.299, 0.587, 0.114)
-"""The weights of red, green and blue in a pixel's brightness (ITU-R BT.601)."""
 
 JITTER = (0.4, 0.4, 0.2, 0.1)
 """How far jitter may go: a shift of all values, shares of contrast and saturation, and of the
@@ -81,7 +79,7 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
     if image.shape[-1] == 3:
         x = flip(keys[0], x)
         x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x), x)
-        x = _sometimes(whether[3], augmentation.greyscale, _grey(x), x)
+        x = _sometimes(whether[3], augmentation.greyscale, grey(x), x)
     x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
     solarised = jnp.minimum(x, 1 - x)
     return _sometimes(whether[5], augmentation.solarise, solarised, x)
@@ -146,11 +144,20 @@ def jitter(key: Array, image: Array, most: tuple[float, ...] = JITTER) -> Array:
     brightness, contrast, saturation, hue = jax.random.uniform(
         key, (4,), minval=-1.0
     ) * jnp.array(most)
-    x = image + brightness
-    x = _away(x, jnp.mean(_grey(x)), contrast)
-    x = _away(x, _grey(x), saturation)
-    x = _turn(x, 2 * jnp.pi * hue)
-    return jnp.clip(x, 0.0, 1.0)
+    x = jnp.clip(dm_pix.adjust_brightness(image, brightness), 0.0, 1.0)
+    x = jnp.clip(dm_pix.adjust_contrast(x, 1 + contrast), 0.0, 1.0)
+    x = jnp.clip(dm_pix.adjust_saturation(x, 1 + saturation), 0.0, 1.0)
+    return jnp.clip(dm_pix.adjust_hue(x, hue), 0.0, 1.0)
+
+
+def grey(image: Array) -> Array:
+    """Give the brightness in all three channels.
+
+    >>> grey(jnp.ones((4, 4, 3))).shape
+    (4, 4, 3)
+    """
+    one = dm_pix.rgb_to_grayscale(image, keep_dims=True)
+    return jnp.broadcast_to(one[..., :1], image.shape)
 
 
 def blur(key: Array, image: Array) -> Array:
@@ -178,34 +185,3 @@ def blur(key: Array, image: Array) -> Array:
 
 def _sometimes(key: Array, probability: float, changed: Array, image: Array) -> Array:
     return jnp.where(jax.random.bernoulli(key, probability), changed, image)
-
-
-def _grey(image: Array) -> Array:
-    return (image @ jnp.array(GREY, image.dtype))[..., None]
-
-
-def _away(image: Array, centre: Array, amount: Array) -> Array:
-    return centre + (1 + amount) * (image - centre)
-
-
-def _turn(image: Array, angle: Array) -> Array:
-    """Turn the hue: a rotation of the two colour axes of YIQ."""
-    to_yiq = jnp.array(
-        [
-            GREY,
-            (0.596, -0.274, -0.322),
-            (0.211, -0.523, 0.312),
-        ],
-        image.dtype,
-    )
-    cos = jnp.cos(angle)
-    sin = jnp.sin(angle)
-    turn = jnp.array(
-        [
-            [1, 0, 0],
-            [0, cos, -sin],
-            [0, sin, cos],
-        ]
-    )
-    turn = jnp.linalg.inv(to_yiq) @ turn @ to_yiq
-    return image @ turn.T

@@ -8,9 +8,7 @@ area and more. Still different are
 - the readout: here it learns along with the rest, by LARS without decay, from the augmented views
   and the pooled features as they are; there by SGD at 0.01 without momentum, an epoch after each
   epoch, from images as they are and normalised features;
-- colour jitter: here brightness, contrast, saturation and hue in this order, clipped once, contrast
-  about the mean grey, saturation and hue by linear maps of the colours; there in random order,
-  clipped after each, contrast about each channel's mean, saturation and hue in HSV;
+- colour jitter: here brightness, contrast, saturation and hue in this order; there in random order;
 - crops: here of any real sides, stretched linearly; there of whole pixels, by cubic splines;
 - the batch of 512 images, 800 epochs on CIFAR-10 and bfloat16: the code gives settings for ImageNet
   only;
