@@ -6,6 +6,8 @@ The while-loop example finds the truth.
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from helpers import module_at
@@ -16,6 +18,7 @@ TINY = {
     "equinox_digits": {"epochs": 1, "batch": 512},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
     "spiking": {"steps": 100, "batch": 32},
+    "tomography": {"side": 12, "seconds": 3.0},
     "while_loop": {"steps": 1000, "count": 6},
 }
 
@@ -40,6 +43,30 @@ def test_while_loop(capsys):
         line.split(":")[1].strip() for line in capsys.readouterr().out.splitlines()[1:3]
     ]
     assert by_jacfwd == by_exact
+
+
+def test_tomography(capsys, tmp_path):
+    example = module_at(EXAMPLES / "tomography.py")
+    path = tmp_path / "ground.png"
+    found = example.main(**TINY["tomography"], picture=path)
+    said = capsys.readouterr().out
+    assert "jax.grad refuses: Reverse-mode differentiation does not work" in said
+    first, *_ = found.values()
+    assert first.reached
+    assert first.steps < 30
+    assert path.stat().st_size > 10_000
+    for name in found:
+        assert f"{name:30}" in said
+
+
+def test_arrivals_are_distances_in_even_ground():
+    example = module_at(EXAMPLES / "tomography.py")
+    times = example.travel_times(jnp.ones((40, 40)), jnp.array([0, 0]))
+    at = np.arange(40) / 40
+    exact = np.hypot(at[:, None], at)
+    # first order: late by a cell at most
+    assert np.all(times >= exact - 1e-5)
+    assert np.max(times - exact) < 1.5 / 40
 
 
 def test_spiking(capsys):
