@@ -53,6 +53,8 @@ class Function:
         upper: Its upper corner.
         source: Where the function comes from.
         any_dimension: True where the formula holds for every n.
+        residuals: From an array [n] to the array of which f is the sum of squares; None where f is
+            not known as one.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -73,6 +75,7 @@ class Function:
     upper: Point
     source: str
     any_dimension: bool = False
+    residuals: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def n(self) -> int:
@@ -177,13 +180,27 @@ def _beale(x: jax.Array) -> jax.Array:
     )
 
 
+def _beale_residuals(x: jax.Array) -> jax.Array:
+    u, v = x
+    return jnp.stack([1.5 - u + u * v, 2.25 - u + u * v**2, 2.625 - u + u * v**3])
+
+
 def _rosenbrock(x: jax.Array) -> jax.Array:
     return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+
+
+def _rosenbrock_residuals(x: jax.Array) -> jax.Array:
+    return jnp.concatenate([10.0 * (x[1:] - x[:-1] ** 2), 1.0 - x[:-1]])
 
 
 def _himmelblau(x: jax.Array) -> jax.Array:
     u, v = x
     return (u**2 + v - 11.0) ** 2 + (u + v**2 - 7.0) ** 2
+
+
+def _himmelblau_residuals(x: jax.Array) -> jax.Array:
+    u, v = x
+    return jnp.stack([u**2 + v - 11.0, u + v**2 - 7.0])
 
 
 def _ackley(x: jax.Array) -> jax.Array:
@@ -229,6 +246,7 @@ beale = Function(
     upper=(4.5, 4.5),
     source="Beale 1958, On an iterative method for finding a local minimum of a function of more "
     "than one variable",
+    residuals=_beale_residuals,
 )
 """Beale's function, (1.5 - x + xy)² + (2.25 - x + xy²)² + (2.625 - x + xy³)².
 
@@ -247,6 +265,7 @@ rosenbrock = Function(
     source="Rosenbrock 1960, An automatic method for finding the greatest or least value of a "
     "function",
     any_dimension=True,
+    residuals=_rosenbrock_residuals,
 )
 """Rosenbrock's function, Σ 100 (x_{i+1} - x_i²)² + (1 - x_i)²; least value 0 at (1, ..., 1).
 
@@ -269,6 +288,7 @@ himmelblau = Function(
     lower=(-5.0, -5.0),
     upper=(5.0, 5.0),
     source="Himmelblau 1972, Applied Nonlinear Programming",
+    residuals=_himmelblau_residuals,
 )
 """Himmelblau's function, (x² + y - 11)² + (x + y² - 7)².
 

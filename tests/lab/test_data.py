@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -149,19 +150,23 @@ def test_a_server_may_unpack_on_the_way(remote, serve, datafiles):
     assert_equals_tiny(load("mnist"), tiny)
 
 
-def test_the_bar_counts_what_the_downloader_reports():
-    with store.Progress(disable=True) as progress:
-        bar = store._DownloadBar(progress, "file")
-        bar.update(3)
-        assert progress.tasks[0].total is None
-        bar.reset()
-        bar.total = 10
-        bar.update(4)
-        assert (progress.tasks[0].completed, progress.tasks[0].total) == (4, 10)
-        bar.reset()
-        bar.update(10)
-        bar.close()
-        assert progress.finished
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_sees_a_bar(
+    is_terminal, remote, serve, datafiles, monkeypatch, capsys
+):
+    tiny = remote("mnist")
+    serve(datafiles.pages_of(tiny))
+    answer = pooch.HTTPDownloader.__call__
+    bars = []
+
+    def watched(self, *asked):
+        bars.append(self.progressbar)
+        answer(self, *asked)
+
+    monkeypatch.setattr(pooch.HTTPDownloader, "__call__", watched)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
+    load("mnist")
+    assert bars == 4 * [is_terminal]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

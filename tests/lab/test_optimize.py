@@ -297,3 +297,36 @@ def test_errors_name_the_option(wrong, message, tmp_path):
         wrong = {"out": tmp_path.joinpath(wrong["out"]).relative_to(tmp_path)}
     with pytest.raises(UsageError, match=message):
         optimize.run(OptimizeOptions(**wrong))
+
+
+@pytest.mark.parametrize("name", ["beale", "rosenbrock", "himmelblau"])
+def test_functions_are_the_squares_of_their_residuals(name):
+    function = fx.functions.by_name(name)
+    for point in ((0.3, -1.2), function.start, function.minima[0]):
+        x = jnp.array(point)
+        squares = jnp.sum(function.residuals(x) ** 2)
+        np.testing.assert_allclose(squares, function(x), rtol=1e-5, atol=1e-12)
+
+
+def test_gauss_newton_needs_few_steps():
+    plan = optimize.make_plan(
+        OptimizeOptions(function="rosenbrock", n=6, iterations=150)
+    )
+    options = OptimizeOptions(rule="gauss-newton")
+    whole = descent.descend(plan, optimize.make_rule(options, 6), KEYS[:2])
+    assert np.all(whole.final < 1e-9)
+    np.testing.assert_allclose(whole.values[:, 0], fx.functions.rosenbrock(plan.start))
+    options = dataclasses.replace(options, num_tangents=3)
+    part = descent.descend(plan, optimize.make_rule(options, 6), KEYS[:2])
+    assert np.all(np.diff(part.values) <= 1e-6 * part.values[:, :-1])
+
+
+def test_gauss_newton_refuses_what_is_no_sum_of_squares():
+    options = OptimizeOptions(function="ackley", rule="gauss-newton")
+    with pytest.raises(UsageError, match="--method gauss-newton takes sums of squares"):
+        optimize.run(options)
+
+
+def test_method_is_another_name_of_rule():
+    options = tyro.cli(OptimizeOptions, args=["beale", "--method", "gauss-newton"])
+    assert options.rule == "gauss-newton"

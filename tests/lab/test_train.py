@@ -300,6 +300,15 @@ def test_rules_on_sites_lower_the_loss(rule):
     assert losses[-40:].mean() < 0.8 * losses[:40].mean()
 
 
+def test_gauss_newton_is_at_its_end_after_few_steps():
+    one = trainer(rule="gauss-newton", steps=60)
+    settings = one.program.settings
+    assert (settings.num_tangents, settings.schedule) == (64, "cosine")
+    assert settings.learning_rate == 0.5
+    losses = one.run(60).losses
+    assert losses[-20:].mean() < 0.2 * losses[:3].mean()
+
+
 def test_feedback_is_drawn_once_and_follows_the_seed():
     one = trainer(rule="feedback")
     before = jax.tree.map(np.asarray, one.state.guess)

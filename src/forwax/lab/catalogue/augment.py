@@ -5,6 +5,9 @@ image (height, width, channels) with values from 0 to 1, and gives an image of t
 same key gives the same image.
 """
 
+# pyright: reportReturnType=false, reportIndexIssue=false
+# dm-pix's types are chex's unions.
+
 import dataclasses
 import math
 
@@ -81,8 +84,7 @@ def view(key: Array, image: Array, augmentation: Augmentation = FIRST_VIEW) -> A
         x = _sometimes(whether[2], augmentation.jitter, jitter(how[2], x), x)
         x = _sometimes(whether[3], augmentation.greyscale, grey(x), x)
     x = _sometimes(whether[4], augmentation.blur, blur(how[4], x), x)
-    solarised = jnp.minimum(x, 1 - x)
-    return _sometimes(whether[5], augmentation.solarise, solarised, x)
+    return _sometimes(whether[5], augmentation.solarise, jnp.minimum(x, 1 - x), x)
 
 
 def flip(key: Array, image: Array) -> Array:
@@ -91,7 +93,7 @@ def flip(key: Array, image: Array) -> Array:
     >>> flip(jax.random.key(0), jnp.ones((4, 4, 3))).shape
     (4, 4, 3)
     """
-    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+    return dm_pix.random_flip_left_right(key, image)
 
 
 def shift(key: Array, image: Array, pixels: int = 2) -> Array:
@@ -102,8 +104,7 @@ def shift(key: Array, image: Array, pixels: int = 2) -> Array:
     """
     border = (pixels, pixels)
     wide = jnp.pad(image, (border, border, (0, 0)), constant_values=image.min())
-    top, left = jax.random.randint(key, (2,), 0, 2 * pixels + 1)
-    return jax.lax.dynamic_slice(wide, (top, left, 0), image.shape)
+    return dm_pix.random_crop(key, wide, image.shape)
 
 
 def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
@@ -163,24 +164,14 @@ def grey(image: Array) -> Array:
 def blur(key: Array, image: Array) -> Array:
     """A Gaussian blur of a width from 0.1 to 2 pixels, cut off at a twentieth of the height.
 
-    Two products with banded matrices: convolutions with another kernel for each image are slow on
-    CPU.
-
     >>> blur(jax.random.key(0), jnp.ones((4, 4, 3))).shape
     (4, 4, 3)
     """
     width = jax.random.uniform(key, minval=0.1, maxval=2.0)
     reach = max(1, image.shape[0] // 20)
-
-    def band(size: int) -> Array:
-        position = jnp.arange(size, dtype=width.dtype)
-        distance = jnp.subtract.outer(position, position)
-        weights = jnp.exp(-(distance**2) / (2 * width**2))
-        weights = jnp.where(jnp.abs(distance) <= reach, weights, 0.0)
-        return weights / jnp.sum(weights, axis=1, keepdims=True)
-
-    height, breadth, _ = image.shape
-    return jnp.einsum("ij,jkc,lk->ilc", band(height), image, band(breadth))
+    border = (reach, reach)
+    wide = jnp.pad(image, (border, border, (0, 0)), mode="edge")
+    return dm_pix.gaussian_blur(wide, width, 2 * reach + 1, padding="VALID")
 
 
 def _sometimes(key: Array, probability: float, changed: Array, image: Array) -> Array:

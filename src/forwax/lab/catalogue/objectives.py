@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+import forwax as fx
 from forwax.lab.catalogue import augment
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.report import Json
+from forwax.losses import softmax_cross_entropy
 from forwax.models import local_losses, ren2023
 
 Scale = Callable[[Array], Array]
@@ -42,6 +44,9 @@ Gradient = Callable[[Any], Estimate]
 Objective = Callable[[Any, Scale, Settings, int, Any], Estimate]
 """From a model's static half, pixels to inputs, settings, the largest pixel and a rule to what
 estimates the gradient by it."""
+
+Logits = Callable[[Any, Array], Array]
+"""From (parameters, one uint8 image) to logits."""
 
 Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
 """From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
@@ -67,8 +72,8 @@ def parameter_dtype(dtype: str) -> jnp.dtype:
     return jnp.dtype("float64" if dtype == "float64" else "float32")
 
 
-def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
-    """Softmax cross-entropy of one example, its accuracy beside it; logits in at least float32.
+def logits_of(static: Any, scale: Scale, dtype: str) -> Logits:
+    """Logits of one example, in at least float32.
 
     Args:
         static: the model's half that holds no parameters.
@@ -76,13 +81,32 @@ def cross_entropy(static: Any, scale: Scale, dtype: str) -> Loss:
         dtype: what the model computes in.
     """
 
-    def loss(params: Any, image: Array, label: Array) -> tuple[Array, Array]:
-        logits = eqx.combine(cast(params, dtype), static)(
-            scale(image).astype(dtype)
-        ).astype(parameter_dtype(dtype))
-        return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
+    def logits(params: Any, image: Array) -> Array:
+        model = eqx.combine(cast(params, dtype), static)
+        return model(scale(image).astype(dtype)).astype(parameter_dtype(dtype))
 
-    return loss
+    return logits
+
+
+def gauss_newton(
+    logits: Logits,
+    solver: fx.GaussNewton,
+    key: Array,
+    params: Any,
+    images: Array,
+    labels: Array,
+) -> Any:
+    """A whole Gauss-Newton step on a batch, in place of its gradient."""
+
+    def residuals(params: Any) -> tuple[Array, Array]:
+        found = jax.vmap(logits, (None, 0))(params, images)
+        return found, jnp.argmax(found, axis=1) == labels
+
+    def loss(found: Array) -> Array:
+        return jnp.mean(softmax_cross_entropy(found, labels))
+
+    told, after, _ = solver.step(residuals, loss, has_aux=True)(key, params)
+    return told, jax.tree.map(jnp.subtract, params, after)
 
 
 def _method(settings: Settings, rule: Any) -> ren2023.Method:

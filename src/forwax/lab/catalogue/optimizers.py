@@ -212,6 +212,8 @@ def suggest_rate(
     0.071429
     """
     choice = OPTIMIZERS[settings.optimizer]
+    if isinstance(rule, fx.GaussNewton):
+        return 0.5  # of the whole step
     if rule.learns:
         # Maps lag behind weights that move fast.
         return choice.base_rate or settings.backprop_rate * choice.factor / 3

@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -56,12 +57,13 @@ class RuleChoice:
         needs_data: whether it only works on a loss with data.
         published: whether it is a method of Ren et al. 2023, which also says where losses sit.
         tangents: the tangents that it takes by default, a name of `TANGENTS`.
+        own: settings that it has by default, whatever the experiment's configuration says.
 
     >>> RULES["exact"].takes
     ('chunk_size',)
     """
 
-    build: Callable[..., fx.Rule]
+    build: Callable[..., Any]
     takes: tuple[str, ...]
     about: str
     backward: str = (
@@ -70,11 +72,13 @@ class RuleChoice:
     needs_data: bool = False
     published: bool = False
     tangents: str = "rademacher"
+    own: Json = field(default_factory=dict)
 
 
 def _direct_feedback(seed: Any) -> fx.Rule:
-    key = jax.random.fold_in(jax.random.key(seed), FEEDBACK)
-    return fx.DirectFeedbackAlignment(key)
+    return fx.DirectFeedbackAlignment(
+        jax.random.fold_in(jax.random.key(seed), FEEDBACK)
+    )
 
 
 _LOCAL = (
@@ -100,6 +104,14 @@ _PLAIN: Mapping[str, RuleChoice] = {
         fx.FiniteDifference,
         (*_DRAWN, "epsilon"),
         "slopes from two evaluations each",
+    ),
+    "gauss-newton": RuleChoice(
+        partial(fx.GaussNewton, adapt=False),
+        ("tangents", "num_tangents", "chunk_size"),
+        "damped Gauss-Newton steps in the span of random directions, by slopes alone",
+        "Reverse mode was used behind the logits alone.",
+        # at a constant rate it follows each minibatch in turn
+        own={"num_tangents": 64, "schedule": "cosine"},
     ),
     "activity": RuleChoice(
         fx.ActivityPerturbation,
@@ -273,7 +285,8 @@ def check_rule(settings: Settings, given: Json) -> Settings:
     """
     rule = RULES[settings.rule]
     tangents = settings.tangents or rule.tangents
-    settings = dataclasses.replace(settings, tangents=tangents)
+    own = {name: value for name, value in rule.own.items() if name not in given}
+    settings = dataclasses.replace(settings, tangents=tangents, **own)
     refusals = {}
     for name in RULE_SETTINGS:
         takers = [other for other, choice in RULES.items() if name in choice.takes]

@@ -75,6 +75,7 @@ class OptimizeOptions:
         forwax optimize rosenbrock          # 25,000 iterations
         forwax optimize himmelblau --tangents rademacher --runs 20
         forwax optimize rosenbrock --n 10 --num-tangents 4 --combine projection
+        forwax optimize rosenbrock --n 100 --method gauss-newton --num-tangents 40
         ```
     """
 
@@ -92,12 +93,12 @@ class OptimizeOptions:
     """The rate of both methods; the default belongs to the function and shrinks like 4/(n + 2)."""
     decay: NotNegative = 0.0
     """k of the rate η exp(-k i) at step i; Baydin et al.'s Beale and Rosenbrock come with 0."""
-    rule: RuleName = "weight"
-    """The rule that is compared with backprop."""
+    rule: Annotated[RuleName, tyro.conf.arg(aliases=["--method"])] = "weight"
+    """The rule that is compared with backprop; gauss-newton for sums of squares, without a rate."""
     tangents: TangentsName = "normal"
     """The distribution of the tangents; normal, as in the paper."""
-    num_tangents: Count = 1
-    """How many tangents each step draws."""
+    num_tangents: Chosen[Count] = None
+    """How many tangents each step draws; 1 by default, of gauss-newton 64."""
     combine: CombineName = "mean"
     """How slopes and tangents become one estimate."""
     condition_number: AtLeastOne = 100.0
@@ -124,6 +125,11 @@ def run(options: OptimizeOptions) -> int:
     """
     plan = make_plan(options)
     rule = make_rule(options, len(plan.start))
+    if options.rule == "gauss-newton" and plan.function.residuals is None:
+        raise UsageError(
+            f"--method gauss-newton takes sums of squares: beale, himmelblau or rosenbrock, not "
+            f"{options.function}."
+        )
     path = options.out or Path("runs") / f"optimize-{options.function}.png"
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out must end in .png, .svg or .pdf, got {str(path)!r}.")
@@ -170,8 +176,9 @@ def make_plan(options: OptimizeOptions) -> Plan:
         raise UsageError(f"--start must have n = {n} numbers, got {len(start)}.")
     rate, iterations = DEFAULTS[options.function]
     # forward gradients with one normal tangent stay stable up to a rate that shrinks like 1/(n + 2)
-    reference = fx.WeightPerturbation(tangents=fx.tangents.Normal())
-    rate = options.learning_rate or fx.suggest_learning_rate(reference, n, 4 * rate)
+    rate = options.learning_rate or fx.suggest_learning_rate(
+        fx.WeightPerturbation(tangents=fx.tangents.Normal()), n, 4 * rate
+    )
     return Plan(function, start, options.iterations or iterations, rate, options.decay)
 
 
@@ -188,7 +195,8 @@ def make_rule(options: OptimizeOptions, n: int) -> fx.Rule:
     settings = Settings(
         rule=options.rule,
         tangents=options.tangents,
-        num_tangents=options.num_tangents,
+        num_tangents=options.num_tangents
+        or RULES[options.rule].own.get("num_tangents", 1),
         combine=options.combine,
     )
     rule = build_rule(settings)

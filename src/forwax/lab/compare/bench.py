@@ -77,8 +77,11 @@ class Trial(Session):
         """Give at most `BINS` pairs (middle step, mean training loss)."""
         count = len(self.losses)
         points = np.column_stack([np.arange(1, count + 1), self.losses])
-        parts = np.array_split(points, min(BINS, count) or 1)
-        return [part.mean(axis=0).tolist() for part in parts if len(part)]
+        return [
+            part.mean(axis=0).tolist()
+            for part in np.array_split(points, min(BINS, count) or 1)
+            if len(part)
+        ]
 
 
 class Bench:

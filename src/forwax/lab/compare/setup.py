@@ -115,8 +115,9 @@ def resumed(options: CompareOptions) -> CompareOptions:
         )
     stored = CompareOptions(**fields_in(CompareOptions, config))
     data_dir = options.data_dir or (stored.data_dir and Path(stored.data_dir))
-    rules = tuple(stored.rules)
-    return dataclasses.replace(stored, rules=rules, data_dir=data_dir, resume=folder)
+    return dataclasses.replace(
+        stored, rules=tuple(stored.rules), data_dir=data_dir, resume=folder
+    )
 
 
 def make_folder(options: CompareOptions) -> Path:

@@ -15,22 +15,11 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
 import numpy as np
 import pooch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from forwax.lab.data.formats import decompress
 from forwax.lab.data.sets import DataError, DataSet, Source, find_source, load_digits
@@ -142,8 +131,7 @@ def _missing(source: Source, folder: Path) -> list[str]:
 
 def _find_file(folder: Path, file: str) -> Path | None:
     """The file in this folder, plain or with ``.gz``, or None."""
-    paths = (folder / file, folder / f"{file}.gz")
-    return next(filter(Path.is_file, paths), None)
+    return next(filter(Path.is_file, (folder / file, folder / f"{file}.gz")), None)
 
 
 def _read_split(
@@ -288,47 +276,22 @@ def _contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes, str]]:
 
 def _download(source: Source, url: str, target: Path) -> Path:
     """Download one file, with a progress bar on standard error when that is a terminal."""
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    ) as progress:
-        # pooch takes any bar of this shape, but its types say bool
-        bar: Any = _DownloadBar(progress, target.name)
-        fetch_to = pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, timeout=30)
-        try:
-            fetch_to(url, str(target), None)
-        except OSError as error:
-            # the disk's own errors carry a number, the network library's none
-            if error.errno is not None:
-                raise
-            # of the network's, class and HTTP status: their texts nest several others
-            status = getattr(getattr(error, "response", None), "status_code", "")
-            kind = f"{type(error).__name__} {status}".rstrip()
-            raise DataError(
-                f"Expected {source.name} in --data-dir, FORWAX_DATA or the cache, or a network to "
-                f"fetch it, but found no file and got {kind} from {url}; connect to the "
-                f"network, or put its standard files into a folder {source.folder} and give the "
-                "folder above it with --data-dir or FORWAX_DATA."
-            ) from error
+    fetch_to = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=30
+    )
+    try:
+        fetch_to(url, str(target), None)
+    except OSError as error:
+        # the disk's own errors carry a number, the network library's none
+        if error.errno is not None:
+            raise
+        # of the network's, class and HTTP status: their texts nest several others
+        status = getattr(getattr(error, "response", None), "status_code", "")
+        kind = f"{type(error).__name__} {status}".rstrip()
+        raise DataError(
+            f"Expected {source.name} in --data-dir, FORWAX_DATA or the cache, or a network to "
+            f"fetch it, but found no file and got {kind} from {url}; connect to the "
+            f"network, or put its standard files into a folder {source.folder} and give the "
+            "folder above it with --data-dir or FORWAX_DATA."
+        ) from error
     return target
-
-
-class _DownloadBar:
-    """A rich progress bar in the shape that pooch's downloader drives."""
-
-    # pooch sets it; a server may not tell the size
-    total = 0
-
-    def __init__(self, progress: Progress, label: str):
-        self._progress = progress
-        self._task = progress.add_task(label, total=None)
-        self.reset = partial(progress.reset, self._task)
-        self.close = partial(progress.stop_task, self._task)
-
-    def update(self, size: int) -> None:
-        self._progress.update(self._task, advance=size, total=self.total or None)

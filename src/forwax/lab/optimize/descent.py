@@ -89,25 +89,37 @@ class Timing:
     overhead: float
 
 
+Rule = fx.Rule | fx.GaussNewton
 Descents = Mapping[str, Descent]
 Timings = Mapping[str, Timing]
 
 
-def one_run(plan: Plan, rule: fx.Rule) -> Callable[[Array], Any]:
+def one_run(plan: Plan, rule: Any) -> Callable[[Array], Any]:
     """Return the function from a key to (values, points or None, last point) of one run."""
-    step = fx.value_and_grad(plan.function, rule)
     planar = len(plan.start) == 2
+    start = jnp.array(plan.start)
+    solver = None
+    if isinstance(rule, fx.GaussNewton):
+        solver = dataclasses.replace(rule, adapt=True).init(start)
+
+    def step(key: Array, x: Array, solver: Any, rate: Array) -> Any:
+        if solver is not None:
+            half, x, solver = solver.step(plan.function.residuals)(key, x)
+            return (x, solver), 2 * half
+        value, gradient = fx.value_and_grad(plan.function, rule)(key, x)  # type: ignore
+        return (x - rate * gradient, None), value
 
     def run(key: Array) -> Any:
-        def body(x: Array, per_step: Any) -> Any:
-            step_key, i = per_step
-            value, gradient = step(step_key, x)
+        def body(carry: Any, per_step: Any) -> Any:
+            key, i = per_step
+            x, solver = carry
             rate = plan.learning_rate * jnp.exp(-plan.decay * i)
-            return x - rate * gradient, (value, x if planar else None)
+            carry, value = step(key, x, solver, rate)
+            return carry, (value, x if planar else None)
 
-        last, (values, points) = jax.lax.scan(
+        (last, _), (values, points) = jax.lax.scan(
             body,
-            jnp.array(plan.start),
+            (start, solver),
             (
                 jax.random.split(key, plan.iterations),
                 jnp.arange(plan.iterations, dtype=float),
@@ -119,7 +131,7 @@ def one_run(plan: Plan, rule: fx.Rule) -> Callable[[Array], Any]:
     return run
 
 
-def descend(plan: Plan, rule: fx.Rule, keys: Array) -> Descent:
+def descend(plan: Plan, rule: Rule, keys: Array) -> Descent:
     """Run gradient descent once for each key.
 
     Args:
@@ -135,12 +147,11 @@ def descend(plan: Plan, rule: fx.Rule, keys: Array) -> Descent:
     >>> print(f"{runs.final[0]:.1e}")
     5.6e-05
     """
-    runs = jax.jit(jax.vmap(one_run(plan, rule)))
-    return Descent(*jax.device_get(runs(keys)))
+    return Descent(*jax.device_get(jax.jit(jax.vmap(one_run(plan, rule)))(keys)))
 
 
 def measure(
-    plan: Plan, rules: list[fx.Rule], key: Array, repeats: int = REPEATS
+    plan: Plan, rules: list[Rule], key: Array, repeats: int = REPEATS
 ) -> list[Timing]:
     """Measure the seconds of single runs under each rule, the rules taking turns.
 
@@ -150,7 +161,9 @@ def measure(
         plan,
         dataclasses.replace(
             plan,
-            function=dataclasses.replace(plan.function, name="sum", formula=jnp.sum),
+            function=dataclasses.replace(
+                plan.function, name="sum", formula=jnp.sum, residuals=jnp.ravel
+            ),
         ),
     )
     seconds = seconds_of(
@@ -171,7 +184,7 @@ def seconds_of(
 
 def summarise(
     plan: Plan,
-    rules: Mapping[str, fx.Rule],
+    rules: Mapping[str, Rule],
     descents: Descents,
     timings: Timings,
     seed: int,
@@ -267,4 +280,4 @@ def label(name: str) -> str:
     >>> label("backprop"), label("forward")
     ('backprop', 'forward gradient')
     """
-    return name if name == "backprop" else f"{name} gradient"
+    return name if name in ("backprop", "gauss-newton") else f"{name} gradient"

@@ -66,8 +66,7 @@ def _points(curve: Json, scale: float) -> np.ndarray:
     """Give a curve's steps times the scale, and the finite ones of its losses, [2, steps]."""
     points = np.array([curve["steps"], curve["validation_losses"]], dtype=float)
     # a logarithmic axis has no place for step 0, and a line goes on over what is left out
-    shown = np.isfinite(points[1]) & (points[0] > 0)
-    return points[:, shown] * [[scale], [1.0]]
+    return points[:, np.isfinite(points[1]) & (points[0] > 0)] * [[scale], [1.0]]
 
 
 def _set_loss_axis(axes: Axes, results: Json) -> None:

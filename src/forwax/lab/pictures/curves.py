@@ -86,5 +86,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     [1.0, 3.0]
     """
     window = np.ones(2 * (len(values) // 100) + 1)
-    total = np.convolve(values, window, mode="same")
-    return total / np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / np.convolve(
+        np.ones(len(values)), window, mode="same"
+    )

@@ -111,8 +111,7 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
             axes.plot(*way.T, **look | THIN)
         # the run whose final value is the median, or the lower one of the two in the middle
         ranks = np.argsort(descents[name].final, kind="stable")
-        middle = ranks[(len(ranks) - 1) // 2]
-        axes.plot(*points[middle, shown].T, **look)
+        axes.plot(*points[ranks[(len(ranks) - 1) // 2], shown].T, **look)
     axes.plot(*plan.start, "o", color=style.INK, markersize=6, zorder=6, label="start")
     axes.plot(
         *np.array(plan.function.minima).T,

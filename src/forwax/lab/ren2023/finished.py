@@ -40,8 +40,9 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], RowsByRule]:
     results: RowsByRule = {}
     # the place names the row and the seed, so that no two runs share one
     for place, run in sorted(found.items()):
-        summary = run.summary() | {"learning_rate": run.config["learning_rate"]}
-        results.setdefault(place[2], []).append(summary)
+        results.setdefault(place[2], []).append(
+            run.summary() | {"learning_rate": run.config["learning_rate"]}
+        )
     return [Entry.parse(name) for name in results], results
 
 

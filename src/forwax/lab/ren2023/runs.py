@@ -129,8 +129,7 @@ def _summary(run: Run, session: Session, finite: bool) -> Json:
     train_error = None
     if finite:  # without noise or augmentation
         score = scorer(session.problem, session.problem.train)
-        accuracy = score(session.trainer.state.params)[1]
-        train_error = 100 * (1 - accuracy)
+        train_error = 100 * (1 - score(session.trainer.state.params)[1])
     return {
         "finite": finite,
         "test_error": rows[-1]["test_error"] if finite else None,

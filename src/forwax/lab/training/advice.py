@@ -61,8 +61,9 @@ def advice(experiment: str, trainer: Trainer, folder: Path, loss: float) -> str:
     suggested = find_experiment(experiment).suggest_rate(
         settings, build_rule(settings, jnp.zeros(n)), n, problem.noise
     )
-    smaller = min(suggested, rate / 3)
-    tries = [f"a smaller --learning-rate (say {smaller:.1g}; it was {rate:.2g})"]
+    tries = [
+        f"a smaller --learning-rate (say {min(suggested, rate / 3):.1g}; it was {rate:.2g})"
+    ]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")
         guarded = "clip_slopes" in RULES[settings.rule].takes

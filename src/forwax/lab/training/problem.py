@@ -20,10 +20,11 @@ from forwax.lab.catalogue.objectives import (
     BATCHED,
     Estimate,
     Gradient,
-    Loss,
+    Logits,
     Scale,
     cast,
-    cross_entropy,
+    gauss_newton,
+    logits_of,
     parameter_dtype,
 )
 from forwax.lab.catalogue.settings import Settings
@@ -42,8 +43,7 @@ class Task:
 
     Attributes:
         init: from a key to the parameters, a pytree of floating arrays.
-        loss: from (parameters, one uint8 image, its label) to (loss, whether the largest logit is
-            the label's).
+        logits: from (parameters, one uint8 image) to the logits of its classes.
         train: the training set.
         test: the test set.
         num_parameters: how many real parameters there are.
@@ -53,12 +53,17 @@ class Task:
     """
 
     init: Callable[[Array], Any]
-    loss: Loss
+    logits: Logits
     train: Examples
     test: Examples
     num_parameters: int
     checksum: str
     custom_gradient: Gradient | None = None
+
+    def loss(self, params: Any, image: Array, label: Array) -> tuple[Array, Array]:
+        """The loss of one uint8 image, and whether the largest logit is its label's."""
+        logits = self.logits(params, image)
+        return jax.nn.logsumexp(logits) - logits[label], jnp.argmax(logits) == label
 
     @property
     def num_examples(self) -> int:
@@ -69,11 +74,17 @@ class Task:
         """The function that estimates the gradient of a batch by a rule; see `Gradient`."""
         if self.custom_gradient is not None:
             return self.custom_gradient(rule)
+        if isinstance(rule, fx.GaussNewton):
+            return functools.partial(gauss_newton, self.logits, rule)
         return estimator(self.loss, rule, **BATCHED)
 
     def ready(self, rule: Any, params: Any) -> Any:
         """The rule, one that learns with the maps that it starts from."""
-        if not rule.learns or rule.inner is not rule:
+        if (
+            isinstance(rule, fx.GaussNewton)
+            or not rule.learns
+            or rule.inner is not rule
+        ):
             return rule
         inputs = jax.random.key(0), params, *self._one_example()
         learnt = jax.eval_shape(self.gradient(rule), *inputs)[2].maps
@@ -141,7 +152,7 @@ def problem_of(data: DataSet, experiment: Experiment, settings: Settings) -> Tas
     gradient = experiment.gradient
     return Task(
         init=init,
-        loss=cross_entropy(static, scale, settings.dtype),
+        logits=logits_of(static, scale, settings.dtype),
         train=(data.train_images, data.train_labels.astype(np.int32)),
         test=(data.test_images, data.test_labels.astype(np.int32)),
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -194,8 +194,9 @@ class CompiledTraining:
         started = time.perf_counter()
         block = jax.jit(make_block(problem, settings), donate_argnums=0, **spread)
         shapes = jax.eval_shape(lambda: _carry(init(seed), problem.num_examples))
-        lowered = block.lower(shapes, np.int32(0), _rate(0), seed, *self.data)
-        self.block = lowered.compile()
+        self.block = block.lower(
+            shapes, np.int32(0), _rate(0), seed, *self.data
+        ).compile()
         self.compile_seconds = time.perf_counter() - started
         memory = self.block.memory_analysis()
         self.temporary_bytes = memory and int(memory.temp_size_in_bytes)

@@ -68,7 +68,9 @@ def init_state(problem: Task, settings: Settings) -> TrainState:
         guess = initial_guess(settings, params, jax.random.fold_in(key, FEEDBACK))
         rule = problem.ready(guarded_rule(settings, guess), params)
         guess = getattr(rule, "maps", guess)
-        slopes = rule.init().history if rule.inner is not rule else None
+        slopes = (
+            rule.init().history if getattr(rule, "inner", rule) is not rule else None
+        )
         return TrainState(params, optimizer.init(params), guess, jnp.int32(0), slopes)
 
     # one program instead of one for each operation
@@ -94,10 +96,9 @@ def make_step(problem: Task, settings: Settings) -> Any:
 
     def step(state: TrainState, images: Array, labels: Array) -> Any:
         key = jax.random.fold_in(noise_key, state.step)
-        rule = guarded_rule(settings, state.guess, state.slopes)
-        (loss, correct), grads, *learnt = problem.gradient(rule)(
-            key, state.params, images, labels
-        )
+        (loss, correct), grads, *learnt = problem.gradient(
+            guarded_rule(settings, state.guess, state.slopes)
+        )(key, state.params, images, labels)
         squares = (jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads))
         finite = jnp.isfinite(loss) & jnp.isfinite(sum(squares, jnp.float32(0)))
 

@@ -45,8 +45,10 @@ def measure(
     runs |= {name: program.start(0.0, seed=0).run for name, program in programs.items()}
     counts = {name: _calibrate(run) for name, run in runs.items()}
     calls = {name: partial(run, counts[name]) for name, run in runs.items()}
-    seconds = interleaved(calls, rounds, max_seconds=TOTAL_SECONDS)
-    return {name: (times / counts[name]).tolist() for name, times in seconds.items()}
+    return {
+        name: (times / counts[name]).tolist()
+        for name, times in interleaved(calls, rounds, max_seconds=TOTAL_SECONDS).items()
+    }
 
 
 def _evaluations(program: CompiledTraining) -> Run:
