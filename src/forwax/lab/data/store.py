@@ -152,8 +152,10 @@ def _read(source: Source, folder: Path, file: str) -> bytes:
             f"Expected {file} of {source.name} in {folder}, but it is gone; run `forwax data` "
             "again."
         )
-    again = f"remove {folder} and run `forwax data {source.name}`"
-    remedy = f"put an unchanged copy in its place, or {again}"
+    remedy = (
+        f"put an unchanged copy in its place, or remove {folder} and run `forwax data "
+        f"{source.name}`"
+    )
     return _verified(source, file, path.read_bytes(), str(path), remedy)
 
 
