@@ -169,6 +169,16 @@ def while_loss(x: Array) -> Array:
     ).sum()
 
 
+def island(w: Array, x: Array) -> Array:
+    """A piece that runs forwards only, through which reverse mode goes all the same."""
+    converge = fx.enable_reverse(
+        lambda h: lax.while_loop(
+            lambda s: jnp.sum(s**2) > 0.1, lambda s: 0.7 * s + 0.1 * jnp.sin(s), h
+        )
+    )
+    return jnp.sum(jnp.tanh(converge(x @ w)))
+
+
 def rnn(w: Array, xs: Array) -> Array:
     def step(h: Array, x: Array) -> tuple[Array, Array]:
         h = jnp.tanh(w @ h + x)
@@ -251,6 +261,7 @@ CASES = [
     Case(
         "while-loop", while_loss, lambda: (jnp.abs(normal(1, 3)) + 0.5,), reverse=False
     ),
+    Case("island", island, lambda: (normal(1, 3, 2), normal(2, 2, 3)), data=True),
     Case("scan", rnn, lambda: (normal(1, 2, 2), normal(2, 5, 2)), data=True),
     Case("remat", remat, lambda: (normal(1, 4),)),
     Case("eager", eager, lambda: (jnp.abs(normal(1, 4)) + 0.5,), traceable=False),

@@ -5,6 +5,7 @@ from forwax import credit as credit
 from forwax import functions as functions
 from forwax import tangents as tangents
 from forwax import testing as testing
+from forwax._enable_reverse import enable_reverse
 from forwax._fused import update
 from forwax._gauss_newton import GaussNewton
 from forwax._learning_rate import suggest_learning_rate
@@ -51,6 +52,7 @@ __all__ = [
     "combine",
     "credit",
     "diagnose",
+    "enable_reverse",
     "explain",
     "functions",
     "grad",

@@ -260,9 +260,9 @@ class _Statics:
         """The arrays of aux; the rest is kept."""
         leaves = jax.tree.leaves(aux)
         # Arrays are not kept: inside a transformation they are tracers, which must not leave it.
-        self.leaves = [None if _is_array(leaf) else leaf for leaf in leaves]
+        self.leaves = [None if is_array(leaf) else leaf for leaf in leaves]
         self.structure = cast(Any, jax.tree.structure(aux))
-        return [leaf for leaf in leaves if _is_array(leaf)]
+        return [leaf for leaf in leaves if is_array(leaf)]
 
     def join(self, arrays: list[Any]) -> Tree:
         """Aux again, with arrays in their places."""
@@ -292,8 +292,8 @@ class _Mapped:
 
 def _arrays(arguments: Any) -> tuple[Any, ...]:
     leaves: list[Any] = jax.tree.leaves(arguments)
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-    return tuple(itertools.compress(leaves, is_array))
+    has_shape = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+    return tuple(itertools.compress(leaves, has_shape))
 
 
 def _leaf_axes(
@@ -326,9 +326,9 @@ def loss_parts(out: Any) -> list[Array]:
                 "LocalLosses: expected at least one array, got an empty tree."
             )
         return [_checked_real(leaf) for leaf in leaves]
-    if _is_array(out) and jnp.shape(out) == ():
+    if is_array(out) and jnp.shape(out) == ():
         return [_checked_real(out)]
-    shown = f"shape: {jnp.shape(out)}" if _is_array(out) else f"type: {_type_name(out)}"
+    shown = f"shape: {jnp.shape(out)}" if is_array(out) else f"type: {_type_name(out)}"
     raise TypeError(
         f"Gradient only defined for scalar-output functions. Output had {shown}. Return a scalar, "
         "forwax.LocalLosses(tree) for the sum of several losses, or (loss, aux) with has_aux=True."
@@ -350,7 +350,7 @@ def check_leaves(name: str, arg: Tree) -> None:
     """Raise a TypeError for a leaf that cannot be differentiated."""
     leaves = cast(list[tuple[Any, Any]], jax.tree_util.tree_leaves_with_path(arg))
     for path, leaf in leaves:
-        if _is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
         where = jax.tree_util.keystr(path) or "the argument itself"
         raise TypeError(
@@ -383,7 +383,8 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether JAX takes it as an array: Python's numbers too."""
     return isinstance(
         leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex
     )

@@ -1,6 +1,7 @@
 """From a function to its program: `jit` and `remat` inlined, `scan` a loop over a program."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -52,15 +53,28 @@ def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], 
     Returns:
         A function that runs the trace, and the abstract values of what it returns.
     """
+    run, closed, shapes = staged_apart(fun, *args)
+    return functools.partial(run, closed), shapes
+
+
+def staged_apart(
+    fun: Callable[..., Tree], *args: Tree
+) -> tuple[Callable[..., Tree], list[Any], Tree]:
+    """As `staged`, but the arrays that the function closes over become its first argument.
+
+    Returns:
+        A function that runs the trace on such arrays and on arguments, the arrays, and the abstract
+        values of what it returns.
+    """
     traced, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
     structure = jax.tree.structure(shapes)
-    flat = jex.jaxpr_as_fun(traced)
 
-    def run(*args: Tree) -> Tree:
+    def run(closed: Sequence[Any], *args: Tree) -> Tree:
+        flat = jex.jaxpr_as_fun(jex.ClosedJaxpr(traced.jaxpr, closed))
         leaves = jax.tree.leaves(args)
         return structure.unflatten(flat(*leaves))
 
-    return run, structure.unflatten(traced.out_avals)
+    return run, list(traced.consts), structure.unflatten(traced.out_avals)
 
 
 def retrace(
