@@ -6,15 +6,18 @@ The while-loop example finds the truth.
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cases import assert_trees_close
 from helpers import module_at
 
 pytestmark = pytest.mark.promotes("Optax mixes integers and floats")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
+    "contact_policy": {"steps": 3, "count": 4, "num_steps": 12, "rounds": 1},
     "equinox_digits": {"epochs": 1, "batch": 512},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
     "spiking": {"steps": 100, "batch": 32},
@@ -67,6 +70,29 @@ def test_arrivals_are_distances_in_even_ground():
     # first order: late by a cell at most
     assert np.all(times >= exact - 1e-5)
     assert np.max(times - exact) < 1.5 / 40
+
+
+def test_contact_policy(capsys, tmp_path):
+    example = module_at(EXAMPLES / "contact_policy.py")
+    picture = tmp_path / "paths.png"
+    losses = example.main(**TINY["contact_policy"], picture=str(picture))
+    said = capsys.readouterr().out
+    assert said.startswith("jax.grad: Reverse-mode differentiation does not work")
+    for name, found in losses.items():
+        assert name in said
+        assert found[0] == pytest.approx(losses["enable_reverse"][0], rel=1e-4)
+    assert picture.stat().st_size > 1000
+
+
+def test_contact_policy_has_the_gradient_of_the_fixed_loop():
+    example = module_at(EXAMPLES / "contact_policy.py")
+    games = example.draw_games(jax.random.key(1), 8)
+    policy = example.initial_policy(jax.random.key(2))
+    ways = example.gradients(games, 30)
+    value, exact = ways["enable_reverse"](jax.random.key(0), policy)
+    fixed_value, fixed = ways["40 sweeps"](jax.random.key(0), policy)
+    assert float(value) == pytest.approx(float(fixed_value), rel=1e-5)
+    assert_trees_close(exact, fixed, rtol=2e-3, atol=2e-4)
 
 
 def test_spiking(capsys):
