@@ -393,6 +393,11 @@ SITE_RULES: dict[str, fx.Rule] = {
 }
 """Rules that need data."""
 
+EXAMPLE_RULES: dict[str, fx.Rule] = {
+    "by-example": fx.WeightPerturbation(num_tangents=2, per_example=True),
+}
+"""Rules that need examples, as `in_axes` says."""
+
 BIASED = {
     "weight-projection",
     "safe",
@@ -415,6 +420,8 @@ def rules_for(case: Case) -> dict[str, fx.Rule]:
     }
     if not case.traceable:
         del rules["low-rank"]  # which traces the loss
+    if case.options.get("in_axes") is not None:
+        rules |= EXAMPLE_RULES
     return rules | (SITE_RULES if case.data else {})
 
 

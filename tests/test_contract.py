@@ -14,6 +14,7 @@ from cases import (
     CASE_RULE_IDS,
     CASE_RULES,
     CASES,
+    EXAMPLE_RULES,
     RULES,
     SITE_RULES,
     Case,
@@ -23,7 +24,7 @@ from cases import (
     quadratic,
 )
 
-ALL_RULES = RULES | SITE_RULES
+ALL_RULES = RULES | SITE_RULES | EXAMPLE_RULES
 
 
 def shapes(tree):

@@ -29,7 +29,7 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
 
     Raises:
         ValueError: when n is not positive, the tangents do not exist for n coordinates, or the
-            error follows from more than n, as with `tangents.LowRank(per_example=True)` and the
+            error follows from more than n, as with `per_example=True` and the
             scales of `forwax.ActivityPerturbation`.
 
     Example:

@@ -40,7 +40,7 @@ class Momentum:
         keys: the data of their keys [window, words], in a ring; None until `init` or the first step
             makes it.
         coefficients: the weights of their tangents [window, k], or [window, k, examples] with
-            `tangents.LowRank(per_example=True)`; None like the keys.
+            `per_example=True`; None like the keys.
         num_steps: how many steps were made.
 
     Raises:
@@ -84,8 +84,7 @@ class Momentum:
         Args:
             key: any key of the kind that the steps will get.
             rule: the rule of the steps.
-            num_examples: how many examples a step has, needed with
-                `tangents.LowRank(per_example=True)`.
+            num_examples: how many examples a step has, needed with `per_example=True`.
 
         Raises:
             ValueError: when the number of examples is needed and missing.
@@ -97,11 +96,11 @@ class Momentum:
         )
         weight = cast(WeightPerturbation, rule.inner)
         shape: tuple[int, ...] = (weight.num_tangents,)
-        if weight.tangents.per_example:
+        if weight.by_example:
             if num_examples is None:
                 raise ValueError(
-                    "Momentum.init: tangents.LowRank(per_example=True) has a slope for each "
-                    "example: expected num_examples, got None."
+                    "Momentum.init: a rule with per_example=True has a slope for each example: "
+                    "expected num_examples, got None."
                 )
             shape = (*shape, num_examples)
         keys, coefficients, num_steps = self._ring(

@@ -136,7 +136,7 @@ class Safe(LearningRule):
     the training loop and its checkpoints: the field `history` is all that changes.
 
     Supported: `forwax.WeightPerturbation` with any tangents, combination and number of tangents,
-    each slope on its own, one for each example with `tangents.LowRank(per_example=True)`. Inside
+    each slope on its own, one for each example with `per_example=True`. Inside
     `jax.shard_map` the parameters must be replicated. All other rules,
     `forwax.ActivityPerturbation` with its slopes for each example among them, have no slope that
     scales their estimate as a whole: there the norm |ĝ| takes the place of |c|, and an estimate
@@ -285,7 +285,7 @@ class Safe(LearningRule):
         M), with normals and signs k / (n + k ± 1).
 
         What this is not: the noise of the batch. Slopes of one batch are slopes of its own
-        gradient, whose norm this is. With `tangents.LowRank(per_example=True)` the norm is the root
+        gradient, whose norm this is. With `per_example=True` the norm is the root
         mean square of the examples' own gradients, and relative MSE, variance and cosine are not
         numbers: they depend on how far the examples agree. Slopes are taken before clipping.
 

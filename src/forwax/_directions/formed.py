@@ -5,13 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._directions.add import FEW
 from forwax._directions.direction import Unpacked
 from forwax._pushforward import Objective, is_concrete, over_tangents
-from forwax._tree import Tree
+from forwax._signature import Problem
+from forwax._tree import Tree, added
 
 
 def basis_vectors(params: Tree) -> Callable[[Array], Tree]:
@@ -119,3 +121,42 @@ class Formed:
         if isinstance(weights, Array):  # one for all leaves
             return jax.tree.map(lambda _: weights, self.point)
         return weights
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FormedByExample(Formed):
+    """Directions of each example's own, [c, examples, *shape], of any loss with `in_axes`.
+
+    Attributes:
+        problem: the loss of one example, and the examples.
+    """
+
+    problem: Problem
+
+    @property
+    def num_examples(self) -> int:
+        """See `Directions.num_examples`."""
+        return self.problem.num_examples or 1
+
+    def push(self, drawn: Tree, num_tangents: int) -> tuple[Array, Tree, Array]:
+        """`(value, aux, slopes [k, examples])`, the slopes in at least float32."""
+
+        def slope(mapped: list[Array], direction: Tree) -> tuple[Array, Array, Tree]:
+            def loss(params: Tree) -> tuple[Array, Tree]:
+                parts, aux = self.problem.example(params, *mapped)
+                return added([jnp.sum(part) for part in parts]), aux
+
+            return jax.jvp(loss, (self.point,), (direction,), has_aux=True)
+
+        mapped = list(self.problem.mapped)
+        axes = (list(self.problem.mapped_axes), 0)
+        each = jax.vmap(slope, axes, axis_size=self.num_examples)
+
+        def of_tangent(direction: Tree) -> tuple[Array, tuple[Array, Tree]]:
+            values, slopes, aux = each(mapped, direction)
+            return slopes, (values, aux)
+
+        slopes, shared = over_tangents(of_tangent, drawn, num_tangents)
+        values, aux = shared
+        dtype = _tree.accumulation_dtype(slopes.dtype)
+        return jnp.mean(values), aux, slopes.astype(dtype)

@@ -5,6 +5,7 @@ import numpy as np
 
 from forwax import _tree
 from forwax._rules import Rule
+from forwax._signature import Problem
 from forwax._tree import Tree
 
 _MOST_NAMES = 3
@@ -55,6 +56,22 @@ def against_weight_noise(
     return (
         f"{name} has more error than weight noise at {at}, less in all. Calibrated scales, "
         'noise="auto", or weight noise there by where=... may lower it.'
+    )
+
+
+def about_examples(name: str, rule: Rule, problem: Problem) -> str | None:
+    """One sentence where activity noise can only enter at parameters that examples share."""
+    # Of all rules one alone has a memory.
+    if getattr(rule.inner, "memory", None) is None or problem.num_examples is None:
+        return None
+    sites = rule.sites(problem)
+    shared = [s for s in sites.places if s.region.promoted and not s.mapped]
+    if not shared:
+        return None
+    return (
+        f"{name}: at {len(shared)} of {len(sites.places)} sites the loss can only be perturbed at "
+        "a parameter, so all examples share a slope there, as behind a while_loop. "
+        "forwax.WeightPerturbation(per_example=True) gives each example its own."
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
-from forwax._reports.against_weights import against_weight_noise
+from forwax._reports.against_weights import about_examples, against_weight_noise
 from forwax._reports.diagnosis import Diagnosis
 from forwax._reports.diagnosis_row import DiagnosisRow
 from forwax._reports.programs import CompiledStep, Step, compiled
@@ -199,13 +199,15 @@ def _diagnose(
         if name not in programs:
             return dataclasses.replace(costs[name], **kind)
         measured: dict[str, Any] = {}
+        note = about_examples(name, rule, problem)
         if reference is not None:
             errors, cosines = _accuracy(programs[name], key, reference, draws)
-            note = against_weight_noise(name, rule, problem.params, errors)
+            worse = against_weight_noise(name, rule, problem.params, errors)
+            note = note if worse is None else worse
             mse = _mean(errors.sum(1))
-            measured = {"mse": mse, "cosine": _mean(cosines), "note": note}
-        law = rule.law(problem)
-        return dataclasses.replace(costs[name], predicted_mse=law, **kind, **measured)
+            measured = {"mse": mse, "cosine": _mean(cosines)}
+        kind |= {"predicted_mse": rule.law(problem), "note": note}
+        return dataclasses.replace(costs[name], **kind, **measured)
 
     # Backprop is the reference, or, where forward mode is, does not run.
     exact: dict[str, Any] = {

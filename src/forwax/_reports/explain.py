@@ -21,6 +21,7 @@ from forwax._sites.scales import Scales, scales_of
 
 _COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
 _MOST_NAMES = 6
+_BY_EXAMPLE = "see WeightPerturbation(per_example=True)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,7 @@ def explain(
             scales=scales,
             is_shared=is_shared,
             decays=decays,
+            has_data=bool(problem.arguments),
         )
         return Explanation(tuple(map(row_of, sites.places)))
 
@@ -214,15 +216,19 @@ def _row(
     scales: Scales,
     is_shared: bool,
     decays: bool,
+    has_data: bool = False,
 ) -> SiteRow:
     entering = together([counts.get(v, {}) for v in site.region.inputs])
+    credit = _credit(site, sites, is_shared, decays)
+    if credit.startswith("one slope for ") and not is_shared:
+        credit += _advice(site, sites.num_examples is not None, has_data)
     sources = [equation.source for equation in site.region.equations if equation.source]
     return SiteRow(
         operation=_operation(site, sites),
         shape=site.shape,
         weight_noise=sum(entering.values()),
         activity_noise=site.size,
-        credit=_credit(site, sites, is_shared, decays),
+        credit=credit,
         where=sources[0] if sources else "",
         scale=float(scales[site.variable]) if site.variable in scales else None,
     )
@@ -256,7 +262,7 @@ def _credit(site: Site, sites: Sites, is_shared: bool, decays: bool) -> str:
         each = site.mapped and not is_shared
         text = "one slope per example" if each else "one slope for all examples"
     elif not along and (is_shared or hears_all):
-        text = "one slope for the batch: pass in_axes"
+        text = "one slope for the batch"
     else:
         text = "one slope"
     text += "".join(along)
@@ -265,6 +271,16 @@ def _credit(site: Site, sites: Sites, is_shared: bool, decays: bool) -> str:
     if hears_all:
         return text
     return f"{text}, {len(by_source)} of {num_parts} parts of the loss"
+
+
+def _advice(site: Site, has_examples: bool, has_data: bool) -> str:
+    """What would tell the slopes of examples apart where one is for all; else nothing."""
+    if has_examples:
+        return f": {_BY_EXAMPLE}" if site.region.promoted else ""
+    if not has_data:
+        return ""
+    # Noise that enters at a parameter itself is shared by all examples, with `in_axes` too.
+    return f": {_BY_EXAMPLE} with in_axes" if site.region.promoted else ": pass in_axes"
 
 
 def _along(by_source: Sequence[Credit], decays: bool) -> list[str]:

@@ -14,7 +14,7 @@ from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
-from forwax._directions.formed import Formed
+from forwax._directions.formed import Formed, FormedByExample
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
 from forwax._pushforward import is_staged, slopes
 from forwax._rule import Rule, check_count, check_directions, check_replicated
@@ -22,7 +22,7 @@ from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
 from forwax.tangents import Coordinate, LowRank, Rademacher, Tangents
-from forwax.tangents._base import sampler
+from forwax.tangents._base import sampler, sampler_of_examples
 
 
 @jax.tree_util.register_dataclass
@@ -44,12 +44,18 @@ class WeightPerturbation(Rule):
         combine: how slopes and directions become one estimate.
         chunk_size: the most directions at a time, None for all at once. The estimate is the same up
             to rounding; the primal is evaluated once per chunk.
+        per_example: whether each of the N examples of `in_axes` has directions and slopes of its
+            own: where the tangents' law is M, the error is M·mean|g_i|²/N with the examples'
+            gradients g_i, in place of M·|mean g_i|². So it pays where examples disagree, and for
+            losses of which nothing but evaluations is known: a solver, an unrolled optimiser. It
+            forms k·N·n numbers, of which `chunk_size=1` holds N·n at a time: for few parameters;
+            for networks there are `tangents.LowRank` and `forwax.ActivityPerturbation`.
 
     Raises:
         TypeError: when tangents or combination are of another kind.
-        ValueError: when a count is not a positive integer, or where
-            `tangents.LowRank(per_example=True)` cannot be followed: without `in_axes`, with a
-            combination other than `Mean`, with sharded parameters.
+        ValueError: when a count is not a positive integer, or where `per_example=True`, here or in
+            `tangents.LowRank`, cannot be followed: without `in_axes`, with a combination other than
+            `Mean`, with sharded parameters.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -65,6 +71,7 @@ class WeightPerturbation(Rule):
     num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
     combine: Combine = Mean()  # noqa: RUF009
     chunk_size: int | None = dataclasses.field(default=None, metadata={"static": True})
+    per_example: bool = dataclasses.field(default=False, metadata={"static": True})
 
     has_slopes: ClassVar[bool] = True
 
@@ -77,6 +84,11 @@ class WeightPerturbation(Rule):
     def unbiased(self) -> bool:
         """Whether the combination keeps the estimate unbiased."""
         return self.combine.unbiased
+
+    @property
+    def by_example(self) -> bool:
+        """Whether each example has directions of its own, as the rule or its tangents say."""
+        return self.per_example or self.tangents.per_example
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
@@ -103,7 +115,7 @@ class WeightPerturbation(Rule):
         joint = self.combine.joint
         key_axes = _mesh.axes(key)
         directions = self.directions(problem, key_axes)
-        is_planned = isinstance(directions, WeightPlan)
+        is_planned = self.by_example or isinstance(directions, WeightPlan)
         weighing = Weighing(self.tangents, self.combine, problem.params, key_axes)
         weigh = weighing.weights
         if is_planned:
@@ -150,14 +162,23 @@ class WeightPerturbation(Rule):
         if self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params)):
             if tangents.planned == "factors":
                 rank = cast(LowRank, tangents).rank
-                plan = plan_low_rank(varied, rank, tangents.per_example)
-            elif tangents.planned == "signs" and is_staged():
+                plan = plan_low_rank(varied, rank, self.by_example)
+            elif tangents.planned == "signs" and is_staged() and not self.by_example:
                 plan = plan_signs(varied)
         if plan is not None:
             return plan
 
+        k = self.num_tangents
+
+        def draw_by_example(key: Array) -> Callable[[Array], Tree]:
+            examples = problem.num_examples or 1
+            return sampler_of_examples(tangents, key, problem.params, k, examples)
+
+        if self.by_example:
+            objective = problem.objective
+            return FormedByExample(objective, point, draw_by_example, problem)
+
         def draw(key: Array) -> Callable[[Array], Tree]:
-            k = self.num_tangents
             hold = self.combine.joint  # its weights need all directions
             return sampler(tangents, key, problem.params, k, hold=hold)
 
@@ -165,22 +186,25 @@ class WeightPerturbation(Rule):
 
     def _check_examples(self, problem: Problem) -> None:
         """Raise a ValueError where examples cannot have directions of their own, if asked for."""
-        if not self.tangents.per_example:
+        if not self.by_example:
             return
+        name = "WeightPerturbation(per_example=True)"
+        if self.tangents.per_example:
+            name = "tangents.LowRank(per_example=True)"
         if problem.num_examples is None:
             raise ValueError(
-                "tangents.LowRank(per_example=True) needs examples: expected in_axes, got None. "
+                f"{name} needs examples: expected in_axes, got None. "
                 "Pass in_axes, as in in_axes=(None, 0, 0), or per_example=False."
             )
         if not isinstance(self.combine, Mean):
             raise ValueError(
-                "tangents.LowRank(per_example=True) gives each example its own slopes: expected "
+                f"{name} gives each example its own slopes: expected "
                 f"combine.Mean(), got {type(self.combine).__name__}, which needs the law of the "
                 "whole estimate. Use combine.Mean(), or per_example=False."
             )
         if any(_mesh.tree_axes(problem.params)):
             raise ValueError(
-                "tangents.LowRank(per_example=True) needs whole parameters on every device, but "
+                f"{name} needs whole parameters on every device, but "
                 "inside shard_map they vary over mesh axes. Replicate them, or use "
                 "per_example=False."
             )
@@ -197,8 +221,7 @@ class WeightPerturbation(Rule):
     def relative_mse(self, n: int) -> float:
         """The law of the tangents and their combination, for n real coordinates of the parameters.
 
-        Not a number with `tangents.LowRank(per_example=True)`, where it depends on how far the
-        examples agree.
+        Not a number with `per_example=True`, where it depends on how far the examples agree.
         """
         return self.combine.relative_mse(self._mean_law(n), n, self.num_tangents)
 
@@ -211,6 +234,6 @@ class WeightPerturbation(Rule):
 
     def _mean_law(self, n: int) -> float:
         self.tangents.check(n, self.num_tangents)
-        if self.tangents.per_example:  # it depends on how far the examples agree
+        if self.by_example:  # it depends on how far the examples agree
             return math.nan
         return self.tangents.relative_mse(n, self.num_tangents)

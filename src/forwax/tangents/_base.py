@@ -4,6 +4,7 @@
 # Whether a cast is needed hangs on the version of jax.
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, cast
 
@@ -202,6 +203,35 @@ def sampler(
         return _tree.with_leaves(held, leaves)
 
     return held_at
+
+
+def sampler_of_examples(
+    tangents: Tangents,
+    key: Array,
+    like: Tree,
+    num_tangents: int,
+    num_examples: int,
+) -> Callable[[Array], Tree]:
+    """As `sampler`, for each example from a key of its own: leading axes [c, examples]."""
+    keys = jax.random.split(key, num_examples)
+
+    def at(indices: Array) -> Tree:
+        def one(key: Array) -> Tree:
+            return sampler(tangents, key, like, num_tangents)(indices)
+
+        # Under vmap the generator rbg uses the first key of the batch alone.
+        is_rbg = "rbg" in str(jax.random.key_impl(key))
+        each = functools.partial(jax.lax.map, one) if is_rbg else jax.vmap(one)
+        drawn = cast(Tree, each(keys))
+        # [examples, c, *shape] -> [c, examples, *shape]
+        leaves: list[Array] = jax.tree.leaves(drawn)
+        return _tree.with_leaves(like, [jnp.swapaxes(x, 0, 1) for x in leaves])
+
+    if tangents.one_by_one:
+        return at
+    held = at(jnp.arange(num_tangents))
+    leaves: list[Array] = jax.tree.leaves(held)
+    return lambda indices: _tree.with_leaves(like, [x[indices] for x in leaves])
 
 
 def _groups(
