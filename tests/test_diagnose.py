@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from forwax._reports.chunks import about_chunks
 from forwax._reports.diagnosis import Diagnosis, DiagnosisRow
 from forwax._reports.diagnostics import named_rules
 from forwax._reports.timing import interleaved, ratios
@@ -365,6 +366,33 @@ def test_calls_are_timed_in_turn():
     assert interleaved(calls, 9, max_seconds=0)["a"].shape == (3,)
     known = {"a": np.array([1.0, 3.0, 2.0]), "b": np.array([4.0, 4.0, 9.0])}
     assert ratios(known, "a") == {"a": 1, "b": 2}
+
+
+def test_it_times_chunk_sizes_of_the_exact_gradient_and_says_which():
+    def loss(w):
+        return jnp.sum(jnp.sin(w) * jnp.cumsum(w))
+
+    found = fx.diagnose(loss, [fx.Exact()], rounds=3)(KEY, jnp.linspace(0, 1, 40))
+    (row,) = found.rules
+    assert row.note in found.notes()
+    assert row.note.startswith("Exact() takes ")
+    assert " with chunk_size=7 and " in row.note
+    assert " with chunk_size=40: " in row.note
+    assert "chunk_size=32" not in row.note
+    assert row.note.endswith(("take chunk_size=7.", "take chunk_size=40.", "leave it."))
+    few = fx.diagnose(loss, [fx.Exact()], rounds=3)(KEY, jnp.ones(3))
+    assert few.rules[0].note is None
+
+
+def test_the_fastest_chunk_size_is_named():
+    rows = {7: DiagnosisRow("", seconds=0.1), 40: DiagnosisRow("", seconds=0.2)}
+    slow, fast = (DiagnosisRow("Exact()", seconds=s) for s in (1.0, 0.05))
+    assert about_chunks("Exact()", slow, rows) == (
+        "Exact() takes 1 s, 100 ms with chunk_size=7 and 200 ms with chunk_size=40: "
+        "take chunk_size=7."
+    )
+    assert about_chunks("Exact()", fast, rows).endswith(": leave it.")
+    assert about_chunks("Exact()", slow, {}) is None
 
 
 def signed(params, x, sign):

@@ -35,7 +35,7 @@ def enable_reverse(
     num_tangents: int | None = None,
     *,
     key: Array | None = None,
-    chunk_size: int | None = 64,
+    chunk_size: int | None = 32,
 ) -> Callable[..., Any]:
     """The same function, through which `jax.grad` and all that calls it can go.
 

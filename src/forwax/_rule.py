@@ -66,6 +66,13 @@ class Rule(abc.ABC):
         """
         return None
 
+    def in_chunks(self, problem: Problem) -> "dict[int, Rule]":
+        """This rule with other chunk sizes that change its price alone.
+
+        `forwax.diagnose` times them; by default none.
+        """
+        return {}
+
     @abc.abstractmethod
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate.

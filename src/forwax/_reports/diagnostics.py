@@ -14,6 +14,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax._reports.against_weights import about_examples, against_weight_noise
+from forwax._reports.chunks import about_chunks
 from forwax._reports.diagnosis import Diagnosis
 from forwax._reports.diagnosis_row import DiagnosisRow
 from forwax._reports.programs import CompiledStep, Step, compiled
@@ -58,7 +59,8 @@ def diagnose(
     Args:
         loss: as for `forwax.value_and_grad`.
         rules: the rules, by name if a mapping; by default weight perturbation with one dense and
-            with one and eight rank-1 tangents, and activity perturbation with `in_axes`.
+            with one and eight rank-1 tangents, and activity perturbation with `in_axes`. Of
+            `forwax.Exact` two or three chunk sizes are timed, each of which is compiled.
         argnums: as for `forwax.value_and_grad`.
         has_aux: as for `forwax.value_and_grad`.
         in_axes: as for `forwax.value_and_grad`.
@@ -186,9 +188,16 @@ def _diagnose(
     estimates: dict[str, Step] = {name: rule.estimate for name, rule in rules.items()}
     steps = {BACKPROP: Backprop().estimate, CHECKPOINTED: _checkpointed, **estimates}
     programs, errors = _running(steps, prepare, key)
+    sizes = {name: rule.in_chunks(problem) for name, rule in rules.items()}
+    in_chunks: dict[str, Step] = {
+        _sized(name, size): other.estimate
+        for name, others in sizes.items()
+        for size, other in others.items()
+    }
+    others, _ = _running(in_chunks, prepare, key)
     reference, source = _reference(programs, prepare, key, n)
     # All in one go, so that every round meets every program.
-    costs = _costs({ALONE: alone, **programs}, key, rounds)
+    costs = _costs({ALONE: alone, **programs, **others}, key, rounds)
     costs |= {name: DiagnosisRow(name, error=error) for name, error in errors.items()}
 
     def row(name: str, rule: Rule) -> DiagnosisRow:
@@ -199,7 +208,10 @@ def _diagnose(
         if name not in programs:
             return dataclasses.replace(costs[name], **kind)
         measured: dict[str, Any] = {}
-        note = about_examples(name, rule, problem)
+        found = {size: costs.get(_sized(name, size)) for size in sizes[name]}
+        chunked = {size: other for size, other in found.items() if other is not None}
+        note = about_chunks(name, costs[name], chunked)
+        note = note or about_examples(name, rule, problem)
         if reference is not None:
             errors, cosines = _accuracy(programs[name], key, reference, draws)
             worse = against_weight_noise(name, rule, problem.params, errors)
@@ -225,6 +237,11 @@ def _diagnose(
         reference=source,
         draws=draws,
     )
+
+
+def _sized(name: str, chunk_size: int) -> str:
+    """The name of a rule with another chunk size."""
+    return f"{name} with chunk_size={chunk_size}"
 
 
 def _evaluate(key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:

@@ -22,6 +22,12 @@ class Exact(Rule):
     that reverse mode rejects, and as the reference for random rules. Needs no noise; the key is
     ignored.
 
+    The fastest chunk size hangs on the program: `forwax.diagnose` times some. Where it solves small
+    linear systems on a CPU, as MuJoCo's MJX does, set the environment variable
+    OPENBLAS_NUM_THREADS=1: with many basis vectors at a time the BLAS library splits each of these
+    solves over threads, which wait for one another far longer than they work. Chunks of up to ten
+    avoid it too.
+
     Attributes:
         chunk_size: the most basis vectors at a time, None for all n at once.
 
@@ -36,7 +42,7 @@ class Exact(Rule):
         [64.0, 64.0]
     """
 
-    chunk_size: int | None = dataclasses.field(default=64, metadata={"static": True})
+    chunk_size: int | None = dataclasses.field(default=32, metadata={"static": True})
 
     def __post_init__(self) -> None:
         if self.chunk_size is not None:
@@ -53,6 +59,13 @@ class Exact(Rule):
         directions = Formed(problem.objective, params, lambda key: basis)
         result = slopes(directions, basis, n, chunk_size=self.chunk_size)
         return result.value, result.aux, _gradient(result.found, params)
+
+    def in_chunks(self, problem: Problem) -> dict[int, Rule]:
+        """Few at a time, more, and all at once; see `Rule.in_chunks`."""
+        n = _tree.num_coordinates(problem.params)
+        own = min(self.chunk_size or n, n)
+        sizes = [size for size in (7, 32, n) if size <= n and size != own]
+        return {size: dataclasses.replace(self, chunk_size=size) for size in sizes}
 
     def relative_mse(self, n: int) -> float:
         """Zero: nothing is random."""

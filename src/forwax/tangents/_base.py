@@ -4,7 +4,6 @@
 # Whether a cast is needed hangs on the version of jax.
 
 import abc
-import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, cast
 
@@ -221,8 +220,7 @@ def sampler_of_examples(
 
         # Under vmap the generator rbg uses the first key of the batch alone.
         is_rbg = "rbg" in str(jax.random.key_impl(key))
-        each = functools.partial(jax.lax.map, one) if is_rbg else jax.vmap(one)
-        drawn = cast(Tree, each(keys))
+        drawn = cast(Tree, jax.lax.map(one, keys)) if is_rbg else jax.vmap(one)(keys)
         # [examples, c, *shape] -> [c, examples, *shape]
         leaves: list[Array] = jax.tree.leaves(drawn)
         return _tree.with_leaves(like, [jnp.swapaxes(x, 0, 1) for x in leaves])
