@@ -5,6 +5,7 @@ Models with Just Forward Passes").
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from jax import Array, lax
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
 from forwax._directions.formed import Formed
+from forwax._directions.steps import Steps, is_number
+from forwax._programs.order import behind
 from forwax._pushforward import in_turn, is_concrete
 from forwax._rule import Rule, check_count, check_directions, check_shared
 from forwax._signature import Problem
@@ -36,21 +39,29 @@ class FiniteDifference(Rule):
 
     The estimate is that of `WeightPerturbation` up to a bias of order ε² and two roundings: of
     order u|f|/ε, with u the rounding unit of the loss (float32: 6e-8), and, relative to the slope,
-    of order u|θ|/ε, with u that of a parameter θ (bfloat16: 4e-3): a step below the spacing of the
-    floats around θ moves nothing. So ε must grow with |θ|, and parameters of low precision need a
-    large one. `value` is the mean of all evaluations, the loss up to order ε²; `aux` is that of the
-    first evaluation.
+    of order u|θ|/ε, with u that of a parameter θ (bfloat16: 4e-3). `value` is the mean of all
+    evaluations, the loss up to order ε²; `aux` is that of the first evaluation.
+
+    A step below the spacing of the floats around θ would move nothing. So no parameter's step is
+    below eight such spacings: where ε is less, as for θ = 1e5 in float32, its direction is scaled
+    by a factor s > 1. It moves by ε s v, and its estimate is c v / s, unbiased as before. The
+    factors are those of single parameters; with `tangents.LowRank` they are those of whole leaves,
+    whose root mean square then moves by eight spacings and whose largest entry by one. The relative
+    MSE of one tangent of signs is (Σ g² s²)(Σ 1/s²) / |g|² - 1: n - 1 where all factors are equal,
+    as they are for parameters of ordinary size.
 
     Attributes:
         tangents: the distribution of directions.
         num_tangents: the number k of directions.
         combine: how slopes and directions become one estimate.
-        epsilon: the step ε, in units of a direction's entries (1e-3 as in MeZO).
+        epsilon: the step ε, in units of a direction's entries. None is 1e-3 as in MeZO, or eight
+            spacings of the parameters' type at 1 where that is more (bfloat16: 0.0625). An array,
+            as of a schedule, counts as at least one such spacing.
 
     Raises:
         TypeError: when tangents or combination are of another kind.
         ValueError: when the count is not a positive integer, or a step that is a Python number is
-            too small for the dtype of a parameter near 1.
+            not positive and finite, or too small for the dtype of a parameter near 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -63,10 +74,16 @@ class FiniteDifference(Rule):
     tangents: Tangents = Rademacher()  # noqa: RUF009 (a frozen value)
     num_tangents: int = dataclasses.field(default=1, metadata={"static": True})
     combine: Combine = Mean()  # noqa: RUF009
-    epsilon: float | Array = 1e-3
+    epsilon: float | Array | None = None
 
     def __post_init__(self) -> None:
         check_count("FiniteDifference", "num_tangents", self.num_tangents)
+        if is_number(self.epsilon) and not 0 < self.epsilon < math.inf:
+            raise ValueError(
+                "FiniteDifference: expected epsilon, the length of a step, to be positive and "
+                f"finite, got {self.epsilon}: both signs are evaluated anyway. Leave it out for a "
+                "step that suits the parameters' type."
+            )
 
     @property
     def unbiased(self) -> bool:
@@ -77,15 +94,15 @@ class FiniteDifference(Rule):
         """One estimate; see `Rule.estimate`."""
         check_directions("FiniteDifference", self.tangents, self.combine)
         check_shared("FiniteDifference", self.tangents)
-        self._check_step(problem.params)
         k = self.num_tangents
         key_axes = _mesh.axes(key)
         params = problem.params
         weighing = Weighing(self.tangents, self.combine, params, key_axes)
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
+        steps = self.steps(params)
+        hold = self.combine.joint
 
         def source(key: Array) -> Callable[[Array], Tree]:
-            hold = self.combine.joint
             return sampler(self.tangents, key, params, k, hold=hold)
 
         directions = Formed(problem.objective, point, source)
@@ -94,7 +111,7 @@ class FiniteDifference(Rule):
         def evaluate(_: None, index: Array) -> tuple[None, Any, Tree]:
             drawn = draw(index[None])
             tangent = jax.tree.map(lambda x: x[0], drawn)
-            value, slope, aux = self._slope(problem, point, tangent)
+            value, slope, aux = self._slope(problem, point, tangent, steps)
             return None, (value, slope), aux
 
         # backwards, so that the aux is that of the first evaluation
@@ -107,10 +124,20 @@ class FiniteDifference(Rule):
             reverse=True,
         )
         values, slopes = outs
-        if self.combine.joint or not self.tangents.one_by_one:
-            drawn = draw(jnp.arange(k))
-            weights = weighing.weights(slopes, drawn)
-            total = directions.assemble(weights, drawn)
+
+        def weighed(slopes: Array, drawn: Tree) -> tuple[Tree, Tree]:
+            """The weights, and what they are the weights of."""
+            # Slopes are taken along s v. A projection is on the span of these; a sum is of v / s.
+            late = jax.tree.map(lambda leaf: behind(leaf, [slopes]), point)
+            pushed = jax.tree.map(steps.scaled, late, drawn)
+            weights = weighing.weights(slopes, pushed)
+            if hold:
+                return weights, pushed
+            return weights, jax.tree.map(steps.divided, late, drawn)
+
+        if hold or not self.tangents.one_by_one:
+            weights, summed = weighed(slopes, draw(jnp.arange(k)))
+            total = directions.assemble(weights, summed)
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it
             # would be stored. Behind one barrier both vary over the same mesh axes, and the key
@@ -120,9 +147,8 @@ class FiniteDifference(Rule):
             redraw = directions.sampler(again)
 
             def add(j: Array, total: Tree) -> Tree:
-                drawn = redraw(j[None])
-                weights = weighing.weights(slopes[j][None], drawn)
-                return directions.add(total, weights, drawn)
+                weights, summed = weighed(slopes[j][None], redraw(j[None]))
+                return directions.add(total, weights, summed)
 
             total = weighing.start()
             if k == 1:
@@ -131,32 +157,44 @@ class FiniteDifference(Rule):
                 total = lax.fori_loop(0, k, add, total)
         return jnp.mean(values), aux, weighing.finish(total, k)
 
-    def _check_step(self, params: Tree) -> None:
-        if not isinstance(self.epsilon, int | float):
-            return
-        for leaf in jax.tree.leaves(params):
-            least = float(jnp.finfo(leaf.dtype).eps)
-            if not self.epsilon >= least:
-                raise ValueError(
-                    f"FiniteDifference: expected epsilon of at least {least} for parameters in "
-                    f"{leaf.dtype}, got {self.epsilon}: a parameter of 1 would not move by it. "
-                    f"Pass epsilon={8 * least:.2g}, or keep the parameters in float32."
-                )
+    def steps(self, params: Tree) -> Steps:
+        """How far each parameter is moved.
+
+        Raises:
+            ValueError: when a step that is a Python number is too small for a parameter's type.
+        """
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params)]
+        units = [float(jnp.finfo(dtype).eps) for dtype in dtypes]
+        most = max(units, default=0.0)  # the widest spacing of floats at 1
+        by_leaf = self.tangents.planned == "factors"
+        if self.epsilon is None:
+            return Steps(max(1e-3, 8 * most), by_leaf)
+        if not is_number(self.epsilon):
+            # What is traced cannot be refused.
+            size = jnp.abs(jnp.asarray(self.epsilon))
+            wide = size.astype(_tree.promoted(size.dtype, jnp.float32))
+            return Steps(jnp.maximum(wide, most), by_leaf)
+        if self.epsilon < most:
+            dtype = dtypes[units.index(most)]
+            root = (most / 2) ** (1 / 3)  # where ε² and u/ε are alike
+            raise ValueError(
+                f"FiniteDifference: expected epsilon of at least {most} for parameters in "
+                f"{dtype}, got {self.epsilon}: a parameter of 1 would not move by it. Pass "
+                f"epsilon={root:.2g}, leave it out, or keep the parameters in float32."
+            )
+        return Steps(self.epsilon, by_leaf)
 
     def _slope(
         self,
         problem: Problem,
         point: Tree,
         tangent: Tree,
+        steps: Steps,
     ) -> tuple[Array, Array, Tree]:
         """The mean of both sides' values, their central difference, and the first side's aux."""
 
         def side(_: None, sign: Array) -> tuple[None, Array, Tree]:
-            step = sign * self.epsilon
-
-            def shifted(x: Array, v: Array) -> Array:
-                return x + step.astype(x.dtype) * v
-
+            shifted = lambda x, v: steps.shifted(x, v, sign)  # noqa: E731
             params = jax.tree.map(shifted, point, tangent)
             value, aux = problem.objective(params)
             return None, value, aux
@@ -171,7 +209,7 @@ class FiniteDifference(Rule):
         )
         dtype = _tree.accumulation_dtype(values.dtype)
         wide = values.astype(dtype)
-        distance = 2 * jnp.asarray(self.epsilon, dtype)
+        distance = 2 * jnp.asarray(steps.epsilon, dtype)
         slope = (wide[0] - wide[1]) / distance
         return jnp.mean(values), slope, aux
 

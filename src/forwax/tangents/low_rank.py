@@ -73,18 +73,21 @@ class LowRank(IndependentTangents):
         parts: list[Spec] = []
         for spec in specs:
             if _is_matrix(spec):
-                parts += [Spec((self.rank, side), spec.dtype) for side in _sides(spec)]
+                sides = [Spec((side,), spec.dtype) for side in _sides(spec)]
+                parts += sides * self.rank  # left, right, left, right, ...
             else:
                 parts.append(spec)
         drawn = iter(Rademacher().draw_one(key, parts))
         leaves: list[Array] = []
         for spec in specs:
-            leaf = next(drawn)
-            if _is_matrix(spec):
-                # Each entry sums r products of signs: variance r, which the scale makes 1.
-                product = jnp.einsum("ri,rj->ij", leaf, next(drawn))
-                leaf = (product * self.rank**-0.5).reshape(spec.shape)
-            leaves.append(leaf)
+            if not _is_matrix(spec):
+                leaves.append(next(drawn))
+                continue
+            pairs = [(next(drawn), next(drawn)) for _ in range(self.rank)]
+            lefts, rights = map(jnp.stack, zip(*pairs, strict=True))
+            # Each entry sums r products of signs: variance r, which the scale makes 1.
+            product = jnp.einsum("ri,rj->ij", lefts, rights)
+            leaves.append((product * self.rank**-0.5).reshape(spec.shape))
         return leaves
 
     def relative_mse(self, n: int, num_tangents: int) -> float:
