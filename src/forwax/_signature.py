@@ -43,6 +43,11 @@ class LocalLosses:
     tree: Tree
 
 
+def as_they_are(params: Tree) -> Tree:
+    """Parameters in the types in which the loss gets them."""
+    return params
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What a rule gets: the differentiated arguments and the objective as a function of them alone.
@@ -57,6 +62,7 @@ class Problem:
         mapped: the arrays of all examples.
         mapped_axes: the axis of examples of each of them.
         arguments: the arrays of the arguments that are not differentiated, as they were given.
+        narrow: takes params to the types in which the loss gets them, where theirs are wider.
 
     Example:
         >>> import dataclasses, jax, jax.numpy as jnp, forwax as fx
@@ -77,6 +83,7 @@ class Problem:
     mapped: tuple[Array, ...] = ()
     mapped_axes: tuple[int, ...] = ()
     arguments: tuple[Any, ...] = ()
+    narrow: Callable[[Tree], Tree] = as_they_are
 
     @property
     def num_examples(self) -> int | None:

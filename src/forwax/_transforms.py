@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from forwax._precision import check_dtype, widened
 from forwax._programs import custom_rules
 from forwax._rule import check_rule
 from forwax._rules import Rule, WeightPerturbation
@@ -18,6 +19,7 @@ def value_and_grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     in_axes: Any = None,
+    gradient_dtype: Any = None,
 ) -> Callable[..., Any]:
     """A drop-in for `jax.value_and_grad` that estimates the gradient by a rule.
 
@@ -33,15 +35,19 @@ def value_and_grad(
         in_axes: as in `jax.vmap`, for positional arguments; keyword arguments are broadcast. Makes
             the loss that of one example: the value is the mean over the examples and aux is stacked
             on a leading axis. Differentiated arguments must not be mapped.
+        gradient_dtype: the narrowest type in which a gradient comes, such as `jnp.float32` for
+            parameters in bfloat16; None for theirs. The loss gets parameters as they are: what it
+            computes in their type, tangents included, is rounded to it.
 
     Returns:
         A function `f(key, *args, **kwargs)` that returns `(value, grads)`, or `((value, aux),
         grads)` with `has_aux`. `grads` has the structure, shapes and dtypes of
-        `jax.value_and_grad`'s; the same key gives the same estimate. Nothing is jitted inside.
+        `jax.value_and_grad`'s, or `gradient_dtype` where that is wider; the same key gives the same
+        estimate. Nothing is jitted inside.
 
     Raises:
         TypeError: when `f` is called without a key, with arguments that cannot be differentiated,
-            or with a loss that is not a real scalar.
+            or with a loss that is not a real scalar; when `gradient_dtype` is not a floating type.
         ValueError: when `argnums` names an argument twice, or `in_axes` maps a differentiated
             argument, nothing, an axis that an argument does not have, or an empty batch.
 
@@ -58,11 +64,12 @@ def value_and_grad(
     """
     signature = Signature(loss, argnums, has_aux, in_axes)
     check_rule("value_and_grad", rule)
+    check_dtype(gradient_dtype)
     name = getattr(loss, "__name__", type(loss).__name__)
 
     def value_and_grad_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
         key = typed_key(check_key(key, "value_and_grad"))
-        problem = signature.bind(args, kwargs)
+        problem = widened(signature.bind(args, kwargs), gradient_dtype)
         try:
             value, aux, grads = rule.estimate(key, problem)
         except TypeError as error:
@@ -88,6 +95,7 @@ def grad(
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     in_axes: Any = None,
+    gradient_dtype: Any = None,
 ) -> Callable[..., Any]:
     """A drop-in for `jax.grad`: `value_and_grad` without the value.
 
@@ -101,7 +109,14 @@ def grad(
         >>> fx.grad(lambda w: w**3)(jax.random.key(0), 2.0).item()
         12.0
     """
-    both = value_and_grad(loss, rule, argnums=argnums, has_aux=has_aux, in_axes=in_axes)
+    both = value_and_grad(
+        loss,
+        rule,
+        argnums=argnums,
+        has_aux=has_aux,
+        in_axes=in_axes,
+        gradient_dtype=gradient_dtype,
+    )
 
     @functools.wraps(both)
     def grad_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:

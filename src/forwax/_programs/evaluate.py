@@ -1,6 +1,7 @@
 """Programs as ordinary traceable functions: one equation, a run of them, noise let in between."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -12,6 +13,19 @@ from forwax import _mesh
 from forwax._programs.program import Atom, Constant, Equation, Variable
 
 Values: TypeAlias = dict[Variable, Any]
+
+
+NARROWED = "narrowed_by_forwax"
+"""The name of the function below in a jaxpr."""
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def narrowed_by_forwax(value: Array, dtype: Any) -> Array:
+    """A value that is exact in a narrower type, in that type.
+
+    `trace` knows it by its name: a cast back gives the value itself.
+    """
+    return value.astype(dtype)
 
 
 def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:

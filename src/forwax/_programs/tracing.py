@@ -9,6 +9,7 @@ import jax
 import jax.extend.core as jex
 
 from forwax import _mesh
+from forwax._programs.evaluate import NARROWED
 from forwax._programs.primitives import facts_of
 from forwax._programs.program import (
     Atom,
@@ -134,9 +135,11 @@ class _Conversion:
 
     Attributes:
         types: the abstract value of each variable; new ones are appended.
+        wide: of variables that were made narrower without a loss what they were.
     """
 
     types: list[Any]
+    wide: dict[Atom, Variable] = dataclasses.field(default_factory=dict)
 
     def program(self, jaxpr: Any, consts: Sequence[Any] | None = None) -> Program:
         """The program of a jaxpr; without values for its constvars they become inputs too."""
@@ -166,6 +169,11 @@ class _Conversion:
             if facts.inlined:
                 outputs = self.inline(eqn, inputs, equations)
                 env.update(zip(eqn.outvars, outputs, strict=True))
+                if eqn.params.get("name") == NARROWED:
+                    self.wide.update(zip(outputs, variables(inputs), strict=True))
+                continue
+            if facts.casts and self.is_cast_back(eqn, inputs[0]):
+                env[eqn.outvars[0]] = self.wide[inputs[0]]
                 continue
             names = self.define(env, eqn.outvars)
             loop = self.loop(eqn) if facts.is_loop else None
@@ -178,6 +186,13 @@ class _Conversion:
                 origin=eqn,
             )
             equations.append(equation)
+
+    def is_cast_back(self, eqn: Any, atom: Atom) -> bool:
+        """Whether a cast gives what its operand was made of."""
+        if isinstance(atom, Constant) or atom not in self.wide:
+            return False
+        wide = self.wide[atom]
+        return self.types[wide].dtype == eqn.params["new_dtype"]
 
     def inline(
         self,

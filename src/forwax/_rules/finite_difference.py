@@ -96,8 +96,8 @@ class FiniteDifference(Rule):
         check_shared("FiniteDifference", self.tangents)
         k = self.num_tangents
         key_axes = _mesh.axes(key)
-        params = problem.params
-        weighing = Weighing(self.tangents, self.combine, params, key_axes)
+        params = problem.narrow(problem.params)  # a step must show in the loss's types
+        weighing = Weighing(self.tangents, self.combine, problem.params, key_axes)
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
         steps = self.steps(params)
         hold = self.combine.joint
