@@ -7,6 +7,7 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR
 
 from forwax.losses.contrastive import info_nce, nt_xent, nt_xent_of_view
 from forwax.losses.cross_entropy import softmax_cross_entropy
+from forwax.losses.linear_cross_entropy import linear_cross_entropy
 from forwax.losses.spatial import (
     spatial_average_group_linear,
     spatial_average_group_linear_cross_entropy,
@@ -15,6 +16,7 @@ from forwax.losses.spatial_contrastive import spatial_average_group_linear_nt_xe
 
 __all__ = [
     "info_nce",
+    "linear_cross_entropy",
     "nt_xent",
     "nt_xent_of_view",
     "softmax_cross_entropy",
