@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
+from forwax._directions.formed import Formed
+from forwax._directions.plan import WeightPlan
+from forwax._directions.rounding import NEAREST, Rounding
 from forwax._momentum import Momentum
 from forwax._programs import custom_rules
-from forwax._pushforward import Directions, Slopes, num_chunks, slopes
+from forwax._pushforward import Slopes, num_chunks, slopes
 from forwax._rules import Rule, WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key
@@ -28,6 +31,7 @@ def update(
     *,
     learning_rate: float | Array,
     momentum: Momentum | None = None,
+    rounding: str = "nearest",
     has_aux: bool = False,
     in_axes: Any = None,
 ) -> Callable[..., Any]:
@@ -48,6 +52,12 @@ def update(
         learning_rate: the rate of the step; an array where it changes.
         momentum: what is remembered of the last steps; the step is then w - learning_rate · m with
             their decaying sum m, and still no array like the parameters is held.
+        rounding: how new parameters in bfloat16 and float16 are rounded. "stochastic": to one of
+            their two neighbours by chance, so that the mean is what float32 would give, and steps
+            below the spacing of the floats are not lost; s steps of size d spread by about √(s · d
+            · spacing). The bits are a hash of the step's key and the entry's place, the same in
+            every chunking and sharding. "nearest" leaves a parameter as it is for such steps.
+            Wider parameters are the same with both.
         has_aux: whether the loss returns `(loss, aux)`.
         in_axes: as in `forwax.value_and_grad`.
 
@@ -58,8 +68,8 @@ def update(
 
     Raises:
         TypeError: when the rule is another one, or the tangents cannot be drawn twice one by one.
-        ValueError: when the combination needs all tangents at once, or inside `jax.shard_map`
-            parameters are sharded.
+        ValueError: when the combination needs all tangents at once, the rounding is another one, or
+            inside `jax.shard_map` parameters are sharded.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -71,6 +81,11 @@ def update(
         (1.0, (3,))
     """
     signature = Signature(loss, 0, has_aux, in_axes, "update")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(
+            f'update: expected rounding to be "nearest" or "stochastic", got {rounding!r}.'
+        )
+    is_nearest = rounding == "nearest"
     weight = checked(rule)
 
     def update_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -94,16 +109,22 @@ def update(
             1.0, k, weight.tangents.relative_mse(n, k)
         )
         rate = -jnp.asarray(learning_rate, used.dtype) / directions.num_examples
+        # With bits of their own the passes are the same whatever the chunks.
+        rounded = NEAREST if is_nearest else Rounding.by_chance(key)
         state: list[Any] = [cast(Safe, rule).after(result.found)] if is_safe else []
         if momentum is not None:
             new = momentum.add(key, used)
             keys, weights, num_steps = new.last(str(jax.random.key_impl(key)))
-            params = _add_steps(directions, params, keys, rate * weights, num_steps)
+            params = _add_steps(
+                directions, params, keys, rate * weights, num_steps, rounded
+            )
             state.append(new)
-        elif drawn is not None:
-            params = directions.add(params, rate * used, drawn)
+        elif drawn is not None and (is_nearest or k <= directions.together):
+            params = directions.add(params, rate * used, drawn, rounded.of(0))
         else:
-            params = _add_steps(directions, params, key[None], rate * used[None], 1)
+            params = _add_steps(
+                directions, params, key[None], rate * used[None], 1, rounded
+            )
         value = (result.value, problem.restore(result.aux)) if has_aux else result.value
         return (value, params, *state)
 
@@ -147,7 +168,7 @@ def _check_mesh(problem: Problem, key: Array) -> None:
 
 def _slopes(
     weight: WeightPerturbation,
-    directions: Directions,
+    directions: Formed | WeightPlan,
     key: Array,
     guard: Callable[[Array], Array] | None,
 ) -> tuple[Slopes, Any]:
@@ -169,11 +190,12 @@ def _slopes(
 
 
 def _add_steps(
-    directions: Directions,
+    directions: Formed | WeightPlan,
     params: Tree,
     keys: Array,
     weights: Array,
     num_steps: Array | int,
+    rounding: Rounding,
 ) -> Tree:
     """Add the tangents of the first steps of several.
 
@@ -183,6 +205,7 @@ def _add_steps(
         keys: of each step [steps].
         weights: of each step's tangents [steps, k] or [steps, k, examples].
         num_steps: how many steps are added.
+        rounding: how the parameters are rounded after each pass over them.
     """
     steps, k = weights.shape[:2]
     size = min(directions.together, steps * k)
@@ -204,6 +227,7 @@ def _add_steps(
             drawn = lax.map(one, terms)
         else:
             drawn = jax.tree.map(lambda x: x[None], one(terms[0]))
-        return directions.add(params, jnp.where(is_used, flat[terms], 0), drawn)
+        own = jnp.where(is_used, flat[terms], 0)
+        return directions.add(params, own, drawn, rounding.of(i))
 
     return lax.fori_loop(0, -(-num_terms // size), add, params)

@@ -83,7 +83,7 @@ class Directions(Protocol):
         weights: Any,
         drawn: Any,
     ) -> Tree:
-        """Total + Σ c v."""
+        """Total + Σ c v, each entry rounded to its type."""
         ...
 
 

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.lax import Precision
 
 from forwax import _tree
+from forwax._directions.rounding import NEAREST, Rounding
 
 Pair: TypeAlias = tuple[Array, Array]
 """Two factors of a tangent's rank, of size 1 along axes on which they do not depend."""
@@ -132,6 +133,7 @@ def add_outer(
     leaf: Array,
     weights: Array,
     pairs: Sequence[Pair],
+    rounding: Rounding = NEAREST,
 ) -> Array:
     """The leaf + Σ c left · right, see `outer`; of the sum no more than a block is held.
 
@@ -140,16 +142,16 @@ def add_outer(
     """
     num_terms = weights.size * len(pairs)
     if num_terms <= FEW:
-        return _add_terms(leaf, weights, pairs)
+        return _add_terms(leaf, weights, pairs, rounding)
 
-    def add(block: Array, cut: Cut) -> Array:
+    def add(block: Array, cut: Cut, offset: Array | int) -> Array:
         parts = [(cut(left), cut(right)) for left, right in pairs]
         total = outer(weights, parts, block)
         new = block.astype(total.dtype) + total
-        return new.astype(block.dtype)
+        return rounding.cast(new, block.dtype, offset)
 
     if leaf.size < _SMALL:  # a loop would cost more than it saves
-        return add(leaf, lambda factor: factor)
+        return add(leaf, lambda factor: factor, 0)
     return _by_blocks(leaf, weights.ndim, add)
 
 
@@ -157,6 +159,7 @@ def _add_terms(
     leaf: Array,
     weights: Array,
     pairs: Sequence[Pair],
+    rounding: Rounding,
 ) -> Array:
     lead = weights.ndim
     dtype = _tree.accumulation_dtype(leaf.dtype)
@@ -174,18 +177,19 @@ def _add_terms(
         for j in range(lefts.shape[0]):
             own = rights[0] if is_shared else rights[j]
             total = total + lefts[j] * own.astype(dtype)
-    return total.astype(leaf.dtype)
+    return rounding.cast(total, leaf.dtype)
 
 
 def _by_blocks(
     leaf: Array,
     lead: int,
-    add: Callable[[Array, Cut], Array],
+    add: Callable[[Array, Cut, Array | int], Array],
 ) -> Array:
     """Apply `add` to one block of the first long axis after the other, in place."""
     axis = next(i for i, n in enumerate(leaf.shape) if n > 1)
     length = leaf.shape[axis]
     size = -(-length // _NUM_BLOCKS)
+    stride = leaf.size // length  # all axes before are of size 1
 
     def at(
         leaf: Array,
@@ -199,7 +203,7 @@ def _by_blocks(
             return lax.dynamic_slice_in_dim(factor, start, size, own)
 
         block = lax.dynamic_slice_in_dim(leaf, start, size, axis)
-        new = add(block, cut)
+        new = add(block, cut, start * stride)
         return lax.dynamic_update_slice_in_dim(leaf, new, start, axis)
 
     def step(i: Array, leaf: Array) -> Array:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from jax import Array
 
 from forwax._directions.add import add_outer, as_pair, outer
+from forwax._directions.rounding import NEAREST, Rounding
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -39,7 +40,7 @@ class Direction(abc.ABC):
         """Σ c v over the leading axes, those of the weights, in at least float32."""
 
     @abc.abstractmethod
-    def add(self, leaf: Array, weights: Array) -> Array:
+    def add(self, leaf: Array, weights: Array, rounding: Rounding = NEAREST) -> Array:
         """The leaf + Σ c v, in place where it is donated: the sum is not held."""
 
 
@@ -101,6 +102,6 @@ class Unpacked(Whole):
         """See `Direction.sum`."""
         return outer(weights, [as_pair(self.value)], leaf)
 
-    def add(self, leaf: Array, weights: Array) -> Array:
+    def add(self, leaf: Array, weights: Array, rounding: Rounding = NEAREST) -> Array:
         """See `Direction.add`."""
-        return add_outer(leaf, weights, [as_pair(self.value)])
+        return add_outer(leaf, weights, [as_pair(self.value)], rounding)

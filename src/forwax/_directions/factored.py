@@ -14,6 +14,7 @@ from jax import Array
 
 from forwax._directions.add import Pair, add_outer, outer
 from forwax._directions.direction import Direction, RowOf, Shape, Unpacked, Whole
+from forwax._directions.rounding import NEAREST, Rounding
 
 Sides: TypeAlias = tuple[Whole, Whole]
 
@@ -91,6 +92,6 @@ class Factored(Direction):
         """See `Direction.sum`."""
         return outer(weights, self.pairs, leaf)
 
-    def add(self, leaf: Array, weights: Array) -> Array:
+    def add(self, leaf: Array, weights: Array, rounding: Rounding = NEAREST) -> Array:
         """See `Direction.add`."""
-        return add_outer(leaf, weights, self.pairs)
+        return add_outer(leaf, weights, self.pairs, rounding)

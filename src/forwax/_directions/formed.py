@@ -11,6 +11,7 @@ from jax import Array
 from forwax import _mesh, _tree
 from forwax._directions.add import FEW
 from forwax._directions.direction import Unpacked
+from forwax._directions.rounding import NEAREST, Rounding
 from forwax._pushforward import Objective, is_concrete, over_tangents
 from forwax._signature import Problem
 from forwax._tree import Tree, added
@@ -104,18 +105,16 @@ class Formed:
         total: Tree,
         weights: Any,
         drawn: Tree,
+        rounding: Rounding = NEAREST,
     ) -> Tree:
         """Total + Σ c v, in place where it is donated; see `assemble`."""
-
-        def of_leaf(
-            leaf: Array,
-            v: Array,
-            c: Array,
-        ) -> Array:
-            return Unpacked(v).add(leaf, c)
-
         by_leaf = self._by_leaf(weights)
-        return jax.tree.map(of_leaf, total, drawn, by_leaf)
+        parts = zip(*map(jax.tree.leaves, (total, drawn, by_leaf)), strict=True)
+        leaves = [
+            Unpacked(v).add(leaf, c, rounding.of(i))
+            for i, (leaf, v, c) in enumerate(parts)
+        ]
+        return _tree.with_leaves(total, leaves)
 
     def _by_leaf(self, weights: Any) -> Tree:
         if isinstance(weights, Array):  # one for all leaves

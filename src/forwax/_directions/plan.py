@@ -17,6 +17,7 @@ from forwax._directions.add import FEW
 from forwax._directions.direction import Direction, Unpacked, Whole
 from forwax._directions.factored import Factored, Sides
 from forwax._directions.push import Push
+from forwax._directions.rounding import NEAREST, Rounding
 from forwax._directions.signs import Signs, draw_signs, has_rows
 from forwax._directions.splits import Split, find_splits, sliced_only
 from forwax._programs.custom_rules import reads_its_trace
@@ -230,14 +231,14 @@ class WeightPlan:
         total: Tree,
         weights: Array,
         drawn: Sequence[Drawn],
+        rounding: Rounding = NEAREST,
     ) -> Tree:
         """Total + Σ c v, in place where it is donated: no summand is held; see `assemble`."""
         directions = self._late(weights, drawn)
-        leaves = jax.tree.leaves(total)
-        totals = [
-            direction.add(leaf, weights)
-            for direction, leaf in zip(directions, leaves, strict=True)
-        ]
+        totals: list[Array] = []
+        for i, leaf in enumerate(jax.tree.leaves(total)):
+            new = directions[i].add(leaf, weights, rounding.of(i))
+            totals.append(new)
         return self.tree_of(totals)
 
     def _late(self, weights: Array, drawn: Sequence[Drawn]) -> list[Direction]:

@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from forwax import _mesh, _tree
 from forwax._directions.direction import RowOf, Whole
+from forwax._directions.rounding import NEAREST, Rounding
 from forwax._programs.order import behind
 from forwax._tree import Spec
 from forwax.tangents._base import draw_each, typed_key
@@ -177,19 +178,20 @@ class Signs(Whole):
 
         return lax.map(sum_row, jnp.arange(len(leaf)))
 
-    def add(self, leaf: Array, weights: Array) -> Array:
+    def add(self, leaf: Array, weights: Array, rounding: Rounding = NEAREST) -> Array:
         """See `Direction.add`; one tangent after the other."""
         dtype = _tree.accumulation_dtype(leaf.dtype)
 
-        def added(signs: Signs, part: Array) -> Array:
+        def added(signs: Signs, part: Array, offset: Array | int) -> Array:
             total = signs._added(part.astype(dtype), weights)
-            return total.astype(part.dtype)
+            return rounding.cast(total, part.dtype, offset)
 
         if not self._drawn_by_rows:
-            return added(self, leaf)
+            return added(self, leaf, 0)
 
         def add_row(i: Array, leaf: Array) -> Array:
-            new = added(self.row(i), leaf[i])
+            row = leaf[i]
+            new = added(self.row(i), row, i * row.size)
             return leaf.at[i].set(new)
 
         return lax.fori_loop(0, len(leaf), add_row, leaf)
