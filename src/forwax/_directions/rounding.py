@@ -58,8 +58,8 @@ class Rounding:
             offset: the place in the parameter of the block's first entry.
         """
         num_bits = _DROPPED.get(str(jnp.dtype(dtype)))
-        is_narrow = total.dtype == jnp.float32
-        if self.seed is None or num_bits is None or not is_narrow:
+        is_float32 = total.dtype == jnp.float32
+        if self.seed is None or num_bits is None or not is_float32:
             return total.astype(dtype)
         words = self._words(total.shape, offset)
         drawn = words >> (_WORD - num_bits)
