@@ -162,7 +162,16 @@ class Projection(Combine):
         system = cosines + jnp.diag(jnp.where(length > 0, guard, 1))
         factor = jax.scipy.linalg.cho_factor(system, lower=True)
         per_length = unit * slopes.astype(gram.dtype)
-        return unit * jax.scipy.linalg.cho_solve(factor, per_length)
+        is_finite = jnp.isfinite(per_length)
+        identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+        known = jnp.where(is_finite, per_length, 0)
+        both = jnp.concatenate([known[:, None], identity], axis=1)
+        solved = cast(Array, jax.scipy.linalg.cho_solve(factor, both))
+        inverse = solved[:, 1:]
+        # A slope that is not finite spoils the tangents that it is mixed with, and no others.
+        is_spoilt = ~is_finite[None, :] & (inverse != 0)
+        spoilt = jnp.where(is_spoilt, inverse * per_length[None, :], 0)
+        return unit * (solved[:, 0] + jnp.sum(spoilt, axis=1))
 
     def finish(
         self,

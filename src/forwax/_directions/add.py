@@ -48,6 +48,19 @@ def weighted_sum(weights: Array, tangents: Array) -> Array:
     )
 
 
+def sum_where_moved(weights: Array, tangents: Array) -> Array:
+    """As `weighted_sum`, of conjugates, where a weight that is not finite stays with its entries.
+
+    An entry of 0 has no part in the sum, whatever its weight.
+    """
+    dtype = _tree.accumulation_dtype(tangents.dtype)
+    wide = jnp.conj(tangents).astype(dtype)  # [*lead, *shape]
+    ones = [1] * (tangents.ndim - weights.ndim)
+    scale = weights.reshape(*weights.shape, *ones).astype(dtype)
+    terms = jnp.where(wide == 0, 0, scale * wide)
+    return jnp.sum(terms, axis=range(weights.ndim))
+
+
 def outer(
     weights: Array,
     pairs: Sequence[Pair],

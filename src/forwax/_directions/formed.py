@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._directions.add import FEW
+from forwax._directions.add import FEW, sum_where_moved
 from forwax._directions.direction import Unpacked
 from forwax._directions.rounding import NEAREST, Rounding
+from forwax._programs.still import with_still_entries
 from forwax._pushforward import Objective, is_concrete, over_tangents
 from forwax._signature import Problem
 from forwax._tree import Tree, added
@@ -39,11 +40,14 @@ class Formed:
         objective: takes the parameters to `(value, aux)`, a real scalar and a tree of arrays.
         point: the parameters.
         sampler: takes a key to a function from indices [c] to directions [c, *shape].
+        has_zeros: whether most entries of a direction are 0: these have no part in its slope or in
+            the sum, though a derivative or another slope is not finite.
     """
 
     objective: Objective
     point: Tree
     sampler: Callable[[Array], Callable[[Array], Tree]]
+    has_zeros: bool = False
 
     @property
     def is_concrete(self) -> bool:
@@ -71,10 +75,22 @@ class Formed:
 
     def push(self, drawn: Tree, num_tangents: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes [k])`, the slopes in at least float32."""
+        if not self.has_zeros:
+            return self._push(self.objective, drawn, num_tangents)
+        if self.is_concrete:
+            # Such a loss may branch on values, so that it is traced only where it must be.
+            out = self._push(self.objective, drawn, num_tangents)
+            if jnp.all(jnp.isfinite(out[-1])):
+                return out
+        still = with_still_entries(self.objective, self.point)
+        return self._push(still, drawn, num_tangents)
 
+    def _push(
+        self, objective: Objective, drawn: Tree, num_tangents: int
+    ) -> tuple[Array, Tree, Array]:
         def slope(direction: Tree) -> tuple[Array, tuple[Array, Tree]]:
             value, slope, aux = jax.jvp(
-                self.objective,
+                objective,
                 (self.point,),
                 (direction,),
                 has_aux=True,
@@ -95,6 +111,8 @@ class Formed:
             v: Array,
             c: Array,
         ) -> Array:
+            if self.has_zeros:
+                return sum_where_moved(c, v)
             return Unpacked(v).sum(c, leaf)
 
         by_leaf = self._by_leaf(weights)
@@ -108,11 +126,17 @@ class Formed:
         rounding: Rounding = NEAREST,
     ) -> Tree:
         """Total + Σ c v, in place where it is donated; see `assemble`."""
+
+        def of_leaf(leaf: Array, v: Array, c: Array, own: Rounding) -> Array:
+            if not self.has_zeros:
+                return Unpacked(v).add(leaf, c, own)
+            change = sum_where_moved(c, v)
+            return own.cast(leaf.astype(change.dtype) + change, leaf.dtype)
+
         by_leaf = self._by_leaf(weights)
         parts = zip(*map(jax.tree.leaves, (total, drawn, by_leaf)), strict=True)
         leaves = [
-            Unpacked(v).add(leaf, c, rounding.of(i))
-            for i, (leaf, v, c) in enumerate(parts)
+            of_leaf(leaf, v, c, rounding.of(i)) for i, (leaf, v, c) in enumerate(parts)
         ]
         return _tree.with_leaves(total, leaves)
 

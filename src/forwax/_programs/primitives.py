@@ -50,6 +50,7 @@ class Facts:
         has_own_jvp: the user wrote its derivative, which must stay in force.
         lacks_jvp: the user wrote a derivative that forward mode cannot use.
         one_site: where a parameter meets data in it, it is one site whatever programs it carries.
+        steep: entry by entry, with a derivative that may be infinite.
     """
 
     inlined: bool = False
@@ -77,6 +78,7 @@ class Facts:
     has_own_jvp: bool = False
     lacks_jvp: bool = False
     one_site: bool = False
+    steep: bool = False
 
     @property
     def bilinear(self) -> bool:
@@ -110,6 +112,12 @@ _ADD = Facts(
     additive=True,
     range=range_rules.entrywise(range_rules.add),
 )
+
+
+_STEEP = [
+    *("sqrt", "rsqrt", "cbrt", "integer_pow", "log", "log1p"),
+    *("asin", "acos", "acosh", "atanh", "atan2", "erf_inv", "digamma", "lgamma"),
+]
 
 
 PRIMITIVES: dict[str, Facts] = {
@@ -147,6 +155,7 @@ PRIMITIVES: dict[str, Facts] = {
         range=range_rules.entrywise(range_rules.div),
         elementwise_for_regions=True,
         scaled=(0,),
+        steep=True,
     ),
     "select_n": Facts(
         credit=axis_rules.elementwise,
@@ -154,7 +163,7 @@ PRIMITIVES: dict[str, Facts] = {
         range=range_rules.entrywise(range_rules.select_n),
         elementwise_for_regions=True,
     ),
-    "pow": Facts(elementwise_for_regions=True),
+    "pow": Facts(elementwise_for_regions=True, steep=True),
     "max": Facts(
         range=range_rules.entrywise(range_rules.maximum), elementwise_for_regions=True
     ),
@@ -169,6 +178,7 @@ PRIMITIVES: dict[str, Facts] = {
     "and": Facts(range=range_rules.entrywise(range_rules.logical_and, jnp.bool_)),
     "or": Facts(range=range_rules.entrywise(range_rules.logical_or, jnp.bool_)),
     "not": Facts(range=range_rules.entrywise(range_rules.logical_not, jnp.bool_)),
+    **{name: Facts(steep=True) for name in _STEEP},
     # entry by entry: the same value, or a part of it
     "convert_element_type": Facts(
         credit=axis_rules.elementwise,

@@ -20,7 +20,9 @@ class Exact(Rule):
 
     Costs 1 + 2n forward passes (and one more per further chunk): for programs of few parameters
     that reverse mode rejects, and as the reference for random rules. Needs no noise; the key is
-    ignored.
+    ignored. A derivative that is infinite or not a number stays in the coordinates that it belongs
+    to: what a basis vector does not move counts as 0, also times infinity, but for what happens
+    inside a `while_loop` or `cond`.
 
     The fastest chunk size hangs on the program: `forwax.diagnose` times some. Where it solves small
     linear systems on a CPU, as MuJoCo's MJX does, set the environment variable
@@ -56,7 +58,9 @@ class Exact(Rule):
             return *problem.objective(params), params
 
         basis = basis_vectors(params)
-        directions = Formed(problem.objective, params, lambda key: basis)
+        directions = Formed(
+            problem.objective, params, lambda key: basis, has_zeros=True
+        )
         result = slopes(directions, basis, n, chunk_size=self.chunk_size)
         return result.value, result.aux, _gradient(result.found, params)
 

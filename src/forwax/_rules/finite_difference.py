@@ -105,7 +105,7 @@ class FiniteDifference(Rule):
         def source(key: Array) -> Callable[[Array], Tree]:
             return sampler(self.tangents, key, params, k, hold=hold)
 
-        directions = Formed(problem.objective, point, source)
+        directions = Formed(problem.objective, point, source, self.tangents.has_zeros)
         draw = directions.sampler(key)
 
         def evaluate(_: None, index: Array) -> tuple[None, Any, Tree]:

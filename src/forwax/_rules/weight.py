@@ -182,7 +182,7 @@ class WeightPerturbation(Rule):
             hold = self.combine.joint  # its weights need all directions
             return sampler(tangents, key, problem.params, k, hold=hold)
 
-        return Formed(problem.objective, point, draw)
+        return Formed(problem.objective, point, draw, tangents.has_zeros)
 
     def _check_examples(self, problem: Problem) -> None:
         """Raise a ValueError where examples cannot have directions of their own, if asked for."""

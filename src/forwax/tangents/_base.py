@@ -33,6 +33,9 @@ class Tangents(abc.ABC):
     drawn_twice: ClassVar[bool] = False
     """Whether directions are worth drawing again from their key, as `forwax.update` does."""
 
+    has_zeros: ClassVar[bool] = False
+    """Whether entries may be zero: a slope that is not finite then stays with all others."""
+
     planned: ClassVar[Literal["signs", "factors"] | None] = None
     """As what `forwax.WeightPerturbation` follows directions that it draws and does not hold.
 

@@ -5,6 +5,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 from jax import Array
@@ -37,6 +38,7 @@ class Coordinate(IndependentTangents):
     """
 
     replace: bool = dataclasses.field(default=True, metadata={"static": True})
+    has_zeros: ClassVar[bool] = True
 
     def check(self, n: int, num_tangents: int) -> None:
         """Raise a ValueError without replacement when k > n."""

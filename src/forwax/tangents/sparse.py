@@ -39,6 +39,7 @@ class Sparse(IndependentTangents):
     density: float = dataclasses.field(metadata={"static": True})
     coordinatewise: ClassVar[bool] = True
     drawn_twice: ClassVar[bool] = True
+    has_zeros: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
