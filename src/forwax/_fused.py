@@ -16,8 +16,8 @@ from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan
 from forwax._directions.rounding import NEAREST, Rounding
 from forwax._momentum import Momentum
-from forwax._programs import custom_rules
-from forwax._pushforward import Slopes, num_chunks, slopes
+from forwax._programs import ways_out
+from forwax._pushforward import Directions, Slopes, num_chunks, slopes
 from forwax._rules import Rule, WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key
@@ -95,14 +95,9 @@ def update(
         params = problem.params
         is_safe = rule.inner is not rule
         guard = cast(Safe, rule).guard() if is_safe else None
-        try:
+        with ways_out.named(problem):
             directions = weight.directions(problem)
             result, drawn = _slopes(weight, directions, key, guard)
-        except TypeError as error:
-            better = custom_rules.named(error, problem)
-            if better is error:
-                raise
-            raise better from error
         n = _tree.num_coordinates(params)
         k = weight.num_tangents
         used = result.used * weight.combine.finish(

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from forwax import _mesh, _subspace, _tree
 from forwax._directions.formed import Formed, basis_vectors
-from forwax._programs import custom_rules
+from forwax._programs import ways_out
 from forwax._pushforward import is_concrete, num_chunks, slopes
 from forwax._rule import check_count, check_directions, check_shared
 from forwax._signature import Problem, Signature, check_key, check_leaves
@@ -193,13 +193,8 @@ class GaussNewton:
             key = typed_key(check_key(key, name))
             problem = signature.bind(args, kwargs)
             solver = self.init(problem.params) if self.ratio is None else self
-            try:
+            with ways_out.named(problem):
                 value, aux, params, solver = solver._advance(key, problem, loss)
-            except TypeError as error:
-                better = custom_rules.named(error, problem)
-                if better is error:
-                    raise
-                raise better from error
             return ((value, aux) if has_aux else value), params, solver
 
         return step_of_residuals

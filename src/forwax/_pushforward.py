@@ -226,6 +226,8 @@ def over_tangents(
     f: Callable[[Tree], tuple[Tree, Tree]],
     tangents: Tree,
     num_tangents: int,
+    *,
+    check: bool = False,
 ) -> tuple[Tree, Tree]:
     """Apply a function to each of k tangents: `jax.vmap`, but a single one gets no batch axis.
 
@@ -235,6 +237,8 @@ def over_tangents(
         f: takes one tangent to `(each, shared)`: what depends on it, and what does not.
         tangents: a tree with a leading axis k.
         num_tangents: k.
+        check: whether inside `jit` a single one is traced first, to find a custom_vjp function at
+            once; several find it themselves.
 
     Returns:
         `(each, shared)`, the first with a leading axis k.
@@ -244,6 +248,8 @@ def over_tangents(
         mapped = jax.vmap(f, out_axes=axes, axis_size=num_tangents)
         return mapped(tangents)
     only = jax.tree.map(lambda x: x[0], tangents)
+    if check and is_staged():
+        f, _ = staged(f, only)
     each, shared = f(only)
     return jax.tree.map(lambda x: x[None], each), shared
 

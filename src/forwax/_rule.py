@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._programs import ways_out
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.combine import Combine
@@ -180,7 +181,8 @@ class LearningRule(Rule):
         ) -> tuple[Any, Tree, Self]:
             key = typed_key(check_key(key, name))
             problem = signature.bind(args, kwargs)
-            value, aux, grads, rule = self.advance(key, problem)
+            with ways_out.named(problem):
+                value, aux, grads, rule = self.advance(key, problem)
             if has_aux:
                 return (value, problem.restore(aux)), grads, rule
             return value, grads, rule

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from forwax._precision import check_dtype, widened
-from forwax._programs import custom_rules
+from forwax._programs import ways_out
 from forwax._rule import check_rule
 from forwax._rules import Rule, WeightPerturbation
 from forwax._signature import Signature, check_key
@@ -70,13 +70,8 @@ def value_and_grad(
     def value_and_grad_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
         key = typed_key(check_key(key, "value_and_grad"))
         problem = widened(signature.bind(args, kwargs), gradient_dtype)
-        try:
+        with ways_out.named(problem):
             value, aux, grads = rule.estimate(key, problem)
-        except TypeError as error:
-            better = custom_rules.named(error, problem)
-            if better is error:
-                raise
-            raise better from error
         if has_aux:
             return (value, problem.restore(aux)), grads
         return value, grads

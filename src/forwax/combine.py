@@ -166,7 +166,7 @@ class Projection(Combine):
         identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
         known = jnp.where(is_finite, per_length, 0)
         both = jnp.concatenate([known[:, None], identity], axis=1)
-        solved = cast(Array, jax.scipy.linalg.cho_solve(factor, both))
+        solved = jax.scipy.linalg.cho_solve(factor, both)
         inverse = solved[:, 1:]
         # A slope that is not finite spoils the tangents that it is mixed with, and no others.
         is_spoilt = ~is_finite[None, :] & (inverse != 0)

@@ -98,7 +98,7 @@ class Formed:
             # the primal stays unbatched: it is evaluated once for all directions
             return slope, (value, aux)
 
-        slopes, shared = over_tangents(slope, drawn, num_tangents)
+        slopes, shared = over_tangents(slope, drawn, num_tangents, check=True)
         value, aux = shared
         dtype = _tree.accumulation_dtype(slopes.dtype)
         return value, aux, slopes.astype(dtype)
@@ -154,7 +154,7 @@ class FormedByExample(Formed):
         problem: the loss of one example, and the examples.
     """
 
-    problem: Problem
+    problem: Problem = dataclasses.field(kw_only=True)
 
     @property
     def num_examples(self) -> int:

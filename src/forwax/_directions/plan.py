@@ -191,7 +191,10 @@ class WeightPlan:
             return slopes, (values, aux)
 
         slopes, shared = over_tangents(
-            of_tangent, list(drawn), num_tangents
+            of_tangent,
+            list(drawn),
+            num_tangents,
+            check=self.traced.program.contains(lambda facts: facts.lacks_jvp),
         )  # [k] or [k, N]
         values, aux = shared
         dtype = _tree.accumulation_dtype(slopes.dtype)

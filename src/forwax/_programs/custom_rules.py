@@ -12,6 +12,7 @@ from jax import Array
 from jax.extend import source_info_util
 
 from forwax import _mesh, _tree
+from forwax._programs import places
 from forwax._programs.evaluate import bind, read
 from forwax._programs.primitives import facts_of
 from forwax._programs.program import (
@@ -22,19 +23,40 @@ from forwax._programs.program import (
     is_inexact,
     opened,
 )
-from forwax._signature import Problem
+
+UNUSABLE = "a custom_vjp function has no JVP"
+"""What all errors say that name one."""
 
 
-def custom_vjp_error(equation: Any) -> TypeError:
-    """The error that names a jaxpr's custom_vjp function, its place, and the ways out."""
-    source = source_info_util.summarize(equation.source_info)
-    place = f" (called at {source})" if source else ""
+def custom_vjp_error(*calls: Any) -> TypeError:
+    """The error that names a custom_vjp function, where it was called, and the ways out.
+
+    Args:
+        calls: a jaxpr's equation that calls it, and before it those around it, outermost first.
+    """
+    frames = [frame for call in calls for frame in places.of_equation(call)]
+    function = _function(calls[-1])
+    return without_jvp(function, frames)
+
+
+def without_jvp(function: str, frames: Sequence[places.Frame]) -> TypeError:
+    """The error on a function that reverse mode alone can differentiate, and the ways out."""
+    # A library's function may be called by the user, not by the library.
+    where = function.rpartition(" at ")[2].rpartition(":")[0]
+    library = places.library_of([*frames, places.Frame(where, 0, function)])
+    place = places.call_of(frames, library)
+    if library is None:
+        way = (
+            "Write its rule as a jax.custom_jvp; or use forwax.FeedbackAlignment or "
+            "forwax.DirectFeedbackAlignment, whose errors go back by the function's own rule; or"
+        )
+    else:
+        way = f"{places.WAYS[library]}; or use"
+    called = f" (called at {place})" if place else ""
     return TypeError(
-        f"forwax: the loss calls the {_function(equation)}{place} on values that depend "
-        "on the parameters, but a custom_vjp function has no JVP, which this rule needs to push "
-        "tangents. Write its rule as a jax.custom_jvp; or use forwax.FeedbackAlignment or "
-        "forwax.DirectFeedbackAlignment, whose errors go back by the function's own rule; or "
-        "forwax.FiniteDifference, which needs no derivative rule."
+        f"forwax: the loss calls the {function}{called} on values that depend "
+        f"on the parameters, but {UNUSABLE}, which this rule needs to push "
+        f"tangents. {way} forwax.FiniteDifference, which needs no derivative rule."
     )
 
 
@@ -45,8 +67,8 @@ def _function(equation: Any) -> str:
     # custom_gradient names a place of its own; the user's function stands where its equations are.
     if "custom_derivatives.py" not in name:
         return f"jax.custom_vjp function {name}"
-    places = [source_info_util.summarize(eqn.source_info) for eqn in inner.eqns[:1]]
-    return " at ".join(["jax.custom_gradient function", *places])
+    first = [source_info_util.summarize(eqn.source_info) for eqn in inner.eqns[:1]]
+    return " at ".join(["jax.custom_gradient function", *first])
 
 
 def with_jvp(
@@ -116,16 +138,34 @@ def with_jvp(
     return function([values[i] for i in moving])
 
 
-def named(error: TypeError, problem: Problem) -> TypeError:
-    """JAX's own error on a custom_vjp function, with its name; other errors as they are."""
-    text = str(error)
-    if "custom_vjp" not in text or text.startswith("forwax"):
-        return error
-    jaxpr = jax.make_jaxpr(problem.objective)(problem.params)
-    found = _without_jvp(jaxpr)
-    if found is None:
-        return error
-    return custom_vjp_error(found)
+def first_without_jvp(jaxpr: Any, moved: Sequence[bool]) -> list[Any]:
+    """The first call of a custom_vjp function on what depends on inputs.
+
+    Args:
+        jaxpr: where it is looked for, and in jaxprs inside.
+        moved: which of its inputs count.
+
+    Returns:
+        The equations that lead to it, outermost first; none if there is no such call.
+    """
+    inside, _ = opened(jaxpr)
+    known = set(itertools.compress(inside.invars, moved))
+    for eqn in inside.eqns:
+        depends = [not isinstance(x, jex.Literal) and x in known for x in eqn.invars]
+        facts = facts_of(eqn.primitive)
+        if not any(depends) or facts.stops_derivatives:
+            continue
+        if facts.lacks_jvp:
+            return [eqn]
+        for inner in jex.jaxprs_in_params(eqn.params):
+            # Loops hand on what they carry: there all inputs may depend on one.
+            count = len(opened(inner)[0].invars)
+            given = depends if facts.inlined else [True] * count
+            found = first_without_jvp(inner, given)
+            if found:
+                return [eqn, *found]
+        known.update(eqn.outvars)
+    return []
 
 
 def check_inside(equation: Any, moved: Sequence[bool]) -> None:

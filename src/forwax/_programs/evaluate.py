@@ -12,6 +12,9 @@ from jax.extend import source_info_util
 from forwax import _mesh
 from forwax._programs.program import Atom, Constant, Equation, Variable
 
+PLACE = "in the loss "
+"""How the note begins that says where an operation stands that raised an error."""
+
 Values: TypeAlias = dict[Variable, Any]
 
 
@@ -39,7 +42,12 @@ def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
         if equation.origin is not None:
             _enter_origin(equation.origin, stack)
         params = primitive.get_bind_params(equation.params)
-        out = primitive.bind(*values, **params)
+        try:
+            out = primitive.bind(*values, **params)
+        except (NotImplementedError, ValueError) as error:
+            if equation.source:
+                error.add_note(f"{PLACE}at {equation.source}")
+            raise
     return list(out) if primitive.multiple_results else [out]
 
 

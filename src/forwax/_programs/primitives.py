@@ -49,6 +49,7 @@ class Facts:
         irreversible: reverse mode cannot cross it.
         has_own_jvp: the user wrote its derivative, which must stay in force.
         lacks_jvp: the user wrote a derivative that forward mode cannot use.
+        refuses: it stands where such a derivative was asked for, and cannot be compiled.
         one_site: where a parameter meets data in it, it is one site whatever programs it carries.
         steep: entry by entry, with a derivative that may be infinite.
     """
@@ -77,6 +78,7 @@ class Facts:
     irreversible: bool = False
     has_own_jvp: bool = False
     lacks_jvp: bool = False
+    refuses: bool = False
     one_site: bool = False
     steep: bool = False
 
@@ -128,6 +130,7 @@ PRIMITIVES: dict[str, Facts] = {
     "cond": Facts(stays_in_a_loop=True),
     "custom_jvp_call": Facts(has_own_jvp=True, one_site=True),
     "custom_vjp_call": Facts(lacks_jvp=True, one_site=True),
+    "custom_lin": Facts(refuses=True),
     "stop_gradient": Facts(stops_derivatives=True, range=range_rules.unchanged),
     # entry by entry: sums
     "add": _ADD,

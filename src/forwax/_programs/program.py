@@ -188,6 +188,10 @@ class Program:
     equations: tuple[Equation, ...]
     outputs: tuple[Atom, ...]
 
+    def contains(self, is_wanted: Callable[[Facts], bool]) -> bool:
+        """Whether something is true of the facts of an operation, or of one inside it."""
+        return any(equation.contains(is_wanted) for equation in self.equations)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:

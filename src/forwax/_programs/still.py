@@ -31,7 +31,9 @@ def with_still_entries(objective: Objective, params: Tree) -> Objective:
         traced = trace(objective, params)
     except jax.errors.ConcretizationTypeError:
         return objective
-    if not _has_steep(traced.program) or reads_its_trace(traced):
+    if not traced.program.contains(lambda facts: facts.steep) or reads_its_trace(
+        traced
+    ):
         return objective
 
     def still(params: Tree) -> tuple[Array, Tree]:
@@ -39,15 +41,6 @@ def with_still_entries(objective: Objective, params: Tree) -> Objective:
         return traced.out_tree.unflatten(outputs)
 
     return still
-
-
-def _has_steep(program: Program) -> bool:
-    for equation in program.equations:
-        if equation.facts.steep:
-            return True
-        if equation.loop is not None and _has_steep(equation.loop.body):
-            return True
-    return False
 
 
 def _run(program: Program, values: Sequence[Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from forwax._programs.program import (
     Program,
     Traced,
     Variable,
+    equations_of,
     opened,
     renamed,
     variables,
@@ -53,6 +54,10 @@ def staged(fun: Callable[..., Tree], *args: Tree) -> tuple[Callable[..., Tree], 
 
     Returns:
         A function that runs the trace, and the abstract values of what it returns.
+
+    Raises:
+        TypeError: for a tangent through a custom_vjp function, which JAX would only find when it
+            lowers the whole program.
     """
     run, closed, shapes = staged_apart(fun, *args)
     return functools.partial(run, closed), shapes
@@ -68,6 +73,8 @@ def staged_apart(
         values of what it returns.
     """
     traced, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    if any(facts_of(eqn.primitive).refuses for eqn in equations_of(traced)):
+        raise TypeError("a tangent meets a custom_vjp function.")
     structure = jax.tree.structure(shapes)
 
     def run(closed: Sequence[Any], *args: Tree) -> Tree:

@@ -291,6 +291,8 @@ def _check_data(analysis: _Analysis, name: str) -> None:
     if Kind.PARAMETER in kinds and kinds.isdisjoint({Kind.DATA, Kind.MIXED}):
         raise ValueError(
             f"{name}: the loss depends on the parameters alone, so there is no site where a "
-            "parameter meets data. Pass the data as arguments of the loss, or use "
-            "forwax.WeightPerturbation, which needs none."
+            "parameter meets data. Where a loss has arguments beside the parameters, or in_axes, "
+            "what it closes over is no data: pass that as an argument too, forwax.grad(loss, rule)"
+            "(key, params, data) with loss(params, data), or use forwax.WeightPerturbation, which "
+            "needs none."
         )
