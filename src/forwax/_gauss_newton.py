@@ -84,7 +84,7 @@ class GaussNewton:
         step_size: what the step is multiplied with, a number or an array.
         chunk_size: the most directions at a time; None for all at once.
         num_refused: how many steps were refused since `init`; None before it.
-        ratio: of the last step's actual to its predicted decrease; not a number without `adapt`,
+        ratio: of the last step's actual to its predicted decrease; infinite without `adapt`,
             and where nothing was to be gained beyond rounding. None before `init`.
 
     Raises:
@@ -157,7 +157,7 @@ class GaussNewton:
             damping=jnp.array(self.damping, dtype),
             step_size=jnp.array(self.step_size, dtype),
             num_refused=jnp.int32(0),
-            ratio=jnp.array(jnp.nan, dtype),
+            ratio=jnp.array(jnp.inf, dtype),
         )
 
     def step(
@@ -273,7 +273,7 @@ class GaussNewton:
         new = jnp.where(ratio >= POOR, lowered, raised)  # a ratio that is NaN raises
         highest = 1 / jnp.finfo(damping.dtype).eps
         new = jnp.where(is_known, jnp.minimum(new, highest), damping)
-        ratio = jnp.where(is_known, ratio, jnp.nan)
+        ratio = jnp.where(is_known, ratio, jnp.inf)
         return dataclasses.replace(self, damping=new, ratio=ratio)
 
 

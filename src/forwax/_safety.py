@@ -67,8 +67,8 @@ class History:
 
     Attributes:
         sizes: the median over a step's slopes of |c| but for zeros, clipped as they were used
-            [window]; not a number where there is none.
-        squares: the mean over a step's slopes of c², not clipped [window].
+            [window]; infinite where there is none.
+        squares: the mean over a step's slopes of c², not clipped [window]; -1 where there is none.
         num_steps: how many steps were recorded.
         num_clipped: how many slopes were clipped.
         num_skipped: how many slopes were skipped.
@@ -83,9 +83,11 @@ class History:
     @classmethod
     def empty(cls, window: int) -> "History":
         """The history before the first step."""
-        unused = jnp.full(window, jnp.nan, jnp.float32)
+        # Not NaN, at which JAX raises an error in one of its modes.
+        sizes = jnp.full(window, jnp.inf, jnp.float32)
+        squares = jnp.full(window, -1, jnp.float32)
         none = jnp.int32(0)
-        return cls(unused, unused, none, none, none)
+        return cls(sizes, squares, none, none, none)
 
     def add(self, slopes: Array, bound: Array) -> "History":
         """The history with one more step.
@@ -100,10 +102,10 @@ class History:
         some = jnp.any(finite)
         at = self.num_steps % self.sizes.shape[0]
         # Zeros are left out: a median of 0 would clip all slopes to 0, for good.
-        used = jnp.where(finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.nan)
+        used = jnp.where(finite & (sizes > 0), jnp.minimum(sizes, bound), jnp.inf)
         num_finite = jnp.maximum(jnp.sum(finite), 1).astype(sizes.dtype)
         square = jnp.sum(jnp.where(finite, sizes, 0) ** 2) / num_finite
-        size = jnp.where(some, jnp.nanmedian(used), self.sizes[at])
+        size = jnp.where(some, _median(used), self.sizes[at])
         all_sizes = self.sizes.at[at].set(size)
         square = jnp.where(some, square, self.squares[at])
         all_squares = self.squares.at[at].set(square)
@@ -115,6 +117,16 @@ class History:
             + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
             num_skipped=self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
         )
+
+
+def _median(sizes: Array) -> Array:
+    """The median of those that are finite; infinite where none is."""
+    finite = jnp.isfinite(sizes)
+    ordered = jnp.sort(jnp.where(finite, sizes, jnp.inf))
+    count = jnp.sum(finite, dtype=jnp.int32)
+    lower = ordered[jnp.maximum(count - 1, 0) // 2]
+    # of an even number the mean of both in the middle
+    return lower / 2 + ordered[count // 2] / 2
 
 
 @jax.tree_util.register_dataclass
@@ -227,10 +239,8 @@ class Safe(LearningRule):
         """
         if self.clip is None or self.history is None:
             return jnp.float32(jnp.inf)
-        sizes = self.history.sizes
-        some = jnp.any(jnp.isfinite(sizes))
-        median = jnp.nanmedian(jnp.where(some, sizes, 0))
-        ready = some & (self.history.num_steps >= self.warm_up)
+        median = _median(self.history.sizes)
+        ready = jnp.isfinite(median) & (self.history.num_steps >= self.warm_up)
         return jnp.where(ready, jnp.float32(self.clip) * median, jnp.inf)
 
     def guard(self) -> Callable[[Array], Array]:
@@ -304,13 +314,13 @@ class Safe(LearningRule):
             )
         n = params if isinstance(params, int) else _tree.num_coordinates(params)
         law = self.rule.relative_mse(n)
-        squares = (
-            self.history.squares
-        )  # [window], not a number where no step was recorded
-        square = jnp.nanmean(squares)
-        count = jnp.sum(~jnp.isnan(squares))
+        squares = self.history.squares  # [window]
+        recorded = squares >= 0
+        count = jnp.sum(recorded).astype(squares.dtype)
+        square = jnp.mean(squares, where=recorded)
         # Of |g|², the mean of `squares`; the root |g| has half its relative error.
-        error = jnp.nanstd(squares) / (2 * square * jnp.sqrt(jnp.maximum(count - 1, 1)))
+        spread = jnp.std(squares, where=recorded)
+        error = spread / (2 * square * jnp.sqrt(jnp.maximum(count - 1, 1)))
         return Monitor(
             gradient_norm=jnp.sqrt(square),
             relative_mse=jnp.float32(law),

@@ -236,7 +236,8 @@ class ControlVariate(Combine):
     ) -> Tree:
         """The guess plus the mean."""
         pairs = zip(jax.tree.leaves(self.guess), jax.tree.leaves(total), strict=True)
-        leaves = [guess + x / num_tangents for guess, x in pairs]
+        wide = [(_tree.as_array(guess).astype(x.dtype), x) for guess, x in pairs]
+        leaves = [guess + x / num_tangents for guess, x in wide]
         return _tree.with_leaves(total, leaves)
 
     def relative_mse(self, mean: float, n: int, num_tangents: int) -> float:
