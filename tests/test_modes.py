@@ -1,7 +1,7 @@
 """Every rule under JAX's debugging and strict modes, in float32 and bfloat16, at a minimum too.
 
-google-deepmind/mujoco#1349 and #1377: at a point of zero gradient no rule may divide 0 by 0. All tests
-run with strict dtype promotion and rank promotion "raise"; here `jax_debug_nans` comes on top.
+google-deepmind/mujoco#1349 and #1377: at a point of zero gradient no rule may divide 0 by 0. All
+tests run with strict dtype promotion and rank promotion "raise"; here comes `jax_debug_nans` too.
 """
 
 import jax

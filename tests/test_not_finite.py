@@ -141,3 +141,71 @@ def test_complex_parameters():
     loss = lambda z: jnp.sqrt(jnp.abs(z[0])) + jnp.abs(z[1]) ** 2
     got = jax.jit(fx.grad(loss, fx.Exact()))(KEY, z)
     np.testing.assert_allclose(got[1], jax.grad(loss)(z)[1], rtol=1e-5)
+
+
+# --- NaN that only forward mode has ---
+
+RADII = jnp.array([0.5, 1.0, 2.0])
+
+
+def chords(r):
+    """HajimeKawahara/exojax#598, PlasmaControl/DESC#1489, google-deepmind/torax#2331."""
+    return jnp.sum(jnp.sqrt(jnp.where(r > RADII, r**2 - RADII**2, 0.0)))
+
+
+def safe_chords(r):
+    hits = r > RADII
+    squares = jnp.where(hits, r**2 - RADII**2, 1.0)
+    return jnp.sum(jnp.where(hits, jnp.sqrt(squares), 0.0))
+
+
+@MODES
+def test_the_way_out_of_a_masked_root(mode):
+    r = jnp.float32(1.5)
+    truth = jax.grad(chords)(r)
+    assert np.isnan(mode(fx.grad(chords))(KEY, r))
+    for loss, rule in (
+        (safe_chords, fx.WeightPerturbation()),
+        (safe_chords, fx.Backprop()),
+        (chords, fx.Exact()),
+        (chords, fx.WeightPerturbation(fx.tangents.Coordinate())),
+    ):
+        np.testing.assert_allclose(mode(fx.grad(loss, rule))(KEY, r), truth, rtol=1e-5)
+
+
+def test_diagnose_says_where_forward_mode_alone_is_not_finite():
+    rules = {"signs": fx.WeightPerturbation(), "exact": fx.Exact()}
+    diagnose = lambda loss: fx.diagnose(loss, rules, draws=2, rounds=1)(
+        KEY, jnp.float32(1.5)
+    )
+    found = diagnose(chords)
+    signs, exact = found.rules
+    assert signs.note is not None
+    assert "signs is not finite here, and backprop's gradient is" in signs.note
+    assert "jnp.where(ok, jnp.sqrt(y), 0.0)" in signs.note
+    assert signs.note in str(found)
+    assert "Use signs" not in found.advice
+    alone = fx.diagnose(chords, {"signs": rules["signs"]}, draws=2, rounds=1)
+    advice = alone(KEY, jnp.float32(1.5)).advice
+    assert (
+        advice == "Use backprop: reverse mode runs, and no rule gives finite numbers."
+    )
+    assert exact.note is None
+    assert all(row.note is None for row in diagnose(safe_chords).rules)
+
+
+def test_diagnose_has_no_reference_where_backprop_is_not_finite_either():
+    rules = {"signs": fx.WeightPerturbation()}
+    found = fx.diagnose(jnp.linalg.norm, rules, draws=2, rounds=1)(KEY, jnp.zeros(3))
+    assert found.rules[0].note is None
+    assert found.rules[0].mse is None
+    assert found.reference is None
+
+
+def test_safe_skips_what_is_never_finite_and_counts():
+    rule = fx.Safe(fx.WeightPerturbation()).init()
+    for i in range(3):
+        key = jax.random.fold_in(KEY, i)
+        _, grads, rule = rule.step(chords)(key, jnp.float32(1.5))
+        assert grads == 0
+    assert rule.history.num_skipped == 3

@@ -147,6 +147,11 @@ class Safe(LearningRule):
     nothing. A rule is a frozen value, so that `step` returns the next one, to be carried through
     the training loop and its checkpoints: the field `history` is all that changes.
 
+    A slope that is not finite in every step, as where forward mode makes 0 · ∞ of a square root of
+    what is masked to 0, is skipped in every step: nothing is learnt, and `history.num_skipped`
+    grows as fast as the steps do. `forwax.diagnose` tells whether reverse mode is finite there, and
+    the limits show how to write such a loss.
+
     Supported: `forwax.WeightPerturbation` with any tangents, combination and number of tangents,
     each slope on its own, one for each example with `per_example=True`. Inside
     `jax.shard_map` the parameters must be replicated. All other rules,

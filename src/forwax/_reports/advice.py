@@ -32,7 +32,11 @@ def advise(
             "other parameters."
         )
     # A rule that runs reverse mode cannot stand in for backprop.
-    running = [row for row in rules if row.error is None and not row.reverse_mode]
+    running = [
+        row
+        for row in rules
+        if row.error is None and row.is_finite and not row.reverse_mode
+    ]
     known = [row for row in running if row.seconds_of_progress is not None]
     ranked = sorted(known, key=_progress)
     if backprop.error is not None:
@@ -41,7 +45,9 @@ def advise(
     # The faster of both: recomputing may save time where memory is what limits.
     references = [row for row in (backprop, checkpointed) if row.seconds]
     if not timed or not references:
-        return "Use backprop: reverse mode runs, and no rule does."
+        is_finite = all(row.is_finite for row in rules)
+        none = "no rule does" if is_finite else "no rule gives finite numbers"
+        return f"Use backprop: reverse mode runs, and {none}."
     reference = min(references, key=_seconds)
     if ranked and _progress(ranked[0]) < CHEAPER * _seconds(reference):
         return _use_rule(ranked[0], reference)

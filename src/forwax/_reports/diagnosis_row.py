@@ -51,6 +51,11 @@ class DiagnosisRow:
     note: str | None = None
 
     @property
+    def is_finite(self) -> bool:
+        """Whether no draw was measured that is infinite or not a number."""
+        return self.mse is None or math.isfinite(self.mse[0])
+
+    @property
     def error_of_estimate(self) -> float | None:
         """The relative MSE: the law where there is one, else what was measured."""
         if self.predicted_mse is not None:

@@ -196,6 +196,8 @@ def _diagnose(
     }
     others, _ = _running(in_chunks, prepare, key)
     reference, source = _reference(programs, prepare, key, n)
+    if not _tree.all_finite(reference):
+        reference, source = None, None
     # All in one go, so that every round meets every program.
     costs = _costs({ALONE: alone, **programs, **others}, key, rounds)
     costs |= {name: DiagnosisRow(name, error=error) for name, error in errors.items()}
@@ -214,8 +216,10 @@ def _diagnose(
         note = note or about_examples(name, rule, problem)
         if reference is not None:
             errors, cosines = _accuracy(programs[name], key, reference, draws)
+            # the worst news first
+            bad = _not_finite(name, errors, source)
             worse = against_weight_noise(name, rule, problem.params, errors)
-            note = note if worse is None else worse
+            note = bad or worse or note
             mse = _mean(errors.sum(1))
             measured = {"mse": mse, "cosine": _mean(cosines)}
         kind |= {"predicted_mse": rule.law(problem), "note": note}
@@ -330,6 +334,18 @@ def _accuracy(
     found = [_compare(program(each)[2], reference) for each in keys]
     errors, cosines = zip(*found, strict=True)
     return np.array(errors, np.float64), np.array(cosines, np.float64)
+
+
+def _not_finite(name: str, errors: np.ndarray, source: str | None) -> str | None:
+    """One sentence where slopes are not finite and reverse mode is; else None."""
+    if source != "backprop" or np.isfinite(errors).all():
+        return None
+    return (
+        f"{name} is not finite here, and backprop's gradient is: in forward mode a square root, a "
+        "norm, a logarithm or a power of what is masked to 0 gives 0 · ∞. Keep the argument away "
+        "from there, y = jnp.where(ok, x, 1.0), and mask what comes out, "
+        'jnp.where(ok, jnp.sqrt(y), 0.0): "NaN that only forward mode has" in the limits.'
+    )
 
 
 def _mean(found: np.ndarray) -> tuple[float, float]:
