@@ -17,7 +17,7 @@ from forwax._directions.plan import WeightPlan
 from forwax._directions.rounding import NEAREST, Rounding
 from forwax._momentum import Momentum
 from forwax._programs import ways_out
-from forwax._pushforward import Directions, Slopes, num_chunks, slopes
+from forwax._pushforward import Slopes, num_chunks, slopes
 from forwax._rules import Rule, WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key

@@ -176,9 +176,7 @@ class WeightPerturbation(Rule):
 
         if self.by_example:
             objective = problem.objective
-            return FormedByExample(
-                objective, point, draw_by_example, problem=problem
-            )
+            return FormedByExample(objective, point, draw_by_example, problem=problem)
 
         def draw(key: Array) -> Callable[[Array], Tree]:
             hold = self.combine.joint  # its weights need all directions
