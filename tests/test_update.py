@@ -16,6 +16,7 @@ from cases import assert_trees_close, normal
 T = fx.tangents
 KEY = jax.random.key(0)
 W = fx.WeightPerturbation
+FD = fx.FiniteDifference
 
 
 def stack(params, x):
@@ -111,6 +112,83 @@ def test_a_safe_rule_remembers():
     assert int(rule.history.num_steps) == 1
 
 
+# --- finite differences ---
+
+
+@pytest.mark.parametrize("mode", ["jitted", "eager"])
+@pytest.mark.parametrize("name", ["one", "several", "normal", "factors", "ranks"])
+def test_finite_differences_in_place_are_those_of_value_and_grad(name, mode):
+    """The same directions, evaluated at points that are never formed."""
+    rule = {
+        "one": FD(epsilon=0.05),
+        "several": FD(num_tangents=3, combine=fx.combine.Shrinkage(), epsilon=0.05),
+        "normal": FD(T.Normal(), epsilon=0.05),
+        "factors": FD(T.LowRank(), epsilon=0.05),
+        "ranks": FD(T.LowRank(3), 2, epsilon=0.05),
+    }[name]
+
+    def both(key, params):
+        value, grads = fx.value_and_grad(stack, rule)(key, params, X)
+        expected = value, jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+        return fx.update(stack, rule, learning_rate=0.1)(key, params, X)[:2], expected
+
+    run = jax.jit(both) if mode == "jitted" else both
+    assert_trees_close(*run(KEY, PARAMS), rtol=1e-4, atol=1e-5)
+
+
+def heads(params, x):
+    """Weights that meet as weights, are transposed, gathered and only add."""
+    w = params["a"] @ params["b"]
+    rows = params["b"].T[jnp.array([0, 2, 2])]
+    moved = jnp.tanh(x @ (w + jnp.ones((6, 6))) * params["gain"][None])
+    return jnp.sum(moved**2) + jnp.sum(jnp.sin(rows @ params["a"].T)), {"moved": moved}
+
+
+@pytest.mark.parametrize("rule", [FD(epsilon=0.05), FD(T.LowRank(), 2, epsilon=0.05)])
+def test_finite_differences_of_examples_with_aux_and_all_kinds_of_uses(rule):
+    """Products of two shifted weights are exact, second order included."""
+    params = {"a": normal(1, 6, 3), "b": normal(2, 3, 6), "gain": normal(3, 6)}
+    options = {"has_aux": True, "in_axes": (None, 0)}
+    x = normal(4, 3, 2, 6)
+
+    @jax.jit
+    def both(key, params):
+        (value, aux), grads = fx.value_and_grad(heads, rule, **options)(key, params, x)
+        moved = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+        got = fx.update(heads, rule, learning_rate=0.1, **options)(key, params, x)
+        return got, ((value, aux), moved)
+
+    assert_trees_close(*both(KEY, params), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("tangents", [T.Rademacher(), T.LowRank()])
+def test_finite_differences_in_place_have_the_same_factors(tangents):
+    """Where parameters are so large that the step would move nothing."""
+    params = {"w": normal(1, 6, 6) * 1e5, "b": normal(2, 3)}
+    start = params["w"]
+    loss = lambda p: jnp.sum(jnp.sin(p["w"] - start)) + jnp.sum(p["b"]) ** 2
+    rule = FD(tangents, 2)
+
+    @jax.jit
+    def both(params):
+        grads = fx.grad(loss, rule)(KEY, params)
+        expected = jax.tree.map(lambda w, g: w - 0.05 * g, params, grads)
+        return fx.update(loss, rule, learning_rate=0.05)(KEY, params)[1], expected
+
+    got, expected = both(params)
+    # Each tangent's step is told from what the ones before have left.
+    assert_trees_close(got, expected, rtol=1e-4)
+    assert bool(jnp.all(got["b"] != params["b"]))
+    assert float(jnp.mean(got["w"] != params["w"])) > 0.2
+
+
+def test_a_black_box_steps_in_place_eagerly():
+    loss = lambda w: jnp.asarray(float(np.sum(np.square(w))))
+    w, rule = jnp.array([1.0, 2.0]), FD(epsilon=0.5)
+    expected = w - 0.1 * fx.grad(loss, rule)(KEY, w)
+    assert_trees_close(fx.update(loss, rule, learning_rate=0.1)(KEY, w)[1], expected)
+
+
 # --- momentum ---
 
 MOMENTA = {
@@ -118,6 +196,10 @@ MOMENTA = {
     "several": W(T.Normal(), 3, chunk_size=2),
     "low-rank": W(T.LowRank(2), 3),
     "safe": fx.Safe(W(T.LowRank(), 2), clip=1.0, window=5, warm_up=1).init(),
+    "differences": FD(T.LowRank(), 2, epsilon=0.05),
+    "safe-differences": fx.Safe(
+        FD(num_tangents=2, epsilon=0.05), 1.0, True, 5, 1
+    ).init(),
 }
 
 
@@ -127,7 +209,7 @@ def test_momentum_is_the_decaying_sum_of_the_last_estimates(name):
 
     What is left out is exactly what is older.
     """
-    rule, decay, window, safe = MOMENTA[name], 0.7, 4, name == "safe"
+    rule, decay, window, safe = MOMENTA[name], 0.7, 4, "safe" in name
 
     @jax.jit
     def step(key, params, rule, momentum):
@@ -290,13 +372,43 @@ def test_leaves_are_updated_one_after_the_other():
     )
 
 
+DIFFERENCES = {
+    "factors": (FD(T.LowRank()), 0.01),
+    "several-factors": (FD(T.LowRank(2), 4), 0.05),
+    "signs": (FD(), 0.1),
+    "several-signs": (FD(num_tangents=3), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_finite_differences_shift_no_copy_of_a_stack(name):
+    """Beside what inference holds at most a tenth of the parameters, a layer at a time."""
+    params, x = inputs(width=128, depth=32)
+    rule, most = DIFFERENCES[name]
+    leaves, structure = jax.tree.flatten((params, x))
+    held = of_update(stack, rule, params, x) - inference(stack, structure, *leaves)
+    assert held <= most * num_bytes(params["w"])
+
+
+def test_finite_differences_along_factors_hold_no_matrix():
+    w, x = floats(2048, 2048), floats(8, 2048)
+    held = of_update(lambda w, x: mlp([w], x), FD(T.LowRank()), w, x)
+    assert held <= 0.1 * num_bytes(w)
+
+
+def test_finite_differences_of_unrolled_layers_hold_a_few():
+    """Where one is used whole its shifted copy is held, as a tangent is for exact slopes."""
+    params, x = [floats(256, 256)] * 12, floats(4, 256)
+    assert of_update(mlp, FD(), params, x) <= 3 * num_bytes(params[0])
+
+
 # --- errors ---
 
 
 def test_other_rules_are_refused():
     with pytest.raises(
         TypeError,
-        match=r"expected forwax.WeightPerturbation, .* got ActivityPerturbation",
+        match=r"forwax.WeightPerturbation or forwax.FiniteDifference, .* got Activity",
     ):
         fx.update(stack, fx.ActivityPerturbation(), learning_rate=0.1)
     with pytest.raises(

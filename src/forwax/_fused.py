@@ -4,6 +4,7 @@ The idea of drawing a direction twice instead of keeping it is that of MeZO (Mal
 arXiv 2305.17333), here with exact slopes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,10 +16,10 @@ from forwax import _mesh, _tree
 from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan
 from forwax._directions.rounding import NEAREST, Rounding
+from forwax._directions.steps import Steps
 from forwax._momentum import Momentum
 from forwax._programs import ways_out
-from forwax._pushforward import Slopes, num_chunks, slopes
-from forwax._rules import Rule, WeightPerturbation
+from forwax._rules import FiniteDifference, Rule, WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
@@ -37,6 +38,12 @@ def update(
 ) -> Callable[..., Any]:
     """A step of gradient descent, w - learning_rate · ĝ, along weight tangents; ĝ is never held.
 
+    With `forwax.FiniteDifference` it is MeZO (Malladi et al. 2023, arXiv 2305.17333) on any JAX
+    model, without two copies of the parameters: inside a trace, such as that of `jax.jit`, the loss
+    is evaluated at w ± ε v with v formed where the loss uses it, as x w ± ε (x a) bᵀ for the
+    factors of `tangents.LowRank` and a layer at a time for signs. The parameters are never shifted
+    in place, where each addition would round.
+
     For the same key it gives what `forwax.value_and_grad` and a subtraction give, up to rounding.
     Jitted with donated parameters it needs, besides these, what inference needs and, with
     `tangents.Rademacher` or `LowRank`, about one tangent of the largest parameter for each tangent
@@ -48,7 +55,9 @@ def update(
         loss: as in `forwax.value_and_grad`; its first argument is the parameters.
         rule: `forwax.WeightPerturbation` with `tangents.Rademacher`, `Normal`, `Sparse` or
             `LowRank`, the combination `Mean` or `Shrinkage`, any number of tangents; with several,
-            `chunk_size=1` holds one at a time. Or `forwax.Safe` around such a rule.
+            `chunk_size=1` holds one at a time. Or `forwax.FiniteDifference` with these, which needs
+            what inference needs with `Rademacher` and `LowRank`, and copies with the others. Or
+            `forwax.Safe` around one of both.
         learning_rate: the rate of the step; an array where it changes.
         momentum: what is remembered of the last steps; the step is then w - learning_rate · m with
             their decaying sum m, and still no array like the parameters is held.
@@ -96,8 +105,8 @@ def update(
         is_safe = rule.inner is not rule
         guard = cast(Safe, rule).guard() if is_safe else None
         with ways_out.named(problem):
-            directions = weight.directions(problem)
-            result, drawn = _slopes(weight, directions, key, guard)
+            directions = weight.in_place(problem)
+            result, drawn = weight.slopes_along(directions, key, guard)
         n = _tree.num_coordinates(params)
         k = weight.num_tangents
         used = result.used * weight.combine.finish(
@@ -106,34 +115,32 @@ def update(
         rate = -jnp.asarray(learning_rate, used.dtype) / directions.num_examples
         # With bits of their own the passes are the same whatever the chunks.
         rounded = NEAREST if is_nearest else Rounding.by_chance(key)
+        steps = weight.steps(params)
+        add = functools.partial(_add_steps, directions, rounded, steps)
         state: list[Any] = [cast(Safe, rule).after(result.found)] if is_safe else []
         if momentum is not None:
             new = momentum.add(key, used)
             keys, weights, num_steps = new.last(str(jax.random.key_impl(key)))
-            params = _add_steps(
-                directions, params, keys, rate * weights, num_steps, rounded
-            )
+            params = add(params, keys, rate * weights, num_steps)
             state.append(new)
         elif drawn is not None and (is_nearest or k <= directions.together):
-            params = directions.add(params, rate * used, drawn, rounded.of(0))
+            params = directions.add(params, rate * used, drawn, rounded.of(0), steps)
         else:
-            params = _add_steps(
-                directions, params, key[None], rate * used[None], 1, rounded
-            )
+            params = add(params, key[None], rate * used[None], 1)
         value = (result.value, problem.restore(result.aux)) if has_aux else result.value
         return (value, params, *state)
 
     return update_of_loss
 
 
-def checked(rule: Any) -> WeightPerturbation:
+def checked(rule: Any) -> WeightPerturbation | FiniteDifference:
     """The weight rule of a rule, after the checks of `update`."""
     weight = rule.inner if isinstance(rule, Safe) else rule
-    if not isinstance(weight, WeightPerturbation):
+    if not isinstance(weight, WeightPerturbation | FiniteDifference):
         raise TypeError(
-            "update: expected forwax.WeightPerturbation, or forwax.Safe around it, whose tangents "
-            f"can be drawn twice, got {type(weight).__name__}. Use forwax.value_and_grad and "
-            "subtract its gradient."
+            "update: expected forwax.WeightPerturbation or forwax.FiniteDifference, or forwax.Safe "
+            f"around one, whose tangents can be drawn twice, got {type(weight).__name__}. Use "
+            "forwax.value_and_grad and subtract its gradient."
         )
     if not getattr(weight.tangents, "drawn_twice", False):
         raise TypeError(
@@ -161,49 +168,28 @@ def _check_mesh(problem: Problem, key: Array) -> None:
         )
 
 
-def _slopes(
-    weight: WeightPerturbation,
-    directions: Formed | WeightPlan,
-    key: Array,
-    guard: Callable[[Array], Array] | None,
-) -> tuple[Slopes, Any]:
-    """The slopes, and what was drawn for them; None where it is better drawn again than held."""
-    k = weight.num_tangents
-    most = directions.most_held
-    is_held = num_chunks(k, weight.chunk_size) == 1 and (most is None or k <= most)
-    draw = directions.sampler(key)
-    drawn = draw(jnp.arange(k)) if is_held else None
-    result = slopes(
-        directions,
-        draw if drawn is None else lambda indices: drawn,
-        k,
-        chunk_size=weight.chunk_size,
-        sum_to=frozenset(),
-        guard=guard,
-    )
-    return result, drawn
-
-
 def _add_steps(
     directions: Formed | WeightPlan,
+    rounding: Rounding,
+    steps: Steps | None,
     params: Tree,
     keys: Array,
     weights: Array,
     num_steps: Array | int,
-    rounding: Rounding,
 ) -> Tree:
     """Add the tangents of the first steps of several.
 
     Args:
         directions: how they are drawn and added.
+        rounding: how the parameters are rounded after each pass over them.
+        steps: how far finite differences moved the parameters.
         params: what they are added to.
         keys: of each step [steps].
         weights: of each step's tangents [steps, k] or [steps, k, examples].
         num_steps: how many steps are added.
-        rounding: how the parameters are rounded after each pass over them.
     """
-    steps, k = weights.shape[:2]
-    size = min(directions.together, steps * k)
+    num_keys, k = weights.shape[:2]
+    size = min(directions.together, num_keys * k)
     flat = weights.reshape(-1, *weights.shape[2:])  # [terms] or [terms, examples]
     num_terms = num_steps * k
 
@@ -217,12 +203,12 @@ def _add_steps(
         terms = i * size + jnp.arange(size)
         is_used = (terms < num_terms).reshape(size, *[1] * (flat.ndim - 1))
         # what only fills the last pass is the last term once more, of weight zero
-        terms = jnp.minimum(terms, steps * k - 1)
+        terms = jnp.minimum(terms, num_keys * k - 1)
         if size > 1:  # each has a key of its own
             drawn = lax.map(one, terms)
         else:
             drawn = jax.tree.map(lambda x: x[None], one(terms[0]))
         own = jnp.where(is_used, flat[terms], 0)
-        return directions.add(params, own, drawn, rounding.of(i))
+        return directions.add(params, own, drawn, rounding.of(i), steps)
 
     return lax.fori_loop(0, -(-num_terms // size), add, params)

@@ -28,6 +28,10 @@ class Direction(abc.ABC):
         """The same, made of arrays alone."""
 
     @abc.abstractmethod
+    def scaled(self, factor: Array) -> "Direction":
+        """The same, made of arrays, times a factor that broadcasts to the parameter's shape."""
+
+    @abc.abstractmethod
     def dense(self, shape: Shape) -> Array:
         """The one tangent itself, of the parameter's shape."""
 
@@ -62,6 +66,10 @@ class Whole(Direction):
     def unpacked(self) -> "Unpacked":
         """See `Direction.unpacked`."""
         return Unpacked(self.unpack())
+
+    def scaled(self, factor: Array) -> "Unpacked":
+        """See `Direction.scaled`."""
+        return Unpacked(self.unpack() * factor)
 
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""

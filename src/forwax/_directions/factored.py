@@ -59,6 +59,11 @@ class Factored(Direction):
         """See `Direction.unpacked`."""
         return Factored.of(self.pairs)
 
+    def scaled(self, factor: Array) -> "Factored":
+        """See `Direction.scaled`."""
+        pairs = [(left * factor, right) for left, right in self.pairs]
+        return Factored.of(pairs)
+
     def dense(self, shape: Shape) -> Array:
         """See `Direction.dense`."""
         products = [

@@ -1,7 +1,7 @@
 """Directions that are arrays, along which `jax.jvp` pushes the loss itself."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from forwax import _mesh, _tree
 from forwax._directions.add import FEW, sum_where_moved
 from forwax._directions.direction import Unpacked
 from forwax._directions.rounding import NEAREST, Rounding
+from forwax._directions.steps import Steps
 from forwax._programs.still import with_still_entries
 from forwax._pushforward import Objective, is_concrete, over_tangents
 from forwax._signature import Problem
@@ -69,6 +70,10 @@ class Formed:
         """See `Directions.together`; each is as large as the parameters."""
         return 1
 
+    def tree_of(self, leaves: Sequence[Array]) -> Tree:
+        """Leaves as a tree like the parameters."""
+        return _tree.with_leaves(self.point, leaves)
+
     def at(self, point: Tree) -> "Formed":
         """The same loss at another point."""
         return dataclasses.replace(self, point=point)
@@ -103,6 +108,13 @@ class Formed:
         dtype = _tree.accumulation_dtype(slopes.dtype)
         return value, aux, slopes.astype(dtype)
 
+    def evaluate(
+        self, direction: Tree, sign: Array, steps: Steps
+    ) -> tuple[Array, Tree]:
+        """`(value, aux)` on one side of the point along one direction."""
+        shifted = lambda x, v: steps.shifted(x, v, sign)  # noqa: E731
+        return self.objective(jax.tree.map(shifted, self.point, direction))
+
     def assemble(self, weights: Any, drawn: Tree) -> Tree:
         """Σ c v in at least float32: weights [k], the same or one array for each leaf."""
 
@@ -124,8 +136,11 @@ class Formed:
         weights: Any,
         drawn: Tree,
         rounding: Rounding = NEAREST,
+        steps: Steps | None = None,
     ) -> Tree:
-        """Total + Σ c v, in place where it is donated; see `assemble`."""
+        """Total + Σ c v, in place where it is donated; see `assemble` and `WeightPlan.add`."""
+        if steps is not None:
+            drawn = jax.tree.map(steps.divided, total, drawn)
 
         def of_leaf(leaf: Array, v: Array, c: Array, own: Rounding) -> Array:
             if not self.has_zeros:

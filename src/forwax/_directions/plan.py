@@ -6,7 +6,7 @@ In factors, or a layer at a time.
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,16 @@ from forwax._directions.factored import Factored, Sides
 from forwax._directions.push import Push
 from forwax._directions.rounding import NEAREST, Rounding
 from forwax._directions.signs import Signs, draw_signs, has_rows
-from forwax._directions.splits import Split, find_splits, sliced_only
+from forwax._directions.splits import Split, default_split, find_splits, sliced_only
+from forwax._directions.steps import Steps
 from forwax._programs.custom_rules import reads_its_trace
+from forwax._programs.evaluate import inject
 from forwax._programs.program import Traced
 from forwax._programs.tracing import trace
 from forwax._pushforward import along, over_tangents
 from forwax._signature import Problem
 from forwax._tree import Spec, Tree
+from forwax.tangents import LowRank, Tangents
 
 _MANY = 1 << 12
 """So many signs of one row are drawn in the loop; fewer would make it slower, and save little."""
@@ -173,8 +176,12 @@ class WeightPlan:
         def slope(
             mapped: Sequence[Array], drawn: Sequence[Drawn]
         ) -> tuple[Array, Array, Tree]:
+            directions = self.directions(drawn)
+
             def run(time: Array) -> tuple[Array, Tree]:
-                return self._evaluate(mapped, drawn, time)
+                enter = lambda value, noise, _: inject(value, noise, time)  # noqa: E731
+                push = Push(self.traced.types, enter, lazy=self.lazy)
+                return self._evaluate(push, mapped, directions)
 
             return along(run)
 
@@ -200,20 +207,48 @@ class WeightPlan:
         dtype = _tree.accumulation_dtype(slopes.dtype)
         return jnp.mean(values), aux, slopes.astype(dtype)
 
+    def evaluate(
+        self, drawn: Sequence[Drawn], sign: Array, steps: Steps
+    ) -> tuple[Array, Tree]:
+        """`(value, aux)` on one side of the point along one direction, which is not formed.
+
+        No parameter is shifted as a whole: a layer is as it is used, and a product by a thin one.
+        """
+        directions = self.directions(drawn)
+        if steps.by_leaf:
+            directions = [
+                direction.scaled(steps.of(leaf).astype(leaf.dtype))
+                for direction, leaf in zip(directions, self.leaves, strict=True)
+            ]
+
+        def enter(value: Array, noise: Array, known: Sequence[Array]) -> Array:
+            if not steps.by_leaf:
+                return steps.shifted(value, noise, sign, known)
+            return value + sign.astype(noise.dtype) * noise
+
+        push = Push(
+            self.traced.types,
+            enter,
+            lazy=self.lazy,
+            first=[
+                sign
+            ],  # else a loop over signs would unpack the first layer's before it
+            is_linear=False,
+        )
+        return self._evaluate(push, [], directions)
+
     def _evaluate(
         self,
+        push: Push,
         mapped: Sequence[Array],
-        drawn: Sequence[Drawn],
-        time: Array,
+        directions: Sequence[Direction],
     ) -> tuple[Array, Tree]:
         """The sum of the losses, and aux."""
         traced = self.traced
         program = traced.program
         arguments = traced.arguments(self.leaves, mapped)
         env = dict(zip(program.inputs, arguments, strict=True))
-        directions = self.directions(drawn)
         named = dict(zip(traced.parameters, directions, strict=True))
-        push = Push(traced.types, time, self.lazy)
         outputs = push.run(program, env, named)
         losses, aux = jax.tree.unflatten(traced.out_tree, outputs)
         parts = [jnp.sum(x) for x in jax.tree.leaves(losses)]
@@ -235,12 +270,22 @@ class WeightPlan:
         weights: Array,
         drawn: Sequence[Drawn],
         rounding: Rounding = NEAREST,
+        steps: Steps | None = None,
     ) -> Tree:
-        """Total + Σ c v, in place where it is donated: no summand is held; see `assemble`."""
+        """Total + Σ c v, in place where it is donated: no summand is held; see `assemble`.
+
+        With the steps that the directions' slopes were taken with, Σ c v / s.
+        """
         directions = self._late(weights, drawn)
         totals: list[Array] = []
         for i, leaf in enumerate(jax.tree.leaves(total)):
-            new = directions[i].add(leaf, weights, rounding.of(i))
+            own = weights
+            if steps is not None and steps.by_leaf:
+                own = weights / steps.factor(leaf).reshape(()).astype(weights.dtype)
+            elif steps is not None:
+                signs = cast(Signs, directions[i])
+                directions[i] = dataclasses.replace(signs, divisor=steps.factor)
+            new = directions[i].add(leaf, own, rounding.of(i))
             totals.append(new)
         return self.tree_of(totals)
 
@@ -291,6 +336,22 @@ def plan_signs(problem: Problem) -> WeightPlan | None:
         return None
     dense = (None,) * traced.num_parameters
     return WeightPlan(problem, traced, dense, lazy=True)
+
+
+def plan_in_place(problem: Problem, tangents: Tangents) -> WeightPlan | None:
+    """Signs or factors in the order in which the tangents draw them in full.
+
+    None where they are drawn in full alone.
+    """
+    leaves = jax.tree.leaves(problem.params)
+    if tangents.planned is None or any(map(_tree.is_complex, leaves)):
+        return None
+    if tangents.planned == "signs":
+        return plan_signs(problem)
+    rank = cast(LowRank, tangents).rank
+    traced = trace(problem.objective, problem.params)
+    splits = tuple(default_split(leaf.shape) for leaf in leaves)
+    return WeightPlan(problem, traced, splits, rank)
 
 
 def _factor_shape(shape: tuple[int, ...], axes: frozenset[int]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """A program evaluated with some tangents in factors, which many operations need not form."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from forwax._directions.convolution import in_pieces
 from forwax._directions.direction import Direction, RowOf
 from forwax._directions.factored import Factored
 from forwax._directions.operations import added, is_move, moved, of_both, product
-from forwax._programs.evaluate import bind, inject, read
+from forwax._programs.evaluate import bind, read
 from forwax._programs.order import behind
 from forwax._programs.program import (
     Atom,
@@ -44,26 +44,38 @@ def _in_step_jvp(
     return value, tangents[0]
 
 
+Enter: TypeAlias = Callable[[Array, Array, Sequence[Array]], Array]
+
+
 class Push:
     """An interpreter in which some variables have a factored tangent.
 
-    All other tangents are those of `jax.jvp`, which differentiates `run`.
+    All other tangents are those of `jax.jvp`, which differentiates `run`, or have been added to
+    their values, where losses are evaluated a step away.
 
     Attributes:
         types: the abstract value of each variable.
-        time: the scalar whose tangent scales those of the parameters.
+        enter: takes a value, its tangent and what layer came last to the value with the tangent, or
+            a step away.
         lazy: whether signs are unpacked after the layer before the one that uses them.
+        first: what the first layer's signs wait for.
+        is_linear: whether what two tangents make together counts nothing, as in a derivative.
     """
 
     def __init__(
         self,
         types: Sequence[Any],
-        time: Array,
+        enter: Enter,
+        *,
         lazy: bool,
+        first: Sequence[Array] = (),
+        is_linear: bool = True,
     ) -> None:
         self.types = types
-        self.time = time
+        self.enter = enter
         self.lazy = lazy
+        self.first = list(first)
+        self.is_linear = is_linear
 
     def run(
         self,
@@ -103,7 +115,7 @@ class _Evaluation:
         self.env = env
         self.packed = packed
         self.factored: dict[Variable, Factored] = {}
-        self.last: list[Array] = []
+        self.last: list[Array] = push.first
         self.given: frozenset[Variable] = frozenset()
 
     def outputs(self, program: Program) -> list[Any]:
@@ -162,11 +174,14 @@ class _Evaluation:
                 self.factored[variable] = direction
             else:
                 tangent = direction.dense(jnp.shape(value))
-                self.env[variable] = inject(value, tangent, self.push.time)
+                self.env[variable] = self.enter(value, tangent)
 
     def operation(self, equation: Equation, values: list[Any]) -> list[Any]:
         """The outputs of what is no loop."""
         thin = [i for i, atom in enumerate(equation.inputs) if self.is_factored(atom)]
+        if len(thin) == 2 and not self.push.is_linear:
+            first = thin.pop(0)
+            values[first] = self.formed(equation.inputs[first], values[first])
         if len(thin) == 1 and equation.outputs:  # a callback may have none
             outputs = self.through(equation, thin[0], values)
             if outputs is not None:
@@ -208,7 +223,11 @@ class _Evaluation:
         # with tangents in factors the convolution itself is what takes long
         whole = not equation.facts.is_convolution
         value = bind(equation, values)[0] if whole else in_pieces(equation, values)
-        return [inject(value, noise, self.push.time)]
+        return [self.enter(value, noise)]
+
+    def enter(self, value: Any, noise: Array) -> Any:
+        """A value with its tangent, or a step away."""
+        return self.push.enter(value, noise, self.last)
 
     def is_given(self, atom: Atom) -> bool:
         """Whether a value is an input, as a frozen weight, and not one that has been computed."""
@@ -222,7 +241,7 @@ class _Evaluation:
         if isinstance(atom, Constant) or atom not in self.factored:
             return value
         tangent = self.factored[atom].dense(jnp.shape(value))
-        return inject(value, tangent, self.push.time)
+        return self.enter(value, tangent)
 
     def loop(
         self,

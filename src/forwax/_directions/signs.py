@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -104,6 +104,9 @@ class Places:
 
 Source: TypeAlias = Words | Places
 
+Divisor: TypeAlias = Callable[[Array], Array]
+"""Takes a parameter, or a row of it, to the factor s of each entry."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,11 +117,13 @@ class Signs(Whole):
         words: the first ones hold the first signs; further axes may lead.
         spec: shape and dtype of the signs.
         scale: what they are multiplied with.
+        divisor: what `add` divides them by; None for nothing.
     """
 
     words: Source
     spec: Spec = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    divisor: Divisor | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __mul__(self, scale: float) -> "Signs":
         return dataclasses.replace(self, scale=self.scale * scale)
@@ -158,7 +163,7 @@ class Signs(Whole):
         """One slice along the first axis, of signs that have rows."""
         spec = Spec(self.spec.shape[1:], self.spec.dtype)
         words = self.words.row(index, num_words(spec))
-        return Signs(words, spec, self.scale)
+        return dataclasses.replace(self, words=words, spec=spec)
 
     def rows(self) -> tuple[Any, RowOf]:
         """See `Direction.rows`; a step takes its own row of the words, which are not sliced."""
@@ -183,7 +188,12 @@ class Signs(Whole):
         dtype = _tree.accumulation_dtype(leaf.dtype)
 
         def added(signs: Signs, part: Array, offset: Array | int) -> Array:
-            total = signs._added(part.astype(dtype), weights)
+            wide = part.astype(dtype)
+            if self.divisor is None:
+                total = signs._added(wide, weights)
+            else:
+                divisor = self.divisor(part).astype(dtype)
+                total = signs._added(wide, weights, divisor)
             return rounding.cast(total, part.dtype, offset)
 
         if not self._drawn_by_rows:
@@ -201,7 +211,9 @@ class Signs(Whole):
         """Whether each row's words are best drawn where it is used."""
         return self.words.drawn_late and self.has_rows
 
-    def _added(self, total: Array, weights: Array) -> Array:
+    def _added(
+        self, total: Array, weights: Array, divisor: Array | None = None
+    ) -> Array:
         """Total + Σ c v over the tangents [k], one after the other: none is held.
 
         Added up in one pass they are unpacked entry by entry, which takes ten times as long.
@@ -210,6 +222,8 @@ class Signs(Whole):
         def add(j: Array | int, total: Array) -> Array:
             weight = weights[j].astype(total.dtype)
             signs = self.at(j).unpack()
+            if divisor is not None:
+                weight = weight / divisor
             return total + weight * signs.astype(total.dtype)
 
         num_tangents = len(weights)

@@ -1,6 +1,7 @@
 """How far finite differences move each parameter: far enough for its type to show it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
+from forwax._programs.order import behind
 
 _SPACINGS = 8
 
@@ -29,12 +31,16 @@ class Steps:
     epsilon: float | Array
     by_leaf: bool = False
 
-    def of(self, leaf: Array) -> Array:
-        """The steps of a leaf, in at least float32: of its shape, or of size 1."""
+    def of(self, leaf: Array, one: Array | float = 1.0) -> Array:
+        """The steps of a leaf, in at least float32: of its shape, or of size 1.
+
+        They are made where `one` is known.
+        """
         size = jnp.abs(leaf)
         wide = _tree.accumulation_dtype(size.dtype)
         unit = float(jnp.finfo(size.dtype).eps)
-        least = size * (_SPACINGS * unit)
+        share = jnp.asarray(_SPACINGS * unit * one)
+        least = size * share.astype(size.dtype)
         if self.by_leaf and leaf.size:
             square = jnp.mean(
                 size.astype(wide) ** 2,
@@ -47,16 +53,24 @@ class Steps:
             least = (unit * most).astype(size.dtype)
         # Whole spacings are not rounded when they are added: what is left of such a sum is one.
         whole = (size + least) - size
-        epsilon = jnp.asarray(self.epsilon).astype(wide)
-        return jnp.maximum(whole.astype(wide), epsilon)
+        epsilon = jnp.asarray(self.epsilon * one)
+        return jnp.maximum(whole.astype(wide), epsilon.astype(wide))
 
-    def shifted(self, leaf: Array, tangent: Array, sign: Array) -> Array:
-        """A leaf on one side of where it is, for a sign of 1 or -1."""
+    def shifted(
+        self,
+        leaf: Array,
+        tangent: Array,
+        sign: Array,
+        known: Sequence[Array] = (),
+    ) -> Array:
+        """A leaf on one side of where it is, for a sign of 1 or -1, after what is known."""
+        sign = behind(sign, known)
+        # Entries' steps are made again on each side and for each leaf: kept, as what is constant
+        # or the same for leaves of one shape is, they would be a copy of it.
+        one = sign * sign if known else 1.0
         sign = sign.astype(leaf.dtype)
-        # Entries' steps are made again on each side: kept, they would be a copy of the leaf.
-        here = leaf if self.by_leaf else sign * leaf
-        step = self.of(here).astype(leaf.dtype)
-        return leaf + sign * step * tangent
+        step = self.of(leaf if self.by_leaf else sign * leaf, one)
+        return leaf + sign * step.astype(leaf.dtype) * tangent
 
     def factor(self, leaf: Array) -> Array:
         """The factors s of a leaf: its steps, over ε."""

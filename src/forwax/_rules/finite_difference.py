@@ -7,7 +7,7 @@ Models with Just Forward Passes").
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,17 @@ from jax import Array, lax
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
 from forwax._directions.formed import Formed
+from forwax._directions.plan import WeightPlan, plan_in_place
 from forwax._directions.steps import Steps, is_number
 from forwax._programs.order import behind
-from forwax._pushforward import in_turn, is_concrete
-from forwax._rule import Rule, check_count, check_directions, check_shared
+from forwax._pushforward import Slopes, in_turn, is_concrete, is_staged
+from forwax._rule import (
+    Rule,
+    check_count,
+    check_directions,
+    check_replicated,
+    check_shared,
+)
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
@@ -76,6 +83,8 @@ class FiniteDifference(Rule):
     combine: Combine = Mean()  # noqa: RUF009
     epsilon: float | Array | None = None
 
+    has_slopes: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_count("FiniteDifference", "num_tangents", self.num_tangents)
         if is_number(self.epsilon) and not 0 < self.epsilon < math.inf:
@@ -92,38 +101,32 @@ class FiniteDifference(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
-        check_directions("FiniteDifference", self.tangents, self.combine)
-        check_shared("FiniteDifference", self.tangents)
+        return self._estimate(key, problem, None)[:3]
+
+    def guarded(
+        self,
+        key: Array,
+        problem: Problem,
+        guard: Callable[[Array], Array],
+    ) -> tuple[Array, Tree, Tree, Array]:
+        """An estimate with guarded slopes; see `Rule.guarded`."""
+        check_replicated("FiniteDifference", problem.params, _mesh.axes(key))
+        return self._estimate(key, problem, guard)
+
+    def _estimate(
+        self,
+        key: Array,
+        problem: Problem,
+        guard: Callable[[Array], Array] | None,
+    ) -> tuple[Array, Tree, Tree, Array]:
         k = self.num_tangents
         key_axes = _mesh.axes(key)
-        params = problem.narrow(problem.params)  # a step must show in the loss's types
+        directions = self.directions(problem, key_axes)
+        point = directions.point
+        steps = self.steps(point)
         weighing = Weighing(self.tangents, self.combine, problem.params, key_axes)
-        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
-        steps = self.steps(params)
+        result = self._slopes(directions, key, steps, guard)
         hold = self.combine.joint
-
-        def source(key: Array) -> Callable[[Array], Tree]:
-            return sampler(self.tangents, key, params, k, hold=hold)
-
-        directions = Formed(problem.objective, point, source, self.tangents.has_zeros)
-        draw = directions.sampler(key)
-
-        def evaluate(_: None, index: Array) -> tuple[None, Any, Tree]:
-            drawn = draw(index[None])
-            tangent = jax.tree.map(lambda x: x[0], drawn)
-            value, slope, aux = self._slope(problem, point, tangent, steps)
-            return None, (value, slope), aux
-
-        # backwards, so that the aux is that of the first evaluation
-        as_scan = not directions.is_concrete
-        _, outs, aux = in_turn(
-            evaluate,
-            None,
-            jnp.arange(k),
-            as_scan=as_scan,
-            reverse=True,
-        )
-        values, slopes = outs
 
         def weighed(slopes: Array, drawn: Tree) -> tuple[Tree, Tree]:
             """The weights, and what they are the weights of."""
@@ -135,8 +138,10 @@ class FiniteDifference(Rule):
                 return weights, pushed
             return weights, jax.tree.map(steps.divided, late, drawn)
 
+        slopes = result.used
         if hold or not self.tangents.one_by_one:
-            weights, summed = weighed(slopes, draw(jnp.arange(k)))
+            drawn = directions.sampler(key)(jnp.arange(k))
+            weights, summed = weighed(slopes, drawn)
             total = directions.assemble(weights, summed)
         else:
             # The barrier makes the second drawing wait for the slopes; merged with the first, it
@@ -155,7 +160,83 @@ class FiniteDifference(Rule):
                 total = add(jnp.asarray(0), total)
             else:
                 total = lax.fori_loop(0, k, add, total)
-        return jnp.mean(values), aux, weighing.finish(total, k)
+        grads = weighing.finish(total, k)
+        return result.value, result.aux, grads, result.found
+
+    def directions(
+        self, problem: Problem, key_axes: _mesh.Axes = frozenset()
+    ) -> Formed:
+        """Directions that are held, at parameters of the types in which the loss gets them."""
+        check_directions("FiniteDifference", self.tangents, self.combine)
+        check_shared("FiniteDifference", self.tangents)
+        params = problem.narrow(problem.params)  # a step must show in these types
+        point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
+
+        def source(key: Array) -> Callable[[Array], Tree]:
+            k = self.num_tangents
+            return sampler(self.tangents, key, params, k, hold=self.combine.joint)
+
+        return Formed(problem.objective, point, source)
+
+    def in_place(self, problem: Problem) -> Formed | WeightPlan:
+        """The directions of `forwax.update`: inside a trace formed where the loss uses them."""
+        formed = self.directions(problem)
+        plan = plan_in_place(problem, self.tangents) if is_staged() else None
+        return formed if plan is None else plan
+
+    def slopes_along(
+        self,
+        directions: Formed | WeightPlan,
+        key: Array,
+        guard: Callable[[Array], Array] | None,
+    ) -> tuple[Slopes, None]:
+        """The slopes for `forwax.update`, whose directions are drawn again for their sum."""
+        params = directions.tree_of(jax.tree.leaves(directions.point))
+        return self._slopes(directions, key, self.steps(params), guard), None
+
+    def _slopes(
+        self,
+        directions: Formed | WeightPlan,
+        key: Array,
+        steps: Steps,
+        guard: Callable[[Array], Array] | None,
+    ) -> Slopes:
+        """Two evaluations for each slope, one at a time; their mean is the value."""
+        draw = directions.sampler(key)
+        as_scan = not directions.is_concrete
+
+        def evaluate(_: None, index: Array) -> tuple[None, Any, Tree]:
+            drawn = draw(index[None])
+            direction: Any = jax.tree.map(lambda x: x[0], drawn)
+
+            def side(_: None, sign: Array) -> tuple[None, Array, Tree]:
+                value, aux = directions.evaluate(direction, sign, steps)
+                return None, value, aux
+
+            # each side in its turn, so that one evaluation is held
+            signs = jnp.array([1.0, -1.0])
+            is_scan = as_scan or not is_concrete(direction)
+            _, values, aux = in_turn(side, None, signs, as_scan=is_scan, reverse=True)
+            wide = values.astype(_tree.accumulation_dtype(values.dtype))
+            distance = 2 * jnp.asarray(steps.epsilon, wide.dtype)
+            slope = (wide[0] - wide[1]) / distance
+            return None, (jnp.mean(values), slope), aux
+
+        # backwards, so that the aux is that of the first evaluation
+        _, outs, aux = in_turn(
+            evaluate,
+            None,
+            jnp.arange(self.num_tangents),
+            as_scan=as_scan,
+            reverse=True,
+        )
+        values, found = outs
+        used = found
+        if guard is not None:  # it needs whole slopes
+            others = _mesh.axes(found) - _mesh.axes(key)
+            found = _mesh.total(found, others)
+            used = guard(found)
+        return Slopes(jnp.mean(values), aux, found, used, None)
 
     def steps(self, params: Tree) -> Steps:
         """How far each parameter is moved.
@@ -183,35 +264,6 @@ class FiniteDifference(Rule):
                 f"epsilon={root:.2g}, leave it out, or keep the parameters in float32."
             )
         return Steps(self.epsilon, by_leaf)
-
-    def _slope(
-        self,
-        problem: Problem,
-        point: Tree,
-        tangent: Tree,
-        steps: Steps,
-    ) -> tuple[Array, Array, Tree]:
-        """The mean of both sides' values, their central difference, and the first side's aux."""
-
-        def side(_: None, sign: Array) -> tuple[None, Array, Tree]:
-            shifted = lambda x, v: steps.shifted(x, v, sign)  # noqa: E731
-            params = jax.tree.map(shifted, point, tangent)
-            value, aux = problem.objective(params)
-            return None, value, aux
-
-        # each side in its turn, so that one evaluation is held
-        _, values, aux = in_turn(
-            side,
-            None,
-            jnp.array([1.0, -1.0]),
-            as_scan=not is_concrete((point, tangent)),
-            reverse=True,
-        )
-        dtype = _tree.accumulation_dtype(values.dtype)
-        wide = values.astype(dtype)
-        distance = 2 * jnp.asarray(steps.epsilon, dtype)
-        slope = (wide[0] - wide[1]) / distance
-        return jnp.mean(values), slope, aux
 
     def relative_mse(self, n: int) -> float:
         """The law of tangents and combination for n real coordinates of the parameters, ε → 0."""

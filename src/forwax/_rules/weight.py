@@ -6,7 +6,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from forwax import _mesh, _tree
 from forwax._assemble import Weighing
 from forwax._directions.formed import Formed, FormedByExample
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
-from forwax._pushforward import is_staged, slopes
+from forwax._pushforward import Slopes, is_staged, num_chunks, slopes
 from forwax._rule import Rule, check_count, check_directions, check_replicated
 from forwax._signature import Problem
 from forwax._tree import Tree
@@ -141,6 +141,39 @@ class WeightPerturbation(Rule):
             total = directions.assemble(weigh(result.used, drawn), drawn)
         grads = weighing.cast(total) if is_planned else weighing.finish(total, k)
         return result.value, result.aux, grads, result.found
+
+    def slopes_along(
+        self,
+        directions: Formed | WeightPlan,
+        key: Array,
+        guard: Callable[[Array], Array] | None,
+    ) -> tuple[Slopes, Any]:
+        """The slopes, and what was drawn for them; None where it is better drawn again than held.
+
+        For `forwax.update`.
+        """
+        k = self.num_tangents
+        most = directions.most_held
+        is_one = num_chunks(k, self.chunk_size) == 1
+        is_held = is_one and (most is None or k <= most)
+        draw = directions.sampler(key)
+        drawn = draw(jnp.arange(k)) if is_held else None
+        result = slopes(
+            directions,
+            draw if drawn is None else lambda indices: drawn,
+            k,
+            chunk_size=self.chunk_size,
+            sum_to=frozenset(),
+            guard=guard,
+        )
+        return result, drawn
+
+    def steps(self, params: Tree) -> None:
+        """Of no length: slopes are exact."""
+
+    def in_place(self, problem: Problem) -> Formed | WeightPlan:
+        """The directions of `forwax.update`."""
+        return self.directions(problem)
 
     def directions(
         self, problem: Problem, key_axes: _mesh.Axes = frozenset()
