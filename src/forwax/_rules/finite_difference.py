@@ -176,7 +176,7 @@ class FiniteDifference(Rule):
             k = self.num_tangents
             return sampler(self.tangents, key, params, k, hold=self.combine.joint)
 
-        return Formed(problem.objective, point, source)
+        return Formed(problem.objective, point, source, self.tangents.has_zeros)
 
     def in_place(self, problem: Problem) -> Formed | WeightPlan:
         """The directions of `forwax.update`: inside a trace formed where the loss uses them."""
