@@ -196,7 +196,7 @@ def _thin_dot(
         both = list(axes)
         both[position] = tuple(rest.index(axis) for axis in axes[position])
         numbers.append(tuple(both))
-    operands = [lax.stop_gradient(value) for value in values]
+    operands = list(values)
     operands[position] = inner
     params = {**equation.params, "dimension_numbers": tuple(numbers)}
     return equation.primitive.bind(*operands, **params)
@@ -224,7 +224,7 @@ def _convolution(
     inner, outer = pair
     single = [1 if axis == features else n for axis, n in enumerate(kernel.shape)]
     inner = jnp.broadcast_to(inner, single)
-    x = lax.stop_gradient(values[0])
+    x = values[0]
     thin = one_feature(x, inner, outer.size, params)
     thin = equation.primitive.bind(x, inner, **params) if thin is None else thin
     shape = [1] * thin.ndim

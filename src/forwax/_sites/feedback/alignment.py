@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax
-from jax import Array, lax
+from jax import Array
 
 from forwax._programs.evaluate import Values, read
 from forwax._programs.program import Equation
@@ -25,7 +25,7 @@ def aligned(
     twins: Values = {}
     for v, matrix in zip(sites.traced.parameters, feedback, strict=True):
         if matrix is not None:
-            twins[v] = lax.stop_gradient(matrix)
+            twins[v] = matrix
 
     def is_aligned(equation: Equation) -> bool:
         return equation.facts.bilinear and sites.products.is_product(equation)

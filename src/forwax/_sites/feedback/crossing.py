@@ -282,7 +282,7 @@ def _aligned(
         # By the product rule, with the other operand's twin in place of itself.
         (first,) = bind(equation, [moved[0], twins[1]])
         (second,) = bind(equation, [twins[0], moved[1]])
-        return operation(values, twins), first + second
+        # Not `operation`: a derivative around this one is that of the values.
+        return bind(equation, values)[0], first + second
 
-    fixed = [lax.stop_gradient(twin) for twin in twins]
-    return operation(list(values), fixed)
+    return operation(list(values), list(twins))

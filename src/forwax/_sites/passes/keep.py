@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._programs.constants import constant_along
 from forwax._programs.evaluate import Values, bind, evaluate, inject, read
 from forwax._programs.program import Equation, Variable
 from forwax._pushforward import along, over_tangents
@@ -63,7 +64,7 @@ def forward(
             env[v] = value
     # Records are constants of the assembly: nothing is ever differentiated through two sites.
     for v in level.records | extra:
-        records[v] = lax.stop_gradient(env[v])
+        records[v] = env[v] if time is None else constant_along(time, env[v])
     returned = (*level.program.outputs, *taps)
     return [read(atom, env) for atom in returned], records
 

@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._programs.constants import constant_along
 from forwax._programs.evaluate import Values, inject
 from forwax._programs.order import behind
 from forwax._programs.program import Variable
@@ -86,7 +87,7 @@ def _evaluate(
     losses, aux = jax.tree.unflatten(sites.traced.out_tree, spread)
     sums = [_sum_of_each(x, batch) for x in losses]
     sources = () if sites.sources is None else sites.sources.starts
-    records = {v: lax.stop_gradient(env[v]) for v in sites.tail_records}
+    records = {v: constant_along(time, env[v]) for v in sites.tail_records}
     return (losses, sums, [env[v] for v in sources]), (aux, records)
 
 
