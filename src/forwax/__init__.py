@@ -10,6 +10,7 @@ from forwax._fused import update
 from forwax._gauss_newton import GaussNewton
 from forwax._learning_rate import suggest_learning_rate
 from forwax._momentum import Momentum
+from forwax._reports.curvature import Curvature, measure_curvature
 from forwax._reports.diagnostics import diagnose
 from forwax._reports.explain import explain
 from forwax._rules import (
@@ -37,6 +38,7 @@ __all__ = [
     "FDFA",
     "ActivityPerturbation",
     "Backprop",
+    "Curvature",
     "DirectFeedbackAlignment",
     "Exact",
     "FeedbackAlignment",
@@ -56,6 +58,7 @@ __all__ = [
     "explain",
     "functions",
     "grad",
+    "measure_curvature",
     "noise_point",
     "random_feedback",
     "suggest_learning_rate",

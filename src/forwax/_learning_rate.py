@@ -12,7 +12,8 @@ def suggest_learning_rate(rule: Rule, n: int, backprop_rate: float) -> float:
     M): k/(n + k + 1) for the mean over k normal tangents, k/(n + k - 1) for signs, k/n for
     orthonormal ones; 1 for an exact gradient, a projection and a shrunk estimate. This is the best
     scale for gradient descent on an isotropic quadratic. Where few directions carry the curvature,
-    larger rates are stable too; it is the safe end of a search.
+    larger rates are stable too; it is the safe end of a search. Without a rate for backprop, and
+    often closer, `forwax.measure_curvature` finds one from the loss itself.
 
     Args:
         rule: the rule that will give the gradients.
