@@ -78,8 +78,8 @@ def measure_curvature(
     rate is E<g, e> / E[eᵀHe], told from the draws. For one tangent of signs that is near 1 / tr H,
     whatever the number of parameters. In each draw both numbers come from one derivative of a
     derivative along e, and tr H from one along signs v, since E[vᵀHv] = tr H (Hutchinson 1990).
-    With `forwax.FiniteDifference`, or where the loss has no such derivative, they are second differences
-    (f(ε) - 2 f(0) + f(-ε)) / ε².
+    With `forwax.FiniteDifference`, or where the loss has no such derivative, they are second
+    differences (f(ε) - 2 f(0) + f(-ε)) / ε².
 
     It holds what a slope of a slope does. The rate is that of the batch and the point that it is
     measured at; where the loss has kinks, as that of ReLU, curvature in them is not seen by
