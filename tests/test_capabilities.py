@@ -186,6 +186,7 @@ def test_what_wraps_a_rule_is_not_left_out():
     assert rule.inner == fx.WeightPerturbation()
     for wrapped in (rule, fx.Safe(rule)):
         with pytest.raises(
-            TypeError, match=r"expected forwax\.WeightPerturbation, .* got Open"
+            TypeError,
+            match=r"expected forwax\.WeightPerturbation or forwax.FiniteDifference, .* got Open",
         ):
             fx.update(square, wrapped, learning_rate=0.1)
