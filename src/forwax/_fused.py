@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _tree
+from forwax._checks import check_rate
 from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan
 from forwax._directions.rounding import NEAREST, Rounding
@@ -76,9 +77,11 @@ def update(
         next momentum.
 
     Raises:
-        TypeError: when the rule is another one, or the tangents cannot be drawn twice one by one.
-        ValueError: when the combination needs all tangents at once, the rounding is another one, or
-            inside `jax.shard_map` parameters are sharded.
+        TypeError: when the rule is another one, the tangents cannot be drawn twice one by one, or
+            the rate or the momentum is of another kind.
+        ValueError: when the rate is a number that is negative or not finite, the combination needs
+            all tangents at once, the rounding is another one, or inside `jax.shard_map` parameters
+            are sharded.
 
     Example:
         >>> import jax, jax.numpy as jnp, forwax as fx
@@ -96,6 +99,12 @@ def update(
         )
     is_nearest = rounding == "nearest"
     weight = checked(rule)
+    check_rate("update", "learning_rate", learning_rate)
+    if momentum is not None and not isinstance(momentum, Momentum):
+        raise TypeError(
+            "update: expected momentum such as forwax.Momentum(decay=0.9), or None, got "
+            f"{momentum!r}."
+        )
 
     def update_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
         key = typed_key(check_key(key, "update"))

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _subspace, _tree
+from forwax._checks import check_no_text, set_counts
 from forwax._directions.formed import Formed, basis_vectors
 from forwax._programs import ways_out
 from forwax._pushforward import is_concrete, num_chunks, slopes
-from forwax._rule import check_count, check_directions, check_shared
+from forwax._rule import check_directions, check_shared
 from forwax._signature import Problem, Signature, check_key, check_leaves
 from forwax._subspace import Draw
 from forwax._tree import Tree
@@ -121,9 +122,9 @@ class GaussNewton:
     ratio: Array | None = None
 
     def __post_init__(self) -> None:
-        check_count("GaussNewton", "num_tangents", self.num_tangents)
-        if self.chunk_size is not None:
-            check_count("GaussNewton", "chunk_size", self.chunk_size)
+        set_counts(self, "num_tangents", or_none="chunk_size")
+        check_no_text(self, "damping", "step_size")
+        check_directions("GaussNewton", self.tangents)
         damping = self.damping
         if isinstance(damping, int | float) and not 0 <= damping < math.inf:
             raise ValueError(
@@ -203,7 +204,6 @@ class GaussNewton:
         self, key: Array, problem: Problem, loss: Loss | None
     ) -> tuple[Array, Tree, Tree, "GaussNewton"]:
         """Value, aux, the parameters after a step and the solver after it."""
-        check_directions("GaussNewton", self.tangents)
         check_shared("GaussNewton", self.tangents)
         params = problem.params
 

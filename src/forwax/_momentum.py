@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from forwax._rule import check_count
+from forwax._checks import check_no_text, set_counts
 from forwax._rules import WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import check_key
@@ -67,7 +67,8 @@ class Momentum:
     num_steps: Array | None = None
 
     def __post_init__(self) -> None:
-        check_count("Momentum", "window", self.window)
+        set_counts(self, "window")
+        check_no_text(self, "decay")
         if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
             raise ValueError(
                 f"Momentum: expected decay from 0 to below 1, got {self.decay}."

@@ -32,6 +32,9 @@ class Rule(abc.ABC):
     has_slopes: ClassVar[bool] = False
     """Whether scalar slopes of the loss scale the whole estimate: `guarded` then acts on them."""
 
+    perturbs_activities: ClassVar[bool] = False
+    """Whether the coordinates of its law are those of activities, not of parameters."""
+
     learns: ClassVar[bool] = False
     """Whether the rule changes from step to step, as a `LearningRule` does."""
 
@@ -216,14 +219,6 @@ def starter(
         return rule.started(signature.bind(args, kwargs))
 
     return init_for
-
-
-def check_count(name: str, field: str, value: object) -> None:
-    """Raise a ValueError unless a static count is a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"{name}: expected {field} to be a positive integer, got {value!r}."
-        )
 
 
 def is_rule(value: object) -> bool:

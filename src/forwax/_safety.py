@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._checks import check_no_text, set_counts
 from forwax._rule import (
     LearningRule,
     Rule,
-    check_count,
     check_replicated,
+    check_rule,
     guarded_by_norm,
 )
 from forwax._signature import Problem
@@ -196,8 +197,9 @@ class Safe(LearningRule):
     history: History | None = None
 
     def __post_init__(self) -> None:
-        check_count("Safe", "window", self.window)
-        check_count("Safe", "warm_up", self.warm_up)
+        set_counts(self, "window", "warm_up")
+        check_no_text(self, "clip")
+        check_rule("Safe", self.rule)
         if hasattr(self.rule, "history"):
             raise TypeError(
                 "Safe: expected a rule such as forwax.WeightPerturbation(), got "

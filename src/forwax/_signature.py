@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from forwax import _mesh
+from forwax._checks import check_argnums
 from forwax._tree import Tree, added, as_array, describe, with_leaves
 
 
@@ -135,6 +136,7 @@ class Signature:
         if not callable(self.loss):
             got = type(self.loss).__name__
             raise TypeError(f"{self.name}: expected a function as the loss, got {got}.")
+        object.__setattr__(self, "argnums", check_argnums(self.name, self.argnums))
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Problem:
         """Fix all but the differentiated arguments; a bad call raises before the loss is run."""
@@ -360,6 +362,12 @@ def check_leaves(name: str, arg: Tree) -> None:
         if is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
         where = jax.tree_util.keystr(path) or "the argument itself"
+        if hasattr(leaf, "__dlpack__") and not _is_array(leaf):
+            raise TypeError(
+                f"{name}: expected arrays of JAX or NumPy, got {type(leaf).__module__}."
+                f"{type(leaf).__name__} at {where}. Pass jnp.asarray(x) of it, for a whole tree "
+                "jax.tree.map(jnp.asarray, params)."
+            )
         raise TypeError(
             f"{name} requires real- or complex-valued inputs (input dtype that is a sub-dtype of "
             f"np.inexact), but got {describe(leaf)} at {where}. Differentiate the floating leaves "

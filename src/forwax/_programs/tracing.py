@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.extend.core as jex
+import numpy as np
 
 from forwax import _mesh
 from forwax._programs.evaluate import NARROWED
@@ -160,7 +161,14 @@ class _Conversion:
         equations: list[Equation] = []
         self.convert(jaxpr, env, equations)
         outputs = _atoms(env, jaxpr.outvars)
-        return Program(names, tuple(equations), outputs)
+        # A number that the function returns is an array to all that reads it.
+        arrays = [
+            Constant(np.asarray(atom.value, jax.typeof(atom.value).dtype))
+            if isinstance(atom, Constant) and not hasattr(atom.value, "astype")
+            else atom
+            for atom in outputs
+        ]
+        return Program(names, tuple(equations), tuple(arrays))
 
     def define(self, env: Env, jaxpr_variables: Sequence[Any]) -> tuple[Variable, ...]:
         """Fresh variables for those of a jaxpr."""

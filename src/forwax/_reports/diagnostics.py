@@ -13,13 +13,14 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
+from forwax._checks import check_count
 from forwax._reports.against_weights import about_examples, against_weight_noise
 from forwax._reports.chunks import about_chunks
 from forwax._reports.diagnosis import Diagnosis
 from forwax._reports.diagnosis_row import DiagnosisRow
 from forwax._reports.programs import CompiledStep, Step, compiled
 from forwax._reports.timing import interleaved, medians
-from forwax._rule import check_count, is_rule
+from forwax._rule import is_rule
 from forwax._rules import (
     ActivityPerturbation,
     Backprop,
@@ -91,8 +92,8 @@ def diagnose(
         >>> found.backprop.error[:43], found.reference
         ('Reverse-mode differentiation does not work ', 'forward mode')
     """
-    check_count("diagnose", "draws", draws)
-    check_count("diagnose", "rounds", rounds)
+    draws = check_count("diagnose", "draws", draws)
+    rounds = check_count("diagnose", "rounds", rounds)
     named = named_rules(rules, in_axes)
     signature = Signature(loss, argnums, has_aux, in_axes, "diagnose")
 

@@ -78,6 +78,16 @@ class Explanation:
 
     rows: tuple[SiteRow, ...]
 
+    def num_coordinates(self, *, of_activities: bool) -> int:
+        """How many coordinates the noise of all rows has.
+
+        Those of the activities of one example, but where the error is exact, or of the parameters.
+        """
+        if not of_activities:
+            return sum(row.weight_noise for row in self.rows)
+        noisy = [row for row in self.rows if not row.credit.startswith("exact error")]
+        return sum(row.activity_noise for row in noisy)
+
     def cells(self) -> list[tuple[str, ...]]:
         """The table as text, the columns' names first; scales only where there are any."""
         rows = [_COLUMNS, *(row.cells() for row in self.rows)]

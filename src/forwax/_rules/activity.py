@@ -6,17 +6,18 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", arXi
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._checks import check_count, set_counts
 from forwax._programs.evaluate import Values
 from forwax._programs.program import Variable
 from forwax._pushforward import over_tangents
-from forwax._rule import Rule, check_count, check_directions, check_shared
+from forwax._rule import Rule, check_directions, check_shared
 from forwax._signature import Problem, Signature, check_key
 from forwax._sites.balance import balanced, moments
 from forwax._sites.fewer_weights import with_fewer_weights
@@ -116,8 +117,16 @@ class ActivityPerturbation(Rule):
         default="activity", metadata={"static": True}
     )
 
+    perturbs_activities: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
-        check_count("ActivityPerturbation", "num_tangents", self.num_tangents)
+        set_counts(self, "num_tangents")
+        check_directions("ActivityPerturbation", self.tangents, self.combine)
+        if self.credit is not None and not isinstance(self.credit, Decay):
+            raise TypeError(
+                "ActivityPerturbation: expected credit such as forwax.credit.Decay(0.9), or None, "
+                f"got {self.credit!r}."
+            )
         for field, choices in _CHOICES.items():
             value = getattr(self, field)
             if value not in choices:
@@ -125,9 +134,7 @@ class ActivityPerturbation(Rule):
                     f"ActivityPerturbation: expected {field} to be one of {choices}, "
                     f"got {value!r}."
                 )
-        if isinstance(self.combine, Combine) and not isinstance(
-            self.combine, Mean | Shrinkage
-        ):
+        if not isinstance(self.combine, Mean | Shrinkage):
             raise ValueError(
                 "ActivityPerturbation: expected combine to be Mean() or Shrinkage(), got "
                 f"{self.combine}. Slopes of single examples cannot be combined over all parameters."
@@ -172,13 +179,7 @@ class ActivityPerturbation(Rule):
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
-        check_directions("ActivityPerturbation", self.tangents, self.combine)
         check_shared("ActivityPerturbation", self.tangents)
-        if self.credit is not None and not isinstance(self.credit, Decay):
-            raise TypeError(
-                "ActivityPerturbation: expected credit such as forwax.credit.Decay(0.9), or None, "
-                f"got {self.credit!r}."
-            )
         # A key of its own gives each device an estimate of its own.
         over = _mesh.axes(key)
         params = jax.tree.map(lambda leaf: _mesh.vary(leaf, over), problem.params)
@@ -245,7 +246,7 @@ class ActivityPerturbation(Rule):
             True
         """
         name = "ActivityPerturbation.calibrate"
-        check_count(name, "draws", draws)
+        draws = check_count(name, "draws", draws)
         signature = Signature(loss, argnums, has_aux, in_axes, name)
 
         def calibrated(key: Any, /, *args: Any, **kwargs: Any) -> Self:

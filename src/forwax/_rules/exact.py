@@ -6,9 +6,10 @@ import jax
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._checks import set_counts
 from forwax._directions.formed import Formed, basis_vectors
 from forwax._pushforward import slopes
-from forwax._rule import Rule, check_count
+from forwax._rule import Rule
 from forwax._signature import Problem
 from forwax._tree import Tree
 
@@ -47,8 +48,7 @@ class Exact(Rule):
     chunk_size: int | None = dataclasses.field(default=32, metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None:
-            check_count("Exact", "chunk_size", self.chunk_size)
+        set_counts(self, or_none="chunk_size")
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """The gradient; see `Rule.estimate`."""

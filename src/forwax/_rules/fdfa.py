@@ -13,9 +13,9 @@ import jax
 from jax import Array
 
 from forwax import _mesh
+from forwax._checks import check_no_text, set_counts
 from forwax._rule import (
     LearningRule,
-    check_count,
     check_directions,
     check_shared,
     starter,
@@ -79,7 +79,9 @@ class FDFA(LearningRule):
     reverse_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("FDFA", "num_tangents", self.num_tangents)
+        set_counts(self, "num_tangents")
+        check_no_text(self, "decay")
+        check_directions("FDFA", self.tangents)
         if isinstance(self.decay, int | float) and not 0 <= self.decay < 1:
             raise ValueError(f"FDFA: expected decay in [0, 1), got {self.decay}.")
 
@@ -116,7 +118,6 @@ class FDFA(LearningRule):
 
     def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "FDFA"]:
         """Learn the maps by one noise, then estimate by them; see `LearningRule.advance`."""
-        check_directions("FDFA", self.tangents)
         check_shared("FDFA", self.tangents)
         # A key of its own gives each device an estimate of its own.
         over = _mesh.axes(key)
@@ -149,6 +150,8 @@ class FDFA(LearningRule):
 
     def _checked(self, routes: Routes) -> Maps:
         expected = maps.map_shapes(routes)
+        if self.maps is None and not expected:
+            return ()
         got = None if self.maps is None else [m.shape for m in self.maps]
         if self.maps is None or got != expected:
             raise ValueError(

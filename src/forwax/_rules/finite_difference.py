@@ -15,18 +15,13 @@ from jax import Array, lax
 
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
+from forwax._checks import set_counts
 from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan, plan_in_place
 from forwax._directions.steps import Steps, is_number
 from forwax._programs.order import behind
 from forwax._pushforward import Slopes, in_turn, is_concrete, is_staged
-from forwax._rule import (
-    Rule,
-    check_count,
-    check_directions,
-    check_replicated,
-    check_shared,
-)
+from forwax._rule import Rule, check_directions, check_replicated, check_shared
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
@@ -86,7 +81,8 @@ class FiniteDifference(Rule):
     has_slopes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("FiniteDifference", "num_tangents", self.num_tangents)
+        set_counts(self, "num_tangents")
+        check_directions("FiniteDifference", self.tangents, self.combine)
         if is_number(self.epsilon) and not 0 < self.epsilon < math.inf:
             raise ValueError(
                 "FiniteDifference: expected epsilon, the length of a step, to be positive and "
@@ -119,6 +115,9 @@ class FiniteDifference(Rule):
         problem: Problem,
         guard: Callable[[Array], Array] | None,
     ) -> tuple[Array, Tree, Tree, Array]:
+        if _tree.num_coordinates(problem.params) == 0:  # nothing to estimate
+            nothing = jnp.zeros(self.num_tangents)
+            return *problem.objective(problem.params), problem.params, nothing
         k = self.num_tangents
         key_axes = _mesh.axes(key)
         directions = self.directions(problem, key_axes)
@@ -167,7 +166,6 @@ class FiniteDifference(Rule):
         self, problem: Problem, key_axes: _mesh.Axes = frozenset()
     ) -> Formed:
         """Directions that are held, at parameters of the types in which the loss gets them."""
-        check_directions("FiniteDifference", self.tangents, self.combine)
         check_shared("FiniteDifference", self.tangents)
         params = problem.narrow(problem.params)  # a step must show in these types
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)

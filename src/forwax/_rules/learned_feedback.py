@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh
+from forwax._checks import check_no_text, set_counts
 from forwax._rule import (
     LearningRule,
-    check_count,
     check_directions,
     check_shared,
     starter,
@@ -125,8 +125,9 @@ class LearnedFeedback(LearningRule):
     reverse_mode: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("LearnedFeedback", "num_tangents", self.num_tangents)
-        check_count("LearnedFeedback", "every", self.every)
+        set_counts(self, "num_tangents", "every")
+        check_no_text(self, "rate")
+        check_directions("LearnedFeedback", self.tangents)
         if self.chain not in ("none", "positions", "all"):
             raise ValueError(
                 "LearnedFeedback: expected chain to be 'none', 'positions' or 'all', got "
@@ -265,6 +266,8 @@ class LearnedFeedback(LearningRule):
             mirrors.mirror_shapes(routes.sites, routes.mirrors),
         )
         got = None
+        if self.maps is None and not any(expected):
+            return Feedback((), (), jnp.int32(0))
         if self.maps is not None:
             got = (
                 [m.shape for m in self.maps.direct],

@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -14,10 +15,11 @@ from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
+from forwax._checks import memory_limit, set_counts
 from forwax._directions.formed import Formed, FormedByExample
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
 from forwax._pushforward import Slopes, is_staged, num_chunks, slopes
-from forwax._rule import Rule, check_count, check_directions, check_replicated
+from forwax._rule import Rule, check_directions, check_replicated
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
@@ -76,9 +78,8 @@ class WeightPerturbation(Rule):
     has_slopes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_count("WeightPerturbation", "num_tangents", self.num_tangents)
-        if self.chunk_size is not None:
-            check_count("WeightPerturbation", "chunk_size", self.chunk_size)
+        set_counts(self, "num_tangents", or_none="chunk_size")
+        check_directions("WeightPerturbation", self.tangents, self.combine)
 
     @property
     def unbiased(self) -> bool:
@@ -110,8 +111,10 @@ class WeightPerturbation(Rule):
         problem: Problem,
         guard: Callable[[Array], Array] | None,
     ) -> tuple[Array, Tree, Tree, Array]:
-        check_directions("WeightPerturbation", self.tangents, self.combine)
         k = self.num_tangents
+        if _tree.num_coordinates(problem.params) == 0:  # nothing to estimate
+            value, aux = problem.objective(problem.params)
+            return value, aux, problem.params, jnp.zeros(k)
         joint = self.combine.joint
         key_axes = _mesh.axes(key)
         directions = self.directions(problem, key_axes)
@@ -188,6 +191,7 @@ class WeightPerturbation(Rule):
                 for it.
         """
         self._check_examples(problem)
+        self._check_memory(problem)
         tangents = self.tangents
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
         varied = dataclasses.replace(problem, params=point)
@@ -216,6 +220,25 @@ class WeightPerturbation(Rule):
             return sampler(tangents, key, problem.params, k, hold=hold)
 
         return Formed(problem.objective, point, draw, tangents.has_zeros)
+
+    def _check_memory(self, problem: Problem) -> None:
+        """Warn where the tangents of a chunk are larger than the memory of a device.
+
+        Counted are those of the largest parameter, which all ways of drawing them must hold, and
+        their slopes.
+        """
+        count = -(-self.num_tangents // num_chunks(self.num_tangents, self.chunk_size))
+        leaves = jax.tree.leaves(problem.params)
+        largest = max((leaf.size * leaf.dtype.itemsize for leaf in leaves), default=0)
+        needed = count * (largest + 4)
+        limit = memory_limit()
+        if limit is not None and needed > limit:
+            warnings.warn(
+                f"WeightPerturbation: {count:,} tangents at a time take at least "
+                f"{needed / 2**30:,.3g} GiB, and the device has {limit / 2**30:,.3g} GiB. Pass "
+                "chunk_size, such as chunk_size=64, to hold so many at a time.",
+                stacklevel=2,
+            )
 
     def _check_examples(self, problem: Problem) -> None:
         """Raise a ValueError where examples cannot have directions of their own, if asked for."""

@@ -84,4 +84,4 @@ def _walsh(indices: Array, start: int, spec: Spec) -> Array:
     # Two rows differ at as many coordinates of a block as they agree at: they are orthogonal.
     parity = jax.lax.population_count(common) & 1
     signs = 1 - 2 * parity.astype(jnp.float32)
-    return signs.reshape(-1, *spec.shape)
+    return signs.reshape(indices.size, *spec.shape)

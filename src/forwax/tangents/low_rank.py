@@ -5,12 +5,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from forwax._checks import check_count
 from forwax._tree import Spec
 from forwax.tangents._base import IndependentTangents
 from forwax.tangents.rademacher import Rademacher
@@ -59,11 +60,8 @@ class LowRank(IndependentTangents):
     planned = "factors"
 
     def __post_init__(self) -> None:
-        rank: Any = self.rank
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise ValueError(
-                f"tangents.LowRank: expected rank to be a positive integer, got {rank!r}."
-            )
+        rank = check_count("tangents.LowRank", "rank", self.rank)
+        object.__setattr__(self, "rank", rank)
 
     def draw_one(self, key: Array, specs: Sequence[Spec]) -> list[Array]:
         """Draw one direction in full.
