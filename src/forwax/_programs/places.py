@@ -14,7 +14,7 @@ _NOT_USERS = (
     os.path.dirname(jax.__file__),
     os.path.dirname(os.__file__) + os.sep + "contextlib",
     os.path.dirname(os.__file__) + os.sep + "functools",
-    "<",
+    "<frozen",
 )
 
 WAYS = {
