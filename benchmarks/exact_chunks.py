@@ -30,7 +30,8 @@ import contact_policy
 import tomography
 import while_loop
 
-SIZES = (4, 7, 10, 16, 32, 64, None)
+ALL = 0
+"""A size that stands for all basis vectors at once."""
 ARM = """
 <mujoco>
   <option timestep="0.01" iterations="10" ls_iterations="6"/>
@@ -110,14 +111,14 @@ def cpu_seconds(call: Callable[[], Any], repeats: int) -> float:
     return (time.process_time() - start) / repeats
 
 
-def row(name: str, rounds: int) -> str:
+def row(name: str, sizes: list[int], rounds: int) -> str:
     """Medians of CPU time over that of the loss."""
     loss, params = SIMULATIONS[name]()
     n = sum(x.size for x in jax.tree.leaves(params))
-    sizes = [size for size in SIZES if size is None or size < n]
+    fitting = [size for size in sizes if size < n]
     calls = {"loss": functools.partial(jax.jit(loss), params)}
-    for size in sizes:
-        gradient = jax.jit(fx.grad(loss, fx.Exact(chunk_size=size)))
+    for size in fitting:
+        gradient = jax.jit(fx.grad(loss, fx.Exact(chunk_size=size or None)))
         calls[str(size)] = functools.partial(gradient, jax.random.key(0), params)
     for call in calls.values():
         jax.block_until_ready(call())  # which compiles
@@ -127,27 +128,34 @@ def row(name: str, rounds: int) -> str:
             seconds[each].append(cpu_seconds(call, 10 if each == "loss" else 1))
     medians = {each: float(np.median(found)) for each, found in seconds.items()}
     cells = [
-        f"{medians[str(size)] / medians['loss']:.1f}" if size in sizes else ""
-        for size in SIZES
+        f"{medians[str(size)] / medians['loss']:.1f}" if size in fitting else ""
+        for size in sizes
     ]
     alone = f"{1000 * medians['loss']:.2g} ms"
     return f"| {name}, n = {n} | {alone} | {' | '.join(cells)} |"
 
 
-def main(simulations: list[str], rounds: int) -> None:
+def main(simulations: list[str], sizes: list[int], rounds: int) -> None:
     print(f"{machine()}; {os.cpu_count()} cores")
     print(f"OPENBLAS_NUM_THREADS={os.environ.get('OPENBLAS_NUM_THREADS', 'not set')}")
-    names = [*map(str, SIZES[:-1]), "all"]
+    names = [str(size or "all") for size in sizes]
     print(f"| simulation | loss | {' | '.join(names)} |")
     print("|---|---:|" + "---:|" * len(names))
     for name in simulations:
-        print(row(name, rounds), flush=True)
+        print(row(name, sizes, rounds), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--simulations", nargs="+", choices=list(SIMULATIONS), default=list(SIMULATIONS)
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=int,
+        default=[4, 7, 16, 32, 64, ALL],
+        help="0 for all",
     )
     parser.add_argument("--rounds", type=int, default=5)
     main(**vars(parser.parse_args()))

@@ -6,7 +6,6 @@ tangents, which JAX can transpose.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,29 +94,34 @@ def enable_reverse(
     @functools.wraps(fn)
     def reversible(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = jax.tree.flatten((args, kwargs))
-        differs = [is_array(leaf) or hasattr(leaf, "dtype") for leaf in leaves]
-        given = list(itertools.compress(leaves, differs))
+        numbers = [i for i, leaf in enumerate(leaves) if _is_operand(leaf)]
+        arrays = [_as_operand(leaves[i]) for i in numbers]
 
         def of_arrays(arrays: list[Any]) -> Any:
-            remaining = iter(arrays)
-            pairs = zip(leaves, differs, strict=True)
-            whole = [next(remaining) if is_one else leaf for leaf, is_one in pairs]
+            whole = _with(leaves, numbers, arrays)
             args, kwargs = structure.unflatten(whole)
             return fn(*args, **kwargs)
 
-        arrays = list(map(_as_operand, given))
         # A custom rule drops the tangents of what its function closes over, without a word.
         run, closed, shapes = staged_apart(of_arrays, arrays)
-        flat = lambda closed, arrays: jax.tree.leaves(run(closed, arrays))  # noqa: E731
+
+        def flat(closed: list[Any], arrays: list[Any]) -> list[Any]:
+            outputs = run(closed, arrays)
+            return jax.tree.leaves(outputs)
+
         call = _Call(flat, num_tangents, chunk_size)
         outputs = call.transposable(closed, arrays, keys)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        structure_out = jax.tree.structure(shapes)
+        return structure_out.unflatten(outputs)
 
     return reversible
 
 
 def _checked(
-    fn: Any, num_tangents: int | None, key: Any, chunk_size: int | None
+    fn: Any,
+    num_tangents: int | None,
+    key: Any,
+    chunk_size: int | None,
 ) -> list[Array]:
     """The key as a typed one, where there is one, after the checks of the arguments."""
     if not callable(fn):
@@ -144,6 +148,11 @@ def _checked(
     return [typed_key(check_key(key, NAME, "key", advice))]
 
 
+def _is_operand(leaf: Any) -> bool:
+    """Whether a leaf is an array, also one of keys, or a number."""
+    return is_array(leaf) or hasattr(leaf, "dtype")
+
+
 def _as_operand(leaf: Any) -> Any:
     """A number as an array; arrays, of keys too, as they are."""
     return leaf if hasattr(leaf, "dtype") else _tree.as_array(leaf)
@@ -164,7 +173,10 @@ class _Call:
     chunk_size: int | None
 
     def transposable(
-        self, closed: list[Any], arrays: list[Any], keys: list[Array]
+        self,
+        closed: list[Any],
+        arrays: list[Any],
+        keys: list[Array],
     ) -> list[Any]:
         """The function's outputs, with a derivative that is written as a product with arrays.
 
@@ -176,7 +188,9 @@ class _Call:
 
         @jax.custom_jvp
         def function(
-            closed: list[Any], arrays: list[Any], keys: list[Array]
+            closed: list[Any],
+            arrays: list[Any],
+            keys: list[Array],
         ) -> list[Any]:
             return self.run(closed, arrays)
 
@@ -249,9 +263,7 @@ class _Jacobian:
         keys = closed[end:]
 
         def objective(point: list[Any]) -> tuple[Array, list[Any]]:
-            whole = list(arrays)
-            for i, value in zip(self.moving, point, strict=True):
-                whole[i] = value
+            whole = _with(arrays, self.moving, point)
             outputs = self.call.run(closed[:end], whole)
             return _flat(_inexact(outputs)), outputs
 
@@ -275,8 +287,25 @@ class _Jacobian:
 
 def _split(keys: list[Array]) -> tuple[list[Array], list[Array]]:
     """For a derivative's own directions, and for those of its derivatives."""
-    pairs = [jax.random.split(key) for key in keys]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    own: list[Array] = []
+    others: list[Array] = []
+    for key in keys:
+        first, second = jax.random.split(key)
+        own.append(first)
+        others.append(second)
+    return own, others
+
+
+def _with(
+    values: Sequence[Any],
+    numbers: Sequence[int],
+    others: Sequence[Any],
+) -> list[Any]:
+    """Values, of which those of some numbers are others."""
+    whole = list(values)
+    for i, other in zip(numbers, others, strict=True):
+        whole[i] = other
+    return whole
 
 
 def _moves(tangent: Any) -> bool:
@@ -286,8 +315,10 @@ def _moves(tangent: Any) -> bool:
 
 def _check_closed(closed: Sequence[Any], tangents: Sequence[Any]) -> None:
     """Raise a TypeError where what the function closes over is differentiated."""
-    pairs = zip(closed, tangents, strict=True)
-    traced = [_tree.describe(value) for value, tangent in pairs if _moves(tangent)]
+    traced: list[str] = []
+    for value, tangent in zip(closed, tangents, strict=True):
+        if _moves(tangent):
+            traced.append(_tree.describe(value))
     if not traced:
         return
     raise TypeError(

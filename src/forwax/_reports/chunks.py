@@ -7,7 +7,9 @@ from forwax._reports.table import with_prefix
 
 
 def about_chunks(
-    name: str, row: DiagnosisRow, others: Mapping[int, DiagnosisRow]
+    name: str,
+    row: DiagnosisRow,
+    others: Mapping[int, DiagnosisRow],
 ) -> str | None:
     """One sentence on the times of a rule's chunk sizes; None where there are no others.
 
@@ -16,16 +18,21 @@ def about_chunks(
         row: what it costs as it is.
         others: what it costs with other chunk sizes.
     """
-    seconds = {size: other.seconds for size, other in others.items()}
-    timed = {size: time for size, time in seconds.items() if time is not None}
-    if row.seconds is None or not timed:
+    if row.seconds is None:
         return None
-    texts = [
-        f"{with_prefix(time, 's')} with chunk_size={size}"
-        for size, time in timed.items()
-    ]
-    best = min(timed, key=lambda size: timed[size])
-    choice = f"take chunk_size={best}"
-    if row.seconds <= timed[best]:
-        choice = "leave it"
-    return f"{name} takes {with_prefix(row.seconds, 's')}, {' and '.join(texts)}: {choice}."
+    least = row.seconds
+    choice = "leave it"
+    texts: list[str] = []
+    for size, other in others.items():
+        if other.seconds is None:
+            continue
+        time = with_prefix(other.seconds, "s")
+        texts.append(f"{time} with chunk_size={size}")
+        if other.seconds < least:
+            least = other.seconds
+            choice = f"take chunk_size={size}"
+    if not texts:
+        return None
+    own = with_prefix(row.seconds, "s")
+    listed = " and ".join(texts)
+    return f"{name} takes {own}, {listed}: {choice}."
