@@ -17,11 +17,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.lax import Precision
 
 from forwax import _mesh, _tree
+from forwax._checks import check_count
 from forwax._directions.formed import Formed, basis_vectors
 from forwax._programs.program import is_inexact
 from forwax._programs.tracing import staged_apart
 from forwax._pushforward import slopes
-from forwax._rule import check_count
 from forwax._signature import check_key, is_array
 from forwax.tangents import Rademacher
 from forwax.tangents._base import sampler, typed_key

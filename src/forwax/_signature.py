@@ -362,7 +362,7 @@ def check_leaves(name: str, arg: Tree) -> None:
         if is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             continue
         where = jax.tree_util.keystr(path) or "the argument itself"
-        if hasattr(leaf, "__dlpack__") and not _is_array(leaf):
+        if hasattr(leaf, "__dlpack__") and not is_array(leaf):
             raise TypeError(
                 f"{name}: expected arrays of JAX or NumPy, got {type(leaf).__module__}."
                 f"{type(leaf).__name__} at {where}. Pass jnp.asarray(x) of it, for a whole tree "

@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
+from forwax._checks import check_count
 from forwax._pushforward import is_staged
-from forwax._rule import check_count, check_rule
+from forwax._rule import check_rule
 from forwax._rules import Rule, WeightPerturbation
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
