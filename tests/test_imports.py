@@ -80,6 +80,7 @@ PUBLIC = {
     "credit",
     "functions",
     "lab",
+    "lm",
     "losses",
     "models",
     "tangents",

@@ -1,0 +1,379 @@
+"""The forward pass."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from forwax._tree import accumulation_dtype
+from forwax.lm.config import LlamaConfig
+from forwax.lm.packed import Packed
+
+Layer = Mapping[str, Any]
+"""The arrays of one layer by their names, or of all layers with these in front."""
+
+WORDS_AT_A_TIME = 1024
+"""How many rows of a packed head are unpacked at a time."""
+
+
+class Adapter(Protocol):
+    """What `forward` asks of an adapter; see `forwax.adapters`."""
+
+    @property
+    def num_top_layers(self) -> int:
+        """Behind how many of the last layers it changes the last token's state."""
+        ...
+
+    def adapted(self, params: Any) -> Any:
+        """The parameters, with products of its own beside those that it adapts."""
+        ...
+
+    def per_layer(self) -> Any:
+        """What `change` needs, with the top layers in front of every leaf."""
+        ...
+
+    def change(self, own: Any, state: Array) -> Array:
+        """What is added to the last token's states [B, width] behind a layer."""
+        ...
+
+
+def forward(
+    config: LlamaConfig,
+    params: Any,
+    tokens: Any,
+    *,
+    mask: Any = None,
+    adapter: Any = None,
+    prefix: Any = None,
+) -> Array:
+    """The logits of the next word at each token.
+
+    One `lax.scan` goes over the layers. Packed matrices are unpacked inside its body, the
+    embedding's rows where they are looked up, and a packed head some words at a time.
+
+    Args:
+        config: from `load_gguf`.
+        params: from `load_gguf`. Pass them to a jitted function as an argument: what it closes over
+            becomes a constant, which is held twice.
+        tokens: integers [..., T], each in [0, num_words).
+        mask: booleans [..., T], False where a token only fills up a shorter text, which stands on
+            the right: pad on the left. Nothing looks at such tokens, and their own logits mean
+            nothing. Positions are relative, so that padding changes nothing else.
+        adapter: from `forwax.adapters`, or None.
+        prefix: from `forwax.adapters.cached_prefix`: what the last token needs of all others. The
+            tokens and the mask are the prefix's own then, and are not looked at.
+
+    Returns:
+        Logits [..., T, num_words] in the parameters' dtype; with a prefix those of the last token
+        alone, [..., num_words].
+
+    Raises:
+        TypeError: when tokens are no integers, or the mask no booleans.
+        ValueError: when shapes do not fit, or a prefix is given without an adapter that acts on the
+            last token of as many layers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from forwax import lm
+        >>> config = lm.LlamaConfig(
+        ...     num_layers=2, width=8, num_heads=2, num_kv_heads=1, head_size=4, inner_width=16,
+        ...     num_words=32, context=64,
+        ... )
+        >>> layers = {name: jnp.ones((2, *shape)) for name, shape in config.shapes().items()}
+        >>> params = {"layers": layers, "token_embd": jnp.ones((32, 8)), "output_norm": jnp.ones(8)}
+        >>> lm.forward(config, params, jnp.array([[1, 2, 3]])).shape
+        (1, 3, 32)
+    """
+    states = hidden(config, params, tokens, mask=mask, adapter=adapter, prefix=prefix)
+    params = params if adapter is None else adapter.adapted(params)
+    head = params.get("output", params["token_embd"])
+    # Flat positions: noise is added to [N, num_words] in place, to [B, T, num_words] it is not.
+    flat = states.reshape(-1, config.width)
+    logits = _words(flat, head) if isinstance(head, Packed) else linear(flat, head)
+    return logits.reshape(*states.shape[:-1], -1)
+
+
+def hidden(
+    config: LlamaConfig,
+    params: Any,
+    tokens: Any,
+    *,
+    mask: Any = None,
+    adapter: Any = None,
+    prefix: Any = None,
+) -> Array:
+    """The states behind the last norm, of which the head makes logits.
+
+    With `forwax.losses.linear_cross_entropy` the logits need not be held.
+
+    Args:
+        config: as in `forward`.
+        params: as in `forward`.
+        tokens: as in `forward`.
+        mask: as in `forward`.
+        adapter: as in `forward`.
+        prefix: as in `forward`.
+
+    Returns:
+        States [..., T, width]; with a prefix [..., width].
+
+    Raises:
+        TypeError: as `forward`.
+        ValueError: as `forward`.
+
+    Example:
+        ```python
+        states = lm.hidden(config, params, tokens)
+        head = params.get("output", params["token_embd"])
+        losses = linear_cross_entropy(states[:, :-1], head, tokens[:, 1:])
+        ```
+    """
+    num_top = 0 if adapter is None else adapter.num_top_layers
+    if num_top > config.num_layers:
+        raise ValueError(
+            f"forward: expected an adapter of at most {config.num_layers} layers, got one of "
+            f"{num_top}. Make it with this model's config."
+        )
+    if prefix is not None:
+        states = _behind_prefix(config, params, adapter, prefix)
+        return norm(states, params["output_norm"], config)
+    params = params if adapter is None else adapter.adapted(params)
+    tokens, mask = checked(config, tokens, mask)
+    # [B, T]
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    flat_mask = None if mask is None else mask.reshape(flat.shape)
+    states = embedded(params, flat)
+    sees = visible(flat, flat_mask)
+    bottom = config.num_layers - num_top
+    states = through_layers(config, params["layers"], states, sees, 0, bottom)
+    if adapter is not None and num_top:
+        states = _through_top(config, params["layers"], states, sees, adapter)
+    states = norm(states, params["output_norm"], config)
+    return states.reshape(*tokens.shape, config.width)
+
+
+def checked(config: LlamaConfig, tokens: Any, mask: Any) -> tuple[Array, Array | None]:
+    """Tokens [..., T] and a mask of the same shape, as arrays."""
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"forward: expected integers as tokens, got {tokens.dtype}.")
+    if tokens.ndim < 1 or not tokens.shape[-1]:
+        raise ValueError(
+            f"forward: expected tokens [..., T] with T >= 1, got shape {tokens.shape}."
+        )
+    if tokens.shape[-1] > config.context:
+        raise ValueError(
+            f"forward: expected at most the context's {config.context} tokens, got "
+            f"{tokens.shape[-1]}. Cut the text."
+        )
+    if mask is None:
+        return tokens, None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"forward: expected booleans as the mask, got {mask.dtype}.")
+    if mask.shape != tokens.shape:
+        raise ValueError(
+            f"forward: expected a mask of the tokens' shape {tokens.shape}, got {mask.shape}."
+        )
+    return tokens, mask
+
+
+def embedded(params: Any, tokens: Array) -> Array:
+    """The states [B, T, width] in front of the first layer."""
+    table = params["token_embd"]
+    if isinstance(table, Packed):
+        return table.rows(tokens).dense(params["output_norm"].dtype)
+    return table[tokens]
+
+
+def visible(tokens: Array, mask: Array | None) -> Array:
+    """Which tokens each token looks at, booleans [B, T, T]: those up to it that are no filling."""
+    num_tokens = tokens.shape[-1]
+    causal = jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
+    return causal if mask is None else causal & mask[:, None, :]
+
+
+def through_layers(
+    config: LlamaConfig,
+    layers: Layer,
+    states: Array,
+    sees: Array,
+    start: int,
+    stop: int,
+) -> Array:
+    """The states [B, T, width] behind the layers from start to stop."""
+
+    def body(states: Array, layer: Layer) -> tuple[Array, None]:
+        states, _ = block(config, layer, states, sees)
+        return states, None
+
+    def body_at(states: Array, index: Array) -> tuple[Array, None]:
+        return body(states, layer_at(layers, index))
+
+    if (start, stop) == (0, config.num_layers):
+        return lax.scan(body, states, layers)[0]
+    # A slice of the stack would be a copy of its layers; one at a time is not.
+    return lax.scan(body_at, states, jnp.arange(start, stop))[0]
+
+
+def layer_at(layers: Layer, index: Array) -> Any:
+    """One layer of the stack."""
+    take = lax.dynamic_index_in_dim
+    return jax.tree.map(lambda x: take(x, index, keepdims=False), layers)
+
+
+def _through_top(
+    config: LlamaConfig,
+    layers: Layer,
+    states: Array,
+    sees: Array,
+    adapter: Adapter,
+) -> Array:
+    """The states behind the last layers, of which the adapter changes the last token's."""
+    num_layers = config.num_layers
+    indices = jnp.arange(num_layers - adapter.num_top_layers, num_layers)
+    is_last = jnp.arange(states.shape[1]) == states.shape[1] - 1
+
+    def body(states: Array, step: Any) -> tuple[Array, None]:
+        index, own = step
+        states, _ = block(config, layer_at(layers, index), states, sees)
+        change = adapter.change(own, states[:, -1])
+        return states + jnp.where(is_last[None, :, None], change[:, None], 0), None
+
+    return lax.scan(body, states, (indices, adapter.per_layer()))[0]
+
+
+def _behind_prefix(
+    config: LlamaConfig, params: Any, adapter: Adapter | None, prefix: Any
+) -> Array:
+    """The last token's states [..., width] behind the last layer."""
+    num_kept = prefix.keys.shape[-4]
+    num_top = 0 if adapter is None else adapter.num_top_layers
+    if adapter is None or num_kept != num_top:
+        raise ValueError(
+            f"forward: the prefix holds what the last token needs in the {num_kept} top layers, so "
+            f"expected an adapter that acts there, got one of {num_top} layers. Use "
+            "adapters.last_token and adapters.cached_prefix with the same number of layers."
+        )
+    dtype = params["output_norm"].dtype
+    lead = prefix.state.shape[:-1]
+    # [B, 1, width], and [layers, B, S, heads, head_size]
+    states = prefix.state.reshape(-1, 1, config.width).astype(dtype)
+    earlier = [
+        jnp.moveaxis(x.reshape(len(states), *x.shape[-4:]), 1, 0).astype(dtype)
+        for x in (prefix.keys, prefix.values)
+    ]
+    sees = prefix.mask.reshape(len(states), 1, -1)
+    sees = jnp.concatenate(
+        [sees, jnp.ones_like(sees, shape=(len(states), 1, 1))], axis=2
+    )
+    indices = jnp.arange(config.num_layers - num_top, config.num_layers)
+
+    def body(states: Array, step: Any) -> tuple[Array, None]:
+        index, own, keys, values = step
+        layer = layer_at(params["layers"], index)
+        states, _ = block(config, layer, states, sees, (keys, values))
+        return states + adapter.change(own, states[:, 0])[:, None], None
+
+    steps = (indices, adapter.per_layer(), *earlier)
+    states, _ = lax.scan(body, states, steps)
+    return states.reshape(*lead, config.width)
+
+
+def block(
+    config: LlamaConfig,
+    layer: Layer,
+    states: Array,
+    sees: Array,
+    earlier: tuple[Array, Array] | None = None,
+) -> tuple[Array, tuple[Array, Array]]:
+    """One layer: states [B, T, width] behind it, and its keys and values [B, T, heads, head_size].
+
+    With `earlier` keys and values [B, S, heads, head_size] stand in front of the tokens' own;
+    `sees` is [B, T, S + T].
+    """
+    inputs = norm(states, layer["attn_norm"], config)
+    first = 0 if earlier is None else earlier[0].shape[1]
+    positions = first + jnp.arange(states.shape[1])
+    queries = _heads(linear(inputs, layer["attn_q"]), config)
+    keys = _heads(linear(inputs, layer["attn_k"]), config)
+    values = _heads(linear(inputs, layer["attn_v"]), config)
+    queries = rotated(queries, positions, config.rope_base)
+    keys = rotated(keys, positions, config.rope_base)
+    own = (keys, values)
+    if earlier is not None:
+        keys = jnp.concatenate([earlier[0], keys], axis=1)
+        values = jnp.concatenate([earlier[1], values], axis=1)
+    mixed = _attention(queries, keys, values, sees)
+    states = states + linear(mixed, layer["attn_output"])
+    inputs = norm(states, layer["ffn_norm"], config)
+    gate = jax.nn.silu(linear(inputs, layer["ffn_gate"]))
+    inner = gate * linear(inputs, layer["ffn_up"])
+    return states + linear(inner, layer["ffn_down"]), own
+
+
+def linear(inputs: Array, matrix: Any) -> Array:
+    """Products [..., out] of inputs [..., in] with a matrix [out, in], packed, adapted or plain."""
+    if isinstance(matrix, Packed):
+        return inputs @ matrix.dense(inputs.dtype).T
+    if hasattr(matrix, "times"):
+        return matrix.times(inputs)
+    return inputs @ matrix.T
+
+
+def norm(states: Array, gain: Array, config: LlamaConfig) -> Array:
+    """States divided by their root mean square, in at least float32, times a gain."""
+    wide = states.astype(accumulation_dtype(states.dtype))
+    mean_square = jnp.mean(wide**2, axis=-1, keepdims=True)
+    unit = wide * lax.rsqrt(mean_square + config.rms_epsilon)
+    gain = lax.expand_dims(gain, range(states.ndim - 1))
+    return unit.astype(states.dtype) * gain
+
+
+def rotated(x: Array, positions: Array, base: float) -> Array:
+    """Heads [B, T, heads, head_size] turned by their positions, each pair of neighbours by itself.
+
+    Su et al. 2021, arXiv 2104.09864. The files' queries and keys are permuted for neighbours; on
+    halves, as in the original checkpoints, every logit would be wrong.
+    """
+    half = x.shape[-1] // 2
+    wide = accumulation_dtype(x.dtype)
+    frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
+    angles = positions.astype(wide)[:, None] * frequencies[None, :]
+    # [1, T, 1, half]
+    cosine = jnp.cos(angles)[None, :, None, :]
+    sine = jnp.sin(angles)[None, :, None, :]
+    even = x[..., 0::2].astype(wide)
+    odd = x[..., 1::2].astype(wide)
+    turned = [even * cosine - odd * sine, even * sine + odd * cosine]
+    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+def _heads(x: Array, config: LlamaConfig) -> Array:
+    return x.reshape(*x.shape[:-1], -1, config.head_size)
+
+
+def _attention(queries: Array, keys: Array, values: Array, sees: Array) -> Array:
+    """Mixed values [B, T, heads · head_size]; each key head serves a group of query heads."""
+    batch, num_tokens, num_heads, size = queries.shape
+    grouped = queries.reshape(batch, num_tokens, keys.shape[2], -1, size)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys)
+    scores = scores.astype(accumulation_dtype(scores.dtype)) * size**-0.5
+    # Finite, so that a token of filling, which sees nothing, has no 0 / 0.
+    lowest = jnp.finfo(scores.dtype).min
+    scores = jnp.where(sees[:, None, None], scores, lowest)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bkgts,bskd->btkgd", weights, values)
+    return mixed.reshape(batch, num_tokens, num_heads * size)
+
+
+def _words(states: Array, head: Packed) -> Array:
+    """Logits [N, words] of states [N, width], a block of words unpacked at a time."""
+
+    def of_word(row: Packed) -> Array:
+        # [N]
+        return states @ row.dense(states.dtype)
+
+    return lax.map(of_word, head, batch_size=WORDS_AT_A_TIME).T
