@@ -76,6 +76,7 @@ def test_only_programs_reads_jaxprs(path):
 
 
 PUBLIC = {
+    "adapters",
     "combine",
     "credit",
     "functions",

@@ -120,6 +120,7 @@ def _config(path: Path, reader: Any) -> LlamaConfig:
     heads = get("attention.head_count")
     width = get("embedding_length")
     head_size = get("attention.key_length", width // heads)
+    # What the forward pass does not do must not be asked for.
     wanted = {
         "llama.rope.scaling.type": (get("rope.scaling.type", "none"), "none"),
         "llama.rope.dimension_count": (
@@ -227,6 +228,7 @@ def _plain(path: Path, tensor: Any) -> np.ndarray:
 
 def _parts(data: Blocks, sizes: Sequence[int]) -> list[np.ndarray]:
     """The parts of each block, of the given sizes in bytes, [out, blocks, size] each."""
+    # [out, blocks, bytes of a block]
     blocks = data.reshape(*data.shape[:-1], -1, sum(sizes))
     ends = np.cumsum(sizes)
     return [

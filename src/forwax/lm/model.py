@@ -22,20 +22,25 @@ class Adapter(Protocol):
     """What `forward` asks of an adapter; see `forwax.adapters`."""
 
     @property
-    def num_top_layers(self) -> int:
-        """Behind how many of the last layers it changes the last token's state."""
+    def num_layers(self) -> int:
+        """In how many of the last layers it acts."""
         ...
 
-    def adapted(self, params: Any) -> Any:
-        """The parameters, with products of its own beside those that it adapts."""
+    @property
+    def changes_last_token_alone(self) -> bool:
+        """Whether all earlier tokens stay as they are."""
         ...
 
     def per_layer(self) -> Any:
-        """What `change` needs, with the top layers in front of every leaf."""
+        """What it has of each of its layers, with these in front of every leaf."""
         ...
 
-    def change(self, own: Any, state: Array) -> Array:
-        """What is added to the last token's states [B, width] behind a layer."""
+    def beside(self, own: Any, layer: Layer) -> Layer:
+        """A layer's arrays, with products of its own beside those that it adapts."""
+        ...
+
+    def behind(self, own: Any, states: Array) -> Array:
+        """The states [B, T, width] behind a layer, of which it may change the last token's."""
         ...
 
 
@@ -87,7 +92,6 @@ def forward(
         (1, 3, 32)
     """
     states = hidden(config, params, tokens, mask=mask, adapter=adapter, prefix=prefix)
-    params = params if adapter is None else adapter.adapted(params)
     head = params.get("output", params["token_embd"])
     # Flat positions: noise is added to [N, num_words] in place, to [B, T, num_words] it is not.
     flat = states.reshape(-1, config.width)
@@ -130,26 +134,27 @@ def hidden(
         losses = linear_cross_entropy(states[:, :-1], head, tokens[:, 1:])
         ```
     """
-    num_top = 0 if adapter is None else adapter.num_top_layers
-    if num_top > config.num_layers:
+    # Below the adapter's layers nothing is trained.
+    num_adapted = 0 if adapter is None else adapter.num_layers
+    if num_adapted > config.num_layers:
         raise ValueError(
             f"forward: expected an adapter of at most {config.num_layers} layers, got one of "
-            f"{num_top}. Make it with this model's config."
+            f"{num_adapted}. Make it with this model's config."
         )
     if prefix is not None:
         states = _behind_prefix(config, params, adapter, prefix)
         return norm(states, params["output_norm"], config)
-    params = params if adapter is None else adapter.adapted(params)
     tokens, mask = checked(config, tokens, mask)
     # [B, T]
     flat = tokens.reshape(-1, tokens.shape[-1])
     flat_mask = None if mask is None else mask.reshape(flat.shape)
     states = embedded(params, flat)
     sees = visible(flat, flat_mask)
-    bottom = config.num_layers - num_top
-    states = through_layers(config, params["layers"], states, sees, 0, bottom)
-    if adapter is not None and num_top:
-        states = _through_top(config, params["layers"], states, sees, adapter)
+    layers = params["layers"]
+    bottom = config.num_layers - num_adapted
+    states = through_layers(config, layers, states, sees, 0, bottom)
+    if adapter is not None:
+        states = _through_adapted(config, layers, states, sees, adapter)
     states = norm(states, params["output_norm"], config)
     return states.reshape(*tokens.shape, config.width)
 
@@ -224,61 +229,72 @@ def layer_at(layers: Layer, index: Array) -> Any:
     return jax.tree.map(lambda x: take(x, index, keepdims=False), layers)
 
 
-def _through_top(
+def _through_adapted(
     config: LlamaConfig,
     layers: Layer,
     states: Array,
     sees: Array,
     adapter: Adapter,
+    earlier: tuple[Array, Array] | None = None,
 ) -> Array:
-    """The states behind the last layers, of which the adapter changes the last token's."""
-    num_layers = config.num_layers
-    indices = jnp.arange(num_layers - adapter.num_top_layers, num_layers)
-    is_last = jnp.arange(states.shape[1]) == states.shape[1] - 1
+    """The states [B, T, width] behind the adapter's layers; of `earlier` see `block`.
+
+    The last layer stands by itself, so that its adapter's error is known without crossing another:
+    a loop has no last product, and `forwax.LearnedFeedback` would find no error to hand back.
+    """
 
     def body(states: Array, step: Any) -> tuple[Array, None]:
-        index, own = step
-        states, _ = block(config, layer_at(layers, index), states, sees)
-        change = adapter.change(own, states[:, -1])
-        return states + jnp.where(is_last[None, :, None], change[:, None], 0), None
+        index, own, earlier = step
+        layer = adapter.beside(own, layer_at(layers, index))
+        states, _ = block(config, layer, states, sees, earlier)
+        return adapter.behind(own, states), None
 
-    return lax.scan(body, states, (indices, adapter.per_layer()))[0]
+    first = config.num_layers - adapter.num_layers
+    indices = jnp.arange(first, config.num_layers)
+    steps = (indices, adapter.per_layer(), earlier)
+    if adapter.num_layers > 1:
+        states, _ = lax.scan(body, states, jax.tree.map(lambda x: x[:-1], steps))
+    states, _ = body(states, jax.tree.map(lambda x: x[-1], steps))
+    return states
 
 
 def _behind_prefix(
-    config: LlamaConfig, params: Any, adapter: Adapter | None, prefix: Any
+    config: LlamaConfig,
+    params: Any,
+    adapter: Adapter | None,
+    prefix: Any,
 ) -> Array:
     """The last token's states [..., width] behind the last layer."""
-    num_kept = prefix.keys.shape[-4]
-    num_top = 0 if adapter is None else adapter.num_top_layers
-    if adapter is None or num_kept != num_top:
+    *lead, num_kept, num_earlier, heads, size = prefix.keys.shape
+    is_fit = adapter is not None and adapter.changes_last_token_alone
+    num_adapted = adapter.num_layers if adapter is not None and is_fit else 0
+    if adapter is None or num_kept != num_adapted:
         raise ValueError(
             f"forward: the prefix holds what the last token needs in the {num_kept} top layers, so "
-            f"expected an adapter that acts there, got one of {num_top} layers. Use "
+            f"expected an adapter that acts there, got one of {num_adapted} layers. Use "
             "adapters.last_token and adapters.cached_prefix with the same number of layers."
         )
     dtype = params["output_norm"].dtype
-    lead = prefix.state.shape[:-1]
-    # [B, 1, width], and [layers, B, S, heads, head_size]
+    # [B, 1, width]
     states = prefix.state.reshape(-1, 1, config.width).astype(dtype)
-    earlier = [
-        jnp.moveaxis(x.reshape(len(states), *x.shape[-4:]), 1, 0).astype(dtype)
-        for x in (prefix.keys, prefix.values)
-    ]
-    sees = prefix.mask.reshape(len(states), 1, -1)
-    sees = jnp.concatenate(
-        [sees, jnp.ones_like(sees, shape=(len(states), 1, 1))], axis=2
+    batch = len(states)
+
+    def layers_in_front(x: Array) -> Array:
+        stacked = x.reshape(batch, num_kept, num_earlier, heads, size)
+        return jnp.moveaxis(stacked, 1, 0).astype(dtype)
+
+    earlier = (layers_in_front(prefix.keys), layers_in_front(prefix.values))
+    # The last token is never filling.
+    itself = jnp.ones((batch, 1), bool)
+    sees = jnp.concatenate([prefix.mask.reshape(batch, num_earlier), itself], axis=1)
+    states = _through_adapted(
+        config,
+        params["layers"],
+        states,
+        sees[:, None],
+        adapter,
+        earlier,
     )
-    indices = jnp.arange(config.num_layers - num_top, config.num_layers)
-
-    def body(states: Array, step: Any) -> tuple[Array, None]:
-        index, own, keys, values = step
-        layer = layer_at(params["layers"], index)
-        states, _ = block(config, layer, states, sees, (keys, values))
-        return states + adapter.change(own, states[:, 0])[:, None], None
-
-    steps = (indices, adapter.per_layer(), *earlier)
-    states, _ = lax.scan(body, states, steps)
     return states.reshape(*lead, config.width)
 
 
@@ -302,12 +318,14 @@ def block(
     values = _heads(linear(inputs, layer["attn_v"]), config)
     queries = rotated(queries, positions, config.rope_base)
     keys = rotated(keys, positions, config.rope_base)
+    # Keys are kept turned: their positions never change.
     own = (keys, values)
     if earlier is not None:
         keys = jnp.concatenate([earlier[0], keys], axis=1)
         values = jnp.concatenate([earlier[1], values], axis=1)
     mixed = _attention(queries, keys, values, sees)
     states = states + linear(mixed, layer["attn_output"])
+    # SwiGLU: Shazeer 2020, arXiv 2002.05202.
     inputs = norm(states, layer["ffn_norm"], config)
     gate = jax.nn.silu(linear(inputs, layer["ffn_gate"]))
     inner = gate * linear(inputs, layer["ffn_up"])
@@ -324,12 +342,16 @@ def linear(inputs: Array, matrix: Any) -> Array:
 
 
 def norm(states: Array, gain: Array, config: LlamaConfig) -> Array:
-    """States divided by their root mean square, in at least float32, times a gain."""
+    """States divided by their root mean square, times a gain."""
+    gain = lax.expand_dims(gain, range(states.ndim - 1))
+    return unit(states, config.rms_epsilon) * gain
+
+
+def unit(states: Array, epsilon: float = 1e-5) -> Array:
+    """States divided by their root mean square, in at least float32 (arXiv 1910.07467)."""
     wide = states.astype(accumulation_dtype(states.dtype))
     mean_square = jnp.mean(wide**2, axis=-1, keepdims=True)
-    unit = wide * lax.rsqrt(mean_square + config.rms_epsilon)
-    gain = lax.expand_dims(gain, range(states.ndim - 1))
-    return unit.astype(states.dtype) * gain
+    return (wide * lax.rsqrt(mean_square + epsilon)).astype(states.dtype)
 
 
 def rotated(x: Array, positions: Array, base: float) -> Array:
@@ -342,7 +364,7 @@ def rotated(x: Array, positions: Array, base: float) -> Array:
     wide = accumulation_dtype(x.dtype)
     frequencies = base ** (-jnp.arange(half, dtype=wide) / half)
     angles = positions.astype(wide)[:, None] * frequencies[None, :]
-    # [1, T, 1, half]
+    # [1, T, 1, head_size / 2]
     cosine = jnp.cos(angles)[None, :, None, :]
     sine = jnp.sin(angles)[None, :, None, :]
     even = x[..., 0::2].astype(wide)
@@ -359,6 +381,7 @@ def _attention(queries: Array, keys: Array, values: Array, sees: Array) -> Array
     """Mixed values [B, T, heads · head_size]; each key head serves a group of query heads."""
     batch, num_tokens, num_heads, size = queries.shape
     grouped = queries.reshape(batch, num_tokens, keys.shape[2], -1, size)
+    # [B, key heads, group, T, S]
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys)
     scores = scores.astype(accumulation_dtype(scores.dtype)) * size**-0.5
     # Finite, so that a token of filling, which sees nothing, has no 0 / 0.

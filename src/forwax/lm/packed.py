@@ -55,6 +55,7 @@ class Packed:
 
     def dense(self, dtype: Any, module: ModuleType = jnp) -> Any:
         """The entries [..., out, in], computed in float32; `module` is `jax.numpy` or `numpy`."""
+        # [..., out, in / 32, 1]
         scale = self.scale.astype(np.float32)[..., None]
         entries = self._integers(module).astype(np.float32) * scale
         if self.offset is not None:
@@ -65,6 +66,7 @@ class Packed:
         """The blocks' entries q [..., out, in / 32, 32]."""
         if self.quants.dtype == np.int8:
             return self.quants
+        # Two entries in a byte, half a block apart.
         low = self.quants & np.uint8(0xF)
         high = self.quants >> np.uint8(4)
         both = module.concatenate([low, high], axis=-1).astype(np.int8)

@@ -45,6 +45,7 @@ class Tokenizer:
             tokenizer.encode("The capital of France is")  # [504, 3575, 282, 4649, 314]
             ```
         """
+        # The package drops such bytes without a word.
         wrong = self.unsayable.intersection(text.encode())
         if wrong:
             raise ValueError(
@@ -115,6 +116,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     letters = _letters()
     _check_words(path, vocabulary, len(words), merges, letters)
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    # No space is put in front of a text.
     splitters: list[Any] = [byte_level(add_prefix_space=False)]
     if digits_apart:
         splitters.insert(0, tokenizers.pre_tokenizers.Digits(individual_digits=True))
