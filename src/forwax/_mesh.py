@@ -100,6 +100,14 @@ def total(x: Array, over: Iterable[str]) -> Array:
     return lax.psum(x, tuple(sorted(summed)))
 
 
+def gathered(x: Array, over: Iterable[str], axis: int = 0) -> Array:
+    """The values of all devices along mesh axes, side by side on one array axis, for all alike."""
+    for name in sorted(over):
+        to = "invarying" if name in axes(x) else "varying"
+        x = lax.all_gather(x, name, axis=axis, tiled=True, to=to)
+    return x
+
+
 def reduced(x: Array, to: Axes) -> Array:
     """A value over exactly the given mesh axes: summed over its others, cast to those it lacks."""
     others = axes(x) - to

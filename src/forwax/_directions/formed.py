@@ -167,9 +167,11 @@ class FormedByExample(Formed):
 
     Attributes:
         problem: the loss of one example, and the examples.
+        summed: the mesh axes over which the losses are each device's part of the user's.
     """
 
     problem: Problem = dataclasses.field(kw_only=True)
+    summed: _mesh.Axes = frozenset()
 
     @property
     def num_examples(self) -> int:
@@ -197,4 +199,5 @@ class FormedByExample(Formed):
         slopes, shared = over_tangents(of_tangent, drawn, num_tangents)
         values, aux = shared
         dtype = _tree.accumulation_dtype(slopes.dtype)
-        return jnp.mean(values), aux, slopes.astype(dtype)
+        value = _mesh.total(jnp.mean(values), self.summed)
+        return value, aux, slopes.astype(dtype)

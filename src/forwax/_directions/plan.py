@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from forwax import _tree
+from forwax import _mesh, _tree
 from forwax._directions.add import FEW
 from forwax._directions.direction import Direction, Unpacked, Whole
 from forwax._directions.factored import Factored, Sides
@@ -50,6 +50,7 @@ class WeightPlan:
         per_example: whether each example has tangents of its own.
         lazy: whether all signs stay packed until they are used first, so that few leaves' are held
             at a time.
+        summed: the mesh axes over which the losses are each device's part of the user's.
     """
 
     problem: Problem
@@ -58,6 +59,7 @@ class WeightPlan:
     rank: int = 1
     per_example: bool = False
     lazy: bool = False
+    summed: _mesh.Axes = frozenset()
 
     @property
     def leaves(self) -> list[Array]:
@@ -205,7 +207,8 @@ class WeightPlan:
         )  # [k] or [k, N]
         values, aux = shared
         dtype = _tree.accumulation_dtype(slopes.dtype)
-        return jnp.mean(values), aux, slopes.astype(dtype)
+        value = _mesh.total(jnp.mean(values), self.summed)
+        return value, aux, slopes.astype(dtype)
 
     def evaluate(
         self, drawn: Sequence[Drawn], sign: Array, steps: Steps
@@ -309,6 +312,7 @@ def plan_low_rank(
     problem: Problem,
     rank: int = 1,
     per_example: bool = False,
+    summed: _mesh.Axes = frozenset(),
 ) -> WeightPlan:
     """Trace the loss and find how each parameter's tangent is best split."""
     params = problem.params
@@ -322,7 +326,7 @@ def plan_low_rank(
         traced.parameters,
         jax.tree.leaves(params),
     )
-    return WeightPlan(problem, traced, splits, rank, per_example)
+    return WeightPlan(problem, traced, splits, rank, per_example, summed=summed)
 
 
 def plan_signs(problem: Problem) -> WeightPlan | None:

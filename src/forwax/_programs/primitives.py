@@ -52,6 +52,7 @@ class Facts:
         refuses: it stands where such a derivative was asked for, and cannot be compiled.
         one_site: where a parameter meets data in it, it is one site whatever programs it carries.
         steep: entry by entry, with a derivative that may be infinite.
+        sums_over_mesh: it sums its operands over the mesh axes in its parameter `axes`.
     """
 
     inlined: bool = False
@@ -81,6 +82,7 @@ class Facts:
     refuses: bool = False
     one_site: bool = False
     steep: bool = False
+    sums_over_mesh: bool = False
 
     @property
     def bilinear(self) -> bool:
@@ -211,6 +213,8 @@ PRIMITIVES: dict[str, Facts] = {
         range=range_rules.unchanged,
         move_of_factors=moves.unchanged,
     ),
+    "psum_invariant": Facts(sums_over_mesh=True),
+    "psum": Facts(sums_over_mesh=True),  # where no type says what varies
     "pvary": Facts(
         credit=axis_rules.elementwise,
         range=range_rules.unchanged,

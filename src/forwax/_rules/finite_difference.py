@@ -79,6 +79,7 @@ class FiniteDifference(Rule):
     epsilon: float | Array | None = None
 
     has_slopes: ClassVar[bool] = True
+    by_example: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         set_counts(self, "num_tangents")

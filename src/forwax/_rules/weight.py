@@ -18,6 +18,7 @@ from forwax._assemble import Weighing
 from forwax._checks import memory_limit, set_counts
 from forwax._directions.formed import Formed, FormedByExample
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
+from forwax._programs.last_sums import with_own_losses
 from forwax._pushforward import Slopes, is_staged, num_chunks, slopes
 from forwax._rule import Rule, check_directions, check_replicated
 from forwax._signature import Problem
@@ -116,6 +117,7 @@ class WeightPerturbation(Rule):
             value, aux = problem.objective(problem.params)
             return value, aux, problem.params, jnp.zeros(k)
         joint = self.combine.joint
+        key, own_axes = self.own_key(key, problem)
         key_axes = _mesh.axes(key)
         directions = self.directions(problem, key_axes)
         is_planned = self.by_example or isinstance(directions, WeightPlan)
@@ -142,8 +144,21 @@ class WeightPerturbation(Rule):
         if joint:  # the weight of each direction depends on all slopes
             drawn = draw(jnp.arange(k))
             total = directions.assemble(weigh(result.used, drawn), drawn)
+        # Each device has added up its own examples' directions.
+        total = jax.tree.map(lambda leaf: _mesh.total(leaf, own_axes), total)
         grads = weighing.cast(total) if is_planned else weighing.finish(total, k)
-        return result.value, result.aux, grads, result.found
+        found = _mesh.gathered(result.found, own_axes, axis=1)
+        return result.value, result.aux, grads, found
+
+    def own_key(self, key: Array, problem: Problem) -> tuple[Array, _mesh.Axes]:
+        """The key that directions are drawn from, and the mesh axes on which it is made to differ.
+
+        Examples of different devices have directions of their own.
+        """
+        if not self.by_example:
+            return key, frozenset()
+        over = _mesh.all_axes(problem.mapped) - _mesh.axes(key)
+        return _mesh.own_key(key, over), over
 
     def slopes_along(
         self,
@@ -193,13 +208,16 @@ class WeightPerturbation(Rule):
         self._check_examples(problem)
         self._check_memory(problem)
         tangents = self.tangents
+        summed: _mesh.Axes = frozenset()
+        if self.by_example:
+            problem, summed = with_own_losses(problem, "WeightPerturbation")
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), problem.params)
         varied = dataclasses.replace(problem, params=point)
         plan = None
         if self.combine.coordinatewise and not any(_mesh.tree_axes(problem.params)):
             if tangents.planned == "factors":
                 rank = cast(LowRank, tangents).rank
-                plan = plan_low_rank(varied, rank, self.by_example)
+                plan = plan_low_rank(varied, rank, self.by_example, summed)
             elif tangents.planned == "signs" and is_staged() and not self.by_example:
                 plan = plan_signs(varied)
         if plan is not None:
@@ -213,7 +231,9 @@ class WeightPerturbation(Rule):
 
         if self.by_example:
             objective = problem.objective
-            return FormedByExample(objective, point, draw_by_example, problem=problem)
+            return FormedByExample(
+                objective, point, draw_by_example, problem=problem, summed=summed
+            )
 
         def draw(key: Array) -> Callable[[Array], Tree]:
             hold = self.combine.joint  # its weights need all directions

@@ -12,6 +12,7 @@ from jax import Array
 
 from forwax import _mesh
 from forwax._programs.dataflow import mapped_variables, reach
+from forwax._programs.last_sums import without_last_sums
 from forwax._programs.program import Equation, Program, Traced, Variable
 from forwax._programs.tracing import trace
 from forwax._signature import Problem
@@ -55,6 +56,9 @@ def find_sites(
         own_weights: whether each example then has its own.
     """
     traced = trace(problem.example, problem.params, *problem.example_specs())
+    # Each device has noise of its own: what the others' does to the sum would be error alone.
+    with_noise = name if credit else ""
+    traced, summed = without_last_sums(traced, num_losses(traced), with_noise)
     if credit or exact_outputs:  # feedback alignment makes no arrays of its own
         _check_split(traced.arguments(problem.params, problem.mapped), name)
     # One noise for all examples on these; on those of few entries each example's own, if asked.
@@ -70,6 +74,7 @@ def find_sites(
     _check_data(analysis, name)
 
     sites = _make_sites(problem, analysis, exact_outputs, scales)
+    sites = dataclasses.replace(sites, summed=summed)
     if not credit:
         return sites
     sources = make_sources(sites, exact_outputs)

@@ -88,6 +88,7 @@ class Sites:
         mapped: the variables that differ between examples.
         products: where trained weights meet data.
         reach: the losses that each variable reaches, as a bit mask.
+        summed: the mesh axes over which the losses are each device's part of the user's.
     """
 
     problem: Problem
@@ -100,6 +101,7 @@ class Sites:
     mapped: set[Variable]
     products: Products
     reach: Reach
+    summed: _mesh.Axes = frozenset()
 
     @property
     def kinds(self) -> Kinds:

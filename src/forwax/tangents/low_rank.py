@@ -30,7 +30,10 @@ class LowRank(IndependentTangents):
     not, with one pair of factors for each batch index and each layer of a scan; a parameter that is
     used in several ways, or looked up, into its last axis and the others. Every use shares the one
     tangent. What is neither a matrix nor a kernel gets plain signs. Other rules draw directions in
-    full, each leaf split into its last axis and the others.
+    full, each leaf split into its last axis and the others. So does `sample`: it is what the rule
+    draws for matrices that are used as h W or looked up, and for vectors; for kernels, for
+    matrices used transposed and for stacks of layers it is not, as their split depends on the loss:
+    there `forwax.replay` on zeros shows the rule's own direction.
 
     Relative MSE of the mean over k tangents: (n - 1) / k at rank 1, as good as independent signs,
     since |v|² = n holds here too; (n + 1 - 2/r) / k at rank r, when all of the gradient lies in

@@ -353,7 +353,7 @@ def value(sites: Sites, losses: Sequence[Array]) -> Array:
         sums = [jnp.sum(x) for x in losses]
     else:
         sums = [jnp.sum(x.reshape(x.shape[0], -1), 1) for x in losses]
-    return jnp.mean(sum(sums[1:], start=sums[0]))
+    return _mesh.total(jnp.mean(sum(sums[1:], start=sums[0])), sites.summed)
 
 
 def _sum(x: Array) -> Array:
