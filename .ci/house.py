@@ -5,7 +5,7 @@
 
 Nodes are all that `ast.walk` gives. A code line holds a token other than a comment, outside
 docstrings and other bare strings. Density is nodes for each code line. The core is `src/forwax`
-without `lab` and `models`.
+without `lab` and `models`; `lm` and `adapters` are held to the same limits.
 """
 
 import argparse

@@ -20,6 +20,8 @@ MODULES = (
     "forwax.losses",
     "forwax.models",
     "forwax.models.ren2023",
+    "forwax.lm",
+    "forwax.adapters",
     "forwax.types",
 )
 """Where public names are looked for."""

