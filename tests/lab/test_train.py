@@ -33,7 +33,7 @@ from forwax.lab.training.folder import (
     Run,
     write_json,
 )
-from forwax.lab.training.problem import problem_of
+from forwax.lab.training.problem import Task, problem_of
 from forwax.lab.training.program import (
     MAX_BLOCK,
     Trainer,
@@ -516,7 +516,12 @@ def step_of(loss, **given):
         num_examples=22,
         num_parameters=55,
     )
-    problem = dataclasses.replace(problem_of(tiny_data(), TINY, settings), loss=loss)
+
+    class Other(Task):
+        """The same, with another loss."""
+
+    Other.loss = staticmethod(loss)
+    problem = Other(**vars(problem_of(tiny_data(), TINY, settings)))
     state = init_state(problem, settings)
     after, _, _, finite = jax.jit(make_step(problem, settings))(
         state, problem.train[0][:4], problem.train[1][:4]
