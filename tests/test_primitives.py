@@ -241,9 +241,13 @@ def crossed_by_tangents(name):
 def on_a_mesh(x):
     mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("i")
-    varied = jax.shard_map(
-        lambda x: _mesh.vary(x, {"i"}), mesh=mesh, in_specs=None, out_specs=spec
-    )
+    whole = jax.sharding.PartitionSpec()
+
+    def both(x):
+        spread = _mesh.vary(x, {"i"})
+        return spread, jax.lax.psum(spread, "i")
+
+    varied = jax.shard_map(both, mesh=mesh, in_specs=None, out_specs=(spec, whole))
     return varied(x)
 
 

@@ -103,7 +103,8 @@ def test_the_text_of_a_rule_names_its_fields(name):
 
 def test_the_text_of_the_default_rule():
     assert repr(fx.WeightPerturbation()) == (
-        "WeightPerturbation(tangents=Rademacher(), num_tangents=1, combine=Mean(), chunk_size=None)"
+        "WeightPerturbation(tangents=Rademacher(), num_tangents=1, combine=Mean(), "
+        "chunk_size=None, per_example=False)"
     )
 
 
