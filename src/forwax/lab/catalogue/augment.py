@@ -147,8 +147,9 @@ def jitter(key: Array, image: Array, most: tuple[float, ...] = JITTER) -> Array:
     ) * jnp.array(most)
     x = jnp.clip(dm_pix.adjust_brightness(image, brightness), 0.0, 1.0)
     x = jnp.clip(dm_pix.adjust_contrast(x, 1 + contrast), 0.0, 1.0)
-    x = jnp.clip(dm_pix.adjust_saturation(x, 1 + saturation), 0.0, 1.0)
-    return jnp.clip(dm_pix.adjust_hue(x, hue), 0.0, 1.0)
+    with jax.numpy_dtype_promotion("standard"):  # which dm-pix counts on
+        x = jnp.clip(dm_pix.adjust_saturation(x, 1 + saturation), 0.0, 1.0)
+        return jnp.clip(dm_pix.adjust_hue(x, hue), 0.0, 1.0)
 
 
 def grey(image: Array) -> Array:
@@ -157,8 +158,9 @@ def grey(image: Array) -> Array:
     >>> grey(jnp.ones((4, 4, 3))).shape
     (4, 4, 3)
     """
-    one = dm_pix.rgb_to_grayscale(image, keep_dims=True)
-    return jnp.broadcast_to(one[..., :1], image.shape)
+    return jnp.broadcast_to(
+        dm_pix.rgb_to_grayscale(image, keep_dims=True)[..., :1], image.shape
+    )
 
 
 def blur(key: Array, image: Array) -> Array:
