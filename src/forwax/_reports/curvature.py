@@ -13,15 +13,13 @@ from jax import Array
 from forwax import _tree
 from forwax._checks import check_count
 from forwax._pushforward import is_staged
+from forwax._reports.programs import REJECTIONS
 from forwax._rule import check_rule
 from forwax._rules import Rule, WeightPerturbation
 from forwax._signature import Problem, Signature, check_key
 from forwax._tree import Tree
 from forwax.tangents import Rademacher
 from forwax.tangents._base import typed_key
-
-# What JAX raises for a loss that a way to its curvature cannot take.
-_REJECTIONS = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 
 _LEAST_STEP = 2.0**-6
 """Near the fourth root of float32's rounding unit, where ε² and u/ε² are alike."""
@@ -136,7 +134,7 @@ def _measured(rule: Rule, problem: Problem, keys: Array) -> np.ndarray:
     for draw in _ways(rule, problem):
         try:
             rows = [draw(key) for key in keys]
-        except _REJECTIONS as error:
+        except REJECTIONS as error:
             first = first or error
         else:
             return np.asarray(rows, np.float64)

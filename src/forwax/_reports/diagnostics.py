@@ -18,7 +18,7 @@ from forwax._reports.against_weights import about_examples, against_weight_noise
 from forwax._reports.chunks import about_chunks
 from forwax._reports.diagnosis import Diagnosis
 from forwax._reports.diagnosis_row import DiagnosisRow
-from forwax._reports.programs import CompiledStep, Step, compiled
+from forwax._reports.programs import REJECTIONS, CompiledStep, Step, compiled
 from forwax._reports.timing import interleaved, medians
 from forwax._rule import is_rule
 from forwax._rules import (
@@ -38,8 +38,6 @@ EXACT_LIMIT = 1024
 ALONE = "the loss alone"
 BACKPROP = "jax.value_and_grad"
 CHECKPOINTED = "the same with jax.checkpoint"
-# What JAX raises for a loss that a way to the gradient cannot take, and XLA for want of memory.
-_REJECTIONS = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 _LONGEST_ERROR = 200
 
 
@@ -274,7 +272,7 @@ def _running(
                 program(key)
             )  # what is too large may compile and not run
             programs[name] = program
-        except _REJECTIONS as error:
+        except REJECTIONS as error:
             errors[name] = _shortened(error)
     return programs, errors
 
@@ -292,7 +290,7 @@ def _reference(
         return None, None
     try:
         return prepare(Exact().estimate)(key)[2], "forward mode"
-    except _REJECTIONS:
+    except REJECTIONS:
         return None, None
 
 

@@ -15,6 +15,9 @@ from forwax._tree import Tree
 Step: TypeAlias = Callable[[Array, Problem], tuple[Array, Tree, Tree]]
 """Takes a key and a problem to `(value, aux, grads)`, as `Rule.estimate` does."""
 
+# What JAX raises for a loss that a way to a derivative cannot take, and XLA for want of memory.
+REJECTIONS = (TypeError, ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledStep:
