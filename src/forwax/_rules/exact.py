@@ -28,8 +28,8 @@ class Exact(Rule):
     The fastest chunk size hangs on the program: `forwax.diagnose` times some. Where it solves small
     linear systems on a CPU, as MuJoCo's MJX does, set the environment variable
     OPENBLAS_NUM_THREADS=1: with many basis vectors at a time the BLAS library splits each of these
-    solves over threads, which wait for one another far longer than they work. Chunks of up to ten
-    avoid it too.
+    solves over threads, which wait for one another, on busy cores far longer than they work. Chunks
+    of up to ten avoid it too.
 
     Attributes:
         chunk_size: the most basis vectors at a time, None for all n at once.
