@@ -28,6 +28,9 @@ OVER = {
     "lines of a function": {"lab/long.py": "def f():\n" + "    x = 1\n" * 70},
     "lines of a file": {"large.py": REASON * 451},
     "nodes of the lab": {f"lab/part_{i}.py": "x = [1, 2]\n" * 450 for i in range(13)},
+    "nodes of lab/finetune": {
+        f"lab/finetune/part_{i}.py": "x = [1, 2]\n" * 450 for i in range(4)
+    },
     "lines with num_consts outside _programs": {
         "scans.py": REASON + "num_consts = 1\n" * 5,
         "_programs/scans.py": REASON + "num_consts = 1\n" * 5,
