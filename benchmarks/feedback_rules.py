@@ -18,7 +18,7 @@ class Method(NamedTuple):
         sgd: the middle of the three rates that are tried with momentum.
         adam: the same with Adam.
         part: "all", "head" (nothing else is trained) or "frozen" inner layers.
-        sequences_only: whether it differs from another row on the language model alone.
+        sequences_only: whether it differs from another row on transformers alone.
     """
 
     build: Callable[[Array, Any], fx.Rule]
@@ -78,7 +78,7 @@ def rates(task: str, method: str) -> list[float]:
 
 def methods_of(task: str) -> list[str]:
     """The rows of a task."""
-    sequences = task.startswith("lm")
+    sequences = task not in ("mlp", "cnn")
     return [n for n, m in METHODS.items() if sequences or not m.sequences_only]
 
 

@@ -375,6 +375,67 @@ def test_a_layer_that_is_written_as_a_product_entry_by_entry_is_no_gain(repeated
     assert float(jnp.max(jnp.abs(grads["first"]))) == 0  # its map is zero
 
 
+MIXER = {
+    "first": normal(60, 3, 4),
+    "tokens": normal(61, 6, 6) / 2,
+    "channels": normal(62, 4, 4),
+    "head": normal(63, 4, 2),
+}
+PATCHES = normal(64, 8, 6, 3)
+
+
+def pooled(params, patches, *, activation=lambda x: x, mixes=True):
+    """A linear mixer of tokens and channels, its positions averaged in front of the head."""
+    h = activation(patches @ params["first"])
+    if mixes:
+        h = activation(params["tokens"] @ h)
+    h = activation(h @ params["channels"])
+    return jnp.sum(jnp.sin(jnp.mean(h, axis=0) @ params["head"]))
+
+
+def test_the_error_is_taken_in_front_of_a_mean_over_positions():
+    """All positions then teach one small map, which becomes the Jacobian of each."""
+    loss = functools.partial(pooled, mixes=False)
+    plan = plan_of(loss, (MIXER, PATCHES), EACH, by_position=True)
+    assert [o.shape for o in plan.outlets] == [(6, 4)]
+    assert plan.inlets[0].own_axes == [0]
+    # as published, direct feedback sends the error of the logits
+    published = fx.FDFA().init(loss, in_axes=EACH)(MIXER, PATCHES)
+    assert [m.shape for m in published.maps] == [(2, 24)]
+
+    args = (MIXER, PATCHES)
+    rule = train(fx.LearnedFeedback(), loss, args, 200, in_axes=EACH)
+    assert_close(rule.maps.direct, (MIXER["channels"].T,))
+    got = fx.grad(loss, rule, in_axes=EACH)(KEY, *args)
+    assert_close(got, exact(loss, args, in_axes=EACH))
+
+
+def test_it_stays_behind_the_mean_where_maps_get_larger():
+    """Ten coordinates for two: without positions in common the map would be five times as large."""
+
+    def flat(params, x):
+        parts = jnp.tanh(x @ params["first"]).reshape(5, 2)
+        return jnp.sum(jnp.sin(jnp.mean(parts, axis=0) @ params["head"]))
+
+    params = {"in": normal(65, 3, 3), "first": normal(66, 3, 10)}
+    params |= {"head": normal(67, 2, 2)}
+    loss = lambda p, x: flat(p, jnp.tanh(x @ p["in"]))
+    (outlet,) = plan_of(loss, (params, X), EACH, by_position=True).outlets
+    assert outlet.shape == (2,)
+
+
+@pytest.mark.parametrize("chain", ["positions", "all"])
+def test_a_product_along_positions_has_a_mirror(chain):
+    """Its data have no position in common with the outlets: a direct map would join them all."""
+    args = (MIXER, PATCHES)
+    rule = train(fx.LearnedFeedback(chain=chain), pooled, args, 300, in_axes=EACH)
+    shapes = [mirror.shape for mirror in rule.maps.mirrors]
+    assert shapes[0] == (6, 6)
+    assert len(shapes) == (1 if chain == "positions" else 2)
+    got = fx.grad(pooled, rule, in_axes=EACH)(KEY, *args)
+    assert_close(got, exact(pooled, args, in_axes=EACH))
+
+
 def test_explain_says_where_the_error_is_taken():
     rule = fx.LearnedFeedback()
     rows = fx.explain(normed, rule, in_axes=EACH)(NORMED, TOKENS).rows

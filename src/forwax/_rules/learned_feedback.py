@@ -57,11 +57,13 @@ class LearnedFeedback(LearningRule):
     A product φ(w, h) of a parameter with data h gives h the error e·M in place of wᵀ times its own,
     where e is the exact error of the last products (those after which none comes), taken at their
     values or at their data, whichever has fewer coordinates; and at what these data are made of
-    where that has no more, such as the residual stream in front of a last norm. Through all that
-    has no parameter (activations, pooling, softmax, statistics of norms, residual additions) and
-    through the last products errors go exactly, and so do gradients from a product's error to its
-    parameter. No other product waits for an error from behind it, and no weight's value enters the
-    reverse pass but those of the last products and of a gain between them and e.
+    where that has no more, such as the residual stream in front of a last norm. Where data are a
+    mean over positions it is taken in front of the mean if maps and mirrors get smaller by it: all
+    positions then teach one map. Through all that has no parameter (activations, pooling, softmax,
+    statistics of norms, residual additions) and through the last products errors go exactly, and so
+    do gradients from a product's error to its parameter. No other product waits for an error from
+    behind it, and no weight's value enters the reverse pass but those of the last products and of a
+    gain between them and e.
 
     Maps learn from noise u on all data inputs at once and the outlets' tangents ė along it, by
     least mean squares: R = ė - Σ u Mᵀ, M ← M + η mean(R ⊗ u). The mean is over examples, noises and
@@ -71,9 +73,10 @@ class LearnedFeedback(LearningRule):
 
     A direct map hears of its own position alone. Where a product's value reaches other positions
     before the next product (keys and values of attention, the recurrent weight of a loop over
-    time), its data's error comes through a mirror of its own weight instead, which learns from the
-    product's own answers to noise. So does that of a gain, or what is chained behind it would end
-    there; its mirror has as many entries as the gain.
+    time), or a product goes along positions itself (a mixer's tokens), its data's error comes
+    through a mirror of its own weight instead, which learns from the product's own answers to
+    noise. So does that of a gain, or what is chained behind it would end there; its mirror has as
+    many entries as the gain.
 
     `step` learns and estimates. `forwax.value_and_grad` takes the maps as they are; without
     `correction` it needs no noise, and ignores the key. A rule is a frozen value, so that `step`
@@ -149,8 +152,8 @@ class LearnedFeedback(LearningRule):
         """The inlets and outlets of a problem under this rule."""
         name = type(self).__name__
         if self.correction:
-            return find_routes(problem, name, must_hear=False)
-        return find_routes(problem, name, self.chain)
+            return find_routes(problem, name, must_hear=False, by_position=True)
+        return find_routes(problem, name, self.chain, by_position=True)
 
     def basis(self, problem: Problem) -> "LearnedFeedback | None":
         """With `correction`, the rule with each coordinate of its noise once."""

@@ -1,6 +1,7 @@
 """From a problem to the routes of its errors."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from forwax import _mesh, _tree
@@ -15,7 +16,12 @@ from forwax._sites.feedback.inlets import (
     Routes,
     lengths_around,
 )
-from forwax._sites.feedback.mirrors import find_mirrors, may_have_mirror
+from forwax._sites.feedback.maps import map_shapes
+from forwax._sites.feedback.mirrors import (
+    find_mirrors,
+    may_have_mirror,
+    mirror_shapes,
+)
 from forwax._sites.feedback.positions import (
     makers_of,
     mixing_products,
@@ -30,7 +36,12 @@ from forwax._sites.products import Products
 
 
 def find_routes(
-    problem: Problem, name: str, chain: str = "none", *, must_hear: bool = True
+    problem: Problem,
+    name: str,
+    chain: str = "none",
+    *,
+    must_hear: bool = True,
+    by_position: bool = False,
 ) -> Routes:
     """The inlets and outlets of a problem.
 
@@ -39,14 +50,37 @@ def find_routes(
         name: the rule's name, for errors.
         chain: which products hand errors on through a mirror: "none", "positions" or "all".
         must_hear: whether an inlet without an outlet is an error.
+        by_position: whether errors may be taken in front of a sum over positions, where that makes
+            maps smaller.
 
     Raises:
         ValueError: when an inlet reaches no outlet, and must.
     """
     sites = find_sites(problem, name, None, exact_outputs=True, pushes=False)
     inputs = data_inputs(sites.level, sites.products, sites.reach)
+    found = [_routes(sites, inputs, chain, apart=False)]
+    if by_position:
+        apart = _routes(sites, inputs, chain, apart=True)
+        found.append(apart)
+    # In front of a mean over positions errors have more coordinates, but those of one position are
+    # few, and all positions teach one map.
+    routes = min(found, key=_num_entries)
+    if must_hear:
+        for inlet in routes.inlets:
+            _check_heard(inlet, name)
+    return routes
+
+
+def _routes(
+    sites: Sites,
+    inputs: Mapping[Equation, Sequence[Variable]],
+    chain: str,
+    *,
+    apart: bool,
+) -> Routes:
+    """The routes to one choice of outlets; see `_outlets` for `apart`."""
     makers = makers_of(sites.level)
-    outlets, tail = _outlets(sites, inputs, makers)
+    outlets, tail = _outlets(sites, inputs, makers, apart)
     mapped = {o.start for o in outlets if o.variable in sites.mapped}
     sites = dataclasses.replace(sites, mapped=sites.mapped | mapped)
     exact = {e for site in sites.places if site.exact for e in site.region.equations}
@@ -69,13 +103,16 @@ def find_routes(
     for equation in chained:
         del cut[equation]
     routes = _plan(sites, outlets, tail, cut)
-    if must_hear:
-        for inlet in routes.inlets:
-            _check_heard(inlet, name)
     mirrors = find_mirrors(sites, chained)
     return dataclasses.replace(
         routes, mirrors=tuple(mirrors), chained=frozenset(chained)
     )
+
+
+def _num_entries(routes: Routes) -> int:
+    """Of all maps and mirrors."""
+    shapes = [*map_shapes(routes), *mirror_shapes(routes.sites, routes.mirrors)]
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def _plan(
@@ -118,11 +155,13 @@ def _outlets(
     sites: Sites,
     inputs: Mapping[Equation, Sequence[Variable]],
     makers: Mapping[Variable, Equation],
+    apart: bool,
 ) -> tuple[tuple[Outlet, ...], Tail]:
     """Where exact errors are taken, and the tail behind.
 
     They are the values of the last sites or, where these have fewer coordinates, their data; or
-    what their data are made of, as far as there are no more coordinates.
+    what their data are made of, as far as there are no more coordinates. Where data are a sum, with
+    `apart`, what they sum.
     """
     types = sites.traced.types
     program = sites.level.program
@@ -134,9 +173,13 @@ def _outlets(
         taken = [v for e in last for v in inputs.get(e, ())]
         # Logits of ten classes are fewer than the data, and the data fewer than a vocabulary.
         size = sum(_tree.num_coordinates(types[v]) for v in taken)
-        if taken and size < site.size:
-            for v in taken:
-                start, between = _earlier(sites, v, last, makers)
+        earlier = [_earlier(sites, v, last, makers, apart) for v in taken]
+        is_wider = any(
+            _tree.num_coordinates(types[start]) > _tree.num_coordinates(types[v])
+            for v, (start, _) in zip(taken, earlier, strict=True)
+        )
+        if taken and (is_wider or size < site.size):
+            for start, between in earlier:
                 crossed.setdefault(start, set()).update(between, last)
                 names.setdefault(start, new_variable(types, types[start]))
                 chosen[start] = chosen.get(start, 0) | site.reach
@@ -174,6 +217,7 @@ def _earlier(
     data: Variable,
     readers: Collection[Equation],
     makers: Mapping[Variable, Equation],
+    apart: bool,
 ) -> tuple[Variable, set[Equation]]:
     """The first value of no more coordinates that all of a last product's data are made of.
 
@@ -184,6 +228,7 @@ def _earlier(
         data: what the product takes.
         readers: the operations that may read it.
         makers: what makes each variable.
+        apart: whether the value may have more coordinates, such as terms of a mean.
 
     Returns:
         The value, and the operations that lie between.
@@ -217,7 +262,7 @@ def _earlier(
         open_ends.update(mixed)
         if len(open_ends) == 1:
             (only,) = open_ends
-            if size(only) <= size(found):
+            if apart or size(only) <= size(found):
                 found, between = only, set(crossed)
     return found, between
 

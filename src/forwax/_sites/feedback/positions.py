@@ -100,6 +100,7 @@ def mixing_products(routes: Routes, able: Sequence[Equation]) -> list[Equation]:
     noises = traced.data[-len(able) :]
     ends = [i.shape for i in routes.inlets] + [o.shape for o in routes.outlets]
     credit = credits_of(traced, noises, ends)
+    has_positions = any(inlet.common for inlet in routes.inlets)
     mixing: list[Equation] = []
     for equation, heard in zip(able, credit, strict=True):
         (number,) = routes.numbers[equation].values()
@@ -112,7 +113,9 @@ def mixing_products(routes: Routes, able: Sequence[Equation]) -> list[Equation]:
         (mirror,) = find_mirrors(sites, [equation])
         # A loop in which the weight stays the same is one over time.
         loops = [d for d, varies in enumerate(mirror.varies) if not varies]
-        if any(_mixes(routes, c, followed, loops) for c in heard):
+        # A product along positions has lost them itself, as one of a mixer's tokens.
+        joins = has_positions and not inlet.common
+        if joins or any(_mixes(routes, c, followed, loops) for c in heard):
             mixing.append(equation)
     return mixing
 
