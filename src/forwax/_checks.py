@@ -1,13 +1,49 @@
 """Checks of what users pass: errors say what was expected, what came, and what to do."""
 
+import dataclasses
 import math
 import operator
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.tree_util import GetAttrKey
+
+T = TypeVar("T")
+
+
+def register_checked(cls: type[T]) -> type[T]:
+    """Register a frozen dataclass as a pytree that is rebuilt without its `__post_init__`.
+
+    Checks there are for users. Tools that rebuild trees put what they like in place of leaves, and
+    of values without leaves: Orbax texts and options of its own.
+    """
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    static = [f.name for f in fields if f.metadata.get("static")]
+    dynamic = [f.name for f in fields if f.name not in static]
+
+    def values(tree: T, names: Sequence[str]) -> tuple[Any, ...]:
+        return tuple(getattr(tree, name) for name in names)
+
+    def flatten(tree: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        return values(tree, dynamic), values(tree, static)
+
+    def flatten_with_keys(tree: T) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        children, rest = flatten(tree)
+        keys = map(GetAttrKey, dynamic)
+        return tuple(zip(keys, children, strict=True)), rest
+
+    def unflatten(rest: Iterable[Any], children: Iterable[Any]) -> T:
+        tree = object.__new__(cls)
+        for names, given in ((dynamic, children), (static, rest)):
+            for name, value in zip(names, given, strict=True):
+                object.__setattr__(tree, name, value)
+        return tree
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
 
 
 def check_count(name: str, field: str, value: Any) -> int:
@@ -44,10 +80,7 @@ def set_counts(value: Any, *fields: str, or_none: str = "") -> None:
 
 
 def check_no_text(value: Any, *fields: str) -> None:
-    """Raise a TypeError for text in place of a number or array.
-
-    A field that is a leaf may hold anything else while JAX takes a tree apart.
-    """
+    """Raise a TypeError for text in place of a number or array."""
     for field in fields:
         given = getattr(value, field)
         if isinstance(given, str):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh, _subspace, _tree
-from forwax._checks import check_no_text, set_counts
+from forwax._checks import check_no_text, register_checked, set_counts
 from forwax._directions.formed import Formed, basis_vectors
 from forwax._programs import ways_out
 from forwax._pushforward import is_concrete, num_chunks, slopes
@@ -35,7 +35,7 @@ LEAST_RAISED = 1e-3
 """To at least this the damping is raised after a step that failed, from 0 too."""
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class GaussNewton:
     """Least squares, and other losses of many outputs, by slopes along k directions.

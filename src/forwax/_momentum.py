@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from forwax._checks import check_no_text, set_counts
+from forwax._checks import check_no_text, register_checked, set_counts
 from forwax._rules import WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import check_key
 from forwax.tangents._base import typed_key
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class Momentum:
     """Heavy-ball momentum m_t = decay · m_{t-1} + ĝ_t in factored form, for `forwax.update`.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._checks import check_no_text, set_counts
+from forwax._checks import check_no_text, register_checked, set_counts
 from forwax._rule import (
     LearningRule,
     Rule,
@@ -130,7 +130,7 @@ def _median(sizes: Array) -> Array:
     return lower / 2 + ordered[count // 2] / 2
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class Safe(LearningRule):
     """A rule whose slopes are clipped by their running median, and skipped if not finite.

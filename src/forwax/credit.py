@@ -11,9 +11,10 @@ import numpy as np
 from jax import Array
 
 from forwax import _tree
+from forwax._checks import register_checked
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True)
 class Decay:
     """Terms of the loss count less, the further behind the noise's own position they stand.

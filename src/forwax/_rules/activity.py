@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._checks import check_count, set_counts
+from forwax._checks import check_count, register_checked, set_counts
 from forwax._programs.evaluate import Values
 from forwax._programs.program import Variable
 from forwax._pushforward import over_tangents
@@ -38,7 +38,7 @@ from forwax.tangents._base import IndependentTangents, typed_key
 _CHOICES = {"memory": ("keep", "replay", "shared"), "noise": ("activity", "auto")}
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True)
 class ActivityPerturbation(Rule):
     """Slopes along noise on the activities, assembled by each site's own reverse pass.

@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._checks import set_counts
+from forwax._checks import register_checked, set_counts
 from forwax._directions.formed import Formed, basis_vectors
 from forwax._pushforward import slopes
 from forwax._rule import Rule
@@ -14,7 +14,7 @@ from forwax._signature import Problem
 from forwax._tree import Tree
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True)
 class Exact(Rule):
     """The gradient without reverse mode: n slopes along the basis vectors, in chunks.

@@ -13,7 +13,7 @@ import jax
 from jax import Array
 
 from forwax import _mesh
-from forwax._checks import check_no_text, set_counts
+from forwax._checks import check_no_text, register_checked, set_counts
 from forwax._rule import (
     LearningRule,
     check_directions,
@@ -30,7 +30,7 @@ from forwax.tangents import Rademacher, Tangents
 Maps = tuple[Array, ...]
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class FDFA(LearningRule):
     """Forward direct feedback alignment: the output error through maps that slopes teach.

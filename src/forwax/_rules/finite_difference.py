@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
-from forwax._checks import set_counts
+from forwax._checks import register_checked, set_counts
 from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan, plan_in_place
 from forwax._directions.steps import Steps, is_number
@@ -29,7 +29,7 @@ from forwax.tangents import Rademacher, Tangents
 from forwax.tangents._base import sampler
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True)
 class FiniteDifference(Rule):
     """Central differences c_j = (f(θ + ε v_j) - f(θ - ε v_j)) / 2ε.

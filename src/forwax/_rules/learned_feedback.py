@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from forwax import _mesh
-from forwax._checks import check_no_text, set_counts
+from forwax._checks import check_no_text, register_checked, set_counts
 from forwax._rule import (
     LearningRule,
     check_directions,
@@ -49,7 +49,7 @@ class Feedback:
     num_steps: Array
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class LearnedFeedback(LearningRule):
     """Reverse mode in which products with parameters hand back learned maps of the output's error.

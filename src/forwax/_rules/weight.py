@@ -15,7 +15,7 @@ from jax import Array
 
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
-from forwax._checks import memory_limit, set_counts
+from forwax._checks import memory_limit, register_checked, set_counts
 from forwax._directions.formed import Formed, FormedByExample
 from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
 from forwax._programs.last_sums import with_own_losses
@@ -28,7 +28,7 @@ from forwax.tangents import Coordinate, LowRank, Rademacher, Tangents
 from forwax.tangents._base import sampler, sampler_of_examples
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True)
 class WeightPerturbation(Rule):
     """The loss's slopes along k random directions of all parameters, times these directions.

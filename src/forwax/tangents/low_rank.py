@@ -7,17 +7,16 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from forwax._checks import check_count
+from forwax._checks import check_count, register_checked
 from forwax._tree import Spec
 from forwax.tangents._base import IndependentTangents
 from forwax.tangents.rademacher import Rademacher
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True)
 class LowRank(IndependentTangents):
     """Directions E = A Bᵀ/√r with sign entries for matrices, plain signs for vectors.

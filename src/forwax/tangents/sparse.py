@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from forwax._checks import register_checked
 from forwax._tree import Spec
 from forwax.tangents._base import IndependentTangents
 
 
-@jax.tree_util.register_dataclass
+@register_checked
 @dataclasses.dataclass(frozen=True)
 class Sparse(IndependentTangents):
     """Independent entries, ±1/√p with probability p and 0 otherwise.
