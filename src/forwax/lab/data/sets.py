@@ -70,12 +70,13 @@ class Source:
         folder: the standard name of the folder that holds its files.
         home: where it is fetched: a web folder that holds ``<file>.gz``, or one archive.
         megabytes: the size of the download, in units of 10⁶ bytes.
-        checksums: the md5 of each file's decompressed content.
+        checksums: the hash of each file's decompressed content.
         class_names: one name for each label.
         train: the files of the training split; their arrays are images and labels in turn.
         test: the files of the test split.
         decode: from a file's decompressed content to its arrays.
         archive: whether ``home`` is one ``.tar.gz`` that holds ``<folder>/<file>``.
+        hash: which one ``checksums`` are, by its name in ``hashlib``.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Source:
     test: tuple[str, ...] = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
     decode: Callable[[bytes], tuple[np.ndarray, ...]] = decode_idx
     archive: bool = False
+    hash: str = "md5"
 
 
 MNIST = Source(

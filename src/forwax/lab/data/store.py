@@ -14,9 +14,10 @@ import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import numpy as np
 import pooch
@@ -25,6 +26,9 @@ from forwax.lab.data.formats import decompress
 from forwax.lab.data.sets import DataError, DataSet, Source, find_source, load_digits
 
 STAGING_PREFIX = ".fetching-"
+Contents = Callable[[Source, Path], Iterator[tuple[str, bytes, str]]]
+"""From a set and a folder for archives to each file's name, content and address."""
+
 STALE_SECONDS = 24 * 3600
 REMEDY = "run `forwax data` again, or give the files with FORWAX_DATA or --data-dir"
 
@@ -139,12 +143,12 @@ def _read_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images and the labels of all files."""
     arrays = [
-        array for file in files for array in source.decode(_read(source, folder, file))
+        array for file in files for array in source.decode(read(source, folder, file))
     ]
     return np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
 
 
-def _read(source: Source, folder: Path, file: str) -> bytes:
+def read(source: Source, folder: Path, file: str) -> bytes:
     """The decompressed and verified content of a file that ``locate`` found."""
     path = _find_file(folder, file)
     if path is None:
@@ -162,7 +166,7 @@ def _read(source: Source, folder: Path, file: str) -> bytes:
 def _verified(
     source: Source, file: str, packed: bytes, where: str, remedy: str
 ) -> bytes:
-    """Unpack content and check its md5.
+    """Unpack content and check its checksum.
 
     Args:
         source: the set.
@@ -180,23 +184,24 @@ def _verified(
     expected = source.checksums[file]
     try:
         content = decompress(packed)
-        digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        digest = hashlib.new(source.hash, content, usedforsecurity=False).hexdigest()
         if digest != expected:
             source.decode(content)  # a fault of the format says more than a checksum
             raise ValueError(
-                f"should have md5 {expected} once decompressed, but has {digest}"
+                f"should have {source.hash} {expected} once decompressed, but has {digest}"
             )
     except ValueError as error:
         raise DataError(f"{where} {error}; {remedy}.") from None
     return content
 
 
-def fetch(source: Source, cache: Path) -> Path:
+def fetch(source: Source, cache: Path, contents: Contents | None = None) -> Path:
     """Fetch a set into the cache.
 
     Args:
         source: the set.
         cache: the cache folder, made if need be.
+        contents: gives the files, by default from the set's home; see `_contents`.
 
     Returns:
         The folder that holds the set's files, decompressed.
@@ -219,7 +224,7 @@ def fetch(source: Source, cache: Path) -> Path:
         ) as staging:
             staged = Path(staging) / source.folder
             staged.mkdir()
-            for file, packed, where in _contents(source, Path(staging)):
+            for file, packed, where in (contents or _contents)(source, Path(staging)):
                 (staged / file).write_bytes(
                     _verified(source, file, packed, where, REMEDY)
                 )
@@ -257,9 +262,9 @@ def _contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes, str]]:
     if not source.archive:
         for file in source.checksums:
             url = f"{source.home}{file}.gz"
-            yield file, _download(source, url, folder / f"{file}.gz").read_bytes(), url
+            yield file, download(source, url, folder / f"{file}.gz").read_bytes(), url
         return
-    packed = _download(source, source.home, folder / Path(source.home).name)
+    packed = download(source, source.home, folder / Path(source.home).name)
     try:
         with tarfile.open(packed) as archive:
             for member in archive:
@@ -276,10 +281,20 @@ def _contents(source: Source, folder: Path) -> Iterator[tuple[str, bytes, str]]:
         ) from error
 
 
-def _download(source: Source, url: str, target: Path) -> Path:
-    """Download one file, with a progress bar on standard error when that is a terminal."""
+def download(source: Source, url: str, target: Path, **options: Any) -> Path:
+    """Download one file, with a progress bar on standard error when that is a terminal.
+
+    Args:
+        source: the set, for the error.
+        url: the file's address.
+        target: where it is written.
+        options: what else the request takes, such as a certificate.
+
+    Raises:
+        DataError: when the network fails.
+    """
     fetch_to = pooch.HTTPDownloader(
-        progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=30
+        progressbar=sys.stderr.isatty(), chunk_size=1 << 16, timeout=30, **options
     )
     try:
         fetch_to(url, str(target), None)
