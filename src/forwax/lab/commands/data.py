@@ -10,6 +10,7 @@ import tyro
 from forwax.lab import report
 from forwax.lab.data import DataError, find_source, load, locate
 from forwax.lab.data.sets import SOURCES
+from forwax.lab.finetune import texts
 from forwax.lab.flags import Chosen
 
 DIGITS_PLACE = "comes with scikit-learn"
@@ -23,6 +24,7 @@ class DataOptions:
         ```sh
         forwax data                            # a table of all sets, without fetching
         forwax data mnist                      # fetch, verify and cache MNIST
+        forwax data smollm2                    # a language model, for forwax finetune
         forwax data cifar10 --data-dir ~/data  # use ~/data/cifar-10-batches-bin
         ```
     """
@@ -32,7 +34,7 @@ class DataOptions:
         tyro.conf.Positional,
         tyro.conf.arg(metavar="SET", help_behavior_hint=""),
     ] = None
-    """The set: digits, mnist, fashion-mnist or cifar10. Without it, a table of all sets."""
+    """The set, such as mnist or movie-sentences, or smollm2. Without it, a table of all."""
 
     data_dir: Chosen[Path] = None
     """A folder to look into first, before FORWAX_DATA and the cache."""
@@ -57,6 +59,8 @@ def run(options: DataOptions) -> int:
     """
     if options.name is None:
         report.print_tables(table(options.data_dir))
+    elif options.name in (texts.TINY, *texts.SOURCES):
+        print(texts.describe(options.name, options.data_dir))
     else:
         print(describe(options.name, options.data_dir))
     return 0
@@ -113,7 +117,7 @@ def table(data_dir: Path | None = None) -> report.Table:
 
     Example:
         >>> len(table().rows)
-        4
+        8
     """
     rows = [("digits", "10", DIGITS_PLACE)]
     for name, source in SOURCES.items():
@@ -123,6 +127,7 @@ def table(data_dir: Path | None = None) -> report.Table:
         except DataError as error:
             place = str(error)
         rows.append((name, str(len(source.class_names)), place))
+    rows += texts.rows(data_dir)
     return report.Table(("set", "classes", "where"), rows, numeric=False)
 
 

@@ -1,0 +1,1 @@
+"""Language models trained forwards: their files, texts, problems and runs."""
