@@ -4,17 +4,13 @@ import json
 import os
 import signal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from forwax.lab.flags import UsageError
 from forwax.lab.pictures.curves import draw_curves, smooth
 from forwax.lab.training import folder as runs
-from forwax.lab.training.folder import METRICS, Checkpoints, Metrics, Run, write_json
-from forwax.lab.training.step import TrainState
+from forwax.lab.training.folder import METRICS, Metrics, Run, write_json
 
 
 def test_a_folder_appears_with_its_config(tmp_path):
@@ -102,42 +98,6 @@ def test_json_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
-
-
-def a_state(step):
-    params = {"w": jnp.arange(3.0) + step, "b": jnp.ones(2, jnp.bfloat16)}
-    return TrainState(params, optax.adam(0.1).init(params), None, jnp.int32(step))
-
-
-def test_checkpoints_come_back_bit_for_bit(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    assert checkpoints.restore(a_state(0)) is None
-    for step in (3, 5, 5, 8):
-        checkpoints.save(a_state(step), seconds=step / 7)
-    checkpoints.close()
-    again = Checkpoints(tmp_path / "checkpoints")
-    restored = again.restore(jax.eval_shape(lambda: a_state(0)))
-    again.close()
-    assert restored is not None
-    assert restored.seconds == 8 / 7
-    assert jax.tree.structure(restored.state) == jax.tree.structure(a_state(8))
-    assert jax.tree.all(
-        jax.tree.map(
-            lambda a, b: a.dtype == b.dtype and np.array_equal(a, b),
-            restored.state,
-            a_state(8),
-        )
-    )
-
-
-def test_a_checkpoint_that_is_not_complete_is_passed_over(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(a_state(3), seconds=1.0)
-    checkpoints.close()
-    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
-    again = Checkpoints(tmp_path)
-    assert again.latest_step() == 3
-    again.close()
 
 
 def test_curves_show_loss_and_accuracy_against_steps_and_seconds():

@@ -639,8 +639,8 @@ os.rename = rename
 
 KILL_AFTER_CHECKPOINT = """
 plain = folder.Checkpoints.save
-def save(self, state, seconds):
-    plain(self, state, seconds)
+def save(self, state, seconds, **notes):
+    plain(self, state, seconds, **notes)
     if int(state.step) == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
 folder.Checkpoints.save = save

@@ -18,10 +18,10 @@ from itertools import takewhile
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
+from forwax.lab.keeping.checkpoints import Checkpoint, Checkpoints
 from forwax.lab.report import Json, Rows, write_json, write_text
 from forwax.lab.training.problem import Task
 from forwax.lab.training.step import TrainState, init_state
@@ -31,9 +31,6 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CURVES = "curves.png"
 CHECKPOINTS = "checkpoints"
-
-KEEP = 2
-"""How many checkpoints stay; the one before the last is the way back from a damaged disk."""
 
 
 @dataclass(frozen=True)
@@ -160,74 +157,6 @@ class Metrics:
         self._file.close()
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A state, None before the first one, and how many seconds of training led to it."""
-
-    state: TrainState | None
-    seconds: float
-
-
-class Checkpoints:
-    """The checkpoints of one folder, by Orbax.
-
-    Each is written under another name, then renamed, so that a kill leaves none torn.
-
-    Args:
-        folder: where they are kept; it is made with the first one.
-
-    Example: `Checkpoints(run.path / "checkpoints").save(state, seconds=1.5)`
-    """
-
-    def __init__(self, folder: Path):
-        # imported here: it takes half a second that `forwax train --help` need not wait for
-        import orbax.checkpoint as ocp
-
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=KEEP, enable_async_checkpointing=False, create=True
-        )
-        self._args = ocp.args
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def latest_step(self) -> int | None:
-        """Give the step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def save(self, state: TrainState, seconds: float) -> None:
-        """Write a checkpoint, complete on return; one of the same step stays as it is.
-
-        Args:
-            state: the state to keep.
-            seconds: the training time so far.
-        """
-        saved = self._args.StandardSave(_as_tree(state, seconds))
-        self._manager.save(int(state.step), args=saved)
-
-    def restore(self, like: TrainState) -> Checkpoint | None:
-        """Read the newest complete checkpoint.
-
-        Args:
-            like: a state with the right structure, shapes and dtypes.
-
-        Returns:
-            The checkpoint, or None where there is none.
-        """
-        step = self.latest_step()
-        if step is None:
-            return None
-        shapes = self._args.StandardRestore(_as_tree(like, 0.0))
-        tree = self._manager.restore(step, args=shapes)
-        return Checkpoint(TrainState(**tree["state"]), float(tree["seconds"]))
-
-    def close(self) -> None:
-        """Free what Orbax holds."""
-        self._manager.close()
-
-
-def _as_tree(state: TrainState, seconds: float) -> Json:
-    return {"state": state._asdict(), "seconds": np.float64(seconds)}
-
-
 @dataclass(eq=False)
 class Files:
     """What a sitting writes to, and where the last one stopped: at a state, or None, at a step."""
@@ -245,7 +174,7 @@ def opened(run: Run, problem: Task, settings: Settings) -> Iterator[Files]:
     """Open a run's files, its metrics cut back to its last checkpoint."""
     like = jax.eval_shape(lambda: init_state(problem, settings))
     with closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints:
-        found = checkpoints.restore(like) or Checkpoint(None, 0.0)
+        found = checkpoints.restore(like) or Checkpoint(None, 0.0, {})
         step = int(found.state.step) if found.state else 0
         run.cut_metrics(step)
         with closing(Metrics(run.path)) as metrics:

@@ -179,10 +179,11 @@ class Sitting(Session):
             scorer(problem, problem.test),
         )
         self.seconds = files.seconds
+        self.run_config = files.run.config
         self.metrics = files.metrics
         self.checkpoints = files.checkpoints
 
     def save(self) -> None:
         """Write a checkpoint, after the metrics that it counts on."""
         self.metrics.sync()
-        self.checkpoints.save(self.trainer.state, self.seconds)
+        self.checkpoints.save(self.trainer.state, self.seconds, config=self.run_config)
