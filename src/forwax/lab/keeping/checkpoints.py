@@ -283,11 +283,24 @@ def _warn(sentence: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what Orbax logs of a damaged file off the screen; the sentence says it."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    """Keep what the readers of a damaged file say of it off the screen; the sentence says it.
+
+    After a fault they stay quiet: those that it stopped half-way complain later, from threads.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    hook = sys.unraisablehook
+
+    def ignore(told: Any) -> None:
+        code = getattr(told.object, "cr_code", None)
+        is_reader = code is not None and "orbax" in code.co_filename
+        if not is_reader and str(told.exc_value) != "Event loop is closed":
+            hook(told)
+
+    sys.unraisablehook = ignore
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    yield
+    sys.unraisablehook = hook
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
