@@ -18,6 +18,7 @@ from forwax.lab.compare import findings, rates, setup, tables
 from forwax.lab.compare.bench import Trial, evaluation_steps
 from forwax.lab.compare.setup import CompareOptions
 from forwax.lab.flags import UsageError
+from forwax.lab.keeping.lock import writing
 from forwax.lab.pictures import comparison as picture
 from forwax.lab.training import timing
 from forwax.lab.training.program import CompiledTraining, build_trainer, scorer
@@ -469,3 +470,55 @@ def test_the_help_names_every_rule(capsys):
         cli.main(["compare", "--help"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in names.LINES)
+
+
+def _edited(folder, path, **changes):
+    """A copy of a comparison in which a file was edited, its seal as it was."""
+    copy = shutil.copytree(folder, path)
+    value = json.loads((copy / "config.json").read_text()) | changes
+    (copy / "config.json").write_text(json.dumps(value))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"search_rates": 9},
+            "config.json was changed since forwax wrote it: search_rates was",
+        ),
+        ({"seeds": "two"}, "config.json: seeds must be a whole number, got 'two'."),
+        ({"experiment": "cats"}, "config.json: experiment must be one of digits"),
+        (
+            {"rules": "backprop"},
+            "config.json: rules must be a list of text, got 'backprop'.",
+        ),
+    ],
+    ids=str,
+)
+def test_an_edited_comparison_is_refused(finished, tmp_path, changes, told):
+    folder = _edited(finished[0], tmp_path / "edited", **changes)
+    with pytest.raises(UsageError) as caught:
+        compare.run(CompareOptions(resume=folder))
+    assert told in str(caught.value)
+
+
+def test_a_damaged_part_is_named(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "damaged")
+    part = folder / "parts" / "run-forward-1.json"
+    part.write_text(part.read_text().replace('"test_loss": ', '"test_loss": 1'))
+    with pytest.raises(UsageError) as caught:
+        compare.run(CompareOptions(resume=folder))
+    assert str(caught.value) == (
+        f"{part} is not what forwax wrote: its content and its sum differ. Undo the change, or "
+        "remove it, and it is made again."
+    )
+
+
+def test_one_process_writes_a_comparison(finished):
+    folder, _ = finished
+    with (
+        writing(folder),
+        pytest.raises(UsageError, match="written to by another process"),
+    ):
+        compare.run(CompareOptions(resume=folder))

@@ -21,7 +21,7 @@ from forwax.lab.data import load
 from forwax.lab.flags import UsageError
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished
-from forwax.lab.training.folder import write_json
+from forwax.lab.report import write_json
 from forwax.lab.training.problem import problem_of
 from forwax.lab.training.step import split_seed
 
@@ -71,7 +71,8 @@ def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch)
         lambda *_: pytest.fail("it trained again"),
     )
     config = json.loads((folder / "DFA-1" / "config.json").read_text())
-    del config["skip_bad_slopes"]  # as from a version without this setting
+    # as from a version without this setting, and without seals
+    del config["skip_bad_slopes"], config["sha256"]
     (folder / "DFA-1" / "config.json").write_text(json.dumps(config))
     assert cli.main(asked) == 0
     assert (
@@ -79,9 +80,18 @@ def test_a_column_is_run_once_and_read_afterwards(tmp_path, capsys, monkeypatch)
         == 2
     )
     assert (
-        "holds a run whose steps is another; choose another --out"
+        "holds a run whose steps is another (2, not 4); choose another --out"
         in capsys.readouterr().err
     )
+
+
+SUMMARY = {
+    "finite": True,
+    "train_error": 0.0,
+    "epochs": [],
+    "test_errors": [],
+    "losses": [],
+}
 
 
 class After:
@@ -429,7 +439,10 @@ def test_the_table_holds_what_other_calls_finished_on_the_same_data(tmp_path):
             tmp_path / name / "config.json",
             {"data_checksum": checksum, "learning_rate": 0.1},
         )
-        write_json(tmp_path / name / "summary.json", {"test_error": float(name[-1])})
+        write_json(
+            tmp_path / name / "summary.json",
+            SUMMARY | {"test_error": float(name[-1])},
+        )
     (tmp_path / "DFA-0").mkdir()  # begun
     entries, results = finished(tmp_path, "a")
     assert [entry.name for entry in entries] == ["BP", "LG-FG-A:4"]

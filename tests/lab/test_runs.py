@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from forwax.lab.flags import UsageError
+from forwax.lab.keeping import folder as runs
+from forwax.lab.keeping.folder import Run
+from forwax.lab.keeping.metrics import METRICS, Metrics, resumed
 from forwax.lab.pictures.curves import draw_curves, smooth
-from forwax.lab.training import folder as runs
-from forwax.lab.training.folder import METRICS, Metrics, Run, write_json
+from forwax.lab.report import write_json
 
 
 def test_a_folder_appears_with_its_config(tmp_path):
@@ -44,15 +46,29 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         Run.create(tmp_path / "file", "digits", {})
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
-def test_a_folder_that_is_no_run(tmp_path, content):
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
+def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(
         UsageError,
         match=r"is not the folder of a run: expected a folder with a readable config\.json",
     ):
         Run.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "it is no JSON (Expecting value"),
+        ("{", "it is no JSON (Expecting property name"),
+        ("[" * 200_000, "it is no JSON (RecursionError)."),
+        ("[1]", "expected a JSON object, got list."),
+        ('"x"', "expected a JSON object, got str."),
+    ],
+)
+def test_a_config_that_is_no_object_is_told(tmp_path, content, told):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        Run.open(tmp_path)
+    assert f"{tmp_path / 'config.json'} is damaged: {told}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +91,7 @@ def test_metrics_are_cut_back(tmp_path, step, kept, torn):
     with (run.path / METRICS).open("ab") as file:
         file.write(torn)
     assert run.metrics() == rows
-    run.cut_metrics(step)
+    resumed(run.path, step, None).close()
     lines = (run.path / METRICS).read_bytes().split(b"\n")
     assert lines.pop() == b""
     assert [json.loads(line)["step"] for line in lines] == kept
@@ -83,7 +99,7 @@ def test_metrics_are_cut_back(tmp_path, step, kept, torn):
 
 def test_no_metrics_yet(tmp_path):
     run = Run.create(tmp_path, "digits", {})
-    run.cut_metrics(0)
+    resumed(run.path, 0, None).close()
     assert run.metrics() == []
 
 

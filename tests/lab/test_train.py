@@ -25,14 +25,10 @@ from forwax.lab.commands import train
 from forwax.lab.commands.train import TrainOptions
 from forwax.lab.data import DataSet
 from forwax.lab.flags import UsageError
-from forwax.lab.training.folder import (
-    CHECKPOINTS,
-    CONFIG,
-    METRICS,
-    Checkpoints,
-    Run,
-    write_json,
-)
+from forwax.lab.keeping.checkpoints import Checkpoints
+from forwax.lab.keeping.folder import CHECKPOINTS, CONFIG, Run
+from forwax.lab.keeping.metrics import METRICS
+from forwax.lab.report import write_json
 from forwax.lab.training.problem import Task, problem_of
 from forwax.lab.training.program import (
     MAX_BLOCK,
@@ -621,8 +617,7 @@ plain = folder.Metrics.append
 def append(self, rows):
     rows = list(rows)
     if rows[0]["step"] == {step}:
-        self._file.write(b'{{"step": {step}, "lo')
-        self._file.flush()
+        os.write(self._file, b'{{"step": {step}, "lo')
         os.kill(os.getpid(), signal.SIGKILL)
     plain(self, rows)
 folder.Metrics.append = append

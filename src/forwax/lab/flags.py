@@ -35,7 +35,9 @@ class Range:
     holds: Callable[[Any], bool]
 
 
-Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
+# JAX counts in 32 bits
+_SMALL = Range("at most 2,147,483,647", lambda x: x < 2**31)
+Count = Annotated[int, Range("at least 1", lambda x: x >= 1), _SMALL]
 Positive = Annotated[float, Range("a positive number", lambda x: 0 < x < math.inf)]
 AtLeastOne = Annotated[float, Range("at least 1", lambda x: 1 <= x < math.inf)]
 CountOrNot = Chosen[Count]

@@ -64,13 +64,14 @@ def run(options: CompareOptions) -> int:
     comparison = make_ready(options)
     folder = comparison.folder
     try:
-        results = compare(comparison)
+        with comparison.writing():
+            results = compare(comparison)
+            save(comparison, results)
     except KeyboardInterrupt:
         print(
             f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {folder}"
         )
         return 130
-    save(comparison, results)
     # a log has no width of its own; the tables need this much
     report.print_tables(*tables.make_tables(results), width_in_logs=150)
     for note in tables.notes(results):

@@ -1,10 +1,11 @@
 """`forwax train`: train an experiment's model, in a folder that resumes after any interruption."""
 
 import contextlib
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -16,18 +17,26 @@ from forwax.lab.catalogue.options import (
     ExperimentName,
     SettingOptions,
     asked,
+    check_numbers,
+    check_open_choices,
     find_experiment,
     resolve,
 )
 from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import PathOrNot, Range, UsageError, check_ranges
+from forwax.lab.flags import PathOrNot, Positive, Range, UsageError, check_ranges
+from forwax.lab.keeping.checkpoints import Checkpoints
+from forwax.lab.keeping.folder import CHECKPOINTS, CURVES, SUMMARY, Run
+from forwax.lab.keeping.metrics import SHARE, spans
+from forwax.lab.keeping.seal import sealed
+from forwax.lab.report import Json, Rows
 from forwax.lab.training.advice import advice, monitored
-from forwax.lab.training.folder import CURVES, SUMMARY, Run, opened
+from forwax.lab.training.folder import opened
 from forwax.lab.training.problem import Task, build_problem
 from forwax.lab.training.program import Block
 from forwax.lab.training.progress import reporting
-from forwax.lab.training.session import NOT_FINITE, Session, Sitting
+from forwax.lab.training.session import NOT_FINITE, Sitting
+from forwax.lab.training.step import placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,15 @@ class TrainOptions(SettingOptions):
     checkpoint_seconds: Annotated[float, Range("zero or more", lambda x: x >= 0)] = 5.0
     """The time between two checkpoints."""
 
+
+KINDS: dict[str, Any] = {
+    "experiment": str,
+    "config": str,
+    "learning_rate": Positive,
+    "data_dir": str | None,
+    "data_checksum": str,
+}
+"""What config.json holds beside the settings, and the setting that is never left open."""
 
 TOLD = ("experiment", "config", "rule", "steps", "learning_rate", "seed")
 """What summary.json repeats of config.json."""
@@ -115,11 +133,12 @@ def run(options: TrainOptions) -> int:
                 "--resume takes every setting from the run's config.json; leave the other settings "
                 "out."
             )
-        run = Run.open(options.resume)
-    dtype = run.config["dtype"] if run else options.dtype
+        run = Run.open(options.resume, KINDS, Settings, SettingOptions)
+    dtype = Settings.from_dict(run.config).dtype if run else options.dtype
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         if run is not None and run.finished:
-            accuracy = run.summary()["test_accuracy"]
+            run.check_config(lambda: _kept_config(run))
+            accuracy = run.summary({"test_accuracy": SHARE})["test_accuracy"]
             print(f"{run.path} is finished already: test accuracy {accuracy:.1%}.")
             return 0
         run, problem, settings = (
@@ -136,6 +155,11 @@ def run(options: TrainOptions) -> int:
                 return _train(run, session, started)
 
 
+def _kept_config(run: Run) -> Json:
+    with contextlib.closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints:
+        return checkpoints.notes().get("config", {})
+
+
 def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
     """Check the options, load the data, make the folder."""
     experiment = find_experiment(options.experiment)
@@ -144,6 +168,7 @@ def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
     settings = resolve(
         *choices, problem.num_examples, problem.num_parameters, problem.noise
     )
+    placement(settings)
     kept = {
         "experiment": experiment.name,
         "config": options.config,
@@ -180,6 +205,7 @@ def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
     """Load the settings and the data that the run had."""
     experiment = find_experiment(run.config["experiment"])
     settings = Settings.from_dict(run.config)
+    check_open_choices(experiment, settings, {})
     stored = run.config["data_dir"]
     data_dir = data_dir or (stored and Path(stored))
     problem = build_problem(experiment, settings, data_dir)
@@ -188,6 +214,7 @@ def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
             f"The data set {experiment.data_set} is not the one that {run.path} was trained on "
             "(its checksum differs); give the old one with --data-dir, or start a new run."
         )
+    check_numbers(settings, problem.num_examples)
     return run, problem, settings
 
 
@@ -235,7 +262,7 @@ def _train(run: Run, session: _Training, started: float) -> int:
     return 0
 
 
-def _finish(run: Run, session: Session, started: float) -> None:
+def _finish(run: Run, session: _Training, started: float) -> None:
     """Draw the curves, write the summary, tell the result.
 
     The summary comes last, since it marks the run as finished.
@@ -245,9 +272,14 @@ def _finish(run: Run, session: Session, started: float) -> None:
     from forwax.lab.pictures import curves
 
     settings = session.settings
-    rows = run.metrics()
     rule = RULES[settings.rule]
+    tests = [row for row in run.metrics() if "test_accuracy" in row]
+    # where damage took or may have changed what counts most, it is found again
+    if session.metrics.doubtful or settings.steps not in [x["step"] for x in tests]:
+        session.at_stop()
+    rows = run.metrics()
     last = [row for row in rows if "test_accuracy" in row][-1]
+    damage = _damage(rows, session)
     losses = [row["loss"] for row in rows if "loss" in row][-100:]
     accuracy = f"{last['test_accuracy']:.1%}"
     pace = settings.steps / session.seconds
@@ -258,13 +290,17 @@ def _finish(run: Run, session: Session, started: float) -> None:
         "test_loss": last["test_loss"],
         "train_loss": sum(losses) / len(losses),
         "steps_per_second": pace,
+        **damage,
         **session.facts(),
     }
     name = run.config["experiment"]
     title = f"{name}, rule {settings.rule}: {accuracy} on the test set"
+    for what, steps in damage.items():
+        told = textwrap.shorten(steps, 60, placeholder=" ...")
+        title += f"\n{what.replace('_', ' ')}: {told}"
     colour = style.PALETTE["backprop" if settings.rule == "backprop" else "forward"]
     style.save(curves.draw_curves(rows, title, colour), run.path / CURVES)
-    report.write_json(run.path / SUMMARY, summary)
+    report.write_json(run.path / SUMMARY, sealed(summary))
     total = time.perf_counter() - started
     print(
         f"Test accuracy {accuracy} after {settings.steps:,} steps: {session.seconds:.1f} s of "
@@ -273,3 +309,16 @@ def _finish(run: Run, session: Session, started: float) -> None:
     if rule.backward:
         print(rule.backward)
     print(f"Curves, metrics and summary: {run.path}")
+
+
+def _damage(rows: Rows, session: _Training) -> Json:
+    """Say which steps have lost their lines, and which lines may not be what was written."""
+    steps = {row["step"] for row in rows if "loss" in row}
+    tests = {row["step"] for row in rows if "test_accuracy" in row}
+    missing = {*range(1, session.settings.steps + 1)} - steps
+    missing |= {*session.stops} - {0, *tests}
+    found = {
+        "missing_steps": spans(missing),
+        "doubtful_steps": session.metrics.doubtful,
+    }
+    return {name: told for name, told in found.items() if told}

@@ -4,8 +4,10 @@ A validation part is held out of the training set.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +31,12 @@ from forwax.lab.flags import (
     check_ranges,
     given,
 )
+from forwax.lab.keeping.folder import CONFIG, Run, changed
+from forwax.lab.keeping.lock import writing
+from forwax.lab.keeping.regular import check_plain, read_object
+from forwax.lab.keeping.seal import is_sound, sealed, unsealed
+from forwax.lab.keeping.stored import check_stored
 from forwax.lab.report import Json
-from forwax.lab.training.folder import CONFIG, Run
 from forwax.lab.training.problem import Examples, Task, build_problem
 
 PARTS = "parts"
@@ -108,11 +114,14 @@ def resumed(options: CompareOptions) -> CompareOptions:
             "--resume takes every setting from the comparison's config.json; leave the other "
             "settings out."
         )
-    config = Run.open(folder).config
+    run = Run.open(folder)
+    config = run.config
     if "rules" not in config or "seeds" not in config:
         raise UsageError(
             f"{folder} is the folder of a training run; go on with: forwax train --resume {folder}"
         )
+    check_stored(folder / CONFIG, CompareOptions, config)
+    run.check_config(lambda: _kept_config(folder))
     stored = CompareOptions(**fields_in(CompareOptions, config))
     data_dir = options.data_dir or (stored.data_dir and Path(stored.data_dir))
     return dataclasses.replace(
@@ -135,12 +144,21 @@ def make_folder(options: CompareOptions) -> Path:
     folder = options.out
     if folder is None:
         return Run.create(Path("runs"), f"compare-{options.experiment}", config).path
-    if (folder / CONFIG).exists():
+    if os.path.lexists(folder / CONFIG):
         raise UsageError(
             f"{folder} holds a comparison already; choose another --out, or --resume {folder}."
         )
-    report.write_json(folder / CONFIG, config)
+    report.write_json(folder / CONFIG, sealed(config))
     return folder
+
+
+def _kept_config(folder: Path) -> Json:
+    """What a finished part tells of the comparison's settings."""
+    for path in sorted((folder / PARTS).glob("*.json")):
+        part = read_object(path)
+        if is_sound(part):
+            return part[CONFIG]
+    return {}
 
 
 @dataclass(eq=False)
@@ -167,11 +185,23 @@ class Comparison:
     def part(self, name: str, make: Callable[..., Json], *what: Any) -> Json:
         """Give a part that an earlier sitting finished, or make it and keep it."""
         path = self.folder / PARTS / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        if os.path.lexists(path):
+            value = read_object(path)
+            if is_sound(value) is False:
+                raise changed(path, "remove it, and it is made again")
+            value.pop(CONFIG, None)
+            return unsealed(value)
         value = make(*what)
-        report.write_json(path, value)
+        config = Run.open(self.folder).config
+        report.write_json(path, sealed({CONFIG: config} | value))
         return value
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one who writes to the folder; see `Run.writing`."""
+        check_plain([self.folder / PARTS], stat.S_IFDIR)
+        with writing(self.folder):
+            yield
 
 
 def make_ready(options: CompareOptions) -> Comparison:

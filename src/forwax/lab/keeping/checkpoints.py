@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from forwax.lab.flags import UsageError
+from forwax.lab.keeping.regular import free_name
 from forwax.lab.keeping.seal import (
     SEAL,
     declared,
@@ -28,6 +29,7 @@ from forwax.lab.keeping.seal import (
     leaf_sums,
     sealed,
 )
+from forwax.lab.keeping.stored import warn
 from forwax.lab.report import Json
 
 KEEP = 2
@@ -103,7 +105,7 @@ class Checkpoints:
             STATE: self._args.StandardSave(tree),
             SUMS: self._args.JsonSave(sums),
         }
-        path = _free(self._folder / str(step))
+        path = free_name(self._folder / str(step))
         self._writer.save(path, self._args.Composite(**parts))
         for old in self._own()[:-KEEP]:
             _remove(old)
@@ -135,8 +137,8 @@ class Checkpoints:
                 f"{' '.join(damaged.values())} To train from the start, move that folder away."
             )
         for path, sentence in damaged.items():
-            aside = path.rename(_free(path.with_name(f"{path.name}.{DAMAGED}")))
-            _warn(f"{sentence} It is kept as {aside}; the one before it is used.")
+            aside = path.rename(free_name(path.with_name(f"{path.name}.{DAMAGED}")))
+            warn(f"{sentence} It is kept as {aside}; the one before it is used.")
         for path in self._folder.glob(f"*{DRAFT}*"):
             if re.match(r"[0-9]+(-[0-9]+)?\.", path.name) and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -148,6 +150,13 @@ class Checkpoints:
             with suppress(Exception):
                 return self._sums(path)["notes"]
         return {}
+
+    def remove(self) -> None:
+        """Remove all checkpoints, but not what else lies in their folder."""
+        for path in self._own():
+            _remove(path)
+        with suppress(OSError):
+            self._folder.rmdir()
 
     def close(self) -> None:
         """Free what Orbax holds."""
@@ -171,7 +180,7 @@ class Checkpoints:
         with _quiet():
             if not (path / STATE).exists() and (path / UNSUMMED).exists():
                 tree = self._arrays(path, UNSUMMED, like)
-                _warn(
+                warn(
                     f"The checkpoint {path} is from a version that kept no sums: its content is "
                     f"taken as it is."
                 )
@@ -237,16 +246,6 @@ def _step(path: Path) -> int:
     return _place(path)[0]
 
 
-def _free(path: Path) -> Path:
-    """Give a name that nothing has yet: `20`, else `20-2`."""
-    name = path.name
-    number = 2
-    while path.exists() or path.is_symlink():
-        path = path.with_name(f"{name}-{number}")
-        number += 1
-    return path
-
-
 def _remove(path: Path) -> None:
     """Remove a checkpoint, but not what else lies in its folder."""
     for part in PARTS:
@@ -275,10 +274,6 @@ def _in_a_sentence(path: Path, error: Exception) -> str:
         return f"The checkpoint {path} {error}."
     reason = " ".join(f"{type(error).__name__}: {error}".split())
     return f"The checkpoint {path} cannot be read ({reason[:300].rstrip('.')})."
-
-
-def _warn(sentence: str) -> None:
-    print(f"forwax: {sentence}", file=sys.stderr, flush=True)
 
 
 @contextmanager

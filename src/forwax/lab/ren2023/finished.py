@@ -5,8 +5,9 @@ from pathlib import Path
 from forwax.lab.catalogue.columns import RULES
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.flags import UsageError
+from forwax.lab.keeping.folder import SUMMARY, Run
+from forwax.lab.ren2023.runs import KINDS
 from forwax.lab.report import RowsByRule
-from forwax.lab.training.folder import SUMMARY, Run
 
 
 def folder_of(column: Path, entry: Entry, seed: int) -> Path:
@@ -31,9 +32,11 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], RowsByRule]:
     """
     found = {}
     for path in column.glob(f"*/{SUMMARY}"):
-        run = Run.open(path.parent)
-        read = _read_name(run.path.name)
-        if read is not None and run.config["data_checksum"] == checksum:
+        read = _read_name(path.parent.name)
+        if read is None:
+            continue
+        run = Run.open(path.parent, {"data_checksum": str, "learning_rate": float})
+        if run.config["data_checksum"] == checksum:
             entry, seed = read
             place = (RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed)
             found[place] = run
@@ -41,7 +44,7 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], RowsByRule]:
     # the place names the row and the seed, so that no two runs share one
     for place, run in sorted(found.items()):
         results.setdefault(place[2], []).append(
-            run.summary() | {"learning_rate": run.config["learning_rate"]}
+            run.summary(KINDS) | {"learning_rate": run.config["learning_rate"]}
         )
     return [Entry.parse(name) for name in results], results
 

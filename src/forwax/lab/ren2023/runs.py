@@ -1,19 +1,32 @@
 """One method and seed of a column, trained in a folder that any interruption leaves resumable."""
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
+from forwax.lab.keeping.folder import CONFIG, SUMMARY, Run
+from forwax.lab.keeping.seal import sealed
 from forwax.lab.report import Json, write_json
-from forwax.lab.training.folder import CHECKPOINTS, CONFIG, SUMMARY, Files, Run, opened
+from forwax.lab.training.folder import Files, opened
 from forwax.lab.training.problem import Task
 from forwax.lab.training.program import Block, scorer
 from forwax.lab.training.session import Session, Signals, Sitting
+
+KINDS: dict[str, Any] = {
+    "finite": bool,
+    "test_error": float | None,
+    "train_error": float | None,
+    "epochs": list,
+    "test_errors": list,
+    "losses": list,
+}
+"""What must stand in the summary of a finished run."""
 
 Tell = Callable[[str], None]
 """Gets a line an epoch, and one about a loss that is not finite."""
@@ -44,12 +57,14 @@ def train(
     """
     run = _open(folder, problem, settings)
     if run.finished:
-        if not run.summary()["finite"]:
+        summary = run.summary(KINDS)
+        if not summary["finite"]:
             tell(
                 f"not finite in an earlier sitting; to train it again, remove {folder}"
             )
-        return run.summary()
-    with opened(run, problem, settings) as files:
+        return summary
+    per_epoch = max(1, problem.num_examples // settings.batch_size)
+    with opened(run, problem, settings, whole_every=per_epoch) as files:
         session = _Epochs(files, problem, settings, tell)
         session.signals = signals or session.signals
         finite = session.run() is None
@@ -59,23 +74,27 @@ def train(
         elif session.stopped_early:
             session.save()
             raise KeyboardInterrupt
-    summary = _summary(run, session, finite)
-    write_json(folder / SUMMARY, summary)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        summary = _summary(run, session, finite)
+        write_json(folder / SUMMARY, sealed(summary))
+        files.checkpoints.remove()
     return summary
 
 
 def _open(folder: Path, problem: Task, settings: Settings) -> Run:
     config = {**settings.as_dict(), "data_checksum": problem.checksum}
-    if not (folder / CONFIG).exists():
-        write_json(folder / CONFIG, config)
-    run = Run.open(folder)
+    if not os.path.lexists(folder / CONFIG):
+        write_json(folder / CONFIG, sealed(config))
+    run = Run.open(folder, Settings)
     # a setting that is newer than the run had its default value
     kept = Settings().as_dict() | run.config
-    changed = [name for name, value in config.items() if kept.get(name) != value]
+    changed = [
+        f"{name} is another ({kept.get(name)}, not {value})"
+        for name, value in config.items()
+        if kept.get(name) != value
+    ]
     if changed:
         raise UsageError(
-            f"{folder} holds a run whose {', '.join(changed)} is another; choose another --out, or "
+            f"{folder} holds a run whose {', '.join(changed)}; choose another --out, or "
             f"remove that folder."
         )
     return run

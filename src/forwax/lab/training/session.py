@@ -186,4 +186,5 @@ class Sitting(Session):
     def save(self) -> None:
         """Write a checkpoint, after the metrics that it counts on."""
         self.metrics.sync()
-        self.checkpoints.save(self.trainer.state, self.seconds, config=self.run_config)
+        notes = {"config": self.run_config, "metrics": self.metrics.sums()}
+        self.checkpoints.save(self.trainer.state, self.seconds, **notes)
