@@ -1,7 +1,10 @@
 """Data sets: formats, where they are looked for, and that nothing is ever half-written."""
 
+import dataclasses
 import hashlib
 import os
+import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,8 +12,9 @@ import numpy as np
 import pooch
 import pytest
 
-from forwax.lab.data import cache_dir, find_source, load, locate, store
+from forwax.lab.data import cache_dir, find_source, formats, load, locate, store
 from forwax.lab.data.formats import decode_cifar, decode_idx, decompress
+from forwax.lab.data.sets import SOURCES
 
 PUBLIC = ("mnist", "fashion-mnist", "cifar10")
 
@@ -42,6 +46,40 @@ def test_standard_files_load_from_a_given_folder(name, gz, write_tiny, tmp_path)
         (data.test_images, data.test_labels),
     ):
         assert (images.dtype, labels.dtype) == (np.uint8, np.int32)
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw")],
+)
+def test_sets_as_torchvision_keeps_them(name, folder, gz, write_tiny, tmp_path):
+    tiny = write_tiny(name, tmp_path, gz=gz)
+    (tmp_path / folder).parent.mkdir()
+    tiny.folder.rename(tmp_path / folder)
+    assert locate(find_source(name), tmp_path) == tmp_path / folder
+    assert_equals_tiny(load(name, tmp_path), tiny)
+
+
+def test_cifar_as_torchvision_keeps_it(write_tiny, tmp_path, monkeypatch):
+    """Pickled dictionaries, known by their md5."""
+    tiny = write_tiny("cifar10", tmp_path)
+    (kept,) = tiny.source.others
+    folder = tmp_path / kept.folder
+    folder.mkdir()
+    sums = {}
+    for old, new in zip(tiny.contents, kept.checksums, strict=True):
+        images, labels = decode_cifar(tiny.contents[old])
+        planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+        content = pickle.dumps({b"data": planes, b"labels": labels.tolist()})
+        (folder / new).write_bytes(content)
+        sums[new] = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    shutil.rmtree(tiny.folder)
+    monkeypatch.setattr(formats, "BATCHES", sums)
+    others = (dataclasses.replace(kept, checksums=sums),)
+    own = dataclasses.replace(tiny.source, others=others)
+    monkeypatch.setitem(SOURCES, "cifar10", own)
+    assert_equals_tiny(load("cifar10", tmp_path), tiny)
 
 
 def test_cifar_planes_become_channels_in_the_order_red_green_blue():

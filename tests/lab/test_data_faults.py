@@ -1,13 +1,17 @@
 """Each fault of a data set says what was expected, what came, what to do, and leaves nothing."""
 
+import dataclasses
 import gzip
 import hashlib
+import pickle
+import tracemalloc
 from pathlib import Path
 
 import pooch
 import pytest
 
 from forwax.lab.data import DataError, load
+from forwax.lab.data.formats import BATCHES
 
 
 def message(name: str, data_dir: Path | None = None) -> str:
@@ -170,11 +174,64 @@ def test_a_wrong_download_is_not_kept(remote, isolated_data, serve, datafiles):
     pages = datafiles.pages_of(tiny)
     last = list(pages)[-1]
     serve(pages | {last: b"<html>Log in first</html>"})
-    assert message("mnist") == (
+    assert message("mnist").startswith(
         f"{last} has the magic number 0x3c68746d, not 0x00000801 (labels) or 0x00000803 (images); "
-        "run `forwax data` again, or give the files with FORWAX_DATA or --data-dir."
+        "run `forwax data` again, or give the files with FORWAX_DATA or --data-dir. Tried besides: "
     )
     assert list(isolated_data.iterdir()) == []
+
+
+def test_a_mirror_serves_where_the_home_gives_a_page(remote, serve, datafiles):
+    tiny = remote("mnist")
+    mirrored = dataclasses.replace(tiny.source, home=tiny.source.mirrors[0])
+    pages = datafiles.pages_of(dataclasses.replace(tiny, source=mirrored))
+    serve(pages | dict.fromkeys(datafiles.pages_of(tiny), b"<html>Moved</html>"))
+    assert len(load("mnist").train_images) == 60
+
+
+def test_all_homes_that_failed_are_named(isolated_data):
+    text = message("mnist")
+    assert "https://ossci-datasets.s3.amazonaws.com/mnist/" in text
+    assert "Tried besides: " in text
+    assert "https://storage.googleapis.com/cvdf-datasets/mnist/" in text
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused_in_bounded_memory(
+    write_tiny, tmp_path
+):
+    """100 MB of zeros where 47 MB are known to be the most: no more than these are unpacked."""
+    tiny = write_tiny("mnist", tmp_path, gz=True)
+    bomb = tiny.folder / "train-images-idx3-ubyte.gz"
+    bomb.write_bytes(gzip.compress(bytes(100_000_000), 1))
+    tracemalloc.start()
+    text = message("mnist", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "is another file: it unpacks to more than 47,040,016 bytes" in text
+    assert peak < 1.5 * 100_000_000
+
+
+def test_a_pickle_that_is_not_known_is_not_unpickled(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    called = pickle.dumps(Trap())
+    for file in BATCHES:
+        (folder / file).write_bytes(called)
+    assert "is not unpickled" in message("cifar10", tmp_path)
+    assert not Trap.sprung
+
+
+class Trap:
+    """Sets a flag when it is unpickled."""
+
+    sprung = False
+
+    def __reduce__(self):
+        return _spring, ()
+
+
+def _spring():
+    Trap.sprung = True
 
 
 def test_a_damaged_archive(remote, isolated_data, serve, datafiles):

@@ -7,7 +7,11 @@ bytes; the caller knows which file it was.
 """
 
 import gzip
+import hashlib
+import io
 import math
+import pickle
+import warnings
 import zlib
 
 import numpy as np
@@ -18,16 +22,28 @@ CIFAR_SHAPE = (3, 32, 32)
 CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)
 
 
-def decompress(content: bytes) -> bytes:
+BATCHES = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+"""The md5 of CIFAR-10's files for Python."""
+
+
+def decompress(content: bytes, largest: int | None = None) -> bytes:
     """Unpack gzip content; anything else is returned as it is.
 
     The content decides, not the file's name: some servers unpack a ``.gz`` on the way.
 
     Args:
         content: the bytes of a file.
+        largest: how many bytes may come out of it.
 
     Raises:
-        ValueError: if the gzip stream ends early or is damaged.
+        ValueError: if the gzip stream ends early, is damaged, or holds more.
 
     Example:
         >>> import gzip
@@ -37,13 +53,17 @@ def decompress(content: bytes) -> bytes:
     if not content.startswith(GZIP_MAGIC):
         return content
     try:
-        return gzip.decompress(content)
+        with gzip.open(io.BytesIO(content)) as stream:
+            unpacked = stream.read(-1 if largest is None else largest + 1)
     except EOFError:
         raise ValueError("is truncated: its gzip stream ends early") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"is damaged: its gzip stream cannot be unpacked ({error})"
         ) from None
+    if largest is not None and len(unpacked) > largest:
+        raise ValueError(f"is another file: it unpacks to more than {largest:,} bytes")
+    return unpacked
 
 
 def decode_idx(content: bytes) -> tuple[np.ndarray, ...]:
@@ -106,6 +126,32 @@ def decode_cifar(content: bytes) -> tuple[np.ndarray, ...]:
     return np.ascontiguousarray(
         records[:, 1:].reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)
     ), records[:, 0].astype(np.int32)
+
+
+def decode_pickled(content: bytes) -> tuple[np.ndarray, ...]:
+    """Decode one of CIFAR-10's files for Python: a pickled dictionary.
+
+    Args:
+        content: the bytes of the file.
+
+    Returns:
+        Images and labels as of `decode_cifar`.
+
+    Raises:
+        ValueError: for any other content. A pickle may run what it likes, and is not read then.
+    """
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() not in BATCHES.values():
+        raise ValueError(
+            "is no file of CIFAR-10 known by its md5, and is not unpickled"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # NumPy's, of the old form in which they were pickled
+        found = pickle.loads(content, encoding="bytes")
+    planes = np.asarray(found[b"data"], np.uint8).reshape(-1, *CIFAR_SHAPE)
+    images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    return images, np.asarray(found[b"labels"], np.int32)
 
 
 def _check_length(content: bytes, expected: int, why: str) -> None:

@@ -1,11 +1,11 @@
 """The data sets: what loading gives, and what is known of each one's files and home."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from forwax.lab.data.formats import decode_cifar, decode_idx
+from forwax.lab.data.formats import BATCHES, decode_cifar, decode_idx, decode_pickled
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 """The arrays of a `DataSet`, in their order."""
@@ -77,6 +77,10 @@ class Source:
         decode: from a file's decompressed content to its arrays.
         archive: whether ``home`` is one ``.tar.gz`` that holds ``<folder>/<file>``.
         hash: which one ``checksums`` are, by its name in ``hashlib``.
+        largest: the bytes of its largest file; nothing is unpacked to more.
+        mirrors: other homes, tried in turn.
+        folders: other names of the folder, as torchvision's.
+        others: the set in other files.
     """
 
     name: str
@@ -90,6 +94,17 @@ class Source:
     decode: Callable[[bytes], tuple[np.ndarray, ...]] = decode_idx
     archive: bool = False
     hash: str = "md5"
+    largest: int | None = None
+    mirrors: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    others: tuple["Source", ...] = ()
+
+    def kept(self) -> Iterator["Source"]:
+        """The set in each form that it may be found in, its own first."""
+        yield self
+        for folder in self.folders:
+            yield replace(self, folder=folder)
+        yield from self.others
 
 
 MNIST = Source(
@@ -104,6 +119,9 @@ MNIST = Source(
         "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
     },
     class_names=tuple("0123456789"),
+    largest=47_040_016,
+    mirrors=("https://storage.googleapis.com/cvdf-datasets/mnist/",),
+    folders=("MNIST/raw",),
 )
 
 FASHION_MNIST = Source(
@@ -122,6 +140,8 @@ FASHION_MNIST = Source(
         "T-shirt/top", "trouser", "pullover", "dress", "coat",
         "sandal", "shirt", "sneaker", "bag", "ankle boot",
     ),
+    largest=47_040_016,
+    folders=("FashionMNIST/raw",),
 )  # fmt: skip
 
 CIFAR10 = Source(
@@ -145,7 +165,23 @@ CIFAR10 = Source(
     test=("test_batch.bin",),
     decode=decode_cifar,
     archive=True,
+    largest=30_730_000,
 )  # fmt: skip
+# The version for Python, which torchvision keeps.
+CIFAR10 = replace(
+    CIFAR10,
+    others=(
+        replace(
+            CIFAR10,
+            folder="cifar-10-batches-py",
+            checksums=BATCHES,
+            train=tuple(BATCHES)[:5],
+            test=tuple(BATCHES)[5:],
+            decode=decode_pickled,
+            largest=40_000_000,
+        ),
+    ),
+)
 
 SOURCES = {source.name: source for source in (MNIST, FASHION_MNIST, CIFAR10)}
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -38,9 +39,10 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
 
     Looks into ``data_dir``, then ``FORWAX_DATA``, then the cache (``FORWAX_CACHE``, or the
     platform's cache folder), for the standard file names in ``mnist/``, ``fashion-mnist/`` or
-    ``cifar-10-batches-bin/``, with or without ``.gz``. What none of them holds is fetched from its
-    public home into the cache. The md5 of every file's decompressed content is checked at every
-    load.
+    ``cifar-10-batches-bin/``, with or without ``.gz``; or as torchvision keeps them, in
+    ``MNIST/raw/``, ``FashionMNIST/raw/`` or ``cifar-10-batches-py/``. What none of them holds is
+    fetched from its public home into the cache. The md5 of every file's decompressed content is
+    checked at every load.
 
     Args:
         name: ``digits``, ``mnist``, ``fashion-mnist`` or ``cifar10``.
@@ -61,7 +63,8 @@ def load(name: str, data_dir: Path | None = None) -> DataSet:
     if name == "digits":
         return load_digits()
     source = find_source(name)
-    folder = locate(source, data_dir) or fetch(source, cache_dir())
+    found = find(source, data_dir)
+    source, folder = found or (source, fetch(source, cache_dir()))
     return DataSet(
         name,
         *_read_split(source, folder, source.train),
@@ -84,7 +87,19 @@ def cache_dir() -> Path:
 
 
 def locate(source: Source, data_dir: Path | None = None) -> Path | None:
-    """The first folder that holds all of a set's files, or None; nothing is read.
+    """The folder that `find` finds, or None.
+
+    Example:
+        ```sh
+        FORWAX_DATA=~/data forwax data mnist   # looks into ~/data/mnist
+        ```
+    """
+    found = find(source, data_dir)
+    return found and found[1]
+
+
+def find(source: Source, data_dir: Path | None = None) -> tuple[Source, Path] | None:
+    """The first folder that holds all of a set's files and their form; nothing is read.
 
     Args:
         source: the set.
@@ -93,22 +108,18 @@ def locate(source: Source, data_dir: Path | None = None) -> Path | None:
     Raises:
         DataError: if a folder holds some of the files only, or one that the user gave does not
             exist.
-
-    Example:
-        ```sh
-        FORWAX_DATA=~/data forwax data mnist   # looks into ~/data/mnist
-        ```
     """
     for root in _search_path(data_dir):
-        folder = root / source.folder
-        missing = _missing(source, folder)
-        if not missing:
-            return folder
-        if len(missing) < len(source.checksums):
-            raise DataError(
-                f"Expected all {len(source.checksums)} files of {source.name} in {folder}, but "
-                f"without {', '.join(missing)}; add what is missing, or remove the folder."
-            )
+        for kept in source.kept():
+            folder = root / kept.folder
+            missing = _missing(kept, folder)
+            if not missing:
+                return kept, folder
+            if len(missing) < len(kept.checksums):
+                raise DataError(
+                    f"Expected all {len(kept.checksums)} files of {kept.name} in {folder}, but "
+                    f"without {', '.join(missing)}; add what is missing, or remove the folder."
+                )
     return None
 
 
@@ -183,7 +194,7 @@ def _verified(
     """
     expected = source.checksums[file]
     try:
-        content = decompress(packed)
+        content = decompress(packed, source.largest)
         digest = hashlib.new(source.hash, content, usedforsecurity=False).hexdigest()
         if digest != expected:
             source.decode(content)  # a fault of the format says more than a checksum
@@ -219,32 +230,46 @@ def fetch(source: Source, cache: Path, contents: Contents | None = None) -> Path
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _sweep(cache)
-        with tempfile.TemporaryDirectory(
-            prefix=STAGING_PREFIX, dir=cache, ignore_cleanup_errors=True
-        ) as staging:
-            staged = Path(staging) / source.folder
-            staged.mkdir()
-            for file, packed, where in (contents or _contents)(source, Path(staging)):
-                (staged / file).write_bytes(
-                    _verified(source, file, packed, where, REMEDY)
-                )
-            missing = ", ".join(sorted(_missing(source, staged)))
-            if missing:
-                raise DataError(
-                    f"{source.home} gave an archive without {missing}; {REMEDY}."
-                )
+        faults: list[DataError] = []
+        for home in (source.home, *source.mirrors):
             try:
-                os.replace(staged, final)
-            except OSError:
-                # if another process was quicker, its set stays
-                if _missing(source, final):
-                    raise
+                _fetch(replace(source, home=home), final, contents or _contents)
+            except DataError as fault:
+                faults.append(fault)
+            else:
+                return final
     except OSError as error:
         raise DataError(
             f"Expected to keep {source.name} in the cache {cache}, but got: {error}; "
             "set FORWAX_CACHE to a folder that can be written."
         ) from error
-    return final
+    first, *others = faults
+    if not others:
+        raise first
+    tried = "; ".join(str(fault).partition("; ")[0] for fault in others)
+    raise DataError(f"{first} Tried besides: {tried}.") from first
+
+
+def _fetch(source: Source, final: Path, contents: Contents) -> None:
+    """Fetch a set from its home, and publish it as a whole."""
+    with tempfile.TemporaryDirectory(
+        prefix=STAGING_PREFIX, dir=final.parent, ignore_cleanup_errors=True
+    ) as staging:
+        staged = Path(staging) / source.folder
+        staged.mkdir()
+        for file, packed, where in contents(source, Path(staging)):
+            (staged / file).write_bytes(_verified(source, file, packed, where, REMEDY))
+        missing = ", ".join(sorted(_missing(source, staged)))
+        if missing:
+            raise DataError(
+                f"{source.home} gave an archive without {missing}; {REMEDY}."
+            )
+        try:
+            os.replace(staged, final)
+        except OSError:
+            # if another process was quicker, its set stays
+            if _missing(source, final):
+                raise
 
 
 def _sweep(cache: Path) -> None:
