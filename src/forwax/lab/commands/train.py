@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import tyro
 
 from forwax.lab import report
@@ -33,7 +32,6 @@ from forwax.lab.report import Json, Rows
 from forwax.lab.training.advice import advice, monitored
 from forwax.lab.training.folder import opened
 from forwax.lab.training.problem import Task, build_problem
-from forwax.lab.training.program import Block
 from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import NOT_FINITE, Sitting
 from forwax.lab.training.step import placement
@@ -219,20 +217,7 @@ def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
 
 
 class _Training(Sitting):
-    """A line for each step, an evaluation every so often."""
-
-    def after_block(self, block: Block, seconds: float) -> None:
-        numbers = np.arange(1, len(block.losses) + 1)
-        columns = {
-            "step": self.trainer.step - len(numbers) + numbers,
-            "loss": block.losses,
-            "accuracy": block.accuracies,
-            "seconds": (
-                self.seconds - seconds + seconds * numbers / len(numbers)
-            ).round(6),
-        }
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        self.metrics.append(dict(zip(columns, row, strict=True)) for row in rows)
+    """An evaluation on the test set every so often."""
 
     def at_stop(self) -> None:
         state = self.trainer.state

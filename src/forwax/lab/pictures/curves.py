@@ -12,7 +12,10 @@ Columns = dict[str, np.ndarray]
 
 @style.styled
 def draw_curves(
-    rows: Rows, title: str, colour: str = style.PALETTE["forward"]
+    rows: Rows,
+    title: str,
+    colour: str = style.PALETTE["forward"],
+    part: str = "test",
 ) -> Figure:
     """Draw loss (above) and accuracy (below) against steps (left) and seconds (right).
 
@@ -20,6 +23,7 @@ def draw_curves(
         rows: the lines of metrics.jsonl.
         title: the heading.
         colour: the colour of the rule.
+        part: on what examples the dots' accuracy is.
 
     Returns:
         A figure; `style.save` writes it.
@@ -31,7 +35,7 @@ def draw_curves(
     figure = style.new_figure(9, 5.6)
     panels = figure.subplots(2, 2, sharex="col", sharey="row")
     train = _columns(rows, "loss", "accuracy")
-    test = _columns(rows, "test_accuracy")
+    test = _columns(rows, f"{part}_accuracy")
     for axis, (above, below) in zip(("step", "seconds"), panels.T, strict=True):
         _draw_loss(above, train, axis, colour)
         _draw_accuracy(below, train, test, axis, colour)
@@ -59,8 +63,10 @@ def _draw_accuracy(
 ) -> None:
     smoothed = smooth(train["accuracy"])
     axes.plot(train[axis], smoothed, color=style.MUTED, linewidth=1, label="training")
-    points = np.stack([test[axis], test["test_accuracy"]])
-    axes.plot(*points, color=colour, marker="o", markersize=3.5, label="test")
+    (name,) = test.keys() - {"step", "seconds"}
+    points = np.stack([test[axis], test[name]])
+    label = name.partition("_")[0]
+    axes.plot(*points, color=colour, marker="o", markersize=3.5, label=label)
     axes.set_ylim(0, 1.02)
     for x, accuracy in points.T[-1:]:
         axes.annotate(

@@ -92,7 +92,7 @@ class Task:
         return dataclasses.replace(rule, maps=maps)
 
     def _one_example(self) -> tuple[Array, Array]:
-        image, label = (jnp.asarray(x[:1]) for x in self.train)
+        image, label = (jax.tree.map(jnp.asarray, x[:1]) for x in self.train)
         return image, label
 
     def noise(self, rule: Any) -> int:

@@ -40,7 +40,7 @@ def bar(
         task = progress.add_task(name, total=steps, completed=start, told="first steps")
 
         def report(step: int, loss: float, accuracy: float, pace: float) -> None:
-            told = f"loss {loss:.4f} accuracy {accuracy:.3f} {pace:,.0f} steps/s"
+            told = f"loss {loss:.4f}{_of(accuracy, ' ')} {pace:,.0f} steps/s"
             progress.update(task, completed=step, told=told)
 
         yield report
@@ -63,12 +63,17 @@ def lines(name: str, steps: int, seconds_between: float) -> Report:
         left = timedelta(seconds=round((steps - step) / max(pace, 1e-9)))
         shown = f"{pace:,.0f}" if pace >= 10 else f"{pace:.2g}"
         print(
-            f"{name}: step {step} of {steps}, loss {loss:.4f}, accuracy {accuracy:.3f}, "
+            f"{name}: step {step} of {steps}, loss {loss:.4f}{_of(accuracy, ', ')}, "
             f"{shown} steps/s, {left} left",
             flush=True,
         )
 
     return report
+
+
+def _of(accuracy: float, before: str) -> str:
+    """The accuracy in words; nothing where the task has none, and it is not a number."""
+    return f"{before}accuracy {accuracy:.3f}" if accuracy == accuracy else ""
 
 
 def reporting(name: str, steps: int, start: int) -> AbstractContextManager[Report]:

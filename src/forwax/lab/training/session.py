@@ -14,6 +14,8 @@ from bisect import bisect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from forwax.lab import report
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.report import Json
@@ -170,13 +172,21 @@ class Sitting(Session):
         problem: the experiment made ready.
         settings: the run's settings, with a learning rate.
         every: how many steps lie between two stops.
+        score: scores parameters at a stop, by default on the test set.
     """
 
-    def __init__(self, files: Files, problem: Task, settings: Settings, every: int):
+    def __init__(
+        self,
+        files: Files,
+        problem: Task,
+        settings: Settings,
+        every: int,
+        score: Score | None = None,
+    ):
         super().__init__(
             build_trainer(problem, settings, files.state),
             {*range(0, settings.steps, every), settings.steps},
-            scorer(problem, problem.test),
+            score or scorer(problem, problem.test),
         )
         self.seconds = files.seconds
         self.run_config = files.run.config
@@ -188,3 +198,17 @@ class Sitting(Session):
         self.metrics.sync()
         notes = {"config": self.run_config, "metrics": self.metrics.sums()}
         self.checkpoints.save(self.trainer.state, self.seconds, **notes)
+
+    def after_block(self, block: Block, seconds: float) -> None:
+        """Write a line for each step."""
+        numbers = np.arange(1, len(block.losses) + 1)
+        columns = {
+            "step": self.trainer.step - len(numbers) + numbers,
+            "loss": block.losses,
+            "accuracy": block.accuracies,
+            "seconds": (
+                self.seconds - seconds + seconds * numbers / len(numbers)
+            ).round(6),
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        self.metrics.append(dict(zip(columns, row, strict=True)) for row in rows)
