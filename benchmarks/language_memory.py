@@ -49,13 +49,18 @@ def loss_of(states, params, tokens):
     return losses.sum() / mask.sum()
 
 
-def full(params, tokens):
-    return loss_of(lm.hidden(CONFIG, params, tokens), params, tokens)
-
-
-def adapted(adapter, params, tokens):
-    states = lm.hidden(CONFIG, params, tokens, adapter=adapter)
+def full(params, tokens, checkpoint=False):
+    states = lm.hidden(CONFIG, params, tokens, checkpoint=checkpoint)
     return loss_of(states, params, tokens)
+
+
+def adapted(adapter, params, tokens, checkpoint=False):
+    states = lm.hidden(CONFIG, params, tokens, adapter=adapter, checkpoint=checkpoint)
+    return loss_of(states, params, tokens)
+
+
+def reverse(loss, checkpoint):
+    return jax.value_and_grad(lambda *args: loss(*args, checkpoint=checkpoint))
 
 
 def low_rank(params, key):
@@ -89,10 +94,11 @@ def main():
             mebibytes(update(full, rule), KEY, params, TOKENS, donate=1),
             mebibytes(update(adapted, rule), KEY, adapter, params, TOKENS, donate=1),
         )
-    rows["`jax.value_and_grad`"] = (
-        mebibytes(jax.value_and_grad(full), params, TOKENS),
-        mebibytes(jax.value_and_grad(adapted), adapter, params, TOKENS),
-    )
+    for name, checkpoint in (("", False), (", `checkpoint=True`", True)):
+        rows[f"`jax.value_and_grad`{name}"] = (
+            mebibytes(reverse(full, checkpoint), params, TOKENS),
+            mebibytes(reverse(adapted, checkpoint), adapter, params, TOKENS),
+        )
     print("| MiB | all parameters | low rank 8 on q and v |\n|---|---:|---:|")
     for name, (all_of_them, of_adapter) in rows.items():
         print(f"| {name} | {all_of_them:.1f} | {of_adapter:.1f} |")

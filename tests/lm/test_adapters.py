@@ -120,6 +120,37 @@ def test_adapters_change_nothing_at_the_start():
         np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["none", "lora", "last_token"])
+def test_checkpointed_layers_give_the_same_in_less_memory(kind):
+    params = parameters()
+    adapter = {
+        "none": lambda: None,
+        "lora": lambda: adapters.lora(params, 2, None, jax.random.key(0)),
+        "last_token": lambda: adapters.last_token(CONFIG, 2, 3, jax.random.key(0)),
+    }[kind]()
+    trained = params if adapter is None else adapter
+
+    def gradient(checkpoint):
+        def loss(trained, params):
+            base = trained if adapter is None else params
+            own = None if adapter is None else trained
+            return lm.forward(
+                CONFIG, base, TOKENS, adapter=own, checkpoint=checkpoint
+            ).var()
+
+        return jax.jit(jax.grad(loss)).lower(trained, params).compile()
+
+    plain, again = (gradient(checkpoint) for checkpoint in (False, True))
+    for a, b in zip(
+        jax.tree.leaves(plain(trained, params)),
+        jax.tree.leaves(again(trained, params)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    sizes = [each.memory_analysis().temp_size_in_bytes for each in (plain, again)]
+    assert sizes[1] < sizes[0]
+
+
 def test_the_last_token_is_changed_as_written():
     """Of one layer the change stands straight in front of the last norm."""
     params = parameters()

@@ -52,6 +52,7 @@ def forward(
     mask: Any = None,
     adapter: Any = None,
     prefix: Any = None,
+    checkpoint: bool = False,
 ) -> Array:
     """The logits of the next word at each token.
 
@@ -69,6 +70,8 @@ def forward(
         adapter: from `forwax.adapters`, or None.
         prefix: from `forwax.adapters.cached_prefix`: what the last token needs of all others. The
             tokens and the mask are the prefix's own then, and are not looked at.
+        checkpoint: whether reverse mode keeps the states between layers alone, and computes each
+            layer again on its way back. Other modes take no notice.
 
     Returns:
         Logits [..., T, num_words] in the parameters' dtype; with a prefix those of the last token
@@ -91,7 +94,15 @@ def forward(
         >>> lm.forward(config, params, jnp.array([[1, 2, 3]])).shape
         (1, 3, 32)
     """
-    states = hidden(config, params, tokens, mask=mask, adapter=adapter, prefix=prefix)
+    states = hidden(
+        config,
+        params,
+        tokens,
+        mask=mask,
+        adapter=adapter,
+        prefix=prefix,
+        checkpoint=checkpoint,
+    )
     head = params.get("output", params["token_embd"])
     # Flat positions: noise is added to [N, num_words] in place, to [B, T, num_words] it is not.
     flat = states.reshape(-1, config.width)
@@ -107,6 +118,7 @@ def hidden(
     mask: Any = None,
     adapter: Any = None,
     prefix: Any = None,
+    checkpoint: bool = False,
 ) -> Array:
     """The states behind the last norm, of which the head makes logits.
 
@@ -119,6 +131,7 @@ def hidden(
         mask: as in `forward`.
         adapter: as in `forward`.
         prefix: as in `forward`.
+        checkpoint: as in `forward`.
 
     Returns:
         States [..., T, width]; with a prefix [..., width].
@@ -142,7 +155,7 @@ def hidden(
             f"{num_adapted}. Make it with this model's config."
         )
     if prefix is not None:
-        states = _behind_prefix(config, params, adapter, prefix)
+        states = _behind_prefix(config, params, adapter, prefix, checkpoint)
         return norm(states, params["output_norm"], config)
     tokens, mask = checked(config, tokens, mask)
     # [B, T]
@@ -152,9 +165,18 @@ def hidden(
     sees = visible(flat, flat_mask)
     layers = params["layers"]
     bottom = config.num_layers - num_adapted
-    states = through_layers(config, layers, states, sees, 0, bottom)
+    again = checkpoint and adapter is None
+    # Below an adapter nothing is trained, so nothing is kept.
+    states = through_layers(config, layers, states, sees, 0, bottom, again)
     if adapter is not None:
-        states = _through_adapted(config, layers, states, sees, adapter)
+        states = _through_adapted(
+            config,
+            layers,
+            states,
+            sees,
+            adapter,
+            checkpoint=checkpoint,
+        )
     states = norm(states, params["output_norm"], config)
     return states.reshape(*tokens.shape, config.width)
 
@@ -207,6 +229,7 @@ def through_layers(
     sees: Array,
     start: int,
     stop: int,
+    checkpoint: bool = False,
 ) -> Array:
     """The states [B, T, width] behind the layers from start to stop."""
 
@@ -218,7 +241,8 @@ def through_layers(
         return body(states, layer_at(layers, index))
 
     if (start, stop) == (0, config.num_layers):
-        return lax.scan(body, states, layers)[0]
+        whole = jax.checkpoint(body) if checkpoint else body
+        return lax.scan(whole, states, layers)[0]
     # A slice of the stack would be a copy of its layers; one at a time is not.
     return lax.scan(body_at, states, jnp.arange(start, stop))[0]
 
@@ -236,6 +260,7 @@ def _through_adapted(
     sees: Array,
     adapter: Adapter,
     earlier: tuple[Array, Array] | None = None,
+    checkpoint: bool = False,
 ) -> Array:
     """The states [B, T, width] behind the adapter's layers; of `earlier` see `block`.
 
@@ -251,6 +276,8 @@ def _through_adapted(
         states, _ = block(config, layer, states, sees, earlier)
         return (adapter.behind(own, states), following), None
 
+    if checkpoint:
+        body = jax.checkpoint(body)
     # The loop hands on the last index, or else XLA would take the last layer's arrays from the
     # stack before the loop and hold them all the while.
     carry = (states, jnp.asarray(first))
@@ -267,6 +294,7 @@ def _behind_prefix(
     params: Any,
     adapter: Adapter | None,
     prefix: Any,
+    checkpoint: bool,
 ) -> Array:
     """The last token's states [..., width] behind the last layer."""
     *lead, num_kept, num_earlier, heads, size = prefix.keys.shape
@@ -298,6 +326,7 @@ def _behind_prefix(
         sees[:, None],
         adapter,
         earlier,
+        checkpoint,
     )
     return states.reshape(*lead, config.width)
 
