@@ -250,7 +250,7 @@ def test_every_method_has_a_rate_and_asks_for_its_own_losses(monkeypatch):
     for name in columns.RULES:
         settings = Entry.parse(name).settings(COLUMNS["mnist-m"], 60_000)
         assert settings.rule == name
-        assert all(column.rates[name] > 0 for column in COLUMNS.values())
+        assert all(column.rows[name][0] > 0 for column in COLUMNS.values())
         rule = fx.Backprop()
         gradient = objectives.supervised({}, lambda x: x, settings, 255, rule)
         with pytest.raises(StopIteration):
@@ -410,7 +410,7 @@ def test_settings_follow_size_data_and_objective():
     settings = COLUMNS["mnist-s"].settings
     assert (
         columns.suggested(dataclasses.replace(settings, rule="BP"))[0]
-        == COLUMNS["mnist-s"].rates["BP"]
+        == COLUMNS["mnist-s"].rows["BP"][0]
     )
     large = dataclasses.replace(
         settings, size="L/8/64", data="cifar10", objective="contrastive"

@@ -62,8 +62,9 @@ def check_ranges(options: Any) -> None:
 
 def given(options: Any, names: Iterable[str]) -> dict[str, Any]:
     """Give those of the named options that are not left open, by name."""
-    values = ((name, getattr(options, name)) for name in names)
-    return {name: value for name, value in values if value is not None}
+    return {
+        name: value for name in names if (value := getattr(options, name)) is not None
+    }
 
 
 def flag(name: str) -> str:

@@ -8,20 +8,28 @@ same key gives the same image.
 # pyright: reportReturnType=false, reportIndexIssue=false
 # dm-pix's types are chex's unions.
 
-import dataclasses
 import math
+from dataclasses import dataclass
 
 import dm_pix
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+ADJUSTMENTS = (
+    dm_pix.adjust_brightness,
+    dm_pix.adjust_contrast,
+    dm_pix.adjust_saturation,
+    dm_pix.adjust_hue,
+)
+"""What jitter does, in this order."""
+
 JITTER = (0.4, 0.4, 0.2, 0.1)
 """How far jitter may go: a shift of all values, shares of contrast and saturation, and of the
 circle of hues."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Augmentation:
     """How views are made; the defaults are BYOL's first view.
 
@@ -142,14 +150,14 @@ def jitter(key: Array, image: Array, most: tuple[float, ...] = JITTER) -> Array:
     >>> jitter(jax.random.key(0), jnp.full((4, 4, 3), 0.5)).shape
     (4, 4, 3)
     """
-    brightness, contrast, saturation, hue = jax.random.uniform(
-        key, (4,), minval=-1.0
-    ) * jnp.array(most)
-    x = jnp.clip(dm_pix.adjust_brightness(image, brightness), 0.0, 1.0)
-    x = jnp.clip(dm_pix.adjust_contrast(x, 1 + contrast), 0.0, 1.0)
+    changes = jax.random.uniform(key, (4,), minval=-1.0) * jnp.array(most)
+    # contrast and saturation are factors
+    amounts = changes + jnp.array([0.0, 1.0, 1.0, 0.0])
+    x = image
     with jax.numpy_dtype_promotion("standard"):  # which dm-pix counts on
-        x = jnp.clip(dm_pix.adjust_saturation(x, 1 + saturation), 0.0, 1.0)
-        return jnp.clip(dm_pix.adjust_hue(x, hue), 0.0, 1.0)
+        for adjust, amount in zip(ADJUSTMENTS, amounts, strict=True):
+            x = jnp.clip(adjust(x, amount), 0.0, 1.0)
+    return x
 
 
 def grey(image: Array) -> Array:

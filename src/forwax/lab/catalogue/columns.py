@@ -6,9 +6,8 @@ CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's 
 `forwax.lab.catalogue.objectives`.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import equinox as eqx
@@ -28,11 +27,6 @@ PROJECTION = 128
 RULES = ren2023.NAMES
 """The methods, in the paper's names."""
 
-DRAWING = tuple(
-    rule for rule, reading in ren2023.READINGS.items() if reading.draws_noise
-)
-"""Those that draw noise."""
-
 
 @dataclass(frozen=True)
 class Column:
@@ -43,8 +37,7 @@ class Column:
         title: for people.
         epochs: the passes over the training set.
         settings: those that all methods share; `steps` are filled in from the epochs.
-        rates: each method's learning rate, or that of a row such as "LG-FG-A:4".
-        longer: the epochs of methods or rows that train for more or fewer than the others.
+        rows: the learning rate and the epochs of each method, and of rows such as "LG-FG-A:4".
         warm_up: the epochs of `epochs` over which the rate rises; a shorter run has the same share
             of them.
 
@@ -56,21 +49,16 @@ class Column:
     title: str
     epochs: int
     settings: Settings
-    rates: Mapping[str, float]
-    longer: Mapping[str, int] = field(default_factory=dict)
+    rows: Mapping[str, tuple[float, int]]
     warm_up: int = 0
 
-    def rate_of(self, row: str) -> float:
-        """The learning rate of a row, such as "LG-FG-A:4", else of its method."""
-        return self.rates.get(row, self.rates[row.split(":")[0]])
+    def of_row(self, row: str) -> tuple[float, int]:
+        """The learning rate and the epochs of a row, such as "LG-FG-A:4", else of its method.
 
-    def epochs_of(self, row: str) -> int:
-        """The epochs of a row, such as "LG-FG-A:4", else of its method, else of the column.
-
-        >>> COLUMNS["cifar-m"].epochs_of("LG-FG-A:4")
-        200
+        >>> COLUMNS["cifar-m"].of_row("LG-FG-A:4")
+        (0.02, 200)
         """
-        return self.longer.get(row, self.longer.get(row.split(":")[0], self.epochs))
+        return self.rows.get(row, self.rows[row.split(":")[0]])
 
     def warmed_up(self, settings: Settings) -> Settings:
         """The settings with the warm-up that their steps imply.
@@ -78,9 +66,7 @@ class Column:
         >>> COLUMNS["cifar-m-contrastive"].warmed_up(Settings(steps=8000)).warm_up
         100
         """
-        return dataclasses.replace(
-            settings, warm_up=settings.steps * self.warm_up // self.epochs
-        )
+        return replace(settings, warm_up=settings.steps * self.warm_up // self.epochs)
 
 
 def _column(
@@ -91,8 +77,7 @@ def _column(
     A row is a method, or a method and the number of its noises; `*FA` stands for all methods whose
     errors go through fixed feedback, and so on. Later rows win.
     """
-    rates: dict[str, float] = {}
-    longer: dict[str, int] = {}
+    read: dict[str, tuple[float, int]] = {}
     for line in rows.strip().splitlines():
         row, rate, *own = line.split()
         of_kind = [
@@ -101,10 +86,8 @@ def _column(
             if f"*{reading.kind}" == row
         ]
         for each in of_kind or [row]:
-            rates[each] = float(rate)
-            if own:
-                longer[each] = int(own[0])
-    return Column(name, title, epochs, settings, rates, longer, warm_up)
+            read[each] = float(rate), int(own[0]) if own else epochs
+    return Column(name, title, epochs, settings, read, warm_up)
 
 
 _MNIST = Settings(
@@ -120,11 +103,11 @@ _MNIST = Settings(
     data="mnist",
     objective="supervised",
 )
-_CIFAR = dataclasses.replace(_MNIST, data="cifar10", size="S/4/8")
-_LARGE = dataclasses.replace(
+_CIFAR = replace(_MNIST, data="cifar10", size="S/4/8")
+_LARGE = replace(
     _CIFAR, size="M/8/16", batch_size=256, data_parallel=True, dtype="bfloat16"
 )
-_CONTRASTIVE = dataclasses.replace(
+_CONTRASTIVE = replace(
     _LARGE, objective="contrastive", optimizer="lars", batch_size=512
 )
 
@@ -141,7 +124,7 @@ _ALL = (
         "mnist-s",
         "MNIST, S/1/1",
         20,
-        dataclasses.replace(_MNIST, size="S/1/1"),
+        replace(_MNIST, size="S/1/1"),
         """
         *BP       0.1
         *FA       0.1
@@ -161,7 +144,7 @@ _ALL = (
         "mnist-m",
         "MNIST, M/1/16",
         20,
-        dataclasses.replace(_MNIST, size="M/1/16"),
+        replace(_MNIST, size="M/1/16"),
         """
         *BP        0.1
         *FA        0.1
@@ -198,7 +181,7 @@ _ALL = (
         "cifar-small-contrastive",
         "CIFAR-10, S/4/8, contrastive (not in the paper)",
         3,
-        dataclasses.replace(_CIFAR, objective="contrastive", batch_size=256),
+        replace(_CIFAR, objective="contrastive", batch_size=256),
         """
         *BP   0.1
         *FA   0.1
@@ -234,7 +217,7 @@ _ALL = (
         "cifar-l-contrastive",
         "CIFAR-10, L/8/64, contrastive",
         800,
-        dataclasses.replace(_CONTRASTIVE, size="L/8/64"),
+        replace(_CONTRASTIVE, size="L/8/64"),
         _CIFAR_RATES,
         warm_up=10,
     ),
@@ -267,7 +250,7 @@ def column_of(settings: Settings) -> Column:
 def row_of(settings: Any) -> str:
     """Give the name of the row of settings, or of a row's entry, in which several noises show.
 
-    >>> row_of(dataclasses.replace(COLUMNS["mnist-m"].settings, num_tangents=16))
+    >>> row_of(replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'
     """
     is_several = (settings.num_tangents or 1) > 1
@@ -280,9 +263,7 @@ def suggested(settings: Settings) -> tuple[float, int]:
     >>> suggested(COLUMNS["mnist-m"].settings)
     (0.05, 120)
     """
-    column = column_of(settings)
-    row = row_of(settings)
-    return column.rate_of(row), column.epochs_of(row)
+    return column_of(settings).of_row(row_of(settings))
 
 
 def configurations() -> dict[str, Settings]:
@@ -297,7 +278,7 @@ def configurations() -> dict[str, Settings]:
         settings = column.settings
         per_epoch = sizes[settings.data or ""] // settings.batch_size
         steps = suggested(settings)[1] * per_epoch
-        found[name] = column.warmed_up(dataclasses.replace(settings, steps=steps))
+        found[name] = column.warmed_up(replace(settings, steps=steps))
     return found
 
 
@@ -309,7 +290,6 @@ def build_model(settings: Settings) -> ModelFactory:
     429076
     """
     size = settings.size or COLUMNS[DEFAULT].settings.size or ""
-    options: Json = dict(SIZES[size].options)
-    if settings.objective == "contrastive":
-        options["projection"] = PROJECTION
+    projection = PROJECTION if settings.objective == "contrastive" else None
+    options: Json = dict(SIZES[size].options, projection=projection)
     return lambda shape, classes, key: LocalMixer(shape, classes, **options, key=key)

@@ -6,10 +6,9 @@ defaults reach is told in docs/results/experiments.md.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forwax.lab.catalogue import columns, objectives, optimizers
@@ -37,11 +36,8 @@ class Experiment:
             coordinates.
         description: what is trained on what.
         notes: why there is no configuration of a name.
-        specialise: gives the experiment for the settings' size, data, objective and rule, where
-            these are open.
-        suggested: the learning rate for settings that name none, and the epochs for settings that
-            say neither steps nor epochs; None where the rate follows from the rule's law, and the
-            steps are the configuration's.
+        is_mixer: whether it is a LocalMixer, whose size, data, objective and method are the user's
+            to choose; what its settings leave open, rate and epochs, is that of the nearest column.
         gradient: makes what estimates the gradient, see `Objective`; None for softmax cross-entropy
             by `forwax.value_and_grad`.
 
@@ -57,13 +53,18 @@ class Experiment:
     effective_dimension: int | None = None
     effective_noise: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
-    specialise: Callable[[Experiment, Settings], Experiment] | None = None
-    suggested: Callable[[Settings], tuple[float, float]] | None = None
+    is_mixer: bool = False
     gradient: Objective | None = None
 
     def of(self, settings: Settings) -> Experiment:
         """This experiment with all that the settings decide."""
-        return self if self.specialise is None else self.specialise(self, settings)
+        if not self.is_mixer:
+            return self
+        return replace(
+            self,
+            model=columns.build_model(settings),
+            gradient=objectives.GRADIENTS[settings.objective or "supervised"],
+        )
 
     def suggest_rate(
         self,
@@ -80,8 +81,8 @@ class Experiment:
             num_parameters: the size of the model.
             noise: gives the number of noise coordinates of one example, see `Task.noise`.
         """
-        if self.suggested is not None:
-            return self.suggested(settings)[0]
+        if self.is_mixer:
+            return columns.suggested(settings)[0]
         drawn = noise(rule) if settings.rule == "activity" else None
         counted = None if drawn is None else min(drawn, self.effective_noise or drawn)
         return optimizers.suggest_rate(
@@ -123,7 +124,7 @@ _MODELS: dict[str, Experiment] = {
         "",
         _mlp(),
         {
-            "default": dataclasses.replace(_LONG, num_tangents=16, backprop_rate=0.1),
+            "default": replace(_LONG, num_tangents=16, backprop_rate=0.1),
             "paper": _paper(1e-4, 25_000, 0.1),
         },
         "Logistic regression",
@@ -135,7 +136,7 @@ _MODELS: dict[str, Experiment] = {
         "",
         _mlp(1024, 1024),
         {
-            "default": dataclasses.replace(_LONG, rule="activity", backprop_rate=0.3),
+            "default": replace(_LONG, rule="activity", backprop_rate=0.3),
             "paper": _paper(2e-5, 20_000, 0.3),
             "paper-fast": _paper(2e-4, 20_000, 0.3),
         },
@@ -147,7 +148,7 @@ _MODELS: dict[str, Experiment] = {
         "",
         lambda shape, classes, key: ConvNet(shape, classes, key=key),
         {
-            "default": dataclasses.replace(
+            "default": replace(
                 _LONG,
                 rule="activity",
                 num_tangents=4,
@@ -168,7 +169,7 @@ _MODELS: dict[str, Experiment] = {
 def _on(data_set: str, title: str, *models: str) -> list[Experiment]:
     """Make the experiments `<data set>-<model>`."""
     return [
-        dataclasses.replace(
+        replace(
             _MODELS[model],
             name=f"{data_set}-{model}",
             data_set=data_set,
@@ -178,22 +179,13 @@ def _on(data_set: str, title: str, *models: str) -> list[Experiment]:
     ]
 
 
-def _of_local_mixer(experiment: Experiment, settings: Settings) -> Experiment:
-    """Give the experiment for a size and an objective."""
-    return dataclasses.replace(
-        experiment,
-        model=columns.build_model(settings),
-        gradient=objectives.GRADIENTS[settings.objective or "supervised"],
-    )
-
-
 _COLUMNS = columns.configurations()
 _ALL = (
     Experiment(
         "digits",
         "digits",
         _mlp(32),
-        {"default": dataclasses.replace(_LONG, num_tangents=64, backprop_rate=0.5)},
+        {"default": replace(_LONG, num_tangents=64, backprop_rate=0.5)},
         "An MLP 64-32-10 on scikit-learn's 8×8 digits.",
         effective_dimension=600,
     ),
@@ -208,8 +200,7 @@ _ALL = (
         "LocalMixer of Ren et al. 2023 by any of thirteen methods, eleven of its tables and two "
         "more, see `forwax reproduce --help`; --size, --data and --objective choose what is "
         "trained.",
-        specialise=_of_local_mixer,
-        suggested=columns.suggested,
+        is_mixer=True,
     ),
 )
 

@@ -6,13 +6,12 @@ of Ren et al. 2023.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from forwax.lab import style
-from forwax.lab.catalogue.columns import DRAWING, Column, row_of
+from forwax.lab.catalogue.columns import Column, row_of
 from forwax.lab.catalogue.rules import RULES, TANGENTS
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
@@ -174,11 +173,11 @@ class Entry:
         """
         rule, *words = text.split(":")
         if rule not in ren2023.NAMES:
-            known = ", ".join(ren2023.NAMES)
             raise UsageError(
-                f"There is no rule {rule!r} in Ren et al. 2023; choose from: {known}."
+                f"There is no rule {rule!r} in Ren et al. 2023; choose from: "
+                f"{', '.join(ren2023.NAMES)}."
             )
-        if rule not in DRAWING:
+        if not ren2023.READINGS[rule].draws_noise:
             if words:
                 raise UsageError(
                     f"{rule} draws no noise, so that {text!r} means nothing; write {rule}."
@@ -221,12 +220,13 @@ class Entry:
             num_examples: the size of the training set.
             changes: settings to change, and `epochs`, for those of the column.
         """
-        epochs = changes.pop("epochs", None) or column.epochs_of(self.row)
-        own = dataclasses.asdict(self) | {"learning_rate": column.rate_of(self.row)}
-        settings = dataclasses.replace(column.settings, **own | changes)
+        rate, epochs = column.of_row(self.row)
+        epochs = changes.pop("epochs", epochs)
+        own = asdict(self) | {"learning_rate": rate}
+        settings = replace(column.settings, **own | changes)
         if "steps" not in changes:
             steps = epochs * max(1, num_examples // settings.batch_size)
-            settings = dataclasses.replace(settings, steps=steps)
+            settings = replace(settings, steps=steps)
         return column.warmed_up(settings)
 
 

@@ -48,9 +48,6 @@ estimates the gradient by it."""
 Logits = Callable[[Any, Array], Array]
 """From (parameters, one uint8 image) to logits."""
 
-Loss = Callable[[Any, Array, Array], tuple[Array, Array]]
-"""From (parameters, one uint8 image, its label) to (loss, whether the label was found)."""
-
 BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 

@@ -17,11 +17,11 @@ found so:
   with the base rate of their papers.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -94,13 +94,11 @@ _ADAPTIVE = {
 }
 """The base rates of optax's optimizers of these names."""
 
-_momentum = functools.partial(optax.sgd, momentum=MOMENTUM)
+_momentum = partial(optax.sgd, momentum=MOMENTUM)
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {
     "sgd": OptimizerChoice(optax.sgd),
     "momentum": OptimizerChoice(_momentum, factor=1 - MOMENTUM),
-    "nesterov": OptimizerChoice(
-        functools.partial(_momentum, nesterov=True), factor=1 - MOMENTUM
-    ),
+    "nesterov": OptimizerChoice(partial(_momentum, nesterov=True), factor=1 - MOMENTUM),
     **{
         name: OptimizerChoice(
             getattr(optax, name), rate, decays=name in ("adamw", "lion", "lamb")
@@ -108,7 +106,7 @@ OPTIMIZERS: Mapping[str, OptimizerChoice] = {
         for name, rate in _ADAPTIVE.items()
     },
     "lars": OptimizerChoice(
-        functools.partial(optax.lars, weight_decay_mask=decayed_by_lars),
+        partial(optax.lars, weight_decay_mask=decayed_by_lars),
         1e-1,
         decays=True,
     ),
@@ -117,12 +115,8 @@ OPTIMIZERS: Mapping[str, OptimizerChoice] = {
 
 SCHEDULES: Mapping[str, Callable[[float, Settings, int], optax.Schedule]] = {
     "constant": lambda rate, settings, steps: optax.constant_schedule(rate),
-    "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(
-        rate, max(steps, 1)
-    ),
-    "linear": lambda rate, settings, steps: optax.linear_schedule(
-        rate, 0.0, max(steps, 1)
-    ),
+    "cosine": lambda rate, settings, steps: optax.cosine_decay_schedule(rate, steps),
+    "linear": lambda rate, settings, steps: optax.linear_schedule(rate, 0.0, steps),
     "exponential": lambda rate, settings, steps: optax.exponential_decay(
         rate, 1, math.exp(-(settings.decay_rate or 0))
     ),
@@ -146,7 +140,7 @@ def build_schedule(settings: Settings, learning_rate: float) -> optax.Schedule:
     """
     warm_up = settings.warm_up
     after = SCHEDULES[settings.schedule](
-        learning_rate, settings, settings.steps - warm_up
+        learning_rate, settings, max(settings.steps - warm_up, 1)
     )
     if not warm_up:
         return after
@@ -220,7 +214,7 @@ def suggest_rate(
     k = getattr(rule, "num_tangents", None)
     if noise is not None:
         n = round(1 + max(noise - 1, 0) * DISAGREEMENT / settings.batch_size)
-    scale = float(fx.suggest_learning_rate(rule, n, 1.0))
+    scale = fx.suggest_learning_rate(rule, n, 1.0)
     if k is not None and effective_dimension is not None and noise is None:
         scale *= (n + k - 1) / (min(effective_dimension, n) + k - 1)
     if choice.base_rate is not None:

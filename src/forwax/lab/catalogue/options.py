@@ -1,7 +1,7 @@
 """The options of a training run, and how they become settings: a configuration, then the user."""
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import Field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from forwax.lab.catalogue import columns
 from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
 from forwax.lab.catalogue.optimizers import OPTIMIZERS, SCHEDULES
 from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, check_rule
-from forwax.lab.catalogue.settings import Settings
+from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import Chosen, UsageError, check_ranges, given
 from forwax.lab.report import Json
 
@@ -22,7 +22,7 @@ else:
     # the names come from the tables, so that a new line there is a new choice here
     ExperimentName = Literal[tuple(EXPERIMENTS)]
     OneLossName = Literal[
-        tuple(name for name, each in EXPERIMENTS.items() if each.specialise is None)
+        tuple(name for name, each in EXPERIMENTS.items() if not each.is_mixer)
     ]
 
 _NAMES = {
@@ -37,7 +37,7 @@ _NAMES = {
 """The table that a setting names an entry of."""
 
 
-def _option(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, None]:
+def _option(field: Field[Any], kind: Any) -> tuple[str, Any, None]:
     """Leave a field of the settings open: its names, its text, and None where it is not named."""
     if field.name in _NAMES:
         kind = Literal[tuple(_NAMES[field.name])]
@@ -53,14 +53,14 @@ def _option(field: dataclasses.Field[Any], kind: Any) -> tuple[str, Any, None]:
 
 def _given(self: Any) -> Json:
     """Give what the user named, by field; fields of subclasses are left out."""
-    return given(self, (field.name for field in dataclasses.fields(SettingOptions)))
+    return given(self, (field.name for field in fields(SettingOptions)))
 
 
 _EPOCHS = "The number of passes over the training set, instead of --steps."
 _KINDS = get_type_hints(Settings, include_extras=True)
-SettingOptions: Any = dataclasses.make_dataclass(
+SettingOptions: Any = make_dataclass(
     "SettingOptions",
-    [_option(field, _KINDS[field.name]) for field in dataclasses.fields(Settings)]
+    [_option(field, _KINDS[field.name]) for field in fields(Settings)]
     + [("epochs", Annotated[Chosen[float], tyro.conf.arg(help=_EPOCHS)], None)],
     frozen=True,
     kw_only=True,
@@ -123,9 +123,9 @@ def asked(experiment: Experiment, configuration: str, given: Json) -> Settings:
     >>> asked(find_experiment("local-mixer"), "default", {"size": "S/1/1", "epochs": 2}).size
     'S/1/1'
     """
-    settings = dataclasses.replace(
+    settings = replace(
         find_configuration(experiment, configuration),
-        **{name: value for name, value in given.items() if name != "epochs"},
+        **fields_in(Settings, given),
     )
     check_open_choices(experiment, settings, given)
     return settings
@@ -163,12 +163,6 @@ def resolve(
     """
     settings = asked(experiment, configuration, given)
     check_numbers(settings, num_examples)
-    is_exponential = settings.schedule == "exponential"
-    if not is_exponential and "decay_rate" in given:
-        raise UsageError(
-            f"--decay-rate belongs to --schedule exponential, but the schedule is "
-            f"{settings.schedule}."
-        )
     settings = check_rule(settings, given)
     settings = _with_steps(settings, experiment, given, num_examples)
     if (
@@ -176,17 +170,14 @@ def resolve(
     ):  # the configuration's warm-up keeps its share of the steps
         base = find_configuration(experiment, configuration)
         warm_up = base.warm_up * settings.steps // base.steps
-        settings = dataclasses.replace(settings, warm_up=warm_up)
+        settings = replace(settings, warm_up=warm_up)
     rule = build_rule(settings, jnp.zeros(num_parameters))
     check_room(settings, rule, num_parameters)
-    rate = settings.learning_rate
-    if rate is None:
-        rate = experiment.suggest_rate(settings, rule, num_parameters, noise)
-    return dataclasses.replace(
+    return replace(
         settings,
-        decay_rate=settings.decay_rate if is_exponential else None,
         eval_every=settings.eval_every or max(1, settings.steps // 20),
-        learning_rate=rate,
+        learning_rate=settings.learning_rate
+        or experiment.suggest_rate(settings, rule, num_parameters, noise),
     )
 
 
@@ -195,24 +186,22 @@ def _with_steps(
 ) -> Settings:
     """Turn epochs into steps; an unfinished batch at an epoch's end is left out."""
     epochs = given.get("epochs")
-    if "steps" in given:
-        if epochs is not None:
-            raise UsageError(
-                "--steps and --epochs both say how long to train; give one of them."
-            )
-        return settings
-    if epochs is not None and not 0 < epochs < float("inf"):
-        raise UsageError(f"--epochs must be a positive number, got {epochs}.")
-    if epochs is None and experiment.suggested is not None:
-        epochs = experiment.suggested(settings)[1]
     if epochs is None:
-        return settings
+        if "steps" in given or not experiment.is_mixer:
+            return settings
+        epochs = columns.suggested(settings)[1]
+    elif "steps" in given:
+        raise UsageError(
+            "--steps and --epochs both say how long to train; give one of them."
+        )
+    if not 0 < epochs < float("inf"):
+        raise UsageError(f"--epochs must be a positive number, got {epochs}.")
     steps = round(epochs * (num_examples // settings.batch_size))
     if steps < 1:
         raise UsageError(
             f"--epochs {epochs:g} gives no step; each epoch has {num_examples} examples."
         )
-    return dataclasses.replace(settings, steps=steps)
+    return replace(settings, steps=steps)
 
 
 def check_open_choices(experiment: Experiment, settings: Settings, given: Json) -> None:
@@ -228,7 +217,7 @@ def check_open_choices(experiment: Experiment, settings: Settings, given: Json) 
     """
     rule = settings.rule
     published = RULES[rule].published
-    if experiment.specialise is None:
+    if not experiment.is_mixer:
         closed = f"belongs to local-mixer, but the experiment is {experiment.name}."
         for name in ("size", "data", "objective", "parts", "augment"):
             if name in given:

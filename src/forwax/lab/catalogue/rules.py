@@ -1,8 +1,7 @@
 """Tables of the rules, tangents and combinations of the command line: one line adds one."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -159,7 +158,7 @@ def _published(name: str, kind: str) -> RuleChoice:
         "DFA": "direct-feedback",
         "LF": "learned-feedback",
     }
-    return dataclasses.replace(
+    return replace(
         _PLAIN[plain[kind]] if kind in plain else own,
         about="as in Ren et al. 2023; LF is learned feedback in its place",
         tangents="hadamard",
@@ -264,11 +263,11 @@ def build_rule(settings: Settings, guess: Any = None) -> Any:
 
 def _filled(entry: Any, own: Json) -> Any:
     """Put a run's guess or density into tangents or a combination that have one."""
-    return dataclasses.replace(entry, **fields_in(entry, own))
+    return replace(entry, **fields_in(entry, own))
 
 
 def check_rule(settings: Settings, given: Json) -> Settings:
-    """Refuse what the rule does not take, and set to None what does not apply to it.
+    """Refuse what the rule or the schedule does not take, and set to None what does not apply.
 
     Args:
         settings: settings with every default filled in.
@@ -278,31 +277,37 @@ def check_rule(settings: Settings, given: Json) -> Settings:
         The settings as config.json tells them.
 
     Raises:
-        UsageError: when the user named something that the rule or its tangents do not take.
+        UsageError: when the user named something that the schedule, the rule or its tangents do not
+            take.
 
     >>> check_rule(Settings(rule="exact"), {}).num_tangents is None
     True
     """
     rule = RULES[settings.rule]
     tangents = settings.tangents or rule.tangents
-    own = {name: value for name, value in rule.own.items() if name not in given}
-    settings = dataclasses.replace(settings, tangents=tangents, **own)
     refusals = {}
+    if settings.schedule != "exponential":
+        refusals["decay_rate"] = (
+            f"belongs to --schedule exponential, but the schedule is {settings.schedule}"
+        )
+    own = {name: value for name, value in rule.own.items() if name not in given}
+    settings = replace(settings, tangents=tangents, **own)
     for name in RULE_SETTINGS:
         takers = [other for other, choice in RULES.items() if name in choice.takes]
         if settings.rule not in takers:
             refusals[name] = (
                 f"does not apply to --rule {settings.rule}; it belongs to: {', '.join(takers)}"
             )
-    if "tangents" in rule.takes and tangents != "sparse":
-        refusals["density"] = (
-            f"belongs to --tangents sparse, but the tangents are {tangents}"
-        )
-    if "tangents" in rule.takes and not needs_guess(settings):
-        refusals["guess_decay"] = (
-            "belongs to --tangents guided or --combine control-variate, and neither was chosen"
-        )
+    if "tangents" in rule.takes:
+        if tangents != "sparse":
+            refusals["density"] = (
+                f"belongs to --tangents sparse, but the tangents are {tangents}"
+            )
+        if not needs_guess(settings):
+            refusals["guess_decay"] = (
+                "belongs to --tangents guided or --combine control-variate, and neither was chosen"
+            )
     for name, refusal in refusals.items():
         if name in given:
             raise UsageError(f"{flag(name)} {refusal}.")
-    return dataclasses.replace(settings, **dict.fromkeys(refusals))
+    return replace(settings, **dict.fromkeys(refusals))

@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from forwax.lab.flags import AtLeastOne, Count, Natural, NotNegative, Positive, Range
@@ -18,7 +17,7 @@ Decay = Annotated[float, Range("at least 0 and below 1", lambda x: 0 <= x < 1)]
 
 def _choice(default: Any, text: str) -> Any:
     """A field: what holds where neither the user nor a configuration says more, and its help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Settings:
         >>> Settings.from_dict(Settings(steps=3).as_dict()) == Settings(steps=3)
         True
         """
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Json) -> Settings:
@@ -148,5 +147,5 @@ def fields_in(options: Any, values: Json) -> Json:
     >>> fields_in(Settings, {"steps": 3, "experiment": "digits"})
     {'steps': 3}
     """
-    names = {field.name for field in dataclasses.fields(options)}
+    names = {field.name for field in fields(options)}
     return {name: value for name, value in values.items() if name in names}

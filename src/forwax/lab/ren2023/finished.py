@@ -1,5 +1,6 @@
 """The finished runs in a column's folder, whichever call made them."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from forwax.lab.catalogue.columns import RULES
@@ -52,11 +53,6 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], RowsByRule]:
 def _read_name(name: str) -> tuple[Entry, int] | None:
     """The row and the seed that a folder's name tells; None for other folders."""
     row, _, seed = name.rpartition("-")
-    try:
-        return (
-            (Entry.parse(row.replace("_", ":")), int(seed))
-            if seed.isdecimal()
-            else None
-        )
-    except UsageError:
-        return None
+    with suppress(UsageError, ValueError):
+        return Entry.parse(row.replace("_", ":")), int(seed)
+    return None

@@ -5,7 +5,6 @@ Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR
 no L-FG-A.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -16,16 +15,17 @@ class Figures(NamedTuple):
     train: float | None = None
 
 
-def _column(names: str, rows: str) -> Mapping[str, Mapping[str, Figures]]:
-    columns: dict[str, dict[str, Figures]] = {name: {} for name in names.split()}
+def _table(columns: str, rows: str) -> dict[tuple[str, str], Figures]:
+    """Read a table by its columns' names; a row is a method and its errors in each of them."""
+    read = {}
     for row in rows.strip().splitlines():
         rule, *cells = row.split()
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column[rule] = Figures(*(float(number) for number in cell.split("/")))
-    return dict(columns)
+        for column, cell in zip(columns.split(), cells, strict=True):
+            read[column, rule] = Figures(*map(float, cell.split("/")))
+    return read
 
 
-TABLE_3 = _column(
+TABLE_3 = _table(
     "mnist-s mnist-m cifar-m imagenet-l",
     """
     BP       2.66/0     2.41/0     33.62/0      36.82/14.69
@@ -43,7 +43,7 @@ TABLE_3 = _column(
 )
 """Supervised: S/1/1 and M/1/16 on MNIST, M/8/16 on CIFAR-10, L/32/64 on ImageNet."""
 
-TABLE_4 = _column(
+TABLE_4 = _table(
     "cifar-m-contrastive cifar-l-contrastive imagenet-l-contrastive",
     """
     BP       24.11  17.53  55.66
@@ -61,8 +61,8 @@ TABLE_4 = _column(
 )
 """Contrastive: M/8/16 and L/8/64 on CIFAR-10, L/32/64 on ImageNet."""
 
-REPORTED: Mapping[str, Mapping[str, Figures]] = {**TABLE_3, **TABLE_4}
-"""Every column by its name here."""
+REPORTED = TABLE_3 | TABLE_4
+"""What is known of a column and a method, by their names here."""
 
 
 def reported(column: str, rule: str) -> Figures | None:
@@ -73,4 +73,4 @@ def reported(column: str, rule: str) -> Figures | None:
     >>> reported("mnist-m", "L-FG-A") is None
     True
     """
-    return REPORTED.get(column, {}).get(rule)
+    return REPORTED.get((column, rule))
