@@ -133,7 +133,7 @@ def test_overhead_is_the_run_on_a_sum(monkeypatch):
     monkeypatch.setattr(
         descent,
         "seconds_of",
-        lambda programs, key, repeats: [10.0 * each for each in programs],
+        lambda programs, key: [10.0 * each for each in programs],
     )
     timings = descent.measure(SHORT, [fx.Backprop(), NORMAL], KEYS[0])
     assert seen == [

@@ -35,7 +35,7 @@ class Table:
         rows: the cells; the first of a row names it.
         title: the line above the table on a terminal.
         numeric: whether all columns but the first hold numbers, which stand at the right.
-        alarming: the positions of rows that shall catch the eye.
+        alarming: the names of rows that shall catch the eye.
 
     >>> print(Table(("rule", "loss"), [("backprop", "0.1")]).markdown())
     | rule | loss |
@@ -47,18 +47,16 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str | None = None
     numeric: bool = True
-    alarming: Collection[int] = ()
+    alarming: Collection[str] = ()
 
     def __rich__(self) -> rich.table.Table:
         """Give what rich prints; cells are plain text, so that brackets in a path stay."""
         table = rich.table.Table(title=self.title, title_justify="left")
         for index, heading in enumerate(self.headings):
-            is_number = self.numeric and index > 0
-            table.add_column(
-                heading, justify="right" if is_number else "left", overflow="fold"
-            )
-        for index, row in enumerate(self.rows):
-            style = "bold red" if index in self.alarming else None
+            justify = "right" if self.numeric and index else "left"
+            table.add_column(heading, justify=justify, overflow="fold")
+        for row in self.rows:
+            style = "bold red" if row[0] in self.alarming else None
             table.add_row(*map(Text, row), style=style)
         return table
 

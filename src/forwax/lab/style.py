@@ -11,7 +11,6 @@ global state. Draw inside a function decorated with `styled`; save with `save`::
         return figure
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,7 @@ def plain_numbers(axis: Axis, minor_digits: str = "") -> None:
 
 
 @styled
-def save(figure: Figure, path: str | os.PathLike[str], dpi: float = 160) -> Path:
+def save(figure: Figure, path: str | Path, dpi: float = 160) -> Path:
     """Save the figure in one move, in the format that the path's suffix names; return the path.
 
     Raises:

@@ -9,7 +9,7 @@ import jax
 import tyro
 
 import forwax as fx
-from forwax.lab import report, style
+from forwax.lab import style
 from forwax.lab.catalogue.options import check_room
 from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule
 from forwax.lab.catalogue.settings import Settings
@@ -17,14 +17,17 @@ from forwax.lab.flags import (
     AtLeastOne,
     Chosen,
     Count,
+    CountOrNot,
     Natural,
     NotNegative,
+    PathOrNot,
     Positive,
     UsageError,
     check_ranges,
 )
 from forwax.lab.optimize.descent import Plan, descend, make_table, measure, summarise
 from forwax.lab.pictures import descent as picture
+from forwax.lab.report import print_tables, write_json
 
 DEFAULTS: dict[str, tuple[float, int]] = {
     "beale": (0.01, 1000),
@@ -81,13 +84,13 @@ class OptimizeOptions:
 
     function: Annotated[FunctionName, tyro.conf.Positional] = "beale"
     """The function to descend."""
-    n: Chosen[Count] = None
+    n: CountOrNot = None
     """The number of variables; 2 by default, or as many as --start has."""
     start: Chosen[tuple[float, ...]] = None
     """The first point; the function's usual start by default."""
     runs: Count = 10
     """The number of runs of each method, each with its own key."""
-    iterations: Chosen[Count] = None
+    iterations: CountOrNot = None
     """The number of steps; the default belongs to the function."""
     learning_rate: Chosen[Positive] = None
     """The rate of both methods; the default belongs to the function and shrinks like 4/(n + 2)."""
@@ -97,7 +100,7 @@ class OptimizeOptions:
     """The rule that is compared with backprop; gauss-newton for sums of squares, without a rate."""
     tangents: TangentsName = "normal"
     """The distribution of the tangents; normal, as in the paper."""
-    num_tangents: Chosen[Count] = None
+    num_tangents: CountOrNot = None
     """How many tangents each step draws; 1 by default, of gauss-newton 64."""
     combine: CombineName = "mean"
     """How slopes and tangents become one estimate."""
@@ -105,7 +108,7 @@ class OptimizeOptions:
     """The condition number of the quadratic function."""
     seed: Natural = 0
     """The seed of all runs."""
-    out: Chosen[Path] = None
+    out: PathOrNot = None
     """Where the picture goes, .png, .svg or .pdf; runs/optimize-FUNCTION.png by default."""
 
 
@@ -141,10 +144,11 @@ def run(options: OptimizeOptions) -> int:
         zip(rules, measure(plan, list(rules.values()), keys[0]), strict=True)
     )
     numbers = summarise(plan, rules, descents, timings, options.seed)
-    report.print_tables(make_table(numbers))
+    print_tables(make_table(numbers))
     style.save(picture.draw(plan, descents, timings), path)
-    report.write_json(path.with_suffix(".json"), numbers)
-    print(f"Picture: {path}\nNumbers: {path.with_suffix('.json')}")
+    beside = path.with_suffix(".json")
+    write_json(beside, numbers)
+    print(f"Picture: {path}\nNumbers: {beside}")
     return 0
 
 
@@ -176,9 +180,7 @@ def make_plan(options: OptimizeOptions) -> Plan:
         raise UsageError(f"--start must have n = {n} numbers, got {len(start)}.")
     rate, iterations = DEFAULTS[options.function]
     # forward gradients with one normal tangent stay stable up to a rate that shrinks like 1/(n + 2)
-    rate = options.learning_rate or fx.suggest_learning_rate(
-        fx.WeightPerturbation(tangents=fx.tangents.Normal()), n, 4 * rate
-    )
+    rate = options.learning_rate or 4 * rate / (n + 2)
     return Plan(function, start, options.iterations or iterations, rate, options.decay)
 
 

@@ -5,8 +5,8 @@ are those of single runs, compiled and warm, so that loss against seconds compar
 one run would wait.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ REPEATS = 5
 NON_FINITE = "runs not finite"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Plan:
     """What all runs share.
 
@@ -45,7 +45,7 @@ class Plan:
     decay: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Descent:
     """The runs of one rule.
 
@@ -75,7 +75,7 @@ class Descent:
         return int(np.sum(np.isinf(self.final)))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Timing:
     """Seconds per run, each the median of several single runs.
 
@@ -100,30 +100,25 @@ def one_run(plan: Plan, rule: Any) -> Callable[[Array], Any]:
     start = jnp.array(plan.start)
     solver = None
     if isinstance(rule, fx.GaussNewton):
-        solver = dataclasses.replace(rule, adapt=True).init(start)
+        solver = replace(rule, adapt=True).init(start)
 
-    def step(key: Array, x: Array, solver: Any, rate: Array) -> Any:
-        if solver is not None:
-            half, x, solver = solver.step(plan.function.residuals)(key, x)
-            return (x, solver), 2 * half
-        value, gradient = fx.value_and_grad(plan.function, rule)(key, x)  # type: ignore
-        return (x - rate * gradient, None), value
+    def step(carry: Any, per_step: Any) -> Any:
+        key, i = per_step
+        x, solver = carry
+        if solver is None:
+            rate = plan.learning_rate * jnp.exp(-plan.decay * i)
+            value, gradient = fx.value_and_grad(plan.function, rule)(key, x)  # type: ignore
+            after = x - rate * gradient
+        else:
+            half, after, solver = solver.step(plan.function.residuals)(key, x)
+            value = 2 * half
+        return (after, solver), (value, x if planar else None)
 
     def run(key: Array) -> Any:
-        def body(carry: Any, per_step: Any) -> Any:
-            key, i = per_step
-            x, solver = carry
-            rate = plan.learning_rate * jnp.exp(-plan.decay * i)
-            carry, value = step(key, x, solver, rate)
-            return carry, (value, x if planar else None)
-
+        keys = jax.random.split(key, plan.iterations)
+        numbers = jnp.arange(plan.iterations, dtype=float)
         (last, _), (values, points) = jax.lax.scan(
-            body,
-            (start, solver),
-            (
-                jax.random.split(key, plan.iterations),
-                jnp.arange(plan.iterations, dtype=float),
-            ),
+            step, (start, solver), (keys, numbers)
         )
         values = jnp.append(values, plan.function(last))
         return values, jnp.concatenate([points, last[None]]) if planar else None, last
@@ -150,25 +145,22 @@ def descend(plan: Plan, rule: Rule, keys: Array) -> Descent:
     return Descent(*jax.device_get(jax.jit(jax.vmap(one_run(plan, rule)))(keys)))
 
 
-def measure(
-    plan: Plan, rules: list[Rule], key: Array, repeats: int = REPEATS
-) -> list[Timing]:
+def measure(plan: Plan, rules: list[Rule], key: Array) -> list[Timing]:
     """Measure the seconds of single runs under each rule, the rules taking turns.
 
     Example: `measure(plan, [fx.Backprop(), fx.WeightPerturbation()], key)[1].seconds`.
     """
     plans = (
         plan,
-        dataclasses.replace(
+        replace(
             plan,
-            function=dataclasses.replace(
+            function=replace(
                 plan.function, name="sum", formula=jnp.sum, residuals=jnp.ravel
             ),
         ),
     )
-    seconds = seconds_of(
-        [one_run(each, rule) for rule in rules for each in plans], key, repeats
-    )
+    runs = [one_run(each, rule) for rule in rules for each in plans]
+    seconds = seconds_of(runs, key)
     return [Timing(*pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 
 
@@ -242,8 +234,7 @@ def make_table(numbers: Json) -> Table:
     """
     methods = numbers["methods"]
     columns = [_column(method, numbers["runs"]) for method in methods.values()]
-    titles = list(columns[0])
-    rows = list(zip(titles, *(column.values() for column in columns), strict=True))
+    rows = [(title, *(each[title] for each in columns)) for title in columns[0]]
     has_lost_runs = any(method["non_finite_runs"] for method in methods.values())
     decay = f" · exp(-{numbers['decay']:g} i)" if numbers["decay"] else ""
     return Table(
@@ -251,7 +242,7 @@ def make_table(numbers: Json) -> Table:
         rows,
         title=f"{numbers['function']}, n = {numbers['n']}: {numbers['iterations']:,} iterations, "
         f"learning rate {numbers['learning_rate']:g}{decay}, {numbers['runs']} runs",
-        alarming=[titles.index(NON_FINITE)] if has_lost_runs else (),
+        alarming=[NON_FINITE] if has_lost_runs else (),
     )
 
 

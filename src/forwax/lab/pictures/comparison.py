@@ -35,9 +35,10 @@ def draw(results: Json) -> Figure:
     if results["target_loss"] is not None:
         for axes in (left, right):
             _draw_target(axes, results["target_loss"])
-    lines = left.get_legend_handles_labels()
     figure.legend(
-        *lines, loc="outside lower center", ncols=min(len(results["rules"]), 2)
+        *left.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(len(results["rules"]), 2),
     )
     rates = (
         "the paper's rates"

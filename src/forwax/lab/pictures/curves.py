@@ -33,18 +33,21 @@ def draw_curves(
     4
     """
     figure = style.new_figure(9, 5.6)
-    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    (loss, loss_in_time), (accuracy, accuracy_in_time) = figure.subplots(
+        2, 2, sharex="col", sharey="row"
+    )
     train = _columns(rows, "loss", "accuracy")
     test = _columns(rows, f"{part}_accuracy")
-    for axis, (above, below) in zip(("step", "seconds"), panels.T, strict=True):
-        _draw_loss(above, train, axis, colour)
-        _draw_accuracy(below, train, test, axis, colour)
-    panels[0, 0].set_ylabel("training loss")
-    panels[0, 1].legend(loc="upper right")
-    panels[1, 0].set(xlabel="steps", ylabel="accuracy")
-    panels[1, 0].xaxis.set_major_formatter("{x:,.0f}")
-    panels[1, 1].set_xlabel("seconds of training")
-    panels[1, 1].legend(loc="lower right")
+    _draw_loss(loss, train, "step", colour)
+    _draw_loss(loss_in_time, train, "seconds", colour)
+    _draw_accuracy(accuracy, train, test, "step", colour)
+    _draw_accuracy(accuracy_in_time, train, test, "seconds", colour)
+    loss.set_ylabel("training loss")
+    loss_in_time.legend(loc="upper right")
+    accuracy.set(xlabel="steps", ylabel="accuracy")
+    accuracy.xaxis.set_major_formatter("{x:,.0f}")
+    accuracy_in_time.set_xlabel("seconds of training")
+    accuracy_in_time.legend(loc="lower right")
     style.headline(figure, title)
     return figure
 

@@ -63,8 +63,11 @@ def draw(plan: Plan, descents: Descents, timings: Timings) -> Figure:
 
 def _look(name: str) -> Json:
     """Return the look of a method's median, backprop's above the others."""
-    order = 4 if name == "backprop" else 3
-    return {"color": style.colour(name), "linewidth": 2.4, "zorder": order}
+    return {
+        "color": style.colour(name),
+        "linewidth": 2.4,
+        "zorder": 4 if name == "backprop" else 3,
+    }
 
 
 def _draw_losses(
@@ -76,8 +79,7 @@ def _draw_losses(
     values = descent.ranked[:, shown] - minimum
     look = _look(name)
     if np.any(values != values[0]):
-        for run in values:
-            axes.plot(x, _positive(run), **look | THIN)
+        axes.plot(x, _positive(values).T, **look | THIN)
     text = label(name)
     if descent.non_finite:
         text += f"\n{descent.non_finite} of {len(values)} runs not finite"
@@ -107,8 +109,7 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
     shown = _thinned(plan.iterations + 1)
     for name, points in ways.items():
         look = _look(name)
-        for way in points[:, shown]:
-            axes.plot(*way.T, **look | THIN)
+        axes.plot(*points[:, shown].T, **look | THIN)
         # the run whose final value is the median, or the lower one of the two in the middle
         ranks = np.argsort(descents[name].final, kind="stable")
         axes.plot(*points[ranks[(len(ranks) - 1) // 2], shown].T, **look)
@@ -143,8 +144,8 @@ def _draw_contours(axes: Axes, plan: Plan, corners: np.ndarray) -> None:
     """Draw the function's height, evenly spaced in its logarithm."""
     x, y = np.meshgrid(*np.linspace(corners[0], corners[1], 240).T)
     points = np.stack([x, y], axis=-1)  # [240, 240, 2]
-    heights = np.asarray(jax.vmap(jax.vmap(plan.function))(jnp.asarray(points)))
-    heights = heights - plan.function.minimum
+    values = jax.vmap(jax.vmap(plan.function))(jnp.asarray(points))
+    heights = np.asarray(values) - plan.function.minimum
     # at a minimum the logarithm has no lower end
     floor = max(np.quantile(heights, 0.004), 1e-6 * heights.max())
     logarithm = np.log10(np.maximum(heights, floor))
@@ -169,7 +170,5 @@ def _frame(plan: Plan, points: np.ndarray) -> np.ndarray:
     ways = np.vstack([plan.start, points[inside]])
     found = min(plan.function.minima, key=lambda minimum: math.dist(minimum, ways[-1]))
     ways = np.vstack([ways, found])
-    lower = ways.min(axis=0)
-    upper = ways.max(axis=0)
     margin = np.maximum(0.15 * np.ptp(ways, axis=0), 0.04 * np.ptp(domain, axis=0))
-    return np.array([lower - margin, upper + margin])
+    return np.array([ways.min(axis=0) - margin, ways.max(axis=0) + margin])

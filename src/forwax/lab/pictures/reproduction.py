@@ -38,7 +38,7 @@ def draw(column: Column, entries: Sequence[Entry], results: Results) -> Figure:
     """
     figure = style.new_figure(8, 5)
     axes = figure.subplots()
-    for entry in dict.fromkeys(entries):
+    for entry in entries:
         runs = [run for run in results.get(entry.name, ()) if run["finite"]]
         if runs:
             count = min(len(run["epochs"]) for run in runs)
