@@ -12,32 +12,31 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from forwax.lab import report
 from forwax.lab.catalogue import names
 from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
 from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready
-from forwax.lab.report import Json, RowsByRule
-
-__all__ = ["DESCRIPTION", "CompareOptions", "compare", "run"]
+from forwax.lab.report import (
+    Json,
+    RowsByRule,
+    machine,
+    print_tables,
+    write_json,
+    write_text,
+)
 
 RESULTS = "results.json"
 TABLE = "table.md"
 FIGURE = "comparison.png"
 
-DESCRIPTION = "\n".join(
-    [
-        "Train the same model by several rules, from the same start on the same data, and tell "
-        "what each cost and gained.",
-        "",
-        "Each rule first gets a learning rate, found on the same budget by the loss on a part held "
-        "out of the training set.",
-        "",
-        f"Rules: {', '.join(names.LINES)}. A number of tangents may follow: forward-16.",
-        "",
-        f"By default they are {' '.join(names.DEFAULT_RULES)}, and with --paper "
-        f"{' '.join(names.PAPER_RULES)}.",
-    ]
+DESCRIPTION = (
+    "Train the same model by several rules, from the same start on the same data, and tell "
+    "what each cost and gained.\n\n"
+    "Each rule first gets a learning rate, found on the same budget by the loss on a part held "
+    "out of the training set.\n\n"
+    f"Rules: {', '.join(names.LINES)}. A number of tangents may follow: forward-16.\n\n"
+    f"By default they are {' '.join(names.DEFAULT_RULES)}, and with --paper "
+    f"{' '.join(names.PAPER_RULES)}."
 )
 """What `forwax compare --help` says first."""
 
@@ -73,7 +72,7 @@ def run(options: CompareOptions) -> int:
         )
         return 130
     # a log has no width of its own; the tables need this much
-    report.print_tables(*tables.make_tables(results), width_in_logs=150)
+    print_tables(*tables.make_tables(results), width_in_logs=150)
     for note in tables.notes(results):
         print(f"- {note}")
     print(f"{time.perf_counter() - started:.0f} s. Results, table and figure: {folder}")
@@ -143,7 +142,7 @@ def _facts(comparison: Comparison) -> Json:
         },
         "cores": os.cpu_count(),
         "date": f"{datetime.now():%Y-%m-%d}",
-        **report.machine(),
+        **machine(),
     }
 
 
@@ -158,5 +157,5 @@ def save(comparison: Comparison, results: Json) -> None:
 
     folder = comparison.folder
     style.save(picture.draw(results), folder / FIGURE, dpi=120)
-    report.write_text(folder / TABLE, tables.markdown(results))
-    report.write_json(folder / RESULTS, results)
+    write_text(folder / TABLE, tables.markdown(results))
+    write_json(folder / RESULTS, results)

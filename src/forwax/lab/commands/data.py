@@ -7,11 +7,11 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from forwax.lab import report
 from forwax.lab.data import DataError, find_source, load, locate
 from forwax.lab.data.sets import SOURCES
 from forwax.lab.finetune import texts
-from forwax.lab.flags import Chosen
+from forwax.lab.flags import PathOrNot
+from forwax.lab.report import Table, print_tables
 
 DIGITS_PLACE = "comes with scikit-learn"
 
@@ -36,7 +36,7 @@ class DataOptions:
     ] = None
     """The set, such as mnist or movie-sentences, or smollm2. Without it, a table of all."""
 
-    data_dir: Chosen[Path] = None
+    data_dir: PathOrNot = None
     """A folder to look into first, before FORWAX_DATA and the cache."""
 
 
@@ -58,7 +58,7 @@ def run(options: DataOptions) -> int:
         ```
     """
     if options.name is None:
-        report.print_tables(table(options.data_dir))
+        print_tables(table(options.data_dir))
     elif options.name in (texts.TINY, *texts.SOURCES):
         print(texts.describe(options.name, options.data_dir))
     else:
@@ -94,7 +94,7 @@ def describe(name: str, data_dir: Path | None = None) -> str:
     verified = "" if name == "digits" else ", checksums verified"
     lines = [f"{name}: {place}{verified}"]
     for split, images in (("training", data.train_images), ("test", data.test_images)):
-        shape = "x".join(str(size) for size in images.shape[1:])
+        shape = "x".join(map(str, images.shape[1:]))
         lines.append(
             f"  {split}: {len(images):,} images of {shape}, uint8 from 0 to {data.scale}"
         )
@@ -106,7 +106,7 @@ def describe(name: str, data_dir: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-def table(data_dir: Path | None = None) -> report.Table:
+def table(data_dir: Path | None = None) -> Table:
     """All sets and where each is, found without reading or fetching anything.
 
     Args:
@@ -128,7 +128,7 @@ def table(data_dir: Path | None = None) -> report.Table:
             place = str(error)
         rows.append((name, str(len(source.class_names)), place))
     rows += texts.rows(data_dir)
-    return report.Table(("set", "classes", "where"), rows, numeric=False)
+    return Table(("set", "classes", "where"), rows, numeric=False)
 
 
 def _place(name: str, data_dir: Path | None) -> str | None:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
 
 import forwax as fx
 from forwax.lab.catalogue import names
 from forwax.lab.catalogue.names import NamedRule
+from forwax.lab.catalogue.objectives import BATCHED
 from forwax.lab.catalogue.options import (
     OneLossName,
     check_numbers,
@@ -20,6 +20,7 @@ from forwax.lab.catalogue.options import (
 from forwax.lab.catalogue.rules import build_rule, initial_guess
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import Count, CountOrNot, PathOrNot, check_ranges
+from forwax.lab.report import print_tables
 from forwax.lab.training.problem import Task, build_problem
 
 DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
@@ -76,7 +77,7 @@ def run(options: DiagnoseOptions) -> int:
         f"{experiment.name}, {size} examples, at the initial parameters of seed {options.seed}.",
         flush=True,
     )
-    Console().print(measure(problem, named, size, options))
+    print_tables(measure(problem, named, size, options))
     return 0
 
 
@@ -96,11 +97,6 @@ def measure(
         rule = build_rule(settings, initial_guess(settings, params, feedback))
         rules[each.about] = problem.ready(rule, params)
     diagnose = fx.diagnose(
-        problem.loss,
-        rules,
-        has_aux=True,
-        in_axes=(None, 0, 0),
-        draws=options.draws,
-        rounds=options.rounds,
+        problem.loss, rules, **BATCHED, draws=options.draws, rounds=options.rounds
     )
     return diagnose(key, params, images, labels)

@@ -1,12 +1,11 @@
 """`forwax reproduce`: run the experiments of a paper and set our figures beside the paper's."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import tyro
 
 from forwax.lab import report
@@ -39,6 +38,9 @@ else:
 
 TABLE = "table.md"
 FIGURE = "curves.png"
+
+_tell = partial(print, " ", flush=True)
+"""Print a line of a run below the one that names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +86,12 @@ class ReproduceOptions:
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 
-DESCRIPTION = "\n".join(
-    [
-        "Run the experiments of a paper, and set our figures beside the paper's.",
-        "",
-        f"Methods: {', '.join(RULES)}.",
-        "",
-        "Columns:",
-        *(
-            f"- {column.name}: {column.title}, {column.epochs} epochs"
-            for column in COLUMNS.values()
-        ),
-    ]
+DESCRIPTION = (
+    "Run the experiments of a paper, and set our figures beside the paper's.\n\n"
+    f"Methods: {', '.join(RULES)}.\n\nColumns:\n"
+) + "\n".join(
+    f"- {column.name}: {column.title}, {column.epochs} epochs"
+    for column in COLUMNS.values()
 )
 """What `forwax reproduce --help` says first."""
 
@@ -187,7 +183,7 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
     Raises:
         UsageError: when nothing would be left to train on.
     """
-    arrays = {name: getattr(data, name) for name in ARRAYS}
+    arrays = [getattr(data, name) for name in ARRAYS]
     total = len(data.train_images)
     kept = total - options.holdout
     if kept <= 0:
@@ -195,11 +191,10 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
             f"--holdout must leave images to train on; there are {total} in all."
         )
     if options.holdout:
-        for name in ("images", "labels"):
-            whole = arrays[f"train_{name}"]
-            arrays[f"train_{name}"], arrays[f"test_{name}"] = np.split(whole, [kept])
-    few = slice(options.examples)
-    return dataclasses.replace(data, **{name: x[few] for name, x in arrays.items()})
+        train = arrays[:2]
+        arrays = [x[:kept] for x in train] + [x[kept:] for x in train]
+    few = (x[: options.examples] for x in arrays)
+    return replace(data, **dict(zip(ARRAYS, few, strict=True)))
 
 
 def settings_of(
@@ -216,10 +211,6 @@ def settings_of(
     settings = entry.settings(column, num_examples, seed=seed, **changes)
     check_numbers(settings, num_examples)
     return settings
-
-
-def _tell(line: str) -> None:
-    print(f"  {line}", flush=True)
 
 
 def save(folder: Path, column: Column, checksum: str, facts: str) -> None:

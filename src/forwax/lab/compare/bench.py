@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -100,7 +100,7 @@ class Bench:
         self._test = scorer(problem, problem.test)
 
     def _compiled(self, name: str, steps: int) -> CompiledTraining:
-        settings = dataclasses.replace(self.comparison.settings[name], steps=steps)
+        settings = replace(self.comparison.settings[name], steps=steps)
         print(f"Compiling {name} for {steps:,} steps.", flush=True)
         return CompiledTraining(self.comparison.problem, settings, self._data)
 

@@ -119,12 +119,12 @@ def default_target(found: dict[str, Json]) -> float | None:
     >>> default_target({"a": {"curve": {"validation_losses": [0.1, 0.12341]}, "non_finite": 0}})
     0.124
     """
-    kept = [
-        each["curve"]["validation_losses"]
+    ends = [
+        each["curve"]["validation_losses"][-1] or 0
         for each in found.values()
         if not each["non_finite"]
     ]
-    largest = max((losses[-1] or 0 for losses in kept), default=0)
+    largest = max(ends, default=0)
     if largest <= 0:
         return None
     unit = 10.0 ** (math.floor(math.log10(largest)) - 2)
@@ -152,10 +152,10 @@ def settled_step(curve: Json, target: float | None) -> int | None:
 
 def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
     """Give each step with whether the loss is at most the target; a missing one is not."""
-    points = zip(curve["steps"], curve["validation_losses"], strict=True)
-    if target is None:
-        return []
-    return [(step, loss is not None and loss <= target) for step, loss in points]
+    # None becomes nan, which is neither at most a target nor reached
+    losses = np.array(curve["validation_losses"], float)
+    low = losses <= np.array(target, float)
+    return list(zip(curve["steps"], low.tolist(), strict=True))
 
 
 def _reached(each: Json, step: int | None, what: str) -> dict[str, float | str]:

@@ -34,10 +34,8 @@ def next_rate(tried: Tried, suggested: float) -> float:
     rates = [rate for rate, _ in sorted(tried)]
     # neighbours are at most FACTOR apart, so that beyond an edge the gap is the widest
     rates = [rates[0] / FACTOR**2, *rates, rates[-1] * FACTOR**2]
-    best = best_rate(tried)
-    at = rates.index(best)
-    below = rates[at - 1]
-    above = rates[at + 1]
+    at = rates.index(best_rate(tried))
+    below, best, above = rates[at - 1 : at + 2]
     # equal gaps differ in their last digits
     is_wider_above = above / best >= best / below * (1 - 1e-9)
     return math.sqrt(best * (above if is_wider_above else below))

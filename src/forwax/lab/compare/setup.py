@@ -3,19 +3,17 @@
 A validation part is held out of the training set.
 """
 
-import dataclasses
 import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
-from forwax.lab import report
 from forwax.lab.catalogue import names
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.names import NamedRule
@@ -36,7 +34,7 @@ from forwax.lab.keeping.lock import writing
 from forwax.lab.keeping.regular import check_plain, read_object
 from forwax.lab.keeping.seal import is_sound, sealed, unsealed
 from forwax.lab.keeping.stored import check_stored
-from forwax.lab.report import Json
+from forwax.lab.report import Json, versions, write_json
 from forwax.lab.training.problem import Examples, Task, build_problem
 
 PARTS = "parts"
@@ -109,7 +107,7 @@ def resumed(options: CompareOptions) -> CompareOptions:
     """
     folder = options.resume
     assert folder is not None
-    if dataclasses.replace(options, resume=None, data_dir=None) != CompareOptions():
+    if replace(options, resume=None, data_dir=None) != CompareOptions():
         raise UsageError(
             "--resume takes every setting from the comparison's config.json; leave the other "
             "settings out."
@@ -124,9 +122,7 @@ def resumed(options: CompareOptions) -> CompareOptions:
     run.check_config(lambda: _kept_config(folder))
     stored = CompareOptions(**fields_in(CompareOptions, config))
     data_dir = options.data_dir or (stored.data_dir and Path(stored.data_dir))
-    return dataclasses.replace(
-        stored, rules=tuple(stored.rules), data_dir=data_dir, resume=folder
-    )
+    return replace(stored, rules=tuple(stored.rules), data_dir=data_dir, resume=folder)
 
 
 def make_folder(options: CompareOptions) -> Path:
@@ -135,8 +131,8 @@ def make_folder(options: CompareOptions) -> Path:
     Raises:
         UsageError: when it cannot be made, or holds a comparison already.
     """
-    config = dataclasses.asdict(options) | {
-        "versions": report.versions(),
+    config = asdict(options) | {
+        "versions": versions(),
         "data_dir": str(options.data_dir.absolute()) if options.data_dir else None,
         "out": None,
         "resume": None,
@@ -148,7 +144,7 @@ def make_folder(options: CompareOptions) -> Path:
         raise UsageError(
             f"{folder} holds a comparison already; choose another --out, or --resume {folder}."
         )
-    report.write_json(folder / CONFIG, sealed(config))
+    write_json(folder / CONFIG, sealed(config))
     return folder
 
 
@@ -193,7 +189,7 @@ class Comparison:
             return unsealed(value)
         value = make(*what)
         config = Run.open(self.folder).config
-        report.write_json(path, sealed({CONFIG: config} | value))
+        write_json(path, sealed({CONFIG: config} | value))
         return value
 
     @contextmanager
@@ -221,7 +217,7 @@ def make_ready(options: CompareOptions) -> Comparison:
         options.validation_examples,
     )
     images, labels = (each[: options.test_examples] for each in problem.test)
-    problem = dataclasses.replace(problem, test=(images, labels))
+    problem = replace(problem, test=(images, labels))
     settings = {
         rule.name: _settings(options, experiment, rule, problem) for rule in rules
     }
@@ -250,7 +246,7 @@ def hold_out(problem: Task, count: int | None) -> tuple[Task, Examples]:
     held, kept = (
         (images[rows], labels[rows]) for rows in map(np.sort, np.split(order, [count]))
     )
-    return dataclasses.replace(problem, train=kept), held
+    return replace(problem, train=kept), held
 
 
 def _settings(

@@ -1,5 +1,8 @@
 """The tables of a comparison, for the terminal and as markdown, from what results.json holds."""
 
+import math
+
+from forwax.lab.compare.rates import pairs
 from forwax.lab.report import Json, Rows, Table
 
 COLUMNS = (
@@ -133,10 +136,7 @@ def notes(results: Json) -> list[str]:
 
 def _tried(candidates: Rows) -> str:
     """Tell every candidate's rate with its validation loss, from the smallest rate on."""
-    tried = sorted(
-        (each["learning_rate"], each["validation_loss"]) for each in candidates
-    )
     return ", ".join(
-        f"{number(rate)} ({'not finite' if loss is None else number(loss)})"
-        for rate, loss in tried
+        f"{number(rate)} ({'not finite' if loss == math.inf else number(loss)})"
+        for rate, loss in sorted(pairs(candidates))
     )
