@@ -24,7 +24,10 @@ version = release = installed_version("forwax")
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "linked_names",
     "mathml",
     "plain_docstrings",
     "public_names",
@@ -48,6 +51,7 @@ nb_output_stderr = "warn"  # a warning that a cell prints is a warning of the bu
 # Docstrings
 default_role = "code"
 autodoc_member_order = "bysource"
+autosummary_generate = False  # tables alone: the pages have every name
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
@@ -57,7 +61,7 @@ python_maximum_signature_line_length = 80
 
 # Pages
 html_theme = "furo"
-html_title = "forwax"
+html_title = f"forwax {release}"
 html_static_path = ["_static"]
 html_css_files = ["forwax.css"]
 html_math_renderer = "mathml"

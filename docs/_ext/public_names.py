@@ -56,7 +56,7 @@ def _members(module: ModuleType) -> list[str]:
 def warn_of_missing(app: Sphinx, env: BuildEnvironment) -> None:
     documented = {name for name, *_ in env.get_domain("py").get_objects()}
     for name in sorted(public_names(app.config.public_names_modules) - documented):
-        logger.warning("%s is public and not documented: add it to docs/api.md", name)
+        logger.warning("%s is public and not documented: add it to docs/api", name)
 
 
 def setup(app: Sphinx) -> dict:

@@ -30,12 +30,24 @@ def test_every_example_is_tested():
     assert sorted(TINY) == sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
-def test_the_readme(capsys):
-    page = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    exec(next(block for block in code if "print(" in block), {})
-    (said,) = re.findall(r"print\(params.*  # (.*)", page)
-    assert capsys.readouterr().out.replace("-0.", "0.").split() == said.split()
+ROOT = EXAMPLES.parent
+PASTED = [ROOT / "README.md", ROOT / "docs" / "index.md"]
+
+
+@pytest.mark.parametrize("path", PASTED, ids=[path.name for path in PASTED])
+def test_pages_that_run_as_they_are_pasted(path, capsys):
+    """All blocks of a page in turn; what a line prints is what stands behind it."""
+    page = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    promised = re.findall(r"^print\(.*\)  # (\[.*)$", page, flags=re.MULTILINE)
+    assert blocks
+    assert promised
+    names = {"__name__": "__main__"}
+    for block in blocks:
+        exec(block, names)
+    printed = capsys.readouterr().out.replace("-0.", "0.").split()
+    for line in promised:
+        assert " ".join(line.split()) in " ".join(printed)
 
 
 def test_while_loop(capsys):
