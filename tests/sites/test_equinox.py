@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import forwax as fx
 from sites.interop import KEY, Model, check, check_factors, filled, wave
 from sites.programs import normal
 
@@ -70,3 +71,35 @@ def test_a_model_of_equinox(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_factors_give_the_slope_and_the_estimate_of_the_direction_in_full(name):
     check_factors(MODELS[name]())
+
+
+def test_explain_names_parameters_by_path_and_the_users_own_line():
+    """Not broadcasts, and not the library's file: GroupNorm's gains are its 4."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    layers = {"conv": eqx.nn.Conv2d(1, 4, 3, key=keys[0])}
+    layers |= {
+        "norm": eqx.nn.GroupNorm(2, 4),
+        "head": eqx.nn.Linear(16, 2, key=keys[1]),
+    }
+    params, static = eqx.partition(layers, eqx.is_inexact_array)
+
+    def loss(params, x):
+        parts = eqx.combine(params, static)
+        h = parts["norm"](parts["conv"](x))
+        return jnp.sum(parts["head"](h.reshape(-1)))
+
+    table = fx.explain(loss, in_axes=(None, 0))(params, jnp.ones((3, 1, 4, 4)))
+    paths = [path for row in table.rows for path in row.parameters]
+    assert sorted(paths) == [
+        "conv.bias",
+        "conv.weight",
+        "head.bias",
+        "head.weight",
+        "norm.bias",
+        "norm.weight",
+    ]
+    assert sum(row.weight_noise for row in table.rows) == sum(
+        leaf.size for leaf in jax.tree.leaves(params)
+    )
+    assert all(f"{__file__}:" in row.where for row in table.rows)
+    assert "conv.weight" in str(table)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from types import TracebackType
@@ -16,6 +17,8 @@ _NOT_USERS = (
     os.path.dirname(os.__file__) + os.sep + "functools",
     "<frozen",
 )
+
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))
 
 WAYS = {
     "diffrax": (
@@ -60,6 +63,11 @@ class Frame:
             return False
         return not any(self.is_of(name) for name in WAYS)
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether it lies where packages are installed."""
+        return self.file.startswith(_INSTALLED)
+
     def __str__(self) -> str:
         return f"{self.file}:{self.line} ({self.function})"
 
@@ -71,6 +79,13 @@ def of_equation(equation: Any) -> list[Frame]:
         return []
     frames = [Frame(f.file_name, f.line_num, f.function_name) for f in found.frames]
     return frames[::-1]
+
+
+def own_line(equation: Any) -> str:
+    """The user's own line that an equation comes from, not a library's; "" if unknown."""
+    frames = of_equation(equation)
+    own = [frame for frame in frames if frame.is_users and not frame.is_installed]
+    return str(own[-1]) if own else ""
 
 
 def of_error(found: TracebackType | None) -> list[Frame]:

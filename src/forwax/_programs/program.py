@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import source_info_util
 
+from forwax._programs import places
 from forwax._programs.primitives import UNKNOWN, Facts, facts_of
 from forwax._tree import Tree
 
@@ -140,7 +141,9 @@ class Equation:
         """Where in the user's code this operation stands, as `file:line (function)`."""
         if self.origin is None:
             return ""
-        return source_info_util.summarize(self.origin.source_info)
+        # Code that is all of libraries has no line of the user's.
+        line = places.own_line(self.origin)
+        return line or source_info_util.summarize(self.origin.source_info)
 
     @property
     def facts(self) -> Facts:

@@ -5,6 +5,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from forwax import _tree
 from forwax._programs.links import Link
 from forwax._programs.program import Variable
@@ -19,8 +21,17 @@ from forwax._sites.feedback.maps import map_shapes
 from forwax._sites.model import Site, Sites
 from forwax._sites.scales import Scales, scales_of
 
-_COLUMNS = ("operation", "shape", "weight noise", "activity noise", "credit", "where")
+_COLUMNS = (
+    "operation",
+    "parameters",
+    "shape",
+    "weight noise",
+    "activity noise",
+    "credit",
+    "where",
+)
 _MOST_NAMES = 6
+_MOST_PATHS = 3
 _BY_EXAMPLE = "see WeightPerturbation(per_example=True)"
 
 
@@ -38,6 +49,7 @@ class SiteRow:
             exact error is taken.
         where: the place in the user's source.
         scale: of the noise here; None where all are 1, or the error is exact.
+        parameters: the paths of those that enter, such as `layers.0.weight`.
     """
 
     operation: str
@@ -47,11 +59,16 @@ class SiteRow:
     credit: str
     where: str
     scale: float | None = None
+    parameters: tuple[str, ...] = ()
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
+        paths = list(self.parameters)
+        if len(paths) > _MOST_PATHS:
+            paths[2:] = [f"{len(paths) - 2} more"]
         return (
             self.operation,
+            ", ".join(paths),
             "×".join(map(str, self.shape)) or "scalar",
             f"{self.weight_noise:,}",
             f"{self.activity_noise:,}",
@@ -133,9 +150,9 @@ def explain(
         >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": jnp.ones((3, 4))}
         >>> table = fx.explain(loss, in_axes=(None, 0))(params, jnp.ones((5, 2)))
         >>> for row in table.rows:
-        ...     row.operation, row.weight_noise, row.activity_noise, row.credit
-        ('dot_general + add', 9, 3, 'one slope per example')
-        ('dot_general', 12, 4, 'exact error')
+        ...     row.parameters, row.weight_noise, row.activity_noise, row.credit
+        (('a', 'b'), 9, 3, 'one slope per example')
+        (('c',), 12, 4, 'exact error')
     """
     signature = Signature(loss, argnums, has_aux, in_axes, "explain", keyed=False)
     check_rule("explain", rule)
@@ -233,6 +250,7 @@ def _row(
     if credit.startswith("one slope for ") and not is_shared:
         credit += _advice(site, sites.num_examples is not None, has_data)
     sources = [equation.source for equation in site.region.equations if equation.source]
+    paths = _paths(sites)
     return SiteRow(
         operation=_operation(site, sites),
         shape=site.shape,
@@ -241,7 +259,18 @@ def _row(
         credit=credit,
         where=sources[0] if sources else "",
         scale=float(scales[site.variable]) if site.variable in scales else None,
+        parameters=tuple(path for v, path in paths.items() if v in entering),
     )
+
+
+def _paths(sites: Sites) -> dict[Variable, str]:
+    """The path of each parameter in the user's tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(sites.problem.params)
+    paths: list[str] = []
+    for path, _ in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        paths.append(name or "the parameter")
+    return dict(zip(sites.traced.parameters, paths, strict=True))
 
 
 def _operation(site: Site, sites: Sites) -> str:
