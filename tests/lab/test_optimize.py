@@ -135,14 +135,15 @@ def test_overhead_is_the_run_on_a_sum(monkeypatch):
         "seconds_of",
         lambda programs, key: [10.0 * each for each in programs],
     )
-    timings = descent.measure(SHORT, [fx.Backprop(), NORMAL], KEYS[0])
+    rules = {"backprop": fx.Backprop(), "forward": NORMAL}
+    timings = descent.measure(SHORT, rules, KEYS[0])
     assert seen == [
         ("beale", fx.Backprop()),
         ("sum", fx.Backprop()),
         ("beale", NORMAL),
         ("sum", NORMAL),
     ]
-    assert timings == [Timing(10.0, 20.0), Timing(30.0, 40.0)]
+    assert timings == {"backprop": Timing(10.0, 20.0), "forward": Timing(30.0, 40.0)}
 
 
 def test_lost_runs_rank_last_and_are_counted():

@@ -1,7 +1,8 @@
 """The command line of forwax, with the extra `lab`.
 
-A command is a folder (`train`, `compare`, `optimize`, `ren2023`, `data`) or a file (`diagnose`).
-What they share: `experiments` names models on data, `settings` and `options` say how to train,
-`choices` and `optimizers` build the rule and the optimiser from them, `problem` is an experiment
-made ready, `style` is the look of all pictures.
+A command is a module of `commands`; what it computes lies in a folder of its own (`compare`,
+`optimize`, `ren2023`, `data`, `training`), its picture in `pictures`. What they share: `catalogue`
+names models on data, says how to train and builds rules and optimizers; `training.problem` is an
+experiment made ready; `flags` is how options read, `report` what commands leave behind, `style` the
+look of all pictures.
 """

@@ -8,6 +8,7 @@ CIFAR-10 are not tuned; what the contrastive ones do otherwise than the paper's 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import equinox as eqx
@@ -238,17 +239,17 @@ def column_of(settings: Settings) -> Column:
     'mnist-s'
     """
     for names in (("size", "data", "objective"), ("data", "objective"), ("objective",)):
+        known = attrgetter(*names)
         for column in COLUMNS.values():
-            if all(
-                getattr(column.settings, name) == getattr(settings, name)
-                for name in names
-            ):
+            if known(column.settings) == known(settings):
                 return column
     return COLUMNS[DEFAULT]
 
 
 def row_of(settings: Any) -> str:
-    """Give the name of the row of settings, or of a row's entry, in which several noises show.
+    """Give the row of settings, or of an entry, by which a column knows its rate and epochs.
+
+    It is the rule, with the number of its noises where there are several.
 
     >>> row_of(replace(COLUMNS["mnist-m"].settings, num_tangents=16))
     'LG-FG-A:16'

@@ -84,7 +84,7 @@ class Experiment:
         if self.is_mixer:
             return columns.suggested(settings)[0]
         drawn = noise(rule) if settings.rule == "activity" else None
-        counted = None if drawn is None else min(drawn, self.effective_noise or drawn)
+        counted = drawn and min(drawn, self.effective_noise or drawn)
         return optimizers.suggest_rate(
             settings, rule, num_parameters, self.effective_dimension, counted
         )

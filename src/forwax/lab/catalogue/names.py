@@ -198,19 +198,10 @@ class Entry:
         >>> Entry.parse("LG-FG-A:normal").name, Entry.parse("FG-A:8").name
         ('LG-FG-A:normal', 'FG-A:8')
         """
-        words = [self.row]
+        words = [row_of(self)]
         if self.tangents not in (None, _signs(self.num_tangents)):
             words.append(self.tangents)
         return ":".join(words if self.parts else [*words, "one-slope"])
-
-    @property
-    def row(self) -> str:
-        """The rule and the number of its noises, by which a column knows rates and epochs.
-
-        >>> Entry.parse("FG-A:8:normal").row
-        'FG-A:8'
-        """
-        return row_of(self)
 
     def settings(self, column: Column, num_examples: int, **changes: Any) -> Settings:
         """The settings of this row in a column.
@@ -220,7 +211,7 @@ class Entry:
             num_examples: the size of the training set.
             changes: settings to change, and `epochs`, for those of the column.
         """
-        rate, epochs = column.of_row(self.row)
+        rate, epochs = column.of_row(row_of(self))
         epochs = changes.pop("epochs", epochs)
         own = asdict(self) | {"learning_rate": rate}
         settings = replace(column.settings, **own | changes)

@@ -74,12 +74,6 @@ class RuleChoice:
     own: Json = field(default_factory=dict)
 
 
-def _direct_feedback(seed: Any) -> fx.Rule:
-    return fx.DirectFeedbackAlignment(
-        jax.random.fold_in(jax.random.key(seed), FEEDBACK)
-    )
-
-
 _LOCAL = (
     "No error crossed two layers: reverse mode was used inside single layers and behind the last "
     "one alone."
@@ -127,7 +121,9 @@ _PLAIN: Mapping[str, RuleChoice] = {
         needs_data=True,
     ),
     "direct-feedback": RuleChoice(
-        _direct_feedback,
+        lambda seed: fx.DirectFeedbackAlignment(
+            jax.random.fold_in(jax.random.key(seed), FEEDBACK)
+        ),
         ("seed",),
         "the output error reaches every layer by a fixed random map",
         _LOCAL,
@@ -146,12 +142,13 @@ _PLAIN: Mapping[str, RuleChoice] = {
 
 def _published(name: str, kind: str) -> RuleChoice:
     """A method of Ren et al. 2023: one of the rules above, or noise of its own."""
-
-    def noise(**options: Any) -> fx.Rule:
+    own = RuleChoice(
         # the key is for fixed feedback, which noise has none of
-        return ren2023.method(name, None, jax.random.key(0), **options).rule
-
-    own = RuleChoice(noise, ("tangents", "num_tangents"), "", _LOCAL)
+        lambda **options: ren2023.method(name, None, jax.random.key(0), **options).rule,
+        ("tangents", "num_tangents"),
+        "",
+        _LOCAL,
+    )
     plain = {
         "BP": "backprop",
         "FA": "feedback",

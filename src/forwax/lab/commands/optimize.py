@@ -140,9 +140,7 @@ def run(options: OptimizeOptions) -> int:
     rules = {"backprop": fx.Backprop(), name: rule}
     keys = jax.random.split(jax.random.key(options.seed), options.runs)
     descents = {name: descend(plan, rule, keys) for name, rule in rules.items()}
-    timings = dict(
-        zip(rules, measure(plan, list(rules.values()), keys[0]), strict=True)
-    )
+    timings = measure(plan, rules, keys[0])
     numbers = summarise(plan, rules, descents, timings, options.seed)
     print_tables(make_table(numbers))
     style.save(picture.draw(plan, descents, timings), path)

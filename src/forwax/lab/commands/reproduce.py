@@ -139,8 +139,9 @@ def run(options: ReproduceOptions) -> int:
                     f"{settings.learning_rate:g}",
                     flush=True,
                 )
-                path = folder_of(folder, entry, seed)
-                summary = runs.train(path, problem, settings, _tell, signals)
+                summary = runs.train(
+                    folder_of(folder, entry, seed), problem, settings, _tell, signals
+                )
                 finite &= summary["finite"]
                 facts = table.facts(settings, summary, options.holdout)
                 save(folder, column, checksum, facts)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 
 import jax
 import numpy as np
@@ -94,7 +94,7 @@ class Bench:
     def __init__(self, comparison: Comparison):
         problem = comparison.problem
         self.comparison = comparison
-        self._program = functools.cache(self._compiled)
+        self._program = cache(self._compiled)
         self._data = jax.device_put(problem.train)
         self._validation = scorer(problem, comparison.validation)
         self._test = scorer(problem, problem.test)
@@ -121,8 +121,8 @@ class Bench:
     def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""
         steps = self.comparison.search_steps
-        program = self._program(name, steps)
-        trial = Trial(program, rate, 0, self._validation, [steps]).train()
+        trial = Trial(self._program(name, steps), rate, 0, self._validation, [steps])
+        trial.train()
         loss = finite(trial.validation_losses[-1]) if trial.finite else None
         count = self.comparison.options.search_rates
         what = "not finite" if loss is None else f"validation loss {loss:.4g}"

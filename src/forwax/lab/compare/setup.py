@@ -88,9 +88,7 @@ class CompareOptions:
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     out: PathOrNot = None
     """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
-    resume: Annotated[
-        Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")
-    ] = None
+    resume: Annotated[PathOrNot, tyro.conf.arg(metavar="FOLDER")] = None
     """Go on with the comparison in this folder; finished parts are not done again."""
 
     @property

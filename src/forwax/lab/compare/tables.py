@@ -30,7 +30,7 @@ def _row(each: Json) -> tuple[str, ...]:
         accuracy(each),
         number(1000 * each["seconds_per_step"]),
         _fixed(each["time_ratio"], 2),
-        _fixed(None if temporaries is None else temporaries / 2**20, 1),
+        _fixed(temporaries and temporaries / 2**20, 1),
         number(each["steps_to_target"]),
         number(each["seconds_to_target"]),
     )
@@ -39,7 +39,7 @@ def _row(each: Json) -> tuple[str, ...]:
 def ratio_rows(results: Json) -> list[tuple[str, ...]]:
     """Give the cells of the table of the paper's ratios, in the order of `RATIO_COLUMNS`."""
     rules = results["rules"]
-    reference = rules["backprop"]["R"] if "backprop" in rules else None
+    reference = rules.get("backprop", {}).get("R")
     return [
         (
             each["about"],

@@ -145,10 +145,10 @@ def descend(plan: Plan, rule: Rule, keys: Array) -> Descent:
     return Descent(*jax.device_get(jax.jit(jax.vmap(one_run(plan, rule)))(keys)))
 
 
-def measure(plan: Plan, rules: list[Rule], key: Array) -> list[Timing]:
+def measure(plan: Plan, rules: Mapping[str, Rule], key: Array) -> Timings:
     """Measure the seconds of single runs under each rule, the rules taking turns.
 
-    Example: `measure(plan, [fx.Backprop(), fx.WeightPerturbation()], key)[1].seconds`.
+    Example: `measure(plan, {"backprop": fx.Backprop()}, key)["backprop"].seconds`.
     """
     plans = (
         plan,
@@ -159,9 +159,9 @@ def measure(plan: Plan, rules: list[Rule], key: Array) -> list[Timing]:
             ),
         ),
     )
-    runs = [one_run(each, rule) for rule in rules for each in plans]
-    seconds = seconds_of(runs, key)
-    return [Timing(*pair) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
+    runs = [one_run(each, rule) for rule in rules.values() for each in plans]
+    seconds = iter(seconds_of(runs, key))
+    return {name: Timing(next(seconds), next(seconds)) for name in rules}
 
 
 def seconds_of(

@@ -96,5 +96,5 @@ def smooth(values: np.ndarray) -> np.ndarray:
     """
     window = np.ones(2 * (len(values) // 100) + 1)
     return np.convolve(values, window, mode="same") / np.convolve(
-        np.ones(len(values)), window, mode="same"
+        np.ones_like(values), window, mode="same"
     )

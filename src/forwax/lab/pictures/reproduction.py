@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from forwax.lab import style
-from forwax.lab.catalogue.columns import Column
+from forwax.lab.catalogue.columns import Column, row_of
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.ren2023.table import Results
 from forwax.lab.report import Json
@@ -64,7 +64,7 @@ def _look(entry: Entry) -> Json:
         "color": style.PALETTE[_COLOURS.get(reading.kind, "activity")],
         "linestyle": _DASHES[reading.losses],
         "linewidth": 1.5,
-        "alpha": 1.0 if entry.name == entry.row else 0.4,
+        "alpha": 1.0 if entry.name == row_of(entry) else 0.4,
     }
     if number > 1:
         look |= {
