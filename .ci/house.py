@@ -31,9 +31,9 @@ LIMITS: dict[str, float] = {
     "columns of a line": 100,
     "lines of a function": 70,
     "lines of a file": 450,
-    # One of the two is enough. Where the lab stands; the goal is 36,000 nodes.
+    # One of the two is enough.
     "lines of the lab": 5_800,
-    "nodes of the lab": 36_760,
+    "nodes of the lab": 36_000,
     # Abilities gained since: a package and a limit of its own for each, not counted above.
     f"{GAINED}keeping": 6_000,
     f"{GAINED}finetune": 9_000,
