@@ -241,7 +241,9 @@ def test_other_shapes_are_told_before_arrays_are_read(folder, monkeypatch):
     monkeypatch.setattr(kept, "leaf_sums", refuse)
     with pytest.raises(UsageError) as caught:
         restore(folder, like)
-    told = r"['state']['params']['w'] has the shape [300], and should have [9]."
+    told = (
+        r"['state']['params']['w'] is declared as float32[300] and should be int8[9]."
+    )
     assert told in str(caught.value)
 
 

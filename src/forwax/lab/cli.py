@@ -1,5 +1,6 @@
 """The command `forwax`: finds the subcommand and imports it alone; the others cost nothing."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `forwax`; the process's own by default.
 
     Returns:
-        The exit code: the subcommand's, 2 for a mistake in what was asked for, 130 after Ctrl-C.
+        The exit code: the subcommand's, 2 for a mistake in what was asked for, 4 where a file could
+        not be written, 130 after Ctrl-C.
 
     Example:
         ```sh
@@ -45,7 +47,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         forwax train
         ```
     """
-    first, *words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    from forwax.lab.keeping.console import patient_streams
+
+    with patient_streams():
+        try:
+            return _run(*(list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+        except KeyboardInterrupt:
+            print("Stopped.", file=sys.stderr)
+            return 130
+
+
+def script() -> None:
+    """Run the command line as a process of its own; after Ctrl-C it ends at once.
+
+    An interpreter that ends while XLA compiles in another thread crashes instead.
+    """
+    code = main()
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(first: str, *words: str) -> int:
     if first in ("-h", "--help"):
         print(usage())
     elif first == "--version":
@@ -53,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"forwax {metadata.version('forwax')}")
     elif first in COMMANDS:
-        return _run(first, words)
+        return _command(first, words)
     else:
         return _mistake(
             f"there is no command {first!r}; choose one of: {', '.join(COMMANDS)}."
@@ -61,13 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(name: str, words: list[str]) -> int:
+def _command(name: str, words: Sequence[str]) -> int:
     # tyro first, since a missing extra is the likeliest reason for a failing import
     try:
         import tyro
 
         from forwax.lab.data import DataError
         from forwax.lab.flags import UsageError
+        from forwax.lab.keeping.disk import NOT_WRITTEN, refused
 
         module: Any = import_module(f"forwax.lab.commands.{name}")
     except ModuleNotFoundError as error:
@@ -86,15 +110,14 @@ def _run(name: str, words: list[str]) -> int:
         return module.run(options)
     except (UsageError, DataError) as error:
         return _mistake(str(error))
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
+    except OSError as error:
+        return _mistake(refused(error), NOT_WRITTEN)
 
 
-def _mistake(sentence: str) -> int:
+def _mistake(sentence: str, code: int = 2) -> int:
     print(f"forwax: {sentence}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -16,6 +16,8 @@ from forwax.lab.catalogue import names
 from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
 from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready
+from forwax.lab.keeping.disk import going_on
+from forwax.lab.keeping.lock import writing
 from forwax.lab.report import (
     Json,
     RowsByRule,
@@ -62,14 +64,13 @@ def run(options: CompareOptions) -> int:
     started = time.perf_counter()
     comparison = make_ready(options)
     folder = comparison.folder
+    again = f"forwax compare --resume {folder}"
     try:
-        with comparison.writing():
+        with going_on(folder, again), writing(folder):
             results = compare(comparison)
             save(comparison, results)
     except KeyboardInterrupt:
-        print(
-            f"\nStopped; what is finished is kept. Go on with: forwax compare --resume {folder}"
-        )
+        print(f"\nStopped; what is finished is kept. Go on with: {again}")
         return 130
     # a log has no width of its own; the tables need this much
     print_tables(*tables.make_tables(results), width_in_logs=150)

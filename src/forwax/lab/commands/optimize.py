@@ -25,6 +25,7 @@ from forwax.lab.flags import (
     UsageError,
     check_ranges,
 )
+from forwax.lab.keeping.disk import check_path
 from forwax.lab.optimize.descent import Plan, descend, make_table, measure, summarise
 from forwax.lab.pictures import descent as picture
 from forwax.lab.report import print_tables, write_json
@@ -134,6 +135,7 @@ def run(options: OptimizeOptions) -> int:
             f"{options.function}."
         )
     path = options.out or Path("runs") / f"optimize-{options.function}.png"
+    check_path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--out must end in .png, .svg or .pdf, got {str(path)!r}.")
     name = "forward" if options.rule == "weight" else options.rule

@@ -26,6 +26,7 @@ from forwax.lab.flags import (
     check_ranges,
     given,
 )
+from forwax.lab.keeping.disk import check_path, going_on
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
 from forwax.lab.training.problem import checksum_of, problem_of
@@ -120,6 +121,7 @@ def run(options: ReproduceOptions) -> int:
     data = prepared(load(column.settings.data or "", options.data_dir), options)
     checksum = checksum_of(data)
     folder = options.out / column.name
+    check_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,7 +129,7 @@ def run(options: ReproduceOptions) -> int:
             f"--out: the folder {folder} cannot be made ({error.strerror}); choose another."
         ) from error
     finite = True
-    with Signals().watch() as signals:
+    with going_on(folder, "the same command"), Signals().watch() as signals:
         try:
             for seed, entry in product(range(options.seeds), dict.fromkeys(entries)):
                 settings = settings_of(column, entry, data, options, seed)

@@ -25,6 +25,7 @@ from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import PathOrNot, Positive, Range, UsageError, check_ranges
 from forwax.lab.keeping.checkpoints import Checkpoints
+from forwax.lab.keeping.disk import going_on
 from forwax.lab.keeping.folder import CHECKPOINTS, CURVES, SUMMARY, Run
 from forwax.lab.keeping.metrics import SHARE, spans
 from forwax.lab.keeping.seal import sealed
@@ -135,14 +136,17 @@ def run(options: TrainOptions) -> int:
     dtype = Settings.from_dict(run.config).dtype if run else options.dtype
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         if run is not None and run.finished:
-            run.check_config(lambda: _kept_config(run))
+            run.check_config(Checkpoints(run.path / CHECKPOINTS).config)
             accuracy = run.summary({"test_accuracy": SHARE})["test_accuracy"]
             print(f"{run.path} is finished already: test accuracy {accuracy:.1%}.")
             return 0
         run, problem, settings = (
             _resume(run, options.data_dir) if run else _start(options)
         )
-        with opened(run, problem, settings) as files:
+        with (
+            going_on(run.path, f"forwax train --resume {run.path}"),
+            opened(run, problem, settings) as files,
+        ):
             if options.resume:
                 whence = f"step {files.step} of {settings.steps}"
                 print(f"Going on with {run.path} from {whence}.", flush=True)
@@ -151,11 +155,6 @@ def run(options: TrainOptions) -> int:
             session.checkpoint_seconds = options.checkpoint_seconds
             with session.signals.watch():
                 return _train(run, session, started)
-
-
-def _kept_config(run: Run) -> Json:
-    with contextlib.closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints:
-        return checkpoints.notes().get("config", {})
 
 
 def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:

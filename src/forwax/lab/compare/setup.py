@@ -4,9 +4,7 @@ A validation part is held out of the training set.
 """
 
 import os
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,9 +27,9 @@ from forwax.lab.flags import (
     check_ranges,
     given,
 )
+from forwax.lab.keeping.disk import check_path
 from forwax.lab.keeping.folder import CONFIG, Run, changed
-from forwax.lab.keeping.lock import writing
-from forwax.lab.keeping.regular import check_plain, read_object
+from forwax.lab.keeping.regular import read_object
 from forwax.lab.keeping.seal import is_sound, sealed, unsealed
 from forwax.lab.keeping.stored import check_stored
 from forwax.lab.report import Json, versions, write_json
@@ -136,6 +134,7 @@ def make_folder(options: CompareOptions) -> Path:
         "resume": None,
     }
     folder = options.out
+    check_path(folder or Path())
     if folder is None:
         return Run.create(Path("runs"), f"compare-{options.experiment}", config).path
     if os.path.lexists(folder / CONFIG):
@@ -189,13 +188,6 @@ class Comparison:
         config = Run.open(self.folder).config
         write_json(path, sealed({CONFIG: config} | value))
         return value
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the only one who writes to the folder; see `Run.writing`."""
-        check_plain([self.folder / PARTS], stat.S_IFDIR)
-        with writing(self.folder):
-            yield
 
 
 def make_ready(options: CompareOptions) -> Comparison:

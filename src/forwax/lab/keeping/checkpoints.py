@@ -6,7 +6,9 @@ beside the settings and the length of the metrics that belong to it. One rename 
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
 import re
 import shutil
 import sys
@@ -23,9 +25,9 @@ import numpy as np
 from forwax.lab.flags import UsageError
 from forwax.lab.keeping.regular import free_name
 from forwax.lab.keeping.seal import (
-    SEAL,
     declared,
     is_sound,
+    kind_of,
     leaf_sums,
     sealed,
 )
@@ -39,6 +41,7 @@ STATE, SUMS, UNSUMMED = "state", "sums", "default"
 """The parts of a checkpoint, and the only part that versions before the sums wrote."""
 
 PARTS = (STATE, SUMS, UNSUMMED, "_CHECKPOINT_METADATA", "commit_success.txt")
+_OTHER = "is declared as {} and should be {}"
 DRAFT = ".orbax-checkpoint-tmp"
 DAMAGED = "damaged"
 
@@ -100,13 +103,20 @@ class Checkpoints:
         if step == self.latest_step():
             return
         tree = _as_tree(state, seconds)
-        sums = sealed({"leaves": leaf_sums(tree), "notes": notes})
+        sums = sealed(
+            {"kinds": declared(tree), "leaves": leaf_sums(tree), "notes": notes}
+        )
         parts = {
             STATE: self._args.StandardSave(tree),
             SUMS: self._args.JsonSave(sums),
         }
         path = free_name(self._folder / str(step))
-        self._writer.save(path, self._args.Composite(**parts))
+        try:
+            self._writer.save(path, self._args.Composite(**parts))
+        # a full disk is an OSError or a ValueError with the text of the library below
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise OSError(errno.EIO, reason, str(path)) from error
         for old in self._own()[:-KEEP]:
             _remove(old)
 
@@ -144,11 +154,11 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
         return found
 
-    def notes(self) -> Json:
-        """Give the notes of the newest checkpoint that can tell them; empty where none can."""
+    def config(self) -> Json:
+        """Give the newest `config` that is noted; empty where none can be read."""
         for path in reversed(self._own()):
             with suppress(Exception):
-                return self._sums(path)["notes"]
+                return self._sums(path)["notes"]["config"]
         return {}
 
     def remove(self) -> None:
@@ -187,9 +197,9 @@ class Checkpoints:
                 notes = {}
             else:
                 sums = self._sums(path)
-                _compare(sums["leaves"], declared(_as_tree(like, 0.0)), "should have")
+                _compare(sums["kinds"], declared(_as_tree(like, 0.0)), _OTHER)
                 tree = self._arrays(path, STATE, like)
-                _compare(leaf_sums(tree), sums["leaves"], "was written with")
+                _compare(leaf_sums(tree), sums["leaves"], "is not what was written")
                 notes = sums["notes"]
         state = type(like)(**tree["state"])
         if int(state.step) != _step(path):
@@ -205,21 +215,13 @@ class Checkpoints:
         metadata: Any = self._writer.metadata(path).item_metadata
         told = metadata[part].tree
         leaves = jax.tree.leaves(told, is_leaf=lambda each: hasattr(each, "shape"))
-        wanted = declared(tree).values()
-        expected = Counter((tuple(each["shape"]), each["dtype"]) for each in wanted)
-        if (
-            Counter((each.shape, np.dtype(each.dtype).name) for each in leaves)
-            != expected
-        ):
+        if Counter(map(kind_of, leaves)) != Counter(declared(tree).values()):
             raise DamageError(
                 "declares arrays of other shapes or types than the run has"
             )
         for each in leaves:
-            chunk = each.storage.chunk_shape or each.shape
-            if len(chunk) != len(each.shape) or any(
-                size > max(length, 1)
-                for size, length in zip(chunk, each.shape, strict=True)
-            ):
+            chunk = each.storage.chunk_shape or ()
+            if math.prod(chunk) > max(1, math.prod(each.shape)):
                 raise DamageError(
                     f"declares chunks of {chunk} of an array of {each.shape}"
                 )
@@ -257,16 +259,11 @@ def _remove(path: Path) -> None:
         path.rmdir()
 
 
-def _compare(got: Json, wanted: Json, how: str) -> None:
-    for name in [*wanted, *(name for name in got if name not in wanted)]:
-        ours, theirs = got.get(name, {}), wanted.get(name, {})
-        for key in theirs or ours:
-            if ours.get(key) == theirs.get(key):
-                continue
-            if key == SEAL:
-                raise DamageError(f"is damaged: {name} is not what was written")
-            told = f"{ours.get(key)}, and {how} {theirs.get(key)}"
-            raise DamageError(f"is damaged: {name} has the {key} {told}")
+def _compare(got: Json, wanted: Json, told: str) -> None:
+    for name in sorted({*got, *wanted}):
+        values = got.get(name), wanted.get(name)
+        if values[0] != values[1]:
+            raise DamageError(f"is damaged: {name} {told.format(*values)}")
 
 
 def _in_a_sentence(path: Path, error: Exception) -> str:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from forwax.lab.flags import UsageError
-from forwax.lab.keeping.lock import writing
+from forwax.lab.keeping.disk import check_path
 from forwax.lab.keeping.metrics import METRICS, rows_of
-from forwax.lab.keeping.regular import check_plain, read_object, read_plain
+from forwax.lab.keeping.regular import read_object, read_plain
 from forwax.lab.keeping.seal import is_sound, sealed, unsealed
 from forwax.lab.keeping.stored import check_stored, refuse_changes
 from forwax.lab.report import Json, Rows, write_json
@@ -57,9 +56,10 @@ class Run:
         Raises:
             UsageError: when the parent cannot be written to.
         """
+        check_path(parent)
+        draft = parent / f".{name}-{os.getpid()}-{datetime.now():%H%M%S%f}.part"
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            draft = parent / f".{name}-{os.getpid()}-{datetime.now():%H%M%S%f}.part"
             draft.mkdir()
             write_json(draft / CONFIG, sealed(config))
             return cls(
@@ -67,6 +67,7 @@ class Run:
                 config,
             )
         except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
             raise UsageError(
                 f"Cannot make a run's folder in {parent}: {error.strerror}; choose --runs."
             ) from error
@@ -82,6 +83,7 @@ class Run:
         Raises:
             UsageError: when it is none, or config.json holds something else.
         """
+        check_path(path)
         try:
             config = read_object(path / CONFIG)
         except OSError as error:
@@ -137,19 +139,6 @@ class Run:
             return rows_of(read_plain(self.path / METRICS))
         return []
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Be the only one who writes to the folder, to files of its own, while this lasts.
-
-        Raises:
-            UsageError: when another process writes to it, or one of its files is a link.
-        """
-        names = CONFIG, METRICS, SUMMARY, CURVES
-        check_plain(self.path / name for name in names)
-        check_plain([self.path / CHECKPOINTS], stat.S_IFDIR)
-        with writing(self.path):
-            yield
-
 
 def changed(path: Path, remedy: str) -> UsageError:
     """Give the error about a file that is not what forwax wrote."""
@@ -166,5 +155,4 @@ def _move_to_free_name(draft: Path, name: str) -> Path:
             return draft.rename(
                 draft.with_name(name if number == 1 else f"{name}-{number}")
             )
-    shutil.rmtree(draft, ignore_errors=True)
     raise FileExistsError(17, "a hundred runs began in the same second", name)

@@ -14,6 +14,11 @@ from forwax.lab.report import write_text
 
 LOCK = ".lock"
 HOLDER = ".lock-holder"
+NAMES = (
+    "config.json metrics.jsonl summary.json curves.png checkpoints parts results.json table.md "
+    f"comparison.png {LOCK} {HOLDER}"
+).split()
+"""What commands write to a folder."""
 
 
 @contextmanager
@@ -24,11 +29,12 @@ def writing(folder: Path) -> Iterator[None]:
         folder: which one process may write to.
 
     Raises:
-        UsageError: when another process holds it, with that process's number.
+        UsageError: when another process holds it, with that process's number, or where a link
+            stands in place of a file.
     """
     lock = folder / LOCK
     holder = folder / HOLDER
-    check_plain([lock, holder])
+    check_plain(folder / name for name in NAMES)
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)

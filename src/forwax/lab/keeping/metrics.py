@@ -70,7 +70,7 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, doubtful: str = ""):
-        path = folder / METRICS
+        self._path = path = folder / METRICS
         # no buffer: what a full disk refuses must not be written once more on closing
         self._file = open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         content = read_plain(path)
@@ -88,8 +88,14 @@ class Metrics:
             content = content[written:]
 
     def sync(self) -> None:
-        """Wait until the lines are on the disk, as a checkpoint that counts on them demands."""
+        """Wait until the lines are on the disk, as a checkpoint that counts on them demands.
+
+        Raises:
+            FileNotFoundError: when the file is no longer there.
+        """
         os.fsync(self._file)
+        if not os.path.samestat(self._path.stat(), os.fstat(self._file)):
+            raise FileNotFoundError(2, "it was replaced", str(self._path))
 
     def sums(self) -> Json:
         """Give what a checkpoint keeps of the lines so far."""

@@ -12,8 +12,6 @@ from forwax.lab.flags import UsageError
 from forwax.lab.report import Json
 
 _KINDS = {
-    stat.S_IFREG: "a file",
-    stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFIFO: "a fifo",
     stat.S_IFSOCK: "a socket",
@@ -26,19 +24,15 @@ _WITHOUT_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def check_plain(paths: Iterable[Path], wanted: int = stat.S_IFREG) -> None:
-    """Refuse what stands in place of plain files with one name; what is missing is fine.
-
-    Args:
-        paths: the files.
-        wanted: the kind of `stat` that they must have, so `stat.S_IFDIR` for folders.
+def check_plain(paths: Iterable[Path]) -> None:
+    """Refuse what is neither a folder nor a plain file with one name; what is missing is fine.
 
     Raises:
         UsageError: naming the path and what it is.
     """
     for path in paths:
         with suppress(FileNotFoundError, NotADirectoryError):
-            _check(path, path.lstat(), wanted)
+            _check(path, path.lstat())
 
 
 def open_plain(path: Path, flags: int) -> int:
@@ -58,7 +52,7 @@ def open_plain(path: Path, flags: int) -> int:
     check_plain([path])
     descriptor = os.open(path, flags | _WITHOUT_LINKS | _BINARY, 0o666)
     try:
-        _check(path, os.fstat(descriptor), stat.S_IFREG)
+        _check(path, os.fstat(descriptor))
     except UsageError:
         os.close(descriptor)
         raise
@@ -99,15 +93,13 @@ def free_name(path: Path) -> Path:
     return path
 
 
-def _check(path: Path, found: os.stat_result, wanted: int) -> None:
+def _check(path: Path, found: os.stat_result) -> None:
     kind = stat.S_IFMT(found.st_mode)
-    if kind != wanted:
-        what = _KINDS.get(kind, "something else")
-    elif kind == stat.S_IFREG and found.st_nlink > 1:
+    what = _KINDS.get(kind)
+    if kind == stat.S_IFREG and found.st_nlink > 1:
         what = "one of several names (hard links) of one file"
-    else:
-        return
-    raise UsageError(
-        f"{path} is {what}, and forwax only reads and writes {_KINDS[wanted]} of the run's own "
-        "there; put a copy in its place."
-    )
+    if what is not None:
+        raise UsageError(
+            f"{path} is {what}, and forwax reads and writes only what is the run's own; put a "
+            "copy in its place."
+        )

@@ -41,28 +41,29 @@ def is_sound(value: Json) -> bool | None:
     return value[SEAL] == sum_of(unsealed(value)) if SEAL in value else None
 
 
-def leaf_sums(tree: Any) -> Json:
-    """Give the shape, the dtype and the SHA-256 of each leaf of a tree of arrays, by its path.
+def declared(tree: Any) -> Json:
+    """Give the dtype and the shape of each leaf of a tree of arrays or shapes, by its path.
 
-    >>> leaf_sums({"w": np.zeros(3, np.float32)})["['w']"]["shape"]
-    [3]
+    >>> declared({"w": np.zeros(3, np.float32)})
+    {"['w']": 'float32[3]'}
     """
-    sums = declared(tree)
-    for name, leaf in named_leaves(tree).items():
+    return {name: kind_of(leaf) for name, leaf in _named(tree).items()}
+
+
+def leaf_sums(tree: Any) -> Json:
+    """Give the SHA-256 of each leaf of a tree of arrays, by its path."""
+    sums = {}
+    for name, leaf in _named(tree).items():
         content = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-        sums[name][SEAL] = hashlib.sha256(content.data).hexdigest()
+        sums[name] = hashlib.sha256(content.data).hexdigest()
     return sums
 
 
-def declared(tree: Any) -> Json:
-    """Give the shape and the dtype of each leaf of a tree of arrays or shapes, by its path."""
-    return {
-        name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
-        for name, leaf in named_leaves(tree).items()
-    }
+def kind_of(leaf: Any) -> str:
+    """Write the dtype and the shape of an array in short."""
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def named_leaves(tree: Any) -> Json:
-    """Give the leaves of a tree by their paths."""
+def _named(tree: Any) -> Json:
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

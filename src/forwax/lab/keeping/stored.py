@@ -87,8 +87,7 @@ def _wanted(kind: Any, value: Any) -> str | None:
     if kind is Any:
         return None
     classes, words = _WORDS[origin or kind]
-    is_bool = isinstance(value, bool)
-    return None if isinstance(value, classes) and is_bool == (kind is bool) else words
+    return None if type(value) in classes else words
 
 
 def refuse_changes(path: Path, before: Json, now: Json) -> None:

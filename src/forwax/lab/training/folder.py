@@ -11,6 +11,7 @@ import jax
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.keeping.checkpoints import Checkpoint, Checkpoints
 from forwax.lab.keeping.folder import CHECKPOINTS, CONFIG, CURVES, SUMMARY, Run
+from forwax.lab.keeping.lock import writing
 from forwax.lab.keeping.metrics import METRICS, Metrics, resumed
 from forwax.lab.training.problem import Task
 from forwax.lab.training.step import TrainState, init_state
@@ -57,8 +58,8 @@ def opened(
             file is a link, or when there are checkpoints and none is sound.
     """
     like = jax.eval_shape(lambda: init_state(problem, settings))
-    with run.writing(), closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints:
-        run.check_config(lambda: checkpoints.notes().get("config", {}))
+    with writing(run.path), closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints:
+        run.check_config(checkpoints.config)
         found = checkpoints.restore(like) or Checkpoint(None, 0.0, {})
         step = int(found.state.step) if found.state else 0
         lines = found.notes.get("metrics")
