@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,28 +122,56 @@ def measure_curvature(
                 "measure_curvature: expected concrete parameters, got traced ones: whether there "
                 "is a rate depends on what is measured. Call it outside of jax.jit."
             )
-        keys = jax.random.split(key, draws)
-        return _summary(_measured(rule, problem, keys))
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        numbered = enumerate(leaves)
+        arrays = {n: x for n, x in numbered if isinstance(x, jax.Array | np.ndarray)}
+
+        # Arrays are arguments of the program: constants would be held twice.
+        def problem_of(arrays: dict[int, Any]) -> Problem:
+            found = [arrays.get(n, leaf) for n, leaf in enumerate(leaves)]
+            return signature.bind(*jax.tree.unflatten(structure, found))
+
+        rows = _measured(
+            rule, problem, jax.random.split(key, draws), problem_of, arrays
+        )
+        return _summary(rows)
 
     return curvature_of_loss
 
 
-def _measured(rule: Rule, problem: Problem, keys: Array) -> np.ndarray:
-    """For each key what `_draw` finds: [draws, 5], by the first way that runs."""
+def _measured(
+    rule: Rule,
+    problem: Problem,
+    keys: Array,
+    problem_of: Callable[[dict[int, Any]], Problem],
+    arrays: dict[int, Any],
+) -> np.ndarray:
+    """For each key what `_draw` finds: [draws, 5], by the first way that runs.
+
+    Slopes of slopes, then second differences; jitted, then as a loss runs that branches.
+    """
     first: Exception | None = None
-    for draw in _ways(rule, problem):
-        try:
-            rows = [draw(key) for key in keys]
-        except REJECTIONS as error:
-            first = first or error
-        else:
-            return np.asarray(rows, np.float64)
+    for way in _ways(rule, problem):
+
+        def draw(key: Array, arrays: Any, along: Any = way) -> Array:
+            return _draw(rule, problem_of(arrays), along, key)
+
+        for run in (jax.jit(draw), draw):
+            try:
+                rows = [run(key, arrays) for key in keys]
+            except REJECTIONS as error:
+                first = first or error
+            else:
+                return np.asarray(rows, np.float64)
     assert first is not None
     raise first
 
 
-def _ways(rule: Rule, problem: Problem) -> Iterator[Callable[[Array], Array]]:
-    """Slopes of slopes, then second differences; jitted, then as a loss runs that branches."""
+Way = Callable[[Problem, Tree], tuple[Array, Array]]
+"""From a problem and a direction to the first and the second derivative along it."""
+
+
+def _ways(rule: Rule, problem: Problem) -> list[Way]:
     params = problem.params
     steps_of = getattr(rule.inner, "steps", None)
     steps = None if steps_of is None else steps_of(params)
@@ -155,26 +183,18 @@ def _ways(rule: Rule, problem: Problem) -> Iterator[Callable[[Array], Array]]:
         if rule.inner.epsilon is None:  # type: ignore[attr-defined]
             step = max(step, _LEAST_STEP)
 
-    def by_differences(direction: Tree) -> tuple[Array, Array]:
+    def by_differences(problem: Problem, direction: Tree) -> tuple[Array, Array]:
         return _differences(problem, direction, step)
 
-    def by_slopes(direction: Tree) -> tuple[Array, Array]:
-        return _slopes_of_slopes(problem, direction)
-
-    ways = [by_differences] if steps is not None else [by_slopes, by_differences]
-    for way in ways:
-
-        def draw(key: Array, along: Any = way) -> Array:
-            return _draw(rule, problem, along, key)
-
-        yield jax.jit(draw)
-        yield draw
+    if steps is not None:
+        return [by_differences]
+    return [_slopes_of_slopes, by_differences]
 
 
 def _draw(
     rule: Rule,
     problem: Problem,
-    along: Callable[[Tree], tuple[Array, Array]],
+    along: Way,
     key: Array,
 ) -> Array:
     """For e = l u the length l, <g, u> and uᵀHu; <g, v> and vᵀHv of signs v: [5]."""
@@ -187,10 +207,10 @@ def _draw(
     length = jnp.sqrt(_tree.inner(estimate, estimate) / n)
     scale = jnp.where(length > 0, length, 1)
     unit = jax.tree.map(lambda x: x / scale.astype(x.dtype), estimate)
-    slope, second = along(unit)
+    slope, second = along(problem, unit)
     tangent = Rademacher().sample(signs, params)
     tangent = jax.tree.map(lambda x: x[0], tangent)
-    found = (length, slope, second, *along(tangent))
+    found = (length, slope, second, *along(problem, tangent))
     return jnp.stack([x.astype(jnp.float32) for x in found])
 
 
