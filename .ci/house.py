@@ -36,6 +36,7 @@ LIMITS: dict[str, float] = {
     "nodes of the lab": 36_000,
     # Abilities gained since: a package and a limit of its own for each, not counted above.
     f"{GAINED}keeping": 6_000,
+    f"{GAINED}texts": 2_700,
     f"{GAINED}finetune": 9_000,
     "lines with num_consts outside _programs": 4,
     "isinstance on the class of a rule or of tangents": 4,

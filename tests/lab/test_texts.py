@@ -12,7 +12,8 @@ import pytest
 
 from forwax.lab.commands import data as data_command
 from forwax.lab.data import DataError
-from forwax.lab.finetune import packages, texts
+from forwax.lab.texts import packages
+from forwax.lab.texts import sets as texts
 
 INDEX = "http://index.test/simple"
 SENTENCES = "1\t2.5\tA joy.\r\n2\t0.4\tSo so.\r\n3\t-3\tDull.\r\n4\t-3\tDull.\r\n"

@@ -8,6 +8,7 @@ from typing import Any
 
 COMMANDS: Mapping[str, str] = {
     "train": "train a model on real data, by default without backpropagation",
+    "finetune": "train an adapter of a language model on texts",
     "compare": "train the same model by several rules, side by side",
     "diagnose": "measure what rules give and cost, and say which to use",
     "optimize": "minimise a test function by backprop and without it",

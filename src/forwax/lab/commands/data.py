@@ -9,9 +9,9 @@ import tyro
 
 from forwax.lab.data import DataError, find_source, load, locate
 from forwax.lab.data.sets import SOURCES
-from forwax.lab.finetune import texts
 from forwax.lab.flags import PathOrNot
 from forwax.lab.report import Table, print_tables
+from forwax.lab.texts import sets as texts
 
 DIGITS_PLACE = "comes with scikit-learn"
 

@@ -12,7 +12,7 @@ import numpy as np
 from forwax.lab.data import DataError, cache_dir, locate
 from forwax.lab.data.sets import Source
 from forwax.lab.data.store import fetch, read
-from forwax.lab.finetune import packages
+from forwax.lab.texts import packages
 
 TINY = "tiny-sentences"
 TINY_FILE = Path(__file__).with_name("tiny_sentences.tsv")

@@ -1,0 +1,49 @@
+"""What `forwax finetune` does with its options."""
+
+from forwax.lab.finetune import run as runs
+from forwax.lab.finetune import versus
+from forwax.lab.finetune.options import FinetuneOptions, resumed
+
+DESCRIPTION = """Fine-tune a language model on texts, by default without backpropagation.
+
+Rules:
+- activity: slopes along noise on the adapter's activations, one for each text and step
+- learned-feedback: the output's error reaches each site by a map that noise teaches
+- rank-1: slopes along random directions of rank one of all trained numbers
+- mezo: the same along random signs, by two evaluations in place of a derivative
+- backprop: reverse mode, each layer computed again on the way back; the reference
+
+Model and texts are fetched from your package index when they are first needed."""
+"""What `forwax finetune --help` says first."""
+
+
+def run(options: FinetuneOptions) -> int:
+    """Train, and tell how it went.
+
+    Args:
+        options: the command's options.
+
+    Returns:
+        The exit code: 0 when done, 130 after Ctrl-C, 143 after a termination, 3 after a loss that
+        is not finite.
+
+    Raises:
+        UsageError: when the options do not go together.
+        DataError: when model or texts cannot be loaded.
+
+    Example:
+        ```sh
+        forwax finetune --model tiny-random --data tiny-sentences
+        ```
+    """
+    found = None
+    if options.resume is not None:
+        options, found = resumed(options)
+        if found.finished:
+            print(f"{found.path} is finished already.")
+            return 0
+    ready = runs.make_ready(options)
+    if found is not None:
+        runs.check_data(found, ready)
+    act = versus.compare if options.compare else runs.train
+    return act(ready, found)

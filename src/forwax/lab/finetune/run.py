@@ -1,0 +1,242 @@
+"""One run of `forwax finetune`: made ready, trained in a folder that resumes, told."""
+
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import forwax as fx
+from forwax.lab import report
+from forwax.lab.catalogue.rules import RULES as CHOICES
+from forwax.lab.catalogue.rules import guarded_rule
+from forwax.lab.catalogue.settings import Settings
+from forwax.lab.finetune import models, options, problem, results
+from forwax.lab.finetune.models import Model
+from forwax.lab.finetune.options import FinetuneOptions
+from forwax.lab.finetune.problem import Rows, Tuning
+from forwax.lab.flags import UsageError
+from forwax.lab.report import Json
+from forwax.lab.texts import sets as texts
+from forwax.lab.training.folder import CURVES, SUMMARY, Run, opened
+from forwax.lab.training.program import Score
+from forwax.lab.training.progress import reporting
+from forwax.lab.training.session import NOT_FINITE, Sitting
+from forwax.lab.training.step import split_seed
+
+ADAPTER = "adapter.safetensors"
+CURVATURE = 0xC0
+"""Folded into a seed's key for measuring a rate: the small numbers give the steps' keys."""
+
+DRAWS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """All that a run needs: its options, the model, the task."""
+
+    options: FinetuneOptions
+    model: Model
+    task: Tuning
+
+    def score(self) -> Score:
+        """Loss and accuracy on held-out texts."""
+        of_validation = self.task.scores(self.task.validation)
+
+        def score(params: Any) -> tuple[float, float]:
+            losses, correct, _ = of_validation(params)
+            return results.mean(losses), results.mean(correct)
+
+        return score
+
+    def measured_rate(self, rule: str) -> float:
+        """The rate that the loss's curvature suggests on a batch, see `measure_curvature`.
+
+        Raises:
+            UsageError: where there is none.
+        """
+        settings = self.options.settings(rule, 1.0)
+        task = self.task
+        params = task.init(jax.random.key(0))
+        built = task.ready(guarded_rule(settings), params)
+        rows, labels = jax.device_put(task.train)
+        batch: Any = rows[: settings.batch_size]
+
+        def loss(params: Any, frozen: Any, own: Any, label: Any) -> Any:
+            return task.loss(params, Rows(own, frozen), label)
+
+        print(f"{rule}: compiling, to measure a rate.", flush=True)
+        key = jax.random.fold_in(split_seed(settings.seed).noise, CURVATURE)
+        measure = fx.measure_curvature(
+            loss, built, has_aux=True, in_axes=(None, None, 0, 0), draws=DRAWS
+        )
+        found = measure(
+            key, params, batch.frozen, batch.own, labels[: settings.batch_size]
+        )
+        if found.learning_rate is None:
+            raise UsageError(
+                f"No learning rate could be measured for {rule}: {found.reason}; give "
+                "--learning-rate."
+            )
+        return found.learning_rate
+
+
+def make_ready(asked: FinetuneOptions) -> Ready:
+    """Load the model and the texts, and make the task.
+
+    Raises:
+        UsageError: when the options do not go together, or the extra `lm` is missing.
+        DataError: when model or texts cannot be loaded.
+    """
+    options.check(asked)
+    for package in ("gguf", "safetensors", "tokenizers"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(
+                f"{package} is not installed; forwax finetune needs: pip install 'forwax[lm]'."
+            )
+    found = texts.load(asked.data, asked.data_dir)
+    model = models.load(asked.model, asked.packed, asked.data_dir)
+    return Ready(asked, model, problem.build(model, found, asked))
+
+
+def config(ready: Ready, settings: Settings | None) -> Json:
+    """What config.json holds."""
+    own = settings.as_dict() if settings else {}
+    return {
+        **own,
+        "options": options.as_json(ready.options),
+        "data_checksum": ready.task.checksum,
+        "num_parameters": ready.task.num_parameters,
+        "versions": report.versions(),
+    }
+
+
+def create(ready: Ready, settings: Settings | None) -> Run:
+    """Make the run's folder, and say what will be trained on what."""
+    asked = ready.options
+    task = ready.task
+    name = f"finetune-{Path(asked.model).stem}"
+    run = Run.create(asked.runs, name, config(ready, settings))
+    for name in (asked.data, asked.model):
+        if name in texts.SOURCES:
+            print(f"{name}: {texts.SOURCES[name].terms}")
+    rate = f", learning rate {settings.learning_rate:.3g}" if settings else ""
+    print(
+        f"{ready.model.config.name}, {asked.adapter}: {task.num_parameters:,} trained numbers. "
+        f"{asked.data}: {task.num_examples:,} texts to train on, {len(task.validation[1])} to "
+        f"choose by, {len(task.test[1]):,} to test.\n"
+        f"Rule: {', '.join(asked.rules)}{rate}.\nRun: {run.path}",
+        flush=True,
+    )
+    return run
+
+
+def check_data(run: Run, ready: Ready) -> None:
+    """Refuse to go on with other data.
+
+    Raises:
+        UsageError: where the checksum differs.
+    """
+    if run.config["data_checksum"] != ready.task.checksum:
+        raise UsageError(
+            f"The texts or the model are not those that {run.path} was trained with (their "
+            "checksum differs); give the old ones with --data-dir, or start a new run."
+        )
+
+
+class Finetuning(Sitting):
+    """A sitting with an evaluation on the held-out texts every so often."""
+
+    def at_stop(self) -> None:
+        """Write loss and accuracy on the held-out texts."""
+        row = results.as_json(*self.score(self.trainer.state.params))
+        where = {"step": self.trainer.step, "seconds": round(self.seconds, 6)}
+        self.metrics.append([where | row])
+
+
+def train(ready: Ready, run: Run | None) -> int:
+    """Train until something stops it, and say what did.
+
+    Args:
+        ready: the task, see `make_ready`.
+        run: the run to go on with, or None.
+
+    Returns:
+        The exit code.
+    """
+    started = time.perf_counter()
+    asked = ready.options
+    if run is None:
+        rate = asked.learning_rate or ready.measured_rate(asked.rule)
+        settings = asked.settings(asked.rule, rate)
+        run = create(ready, settings)
+    settings = Settings.from_dict(run.config)
+    with opened(run, ready.task, settings) as files:
+        print(f"From step {files.step} of {settings.steps}: compiling.", flush=True)
+        assert settings.eval_every is not None
+        session = Finetuning(
+            files, ready.task, settings, settings.eval_every, ready.score()
+        )
+        session.checkpoint_seconds = asked.checkpoint_seconds
+        with session.signals.watch():
+            return _train(ready, run, session, started)
+
+
+def _train(ready: Ready, run: Run, session: Finetuning, started: float) -> int:
+    steps = session.settings.steps
+    with reporting(run.path.name, steps, session.trainer.step) as session.report:
+        stopped_by = session.run()
+    session.save()
+    step = session.trainer.step
+    if stopped_by is not None:
+        rate = session.settings.learning_rate or 0.0
+        print(
+            f"Step {step + 1} was not made because its loss or gradient is not finite (loss "
+            f"{stopped_by:g}); the last finite state is kept in {run.path}: try a smaller "
+            f"--learning-rate, say {rate / 3:.1g}; it was {rate:.2g}."
+        )
+        return NOT_FINITE
+    if session.stopped_early:
+        print(
+            f"Stopped at step {step} of {steps}; go on with: forwax finetune --resume {run.path}"
+        )
+        return session.signals.code
+    _finish(ready, run, session, started)
+    return 0
+
+
+def _finish(ready: Ready, run: Run, session: Finetuning, started: float) -> None:
+    """Write the adapter, the curves and the summary, which marks the run as finished."""
+    # imported here: matplotlib takes a second that `forwax finetune --help` need not wait for
+    from forwax.lab import style
+    from forwax.lab.pictures import curves
+
+    asked = ready.options
+    trained = session.trainer.state.params
+    found = results.outcome(ready.task, trained)
+    held = results.memory(ready.task, session.trainer.program.block)
+    results.save(run.path / ADAPTER, trained, ready.model)
+    title = f"{ready.model.config.name}, {asked.adapter}, rule {asked.rule}"
+    colour = style.PALETTE["backprop" if asked.rule == "backprop" else "forward"]
+    figure = curves.draw_curves(run.metrics(), title, colour, "validation")
+    style.save(figure, run.path / CURVES)
+    summary = {
+        "rule": asked.rule,
+        "steps": asked.steps,
+        **found,
+        **held,
+        **session.facts(),
+    }
+    report.write_json(run.path / SUMMARY, summary)
+    seconds = time.perf_counter() - started
+    print(
+        f"{results.told(found)}\n{results.memory_told(held)}\n{asked.steps:,} steps in "
+        f"{session.seconds:.1f} s of training, {seconds:.1f} s with loading, compiling and "
+        "evaluating."
+    )
+    backward = CHOICES[session.settings.rule].backward
+    if backward:
+        print(backward)
+    print(f"Adapter, curves, metrics and summary: {run.path}")
