@@ -22,7 +22,7 @@ CORE = [
 def test_importing_forwax_imports_nothing_beyond_jax():
     script = (
         "import sys, json, jax, jax.numpy, jax.scipy.linalg; before = set(sys.modules); import "
-        "forwax; "
+        "forwax; forwax.grad; "
         "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
     )
     out = subprocess.run(
@@ -117,7 +117,7 @@ def test_explain_is_the_function_alone():
 def test_the_front_page_is_short():
     import forwax as fx
 
-    text = (SOURCE / "__init__.py").read_text()
+    text = (SOURCE / "_public.py").read_text()
     # A public name takes an import and an entry of `__all__`, and there is no logic.
     assert len(text.splitlines()) < 2 * len(fx.__all__) + 12
     assert {type(node) for node in ast.parse(text).body} <= {
@@ -125,6 +125,35 @@ def test_the_front_page_is_short():
         ast.ImportFrom,
         ast.Assign,
     }
+
+
+LAZY = """
+import sys
+from forwax.lab import cli
+
+assert cli.main(sys.argv[1:]) == 0
+early = {"jax", "numpy", "tyro"} & set(sys.modules)
+assert not early, early
+
+import forwax as fx
+from forwax import *
+
+assert LearnedFeedback is fx.LearnedFeedback
+assert "update" in dir(fx)
+assert fx.combine.Mean
+try:
+    fx.nothing
+except AttributeError as error:
+    assert "'forwax' has no attribute 'nothing'" in str(error)
+"""
+
+
+@pytest.mark.parametrize("word", ["--version", "--help"])
+def test_the_version_and_the_help_import_neither_jax_nor_numpy(word):
+    command = [sys.executable, "-c", LAZY, word]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "forwax" in done.stdout
 
 
 def test_every_public_name_exists_and_has_a_docstring():

@@ -38,13 +38,14 @@ def public_names(modules: Iterable[str]) -> set[str]:
 
 def _members(module: ModuleType) -> list[str]:
     """`__all__`, or, without one, the classes and functions that the module defines itself."""
+    if hasattr(module, "__all__"):
+        named = {name: getattr(module, name) for name in module.__all__}
+        return [n for n, value in named.items() if not isinstance(value, ModuleType)]
     members = {
         name: value
         for name, value in vars(module).items()
         if not isinstance(value, ModuleType)
     }
-    if hasattr(module, "__all__"):
-        return [name for name in members if name in module.__all__]
     own = [
         name
         for name, value in members.items()

@@ -1,69 +1,28 @@
 """forwax: train and optimise JAX programs without backpropagation."""
 
-from forwax import combine as combine
-from forwax import credit as credit
-from forwax import functions as functions
-from forwax import tangents as tangents
-from forwax import testing as testing
-from forwax._enable_reverse import enable_reverse
-from forwax._fused import update
-from forwax._gauss_newton import GaussNewton
-from forwax._learning_rate import suggest_learning_rate
-from forwax._momentum import Momentum
-from forwax._reports.curvature import Curvature, measure_curvature
-from forwax._reports.diagnostics import diagnose
-from forwax._reports.explain import explain
-from forwax._rules import (
-    FDFA,
-    ActivityPerturbation,
-    Backprop,
-    DirectFeedbackAlignment,
-    Exact,
-    FeedbackAlignment,
-    FiniteDifference,
-    LearnedFeedback,
-    LearningRule,
-    Rule,
-    WeightPerturbation,
-    random_feedback,
-)
-from forwax._safety import Safe
-from forwax._signature import LocalLosses
-from forwax._sites.noise_point import noise_point
-from forwax._transforms import grad, value_and_grad
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forwax._public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FDFA",
-    "ActivityPerturbation",
-    "Backprop",
-    "Curvature",
-    "DirectFeedbackAlignment",
-    "Exact",
-    "FeedbackAlignment",
-    "FiniteDifference",
-    "GaussNewton",
-    "LearnedFeedback",
-    "LearningRule",
-    "LocalLosses",
-    "Momentum",
-    "Rule",
-    "Safe",
-    "WeightPerturbation",
-    "combine",
-    "credit",
-    "diagnose",
-    "enable_reverse",
-    "explain",
-    "functions",
-    "grad",
-    "measure_curvature",
-    "noise_point",
-    "random_feedback",
-    "suggest_learning_rate",
-    "tangents",
-    "testing",
-    "update",
-    "value_and_grad",
-]
+
+def __getattr__(name: str) -> Any:
+    """Import JAX, which takes seconds, with the first name that needs it (PEP 562)."""
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from forwax import _public
+
+    # A submodule that `_public` imports, such as `forwax.tangents`, is here by now.
+    if name not in globals():
+        if not hasattr(_public, name):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = getattr(_public, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    from forwax import _public
+
+    return [*_public.__all__, "__version__"]

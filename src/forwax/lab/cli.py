@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from forwax import __version__
+
 COMMANDS: Mapping[str, str] = {
     "train": "train a model on real data, by default without backpropagation",
     "finetune": "train an adapter of a language model on texts",
@@ -73,9 +75,7 @@ def _run(first: str, *words: str) -> int:
     if first in ("-h", "--help"):
         print(usage())
     elif first == "--version":
-        from importlib import metadata
-
-        print(f"forwax {metadata.version('forwax')}")
+        print(f"forwax {__version__}")
     elif first in COMMANDS:
         return _command(first, words)
     else:
