@@ -153,7 +153,7 @@ def test_tangents_of_others_have_defaults(tangents):
     loss = lambda w, x: jnp.sum(jnp.tanh(jnp.tanh(x * w) * w))
     assert fx.grad(loss, by_activity)(KEY, W, jnp.ones(3)).shape == W.shape
     assert fx.grad(square, fx.FiniteDifference(tangents, 2))(KEY, W).shape == W.shape
-    assert fx.Momentum().init(KEY, rule).coefficients.shape == (66, 4)
+    assert fx.Momentum().init(KEY, rule).coefficients.shape == (66, 1, 4)
     with pytest.raises(TypeError, match="drawn one by one and leaf by leaf"):
         fx.update(square, rule, learning_rate=0.1)(KEY, W)
 

@@ -248,7 +248,7 @@ def test_momentum_with_examples_needs_no_init():
         W(T.LowRank(per_example=True), 2),
     )
     w, total, momentum = PARAMS["w"][0], 0.0, fx.Momentum(0.5, 3)
-    assert momentum.init(KEY, rule, len(X)).coefficients.shape == (3, 2, 4)
+    assert momentum.init(KEY, rule, len(X)).coefficients.shape == (3, 1, 2, 4)
 
     @jax.jit
     def step(key, w, momentum):
@@ -438,7 +438,7 @@ def test_momenta_that_do_not_fit_are_refused():
     momentum = fx.Momentum().init(KEY, W(num_tangents=2))
     with pytest.raises(
         ValueError,
-        match=r"expected a key of \(2,\) words and slopes \[2\] in each step, got .* \[1\]",
+        match=r"keys \[1, 2\] of threefry2x32 and slopes \[1, 2\] in each step, got .* \[1, 1\]",
     ):
         fx.update(stack, learning_rate=0.1, momentum=momentum)(KEY, PARAMS, X)
 

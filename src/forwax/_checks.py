@@ -115,8 +115,11 @@ def check_argnums(name: str, argnums: Any) -> int | tuple[int, ...]:
     return found if is_several else found[0]
 
 
-def check_rate(name: str, field: str, rate: Any) -> None:
-    """Raise for a learning rate that is no number, not finite or negative; arrays may be traced."""
+def check_rate(name: str, field: str, rate: Any, *, signed: bool = False) -> None:
+    """Raise for a learning rate that is no number, not finite or negative; arrays may be traced.
+
+    Where it is signed it may be negative.
+    """
     if isinstance(rate, jax.Array | np.ndarray):
         if rate.shape != ():
             raise TypeError(
@@ -129,6 +132,8 @@ def check_rate(name: str, field: str, rate: Any) -> None:
             f"{name}: expected {field} to be a number or a scalar array, got {rate!r}. Of a "
             "schedule pass what it gives for the step."
         )
+    if signed and math.isfinite(rate):
+        return
     if not 0 <= float(rate) < math.inf:
         raise ValueError(
             f"{name}: expected {field} of at least 0, got {rate}. A step goes down the loss by "

@@ -269,7 +269,7 @@ class _Jacobian:
 
         point = [arrays[i] for i in self.moving]
         draw = self._draw(keys, point)
-        directions = Formed(objective, point, lambda key: draw)
+        directions = Formed(point, lambda key: draw, objective=objective)
         size = self.call.chunk_size
         result = slopes(directions, draw, self.k, chunk_size=size)
         return [*result.aux, result.found]

@@ -4,26 +4,18 @@ The idea of drawing a direction twice instead of keeping it is that of MeZO (Mal
 arXiv 2305.17333), here with exact slopes.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from forwax import _mesh, _tree
 from forwax._checks import check_rate
-from forwax._directions.formed import Formed
 from forwax._directions.plan import WeightPlan
-from forwax._directions.rounding import NEAREST, Rounding
-from forwax._directions.steps import Steps
 from forwax._momentum import Momentum
-from forwax._programs import ways_out
-from forwax._rules import FiniteDifference, Rule, WeightPerturbation
+from forwax._replay import added, check_mesh, check_rounding, checked, taken, with_aux
+from forwax._rules import Rule, WeightPerturbation
 from forwax._safety import Safe
-from forwax._signature import Problem, Signature, check_key
-from forwax._tree import Tree
+from forwax._signature import Signature, check_key
 from forwax.tangents._base import typed_key
 
 
@@ -93,12 +85,8 @@ def update(
         (1.0, (3,))
     """
     signature = Signature(loss, 0, has_aux, in_axes, "update")
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(
-            f'update: expected rounding to be "nearest" or "stochastic", got {rounding!r}.'
-        )
-    is_nearest = rounding == "nearest"
-    weight = checked(rule)
+    check_rounding("update", rounding)
+    weight = checked("update", rule)
     check_rate("update", "learning_rate", learning_rate)
     if momentum is not None and not isinstance(momentum, Momentum):
         raise TypeError(
@@ -109,115 +97,25 @@ def update(
     def update_of_loss(key: Any, /, *args: Any, **kwargs: Any) -> Any:
         key = typed_key(check_key(key, "update"))
         problem = signature.bind(args, kwargs)
-        _check_mesh(problem, key)
         params = problem.params
-        is_safe = rule.inner is not rule
-        guard = cast(Safe, rule).guard() if is_safe else None
-        with ways_out.named(problem):
-            directions = weight.in_place(problem)
-            result, drawn = weight.slopes_along(directions, key, guard)
-        n = _tree.num_coordinates(params)
-        k = weight.num_tangents
-        used = result.used * weight.combine.finish(
-            1.0, k, weight.tangents.relative_mse(n, k)
-        )
-        rate = -jnp.asarray(learning_rate, used.dtype) / directions.num_examples
-        # With bits of their own the passes are the same whatever the chunks.
-        rounded = NEAREST if is_nearest else Rounding.by_chance(key)
-        steps = weight.steps(params)
-        add = functools.partial(_add_steps, directions, rounded, steps)
-        state: list[Any] = [cast(Safe, rule).after(result.found)] if is_safe else []
+        check_mesh("update", params, key)
+        result, directions, slopes = taken(weight, key, problem)
+        state: list[Any] = []
+        if rule.replayed is not rule:
+            slopes, safe = cast(Safe, rule).guard_slopes(slopes, params)
+            state.append(safe)
         if momentum is not None:
-            new = momentum.add(key, used)
-            keys, weights, num_steps = new.last(str(jax.random.key_impl(key)))
-            params = add(params, keys, rate * weights, num_steps)
+            new = momentum.add(slopes)
+            slopes = new.slopes()
             state.append(new)
-        elif drawn is not None and (is_nearest or k <= directions.together):
-            params = directions.add(params, rate * used, drawn, rounded.of(0), steps)
+        if isinstance(directions, WeightPlan):
+            # It knows which parameters a loop slices, whose signs need not be held as a whole.
+            drawing = directions.again()
         else:
-            params = add(params, key[None], rate * used[None], 1)
-        value = (result.value, problem.restore(result.aux)) if has_aux else result.value
-        return (value, params, *state)
+            examples = problem.num_examples if weight.by_example else None
+            drawing = weight.drawing(params, None, examples)
+        steps = weight.steps(params)
+        params = added(drawing, steps, slopes, learning_rate, params, rounding)
+        return (with_aux(signature, problem, result), params, *state)
 
     return update_of_loss
-
-
-def checked(rule: Any) -> WeightPerturbation | FiniteDifference:
-    """The weight rule of a rule, after the checks of `update`."""
-    weight = rule.inner if isinstance(rule, Safe) else rule
-    if not isinstance(weight, WeightPerturbation | FiniteDifference):
-        raise TypeError(
-            "update: expected forwax.WeightPerturbation or forwax.FiniteDifference, or forwax.Safe "
-            f"around one, whose tangents can be drawn twice, got {type(weight).__name__}. Use "
-            "forwax.value_and_grad and subtract its gradient."
-        )
-    if not getattr(weight.tangents, "drawn_twice", False):
-        raise TypeError(
-            "update: expected tangents that are drawn one by one and leaf by leaf, one of "
-            "tangents.Rademacher(), tangents.Normal(), tangents.Sparse(), tangents.LowRank(), got "
-            f"{type(weight.tangents).__name__}. Use forwax.value_and_grad and subtract its "
-            "gradient."
-        )
-    if not weight.combine.coordinatewise:
-        raise ValueError(
-            "update: expected combine.Mean() or combine.Shrinkage(), got "
-            f"{type(weight.combine).__name__}, which needs all tangents at once. Use "
-            "forwax.value_and_grad and subtract its gradient."
-        )
-    return weight
-
-
-def _check_mesh(problem: Problem, key: Array) -> None:
-    over = _mesh.axes(key).union(*_mesh.tree_axes(problem.params))
-    if over:
-        raise ValueError(
-            "update: expected parameters and a key that do not vary over mesh axes, got "
-            f"{sorted(over)}. Inside shard_map replicate them, or use forwax.value_and_grad and "
-            "subtract its gradient."
-        )
-
-
-def _add_steps(
-    directions: Formed | WeightPlan,
-    rounding: Rounding,
-    steps: Steps | None,
-    params: Tree,
-    keys: Array,
-    weights: Array,
-    num_steps: Array | int,
-) -> Tree:
-    """Add the tangents of the first steps of several.
-
-    Args:
-        directions: how they are drawn and added.
-        rounding: how the parameters are rounded after each pass over them.
-        steps: how far finite differences moved the parameters.
-        params: what they are added to.
-        keys: of each step [steps].
-        weights: of each step's tangents [steps, k] or [steps, k, examples].
-        num_steps: how many steps are added.
-    """
-    num_keys, k = weights.shape[:2]
-    size = min(directions.together, num_keys * k)
-    flat = weights.reshape(-1, *weights.shape[2:])  # [terms] or [terms, examples]
-    num_terms = num_steps * k
-
-    def one(term: Array) -> Any:
-        step = term // k
-        draw = directions.sampler(keys[step])
-        drawn = draw((term % k)[None])  # [1, ...]
-        return jax.tree.map(lambda x: x[0], drawn)
-
-    def add(i: Array, params: Tree) -> Tree:
-        terms = i * size + jnp.arange(size)
-        is_used = (terms < num_terms).reshape(size, *[1] * (flat.ndim - 1))
-        # what only fills the last pass is the last term once more, of weight zero
-        terms = jnp.minimum(terms, num_keys * k - 1)
-        if size > 1:  # each has a key of its own
-            drawn = lax.map(one, terms)
-        else:
-            drawn = jax.tree.map(lambda x: x[None], one(terms[0]))
-        own = jnp.where(is_used, flat[terms], 0)
-        return directions.add(params, own, drawn, rounding.of(i), steps)
-
-    return lax.fori_loop(0, -(-num_terms // size), add, params)

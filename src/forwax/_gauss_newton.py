@@ -214,7 +214,7 @@ class GaussNewton:
         n = _tree.num_coordinates(params)
         k = min(self.num_tangents, n)
         draw = self._draw(key, params, k)
-        directions = Formed(vector, params, lambda key: draw)
+        directions = Formed(params, lambda key: draw, objective=vector)
         pushed = slopes(directions, draw, k, chunk_size=self.chunk_size)
         at, aux = problem.restore(pushed.aux)
         _check_mesh(pushed.found, params)

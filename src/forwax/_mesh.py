@@ -108,6 +108,16 @@ def gathered(x: Array, over: Iterable[str], axis: int = 0) -> Array:
     return x
 
 
+def side_by_side(x: Array, axis: str | tuple[str, ...]) -> Array:
+    """As `gathered` on the first array axis, in the order of `lax.axis_index` of the mesh axes."""
+    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    is_tracked = bool(axes(lax.axis_index(names)))
+    if is_tracked:
+        x = vary(x, names)
+    to = "invarying" if is_tracked else "varying"
+    return lax.all_gather(x, names, tiled=True, to=to)
+
+
 def reduced(x: Array, to: Axes) -> Array:
     """A value over exactly the given mesh axes: summed over its others, cast to those it lacks."""
     others = axes(x) - to

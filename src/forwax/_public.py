@@ -10,6 +10,7 @@ from forwax._fused import update
 from forwax._gauss_newton import GaussNewton
 from forwax._learning_rate import suggest_learning_rate
 from forwax._momentum import Momentum
+from forwax._replay import replay, slopes
 from forwax._reports.curvature import Curvature, measure_curvature
 from forwax._reports.diagnostics import diagnose
 from forwax._reports.explain import explain
@@ -30,6 +31,7 @@ from forwax._rules import (
 from forwax._safety import Safe
 from forwax._signature import LocalLosses
 from forwax._sites.noise_point import noise_point
+from forwax._slopes import Slopes
 from forwax._transforms import grad, value_and_grad
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "Momentum",
     "Rule",
     "Safe",
+    "Slopes",
     "WeightPerturbation",
     "combine",
     "credit",
@@ -59,6 +62,8 @@ __all__ = [
     "measure_curvature",
     "noise_point",
     "random_feedback",
+    "replay",
+    "slopes",
     "suggest_learning_rate",
     "tangents",
     "testing",

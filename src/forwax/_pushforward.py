@@ -49,11 +49,6 @@ class Directions(Protocol):
         ...
 
     @property
-    def most_held(self) -> int | None:
-        """Up to how many it is better to hold for their sum than to draw again; None for any."""
-        ...
-
-    @property
     def together(self) -> int:
         """How many are best added at a time, where they are drawn again."""
         ...
@@ -88,7 +83,7 @@ class Directions(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Slopes:
+class Along:
     """What one evaluation along k directions gives.
 
     Attributes:
@@ -121,7 +116,7 @@ def slopes(
     guard: Callable[[Array], Array] | None = None,
     weigh: Callable[[Array, Any], Any] | None = None,
     start: Callable[[], Tree] = lambda: None,
-) -> Slopes:
+) -> Along:
     """Evaluate a loss and its slopes along k directions, and their weighted sum.
 
     Args:
@@ -163,7 +158,7 @@ def slopes(
         if weigh is not None:
             weights = weigh(used, drawn)
             total = directions.assemble(weights, drawn)
-        return Slopes(value, aux, found, used, total)
+        return Along(value, aux, found, used, total)
 
     def chunk(total: Tree, first: Array) -> tuple[Tree, Any, Tree]:
         indices = first + jnp.arange(size)
@@ -190,7 +185,7 @@ def slopes(
     found = found.reshape(-1, *found.shape[2:])  # from [chunks, size, ...]
     found = found[:num_tangents]
     used = guarded(found)
-    return Slopes(values[0], aux, found, used, total)
+    return Along(values[0], aux, found, used, total)
 
 
 def _tied(directions: Directions, drawn: Any) -> tuple[Directions, Any]:

@@ -48,6 +48,14 @@ class Rule(abc.ABC):
         """What the rule wraps, as `forwax.Safe` does; the rule itself where it wraps nothing."""
         return self
 
+    @property
+    def replayed(self) -> "Rule | None":
+        """The rule whose directions follow from a key alone: itself, or the one that it guards.
+
+        None where there is none, so that `forwax.replay` cannot draw them again.
+        """
+        return None
+
     def law(self, problem: Problem) -> float | None:
         """The relative MSE E|ĝ - g|² / |g|² for this problem; None without a law.
 

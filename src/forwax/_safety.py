@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
+from forwax._assemble import Weighing
 from forwax._checks import check_no_text, register_checked, set_counts
 from forwax._rule import (
     LearningRule,
@@ -25,7 +26,9 @@ from forwax._rule import (
     check_rule,
     guarded_by_norm,
 )
+from forwax._rules import WeightPerturbation
 from forwax._signature import Problem
+from forwax._slopes import Slopes, check_form
 from forwax._tree import Tree
 
 
@@ -227,6 +230,11 @@ class Safe(LearningRule):
         """The rule that is guarded."""
         return self.rule
 
+    @property
+    def replayed(self) -> Rule | None:
+        """What is replayed of the rule that is guarded."""
+        return self.rule.replayed
+
     def law(self, problem: Problem) -> float | None:
         """That of the rule, as if nothing were clipped."""
         return self.rule.law(problem)
@@ -252,8 +260,9 @@ class Safe(LearningRule):
 
     def guard(self) -> Callable[[Array], Array]:
         """What is done to the slopes of the next step."""
-        bound = self.bound()
+        return self._guard_below(self.bound())
 
+    def _guard_below(self, bound: Array) -> Callable[[Array], Array]:
         def guarded(slopes: Array) -> Array:
             clipped = slopes
             if self.clip is not None:
@@ -267,6 +276,44 @@ class Safe(LearningRule):
         """The rule that has seen the slopes of one more step."""
         history = History.empty(self.window) if self.history is None else self.history
         return dataclasses.replace(self, history=history.add(slopes, self.bound()))
+
+    def guard_slopes(self, slopes: Slopes, params: Tree) -> tuple[Slopes, "Safe"]:
+        """Slopes of `forwax.slopes`, clipped and skipped, and the rule that has seen them.
+
+        With several devices it is given what was gathered, and does the same on each. What it
+        remembers is in units of slopes, so that `monitor` stays what it is.
+
+        Args:
+            slopes: of any number s of keys; the weights of gathered ones are divided by it.
+            params: the parameters.
+
+        Raises:
+            TypeError: when the rule inside is none that `forwax.slopes` takes.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, forwax as fx
+            >>> safe = fx.Safe(fx.WeightPerturbation()).init()
+            >>> value, slopes = fx.slopes(lambda w: w[0] / 0, safe)(jax.random.key(0), jnp.ones(3))
+            >>> guarded, safe = safe.guard_slopes(slopes, jnp.ones(3))
+            >>> guarded.weights.tolist(), int(safe.history.num_skipped)
+            ([[0.0]], 1)
+        """
+        check_form("Safe.guard_slopes", slopes)
+        rule = self.rule.replayed
+        if rule is None:
+            raise TypeError(
+                "Safe.guard_slopes: expected a rule inside such as forwax.WeightPerturbation(), "
+                f"got {type(self.rule).__name__}, which has no slopes that can be sent."
+            )
+        weight = cast(WeightPerturbation, rule)
+        weighing = Weighing(weight.tangents, weight.combine, params, frozenset())
+        num_keys = len(slopes.weights)
+        # What takes a slope to its weight.
+        unit = weighing.scale(weight.num_tangents) / num_keys
+        # The bound is scaled, not the weights: those that are not cut keep all their bits.
+        guard = self._guard_below(self.bound() * unit)
+        used = dataclasses.replace(slopes, weights=guard(slopes.weights))
+        return used, self.after(slopes.weights / unit)
 
     def advance(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree, "Safe"]:
         """The estimate, and the rule that remembers its slopes; see `LearningRule.advance`."""

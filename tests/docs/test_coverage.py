@@ -1,4 +1,4 @@
-"""Every public name is on a page of docs/api; the docs build's own check would find a missing one."""
+"""Every public name is on a page of docs/api, or the docs build's own check would find it."""
 
 import re
 import types

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._directions.add import FEW, sum_where_moved
+from forwax._directions.add import sum_where_moved
 from forwax._directions.direction import Unpacked
 from forwax._directions.rounding import NEAREST, Rounding
 from forwax._directions.steps import Steps
@@ -34,86 +34,39 @@ def basis_vectors(params: Tree) -> Callable[[Array], Tree]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Formed:
-    """Any directions of any loss: trees like the parameters, with a leading axis.
+class InFull:
+    """Directions that are trees like the parameters, with a leading axis: drawn and added.
 
     Attributes:
-        objective: takes the parameters to `(value, aux)`, a real scalar and a tree of arrays.
         point: the parameters.
-        sampler: takes a key to a function from indices [c] to directions [c, *shape].
+        source: takes a key to a function from indices [c] to directions [c, *shape].
         has_zeros: whether most entries of a direction are 0: these have no part in its slope or in
             the sum, though a derivative or another slope is not finite.
+        examples: how many examples have directions of their own; None where all share them.
     """
 
-    objective: Objective
     point: Tree
-    sampler: Callable[[Array], Callable[[Array], Tree]]
+    source: Callable[[Array], Callable[[Array], Tree]]
     has_zeros: bool = False
-
-    @property
-    def is_concrete(self) -> bool:
-        """See `Directions.is_concrete`."""
-        return is_concrete(self.point)
+    examples: int | None = None
 
     @property
     def num_examples(self) -> int:
-        """See `Directions.num_examples`; all examples share their directions."""
-        return 1
-
-    @property
-    def most_held(self) -> int:
-        """See `Directions.most_held`; so many are added in one pass."""
-        return FEW
+        """See `Directions.num_examples`."""
+        return self.examples or 1
 
     @property
     def together(self) -> int:
         """See `Directions.together`; each is as large as the parameters."""
         return 1
 
+    def sampler(self, key: Array) -> Callable[[Array], Tree]:
+        """See `Directions.sampler`."""
+        return self.source(key)
+
     def tree_of(self, leaves: Sequence[Array]) -> Tree:
         """Leaves as a tree like the parameters."""
         return _tree.with_leaves(self.point, leaves)
-
-    def at(self, point: Tree) -> "Formed":
-        """The same loss at another point."""
-        return dataclasses.replace(self, point=point)
-
-    def push(self, drawn: Tree, num_tangents: int) -> tuple[Array, Tree, Array]:
-        """`(value, aux, slopes [k])`, the slopes in at least float32."""
-        if not self.has_zeros:
-            return self._push(self.objective, drawn, num_tangents)
-        if self.is_concrete:
-            # Such a loss may branch on values, so that it is traced only where it must be.
-            out = self._push(self.objective, drawn, num_tangents)
-            if jnp.all(jnp.isfinite(out[-1])):
-                return out
-        still = with_still_entries(self.objective, self.point)
-        return self._push(still, drawn, num_tangents)
-
-    def _push(
-        self, objective: Objective, drawn: Tree, num_tangents: int
-    ) -> tuple[Array, Tree, Array]:
-        def slope(direction: Tree) -> tuple[Array, tuple[Array, Tree]]:
-            value, slope, aux = jax.jvp(
-                objective,
-                (self.point,),
-                (direction,),
-                has_aux=True,
-            )
-            # the primal stays unbatched: it is evaluated once for all directions
-            return slope, (value, aux)
-
-        slopes, shared = over_tangents(slope, drawn, num_tangents, check=True)
-        value, aux = shared
-        dtype = _tree.accumulation_dtype(slopes.dtype)
-        return value, aux, slopes.astype(dtype)
-
-    def evaluate(
-        self, direction: Tree, sign: Array, steps: Steps
-    ) -> tuple[Array, Tree]:
-        """`(value, aux)` on one side of the point along one direction."""
-        shifted = lambda x, v: steps.shifted(x, v, sign)  # noqa: E731
-        return self.objective(jax.tree.map(shifted, self.point, direction))
 
     def assemble(self, weights: Any, drawn: Tree) -> Tree:
         """Σ c v in at least float32: weights [k], the same or one array for each leaf."""
@@ -162,8 +115,77 @@ class Formed:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Formed(InFull):
+    """Directions in full of any loss.
+
+    Attributes:
+        objective: takes the parameters to `(value, aux)`, a real scalar and a tree of arrays.
+    """
+
+    objective: Objective = dataclasses.field(kw_only=True)
+
+    @property
+    def is_concrete(self) -> bool:
+        """See `Directions.is_concrete`."""
+        return is_concrete(self.point)
+
+    def at(self, point: Tree) -> "Formed":
+        """The same loss at another point."""
+        return dataclasses.replace(self, point=point)
+
+    def push(self, drawn: Tree, num_tangents: int) -> tuple[Array, Tree, Array]:
+        """`(value, aux, slopes [k])`, the slopes in at least float32."""
+        if not self.has_zeros:
+            return self._push(self.objective, drawn, num_tangents)
+        if self.is_concrete:
+            # Such a loss may branch on values, so that it is traced only where it must be.
+            out = self._push(self.objective, drawn, num_tangents)
+            if jnp.all(jnp.isfinite(out[-1])):
+                return out
+        still = with_still_entries(self.objective, self.point)
+        return self._push(still, drawn, num_tangents)
+
+    def _push(
+        self, objective: Objective, drawn: Tree, num_tangents: int
+    ) -> tuple[Array, Tree, Array]:
+        def slope(direction: Tree) -> tuple[Array, tuple[Array, Tree]]:
+            value, slope, aux = jax.jvp(
+                objective,
+                (self.point,),
+                (direction,),
+                has_aux=True,
+            )
+            # the primal stays unbatched: it is evaluated once for all directions
+            return slope, (value, aux)
+
+        slopes, shared = over_tangents(slope, drawn, num_tangents, check=True)
+        value, aux = shared
+        dtype = _tree.accumulation_dtype(slopes.dtype)
+        return value, aux, slopes.astype(dtype)
+
+    def evaluate(
+        self, direction: Tree, sign: Array, steps: Steps
+    ) -> tuple[Array, Tree]:
+        """`(value, aux)` on one side of the point along one direction."""
+        shifted = lambda x, v: steps.shifted(x, v, sign)  # noqa: E731
+        return self.objective(jax.tree.map(shifted, self.point, direction))
+
+    def by_examples(self, problem: Problem) -> "FormedByExample":
+        """The same directions for all, along which each example has slopes of its own."""
+        return FormedByExample(
+            self.point,
+            self.source,
+            self.has_zeros,
+            objective=self.objective,
+            problem=problem,
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class FormedByExample(Formed):
-    """Directions of each example's own, [c, examples, *shape], of any loss with `in_axes`.
+    """Directions in full along which each example of `in_axes` has slopes of its own.
+
+    They are shared, [c, *shape], or each example's own, [c, examples, *shape].
 
     Attributes:
         problem: the loss of one example, and the examples.
@@ -172,11 +194,6 @@ class FormedByExample(Formed):
 
     problem: Problem = dataclasses.field(kw_only=True)
     summed: _mesh.Axes = frozenset()
-
-    @property
-    def num_examples(self) -> int:
-        """See `Directions.num_examples`."""
-        return self.problem.num_examples or 1
 
     def push(self, drawn: Tree, num_tangents: int) -> tuple[Array, Tree, Array]:
         """`(value, aux, slopes [k, examples])`, the slopes in at least float32."""
@@ -189,8 +206,9 @@ class FormedByExample(Formed):
             return jax.jvp(loss, (self.point,), (direction,), has_aux=True)
 
         mapped = list(self.problem.mapped)
-        axes = (list(self.problem.mapped_axes), 0)
-        each = jax.vmap(slope, axes, axis_size=self.num_examples)
+        own = None if self.examples is None else 0
+        axes = (list(self.problem.mapped_axes), own)
+        each = jax.vmap(slope, axes, axis_size=self.problem.num_examples)
 
         def of_tangent(direction: Tree) -> tuple[Array, tuple[Array, Tree]]:
             values, slopes, aux = each(mapped, direction)

@@ -33,13 +33,19 @@ class Rounding:
     seed: Array | None = None
 
     @classmethod
-    def by_chance(cls, key: Array) -> "Rounding":
-        """Of a typed key."""
-        seed = jnp.uint32(_START)
-        words = jax.random.key_data(key)
-        for word in words.reshape(-1):
-            seed = _mixed(seed ^ word)
-        return cls(seed)
+    def by_chance(cls, keys: Array) -> "Rounding":
+        """Of one typed key, or of several [s]."""
+        data = jax.random.key_data(keys.reshape(-1))  # [s, words]
+        num_keys, num_words = data.shape
+        seeds = jnp.full(num_keys, _START, jnp.uint32)
+        for i in range(num_words):
+            seeds = _mixed(seeds ^ data[:, i])
+        if num_keys == 1:
+            return cls(seeds[0])
+        # Each by its place, so that the same key twice is not the same as none.
+        places = jnp.arange(num_keys, dtype=jnp.uint32)
+        total = jnp.sum(_mixed(seeds + places), dtype=jnp.uint32)
+        return cls(_mixed(total))
 
     def of(self, number: int | Array) -> "Rounding":
         """That of one leaf, or of one pass over all of them."""

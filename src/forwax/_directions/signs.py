@@ -247,6 +247,8 @@ def draw_signs(
     specs: Sequence[Spec],
     indices: Array,
     later: Sequence[bool] = (),
+    *,
+    in_loop: bool = False,
 ) -> list[Signs]:
     """The signs of the tangents of the given indices [c], as `Rademacher` draws them.
 
@@ -256,6 +258,7 @@ def draw_signs(
         indices: which tangents.
         later: for each spec whether its words are drawn where they are used, if the key's generator
             can.
+        in_loop: whether they are drawn in a loop out of which no compiler is to take a part.
 
     Returns:
         Signs for each spec, their words with a leading axis c.
@@ -264,8 +267,8 @@ def draw_signs(
     num_all = sum(map(num_words, specs))
     has_places = draws_anywhere(key) and num_all < 1 << WORD  # they are uint32
     sources: list[Source]
-    if any(later) and has_places:
-        sources = _some_later(key, specs, indices, later)
+    if (any(later) or in_loop) and has_places:
+        sources = _some_later(key, specs, indices, later, in_loop)
     else:
         words = draw_each(draw_words, key, specs, indices)
         sources = [Words(each) for each in words]
@@ -278,6 +281,7 @@ def _some_later(
     specs: Sequence[Spec],
     indices: Array,
     later: Sequence[bool],
+    in_loop: bool,
 ) -> list[Source]:
     """Where each spec's words come from: from their places, or drawn at once, in one draw."""
 
@@ -288,13 +292,19 @@ def _some_later(
     keys = jax.vmap(key_words)(indices)  # [c, 2]
     counts = [num_words(spec) for spec in specs]
     starts = list(itertools.accumulate(counts, initial=0))
-    now = [i for i, is_later in enumerate(later) if not is_later]
+    now = [i for i in range(len(specs)) if not (later and later[i])]
     held: dict[int, Array] = {}
     if now:
         # of all words that are drawn now, side by side
-        places = [jnp.arange(starts[i], starts[i + 1], dtype=jnp.uint32) for i in now]
+        one = jnp.uint32(1)
+        if in_loop:  # places that are made before it would be held
+            keys, one = lax.optimization_barrier((keys, one))
+        ranges = [
+            starts[i] + one * jnp.arange(counts[i], dtype=jnp.uint32) for i in now
+        ]
+        places = jnp.concatenate(ranges)
         draw = jax.vmap(words_at, (0, None))
-        words = draw(keys, jnp.concatenate(places))  # [c, words]
+        words = draw(keys, places)  # [c, words]
         own_counts = [counts[i] for i in now]
         ends = list(itertools.accumulate(own_counts))
         parts = jnp.split(words, ends[:-1], axis=1)

@@ -59,7 +59,10 @@ class Exact(Rule):
 
         basis = basis_vectors(params)
         directions = Formed(
-            problem.objective, params, lambda key: basis, has_zeros=True
+            params,
+            lambda key: basis,
+            has_zeros=True,
+            objective=problem.objective,
         )
         result = slopes(directions, basis, n, chunk_size=self.chunk_size)
         return result.value, result.aux, _gradient(result.found, params)

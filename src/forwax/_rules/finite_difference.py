@@ -7,7 +7,7 @@ Models with Just Forward Passes").
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,23 @@ from jax import Array, lax
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
 from forwax._checks import register_checked, set_counts
-from forwax._directions.formed import Formed
-from forwax._directions.plan import WeightPlan, plan_in_place
+from forwax._directions.drawing import Drawing
+from forwax._directions.formed import Formed, InFull
+from forwax._directions.plan import (
+    WeightPlan,
+    default_splits,
+    dense_splits,
+    drawn_in_full,
+    plan_in_place,
+)
 from forwax._directions.steps import Steps, is_number
 from forwax._programs.order import behind
-from forwax._pushforward import Slopes, in_turn, is_concrete, is_staged
+from forwax._pushforward import Along, in_turn, is_concrete, is_staged
 from forwax._rule import Rule, check_directions, check_replicated, check_shared
 from forwax._signature import Problem
 from forwax._tree import Tree
 from forwax.combine import Combine, Mean
-from forwax.tangents import Rademacher, Tangents
+from forwax.tangents import LowRank, Rademacher, Tangents
 from forwax.tangents._base import sampler
 
 
@@ -80,6 +87,7 @@ class FiniteDifference(Rule):
 
     has_slopes: ClassVar[bool] = True
     by_example: ClassVar[bool] = False
+    splits_by_loss: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         set_counts(self, "num_tangents")
@@ -95,6 +103,11 @@ class FiniteDifference(Rule):
     def unbiased(self) -> bool:
         """Never: the bias is of order ε²."""
         return False
+
+    @property
+    def replayed(self) -> Rule:
+        """Itself."""
+        return self
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
@@ -171,27 +184,67 @@ class FiniteDifference(Rule):
         params = problem.narrow(problem.params)  # a step must show in these types
         point = jax.tree.map(lambda leaf: _mesh.vary(leaf, key_axes), params)
 
+        return Formed(
+            point,
+            self._source(params),
+            self.tangents.has_zeros,
+            objective=problem.objective,
+        )
+
+    def _source(self, params: Tree) -> Callable[[Array], Callable[[Array], Tree]]:
+        """What takes a key to directions that are held."""
+
         def source(key: Array) -> Callable[[Array], Tree]:
             k = self.num_tangents
             return sampler(self.tangents, key, params, k, hold=self.combine.joint)
 
-        return Formed(problem.objective, point, source, self.tangents.has_zeros)
+        return source
 
-    def in_place(self, problem: Problem) -> Formed | WeightPlan:
-        """The directions of `forwax.update`: inside a trace formed where the loss uses them."""
-        formed = self.directions(problem)
-        plan = plan_in_place(problem, self.tangents) if is_staged() else None
+    def in_place(
+        self,
+        problem: Problem,
+        key_axes: _mesh.Axes = frozenset(),
+        per_example: bool = False,
+    ) -> Formed | WeightPlan:
+        """The directions of `forwax.slopes`: inside a trace formed where the loss uses them.
+
+        Raises:
+            TypeError: where slopes of each example's own are asked for.
+        """
+        if per_example:
+            raise TypeError(
+                "slopes: per_example=True needs a slope for each example along shared tangents, "
+                "expected forwax.WeightPerturbation, got FiniteDifference. Use that rule, or leave "
+                "per_example out."
+            )
+        formed = self.directions(problem, key_axes)
+        if not is_staged():
+            return formed
+        varied = dataclasses.replace(problem, params=formed.point)
+        plan = plan_in_place(varied, self.tangents)
         return formed if plan is None else plan
+
+    def drawing(self, params: Tree, splits: Any, examples: int | None) -> Any:
+        """How directions are drawn again and added; see `WeightPerturbation.drawing`."""
+        tangents = self.tangents
+        check_shared("FiniteDifference", tangents)
+        if drawn_in_full(params, tangents):
+            return InFull(params, self._source(params), tangents.has_zeros)
+        if tangents.planned == "signs":
+            return Drawing(params, dense_splits(params), lazy=True)
+        rank = cast(LowRank, tangents).rank
+        return Drawing(params, default_splits(params), rank)
 
     def slopes_along(
         self,
         directions: Formed | WeightPlan,
         key: Array,
-        guard: Callable[[Array], Array] | None,
-    ) -> tuple[Slopes, None]:
-        """The slopes for `forwax.update`, whose directions are drawn again for their sum."""
+        is_summed: bool,
+    ) -> Along:
+        """The slopes of `forwax.slopes`, added up over devices in any case."""
         params = directions.tree_of(jax.tree.leaves(directions.point))
-        return self._slopes(directions, key, self.steps(params), guard), None
+        whole = lambda slopes: slopes  # noqa: E731
+        return self._slopes(directions, key, self.steps(params), whole)
 
     def _slopes(
         self,
@@ -199,7 +252,7 @@ class FiniteDifference(Rule):
         key: Array,
         steps: Steps,
         guard: Callable[[Array], Array] | None,
-    ) -> Slopes:
+    ) -> Along:
         """Two evaluations for each slope, one at a time; their mean is the value."""
         draw = directions.sampler(key)
         as_scan = not directions.is_concrete
@@ -235,7 +288,7 @@ class FiniteDifference(Rule):
             others = _mesh.axes(found) - _mesh.axes(key)
             found = _mesh.total(found, others)
             used = guard(found)
-        return Slopes(jnp.mean(values), aux, found, used, None)
+        return Along(jnp.mean(values), aux, found, used, None)
 
     def steps(self, params: Tree) -> Steps:
         """How far each parameter is moved.

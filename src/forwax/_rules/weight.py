@@ -7,7 +7,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,17 @@ from jax import Array
 from forwax import _mesh, _tree
 from forwax._assemble import Weighing
 from forwax._checks import memory_limit, register_checked, set_counts
-from forwax._directions.formed import Formed, FormedByExample
-from forwax._directions.plan import WeightPlan, plan_low_rank, plan_signs
+from forwax._directions.drawing import Drawing
+from forwax._directions.formed import Formed, FormedByExample, InFull
+from forwax._directions.plan import (
+    WeightPlan,
+    dense_splits,
+    plan_low_rank,
+    plan_signs,
+)
+from forwax._directions.splits import Split
 from forwax._programs.last_sums import with_own_losses
-from forwax._pushforward import Slopes, is_staged, num_chunks, slopes
+from forwax._pushforward import Along, is_staged, num_chunks, slopes
 from forwax._rule import Rule, check_directions, check_replicated
 from forwax._signature import Problem
 from forwax._tree import Tree
@@ -91,6 +98,11 @@ class WeightPerturbation(Rule):
     def by_example(self) -> bool:
         """Whether each example has directions of its own, as the rule or its tangents say."""
         return self.per_example or self.tangents.per_example
+
+    @property
+    def replayed(self) -> Rule:
+        """Itself."""
+        return self
 
     def estimate(self, key: Array, problem: Problem) -> tuple[Array, Tree, Tree]:
         """One estimate; see `Rule.estimate`."""
@@ -164,34 +176,68 @@ class WeightPerturbation(Rule):
         self,
         directions: Formed | WeightPlan,
         key: Array,
-        guard: Callable[[Array], Array] | None,
-    ) -> tuple[Slopes, Any]:
-        """The slopes, and what was drawn for them; None where it is better drawn again than held.
+        is_summed: bool,
+    ) -> Along:
+        """The slopes of `forwax.slopes`.
 
-        For `forwax.update`.
+        Args:
+            directions: what they are taken along.
+            key: what draws these.
+            is_summed: whether those of devices with the same directions are added up.
         """
-        k = self.num_tangents
-        most = directions.most_held
-        is_one = num_chunks(k, self.chunk_size) == 1
-        is_held = is_one and (most is None or k <= most)
-        draw = directions.sampler(key)
-        drawn = draw(jnp.arange(k)) if is_held else None
-        result = slopes(
+        return slopes(
             directions,
-            draw if drawn is None else lambda indices: drawn,
-            k,
+            directions.sampler(key),
+            self.num_tangents,
             chunk_size=self.chunk_size,
-            sum_to=frozenset(),
-            guard=guard,
+            sum_to=_mesh.axes(key) if is_summed else None,
         )
-        return result, drawn
 
     def steps(self, params: Tree) -> None:
         """Of no length: slopes are exact."""
 
-    def in_place(self, problem: Problem) -> Formed | WeightPlan:
-        """The directions of `forwax.update`."""
-        return self.directions(problem)
+    def in_place(
+        self,
+        problem: Problem,
+        key_axes: _mesh.Axes = frozenset(),
+        per_example: bool = False,
+    ) -> Formed | WeightPlan:
+        """The directions of `forwax.slopes`.
+
+        Args:
+            problem: the parameters, the loss and the examples.
+            key_axes: the mesh axes over which the key varies.
+            per_example: whether each example has slopes along the same directions.
+        """
+        directions = self.directions(problem, key_axes)
+        return directions.by_examples(problem) if per_example else directions
+
+    @property
+    def splits_by_loss(self) -> bool:
+        """Whether directions are drawn as the loss uses the parameters."""
+        return self.tangents.planned == "factors"
+
+    def drawing(
+        self,
+        params: Tree,
+        splits: tuple[Split | None, ...] | None,
+        examples: int | None,
+    ) -> Drawing | InFull:
+        """How directions are drawn again and added, without the loss.
+
+        Args:
+            params: the parameters.
+            splits: those of factors, where the loss decides on them.
+            examples: how many examples have directions of their own.
+        """
+        tangents = self.tangents
+        if splits is not None:
+            rank = cast(LowRank, tangents).rank
+            return Drawing(params, splits, rank, examples)
+        if tangents.planned == "signs" and examples is None:
+            return Drawing(params, dense_splits(params), lazy=True)
+        has_zeros = tangents.has_zeros and examples is None
+        return InFull(params, self._source(params, examples), has_zeros, examples)
 
     def directions(
         self, problem: Problem, key_axes: _mesh.Axes = frozenset()
@@ -223,23 +269,37 @@ class WeightPerturbation(Rule):
         if plan is not None:
             return plan
 
-        k = self.num_tangents
-
-        def draw_by_example(key: Array) -> Callable[[Array], Tree]:
-            examples = problem.num_examples or 1
-            return sampler_of_examples(tangents, key, problem.params, k, examples)
-
-        if self.by_example:
-            objective = problem.objective
-            return FormedByExample(
-                objective, point, draw_by_example, problem=problem, summed=summed
+        examples = (problem.num_examples or 1) if self.by_example else None
+        source = self._source(problem.params, examples)
+        if examples is None:
+            return Formed(
+                point,
+                source,
+                tangents.has_zeros,
+                objective=problem.objective,
             )
+        return FormedByExample(
+            point,
+            source,
+            examples=examples,
+            objective=problem.objective,
+            problem=problem,
+            summed=summed,
+        )
 
-        def draw(key: Array) -> Callable[[Array], Tree]:
-            hold = self.combine.joint  # its weights need all directions
-            return sampler(tangents, key, problem.params, k, hold=hold)
+    def _source(
+        self, params: Tree, examples: int | None
+    ) -> Callable[[Array], Callable[[Array], Tree]]:
+        """What takes a key to directions that are held."""
+        k = self.num_tangents
+        hold = self.combine.joint  # its weights need all directions
 
-        return Formed(problem.objective, point, draw, tangents.has_zeros)
+        def source(key: Array) -> Callable[[Array], Tree]:
+            if examples is None:
+                return sampler(self.tangents, key, params, k, hold=hold)
+            return sampler_of_examples(self.tangents, key, params, k, examples)
+
+        return source
 
     def _check_memory(self, problem: Problem) -> None:
         """Warn where the tangents of a chunk are larger than the memory of a device.
