@@ -281,6 +281,13 @@ def test_a_second_process_is_refused(stopped, capsys):
         (b'{"step": 7,', b'{"step" 7,', {"missing_steps": "7"}, "steps 7 are missing"),
         (b'"step": 8,', b'"step":  8,', {"doubtful_steps": "1-60"}, "steps 1-60 is"),
         (b'60, "test', b"60, test", {}, "steps 60 are missing"),
+        (
+            b'9, "loss',
+            b'9, "lost',
+            {"missing_steps": "9, 19, 29, 39, 49, 59", "doubtful_steps": "1-60"},
+            "steps 1-60 is",
+        ),
+        (b'"seconds"', b'"secondr"', {"doubtful_steps": "1-60"}, "steps 1-60 is"),
     ],
 )
 def test_damaged_metrics_are_told_everywhere(
@@ -400,3 +407,13 @@ def test_a_batch_that_devices_cannot_share_leaves_no_folder(
     assert cli.main([*words, str(tmp_path / "runs")]) == 2
     assert "must be a multiple of the 3 local devices" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_metrics_are_gone_is_finished(finished, stopped, capsys):
+    (stopped / METRICS).unlink()
+    code, error = resume(stopped, capsys)
+    assert code == 0
+    assert "steps 1-60 are missing or unreadable; nothing of it is left" in error
+    found, whole = Run.open(stopped).summary(), Run.open(finished).summary()
+    assert found["test_accuracy"] == whole["test_accuracy"]
+    assert (found["missing_steps"], found["train_loss"]) == ("1-60", None)

@@ -1,5 +1,6 @@
 """`forwax reproduce`: a column over rules and seeds, what it leaves, and how it goes on."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -99,6 +100,9 @@ class After:
 
     def __init__(self, looks):
         self.looks = looks
+
+    def watch(self):
+        return contextlib.nullcontext()
 
     @property
     def received(self):

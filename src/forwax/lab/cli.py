@@ -1,6 +1,5 @@
 """The command `forwax`: finds the subcommand and imports it alone; the others cost nothing."""
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -61,14 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> None:
-    """Run the command line as a process of its own; after Ctrl-C it ends at once.
+    """Run the command line as a process of its own; after Ctrl-C it ends at once."""
+    from forwax.lab.keeping.console import as_process
 
-    An interpreter that ends while XLA compiles in another thread crashes instead.
-    """
-    code = main()
-    if code == 130:
-        os._exit(code)
-    sys.exit(code)
+    as_process(main)
 
 
 def _run(first: str, *words: str) -> int:

@@ -129,7 +129,8 @@ def run(options: ReproduceOptions) -> int:
             f"--out: the folder {folder} cannot be made ({error.strerror}); choose another."
         ) from error
     finite = True
-    with going_on(folder, "the same command"), Signals().watch() as signals:
+    signals = Signals()
+    with going_on(folder, "the same command"):
         try:
             for seed, entry in product(range(options.seeds), dict.fromkeys(entries)):
                 settings = settings_of(column, entry, data, options, seed)

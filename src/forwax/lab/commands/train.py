@@ -272,7 +272,7 @@ def _finish(run: Run, session: _Training, started: float) -> None:
         "reverse_mode": not rule.backward,
         "test_accuracy": last["test_accuracy"],
         "test_loss": last["test_loss"],
-        "train_loss": sum(losses) / len(losses),
+        "train_loss": sum(losses) / len(losses) if losses else None,
         "steps_per_second": pace,
         **damage,
         **session.facts(),

@@ -279,8 +279,6 @@ def _quiet() -> Iterator[None]:
 
     After a fault they stay quiet: those that it stopped half-way complain later, from threads.
     """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
     hook = sys.unraisablehook
 
     def ignore(told: Any) -> None:
@@ -290,9 +288,7 @@ def _quiet() -> Iterator[None]:
             hook(told)
 
     sys.unraisablehook = ignore
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
+    logging.disable()
     yield
+    logging.disable(logging.NOTSET)
     sys.unraisablehook = hook
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)

@@ -82,9 +82,9 @@ def _draw_accuracy(
 
 
 def _columns(rows: Rows, *names: str) -> Columns:
-    """Gather the rows that have the first of the named values into arrays."""
-    kept = [row for row in rows if names[0] in row]
+    """Gather the rows that have all of the named values into arrays."""
     names = ("step", "seconds", *names)
+    kept = [row for row in rows if row.keys() >= {*names}]
     return {name: np.array([row[name] for row in kept], dtype=float) for name in names}
 
 
@@ -94,6 +94,8 @@ def smooth(values: np.ndarray) -> np.ndarray:
     >>> smooth(np.array([1.0, 3.0])).tolist()
     [1.0, 3.0]
     """
+    if not values.size:  # damage may have taken them all
+        return values
     window = np.ones(2 * (len(values) // 100) + 1)
     return np.convolve(values, window, mode="same") / np.convolve(
         np.ones_like(values), window, mode="same"

@@ -67,7 +67,9 @@ def train(
     with opened(run, problem, settings, whole_every=per_epoch) as files:
         session = _Epochs(files, problem, settings, tell)
         session.signals = signals or session.signals
-        finite = session.run() is None
+        # while it compiles, Ctrl-C stops it at once
+        with session.signals.watch():
+            finite = session.run() is None
         if not finite:
             step = session.trainer.step + 1
             tell(f"the loss or its gradient is not finite at step {step}: given up")
