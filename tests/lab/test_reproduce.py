@@ -340,6 +340,14 @@ def test_held_out_images_stand_in_for_the_test_set():
         reproduce.prepared(data, ReproduceOptions(holdout=60))
 
 
+def test_a_columns_batch_is_cut_to_the_images_that_there_are(tmp_path, capsys):
+    asked = ["reproduce", "ren2023", "--rules", "BP", "--seeds", "1", "--steps", "2"]
+    assert cli.main([*asked, "--examples", "40", "--out", str(tmp_path)]) == 0
+    assert "Batches of 40 images, not of 128" in capsys.readouterr().out
+    assert cli.main([*asked, "--batch-size", "99", "--out", str(tmp_path / "b")]) == 2
+    assert "--batch-size must be at most the 60 examples" in capsys.readouterr().err
+
+
 def test_the_table_leaves_out_what_is_not_run():
     column = COLUMNS["mnist-m"]
     summary = {

@@ -119,6 +119,7 @@ def run(options: ReproduceOptions) -> int:
     column = COLUMNS[options.column]
     entries = parse_entries(options)
     data = prepared(load(column.settings.data or "", options.data_dir), options)
+    options = clipped(options, column, len(data.train_images))
     checksum = checksum_of(data)
     folder = options.out / column.name
     check_path(folder)
@@ -199,6 +200,17 @@ def prepared(data: DataSet, options: ReproduceOptions) -> DataSet:
         arrays = [x[:kept] for x in train] + [x[kept:] for x in train]
     few = (x[: options.examples] for x in arrays)
     return replace(data, **dict(zip(ARRAYS, few, strict=True)))
+
+
+def clipped(
+    options: ReproduceOptions, column: Column, num_examples: int
+) -> ReproduceOptions:
+    """Say and set the size of a batch where the column's own is larger than the data."""
+    own = column.settings.batch_size
+    if options.batch_size is not None or own <= num_examples:
+        return options
+    print(f"Batches of {num_examples} images, not of {own}: there are no more.")
+    return replace(options, batch_size=num_examples)
 
 
 def settings_of(
