@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax._checks import check_count, check_no_text, register_checked, set_counts
-from forwax._rules import WeightPerturbation
-from forwax._safety import Safe
+from forwax._rules import Rule, WeightPerturbation
 from forwax._signature import check_key
 from forwax._slopes import Slopes, check_form
 from forwax.tangents._base import typed_key
@@ -80,7 +79,7 @@ class Momentum:
     def init(
         self,
         key: Array,
-        rule: WeightPerturbation | Safe,
+        rule: Rule,
         num_examples: int | None = None,
         num_keys: int = 1,
     ) -> "Momentum":

@@ -9,6 +9,7 @@ from forwax._enable_reverse import enable_reverse
 from forwax._fused import update
 from forwax._gauss_newton import GaussNewton
 from forwax._learning_rate import suggest_learning_rate
+from forwax._ledger import Ledger
 from forwax._momentum import Momentum
 from forwax._replay import replay, slopes
 from forwax._reports.curvature import Curvature, measure_curvature
@@ -46,6 +47,7 @@ __all__ = [
     "GaussNewton",
     "LearnedFeedback",
     "LearningRule",
+    "Ledger",
     "LocalLosses",
     "Momentum",
     "Rule",

@@ -28,7 +28,7 @@ from forwax._rule import is_rule
 from forwax._rules import FiniteDifference, Rule, WeightPerturbation
 from forwax._safety import Safe
 from forwax._signature import Problem, Signature, check_key, check_leaves
-from forwax._slopes import Slopes, check_form, check_params, form_of
+from forwax._slopes import Form, Slopes, check_form, check_params, form_of
 from forwax._tree import Tree
 from forwax.tangents._base import typed_key
 
@@ -140,7 +140,7 @@ def replay(
         >>> bool(jnp.allclose(estimate, expected))
         True
     """
-    signature = Signature(_without_aux(loss), 0, False, in_axes, "replay")
+    signature = Signature(without_aux(loss), 0, False, in_axes, "replay")
     weight = checked("replay", rule)
     check_rounding("replay", rounding)
 
@@ -156,12 +156,29 @@ def replay(
         examples = _check_weights(weight, slopes)
         splits = None
         if weight.splits_by_loss:
-            splits = _splits(weight, signature, (params, *args), kwargs)
+            splits = splits_of(weight, signature, (params, *args), kwargs)
+            check_params("replay", slopes.form, params, splits)
         drawing = weight.drawing(params, splits, examples)
         steps = weight.steps(params)
         return added(drawing, steps, slopes, learning_rate, params, rounding)
 
     return replay_of_loss
+
+
+def form_for(
+    name: str,
+    loss: Callable[..., Any],
+    weight: WeightPerturbation | FiniteDifference,
+    in_axes: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Form:
+    """What slopes of a loss, which need not be evaluated, say of its parameters."""
+    splits = None
+    if weight.splits_by_loss:
+        signature = Signature(without_aux(loss), 0, False, in_axes, name)
+        splits = splits_of(weight, signature, args, kwargs)
+    return form_of(args[0], splits)
 
 
 def taken(
@@ -180,6 +197,9 @@ def taken(
     k = weight.num_tangents
     weighing = Weighing(weight.tangents, weight.combine, params, _mesh.axes(key))
     weights = result.found * weighing.scale(k)  # [k] or [k, N]
+    splits = None
+    if weight.splits_by_loss and isinstance(directions, WeightPlan):
+        splits = directions.splits
     # What is done to them later is not to be folded into what made them.
     weights = lax.optimization_barrier(weights)
     return (
@@ -189,7 +209,7 @@ def taken(
             keys=jax.random.key_data(key)[None],
             weights=weights[None],
             impl=str(jax.random.key_impl(key)),
-            form=form_of(params),
+            form=form_of(params, splits),
         ),
     )
 
@@ -359,7 +379,7 @@ def _check_weights(
     return None
 
 
-def _without_aux(loss: Callable[..., Any]) -> Callable[..., Any]:
+def without_aux(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The loss alone, where it returns a pair."""
     if not callable(loss):
         return loss
@@ -373,7 +393,7 @@ def _without_aux(loss: Callable[..., Any]) -> Callable[..., Any]:
     return alone
 
 
-def _splits(
+def splits_of(
     weight: WeightPerturbation | FiniteDifference,
     signature: Signature,
     args: tuple[Any, ...],

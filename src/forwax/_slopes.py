@@ -6,6 +6,7 @@ That a step of zeroth order is a seed and a number is an idea of MeZO (Malladi e
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -194,25 +195,46 @@ class Slopes:
         return dataclasses.replace(self, weights=jnp.mean(self.weights, axis=2))
 
 
-def form_of(params: Tree) -> Form:
-    """Path, dtype and shape of each leaf."""
+_FACTORS = " in factors "
+
+
+def form_of(params: Tree, splits: Sequence[Any] | None = None) -> Form:
+    """Path, dtype and shape of each leaf, and the axes of its two factors where it has some."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     # Text, as it is compared, shown in errors and kept as a static part of a pytree.
-    return tuple(
-        f"{jax.tree_util.keystr(path)}: {leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-    )
+    form: list[str] = []
+    for i, (path, leaf) in enumerate(leaves):
+        text = f"{jax.tree_util.keystr(path)}: {leaf.dtype}{list(leaf.shape)}"
+        split = splits[i] if splits else None
+        if split is not None:
+            left, right = split
+            text += f"{_FACTORS}{sorted(left)} x {sorted(right)}"
+        form.append(text)
+    return tuple(form)
 
 
-def check_params(name: str, form: Form | None, params: Tree) -> None:
-    """Raise a ValueError where slopes are those of other parameters."""
-    got = form_of(params)
-    if form is None or form == got:
+def without_factors(form: Form) -> Form:
+    """Paths, dtypes and shapes alone."""
+    return tuple(text.partition(_FACTORS)[0] for text in form)
+
+
+def check_params(
+    name: str,
+    form: Form | None,
+    params: Tree,
+    splits: Sequence[Any] | None = None,
+) -> None:
+    """Raise a ValueError where slopes are those of other parameters, or of another loss."""
+    if form is None:
+        return
+    got = form_of(params, splits)
+    expected = without_factors(form) if splits is None else form
+    if got == expected:
         return
     raise ValueError(
         f"{name}: expected parameters such as the slopes were taken of, got others: "
-        f"{_difference(form, got)}. Each leaf's path, dtype and shape decide on the directions "
-        "that a key draws."
+        f"{_difference(expected, got)}. Each leaf's path, dtype and shape decide on the directions "
+        "that a key draws, and so do the factors in which the loss uses it."
     )
 
 
