@@ -84,6 +84,7 @@ PUBLIC = {
     "lm",
     "losses",
     "models",
+    "privacy",
     "tangents",
     "testing",
     "types",

@@ -15,6 +15,7 @@ MODULES = (
     "forwax.tangents",
     "forwax.combine",
     "forwax.credit",
+    "forwax.privacy",
     "forwax.testing",
     "forwax.functions",
     "forwax.losses",

@@ -3,6 +3,7 @@
 from forwax import combine as combine
 from forwax import credit as credit
 from forwax import functions as functions
+from forwax import privacy as privacy
 from forwax import tangents as tangents
 from forwax import testing as testing
 from forwax._enable_reverse import enable_reverse
@@ -63,6 +64,7 @@ __all__ = [
     "grad",
     "measure_curvature",
     "noise_point",
+    "privacy",
     "random_feedback",
     "replay",
     "slopes",
