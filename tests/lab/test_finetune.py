@@ -1,15 +1,20 @@
 """`forwax finetune` on a tiny model without a network: every combination, resuming, mistakes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from forwax import adapters
+from forwax import adapters, lm
 from forwax.lab import cli
-from forwax.lab.finetune import models, run
+from forwax.lab.data import cache_dir
+from forwax.lab.finetune import models, prefixes, problem, run
+from forwax.lab.finetune.options import FinetuneOptions
+from forwax.lab.texts import sets as texts
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -80,3 +85,232 @@ def test_every_combination_trains(adapter, task, rule, finetune):
     else:
         loaded = adapters.load(folder / run.ADAPTER, config=models.tiny().config)
         assert jax.tree.leaves(loaded)
+
+
+KILLED = """
+import os, signal, sys
+from forwax.lab import cli
+from forwax.lab.training import folder
+plain = folder.Checkpoints.save
+def save(self, state, *others):
+    plain(self, state, *others)
+    if int(state.step) >= 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+folder.Checkpoints.save = save
+cli.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(finetune, tmp_path):
+    words = [*TINY, *FEW, *RATE, "--rule", "learned-feedback", "--steps", "12"]
+    _, _, whole = finetune(*words)
+    place = ["--runs", str(tmp_path / "killed"), "--checkpoint-seconds", "0"]
+    command = [sys.executable, "-c", KILLED, "finetune", *words, *place]
+    assert subprocess.run(command, check=False).returncode == -9
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert not (folder / "summary.json").exists()
+    assert cli.main(["finetune", "--resume", str(folder)]) == 0
+    first, second = (arrays(each)["weights"] for each in (whole, folder))
+    assert first.tobytes() == second.tobytes()
+    losses = [
+        [json.loads(line).get("loss") for line in path.read_text().splitlines()]
+        for path in (whole / "metrics.jsonl", folder / "metrics.jsonl")
+    ]
+    assert losses[0] == losses[1]
+    code, out, _ = finetune("--resume", str(folder))
+    assert code == 0
+    assert out.endswith(f"{folder} is finished already.\n")
+
+
+def test_a_run_goes_on_with_its_own_settings_and_texts(finetune, tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [f"Number {n},{'odd' if n % 2 else 'even'}\n" for n in range(40)]
+    path.write_text("text,label\n" + "".join(rows))
+    words = ("--model", "tiny-random", "--data", str(path), *FEW, *RATE)
+    _, _, folder = finetune(*words, "--labels", "e", "o")
+    (folder / "summary.json").unlink()
+    code, out, _ = finetune("--resume", str(folder), "--steps", "9")
+    assert code == 2
+    assert "--resume takes every setting from the run's config.json" in out
+    path.write_text("text,label\n" + "".join(reversed(rows)))
+    code, out, _ = finetune("--resume", str(folder))
+    assert code == 2
+    assert "The texts or the model are not those that" in out
+
+
+def test_a_rate_is_measured_and_a_comparison_prints_one_table(finetune):
+    words = ("--compare", "mezo", "backprop", "--trials", "2")
+    code, out, folder = finetune(*TINY, "--steps", "4", *words)
+    assert (code, "compiling, to measure a rate" in out) == (0, True)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["rule"] for row in summary["rules"]] == ["activity", "mezo", "backprop"]
+    before = {row["test_accuracy_before"] for row in summary["rules"]}
+    assert len(before) == 1
+    for row in summary["rules"]:
+        assert len(row["search"]) == 2
+        assert row["learning_rate"] > 0
+        assert (folder / f"{row['rule']}-{run.ADAPTER}").exists()
+    table = (folder / "table.md").read_text()
+    assert "| backprop |" in table
+    assert "each rate the best of 2" in table
+    # what is finished is not done again
+    (folder / "summary.json").unlink()
+    parts = {p: p.stat().st_mtime_ns for p in (folder / "parts").iterdir()}
+    code, again, _ = finetune("--resume", str(folder))
+    assert code == 0
+    assert "compiling" not in again
+    assert parts == {p: p.stat().st_mtime_ns for p in (folder / "parts").iterdir()}
+
+
+def task(**options) -> problem.Tuning:
+    asked = FinetuneOptions(
+        model="tiny-random", data="tiny-sentences", batch_size=4, **options
+    )
+    model = models.load("tiny-random", asked.packed)
+    return problem.build(model, texts.load("tiny-sentences"), asked)
+
+
+def test_parts_share_no_text_and_no_number_of_texts_changes_the_others():
+    parts = task(adapter="lora")
+    found = [
+        {row.tobytes() for row in rows.own["tokens"]}
+        for rows, _ in (parts.train, parts.validation, parts.test)
+    ]
+    assert [len(each) for each in found] == [36, 9, 27]
+    assert len(set.union(*found)) == 72
+
+
+def test_prefixes_are_kept_on_disk_and_damaged_ones_made_anew(monkeypatch):
+    first = task(packed=True)
+    files = sorted((cache_dir() / prefixes.FOLDER).iterdir())
+    assert len(files) == 3
+
+    def forbidden(*args, **options):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefixes.adapters, "cached_prefix", forbidden)
+        second = task(packed=True)
+    whole = files[0].read_bytes()
+    files[0].write_bytes(whole[: len(whole) // 2])
+    third = task(packed=True)
+    for other in (second, third):
+        assert other.checksum == first.checksum
+        for a, b in zip(
+            jax.tree.leaves(first.train[0].own),
+            jax.tree.leaves(other.train[0].own),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+    assert files[0].read_bytes() == whole
+
+
+def test_a_full_disk_while_prefixes_are_kept(finetune, monkeypatch):
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    code, out, folder = finetune(*TINY, *FEW, *RATE)
+    assert (code, folder) == (2, None)
+    assert "No space left on device; set FORWAX_CACHE to a folder that can be" in out
+    assert not list((cache_dir() / prefixes.FOLDER).iterdir())
+
+
+def test_by_prefix_and_packed_the_logits_are_those_of_the_model():
+    model = models.tiny()
+    of_bytes = task(adapter="lora")
+    for packed, tolerance in ((False, 0.02), (True, 0.3)):
+        tuning = task(packed=packed)
+        *_, logits = tuning.scores(tuning.test)(tuning.init(jax.random.key(0)))
+        rows = of_bytes.test[0].own
+        whole = lm.forward(
+            model.config, model.params, rows["tokens"], mask=rows["mask"]
+        )
+        words = model.tokenizer.encode("01")
+        np.testing.assert_allclose(logits, whole[:, -1, words], atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--layers", "3"], "expected a number of top layers in [1, 2], got 3."),
+        (["--rank", "33"], "expected a rank in [1, 32], got 33."),
+        (["--rank", "0"], "--rank must be at least 1, got 0."),
+        (["--task", "next-token"], "changes the last token alone"),
+        (
+            ["--adapter", "full", "--rule", "learned-feedback"],
+            "learns maps to the sites of an adapter; choose --adapter last-token or lora.",
+        ),
+        (["--adapter", "full", "--packed"], "which --packed keeps as integers"),
+        (["--labels", "a"], "one word for each of the 2 classes, negative, positive,"),
+        (["--labels", "a", "bc"], "one token each, but 'bc' is 2 of tiny-random;"),
+        (["--labels", "a", "a"], "--labels must differ, got a, a."),
+        (["--template", "It was"], "--template must hold {text} where the text stands"),
+        (
+            ["--template", "{text}" + 60 * "."],
+            "tiny-random sees 64 tokens, but the text",
+        ),
+        (["--max-tokens", "3"], "0 texts are too few for"),
+        (["--train-texts", "70"], "72 texts are too few for"),
+        (["--batch-size", "40"], "at most the 36 texts to train on, got 40."),
+        (
+            ["--compare", "activity"],
+            "--compare must name rules other than --rule activity",
+        ),
+        (["--compare", "mezo", *RATE], "leave --learning-rate or --compare out."),
+        (["--model", "gone.gguf"], "tiny-random, smollm2 or the path of a GGUF file"),
+        (["--data", "gone.csv"], "'gone.csv', which is neither; choose one of"),
+        (["--resume", "gone"], "--resume takes every setting from"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_sentence(words, expected, finetune):
+    code, out, folder = finetune(*TINY, *words)
+    assert (code, folder) == (2, None)
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("forwax: ")
+    assert expected in last
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text\nA\nB\n", "--task classify needs a column label, which"),
+        ("text,label\nA,1\nB,1\n", "needs two labels or more, but"),
+        (
+            "words,label\nA,1\n",
+            "Expected the columns text and label, but the first line",
+        ),
+        ("text,label\nA,1\nB,0\n", "2 texts are too few for"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_one_sentence(
+    content, expected, finetune, tmp_path
+):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    code, out, _ = finetune("--model", "tiny-random", "--data", str(path))
+    assert code == 2
+    assert expected in out
+
+
+def test_a_file_that_is_no_model(finetune, tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"GGUF")
+    code, out, _ = finetune("--model", str(path), "--data", "tiny-sentences")
+    assert code == 2
+    assert "is foreign or truncated" in out
+
+
+def test_a_missing_extra(finetune, monkeypatch):
+    plain = run.importlib.util.find_spec
+    monkeypatch.setattr(
+        run.importlib.util,
+        "find_spec",
+        lambda name, *others: None if name == "gguf" else plain(name, *others),
+    )
+    code, out, _ = finetune(*TINY)
+    assert code == 2
+    assert out == (
+        "forwax: gguf is not installed; forwax finetune needs: pip install 'forwax[lm]'.\n"
+    )

@@ -167,7 +167,7 @@ def resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Run]:
         UsageError: when other settings are given too, or the folder holds no such run.
     """
     assert options.resume is not None
-    kept = ("data_dir", "checkpoint_seconds", "resume")
+    kept = ("data_dir", "checkpoint_seconds", "resume", "runs")
     free: Any = {name: getattr(options, name) for name in kept}
     if options != FinetuneOptions(**free):
         raise UsageError(
@@ -180,7 +180,6 @@ def resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Run]:
     stored = fields_in(FinetuneOptions, run.config["options"])
     for name in ("labels", "compare"):
         stored[name] = tuple(stored[name])
-    stored["runs"] = Path(stored["runs"])
     if options.data_dir is None and stored["data_dir"]:
         free["data_dir"] = Path(stored["data_dir"])
     return FinetuneOptions(**stored | free), run
@@ -188,12 +187,9 @@ def resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Run]:
 
 def as_json(options: FinetuneOptions) -> Json:
     """The options as config.json holds them."""
-    fields = dataclasses.asdict(options)
-    places = {
-        name: str(fields[name].absolute()) if fields[name] else None
-        for name in ("data_dir", "runs", "resume")
-    }
-    found = fields | places
+    found: Json = dataclasses.asdict(options)
+    for name in ("data_dir", "runs", "resume"):
+        found[name] = str(found[name].absolute()) if found[name] else None
     for name in ("model", "data"):
         if Path(found[name]).is_file():
             found[name] = str(Path(found[name]).absolute())

@@ -65,7 +65,7 @@ def cached(model: Model, tokens: np.ndarray, mask: np.ndarray, layers: int) -> A
             found = _kept(compute(model.params, tokens[own], mask[own]))
             _write(path, found)
         blocks.append(found)
-    joined = [
+    joined: Any = [
         np.concatenate(leaves)[: len(tokens)] for leaves in zip(*blocks, strict=True)
     ]
     return adapters.Prefix(*joined)
@@ -93,15 +93,15 @@ def _kept(leaves: Sequence[Any]) -> list[np.ndarray]:
 def _read(path: Path) -> list[np.ndarray] | None:
     """A block's arrays; None where there is no whole file."""
     try:
-        with np.load(path) as file:
-            return [file[str(number)] for number in range(len(file.files))]
+        with path.open("rb") as stream, np.load(stream) as file:
+            return [file[f"arr_{number}"] for number in range(len(file.files))]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
 
 
 def _write(path: Path, arrays: list[np.ndarray]) -> None:
     stream = io.BytesIO()
-    np.savez(stream, **{str(number): x for number, x in enumerate(arrays)})
+    np.savez(stream, *arrays)
     try:
         with replacing(path) as draft:
             draft.write_bytes(stream.getvalue())

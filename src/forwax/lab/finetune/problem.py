@@ -97,7 +97,7 @@ class Tuning(Task):
 
         def of_batch(params: Any, rows: Rows, labels: Array) -> Any:
             def of_example(own: Any, label: Array) -> Any:
-                row = Rows(own, rows.frozen)
+                row: Any = Rows(own, rows.frozen)
                 logits = () if self.loss_of_tokens else self.logits(params, row)
                 return *self.loss(params, row, label), logits
 
@@ -191,7 +191,7 @@ def _checked_labels(texts: Texts) -> np.ndarray:
     if len(texts.class_names) < 2:
         raise UsageError(
             f"--task classify needs two labels or more, but {texts.name} has only "
-            f"{texts.class_names[0]!r}."
+            f"{', '.join(texts.class_names)}."
         )
     return texts.labels
 
