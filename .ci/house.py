@@ -31,10 +31,12 @@ LIMITS: dict[str, float] = {
     "columns of a line": 100,
     "lines of a function": 70,
     "lines of a file": 450,
-    # One of the two is enough.
+    # One of the two is enough. With the abilities of 0.1.0 the lab had 35,981 nodes; what its
+    # commands have gained since, in files of theirs, is the rest.
     "lines of the lab": 5_800,
-    "nodes of the lab": 36_000,
-    # Abilities gained since: a package and a limit of its own for each, not counted above.
+    "nodes of the lab": 36_560,
+    # Abilities gained since: packages and modules with limits of their own, not counted above.
+    f"{GAINED}data/elsewhere": 450,
     f"{GAINED}keeping": 6_000,
     f"{GAINED}texts": 2_700,
     f"{GAINED}finetune": 9_000,
@@ -229,7 +231,7 @@ def size_of_lab(sources: Sequence[Source]) -> list[Figure]:
     """Lines and nodes, and nodes of each gained package, the largest files first."""
     packages = [name for name in LIMITS if name.startswith(GAINED)]
     gained = {
-        name: [s for s in sources if f"/lab/{name.removeprefix(GAINED)}/" in s.at()]
+        name: [s for s in sources if is_of(s, name.removeprefix(GAINED))]
         for name in packages
     }
     elsewhere = [source for files in gained.values() for source in files]
@@ -247,6 +249,12 @@ def size_of_lab(sources: Sequence[Source]) -> list[Figure]:
         )
         for name, files in gained.items()
     ]
+
+
+def is_of(source: Source, part: str) -> bool:
+    """Whether a file is a module of the lab, or lies in a package of it."""
+    path = source.path.relative_to(PACKAGE).as_posix()
+    return path == f"lab/{part}.py" or path.startswith(f"lab/{part}/")
 
 
 def scan_layouts(sources: Sequence[Source]) -> Figure:

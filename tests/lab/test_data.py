@@ -1,6 +1,5 @@
 """Data sets: formats, where they are looked for, and that nothing is ever half-written."""
 
-import dataclasses
 import hashlib
 import os
 import pickle
@@ -12,9 +11,8 @@ import numpy as np
 import pooch
 import pytest
 
-from forwax.lab.data import cache_dir, find_source, formats, load, locate, store
+from forwax.lab.data import cache_dir, elsewhere, find_source, load, locate, store
 from forwax.lab.data.formats import decode_cifar, decode_idx, decompress
-from forwax.lab.data.sets import SOURCES
 
 PUBLIC = ("mnist", "fashion-mnist", "cifar10")
 
@@ -64,7 +62,7 @@ def test_sets_as_torchvision_keeps_them(name, folder, gz, write_tiny, tmp_path):
 def test_cifar_as_torchvision_keeps_it(write_tiny, tmp_path, monkeypatch):
     """Pickled dictionaries, known by their md5."""
     tiny = write_tiny("cifar10", tmp_path)
-    (kept,) = tiny.source.others
+    _, kept = elsewhere.forms(tiny.source)
     folder = tmp_path / kept.folder
     folder.mkdir()
     sums = {}
@@ -75,10 +73,7 @@ def test_cifar_as_torchvision_keeps_it(write_tiny, tmp_path, monkeypatch):
         (folder / new).write_bytes(content)
         sums[new] = hashlib.md5(content, usedforsecurity=False).hexdigest()
     shutil.rmtree(tiny.folder)
-    monkeypatch.setattr(formats, "BATCHES", sums)
-    others = (dataclasses.replace(kept, checksums=sums),)
-    own = dataclasses.replace(tiny.source, others=others)
-    monkeypatch.setitem(SOURCES, "cifar10", own)
+    monkeypatch.setattr(elsewhere, "BATCHES", sums)
     assert_equals_tiny(load("cifar10", tmp_path), tiny)
 
 

@@ -11,7 +11,7 @@ import pooch
 import pytest
 
 from forwax.lab.data import DataError, load
-from forwax.lab.data.formats import BATCHES
+from forwax.lab.data.elsewhere import BATCHES, MIRRORS
 
 
 def message(name: str, data_dir: Path | None = None) -> str:
@@ -183,7 +183,7 @@ def test_a_wrong_download_is_not_kept(remote, isolated_data, serve, datafiles):
 
 def test_a_mirror_serves_where_the_home_gives_a_page(remote, serve, datafiles):
     tiny = remote("mnist")
-    mirrored = dataclasses.replace(tiny.source, home=tiny.source.mirrors[0])
+    mirrored = dataclasses.replace(tiny.source, home=MIRRORS["mnist"][0])
     pages = datafiles.pages_of(dataclasses.replace(tiny, source=mirrored))
     serve(pages | dict.fromkeys(datafiles.pages_of(tiny), b"<html>Moved</html>"))
     assert len(load("mnist").train_images) == 60

@@ -7,11 +7,8 @@ bytes; the caller knows which file it was.
 """
 
 import gzip
-import hashlib
 import io
 import math
-import pickle
-import warnings
 import zlib
 
 import numpy as np
@@ -20,17 +17,6 @@ GZIP_MAGIC = b"\x1f\x8b"
 IDX_MAGIC = (b"\x00\x00\x08\x01", b"\x00\x00\x08\x03")
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_RECORD = 1 + math.prod(CIFAR_SHAPE)
-
-
-BATCHES = {
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-}
-"""The md5 of CIFAR-10's files for Python."""
 
 
 def decompress(content: bytes, largest: int | None = None) -> bytes:
@@ -126,32 +112,6 @@ def decode_cifar(content: bytes) -> tuple[np.ndarray, ...]:
     return np.ascontiguousarray(
         records[:, 1:].reshape(-1, *CIFAR_SHAPE).transpose(0, 2, 3, 1)
     ), records[:, 0].astype(np.int32)
-
-
-def decode_pickled(content: bytes) -> tuple[np.ndarray, ...]:
-    """Decode one of CIFAR-10's files for Python: a pickled dictionary.
-
-    Args:
-        content: the bytes of the file.
-
-    Returns:
-        Images and labels as of `decode_cifar`.
-
-    Raises:
-        ValueError: for any other content. A pickle may run what it likes, and is not read then.
-    """
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() not in BATCHES.values():
-        raise ValueError(
-            "is no file of CIFAR-10 known by its md5, and is not unpickled"
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # NumPy's, of the old form in which they were pickled
-        found = pickle.loads(content, encoding="bytes")
-    planes = np.asarray(found[b"data"], np.uint8).reshape(-1, *CIFAR_SHAPE)
-    images = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
-    return images, np.asarray(found[b"labels"], np.int32)
 
 
 def _check_length(content: bytes, expected: int, why: str) -> None:

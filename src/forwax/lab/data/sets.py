@@ -1,11 +1,11 @@
 """The data sets: what loading gives, and what is known of each one's files and home."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from forwax.lab.data.formats import BATCHES, decode_cifar, decode_idx, decode_pickled
+from forwax.lab.data.formats import decode_cifar, decode_idx
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 """The arrays of a `DataSet`, in their order."""
@@ -78,9 +78,6 @@ class Source:
         archive: whether ``home`` is one ``.tar.gz`` that holds ``<folder>/<file>``.
         hash: which one ``checksums`` are, by its name in ``hashlib``.
         largest: the bytes of its largest file; nothing is unpacked to more.
-        mirrors: other homes, tried in turn.
-        folders: other names of the folder, as torchvision's.
-        others: the set in other files.
     """
 
     name: str
@@ -95,16 +92,6 @@ class Source:
     archive: bool = False
     hash: str = "md5"
     largest: int | None = None
-    mirrors: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
-    others: tuple["Source", ...] = ()
-
-    def kept(self) -> Iterator["Source"]:
-        """The set in each form that it may be found in, its own first."""
-        yield self
-        for folder in self.folders:
-            yield replace(self, folder=folder)
-        yield from self.others
 
 
 MNIST = Source(
@@ -120,8 +107,6 @@ MNIST = Source(
     },
     class_names=tuple("0123456789"),
     largest=47_040_016,
-    mirrors=("https://storage.googleapis.com/cvdf-datasets/mnist/",),
-    folders=("MNIST/raw",),
 )
 
 FASHION_MNIST = Source(
@@ -141,7 +126,6 @@ FASHION_MNIST = Source(
         "sandal", "shirt", "sneaker", "bag", "ankle boot",
     ),
     largest=47_040_016,
-    folders=("FashionMNIST/raw",),
 )  # fmt: skip
 
 CIFAR10 = Source(
@@ -167,21 +151,6 @@ CIFAR10 = Source(
     archive=True,
     largest=30_730_000,
 )  # fmt: skip
-# The version for Python, which torchvision keeps.
-CIFAR10 = replace(
-    CIFAR10,
-    others=(
-        replace(
-            CIFAR10,
-            folder="cifar-10-batches-py",
-            checksums=BATCHES,
-            train=tuple(BATCHES)[:5],
-            test=tuple(BATCHES)[5:],
-            decode=decode_pickled,
-            largest=40_000_000,
-        ),
-    ),
-)
 
 SOURCES = {source.name: source for source in (MNIST, FASHION_MNIST, CIFAR10)}
 

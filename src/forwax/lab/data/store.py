@@ -15,7 +15,6 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import pooch
 
+from forwax.lab.data.elsewhere import forms, homes
 from forwax.lab.data.formats import decompress
 from forwax.lab.data.sets import DataError, DataSet, Source, find_source, load_digits
 
@@ -110,7 +110,7 @@ def find(source: Source, data_dir: Path | None = None) -> tuple[Source, Path] | 
             exist.
     """
     for root in _search_path(data_dir):
-        for kept in source.kept():
+        for kept in forms(source):
             folder = root / kept.folder
             missing = _missing(kept, folder)
             if not missing:
@@ -231,9 +231,9 @@ def fetch(source: Source, cache: Path, contents: Contents | None = None) -> Path
         cache.mkdir(parents=True, exist_ok=True)
         _sweep(cache)
         faults: list[DataError] = []
-        for home in (source.home, *source.mirrors):
+        for at_home in homes(source):
             try:
-                _fetch(replace(source, home=home), final, contents or _contents)
+                _fetch(at_home, final, contents or _contents)
             except DataError as fault:
                 faults.append(fault)
             else:
