@@ -41,10 +41,6 @@ class TextCoder(Protocol):
         """The tokens of a text."""
         ...
 
-    def decode(self, ids: Any) -> str:
-        """The text of tokens."""
-        ...
-
 
 class Bytes:
     """A tokenizer whose tokens are the bytes of UTF-8.

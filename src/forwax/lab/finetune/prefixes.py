@@ -18,11 +18,11 @@ from forwax import adapters
 from forwax.lab.data import DataError, cache_dir
 from forwax.lab.finetune.models import Model
 from forwax.lab.report import replacing
+from forwax.lab.training.progress import SECONDS_BETWEEN_LINES
 
 BLOCK = 32
 FORMAT = "forwax prefixes 1"
 FOLDER = "prefixes"
-SECONDS_BETWEEN_LINES = 3.0
 
 
 def cached(model: Model, tokens: np.ndarray, mask: np.ndarray, layers: int) -> Any:
@@ -75,7 +75,7 @@ def _name(model: Model, tokens: np.ndarray, mask: np.ndarray, layers: int) -> st
     digest = hashlib.sha256(
         f"{FORMAT} {model.config.sha256} {model.is_packed} {layers} {tokens.shape}".encode()
     )
-    digest.update(tokens.astype(np.int32).tobytes())
+    digest.update(tokens.tobytes())
     digest.update(mask.tobytes())
     return digest.hexdigest()
 

@@ -11,7 +11,7 @@ import numpy as np
 from forwax import adapters
 from forwax.lab.finetune.models import Model
 from forwax.lab.finetune.problem import Tuning
-from forwax.lab.report import Json, finite, replacing
+from forwax.lab.report import Json, replacing
 
 MIB = 2**20
 
@@ -124,8 +124,3 @@ def save(path: Path, params: Any, model: Model) -> None:
     }
     with replacing(path) as draft:
         draft.write_bytes(safetensors.numpy.save(arrays, metadata))
-
-
-def as_json(loss: float, accuracy: float) -> Json:
-    """A loss and an accuracy on held-out texts; None for what is no number."""
-    return {"validation_loss": finite(loss), "validation_accuracy": finite(accuracy)}

@@ -151,9 +151,10 @@ class Finetuning(Sitting):
 
     def at_stop(self) -> None:
         """Write loss and accuracy on the held-out texts."""
-        row = results.as_json(*self.score(self.trainer.state.params))
-        where = {"step": self.trainer.step, "seconds": round(self.seconds, 6)}
-        self.metrics.append([where | row])
+        loss, accuracy = map(report.finite, self.score(self.trainer.state.params))
+        row = {"step": self.trainer.step, "validation_loss": loss}
+        row |= {"validation_accuracy": accuracy, "seconds": round(self.seconds, 6)}
+        self.metrics.append([row])
 
 
 def train(ready: Ready, run: Run | None) -> int:
