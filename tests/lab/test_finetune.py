@@ -49,6 +49,7 @@ OFFERED = [
         ("last-token", "classify"),
         ("lora", "classify"),
         ("full", "classify"),
+        ("last-token", "next-token"),
         ("lora", "next-token"),
         ("full", "next-token"),
     )
@@ -236,7 +237,6 @@ def test_by_prefix_and_packed_the_logits_are_those_of_the_model():
         (["--layers", "3"], "expected a number of top layers in [1, 2], got 3."),
         (["--rank", "33"], "expected a rank in [1, 32], got 33."),
         (["--rank", "0"], "--rank must be at least 1, got 0."),
-        (["--task", "next-token"], "changes the last token alone"),
         (
             ["--adapter", "full", "--rule", "learned-feedback"],
             "learns maps to the sites of an adapter; choose --adapter last-token or lora.",

@@ -120,6 +120,28 @@ def test_adapters_change_nothing_at_the_start():
         np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-5)
 
 
+def test_every_token_is_changed_as_the_last_one_is(tmp_path):
+    key = jax.random.key(0)
+    weights = jax.random.normal(jax.random.key(1), (1, CONFIG.width, 2))
+    last, every = (
+        dataclasses.replace(
+            adapters.last_token(CONFIG, 2, 1, key, everywhere=everywhere),
+            weights=weights,
+        )
+        for everywhere in (False, True)
+    )
+    params = parameters()
+    logits = lm.forward(CONFIG, params, TOKENS, adapter=every)
+    for length in (1, 3, 5):
+        alone = lm.forward(CONFIG, params, TOKENS[:, :length], adapter=last)
+        np.testing.assert_allclose(logits[:, length - 1], alone[:, -1], atol=2e-5)
+    adapters.save(tmp_path / "a", every)
+    assert adapters.load(tmp_path / "a").everywhere
+    prefix = adapters.cached_prefix(CONFIG, params, TOKENS, layers=1)
+    with pytest.raises(ValueError, match="expected an adapter that acts there"):
+        lm.forward(CONFIG, params, TOKENS, adapter=every, prefix=prefix)
+
+
 @pytest.mark.parametrize("kind", ["none", "lora", "last_token"])
 def test_checkpointed_layers_give_the_same_in_less_memory(kind):
     params = parameters()

@@ -16,6 +16,7 @@ from forwax.lm.config import LlamaConfig
 FORMAT = "forwax adapter 1"
 LORA = "lora"
 LAST_TOKEN = "last-token"
+EVERY = "every"
 
 
 def save(path: str | os.PathLike[str], adapter: Any) -> None:
@@ -140,10 +141,11 @@ def _parts(adapter: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """An adapter's arrays by their names, and what is known of its kind alone."""
     if isinstance(adapter, LastTokenAdapter):
         num_layers, _, rank = adapter.weights.shape
+        token = EVERY if adapter.everywhere else "the last"
         metadata = {
             "kind": LAST_TOKEN,
             "rank": str(rank),
-            "place": f"the last token behind the top {num_layers} layers",
+            "place": f"{token} token behind the top {num_layers} layers",
             "seed": str(adapter.seed),
         }
         return {"weights": adapter.weights}, metadata
@@ -177,7 +179,9 @@ def _whole(
         weights = arrays.pop("weights")
         if arrays or weights.ndim != 3 or weights.shape[2] != rank:
             raise ValueError(f"weights {weights.shape} of rank {rank}, and {[*arrays]}")
-        return LastTokenAdapter(weights, int(metadata["seed"]), scale, base)
+        seed = int(metadata["seed"])
+        everywhere = metadata["place"].startswith(EVERY)
+        return LastTokenAdapter(weights, seed, scale, base, everywhere)
     if kind != LORA:
         raise ValueError(f"an adapter of the kind {kind}")
     names = metadata["place"].split(" ")

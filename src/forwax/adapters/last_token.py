@@ -30,6 +30,7 @@ class LastTokenAdapter:
         seed: of which U follows; fixed.
         scale: the length of U's rows; fixed.
         base: the name and hash of the frozen model's file.
+        everywhere: whether every token's state is changed so, not the last one's alone; fixed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -43,6 +44,7 @@ class LastTokenAdapter:
     seed: int = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(default=10.0, metadata={"static": True})
     base: Base = dataclasses.field(default=UNKNOWN, metadata={"static": True})
+    everywhere: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def num_layers(self) -> int:
@@ -51,8 +53,8 @@ class LastTokenAdapter:
 
     @property
     def changes_last_token_alone(self) -> bool:
-        """It does, so that all others may be cached."""
-        return True
+        """Whether it does, so that all others may be cached."""
+        return not self.everywhere
 
     def directions(self) -> np.ndarray:
         """U, [layers, rank, width]: orthogonal rows of length `scale`.
@@ -77,12 +79,14 @@ class LastTokenAdapter:
         return layer
 
     def behind(self, own: Any, states: Array) -> Array:
-        """The states [B, T, width] behind a layer with the last token's changed."""
+        """The states [B, T, width] behind a layer with the last token's, or all, changed."""
         weights, directions = own
-        last = states[:, -1]
+        changed = states if self.everywhere else states[:, -1]
         # The site is the product of `rank` values an example, not a matrix A U.
-        coordinates = unit(last) @ weights.astype(last.dtype)
-        change = coordinates @ directions.astype(last.dtype)
+        coordinates = unit(changed) @ weights.astype(states.dtype)
+        change = coordinates @ directions.astype(states.dtype)
+        if self.everywhere:
+            return states + change
         is_last = jnp.arange(states.shape[1]) == states.shape[1] - 1
         return states + jnp.where(is_last[None, :, None], change[:, None], 0)
 
@@ -108,6 +112,7 @@ def last_token(
     key: Array,
     *,
     scale: float = 10.0,
+    everywhere: bool = False,
 ) -> LastTokenAdapter:
     """Make an adapter of the last token's state behind the top layers, in float32.
 
@@ -117,6 +122,8 @@ def last_token(
         layers: behind how many of the last layers.
         key: for the directions; a concrete one, so call it outside of `jax.jit`.
         scale: the length of the directions.
+        everywhere: whether every token's state is changed, as a loss on all next tokens asks for;
+            nothing can be cached then.
 
     Returns:
         The adapter, which changes nothing at first.
@@ -139,7 +146,7 @@ def last_token(
     weights = jnp.zeros((layers, config.width, rank), jnp.float32)
     seed = int(jax.random.bits(key, dtype=jnp.uint32))
     base = Base(config.name, config.sha256)
-    return LastTokenAdapter(weights, seed, scale, base)
+    return LastTokenAdapter(weights, seed, scale, base, everywhere)
 
 
 def check_layers(caller: str, layers: int, config: LlamaConfig) -> None:

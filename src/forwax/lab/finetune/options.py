@@ -56,7 +56,7 @@ class FinetuneOptions:
     task: Literal["classify", "next-token"] = "classify"
     """Whether a text's class is told by the next word, or each next word is foretold."""
     adapter: Literal["last-token", "lora", "full"] = "last-token"
-    """What is trained: the last token's state, factors beside matrices, all parameters."""
+    """What is trained: the last token's state (for next-token every one's), low rank, all."""
     rule: RuleName = "activity"
     """How the gradient is found."""
     packed: bool = False
@@ -133,18 +133,12 @@ def check(options: FinetuneOptions) -> None:
     Raises:
         UsageError: naming the option.
 
-    >>> check(FinetuneOptions(task="next-token"))
+    >>> check(FinetuneOptions(compare=("activity",)))
     Traceback (most recent call last):
         ...
-    forwax.lab.flags.UsageError: --adapter last-token changes the last token alone, but --task
-    next-token has a loss at each; choose --adapter lora or full.
+    forwax.lab.flags.UsageError: --compare must name rules other than --rule activity, each once.
     """
     check_ranges(options)
-    if options.task == "next-token" and options.adapter == "last-token":
-        raise UsageError(
-            "--adapter last-token changes the last token alone, but --task next-token has a loss "
-            "at each; choose --adapter lora or full."
-        )
     if options.adapter == "full" and "learned-feedback" in options.rules:
         raise UsageError(
             "--rule learned-feedback learns maps to the sites of an adapter; choose --adapter "

@@ -155,7 +155,7 @@ def build(model: Model, texts: Texts, options: FinetuneOptions) -> Tuning:
     own: Any = {"tokens": tokens, "mask": mask}
     counts = _sizes(len(tokens), options)
     used = slice(sum(counts))
-    if options.adapter == "last-token":
+    if options.adapter == "last-token" and classifies:
         layers = adapter.num_layers
         own = prefixes.cached(model, tokens[used], mask[used], layers)
     parts: list[Part] = []
@@ -257,7 +257,10 @@ def _start(model: Model, options: FinetuneOptions) -> tuple[Any, Any]:
     try:
         if options.adapter == "last-token":
             layers = options.layers or min(TOP, model.config.num_layers)
-            made: Any = adapters.last_token(model.config, options.rank, layers, key)
+            every = options.task == "next-token"
+            made: Any = adapters.last_token(
+                model.config, options.rank, layers, key, everywhere=every
+            )
             return made, model.params
         if options.adapter == "lora":
             made = adapters.lora(
@@ -285,7 +288,7 @@ def _states(
         base = params if full else row.frozen
         adapter = None if full else params
         head = base.get("output", base["token_embd"])
-        if options.adapter == "last-token":
+        if isinstance(row.own, adapters.Prefix):
             found = lm.hidden(
                 config, base, None, adapter=adapter, prefix=row.own, checkpoint=again
             )
