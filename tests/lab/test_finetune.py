@@ -54,7 +54,6 @@ OFFERED = [
         ("full", "next-token"),
     )
     for rule in RULES
-    if (adapter, rule) != ("full", "learned-feedback")
 ]
 
 
@@ -237,10 +236,6 @@ def test_by_prefix_and_packed_the_logits_are_those_of_the_model():
         (["--layers", "3"], "expected a number of top layers in [1, 2], got 3."),
         (["--rank", "33"], "expected a rank in [1, 32], got 33."),
         (["--rank", "0"], "--rank must be at least 1, got 0."),
-        (
-            ["--adapter", "full", "--rule", "learned-feedback"],
-            "learns maps to the sites of an adapter; choose --adapter last-token or lora.",
-        ),
         (["--adapter", "full", "--packed"], "which --packed keeps as integers"),
         (["--labels", "a"], "one word for each of the 2 classes, negative, positive,"),
         (["--labels", "a", "bc"], "one token each, but 'bc' is 2 of tiny-random;"),

@@ -185,6 +185,10 @@ class _Learner:
     ) -> dict[Variable, Array]:
         """The mirrors of a level after one step; `env` has its parameters, and gets those made."""
         new: dict[Variable, Array] = {}
+        for equation in _read_by_steps(level):
+            # Of no data and no parameter, such as the index of a looked-up row.
+            if all(_is_known(atom, env) for atom in equation.inputs):
+                evaluate([equation], env)
         for step in level.steps:
             if isinstance(step, Equation):
                 evaluate([step], env)
@@ -270,6 +274,17 @@ class _Learner:
         samples = unforeseen.size * terms / max(weight.size, 1)
         rate = 0.1 / (1 + terms / samples)
         return value + rate / samples * total.conj().astype(value.dtype)
+
+
+def _read_by_steps(level: Level) -> list[Equation]:
+    """The equations that make what a level's steps read besides parameters."""
+    wanted = set(level.records)
+    found: list[Equation] = []
+    for equation in reversed(level.program.equations):
+        if level.loop_of(equation) is None and not wanted.isdisjoint(equation.outputs):
+            wanted.update(equation.variables)
+            found.append(equation)
+    return found[::-1]
 
 
 def _is_known(atom: Any, env: Values) -> bool:

@@ -139,11 +139,6 @@ def check(options: FinetuneOptions) -> None:
     forwax.lab.flags.UsageError: --compare must name rules other than --rule activity, each once.
     """
     check_ranges(options)
-    if options.adapter == "full" and "learned-feedback" in options.rules:
-        raise UsageError(
-            "--rule learned-feedback learns maps to the sites of an adapter; choose --adapter "
-            "last-token or lora."
-        )
     if len(set(options.rules)) < len(options.rules):
         raise UsageError(
             f"--compare must name rules other than --rule {options.rule}, each once."
