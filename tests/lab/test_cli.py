@@ -43,8 +43,8 @@ def test_version(capsys):
 def test_unknown_command(capsys):
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
-        "forwax: there is no command 'trian'; choose one of: train, compare, diagnose, optimize, "
-        "reproduce, data.\n"
+        "forwax: there is no command 'trian'; choose one of: train, finetune, compare, diagnose, "
+        "optimize, reproduce, data.\n"
     )
 
 
