@@ -336,7 +336,7 @@ def test_the_table_of_sites():
     assert "test_activity.py" in first.where
     text = str(fx.explain(mlp, in_axes=(None, 0))(PARAMS, normal(4, 5, 3)))
     assert text.splitlines()[2].startswith(
-        "dot_general + add  4      16            4               one slope per example"
+        "dot_general + add  b, w        4      16            4               one slope per example"
     )
 
 
