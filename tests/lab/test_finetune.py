@@ -92,8 +92,8 @@ import os, signal, sys
 from forwax.lab import cli
 from forwax.lab.training import folder
 plain = folder.Checkpoints.save
-def save(self, state, *others):
-    plain(self, state, *others)
+def save(self, state, *others, **notes):
+    plain(self, state, *others, **notes)
     if int(state.step) >= 5:
         os.kill(os.getpid(), signal.SIGKILL)
 folder.Checkpoints.save = save
