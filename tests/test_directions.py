@@ -14,7 +14,8 @@ POINT = jnp.array([1.0, 2.0, 3.0])
 def along_the_axes(chunk_size):
     """Slopes 2, 4, 6, of which the guard leaves 2, 4, 5; weights are not zero where slopes are."""
     axes = lambda indices: jnp.eye(3)[indices]
-    directions = Formed(lambda x: (jnp.sum(x**2), {"x": x}), POINT, lambda key: axes)
+    loss = lambda x: (jnp.sum(x**2), {"x": x})
+    directions = Formed(POINT, lambda key: axes, objective=loss)
     result = slopes(
         directions,
         directions.sampler(jax.random.key(0)),
