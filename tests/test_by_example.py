@@ -155,7 +155,7 @@ def test_update_momentum_and_safe_take_it():
     _, moved, momentum = fx.update(
         converged, rule, learning_rate=0.1, momentum=momentum, in_axes=AXES
     )(KEY, PARAMS, X)
-    assert momentum.coefficients.shape == (4, 2, 8)
+    assert momentum.coefficients.shape == (4, 1, 2, 8)
     assert_trees_close(moved, both(KEY)[0][1], rtol=1e-4)
     safe = fx.Safe(rule)
     _, grads, _ = safe.step(converged, in_axes=AXES)(KEY, PARAMS, X)
