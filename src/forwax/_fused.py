@@ -10,6 +10,7 @@ from typing import Any, cast
 from jax import Array
 
 from forwax._checks import check_rate
+from forwax._directions.formed import InFull
 from forwax._directions.plan import WeightPlan
 from forwax._momentum import Momentum
 from forwax._replay import added, check_mesh, check_rounding, checked, taken, with_aux
@@ -99,7 +100,7 @@ def update(
         problem = signature.bind(args, kwargs)
         params = problem.params
         check_mesh("update", params, key)
-        result, directions, slopes = taken(weight, key, problem)
+        result, slopes, directions, held = taken(weight, key, problem)
         state: list[Any] = []
         if rule.replayed is not rule:
             slopes, safe = cast(Safe, rule).guard_slopes(slopes, params)
@@ -107,6 +108,7 @@ def update(
         if momentum is not None:
             new = momentum.add(slopes)
             slopes = new.slopes()
+            held = None  # the keys of all remembered steps are drawn
             state.append(new)
         if isinstance(directions, WeightPlan):
             # It knows which parameters a loop slices, whose signs need not be held as a whole.
@@ -114,8 +116,10 @@ def update(
         else:
             examples = problem.num_examples if weight.by_example else None
             drawing = weight.drawing(params, None, examples)
+            # What was drawn in full is no use to a drawing of packed signs.
+            held = held if isinstance(drawing, InFull) else None
         steps = weight.steps(params)
-        params = added(drawing, steps, slopes, learning_rate, params, rounding)
+        params = added(drawing, steps, slopes, learning_rate, params, rounding, held)
         return (with_aux(signature, problem, result), params, *state)
 
     return update_of_loss

@@ -49,6 +49,11 @@ class Directions(Protocol):
         ...
 
     @property
+    def most_held(self) -> int | None:
+        """Up to how many it is better to hold for their sum than to draw again; None for any."""
+        ...
+
+    @property
     def together(self) -> int:
         """How many are best added at a time, where they are drawn again."""
         ...

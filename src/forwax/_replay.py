@@ -90,7 +90,7 @@ def slopes(
         key = typed_key(check_key(key, "slopes"))
         problem = signature.bind(args, kwargs)
         check_mesh("slopes", problem.params)
-        result, _, mine = taken(weight, key, problem, per_example)
+        result, mine, *_ = taken(weight, key, problem, per_example)
         return with_aux(signature, problem, result), mine
 
     return slopes_of_loss
@@ -186,11 +186,11 @@ def taken(
     key: Array,
     problem: Problem,
     per_example: bool = False,
-) -> tuple[Along, Formed | WeightPlan, Slopes]:
-    """What the loss gave along the directions of a key, these, and what is sent of it."""
+) -> tuple[Along, Slopes, Formed | WeightPlan, Any]:
+    """What the loss gave along the directions of a key, what is sent of it, these, and as drawn."""
     with ways_out.named(problem):
         directions = weight.in_place(problem, _mesh.axes(key), per_example)
-        result = weight.slopes_along(directions, key, not per_example)
+        result, drawn = weight.slopes_along(directions, key, not per_example)
     if per_example:
         _check_own(problem, result.found)
     params = problem.params
@@ -202,16 +202,13 @@ def taken(
         splits = directions.splits
     # What is done to them later is not to be folded into what made them.
     weights = lax.optimization_barrier(weights)
-    return (
-        result,
-        directions,
-        Slopes(
-            keys=jax.random.key_data(key)[None],
-            weights=weights[None],
-            impl=str(jax.random.key_impl(key)),
-            form=form_of(params, splits),
-        ),
+    mine = Slopes(
+        keys=jax.random.key_data(key)[None],
+        weights=weights[None],
+        impl=str(jax.random.key_impl(key)),
+        form=form_of(params, splits),
     )
+    return result, mine, directions, drawn
 
 
 def added(
@@ -221,6 +218,7 @@ def added(
     rate: Any,
     params: Tree,
     rounding: str,
+    held: Any = None,
 ) -> Tree:
     """The parameters minus the rate times the estimate, a few terms in each pass over them.
 
@@ -233,6 +231,7 @@ def added(
         rate: the learning rate.
         params: what they are added to.
         rounding: "nearest" or "stochastic".
+        held: what the only key draws [k, ...], where it is at hand.
     """
     num_keys, k = slopes.weights.shape[:2]
     size = min(drawing.together, num_keys * k)
@@ -250,6 +249,8 @@ def added(
     own_rounding = NEAREST if rounding == "nearest" else Rounding.by_chance(keys)
     scaled = -rate / drawing.num_examples * weights
     flat = scaled.reshape(-1, *scaled.shape[2:])  # [terms] or [terms, examples]
+    # Directions and weights are made before they are added, whatever stands around that.
+    flat = lax.optimization_barrier(flat)
 
     def one(term: Array) -> Any:
         step = term // k
@@ -265,10 +266,15 @@ def added(
         if size > 1:  # each has a key of its own
             drawn = lax.map(one, terms)
         else:
-            drawn = jax.tree.map(lambda x: x[None], one(terms[0]))
+            drawn = lax.optimization_barrier(one(terms[0]))
+            drawn = jax.tree.map(lambda x: x[None], drawn)
         weights = jnp.where(is_used, flat[terms], 0)  # [size] or [size, examples]
         return drawing.add(params, weights, drawn, own_rounding.of(i), steps)
 
+    if held is not None and size == num_keys * k:
+        # One pass takes all: what it adds is at hand, and no loop copies it.
+        held = lax.optimization_barrier(held)
+        return drawing.add(params, flat, held, own_rounding.of(0), steps)
     return lax.fori_loop(0, num_passes, add, params)
 
 

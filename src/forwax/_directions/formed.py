@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from forwax import _mesh, _tree
-from forwax._directions.add import sum_where_moved
+from forwax._directions.add import FEW, sum_where_moved
 from forwax._directions.direction import Unpacked
 from forwax._directions.rounding import NEAREST, Rounding
 from forwax._directions.steps import Steps
@@ -123,6 +123,11 @@ class Formed(InFull):
     """
 
     objective: Objective = dataclasses.field(kw_only=True)
+
+    @property
+    def most_held(self) -> int:
+        """See `Directions.most_held`."""
+        return FEW
 
     @property
     def is_concrete(self) -> bool:

@@ -55,6 +55,11 @@ class WeightPlan(Drawing):
         return self.leaves
 
     @property
+    def most_held(self) -> int | None:
+        """See `Directions.most_held`; packed or thin they are small."""
+        return None
+
+    @property
     def is_concrete(self) -> bool:
         """See `Directions.is_concrete`; the loss is traced already."""
         return False

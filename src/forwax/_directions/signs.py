@@ -21,6 +21,7 @@ from forwax.tangents.rademacher import (
     draw_words,
     draws_anywhere,
     num_words,
+    padded,
     unpack_signs,
     words_at,
 )
@@ -299,15 +300,23 @@ def _some_later(
         one = jnp.uint32(1)
         if in_loop:  # places that are made before it would be held
             keys, one = lax.optimization_barrier((keys, one))
+        own_counts = [counts[i] for i in now]
+        # What is behind the last place makes it a number of words that is drawn fast.
+        num_idle = padded(sum(own_counts)) - sum(own_counts)
+        pieces = [(starts[i], counts[i]) for i in now] + [(starts[-1], num_idle)]
+        if len(now) == len(specs):  # they lie in one piece
+            pieces = [(0, starts[-1] + num_idle)]
         ranges = [
-            starts[i] + one * jnp.arange(counts[i], dtype=jnp.uint32) for i in now
+            start + one * jnp.arange(count, dtype=jnp.uint32) for start, count in pieces
         ]
         places = jnp.concatenate(ranges)
-        draw = jax.vmap(words_at, (0, None))
-        words = draw(keys, places)  # [c, words]
-        own_counts = [counts[i] for i in now]
+        if len(indices) == 1:  # a batch of one is slower
+            words = words_at(keys[0], places)[None]
+        else:
+            draw = jax.vmap(words_at, (0, None))
+            words = draw(keys, places)  # [c, words]
         ends = list(itertools.accumulate(own_counts))
-        parts = jnp.split(words, ends[:-1], axis=1)
+        parts = jnp.split(words, ends, axis=1)[:-1]
         held = dict(zip(now, parts, strict=True))
     sources: list[Source] = []
     for i, count in enumerate(counts):

@@ -240,11 +240,11 @@ class FiniteDifference(Rule):
         directions: Formed | WeightPlan,
         key: Array,
         is_summed: bool,
-    ) -> Along:
-        """The slopes of `forwax.slopes`, added up over devices in any case."""
+    ) -> tuple[Along, None]:
+        """The slopes of `forwax.slopes`, added up over devices in any case; nothing is held."""
         params = directions.tree_of(jax.tree.leaves(directions.point))
         whole = lambda slopes: slopes  # noqa: E731
-        return self._slopes(directions, key, self.steps(params), whole)
+        return self._slopes(directions, key, self.steps(params), whole), None
 
     def _slopes(
         self,

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -177,21 +177,30 @@ class WeightPerturbation(Rule):
         directions: Formed | WeightPlan,
         key: Array,
         is_summed: bool,
-    ) -> Along:
-        """The slopes of `forwax.slopes`.
+    ) -> tuple[Along, Any]:
+        """The slopes of `forwax.slopes`, and what was drawn for them.
+
+        None where it is better drawn again than held.
 
         Args:
             directions: what they are taken along.
             key: what draws these.
             is_summed: whether those of devices with the same directions are added up.
         """
-        return slopes(
+        k = self.num_tangents
+        most = directions.most_held
+        is_one = num_chunks(k, self.chunk_size) == 1
+        is_held = is_one and (most is None or k <= most)
+        draw = directions.sampler(key)
+        drawn = draw(jnp.arange(k)) if is_held else None
+        result = slopes(
             directions,
-            directions.sampler(key),
-            self.num_tangents,
+            draw if drawn is None else lambda indices: drawn,
+            k,
             chunk_size=self.chunk_size,
             sum_to=_mesh.axes(key) if is_summed else None,
         )
+        return result, drawn
 
     def steps(self, params: Tree) -> None:
         """Of no length: slopes are exact."""

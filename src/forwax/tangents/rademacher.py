@@ -58,7 +58,7 @@ def num_words(spec: Spec) -> int:
 def draw_words(key: Array, specs: Sequence[Spec]) -> list[Array]:
     """Random words for each leaf's signs [ceil(size / 32)], in one draw for all leaves."""
     counts = [num_words(spec) for spec in specs]
-    num_drawn = _padded(sum(counts))
+    num_drawn = padded(sum(counts))
     words = jax.random.bits(key, (num_drawn,), jnp.uint32)
     leaves: list[Array] = []
     start = 0
@@ -94,7 +94,7 @@ def words_at(data: Array, places: Array) -> Array:
     return high ^ low
 
 
-def _padded(num_words: int) -> int:
+def padded(num_words: int) -> int:
     """Up to an even number, and in whole rows for long draws.
 
     On CPUs an odd number of words costs four times as much.
