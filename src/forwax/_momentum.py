@@ -134,7 +134,7 @@ class Momentum:
             >>> value, slopes = fx.slopes(loss)(jax.random.key(0), jnp.ones(3))
             >>> momentum = fx.Momentum(decay=0.5, window=4).add(slopes).add(slopes)
             >>> window = momentum.slopes()
-            >>> (window.weights / slopes.weights).ravel().tolist()
+            >>> abs(window.weights / slopes.weights).ravel().tolist()
             [0.5, 1.0, 0.0, 0.0]
         """
         check_form("Momentum.add", slopes)
