@@ -424,10 +424,9 @@ def test_learned_feedback_learns_step_by_step(name):
         mine, true = (ravel_pytree(each)[0] for each in (tree, exact.blocks))
         return float(mine @ true / jnp.linalg.norm(mine) / jnp.linalg.norm(true))
 
-    # Of one step the noise of two examples' maps is a good part.
     before = cosine(jax.tree.map(lambda g: g[0], grads))
-    after = cosine(jax.tree.map(lambda g: jnp.mean(g[-100:], axis=0), grads))
-    assert after > max(before, 0.55)
+    after = cosine(jax.tree.map(lambda g: g[-1], grads))
+    assert after > before + 0.2
 
 
 def test_methods_take_a_partitioned_model():

@@ -625,8 +625,7 @@ def test_it_works_under_vmap_and_over_devices_with_the_same_maps_everywhere():
     assert_close(jax.tree.map(lambda g: g[1], many(keys)), one)
 
 
-@pytest.mark.parametrize("chain", ["positions", "all"])
-def test_rows_of_a_parameter_that_are_looked_up_by_a_computed_index(chain):
+def test_rows_of_a_parameter_that_are_looked_up_by_a_computed_index():
     """The last weight is two rows of a matrix: their index is of no data and no parameter."""
 
     def labelled(params, tokens):
@@ -637,7 +636,8 @@ def test_rows_of_a_parameter_that_are_looked_up_by_a_computed_index(chain):
         return jnp.sum(jax.nn.log_softmax(h[-1] @ rows.T)[0])
 
     args = (TRANSFORMER, TOKENS)
-    rule = fx.LearnedFeedback(chain=chain).init(labelled, in_axes=EACH)(*args)
+    rule = fx.LearnedFeedback(chain="all").init(labelled, in_axes=EACH)(*args)
     _, grads, rule = rule.step(labelled, in_axes=EACH)(KEY, *args)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
-    assert any(float(jnp.max(jnp.abs(m))) > 0 for m in rule.maps.mirrors)
+    assert all(float(jnp.max(jnp.abs(m))) > 0 for m in rule.maps.mirrors)
+    assert len(rule.maps.mirrors) >= 8

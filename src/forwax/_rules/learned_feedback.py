@@ -58,12 +58,12 @@ class LearnedFeedback(LearningRule):
     where e is the exact error of the last products (those after which none comes), taken at their
     values or at their data, whichever has fewer coordinates; and at what these data are made of
     where that has no more, such as the residual stream in front of a last norm. Where data are a
-    mean over positions it is taken in front of the mean if maps and mirrors get smaller by it: all
-    positions then teach one map. Through all that has no parameter (activations, pooling, softmax,
-    statistics of norms, residual additions) and through the last products errors go exactly, and so
-    do gradients from a product's error to its parameter. No other product waits for an error from
-    behind it, and no weight's value enters the reverse pass but those of the last products and of a
-    gain between them and e.
+    mean over positions it is taken in front of the mean if that makes maps and mirrors smaller by
+    more than a third: all positions then teach one map. Through all that has no parameter
+    (activations, pooling, softmax, statistics of norms, residual additions) and through the last
+    products errors go exactly, and so do gradients from a product's error to its parameter. No
+    other product waits for an error from behind it, and no weight's value enters the reverse pass
+    but those of the last products and of a gain between them and e.
 
     Maps learn from noise u on all data inputs at once and the outlets' tangents ė along it, by
     least mean squares: R = ė - Σ u Mᵀ, M ← M + η mean(R ⊗ u). The mean is over examples, noises and
