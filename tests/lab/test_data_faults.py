@@ -174,9 +174,12 @@ def test_a_wrong_download_is_not_kept(remote, isolated_data, serve, datafiles):
     pages = datafiles.pages_of(tiny)
     last = list(pages)[-1]
     serve(pages | {last: b"<html>Log in first</html>"})
-    assert message("mnist").startswith(
+    mirror = MIRRORS["mnist"][0]
+    assert message("mnist") == (
         f"{last} has the magic number 0x3c68746d, not 0x00000801 (labels) or 0x00000803 (images); "
         "run `forwax data` again, or give the files with FORWAX_DATA or --data-dir. Tried besides: "
+        "Expected mnist in --data-dir, FORWAX_DATA or the cache, or a network to fetch it, but "
+        f"found no file and got OSError from {mirror}train-images-idx3-ubyte.gz."
     )
     assert list(isolated_data.iterdir()) == []
 
