@@ -127,7 +127,7 @@ def crop(key: Array, image: Array, least_area: float = 0.08) -> Array:
     (8, 8, 3)
     """
     for_area, for_ratio, for_place = jax.random.split(key, 3)
-    area = jax.random.uniform(for_area, minval=least_area, maxval=1.0)
+    area = jax.random.uniform(for_area, minval=least_area)
     widest = math.log(4 / 3)
     ratio = jnp.exp(jax.random.uniform(for_ratio, minval=-widest, maxval=widest))
     # shares of the image's, [2]
@@ -166,9 +166,7 @@ def grey(image: Array) -> Array:
     >>> grey(jnp.ones((4, 4, 3))).shape
     (4, 4, 3)
     """
-    return jnp.broadcast_to(
-        dm_pix.rgb_to_grayscale(image, keep_dims=True)[..., :1], image.shape
-    )
+    return dm_pix.rgb_to_grayscale(image, keep_dims=True)
 
 
 def blur(key: Array, image: Array) -> Array:

@@ -23,6 +23,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from optax import tree_utils
 
 import forwax as fx
 from forwax.lab.catalogue import augment
@@ -51,13 +52,8 @@ Logits = Callable[[Any, Array], Array]
 BATCHED: Json = {"has_aux": True, "in_axes": (None, 0, 0)}
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-    """All leaves in another floating type.
-
-    >>> cast({"w": jnp.ones(2)}, jnp.bfloat16)["w"].dtype
-    dtype(bfloat16)
-    """
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+cast: Any = tree_utils.tree_cast
+"""From (tree, dtype) to the tree with all leaves in that floating type."""
 
 
 def parameter_dtype(dtype: str) -> jnp.dtype:
@@ -180,8 +176,8 @@ def contrastive(
         low = cast(params, dtype)
         loss, grads, *learnt = of_batch(key, low, x, y, labels)
         logits = jax.vmap(eqx.combine(low, static))(x)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        return (loss, jnp.argmax(logits, axis=-1) == labels), grads, *learnt
+        correct = jnp.argmax(logits, axis=-1) == labels
+        return (loss, correct), tree_utils.tree_cast_like(grads, params), *learnt
 
     return estimate
 

@@ -12,7 +12,7 @@ from forwax.lab.catalogue import columns
 from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
 from forwax.lab.catalogue.optimizers import OPTIMIZERS, SCHEDULES
 from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, check_rule
-from forwax.lab.catalogue.settings import Settings
+from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import Chosen, UsageError, check_ranges, given
 from forwax.lab.report import Json
 
@@ -126,7 +126,7 @@ def asked(experiment: Experiment, configuration: str, given: Json) -> Settings:
     """
     settings = replace(
         find_configuration(experiment, configuration),
-        **{name: value for name, value in given.items() if name != "epochs"},
+        **fields_in(Settings, given),
     )
     check_open_choices(experiment, settings, given)
     return settings

@@ -27,10 +27,6 @@ from forwax.lab.report import (
     write_text,
 )
 
-RESULTS = "results.json"
-TABLE = "table.md"
-FIGURE = "comparison.png"
-
 DESCRIPTION = (
     "Train the same model by several rules, from the same start on the same data, and tell "
     "what each cost and gained.\n\n"
@@ -157,6 +153,6 @@ def save(comparison: Comparison, results: Json) -> None:
     from forwax.lab.pictures import comparison as picture
 
     folder = comparison.folder
-    style.save(picture.draw(results), folder / FIGURE, dpi=120)
-    write_text(folder / TABLE, tables.markdown(results))
-    write_json(folder / RESULTS, results)
+    style.save(picture.draw(results), folder / "comparison.png", dpi=120)
+    write_text(folder / "table.md", tables.markdown(results))
+    write_json(folder / "results.json", results)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tyro
+from tyro.conf import Positional, arg
 
 from forwax.lab.data import DataError, find_source, load, locate
 from forwax.lab.data.sets import SOURCES
@@ -29,10 +29,8 @@ class DataOptions:
         ```
     """
 
-    name: Annotated[
-        str | None,
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="SET", help_behavior_hint=""),
+    name: Positional[
+        Annotated[str | None, arg(metavar="SET", help_behavior_hint="")]
     ] = None
     """The set, such as mnist or movie-sentences, or smollm2. Without it, a table of all."""
 

@@ -1,12 +1,12 @@
 """`forwax diagnose`: what rules give and cost on an experiment's own loss, and advice."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
+from tyro.conf import Positional
 
 import forwax as fx
 from forwax.lab.catalogue import names
@@ -37,7 +37,7 @@ class DiagnoseOptions:
         ```
     """
 
-    experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
+    experiment: Positional[OneLossName] = "digits"
     """Whose loss, on what data."""
     rules: tuple[str, ...] = DEFAULT_RULES
     """The rules, by the names of `forwax compare`, and a number of tangents where wanted."""

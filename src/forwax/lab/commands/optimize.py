@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
-import tyro
+from tyro.conf import Positional, arg
 
 import forwax as fx
 from forwax.lab import style
@@ -22,8 +22,10 @@ from forwax.lab.flags import (
     NotNegative,
     PathOrNot,
     Positive,
+    Range,
     UsageError,
     check_ranges,
+    given,
 )
 from forwax.lab.keeping.disk import check_path
 from forwax.lab.optimize.descent import Plan, descend, make_table, measure, summarise
@@ -44,6 +46,11 @@ DEFAULTS: dict[str, tuple[float, int]] = {
 From their starts Ackley's and Rastrigin's functions lead plain descent into a local minimum; at
 Ackley's rate the noise of forward gradients jumps out of it again.
 """
+
+Point = Annotated[
+    tuple[float, ...],
+    Range("one or more finite numbers", lambda x: x and all(map(math.isfinite, x))),
+]
 
 if TYPE_CHECKING:
     FunctionName = str
@@ -83,11 +90,11 @@ class OptimizeOptions:
         ```
     """
 
-    function: Annotated[FunctionName, tyro.conf.Positional] = "beale"
+    function: Positional[FunctionName] = "beale"
     """The function to descend."""
     n: CountOrNot = None
     """The number of variables; 2 by default, or as many as --start has."""
-    start: Chosen[tuple[float, ...]] = None
+    start: Chosen[Point] = None
     """The first point; the function's usual start by default."""
     runs: Count = 10
     """The number of runs of each method, each with its own key."""
@@ -97,7 +104,7 @@ class OptimizeOptions:
     """The rate of both methods; the default belongs to the function and shrinks like 4/(n + 2)."""
     decay: NotNegative = 0.0
     """k of the rate η exp(-k i) at step i; Baydin et al.'s Beale and Rosenbrock come with 0."""
-    rule: Annotated[RuleName, tyro.conf.arg(aliases=["--method"])] = "weight"
+    rule: Annotated[RuleName, arg(aliases=["--method"])] = "weight"
     """The rule that is compared with backprop; gauss-newton for sums of squares, without a rate."""
     tangents: TangentsName = "normal"
     """The distribution of the tangents; normal, as in the paper."""
@@ -163,10 +170,7 @@ def make_plan(options: OptimizeOptions) -> Plan:
     0.00025
     """
     check_ranges(options)
-    start = options.start
-    if start is not None and not (start and all(map(math.isfinite, start))):
-        raise UsageError(f"--start must be one or more finite numbers, got {start}.")
-    n = options.n or (2 if start is None else len(start))
+    n = options.n or (len(options.start) if options.start else 2)
     try:
         if options.function == "quadratic":
             function = fx.functions.quadratic(options.condition_number)
@@ -175,7 +179,7 @@ def make_plan(options: OptimizeOptions) -> Plan:
         function = function.in_dimensions(n)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    start = function.start if start is None else start
+    start = options.start or function.start
     if len(start) != n:
         raise UsageError(f"--start must have n = {n} numbers, got {len(start)}.")
     rate, iterations = DEFAULTS[options.function]
@@ -194,13 +198,8 @@ def make_rule(options: OptimizeOptions, n: int) -> fx.Rule:
     >>> make_rule(OptimizeOptions(tangents="sphere"), n=2).tangents
     Sphere()
     """
-    settings = Settings(
-        rule=options.rule,
-        tangents=options.tangents,
-        num_tangents=options.num_tangents
-        or RULES[options.rule].own.get("num_tangents", 1),
-        combine=options.combine,
-    )
+    chosen = given(options, ("rule", "tangents", "num_tangents", "combine"))
+    settings = Settings(**RULES[options.rule].own | chosen)
     rule = build_rule(settings)
     check_room(settings, rule, n)
     return rule

@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
+from tyro.conf import Positional
 
 from forwax.lab import report
 from forwax.lab.catalogue.columns import COLUMNS, RULES, Column
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 else:
     ColumnName = Literal[tuple(COLUMNS)]
 
-TABLE = "table.md"
-FIGURE = "curves.png"
-
 _tell = partial(print, " ", flush=True)
 """Print a line of a run below the one that names it."""
 
@@ -57,7 +54,7 @@ class ReproduceOptions:
         ```
     """
 
-    paper: Annotated[Literal["ren2023"], tyro.conf.Positional] = "ren2023"
+    paper: Positional[Literal["ren2023"]] = "ren2023"
     """Whose experiments: Ren et al. 2023, "Scaling Forward Gradient With Local Losses"."""
     column: ColumnName = "mnist-m"
     """The model, the data set and the objective."""
@@ -237,5 +234,9 @@ def save(folder: Path, column: Column, checksum: str, facts: str) -> None:
 
     entries, results = finished(folder, checksum)
     cells = table.make_table(column, entries, results).markdown()
-    report.write_text(folder / TABLE, f"**{column.title}**\n\n{cells}\n\n{facts}\n")
-    style.save(reproduction.draw(column, entries, results), folder / FIGURE, dpi=120)
+    report.write_text(
+        folder / "table.md", f"**{column.title}**\n\n{cells}\n\n{facts}\n"
+    )
+    style.save(
+        reproduction.draw(column, entries, results), folder / "curves.png", dpi=120
+    )

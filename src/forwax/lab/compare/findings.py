@@ -10,7 +10,8 @@ to touch backprop's best validation loss.
 
 import math
 import statistics
-from itertools import takewhile, zip_longest
+from decimal import ROUND_CEILING, Context
+from itertools import compress, zip_longest
 
 import numpy as np
 
@@ -127,8 +128,8 @@ def default_target(found: dict[str, Json]) -> float | None:
     largest = max(ends, default=0)
     if largest <= 0:
         return None
-    unit = 10.0 ** (math.floor(math.log10(largest)) - 2)
-    return float(f"{math.ceil(largest / unit) * unit:.6g}")
+    digits = Context(prec=3, rounding=ROUND_CEILING)
+    return float(digits.create_decimal(str(largest)))
 
 
 def first_touch(curve: Json, target: float | None) -> int | None:
@@ -137,7 +138,7 @@ def first_touch(curve: Json, target: float | None) -> int | None:
     >>> first_touch({"steps": [0, 5, 10], "validation_losses": [2.0, 1.0, 1.5]}, 1.0)
     5
     """
-    return next((step for step, is_low in _lows(curve, target) if is_low), None)
+    return next(compress(curve["steps"], _is_low(curve, target)), None)
 
 
 def settled_step(curve: Json, target: float | None) -> int | None:
@@ -146,16 +147,16 @@ def settled_step(curve: Json, target: float | None) -> int | None:
     >>> settled_step({"steps": [0, 5, 10, 15], "validation_losses": [2.0, 1.0, 1.5, 0.9]}, 1.0)
     15
     """
-    settled = takewhile(lambda point: point[1], reversed(_lows(curve, target)))
-    return min((step for step, _ in settled), default=None)
+    # low there, and at all later steps
+    stays_low = np.logical_and.accumulate(_is_low(curve, target)[::-1])[::-1]
+    return next(compress(curve["steps"], stays_low), None)
 
 
-def _lows(curve: Json, target: float | None) -> list[tuple[int, bool]]:
-    """Give each step with whether the loss is at most the target; a missing one is not."""
+def _is_low(curve: Json, target: float | None) -> np.ndarray:
+    """Say of each step whether the loss is at most the target; a missing one is not."""
     # None becomes nan, which is neither at most a target nor reached
     losses = np.array(curve["validation_losses"], float)
-    low = losses <= np.array(target, float)
-    return list(zip(curve["steps"], low.tolist(), strict=True))
+    return losses <= np.array(target, float)
 
 
 def _reached(each: Json, step: int | None, what: str) -> dict[str, float | str]:

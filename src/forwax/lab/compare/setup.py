@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import tyro
+from tyro.conf import Positional, arg
 
 from forwax.lab.catalogue import names
 from forwax.lab.catalogue.experiments import Experiment
@@ -56,9 +56,9 @@ class CompareOptions:
         ```
     """
 
-    experiment: Annotated[OneLossName, tyro.conf.Positional] = "digits"
+    experiment: Positional[OneLossName] = "digits"
     """What to train on what."""
-    rules: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")] = ()
+    rules: Annotated[tuple[str, ...], arg(help_behavior_hint="")] = ()
     """The rules; which ones by default is told above."""
     config: str = "default"
     """A configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
@@ -86,7 +86,7 @@ class CompareOptions:
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     out: PathOrNot = None
     """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
-    resume: Annotated[PathOrNot, tyro.conf.arg(metavar="FOLDER")] = None
+    resume: Annotated[PathOrNot, arg(metavar="FOLDER")] = None
     """Go on with the comparison in this folder; finished parts are not done again."""
 
     @property
@@ -95,14 +95,12 @@ class CompareOptions:
         return "paper" if self.paper and self.config == "default" else self.config
 
 
-def resumed(options: CompareOptions) -> CompareOptions:
-    """Give the options of the comparison that --resume names.
+def resumed(options: CompareOptions, folder: Path) -> CompareOptions:
+    """Give the options of the comparison in the folder that --resume names.
 
     Raises:
         UsageError: when other settings are given as well, or the folder holds no comparison.
     """
-    folder = options.resume
-    assert folder is not None
     if replace(options, resume=None, data_dir=None) != CompareOptions():
         raise UsageError(
             "--resume takes every setting from the comparison's config.json; leave the other "
@@ -197,7 +195,7 @@ def make_ready(options: CompareOptions) -> Comparison:
         UsageError: when the options do not go together.
         DataError: when the data cannot be loaded.
     """
-    options = resumed(options) if options.resume else options
+    options = resumed(options, options.resume) if options.resume else options
     check_ranges(options)
     experiment = find_experiment(options.experiment)
     by_default = names.PAPER_RULES if options.paper else names.DEFAULT_RULES

@@ -79,7 +79,7 @@ def decode_idx(content: bytes) -> tuple[np.ndarray, ...]:
         raise ValueError(
             f"is truncated: its header takes {header} bytes, but it holds {len(content)}"
         )
-    shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">u4"))
+    shape = np.frombuffer(content[4:header], ">u4").tolist()
     _check_length(content, header + math.prod(shape), "by its header")
     values = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
     return (values[..., None],) if len(shape) == 3 else (values.astype(np.int32),)

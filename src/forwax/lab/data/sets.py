@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -9,9 +10,6 @@ from forwax.lab.data.formats import decode_cifar, decode_idx
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 """The arrays of a `DataSet`, in their order."""
-
-DIGITS_TEST_SIZE = 360
-DIGITS_SPLIT_SEED = 0
 
 
 class DataError(Exception):
@@ -199,18 +197,18 @@ def load_digits() -> DataSet:
     images, labels = datasets.load_digits(return_X_y=True)
     images = np.asarray(images).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = np.asarray(labels).astype(np.int32)
-    train, test = model_selection.train_test_split(
-        np.arange(len(labels)),
-        test_size=DIGITS_TEST_SIZE,
-        random_state=DIGITS_SPLIT_SEED,
+    # images of training and test, then labels of training and test
+    parts: Any = model_selection.train_test_split(
+        images,
+        labels,
+        test_size=360,
+        random_state=0,
         stratify=labels,
     )
     return DataSet(
         "digits",
-        images[train],
-        labels[train],
-        images[test],
-        labels[test],
+        *parts[::2],
+        *parts[1::2],
         num_classes=10,
         class_names=tuple("0123456789"),
         scale=16,

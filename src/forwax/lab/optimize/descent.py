@@ -19,7 +19,6 @@ import forwax as fx
 from forwax._reports.timing import interleaved, medians
 from forwax.lab.report import Json, Table, finite, machine
 
-REPEATS = 5
 NON_FINITE = "runs not finite"
 
 
@@ -165,7 +164,7 @@ def measure(plan: Plan, rules: Mapping[str, Rule], key: Array) -> Timings:
 
 
 def seconds_of(
-    programs: list[Callable[[Array], Any]], key: Array, repeats: int = REPEATS
+    programs: list[Callable[[Array], Any]], key: Array, repeats: int = 5
 ) -> list[float]:
     """Return the median seconds of each program on that key, compiled and warm, in turns."""
     calls = {

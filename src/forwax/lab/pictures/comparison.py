@@ -83,7 +83,7 @@ def _set_loss_axis(axes: Axes, results: Json) -> None:
 
 
 def _draw_target(axes: Axes, target: float) -> None:
-    grey = style.PALETTE["muted"]
+    grey = style.MUTED
     axes.axhline(target, color=grey, linestyle=":", linewidth=1)
     # 0.01 of the width, at the target's height
     axes.text(

@@ -113,7 +113,7 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
         # the run whose final value is the median, or the lower one of the two in the middle
         ranks = np.argsort(descents[name].final, kind="stable")
         axes.plot(*points[ranks[(len(ranks) - 1) // 2], shown].T, **look)
-    axes.plot(*plan.start, "o", color=style.INK, markersize=6, zorder=6, label="start")
+    axes.plot(*plan.start, "o", color=style.INK, zorder=6, label="start")
     axes.plot(
         *np.array(plan.function.minima).T,
         "*",
@@ -131,13 +131,7 @@ def _draw_ways(axes: Axes, plan: Plan, descents: Descents) -> None:
         ylabel="$x_2$",
     )
     axes.grid(False)
-    axes.legend(
-        loc="best",
-        facecolor="white",
-        frameon=True,
-        framealpha=0.8,
-        edgecolor="none",
-    )
+    axes.legend(frameon=True, edgecolor="none")
 
 
 def _draw_contours(axes: Axes, plan: Plan, corners: np.ndarray) -> None:
@@ -150,7 +144,7 @@ def _draw_contours(axes: Axes, plan: Plan, corners: np.ndarray) -> None:
     floor = max(np.quantile(heights, 0.004), 1e-6 * heights.max())
     logarithm = np.log10(np.maximum(heights, floor))
     levels = np.linspace(logarithm.min(), logarithm.max(), 15)
-    axes.contourf(x, y, logarithm, levels=levels, cmap=GROUND, zorder=0)
+    axes.contourf(x, y, logarithm, levels=levels, cmap=GROUND)
     axes.contour(
         x,
         y,
@@ -159,7 +153,6 @@ def _draw_contours(axes: Axes, plan: Plan, corners: np.ndarray) -> None:
         colors="white",
         linewidths=0.6,
         linestyles="solid",
-        zorder=0,
     )
 
 

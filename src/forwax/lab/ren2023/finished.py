@@ -33,13 +33,11 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], RowsByRule]:
     """
     found = {}
     for path in column.glob(f"*/{SUMMARY}"):
-        read = _read_name(path.parent.name)
-        if read is None:
+        place = _place(path.parent.name)
+        if place is None:
             continue
         run = Run.open(path.parent, {"data_checksum": str, "learning_rate": float})
         if run.config["data_checksum"] == checksum:
-            entry, seed = read
-            place = (RULES.index(entry.rule), entry.num_tangents or 1, entry.name, seed)
             found[place] = run
     results: RowsByRule = {}
     # the place names the row and the seed, so that no two runs share one
@@ -50,9 +48,11 @@ def finished(column: Path, checksum: str) -> tuple[list[Entry], RowsByRule]:
     return [Entry.parse(name) for name in results], results
 
 
-def _read_name(name: str) -> tuple[Entry, int] | None:
-    """The row and the seed that a folder's name tells; None for other folders."""
+def _place(name: str) -> tuple[int, int, str, int] | None:
+    """The place of a folder's run: its rule's, noises, row and seed; None for other folders."""
     row, _, seed = name.rpartition("-")
     with suppress(UsageError, ValueError):
-        return Entry.parse(row.replace("_", ":")), int(seed)
+        entry = Entry.parse(row.replace("_", ":"))
+        rank = RULES.index(entry.rule)
+        return rank, entry.num_tangents or 1, entry.name, int(seed)
     return None

@@ -65,7 +65,7 @@ def train(
         return summary
     per_epoch = max(1, problem.num_examples // settings.batch_size)
     with opened(run, problem, settings, whole_every=per_epoch) as files:
-        session = _Epochs(files, problem, settings, tell)
+        session = _Epochs(files, problem, settings, per_epoch, tell)
         session.signals = signals or session.signals
         # while it compiles, Ctrl-C stops it at once
         with session.signals.watch():
@@ -105,9 +105,16 @@ def _open(folder: Path, problem: Task, settings: Settings) -> Run:
 class _Epochs(Sitting):
     """An evaluation and a line for each epoch; `begun` is the one so far, step by step."""
 
-    def __init__(self, files: Files, problem: Task, settings: Settings, tell: Tell):
-        self.per_epoch = max(1, problem.num_examples // settings.batch_size)
-        super().__init__(files, problem, settings, self.per_epoch)
+    def __init__(
+        self,
+        files: Files,
+        problem: Task,
+        settings: Settings,
+        per_epoch: int,
+        tell: Tell,
+    ):
+        super().__init__(files, problem, settings, per_epoch)
+        self.per_epoch = per_epoch
         self.tell = tell
         self.begun: dict[str, list[float]] = {"losses": [], "accuracies": []}
         for row in files.run.metrics()[-1:]:
