@@ -369,6 +369,32 @@ COMBINATIONS: dict[str, Callable[[Tree], combine.Combine]] = {
 
 # --- rules ---
 
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=[], meta_fields=["num_tangents"]
+)
+@dataclasses.dataclass(frozen=True)
+class ReverseBySlopes(fx.Rule):
+    """`jax.grad` of a loss in `forwax.enable_reverse`, so that the laws of rules are its own."""
+
+    num_tangents: int | None = None
+
+    def estimate(self, key: Array, problem: Any) -> tuple[Array, Tree, Tree]:
+        random = {"num_tangents": self.num_tangents, "key": key}
+        wrapped = fx.enable_reverse(
+            problem.objective, **random if self.num_tangents else {}
+        )
+        both = jax.value_and_grad(wrapped, has_aux=True)
+        (value, aux), grads = both(problem.params)
+        return value, aux, grads
+
+    def relative_mse(self, n: int) -> float:
+        return max(n - 1, 0) / self.num_tangents if self.num_tangents else 0.0
+
+    def learning_rate_scale(self, n: int) -> float:
+        return 1 / (1 + self.relative_mse(n))
+
+
 RULES: dict[str, fx.Rule] = {
     "weight": fx.WeightPerturbation(),
     "weight-chunked": fx.WeightPerturbation(num_tangents=3, chunk_size=2),
@@ -384,6 +410,8 @@ RULES: dict[str, fx.Rule] = {
         tangents.Normal(), 3, combine.Shrinkage(), epsilon=1e-2
     ),
     "backprop": fx.Backprop(),
+    "reverse-by-slopes": ReverseBySlopes(),
+    "reverse-by-slopes-random": ReverseBySlopes(num_tangents=2),
 }
 SITE_RULES: dict[str, fx.Rule] = {
     "activity": fx.ActivityPerturbation(),
@@ -407,6 +435,9 @@ BIASED = {
 }
 """Those of the rules whose mean is not the gradient."""
 
+TRACES = {"low-rank", "reverse-by-slopes", "reverse-by-slopes-random"}
+"""Those of the rules that trace the loss."""
+
 REVERSE_MODE = {"backprop"}
 """Those of the rules that run reverse mode."""
 
@@ -419,7 +450,8 @@ def rules_for(case: Case) -> dict[str, fx.Rule]:
         if case.reverse or not rule.reverse_mode
     }
     if not case.traceable:
-        del rules["low-rank"]  # which traces the loss
+        for name in TRACES:
+            del rules[name]
     if case.options.get("in_axes") is not None:
         rules |= EXAMPLE_RULES
     return rules | (SITE_RULES if case.data else {})

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 import forwax as fx
-from cases import RULES, assert_trees_close, eager, normal, while_loss
+from cases import RULES, TRACES, assert_trees_close, eager, normal, while_loss
 
 FORWARD_RULES = [name for name, rule in RULES.items() if not rule.reverse_mode]
 
@@ -58,7 +58,7 @@ def test_a_loss_with_a_while_loop_trains(name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FORWARD_RULES if name != "low-rank"]
+    "name", [name for name in FORWARD_RULES if name not in TRACES]
 )  # which traces the loss
 def test_a_loss_with_python_control_flow_trains(name):
     estimate = fx.value_and_grad(eager, RULES[name])

@@ -58,6 +58,14 @@ def test_signs_are_unbiased_on_every_case(case):
     assert shown.detectable_leaf_bias <= 0.51
 
 
+@pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
+def test_reverse_mode_by_random_slopes_is_unbiased_on_every_case(case):
+    rule = RULES["reverse-by-slopes-random"]
+    fx.testing.assert_unbiased(
+        rule, case.loss, case.args, kwargs=case.kwargs, **case.options, **POWER
+    )
+
+
 @pytest.mark.parametrize("name", ["nested-tuple", "per-example"])
 def test_chunks_are_unbiased(name):
     case = next(case for case in TRACEABLE if case.name == name)
