@@ -3,18 +3,22 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from forwax import adapters, lm
 from forwax.lab import cli
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import cache_dir
-from forwax.lab.finetune import models, prefixes, problem, run
+from forwax.lab.finetune import models, prefixes, problem, results, run
 from forwax.lab.finetune.options import FinetuneOptions
 from forwax.lab.texts import sets as texts
+from forwax.lab.training.program import CompiledTraining, build_trainer
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -90,6 +94,7 @@ def test_every_combination_trains(adapter, task, rule, finetune):
 KILLED = """
 import os, signal, sys
 from forwax.lab import cli
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.training import folder
 plain = folder.Checkpoints.save
 def save(self, state, *others, **notes):
@@ -168,6 +173,60 @@ def task(**options) -> problem.Tuning:
     )
     model = models.load("tiny-random", asked.packed)
     return problem.build(model, texts.load("tiny-sentences"), asked)
+
+
+def in_place(rule: str, adapter: str = "full") -> tuple[problem.Tuning, Settings]:
+    """A task on texts of two bytes, beside whose states the parameters are large."""
+    asked = FinetuneOptions(
+        model="tiny-random", batch_size=2, adapter=adapter, rule=rule, template="{text}"
+    )
+    pairs = [chr(97 + n // 26) + chr(97 + n % 26) for n in range(60)]
+    found = texts.Texts("pairs", tuple(pairs), np.arange(60, dtype=np.int32) % 2)
+    built = problem.build(models.load("tiny-random", packed=False), found, asked)
+    return built, asked.settings(rule, 0.01)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("rule", ["mezo", "rank-1"])
+def test_steps_in_place_hold_no_gradient_and_no_second_copy(rule):
+    built, settings = in_place(rule)
+    held = results.memory(built, CompiledTraining(built, settings).block)
+    assert held["step_bytes"] <= 0.3 * 4 * built.num_parameters
+    usual = CompiledTraining(built, replace(settings, rule="backprop"))
+    held = results.memory(built, usual.block)
+    assert held["step_bytes"] > 4 * built.num_parameters
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("rule", ["mezo", "rank-1"])
+def test_a_step_in_place_is_the_gradient_times_the_rate(rule, adapter, monkeypatch):
+    built, settings = in_place(rule, adapter)
+    trainers = [build_trainer(built, settings)]
+    monkeypatch.setattr(problem.Tuning, "own_step", lambda *_: None)
+    trainers.append(build_trainer(built, settings))
+    for trainer in trainers:
+        trainer.run(3)
+    first, second = (jax.tree.leaves(each.state.params) for each in trainers)
+    for got, wanted, start in zip(
+        first, second, jax.tree.leaves(built.init(None)), strict=True
+    ):
+        moved = jnp.abs(wanted - start).max()
+        assert moved > 0
+        # two evaluations differ in their last bits, of which a slope is made
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-3 * moved)
+
+
+def test_a_step_in_place_that_is_not_finite_is_not_made():
+    built, settings = in_place("mezo")
+    broken = replace(
+        built, init=lambda key: jax.tree.map(lambda x: x * jnp.inf, built.init(key))
+    )
+    trainer = build_trainer(broken, settings)
+    before = jax.device_get(trainer.state.params)
+    block = trainer.run(2)
+    assert len(block.losses) == trainer.step == 0
+    assert block.stopped_by is not None
+    jax.tree.map(np.testing.assert_array_equal, trainer.state.params, before)
 
 
 def test_parts_share_no_text_and_no_number_of_texts_changes_the_others():

@@ -116,7 +116,7 @@ def test_logits_are_those_of_the_literal_definition(kind, tied, tiny, tmp_path):
 @pytest.mark.parametrize("kind", PACKED)
 def test_packed_is_unpacked(kind, tied, tiny, tmp_path, monkeypatch):
     # Words in three blocks, the last of them smaller.
-    monkeypatch.setattr(lm.model, "WORDS_AT_A_TIME", 100)
+    monkeypatch.setattr(lm.packed, "ROWS_AT_A_TIME", 100)
     path = tiny(kind, tied=tied).write(tmp_path / "tiny.gguf")
     config, params = lm.load_gguf(path)
     same, packed = lm.load_gguf(path, packed=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from forwax import lm
 from forwax.losses import linear_cross_entropy, softmax_cross_entropy
 
 KEY = jax.random.key(0)
@@ -99,6 +100,49 @@ def test_labels_outside_count_nothing():
     expected, expected_grads = jax.value_and_grad(alone)(hidden)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(grads, expected_grads, rtol=1e-4, atol=1e-6)
+
+
+def packed_head(num_classes, width):
+    scale = jnp.linspace(0.001, 0.01, num_classes * width // 32, dtype=jnp.float16)
+    quants = jax.random.randint(KEY, (num_classes, width // 32, 32), -127, 128)
+    return lm.Packed(quants.astype(jnp.int8), scale.reshape(num_classes, -1))
+
+
+def test_a_packed_head_is_the_dense_one(monkeypatch):
+    # In three blocks of classes, the last of them smaller.
+    monkeypatch.setattr(lm.packed, "ROWS_AT_A_TIME", 5)
+    hidden, _, labels, mask = inputs((5, 7), width=64)
+    packed = packed_head(11, 64)
+    found = []
+    for head in (packed, packed.dense(jnp.float32)):
+        loss = lambda h, head=head: totals(
+            functools.partial(linear_cross_entropy, chunk_size=8), labels, mask
+        )(h, head)
+        gradient = jax.value_and_grad(loss, has_aux=True)(hidden)
+        found.append(
+            (gradient, jax.jvp(loss, (hidden,), (jnp.sin(hidden),), has_aux=True))
+        )
+    for got, wanted in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_packed_head_never_stands_unpacked():
+    """SmolLM2's head, 108 MiB in float32, and 64 positions, whose logits are 12 MiB."""
+    spec = jax.ShapeDtypeStruct
+    head = lm.Packed(spec((49152, 18, 32), jnp.int8), spec((49152, 18), jnp.float16))
+    hidden = spec((128, 576), jnp.float32)
+    labels = spec((128,), jnp.int32)
+
+    def loss(hidden, head, labels):
+        return linear_cross_entropy(hidden, head, labels).sum()
+
+    def slope(hidden, head, labels):
+        return jax.jvp(lambda h: loss(h, head, labels), (hidden,), (hidden,))
+
+    for program, most in ((loss, 40), (slope, 64), (jax.grad(loss), 40)):
+        run = jax.jit(program).lower(hidden, head, labels).compile()
+        assert run.memory_analysis().temp_size_in_bytes <= most * 2**20
 
 
 RULES = {

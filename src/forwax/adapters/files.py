@@ -39,7 +39,6 @@ def save(path: str | os.PathLike[str], adapter: Any) -> None:
         adapter = adapters.load("adapter.safetensors", config=config)
         ```
     """
-    safetensors = _package("save")
     tensors, metadata = _parts(adapter)
     metadata = {
         **metadata,
@@ -48,6 +47,18 @@ def save(path: str | os.PathLike[str], adapter: Any) -> None:
         "base": adapter.base.name,
         "base_sha256": adapter.base.sha256,
     }
+    write(path, tensors, metadata)
+
+
+def write(
+    path: str | os.PathLike[str], tensors: dict[str, Any], metadata: dict[str, str]
+) -> None:
+    """Write named arrays and what is told of them, in one move.
+
+    Raises:
+        ImportError: without the extra `lm`.
+    """
+    safetensors = _package("save")
     arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     path = Path(path)
     # A reader never sees half a file.

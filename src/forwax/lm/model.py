@@ -9,13 +9,10 @@ from jax import Array, lax
 
 from forwax._tree import accumulation_dtype
 from forwax.lm.config import LlamaConfig
-from forwax.lm.packed import Packed
+from forwax.lm.packed import Packed, rows_of
 
 Layer = Mapping[str, Any]
 """The arrays of one layer by their names, or of all layers with these in front."""
-
-WORDS_AT_A_TIME = 1024
-"""How many rows of a packed head are unpacked at a time."""
 
 
 class Adapter(Protocol):
@@ -106,7 +103,7 @@ def forward(
     head = params.get("output", params["token_embd"])
     # Flat positions: noise is added to [N, num_words] in place, to [B, T, num_words] it is not.
     flat = states.reshape(-1, config.width)
-    logits = _words(flat, head) if isinstance(head, Packed) else linear(flat, head)
+    logits = head.products(flat) if isinstance(head, Packed) else linear(flat, head)
     return logits.reshape(*states.shape[:-1], -1)
 
 
@@ -209,10 +206,7 @@ def checked(config: LlamaConfig, tokens: Any, mask: Any) -> tuple[Array, Array |
 
 def embedded(params: Any, tokens: Array) -> Array:
     """The states [B, T, width] in front of the first layer."""
-    table = params["token_embd"]
-    if isinstance(table, Packed):
-        return table.rows(tokens).dense(params["output_norm"].dtype)
-    return table[tokens]
+    return rows_of(params["token_embd"], tokens, params["output_norm"].dtype)
 
 
 def visible(tokens: Array, mask: Array | None) -> Array:
@@ -423,13 +417,3 @@ def _attention(queries: Array, keys: Array, values: Array, sees: Array) -> Array
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, values)
     return mixed.reshape(batch, num_tokens, num_heads * size)
-
-
-def _words(states: Array, head: Packed) -> Array:
-    """Logits [N, words] of states [N, width], a block of words unpacked at a time."""
-
-    def of_word(row: Packed) -> Array:
-        # [N]
-        return states @ row.dense(states.dtype)
-
-    return lax.map(of_word, head, batch_size=WORDS_AT_A_TIME).T

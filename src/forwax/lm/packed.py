@@ -7,9 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 BLOCK = 32
 """Weights that share a scale; blocks run along the input axis."""
+
+ROWS_AT_A_TIME = 1024
+"""How many rows of a head are unpacked at a time."""
 
 _ZERO_OF_Q4_0 = 8
 
@@ -62,6 +66,25 @@ class Packed:
             entries = entries + self.offset.astype(np.float32)[..., None]
         return entries.reshape(self.shape).astype(dtype)
 
+    def products(self, inputs: Any) -> jax.Array:
+        """Products [N, out] of inputs [N, in] with a matrix, of which some rows are unpacked.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from forwax.lm import Packed
+            >>> packed = Packed(jnp.ones((2, 1, 32), jnp.int8), jnp.ones((2, 1), jnp.float16))
+            >>> packed.products(jnp.ones((1, 32))).tolist()
+            [[32.0, 32.0]]
+        """
+
+        # Reverse mode would keep what is unpacked; so it unpacks it again.
+        @jax.checkpoint
+        def of_row(row: Packed) -> jax.Array:
+            # [N]
+            return inputs @ row.dense(inputs.dtype)
+
+        return lax.map(of_row, self, batch_size=ROWS_AT_A_TIME).T
+
     def _integers(self, module: ModuleType) -> Any:
         """The blocks' entries q [..., out, in / 32, 32]."""
         if self.quants.dtype == np.int8:
@@ -71,3 +94,10 @@ class Packed:
         high = self.quants >> np.uint8(4)
         both = module.concatenate([low, high], axis=-1).astype(np.int8)
         return both if self.offset is not None else both - np.int8(_ZERO_OF_Q4_0)
+
+
+def rows_of(table: Any, index: Any, dtype: Any) -> Any:
+    """The rows at an index of a matrix, packed or plain, in the dtype of what they meet."""
+    if isinstance(table, Packed):
+        return table.rows(index).dense(dtype)
+    return table[index]

@@ -30,7 +30,9 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., d], floating.
-        weights: [K, d], floating; one row for each class.
+        weights: [K, d], floating; one row for each class. Or such a matrix as `forwax.lm.Packed`,
+            which is not differentiated: its method `products` is given hidden [n, d] and gives
+            logits [n, K], of which it unpacks some classes at a time.
         labels: class numbers [...], integers in [0, K); one outside gives loss 0.
         chunk_size: how many positions are evaluated at a time.
         mask: booleans [...]; where False the loss is 0. None takes all positions. For the mean over
@@ -51,7 +53,8 @@ def linear_cross_entropy(
         ['1.386', '1.386']
     """
     hidden = jnp.asarray(hidden)
-    weights = jnp.asarray(weights)
+    packed = hasattr(weights, "products")
+    weights = weights if packed else jnp.asarray(weights)
     labels = jnp.asarray(labels)
     _check(hidden, weights, labels, chunk_size)
     lead = hidden.shape[:-1]
@@ -70,10 +73,13 @@ def linear_cross_entropy(
         (0, padding),
         constant_values=_NOBODY,
     )
-    dtype = promoted(hidden.dtype, weights.dtype, jnp.float32)
+    dtypes = () if packed else (weights.dtype,)
+    dtype = promoted(hidden.dtype, jnp.float32, *dtypes)
 
     @jax.checkpoint
     def chunk(rows: Array, numbers: Array) -> Array:
+        if packed:
+            return _losses(weights.products(rows.astype(dtype)), numbers)
         # [chunk, d] by [K, d], added up in at least float32
         logits = jnp.einsum("nd,kd->nk", rows, weights, preferred_element_type=dtype)
         return _losses(logits, numbers)
@@ -124,7 +130,7 @@ def _counts(logits: Array, numbers: Array) -> Array:
     return (numbers >= 0) & (numbers < logits.shape[-1])
 
 
-def _check(hidden: Array, weights: Array, labels: Array, chunk_size: int) -> None:
+def _check(hidden: Array, weights: Any, labels: Array, chunk_size: int) -> None:
     name = "linear_cross_entropy"
     size: Any = chunk_size
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -136,7 +142,7 @@ def _check(hidden: Array, weights: Array, labels: Array, chunk_size: int) -> Non
             f"{name}: expected labels to be class numbers, integers, got {labels.dtype}. For "
             "distributions, which are as large as logits, use softmax_cross_entropy."
         )
-    fits = hidden.ndim > 0 and weights.ndim == 2
+    fits = hidden.ndim > 0 and len(weights.shape) == 2
     if not fits or weights.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"{name}: expected hidden [..., d] and weights [K, d], one row for each class, got "

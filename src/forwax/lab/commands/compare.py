@@ -15,7 +15,7 @@ from typing import Any
 from forwax.lab.catalogue import names
 from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
-from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready
+from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready, part
 from forwax.lab.keeping.disk import going_on
 from forwax.lab.keeping.lock import writing
 from forwax.lab.report import (
@@ -87,8 +87,9 @@ def compare(comparison: Comparison) -> Json:
     """
     options = comparison.options
     bench = Bench(comparison)
-    print(f"Folder: {comparison.folder}", flush=True)
-    timing = comparison.part("timing", bench.timing)
+    folder = comparison.folder
+    print(f"Folder: {folder}", flush=True)
+    timing = part(folder, "timing", bench.timing)
     found = {
         name: each.learning_rate or 0.0 for name, each in comparison.settings.items()
     }
@@ -104,7 +105,7 @@ def compare(comparison: Comparison) -> Json:
             print(f"{name}: learning rate {best:.3g}{told}", flush=True)
     runs: RowsByRule = {name: [] for name in found}
     for seed, (name, rate) in product(range(options.seeds), found.items()):
-        run = comparison.part(f"run-{name}-{seed}", bench.run, name, rate, seed)
+        run = part(folder, f"run-{name}-{seed}", bench.run, name, rate, seed)
         runs[name].append(run)
     return _facts(comparison) | findings.gather(
         comparison.rules, timing, searches, runs, options.target_loss
@@ -113,8 +114,8 @@ def compare(comparison: Comparison) -> Json:
 
 def _candidate(bench: Bench, name: str, *tried: Any) -> Json:
     """Give one candidate of a search, a part of its own, by its number and its rate."""
-    part = f"search-{name}-{tried[0]}"
-    return bench.comparison.part(part, bench.candidate, name, *tried)
+    folder = bench.comparison.folder
+    return part(folder, f"search-{name}-{tried[0]}", bench.candidate, name, *tried)
 
 
 def _facts(comparison: Comparison) -> Json:

@@ -173,19 +173,24 @@ class Comparison:
         """For how many steps each rate is tried."""
         return self.options.search_steps or self.steps
 
-    def part(self, name: str, make: Callable[..., Json], *what: Any) -> Json:
-        """Give a part that an earlier sitting finished, or make it and keep it."""
-        path = self.folder / PARTS / f"{name}.json"
-        if os.path.lexists(path):
-            value = read_object(path)
-            if is_sound(value) is False:
-                raise changed(path, "remove it, and it is made again")
-            value.pop(CONFIG, None)
-            return unsealed(value)
-        value = make(*what)
-        config = Run.open(self.folder).config
-        write_json(path, sealed({CONFIG: config} | value))
-        return value
+
+def part(folder: Path, name: str, make: Callable[..., Json], *what: Any) -> Json:
+    """Give a part that an earlier sitting finished in a folder, or make it and keep it.
+
+    Raises:
+        UsageError: when the part is not what was kept.
+    """
+    path = folder / PARTS / f"{name}.json"
+    if os.path.lexists(path):
+        value = read_object(path)
+        if is_sound(value) is False:
+            raise changed(path, "remove it, and it is made again")
+        value.pop(CONFIG, None)
+        return unsealed(value)
+    value = make(*what)
+    config = Run.open(folder).config
+    write_json(path, sealed({CONFIG: config} | value))
+    return value
 
 
 def make_ready(options: CompareOptions) -> Comparison:

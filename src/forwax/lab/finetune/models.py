@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from forwax import lm
 from forwax.lab.flags import UsageError
 from forwax.lab.texts import sets as texts
+from forwax.lm.gguf_file import PACKED
 
 TINY = "tiny-random"
 SMOLLM2 = "smollm2"
@@ -196,8 +198,8 @@ def tiny(packed: bool = False) -> Model:
 
 
 def _packed(matrix: np.ndarray) -> lm.Packed:
-    """Blocks of 32 entries w = d q with q in [-127, 127], as Q8_0."""
-    blocks = matrix.reshape(*matrix.shape[:-1], -1, 32)
-    scale = (np.abs(blocks).max(-1) / 127).astype(np.float16)
-    quants = np.rint(blocks / scale[..., None].astype(np.float32)).astype(np.int8)
-    return lm.Packed(jnp.asarray(quants), jnp.asarray(scale))
+    """Blocks of 32 entries w = d q with q in [-127, 127], Q8_0."""
+    import gguf
+
+    blocks = gguf.quantize(matrix, gguf.GGMLQuantizationType.Q8_0)
+    return jax.tree.map(jnp.asarray, PACKED["Q8_0"](blocks))

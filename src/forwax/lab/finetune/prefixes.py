@@ -6,7 +6,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,11 @@ def _write(path: Path, arrays: list[np.ndarray]) -> None:
         ) from error
 
 
-def _told(items: Sequence[int], name: str) -> Iterable[int]:
+def _told(items: Sequence[int], name: str) -> Iterator[int]:
     """A bar on a terminal, lines elsewhere where it takes long."""
     if sys.stdout.isatty():
-        return track(items, name)
-    return _lines(items, name)
-
-
-def _lines(items: Sequence[int], name: str) -> Iterator[int]:
+        yield from track(items, name)
+        return
     last = time.monotonic()
     for number, item in enumerate(items):
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:

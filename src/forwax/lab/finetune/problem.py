@@ -11,18 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import forwax as fx
 from forwax import adapters, lm
 from forwax.lab.catalogue.objectives import Estimate
+from forwax.lab.catalogue.optimizers import build_schedule
+from forwax.lab.catalogue.rules import guarded_rule
+from forwax.lab.catalogue.settings import Settings
 from forwax.lab.finetune import prefixes
 from forwax.lab.finetune.models import Model, encoded
 from forwax.lab.finetune.options import FinetuneOptions
 from forwax.lab.flags import UsageError
 from forwax.lab.texts.sets import Texts
 from forwax.lab.training.problem import Task
+from forwax.lab.training.step import TrainState, split_seed
+from forwax.lm.packed import rows_of
 from forwax.losses import linear_cross_entropy
 from forwax.models.ren2023 import estimator
 
 TEXT = "{text}"
+AXES = (None, None, 0, 0)
+"""Parameters and the frozen model are everybody's, the rest has examples in front."""
+
 ADAPTED = "attn_[qv]"
 """The matrices that `--adapter lora` changes."""
 
@@ -78,18 +87,47 @@ class Tuning(Task):
             return super().loss(params, image, label)
         return self.loss_of_tokens(params, image), jnp.float32(jnp.nan)
 
+    def loss_beside(self, params: Any, frozen: Any, own: Any, label: Array) -> Any:
+        """The loss of one example with the frozen model, which is not mapped over examples."""
+        return self.loss(params, Rows(own, frozen), label)
+
     def gradient(self, rule: Any) -> Estimate:
-        """The estimate of a batch's gradient; the frozen model is not mapped over examples."""
-
-        def loss(params: Any, frozen: Any, own: Any, label: Array) -> Any:
-            return self.loss(params, Rows(own, frozen), label)
-
-        estimate = estimator(loss, rule, has_aux=True, in_axes=(None, None, 0, 0))
+        """The estimate of a batch's gradient."""
+        estimate = estimator(self.loss_beside, rule, has_aux=True, in_axes=AXES)
 
         def of_batch(key: Array, params: Any, rows: Any, labels: Array) -> Any:
             return estimate(key, params, rows.frozen, rows.own, labels)
 
         return of_batch
+
+    def own_step(self, settings: Settings) -> Any:
+        """A step in place, without a gradient, where directions follow from a key; else None.
+
+        It is `forwax.update` in its two halves, between which a step that is not finite is left.
+        """
+        rule = guarded_rule(settings)
+        if rule.replayed is None:
+            return None
+        loss = self.loss_beside
+        push = fx.slopes(loss, rule, has_aux=True, in_axes=AXES)
+        replay = fx.replay(loss, rule, in_axes=AXES, rounding="stochastic")
+        rate = build_schedule(settings, settings.learning_rate)  # type: ignore[arg-type]
+        noise = split_seed(settings.seed).noise
+
+        def step(state: TrainState, rows: Any, labels: Array) -> Any:
+            key = jax.random.fold_in(noise, state.step)
+            given = state.params, rows.frozen, rows.own, labels
+            (value, correct), slopes = push(key, *given)
+            finite = jnp.isfinite(value) & jnp.isfinite(slopes.weights).all()
+
+            def advance() -> TrainState:
+                params = replay(slopes, rate(state.step), *given)
+                return state._replace(params=params, step=state.step + 1)
+
+            after = jax.lax.cond(finite, advance, lambda: state)
+            return after, value, jnp.mean(correct, dtype=jnp.float32), finite
+
+        return step
 
     @functools.cached_property
     def inference(self) -> Any:
@@ -224,12 +262,11 @@ def _tokenised(
 
 def _padded(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32 [N, T], filled up on the left, and where they are no filling."""
-    length = max(map(len, lists), default=0)
-    tokens = np.zeros((len(lists), length), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, own in enumerate(lists):
-        tokens[row, length - len(own) :] = own
-        mask[row, length - len(own) :] = True
+    sizes = np.array([len(own) for own in lists], int)
+    length = sizes.max(initial=0)
+    mask = np.arange(length) >= length - sizes[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = [token for own in lists for token in own]
     return tokens, mask
 
 
@@ -288,20 +325,10 @@ def _states(
         base = params if full else row.frozen
         adapter = None if full else params
         head = base.get("output", base["token_embd"])
-        if isinstance(row.own, adapters.Prefix):
-            found = lm.hidden(
-                config, base, None, adapter=adapter, prefix=row.own, checkpoint=again
-            )
-            return head, found
-        found = lm.hidden(
-            config,
-            base,
-            row.own["tokens"],
-            mask=row.own["mask"],
-            adapter=adapter,
-            checkpoint=again,
-        )
-        return head, found if options.task == "next-token" else found[-1]
+        is_last = isinstance(row.own, adapters.Prefix)
+        inputs = {"tokens": None, "prefix": row.own} if is_last else row.own
+        found = lm.hidden(config, base, adapter=adapter, checkpoint=again, **inputs)
+        return head, found if is_last or options.task == "next-token" else found[-1]
 
     return compute
 
@@ -313,9 +340,7 @@ def _class_logits(
 
     def logits(params: Any, row: Rows) -> Array:
         head, state = compute(params, row)
-        if isinstance(head, lm.Packed):
-            return head.rows(words).dense(state.dtype) @ state
-        return head[words] @ state
+        return rows_of(head, words, state.dtype) @ state
 
     return logits
 
@@ -327,8 +352,6 @@ def _next_token(
 
     def loss(params: Any, row: Rows) -> Array:
         head, states = compute(params, row)
-        if isinstance(head, lm.Packed):
-            head = head.dense(states.dtype)
         tokens = row.own["tokens"][1:]
         # left of the text nothing is foretold, nor its first word
         counts = row.own["mask"][:-1]

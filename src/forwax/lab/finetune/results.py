@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from forwax import adapters
+from forwax.adapters import files
 from forwax.lab.finetune.models import Model
 from forwax.lab.finetune.problem import Tuning
-from forwax.lab.report import Json, replacing
+from forwax.lab.report import Json
 
 MIB = 2**20
 
@@ -110,11 +111,9 @@ def save(path: Path, params: Any, model: Model) -> None:
     if not isinstance(params, dict):
         adapters.save(path, params)
         return
-    import safetensors.numpy
-
     leaves = jax.tree_util.tree_leaves_with_path(params)
     arrays = {
-        jax.tree_util.keystr(place, simple=True, separator="."): np.asarray(x)
+        jax.tree_util.keystr(place, simple=True, separator="."): x
         for place, x in leaves
     }
     metadata = {
@@ -122,5 +121,4 @@ def save(path: Path, params: Any, model: Model) -> None:
         "base": model.config.name,
         "base_sha256": model.config.sha256,
     }
-    with replacing(path) as draft:
-        draft.write_bytes(safetensors.numpy.save(arrays, metadata))
+    files.write(path, arrays, metadata)

@@ -16,7 +16,7 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.finetune import models, options, problem, results
 from forwax.lab.finetune.models import Model
 from forwax.lab.finetune.options import FinetuneOptions
-from forwax.lab.finetune.problem import Rows, Tuning
+from forwax.lab.finetune.problem import AXES, Tuning
 from forwax.lab.flags import UsageError
 from forwax.lab.report import Json
 from forwax.lab.texts import sets as texts
@@ -64,13 +64,10 @@ class Ready:
         rows, labels = jax.device_put(task.train)
         batch: Any = rows[: settings.batch_size]
 
-        def loss(params: Any, frozen: Any, own: Any, label: Any) -> Any:
-            return task.loss(params, Rows(own, frozen), label)
-
         print(f"{rule}: compiling, to measure a rate.", flush=True)
         key = jax.random.fold_in(split_seed(settings.seed).noise, CURVATURE)
         measure = fx.measure_curvature(
-            loss, built, has_aux=True, in_axes=(None, None, 0, 0), draws=DRAWS
+            task.loss_beside, built, has_aux=True, in_axes=AXES, draws=DRAWS
         )
         found = measure(
             key, params, batch.frozen, batch.own, labels[: settings.batch_size]

@@ -4,16 +4,13 @@ Each finished part is a file in the run's folder, so that what was done is not d
 """
 
 import functools
-import json
 import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from forwax.lab.compare import rates
 from forwax.lab.compare.bench import Trial
-from forwax.lab.compare.setup import PARTS
+from forwax.lab.compare.setup import part
 from forwax.lab.compare.tables import number
 from forwax.lab.finetune import results
 from forwax.lab.finetune.run import ADAPTER, Ready, create
@@ -46,6 +43,7 @@ class Versus:
         self.ready = ready
         self.run = run
         self.program = functools.cache(self._compiled)
+        self.part = functools.partial(part, run.path)
         self._data = jax.device_put(ready.task.train)
         self._score = functools.cache(ready.score)
 
@@ -53,15 +51,6 @@ class Versus:
         print(f"{rule}: compiling.", flush=True)
         settings = self.ready.options.settings(rule, 1.0)
         return CompiledTraining(self.ready.task, settings, self._data)
-
-    def part(self, name: str, make: Callable[..., Json], *what: Any) -> Json:
-        """A part that an earlier sitting finished, or make it and keep it."""
-        path = self.run.path / PARTS / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        value = make(*what)
-        write_json(path, value)
-        return value
 
     def found(self, rule: str) -> Json:
         """Search a rule's rate, train at the best one, and test."""

@@ -99,8 +99,9 @@ def make_step(problem: Task, settings: Settings) -> Any:
         (loss, correct), grads, *learnt = problem.gradient(
             guarded_rule(settings, state.guess, state.slopes)
         )(key, state.params, images, labels)
-        squares = (jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(grads))
-        finite = jnp.isfinite(loss) & jnp.isfinite(sum(squares, jnp.float32(0)))
+        finite = jnp.isfinite(loss) & jnp.isfinite(
+            optax.tree_utils.tree_vdot(grads, grads)
+        )
 
         def advance() -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -123,7 +124,7 @@ def make_step(problem: Task, settings: Settings) -> Any:
         after = jax.lax.cond(finite, advance, lambda: state)
         return after, loss, jnp.mean(correct, dtype=jnp.float32), finite
 
-    return step
+    return problem.own_step(settings) or step
 
 
 def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any], Any]]:
