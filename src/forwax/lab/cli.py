@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from forwax import __version__
+from forwax.lab.distributed.watch import supervised
 
 COMMANDS: Mapping[str, str] = {
     "train": "train a model on real data, by default without backpropagation",
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: the subcommand's, 2 for a mistake in what was asked for, 4 where a file could
-        not be written, 130 after Ctrl-C.
+        not be written or another process is gone, 130 after Ctrl-C.
 
     Example:
         ```sh
@@ -72,7 +73,7 @@ def _run(first: str, *words: str) -> int:
     elif first == "--version":
         print(f"forwax {__version__}")
     elif first in COMMANDS:
-        return _command(first, words)
+        return supervised([first, *words], lambda: _command(first, words))
     else:
         return _mistake(
             f"there is no command {first!r}; choose one of: {', '.join(COMMANDS)}."

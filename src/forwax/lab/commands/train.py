@@ -4,6 +4,7 @@ import contextlib
 import textwrap
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import jax
 import tyro
 
 from forwax.lab import report
-from forwax.lab.catalogue.experiments import EXPERIMENTS
+from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
 from forwax.lab.catalogue.options import (
     ExperimentName,
     SettingOptions,
@@ -23,8 +24,17 @@ from forwax.lab.catalogue.options import (
 )
 from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
+from forwax.lab.distributed import traffic
+from forwax.lab.distributed.join import TeamOptions, joined
+from forwax.lab.distributed.keep import (
+    check_data,
+    checkpoints_in,
+    command,
+    run_of_first,
+)
+from forwax.lab.distributed.placement import placement
+from forwax.lab.distributed.team import TEAM, from_first, in_turn
 from forwax.lab.flags import PathOrNot, Positive, Range, UsageError, check_ranges
-from forwax.lab.keeping.checkpoints import Checkpoints
 from forwax.lab.keeping.disk import going_on
 from forwax.lab.keeping.folder import CHECKPOINTS, CURVES, SUMMARY, Run
 from forwax.lab.keeping.metrics import SHARE, spans
@@ -35,11 +45,10 @@ from forwax.lab.training.folder import opened
 from forwax.lab.training.problem import Task, build_problem
 from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import NOT_FINITE, Sitting
-from forwax.lab.training.step import placement
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(SettingOptions):
+class TrainOptions(SettingOptions, TeamOptions):
     """Train a model on real data, by default without backpropagation.
 
     Example:
@@ -112,7 +121,7 @@ def run(options: TrainOptions) -> int:
 
     Returns:
         The exit code: 0 when done, 130 after Ctrl-C, 143 after a termination, 3 after a loss that
-        is not finite.
+        is not finite; with several processes also 4 and 5, see `forwax.lab.distributed`.
 
     Raises:
         UsageError: when the options do not go together.
@@ -125,26 +134,29 @@ def run(options: TrainOptions) -> int:
     """
     started = time.perf_counter()
     check_ranges(options)
+    if options.resume and (options.given() or options.config != "default"):
+        raise UsageError(
+            "--resume takes every setting from the run's config.json; leave the other settings out."
+        )
+    with joined(options):
+        return _run(options, started)
+
+
+def _run(options: TrainOptions, started: float) -> int:
     run = None
     if options.resume is not None:
-        if options.given() or options.config != "default":
-            raise UsageError(
-                "--resume takes every setting from the run's config.json; leave the other settings "
-                "out."
-            )
-        run = Run.open(options.resume, KINDS, Settings, SettingOptions)
+        run = run_of_first(
+            partial(Run.open, options.resume, KINDS, Settings, SettingOptions)
+        )
     dtype = Settings.from_dict(run.config).dtype if run else options.dtype
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
-        if run is not None and run.finished:
-            run.check_config(Checkpoints(run.path / CHECKPOINTS).config)
-            accuracy = run.summary({"test_accuracy": SHARE})["test_accuracy"]
-            print(f"{run.path} is finished already: test accuracy {accuracy:.1%}.")
+        if run is not None and from_first(partial(_is_finished, run)):
             return 0
         run, problem, settings = (
-            _resume(run, options.data_dir) if run else _start(options)
+            in_turn(partial(_resume, run, options.data_dir)) if run else _start(options)
         )
         with (
-            going_on(run.path, f"forwax train --resume {run.path}"),
+            going_on(run.path, command(run.path)),
             opened(run, problem, settings) as files,
         ):
             if options.resume:
@@ -153,19 +165,25 @@ def run(options: TrainOptions) -> int:
             every = settings.eval_every or settings.steps
             session = _Training(files, problem, settings, every)
             session.checkpoint_seconds = options.checkpoint_seconds
+            facts = traffic.tell(session.trainer.program, settings)
             with session.signals.watch():
-                return _train(run, session, started)
+                return _train(run, session, started, facts)
+
+
+def _is_finished(run: Run) -> bool:
+    """Tell the result of a run that has one."""
+    if run.finished:
+        run.check_config(checkpoints_in(run.path / CHECKPOINTS).config)
+        accuracy = run.summary({"test_accuracy": SHARE})["test_accuracy"]
+        print(f"{run.path} is finished already: test accuracy {accuracy:.1%}.")
+    return run.finished
 
 
 def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
     """Check the options, load the data, make the folder."""
     experiment = find_experiment(options.experiment)
-    choices = experiment, options.config, options.given()
-    problem = build_problem(experiment, asked(*choices), options.data_dir)
-    settings = resolve(
-        *choices, problem.num_examples, problem.num_parameters, problem.noise
-    )
-    placement(settings)
+    problem, settings = in_turn(lambda: _prepare(options, experiment))
+    check_data(problem.checksum)
     kept = {
         "experiment": experiment.name,
         "config": options.config,
@@ -175,7 +193,7 @@ def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
         "num_parameters": problem.num_parameters,
         "versions": report.versions(),
     }
-    run = Run.create(options.runs, experiment.name, kept)
+    run = run_of_first(lambda: Run.create(options.runs, experiment.name, kept))
     print(
         f"{experiment.name}: {problem.num_parameters:,} parameters, "
         f"{problem.num_examples:,} examples.\n"
@@ -183,7 +201,19 @@ def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
         f"{settings.learning_rate:.3g}.\nRun: {run.path}",
         flush=True,
     )
-    return run, problem, settings
+    # on another processor a rate may be another in its last bits
+    return run, problem, Settings.from_dict(run.config)
+
+
+def _prepare(options: TrainOptions, experiment: Experiment) -> tuple[Task, Settings]:
+    given = options.given() | ({"data_parallel": True} if TEAM.count > 1 else {})
+    choices = experiment, options.config, given
+    problem = build_problem(experiment, asked(*choices), options.data_dir)
+    settings = resolve(
+        *choices, problem.num_examples, problem.num_parameters, problem.noise
+    )
+    placement(settings)
+    return problem, settings
 
 
 def _told(settings: Settings) -> str:
@@ -226,7 +256,7 @@ class _Training(Sitting):
         self.metrics.append([row | {"seconds": round(self.seconds, 6)}])
 
 
-def _train(run: Run, session: _Training, started: float) -> int:
+def _train(run: Run, session: _Training, started: float, facts: Json) -> int:
     """Train until something stops it, and say what did."""
     name = run.config["experiment"]
     steps = session.settings.steps
@@ -238,15 +268,14 @@ def _train(run: Run, session: _Training, started: float) -> int:
         return NOT_FINITE
     if session.stopped_early:
         print(
-            f"Stopped at step {session.trainer.step} of {steps}; go on with: forwax train "
-            f"--resume {run.path}"
+            f"Stopped at step {session.trainer.step} of {steps}; go on with: {command(run.path)}"
         )
         return session.signals.code
-    _finish(run, session, started)
+    _finish(run, session, started, facts)
     return 0
 
 
-def _finish(run: Run, session: _Training, started: float) -> None:
+def _finish(run: Run, session: _Training, started: float, facts: Json) -> None:
     """Draw the curves, write the summary, tell the result.
 
     The summary comes last, since it marks the run as finished.
@@ -259,8 +288,11 @@ def _finish(run: Run, session: _Training, started: float) -> None:
     rule = RULES[settings.rule]
     tests = [row for row in run.metrics() if "test_accuracy" in row]
     # where damage took or may have changed what counts most, it is found again
-    if session.metrics.doubtful or settings.steps not in [x["step"] for x in tests]:
+    steps = [row["step"] for row in tests]
+    if from_first(lambda: session.metrics.doubtful or settings.steps not in steps):
         session.at_stop()
+    if TEAM.index:
+        return
     rows = run.metrics()
     last = [row for row in rows if "test_accuracy" in row][-1]
     damage = _damage(rows, session)
@@ -276,6 +308,7 @@ def _finish(run: Run, session: _Training, started: float) -> None:
         "steps_per_second": pace,
         **damage,
         **session.facts(),
+        **facts,
     }
     name = run.config["experiment"]
     title = f"{name}, rule {settings.rule}: {accuracy} on the test set"

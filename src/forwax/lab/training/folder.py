@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from forwax.lab.catalogue.settings import Settings
+from forwax.lab.distributed.keep import Opened, checkpoints_in, files_of_first
 from forwax.lab.keeping.checkpoints import Checkpoint, Checkpoints
 from forwax.lab.keeping.folder import CHECKPOINTS, CONFIG, CURVES, SUMMARY, Run
 from forwax.lab.keeping.lock import writing
@@ -58,10 +59,22 @@ def opened(
             file is a link, or when there are checkpoints and none is sound.
     """
     like = jax.eval_shape(lambda: init_state(problem, settings))
-    with writing(run.path), closing(Checkpoints(run.path / CHECKPOINTS)) as checkpoints:
+    opening = _opened(run, like, whole_every)
+    with files_of_first(opening, like) as (metrics, checkpoints, found):
+        step = _step(found)
+        yield Files(run, metrics, checkpoints, found.state, step, found.seconds)
+
+
+@contextmanager
+def _opened(run: Run, like: TrainState, whole_every: int) -> Iterator[Opened]:
+    folder = run.path / CHECKPOINTS
+    with writing(run.path), closing(checkpoints_in(folder)) as checkpoints:
         run.check_config(checkpoints.config)
         found = checkpoints.restore(like) or Checkpoint(None, 0.0, {})
-        step = int(found.state.step) if found.state else 0
         lines = found.notes.get("metrics")
-        with closing(resumed(run.path, step, lines, whole_every)) as metrics:
-            yield Files(run, metrics, checkpoints, found.state, step, found.seconds)
+        with closing(resumed(run.path, _step(found), lines, whole_every)) as metrics:
+            yield metrics, checkpoints, found
+
+
+def _step(found: Checkpoint) -> int:
+    return int(found.state.step) if found.state else 0

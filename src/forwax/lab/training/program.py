@@ -19,12 +19,12 @@ import numpy as np
 from jax import Array
 
 from forwax.lab.catalogue.settings import Settings
+from forwax.lab.distributed.placement import placement
 from forwax.lab.training.problem import Examples, Task
 from forwax.lab.training.step import (
     TrainState,
     init_state,
     make_step,
-    placement,
     split_seed,
 )
 

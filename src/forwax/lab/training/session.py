@@ -6,18 +6,16 @@ two blocks.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 from bisect import bisect
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
 from forwax.lab import report
 from forwax.lab.catalogue.settings import Settings
+from forwax.lab.distributed.signals import Signals
+from forwax.lab.distributed.team import plan
 from forwax.lab.report import Json
 from forwax.lab.training.folder import Files
 from forwax.lab.training.problem import Task
@@ -34,10 +32,8 @@ from forwax.lab.training.progress import Report
 BLOCK_SECONDS = 0.25
 """How long a block of steps should take, so that Ctrl-C is answered within half a second."""
 
-INTERRUPTED = 130
-TERMINATED = 143
 NOT_FINITE = 3
-"""Exit codes: stopped by Ctrl-C, by a termination, by a loss that is not finite."""
+"""The exit code of a run that a loss stopped which is not finite."""
 
 
 def block_size(pace: float, last: int) -> int:
@@ -53,38 +49,6 @@ def block_size(pace: float, last: int) -> int:
     (64, 250, 1)
     """
     return max(1, min(int(BLOCK_SECONDS * pace), 4 * last))
-
-
-class Signals:
-    """Notes Ctrl-C and termination, so that a loop can stop between two blocks.
-
-    A second one stops at once.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.received = number
-        signal.signal(
-            number,
-            signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler,
-        )
-
-    @property
-    def code(self) -> int:
-        """The exit code that tells which one came."""
-        return TERMINATED if self.received == signal.SIGTERM else INTERRUPTED
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[Signals]:
-        """Watch while the context lasts; outside the main thread there is nothing to watch."""
-        with contextlib.ExitStack() as before:
-            if threading.current_thread() is threading.main_thread():
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    handler = signal.signal(number, self._note)
-                    before.callback(signal.signal, number, handler)
-            yield self
 
 
 class Session:
@@ -131,7 +95,14 @@ class Session:
         trainer = self.trainer
         size = 1
         saved = time.monotonic()
-        while self.stopped_early and self.signals.received is None:
+        is_due = False
+        while self.stopped_early:
+            size, is_due, is_stopped = plan(size, is_due, self.signals)
+            if is_due:
+                self.save()
+                saved = time.monotonic()
+            if is_stopped:
+                break
             stop = self.stops[bisect(self.stops, trainer.step)]
             count = min(size, MAX_BLOCK, stop - trainer.step)
             started = time.perf_counter()
@@ -147,9 +118,7 @@ class Session:
             if trainer.step == stop:
                 self.at_stop()
             size = block_size(pace, size)
-            if time.monotonic() - saved >= self.checkpoint_seconds:
-                self.save()
-                saved = time.monotonic()
+            is_due = time.monotonic() - saved >= self.checkpoint_seconds
         return None
 
     def facts(self) -> Json:

@@ -1,13 +1,11 @@
 """One training step as a pure function: what it starts from, where its keys come from."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from forwax.lab.catalogue.optimizers import build_optimizer
 from forwax.lab.catalogue.rules import (
@@ -17,7 +15,6 @@ from forwax.lab.catalogue.rules import (
     needs_guess,
 )
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import UsageError
 from forwax.lab.training.problem import Task
 
 
@@ -125,35 +122,3 @@ def make_step(problem: Task, settings: Settings) -> Any:
         return after, loss, jnp.mean(correct, dtype=jnp.float32), finite
 
     return problem.own_step(settings) or step
-
-
-def placement(settings: Settings) -> tuple[NamedSharding | None, Callable[[Any], Any]]:
-    """Say where a run's arrays lie, and how a batch is spread over the devices.
-
-    Args:
-        settings: the run's settings.
-
-    Returns:
-        A sharding that copies an array to every local device, or None for the one default device;
-        and a function that spreads the leading axis of arrays inside a compiled program.
-
-    Raises:
-        UsageError: when a batch cannot be spread evenly.
-
-    >>> placement(Settings())[0] is None
-    True
-    """
-    devices = jax.local_devices()
-    count = len(devices)
-    if not settings.data_parallel or count == 1:
-        return None, lambda batch: batch
-    if settings.batch_size % count:
-        raise UsageError(
-            f"--batch-size must be a multiple of the {count} local devices that share it, got "
-            f"{settings.batch_size}."
-        )
-    mesh = jax.make_mesh((count,), ("examples",), (AxisType.Auto,), devices=devices)
-    rows = NamedSharding(mesh, PartitionSpec("examples"))
-    return NamedSharding(
-        mesh, PartitionSpec()
-    ), lambda batch: jax.lax.with_sharding_constraint(batch, rows)
