@@ -146,6 +146,32 @@ def test_mirrors_throughout_become_backprop(name):
     assert_close(got, exact(program.loss, args, **program.options))
 
 
+def test_a_mirror_learns_as_fast_as_its_law_says():
+    """By 1 - 2η + η²(1 + (D - 1)/N) for signs; 4,000 draws tell 0.1 from 0.5 by far."""
+    start = fx.LearnedFeedback(chain="all").init(MLP, in_axes=EACH)(PARAMS, X)
+    weights = PARAMS["v"], PARAMS["u"]
+    assert [m.shape for m in start.maps.mirrors] == [w.shape for w in weights]
+
+    @jax.jit
+    @jax.vmap
+    def left(key):
+        mirrors = start.step(MLP, in_axes=EACH)(key, PARAMS, X)[-1].maps.mirrors
+        return [
+            jnp.sum((w - m) ** 2) / jnp.sum(w**2)
+            for w, m in zip(weights, mirrors, strict=True)
+        ]
+
+    num_samples = len(X)
+    keys = jax.random.split(KEY, 4_000)
+    for weight, shares in zip(weights, left(keys), strict=True):
+        num_terms = len(weight)
+        rate = 0.5 / (1 + num_terms / num_samples)
+        law = 1 - 2 * rate + rate**2 * (1 + (num_terms - 1) / num_samples)
+        error = jnp.std(shares) / math.sqrt(len(keys))
+        assert abs(jnp.mean(shares) - law) < 4 * error
+        assert error < 0.005
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_correction_makes_the_estimate_unbiased_whatever_the_maps(name):
     """Exactly: the mean over all coordinates of the noise is the gradient."""

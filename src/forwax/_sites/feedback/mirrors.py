@@ -3,6 +3,8 @@
 Akrout, Wilson, Humphreys, Lillicrap, Tweed, "Deep Learning without Weight Transport", arXiv
 1904.05391. A mirror B of the weight of a product φ sees noise u and the answer φ(w, u), and learns
 by least mean squares: B ← B + η mean((φ(w, u) - φ(B, u)) ⊗ u).
+
+Answers to its own noise are all that a mirror hears, so that it may learn faster than a direct map.
 """
 
 import math
@@ -272,7 +274,9 @@ class _Learner:
         terms = _num_terms(product, types)
         # how often each entry of the weight is used
         samples = unforeseen.size * terms / max(weight.size, 1)
-        rate = 0.1 / (1 + terms / samples)
+        # |w - B|² falls by 2η - η²(1 + D/N) a step: fastest at twice this rate, which is three
+        # quarters as fast and far from divergence where samples overlap (convolutions).
+        rate = 0.5 / (1 + terms / samples)
         return value + rate / samples * total.conj().astype(value.dtype)
 
 
