@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import forwax as fx
 from forwax.lab.catalogue import optimizers
 from forwax.lab.catalogue import rules as choices
 from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
+from forwax.lab.catalogue.objectives import BATCHED
 from forwax.lab.catalogue.options import (
     SettingOptions,
     find_configuration,
@@ -21,7 +23,7 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet
 from forwax.lab.flags import UsageError
 from forwax.lab.training.problem import problem_of
-from forwax.lab.training.step import init_state, make_step
+from forwax.lab.training.step import init_state, make_step, split_seed
 from forwax.models import logistic_regression, ren2023
 
 DIGITS = EXPERIMENTS["digits"]
@@ -116,6 +118,42 @@ def test_every_combination_takes_a_step(data, combine):
     state, after = one_step(data, combine=combine)
     assert moved(state, after)
     assert (after.guess is None) == (combine != "control-variate")
+
+
+@pytest.mark.parametrize(
+    ("given", "library"),
+    [
+        (
+            {"rule": "learned-feedback", "chain": "all", "every": 4, "num_tangents": 2},
+            fx.LearnedFeedback(num_tangents=2, chain="all", every=4),
+        ),
+        ({"rule": "learned-feedback"}, fx.LearnedFeedback()),
+        (
+            {"rule": "activity", "noise": "auto"},
+            fx.ActivityPerturbation(num_tangents=64, noise="auto"),
+        ),
+    ],
+)
+def test_options_of_a_rule_reach_it(given, library):
+    built = choices.build_rule(digits(learning_rate=0.1, **given))
+    assert jax.tree.structure(built) == jax.tree.structure(library)
+    assert jax.tree.leaves(built) == jax.tree.leaves(library)
+
+
+def test_calibrated_noise_has_the_scales_of_the_first_batch(data):
+    state, after = one_step(data, rule="activity", calibrate=True, learning_rate=0.1)
+    assert moved(state, after)
+    settings = resolve(
+        TINY, "default", {"rule": "activity", "learning_rate": 0.1}, 20, 30
+    )
+    problem = problem_of(data, TINY, settings)
+    key = split_seed(0).init
+    batch = (jnp.asarray(each[:4]) for each in problem.train)
+    rule = choices.build_rule(settings).calibrate(problem.loss, **BATCHED)
+    scales = rule(key, problem.init(key), *batch).scales
+    np.testing.assert_allclose(state.guess, scales, rtol=1e-5)
+    np.testing.assert_array_equal(after.guess, state.guess)
+    assert init_state(problem, settings).guess is None
 
 
 def test_clipped_slopes_are_remembered(data):
@@ -329,6 +367,18 @@ def test_epochs_become_steps():
             "at most n = 2410 directions",
         ),
         ({"tangents": "guided", "num_tangents": 1}, "needs num_tangents >= 2"),
+        (
+            {"rule": "backprop", "chain": "all"},
+            "--chain does not apply to --rule backprop; it belongs to: learned-feedback, LF",
+        ),
+        (
+            {"rule": "learned-feedback", "noise": "auto"},
+            "--noise does not apply to --rule learned-feedback; it belongs to: activity.",
+        ),
+        (
+            {"rule": "activity", "calibrate": True, "tangents": "guided"},
+            "--calibrate does not go with --tangents guided.",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(given, sentence):

@@ -79,6 +79,7 @@ _LOCAL = (
     "one alone."
 )
 _SAFETY = ("clip_slopes", "skip_bad_slopes")
+_LEARNS = ("num_tangents", "chain", "every")
 _DRAWN = ("tangents", "num_tangents", "combine", "density", "guess_decay")
 
 _PLAIN: Mapping[str, RuleChoice] = {
@@ -108,7 +109,7 @@ _PLAIN: Mapping[str, RuleChoice] = {
     ),
     "activity": RuleChoice(
         fx.ActivityPerturbation,
-        _DRAWN,
+        (*_DRAWN, "noise", "calibrate"),
         "slopes along noise on the activities, one for each example",
         _LOCAL,
         needs_data=True,
@@ -131,10 +132,11 @@ _PLAIN: Mapping[str, RuleChoice] = {
     ),
     "learned-feedback": RuleChoice(
         fx.LearnedFeedback,
-        ("maps",),
+        ("maps", *_LEARNS),
         "the output error reaches every layer by maps that noise teaches",
         "No error crossed a layer but the last: each came by a map from the output.",
         needs_data=True,
+        own={"num_tangents": 1},
     ),
     "backprop": RuleChoice(fx.Backprop, (), "reverse mode, the reference", ""),
 }
@@ -170,7 +172,15 @@ RULES: Mapping[str, RuleChoice] = {
 }
 """Every rule of the command line."""
 
-RULE_SETTINGS = (*_DRAWN, "chunk_size", "epsilon", *_SAFETY)
+RULE_SETTINGS = (
+    *_DRAWN,
+    *_LEARNS,
+    "noise",
+    "calibrate",
+    "chunk_size",
+    "epsilon",
+    *_SAFETY,
+)
 """The settings that only some rules take."""
 
 
@@ -196,6 +206,8 @@ def guarded_rule(settings: Settings, guess: Any = None, history: Any = None) -> 
     Backprop()
     """
     rule = build_rule(settings, guess)
+    if settings.calibrate:
+        rule = replace(rule, scales=guess)
     skip = bool(settings.skip_bad_slopes)
     if settings.clip_slopes is None and not skip:
         return rule
@@ -242,6 +254,9 @@ def build_rule(settings: Settings, guess: Any = None) -> Any:
         "combine": _filled(COMBINES[settings.combine or "mean"], own),
         "chunk_size": settings.chunk_size,
         "epsilon": settings.epsilon,
+        "noise": settings.noise,
+        "chain": settings.chain,
+        "every": settings.every,
         "seed": settings.seed,
         "feedback": guess,
         "maps": guess,
@@ -300,7 +315,9 @@ def check_rule(settings: Settings, given: Json) -> Settings:
             refusals["density"] = (
                 f"belongs to --tangents sparse, but the tangents are {tangents}"
             )
-        if not needs_guess(settings):
+        if needs_guess(settings):
+            refusals["calibrate"] = "does not go with --tangents guided"
+        else:
             refusals["guess_decay"] = (
                 "belongs to --tangents guided or --combine control-variate, and neither was chosen"
             )

@@ -53,6 +53,25 @@ class Settings:
         None, "How many tangents are pushed forward at once; all of them by default."
     )
     epsilon: Positive | None = _choice(1e-3, "The step of finite differences (0.001).")
+    noise: Literal["activity", "auto"] | None = _choice(
+        "activity",
+        "Where the noise of activity enters: on what parameters put out, or, where that is more, "
+        "on the parameters of each example (auto).",
+    )
+    calibrate: bool | None = _choice(
+        False,
+        "Whether activity's noise gets a scale for each site before the first step, found on a "
+        "batch.",
+    )
+    chain: Literal["none", "positions", "all"] | None = _choice(
+        "positions",
+        "Which errors of learned-feedback come through mirrors of weights, from product to product "
+        "(positions).",
+    )
+    every: Count | None = _choice(
+        1,
+        "In each n-th step the maps of learned-feedback learn; the others are cheaper.",
+    )
     guess_decay: Decay | None = _choice(
         0.9,
         "Guided tangents and control variates use an exponential mean of past estimates; this "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from forwax.lab.catalogue.objectives import BATCHED
 from forwax.lab.catalogue.optimizers import build_optimizer
 from forwax.lab.catalogue.rules import (
     FEEDBACK,
@@ -65,6 +66,9 @@ def init_state(problem: Task, settings: Settings) -> TrainState:
         guess = initial_guess(settings, params, jax.random.fold_in(key, FEEDBACK))
         rule = problem.ready(guarded_rule(settings, guess), params)
         guess = getattr(rule, "maps", guess)
+        if settings.calibrate:
+            batch = (jnp.asarray(each[: settings.batch_size]) for each in problem.train)
+            guess = rule.calibrate(problem.loss, **BATCHED)(key, params, *batch).scales
         slopes = (
             rule.init().history if getattr(rule, "inner", rule) is not rule else None
         )
