@@ -8,9 +8,7 @@ folder, so that a rerun skips it.
 import os
 import time
 from datetime import datetime
-from functools import partial
 from itertools import product
-from typing import Any
 
 from forwax.lab.catalogue import names
 from forwax.lab.compare import findings, rates, tables
@@ -86,7 +84,7 @@ def compare(comparison: Comparison) -> Json:
         What results.json will hold.
     """
     options = comparison.options
-    bench = Bench(comparison)
+    bench = Bench(**vars(comparison))
     folder = comparison.folder
     print(f"Folder: {folder}", flush=True)
     timing = part(folder, "timing", bench.timing)
@@ -96,7 +94,11 @@ def compare(comparison: Comparison) -> Json:
     searches: RowsByRule = {}
     if not options.paper:
         for name, suggested in found.items():
-            candidate = partial(_candidate, bench, name)
+
+            def candidate(number: int, rate: float, name: str = name) -> Json:
+                kept = f"search-{name}-{number}"
+                return part(folder, kept, bench.candidate, name, number, rate)
+
             tried = rates.search(suggested, options.search_rates, candidate)
             note = rates.edge_note(tried)
             searches[name] = tried
@@ -110,12 +112,6 @@ def compare(comparison: Comparison) -> Json:
     return _facts(comparison) | findings.gather(
         comparison.rules, timing, searches, runs, options.target_loss
     )
-
-
-def _candidate(bench: Bench, name: str, *tried: Any) -> Json:
-    """Give one candidate of a search, a part of its own, by its number and its rate."""
-    folder = bench.comparison.folder
-    return part(folder, f"search-{name}-{tried[0]}", bench.candidate, name, *tried)
 
 
 def _facts(comparison: Comparison) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
@@ -84,30 +84,24 @@ class Trial(Session):
         ]
 
 
-class Bench:
-    """Makes the parts, and compiles no program before a part needs it.
+@dataclass(eq=False)
+class Bench(Comparison):
+    """A comparison that makes its parts; it compiles no program before a part needs it."""
 
-    Attributes:
-        comparison: the comparison made ready.
-    """
-
-    def __init__(self, comparison: Comparison):
-        problem = comparison.problem
-        self.comparison = comparison
+    def __post_init__(self) -> None:
         self._program = cache(self._compiled)
-        self._data = jax.device_put(problem.train)
-        self._validation = scorer(problem, comparison.validation)
-        self._test = scorer(problem, problem.test)
+        self._data = jax.device_put(self.problem.train)
+        self._validation = scorer(self.problem, self.validation)
+        self._test = scorer(self.problem, self.problem.test)
 
     def _compiled(self, name: str, steps: int) -> CompiledTraining:
-        settings = replace(self.comparison.settings[name], steps=steps)
+        settings = replace(self.settings[name], steps=steps)
         print(f"Compiling {name} for {steps:,} steps.", flush=True)
-        return CompiledTraining(self.comparison.problem, settings, self._data)
+        return CompiledTraining(self.problem, settings, self._data)
 
     def timing(self) -> Json:
         """Measure the time of a step under every rule, and gather the compiled memory."""
-        names = self.comparison.settings
-        programs = {name: self._program(name, self.comparison.steps) for name in names}
+        programs = {name: self._program(name, self.steps) for name in self.settings}
         seconds = timing.measure(programs)
         for name, median in medians(seconds).items():
             print(f"{name}: {1000 * median:.3g} ms", flush=True)
@@ -120,19 +114,19 @@ class Bench:
 
     def candidate(self, name: str, number: int, rate: float) -> Json:
         """Train with one learning rate of the search, on the first seed."""
-        steps = self.comparison.search_steps
+        steps = self.search_steps
         trial = Trial(self._program(name, steps), rate, 0, self._validation, [steps])
         trial.train()
         loss = finite(trial.validation_losses[-1]) if trial.finite else None
-        count = self.comparison.options.search_rates
+        count = self.options.search_rates
         what = "not finite" if loss is None else f"validation loss {loss:.4g}"
         print(f"{name}: rate {rate:.3g} ({number + 1} of {count}), {what}", flush=True)
         return {"learning_rate": rate, "steps": steps, "validation_loss": loss}
 
     def run(self, name: str, rate: float, seed: int) -> Json:
         """Train under one rule from one seed, and test."""
-        steps = self.comparison.steps
-        at_steps = evaluation_steps(steps, self.comparison.options.evaluations)
+        steps = self.steps
+        at_steps = evaluation_steps(steps, self.options.evaluations)
         program = self._program(name, steps)
         started = time.perf_counter()
         trial = Trial(program, rate, seed, self._validation, at_steps)

@@ -66,13 +66,13 @@ def _evaluations(program: CompiledTraining) -> Run:
         return losses(params, *(each[rows] for each in data))[0].mean()
 
     def total(count: int, *inputs: Any) -> Array:
-        def add(number: Array, so_far: Array) -> Array:
-            return so_far + loss(number, *inputs)
+        return jax.lax.fori_loop(
+            0, count, lambda i, so_far: so_far + loss(i, *inputs), jnp.float32(0)
+        )
 
-        return jax.lax.fori_loop(0, count, add, jnp.float32(0))
-
-    evaluate = jax.jit(total if loops_well(problem) else loss)
-    if loops_well(problem):
+    in_loop = loops_well(problem)
+    evaluate = jax.jit(total if in_loop else loss)
+    if in_loop:
         return lambda count: evaluate(count, *inputs)
     return lambda count: [
         evaluate(number, *inputs).block_until_ready() for number in range(count)
