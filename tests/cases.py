@@ -283,6 +283,194 @@ CASES = [
 TRACEABLE = [case for case in CASES if case.traceable]
 
 
+# --- residuals, for Gauss-Newton ---
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualCase:
+    """A program of residuals, its arguments, and the loss of them.
+
+    Attributes:
+        name: the test's id.
+        residuals: the user's function.
+        make: makes the positional arguments.
+        loss: a convex function of the residuals; None for half the sum of squares.
+    """
+
+    name: str
+    residuals: Callable[..., Tree]
+    make: Callable[[], tuple]
+    loss: Callable[[Tree], Array] | None = None
+
+    def of(self, dtype: Any) -> tuple:
+        """The arguments, floating ones in a dtype and complex ones in one as wide."""
+        as_wide = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+
+        def cast(x: Any) -> Any:
+            if jnp.iscomplexobj(x):
+                return jnp.asarray(x, as_wide)
+            is_real = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+            return jnp.asarray(x, dtype) if is_real else x
+
+        return jax.tree.map(cast, self.make())
+
+    def value(self, *args: Any) -> Array:
+        """The loss."""
+        found = self.residuals(*args)
+        return half_squares(found) if self.loss is None else self.loss(found)
+
+
+def half_squares(tree: Tree) -> Array:
+    parts = [jnp.sum(jnp.abs(leaf) ** 2) for leaf in jax.tree.leaves(tree)]
+    return jnp.sum(jnp.stack(parts)) / 2
+
+
+def affine(w: Array, x: Array, y: Array) -> Array:
+    return x @ w - y
+
+
+def bends(params: dict[str, Array], x: Array, y: Array) -> Array:
+    return jnp.tanh(x @ params["w"] + params["b"][None]) - y
+
+
+def with_prior(params: tuple, x: Array) -> dict[str, Any]:
+    """A tree of residuals of a nested tree of parameters, which are among them."""
+    (first, (second,)), bias = params
+    misfit = jnp.sin(x @ first)[:, None] * second[None] + bias
+    return {"misfit": misfit, "prior": (first, second, bias)}
+
+
+def phases(z: Array, x: Array) -> Array:
+    """Complex residuals, not holomorphic in complex parameters."""
+    return x @ z + 0.1 * jnp.conj(z[:1]) * z[1:2] ** 2
+
+
+def waves(w: Array, x: Array) -> Array:
+    """Complex residuals of real parameters."""
+    phase = x @ w
+    if phase.dtype == jnp.bfloat16:  # of which there are no complex numbers
+        phase = phase.astype(jnp.float32)
+    return lax.complex(jnp.cos(phase), jnp.sin(phase)) - 1
+
+
+def scores(w: Array, x: Array) -> Array:
+    return jnp.tanh(x @ w)
+
+
+def cross_entropy(logits: Array) -> Array:
+    labels = jnp.arange(len(logits)) % logits.shape[1]
+    chances = jax.nn.log_softmax(logits)
+    return -jnp.mean(jnp.take_along_axis(chances, labels[:, None], axis=1))
+
+
+def absolute_nearly(residuals: Array) -> Array:
+    return jnp.sum(jnp.sqrt(1 + residuals**2))
+
+
+def states(w: Array, xs: Array) -> Array:
+    """Of a recurrent network, at all times."""
+
+    def step(h: Array, x: Array) -> tuple[Array, Array]:
+        h = jnp.tanh(w @ h + x)
+        return h, h
+
+    return lax.scan(step, jnp.zeros_like(xs[0]), xs)[1]
+
+
+def settled(w: Array, x: Array) -> Array:
+    """Where each of some states settles: a `while_loop`, which reverse mode rejects."""
+
+    def one(x: Array) -> Array:
+        start = x, x + 1
+        go_on = lambda s: jnp.max(jnp.abs(s[0] - s[1])) > 1e-2
+        return lax.while_loop(
+            go_on, lambda s: (0.4 * jnp.sin(w) * jnp.tanh(s[0]) + x, s[0]), start
+        )[0]
+
+    return jax.vmap(one)(x) - 1
+
+
+def settled_as_an_island(w: Array, x: Array) -> Array:
+    return fx.enable_reverse(settled)(jnp.sin(w), x)
+
+
+def powers(x: Array) -> Array:
+    """Three residuals of a number."""
+    return jnp.stack([x - 2, x**2 - 1, jnp.sin(x)])
+
+
+RESIDUALS = [
+    ResidualCase(
+        "affine", affine, lambda: (normal(1, 3), normal(2, 7, 3), normal(3, 7))
+    ),
+    ResidualCase(
+        "fewer-residuals",
+        affine,
+        lambda: (normal(1, 9), normal(2, 4, 9), normal(3, 4)),
+    ),
+    ResidualCase(
+        "low-rank",
+        affine,
+        # exact in float32, so that it has this rank in float64 too
+        lambda: (
+            normal(1, 6),
+            jnp.round(normal(2, 8, 2), 0) @ jnp.round(3 * normal(4, 2, 6), 0),
+            normal(3, 8),
+        ),
+    ),
+    ResidualCase(
+        "dict",
+        bends,
+        lambda: (
+            {"w": 0.3 * normal(1, 3, 2), "b": normal(2, 2)},
+            normal(3, 8, 3),
+            0.5 * normal(4, 8, 2),
+        ),
+    ),
+    ResidualCase(
+        "trees",
+        with_prior,
+        lambda: (((normal(1, 3), (normal(2, 2),)), normal(3)), normal(4, 5, 3)),
+    ),
+    ResidualCase(
+        "complex",
+        phases,
+        lambda: [
+            normal(i, *shape, dtype=jnp.complex64)
+            for i, shape in ((1, (3,)), (2, (6, 3)))
+        ],
+    ),
+    ResidualCase("waves", waves, lambda: (normal(1, 3), normal(2, 6, 3))),
+    ResidualCase(
+        "cross-entropy",
+        scores,
+        lambda: (normal(1, 3, 3), normal(2, 9, 3)),
+        loss=cross_entropy,
+    ),
+    ResidualCase(
+        "robust",
+        affine,
+        lambda: (normal(1, 3), normal(2, 7, 3), normal(3, 7)),
+        loss=absolute_nearly,
+    ),
+    ResidualCase("scan", states, lambda: (normal(1, 2, 2), normal(2, 5, 2))),
+    ResidualCase("while-loop", settled, lambda: (normal(1, 3), normal(2, 4, 3))),
+    ResidualCase(
+        "island", settled_as_an_island, lambda: (normal(1, 3), normal(2, 4, 3))
+    ),
+    ResidualCase("scalar", powers, lambda: (jnp.asarray(0.7, jnp.float32),)),
+    ResidualCase(
+        "numpy",
+        affine,
+        lambda: (
+            np.ones(2, np.float32),
+            np.eye(4, 2, dtype=np.float32),
+            np.arange(4, dtype=np.float32),
+        ),
+    ),
+]
+
+
 # --- tangents and their laws ---
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import forwax as fx
-from cases import COMBINATIONS, RULES, SITE_RULES, TANGENTS
+from cases import COMBINATIONS, RESIDUALS, RULES, SITE_RULES, TANGENTS
 
 KEY = jax.random.key(0)
 DTYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
@@ -170,6 +170,29 @@ def test_gauss_newton(dtype):
     for factor in (1.0, 0.0):
         value, params, solver = step(solver, KEY, params, x, jnp.float32(factor))
         assert np.isfinite(value)
+
+
+@DTYPES
+@pytest.mark.parametrize("case", RESIDUALS, ids=lambda case: case.name)
+def test_gauss_newton_on_every_program(case, dtype):
+    params, *args = case.of(dtype)
+    params = jax.tree.map(jnp.asarray, params)
+    solver = fx.GaussNewton(2).init(params)
+
+    @jax.jit
+    def step(solver, params, factor):
+        def residuals(params, *args):
+            found = case.residuals(params, *args)
+            return jax.tree.map(lambda r: factor.astype(r.dtype) * r, found)
+
+        return solver.step(residuals, case.loss)(KEY, params, *args)
+
+    for factor in (1.0, 0.0):
+        value, new, solver = step(solver, params, jnp.float32(factor))
+        assert np.isfinite(value)
+        for leaf, like in zip(*map(jax.tree.leaves, (new, params)), strict=True):
+            assert leaf.dtype == like.dtype
+            assert np.isfinite(leaf.astype(jnp.complex64)).all()
 
 
 def test_safe_outside_jit_and_its_monitor():

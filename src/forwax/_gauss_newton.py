@@ -262,12 +262,14 @@ class GaussNewton:
     def _adapted(self, value: Array, after: Array, predicted: Array) -> "GaussNewton":
         """The solver with its next damping, from the loss before and after a step."""
         damping = jnp.asarray(self.damping)
-        rounding = jnp.finfo(value.dtype).eps
+        rounding = float(jnp.finfo(value.dtype).eps)
+        # A loss in half precision is not mixed with what was predicted from its slopes.
+        dtype = _tree.promoted(value.dtype, predicted.dtype)
+        predicted, value, after = (x.astype(dtype) for x in (predicted, value, after))
         # Below the rounding of the loss a ratio says nothing.
         is_known = ~(predicted <= 4 * rounding * jnp.abs(value))
-        ratio = ((value - after) / jnp.where(is_known, predicted, 1)).astype(
-            damping.dtype
-        )
+        ratio = (value - after) / jnp.where(is_known, predicted, 1)
+        ratio = ratio.astype(damping.dtype)
         lowered = jnp.where(ratio > GOOD, damping / 3, damping)
         raised = jnp.maximum(damping * jnp.where(ratio >= 0, 2, 4), LEAST_RAISED)
         new = jnp.where(ratio >= POOR, lowered, raised)  # a ratio that is NaN raises
