@@ -154,7 +154,7 @@ if __name__ == "__main__":
         "--sizes",
         nargs="+",
         type=int,
-        default=[4, 7, 16, 32, 64, ALL],
+        default=[7, 16, 32, 56, 64, ALL],
         help="0 for all",
     )
     parser.add_argument("--rounds", type=int, default=5)

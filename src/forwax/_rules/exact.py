@@ -45,7 +45,7 @@ class Exact(Rule):
         [64.0, 64.0]
     """
 
-    chunk_size: int | None = dataclasses.field(default=32, metadata={"static": True})
+    chunk_size: int | None = dataclasses.field(default=56, metadata={"static": True})
 
     def __post_init__(self) -> None:
         set_counts(self, or_none="chunk_size")
@@ -71,7 +71,7 @@ class Exact(Rule):
         """Few at a time, more, and all at once; see `Rule.in_chunks`."""
         n = _tree.num_coordinates(problem.params)
         own = min(self.chunk_size or n, n)
-        sizes = [size for size in (7, 32, n) if size <= n and size != own]
+        sizes = [size for size in (7, 56, n) if size <= n and size != own]
         return {size: dataclasses.replace(self, chunk_size=size) for size in sizes}
 
     def relative_mse(self, n: int) -> float:
