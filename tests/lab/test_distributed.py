@@ -193,6 +193,29 @@ def test_killed_stopped_and_resumed_it_is_one_run(start, tmp_path, monkeypatch):
     assert other.summary()["num_processes"] == 1
 
 
+def test_gathered_slopes_train_processes_to_the_bits_of_one(start, tmp_path, optimised):
+    """2 and 4 processes of a device each, and one process with as many, on every process."""
+    script = str(Path(__file__).with_name("gathered.py"))
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    alone = start(9, script, "0", "1", "0", "2", "4", XLA_FLAGS=flags)
+    assert codes(alone) == [0], told(tmp_path, 9)
+    lines = told(tmp_path, 9, "out").splitlines()
+    expected = dict(zip((2, 4), map(json.loads, lines), strict=True))
+    for count in (2, 4):
+        port = f"{free_port()}"
+        processes = [
+            start(each, script, port, f"{count}", f"{each}", f"{count}")
+            for each in range(count)
+        ]
+        assert codes(*processes) == [0] * count, told(tmp_path, 0)
+        for each in range(count):
+            found = json.loads(told(tmp_path, each, "out").splitlines()[-1])
+            assert found == expected[count]
+        # of each device k slopes, and of all a mean: 4 (k + 1) that a process sends
+        for _, received in expected[count].values():
+            assert received == 4 * 3 * count + 4
+
+
 def test_what_two_processes_agree_on(start, tmp_path):
     words = str(Path(__file__).with_name("pair.py")), f"{free_port()}"
     both = (0, 1)
@@ -337,8 +360,9 @@ ENTRY %main (p: f32[2]) -> f32[2] {
   %w = f32[2]{0} while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %v = f32[2]{0} while(%w), condition=%c, body=%body
   %b = f32[2]{0} conditional(%i, %v, %v), branch_computations={%left, %right}
+  %e = f32[2]{0} conditional(%i, %b, %b), true_computation=%right, false_computation=%left
   %s = (f32[2]{0}, f32[4]{0}) all-gather-start(%b), dimensions={0}
   ROOT %d = f32[4]{0} all-gather-done(%s)
 }
 """
-    assert collective_bytes(text) == 6 * (8 + 3) + 16 + 16
+    assert collective_bytes(text) == 6 * (8 + 3) + 16 + 16 + 16

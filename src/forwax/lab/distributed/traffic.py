@@ -1,7 +1,6 @@
 """What a compiled program sends between devices, read in its text."""
 
 import re
-from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -24,7 +23,9 @@ COLLECTIVES = [
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (.*?) ([a-z][a-z-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(\S+) \(.*\{$")
 _CALLED = re.compile(r"(?:body|to_apply|calls)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(
+    r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=([^, ]+)"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
@@ -52,9 +53,11 @@ def collective_bytes(text: str) -> int:
         if begun:
             inside = begun[1]
             entry = inside if line.startswith("ENTRY") else entry
-        lines.setdefault(inside, []).append(line)
+        if inside:
+            lines.setdefault(inside, []).append(line)
     found: dict[str, int] = {}
 
+    # no line is in a computation without a name
     def count(computation: str) -> int:
         if computation not in found:
             found[computation] = sum(map(of_line, lines.get(computation, ())))
@@ -69,10 +72,10 @@ def collective_bytes(text: str) -> int:
         if code.removesuffix("-done") in COLLECTIVES:
             return _size(shape)
         trips = _TRIPS.search(line) if code == "while" else None
-        branches = [name.strip(" %") for name in _names(_BRANCHES.findall(line))]
+        branches = ",".join(map("".join, _BRANCHES.findall(line)))
         inner = sum(map(count, _CALLED.findall(line)))
         return int(trips[1] if trips else 1) * inner + max(
-            map(count, branches), default=0
+            map(count, re.sub("[% ]", "", branches).split(","))
         )
 
     return count(entry)
@@ -103,10 +106,6 @@ def tell(program: Any, settings: Settings) -> Json:
         "num_devices": count,
         "collective_bytes_per_step": sent,
     }
-
-
-def _names(lists: Iterable[str]) -> list[str]:
-    return [name for each in lists for name in each.split(",")]
 
 
 def _size(shape: str) -> int:

@@ -117,7 +117,9 @@ def last_words(facts: Json) -> str:
         )
     count, index = facts["count"], facts["index"]
     # what is left of a team does not know which of the others it was
-    who = f"process {1 - index}" if count == 2 else "one of the other processes"
+    who = f"process {1 - index} of 2"
+    if count > 2:
+        who = f"one of the {count - 1} other processes"
     again = "Start all processes again."
     if "resume" in facts:
         again = (
@@ -125,7 +127,7 @@ def last_words(facts: Json) -> str:
             f"--distributed --resume {facts['resume']}"
         )
     return (
-        f"{who} of {count} is gone (killed, stopped or cut off), so process {index} ends too. "
+        f"{who} is gone (killed, stopped or cut off), so process {index} ends too. "
         f"{again}"
     )
 
