@@ -38,6 +38,8 @@ LIMITS: dict[str, float] = {
     # Abilities gained since: packages and modules with limits of their own, not counted above.
     f"{GAINED}data/elsewhere": 450,
     f"{GAINED}keeping": 6_000,
+    f"{GAINED}commands/completion": 120,
+    f"{GAINED}terminal": 750,
     f"{GAINED}texts": 2_650,
     f"{GAINED}finetune": 9_000,
     f"{GAINED}distributed": 5_100,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from forwax.lab import cli
+from forwax.lab.catalogue import rules as choices
 from forwax.lab.catalogue.names import LINES
 from forwax.lab.cli import COMMANDS, main
 from forwax.lab.compare import setup
@@ -44,7 +45,7 @@ def test_unknown_command(capsys):
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == (
         "forwax: there is no command 'trian'; choose one of: train, finetune, compare, diagnose, "
-        "optimize, reproduce, data.\n"
+        "optimize, reproduce, data, completion. Did you mean train?\n"
     )
 
 
@@ -78,7 +79,7 @@ def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypat
     with pytest.raises(SystemExit):
         main([command, "--help"])
     out = capsys.readouterr().out
-    assert "--data-dir" in out or command == "optimize"
+    assert "--data-dir" in out or command in ("optimize", "completion")
     assert "(default: None)" not in out
     assert "(default: )" not in out
     module = sys.modules[f"forwax.lab.commands.{command}"]
@@ -212,3 +213,93 @@ def test_the_bar_shows_loss_accuracy_and_pace():
     shown = screen.getvalue()
     for part in ("digits", "50/100", "0.2500", "0.875", "1,234"):
         assert part in shown
+
+
+def completed(script, *words):
+    """What bash offers for the last word."""
+    line = " ".join(f"'{word}'" for word in words)
+    asked = (
+        f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        "_tyro_forwax; echo ${COMPREPLY[@]}"
+    )
+    done = subprocess.run(
+        ["bash", "-c", asked], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_options_and_values(capsys, tmp_path):
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "forwax.bash"
+    script.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert completed(script, "forwax", "di") == ["diagnose"]
+    assert "--learning-rate" in completed(script, "forwax", "train", "--learning-r")
+    assert completed(script, "forwax", "train", "--schedule", "cos") == ["cosine"]
+    rules = completed(script, "forwax", "train", "--rule", "")
+    assert rules == sorted(choices.RULES)
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_scripts_for_other_shells_name_commands_and_sorted_values(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in COMMANDS)
+    assert re.search(r"control-variate\W+mean\W+projection\W+shrinkage", script)
+    listed = re.findall(r"'choices': (\[[^]]*)|/(\([^()]*)", script)
+    assert len(listed) > 20
+    assert not [each for each in listed if "None" in "".join(each)]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "Did you mean train?"),
+        (["train", "--lr", "0.1"], "Did you mean --learning-rate, not --lr?"),
+        (["train", "--rule=wieght"], "Did you mean weight, not wieght?"),
+        (["train", "--rule", "wieght"], "Did you mean weight, not wieght?"),
+        (["train", "mnist-mlpp"], "Did you mean mnist-mlp, not mnist-mlpp?"),
+        (["train", "--config", "defualt"], "Did you mean default?"),
+        (["compare", "--rules", "bakprop"], "Did you mean backprop?"),
+        (["optimize", "rosenbruck"], "Did you mean rosenbrock, not rosenbruck?"),
+        (["reproduce", "ren2032"], "Did you mean ren2023, not ren2032?"),
+    ],
+)
+def test_mistyped_words_are_answered_with_what_was_meant(words, sentence, capsys):
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_print_config_starts_nothing(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, "digits", "--steps", "3", "--print-config"]) == 0
+    out, err = capsys.readouterr()
+    config = json.loads(out)
+    assert (config["experiment"], config["steps"], err) == ("digits", 3, "")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_print_config_is_what_a_run_keeps(capsys, tmp_path):
+    words = ["train", "digits", "--steps", "2", "--runs", str(tmp_path)]
+    assert main([*words, "--print-config"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert main(words) == 0
+    capsys.readouterr()
+    (folder,) = tmp_path.iterdir()
+    kept = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept.pop("sha256")
+    assert printed == kept
+    assert main(["train", "--resume", str(folder), "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out) == kept
+
+
+def test_one_tangent_is_told_in_the_singular(capsys, tmp_path):
+    words = ["train", "digits", "--steps", "1", "--runs", str(tmp_path)]
+    assert main([*words, "--num-tangents", "1"]) == 0
+    assert "Rule: weight, 1 low-rank tangent a step" in capsys.readouterr().out
+    assert main([*words, "--rule", "learned-feedback"]) == 0
+    assert "Rule: learned-feedback, 1 noise a step." in capsys.readouterr().out

@@ -1,23 +1,15 @@
 """The command `forwax`: finds the subcommand and imports it alone; the others cost nothing."""
 
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
 from forwax import __version__
+from forwax.lab.commands import COMMANDS
 from forwax.lab.distributed.watch import supervised
-
-COMMANDS: Mapping[str, str] = {
-    "train": "train a model on real data, by default without backpropagation",
-    "finetune": "train an adapter of a language model on texts",
-    "compare": "train the same model by several rules, side by side",
-    "diagnose": "measure what rules give and cost, and say which to use",
-    "optimize": "minimise a test function by backprop and without it",
-    "reproduce": "run a paper's experiments, ours beside the paper's",
-    "data": "fetch, verify and cache a data set, or say where it is",
-}
-"""Each subcommand, a module of `forwax.lab.commands`, and one line about it."""
 
 
 def usage() -> str:
@@ -75,36 +67,34 @@ def _run(first: str, *words: str) -> int:
     elif first in COMMANDS:
         return supervised([first, *words], lambda: _command(first, words))
     else:
+        close = get_close_matches(first, COMMANDS, n=1)
+        meant = f" Did you mean {close[0]}?" if close else ""
         return _mistake(
-            f"there is no command {first!r}; choose one of: {', '.join(COMMANDS)}."
+            f"there is no command {first!r}; choose one of: {', '.join(COMMANDS)}.{meant}"
         )
     return 0
 
 
 def _command(name: str, words: Sequence[str]) -> int:
-    # tyro first, since a missing extra is the likeliest reason for a failing import
+    # a missing extra is the likeliest reason for a failing import
     try:
-        import tyro
-
         from forwax.lab.data import DataError
         from forwax.lab.flags import UsageError
         from forwax.lab.keeping.disk import NOT_WRITTEN, refused
+        from forwax.lab.terminal import Shown, parsed
 
         module: Any = import_module(f"forwax.lab.commands.{name}")
     except ModuleNotFoundError as error:
         return _mistake(
             f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'."
         )
-    options = tyro.cli(
-        getattr(module, f"{name.title()}Options"),
-        prog=f"forwax {name}",
-        # without a text of its own, a command is described by its options' docstring
-        description=getattr(module, "DESCRIPTION", None),
-        args=words,
-        config=(tyro.conf.DisallowNone,),
-    )
+    kind = getattr(module, f"{name.title()}Options")
+    options = parsed(kind, name, words, getattr(module, "DESCRIPTION", None))
     try:
         return module.run(options)
+    except Shown as shown:
+        print(json.dumps(shown.config, indent=2))
+        return 0
     except (UsageError, DataError) as error:
         return _mistake(str(error))
     except OSError as error:

@@ -197,7 +197,7 @@ _ALL = (
         "mnist",
         columns.build_model(_COLUMNS[columns.DEFAULT]),
         {"default": _COLUMNS[columns.DEFAULT], **_COLUMNS},
-        "LocalMixer of Ren et al. 2023 by any of thirteen methods, eleven of its tables and two "
+        "LocalMixer of Ren et al. 2023 by any of sixteen methods, eleven of its tables and five "
         "more, see `forwax reproduce --help`; --size, --data and --objective choose what is "
         "trained.",
         is_mixer=True,

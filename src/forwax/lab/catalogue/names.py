@@ -16,6 +16,7 @@ from forwax.lab.catalogue.rules import RULES, TANGENTS
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.flags import UsageError
 from forwax.lab.report import Json
+from forwax.lab.terminal import meant
 from forwax.models import ren2023
 
 MANY = 16
@@ -109,6 +110,7 @@ def parse(name: str, index: int = 0) -> NamedRule:
         raise UsageError(
             f"There is no rule {name!r}; choose --rules from: {', '.join(LINES)}; those with "
             "tangents may be followed by their number, such as forward-16."
+            f"{meant(name, LINES)}"
         )
     count = said or line.tangents
     given = dict(line.given)

@@ -15,6 +15,7 @@ from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, ch
 from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import Chosen, UsageError, check_ranges, given
 from forwax.lab.report import Json
+from forwax.lab.terminal import meant
 
 if TYPE_CHECKING:
     ExperimentName = OneLossName = str
@@ -85,6 +86,7 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise UsageError(
             f"There is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}."
+            f"{meant(name, EXPERIMENTS)}"
         )
     return EXPERIMENTS[name]
 
@@ -105,6 +107,7 @@ def find_configuration(experiment: Experiment, name: str) -> Settings:
     )
     raise UsageError(
         f"{reason} Choose --config from: {', '.join(experiment.configurations)}."
+        f"{meant(name, experiment.configurations)}"
     )
 
 

@@ -34,12 +34,19 @@ from forwax.lab.distributed.keep import (
 )
 from forwax.lab.distributed.placement import placement
 from forwax.lab.distributed.team import TEAM, from_first, in_turn
-from forwax.lab.flags import PathOrNot, Positive, Range, UsageError, check_ranges
+from forwax.lab.flags import (
+    PathOrNot,
+    Positive,
+    Range,
+    UsageError,
+    check_ranges,
+)
 from forwax.lab.keeping.disk import going_on
 from forwax.lab.keeping.folder import CHECKPOINTS, CURVES, SUMMARY, Run
 from forwax.lab.keeping.metrics import SHARE, spans
 from forwax.lab.keeping.seal import sealed
 from forwax.lab.report import Json, Rows
+from forwax.lab.terminal import Shown, counted
 from forwax.lab.training.advice import advice, monitored
 from forwax.lab.training.folder import opened
 from forwax.lab.training.problem import Task, build_problem
@@ -76,6 +83,8 @@ class TrainOptions(SettingOptions, TeamOptions):
     """A folder to look for the data in first, before FORWAX_DATA and the cache."""
     checkpoint_seconds: Annotated[float, Range("zero or more", lambda x: x >= 0)] = 5.0
     """The time between two checkpoints."""
+    print_config: bool = False
+    """Print what config.json would hold, and start nothing."""
 
 
 KINDS: dict[str, Any] = {
@@ -148,6 +157,8 @@ def _run(options: TrainOptions, started: float) -> int:
         run = run_of_first(
             partial(Run.open, options.resume, KINDS, Settings, SettingOptions)
         )
+        if options.print_config:
+            raise Shown(run.config)
     dtype = Settings.from_dict(run.config).dtype if run else options.dtype
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         if run is not None and from_first(partial(_is_finished, run)):
@@ -193,6 +204,8 @@ def _start(options: TrainOptions) -> tuple[Run, Task, Settings]:
         "num_parameters": problem.num_parameters,
         "versions": report.versions(),
     }
+    if options.print_config:
+        raise Shown(kept)
     run = run_of_first(lambda: Run.create(options.runs, experiment.name, kept))
     print(
         f"{experiment.name}: {problem.num_parameters:,} parameters, "
@@ -220,7 +233,8 @@ def _told(settings: Settings) -> str:
     """Tell the rule with what belongs to it."""
     words = [settings.rule]
     if settings.num_tangents is not None:
-        words.append(f"{settings.num_tangents} {settings.tangents} tangents a step")
+        kind = f"{settings.tangents} tangent" if settings.tangents else "noise"
+        words.append(f"{counted(settings.num_tangents, kind)} a step")
         words += [f"combined by {settings.combine}"] if settings.combine else []
     if settings.clip_slopes is not None:
         words.append(f"clipped at {settings.clip_slopes:g} running medians")

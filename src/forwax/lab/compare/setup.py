@@ -33,6 +33,7 @@ from forwax.lab.keeping.regular import read_object
 from forwax.lab.keeping.seal import is_sound, sealed, unsealed
 from forwax.lab.keeping.stored import check_stored
 from forwax.lab.report import Json, versions, write_json
+from forwax.lab.terminal import Shown
 from forwax.lab.training.problem import Examples, Task, build_problem
 
 PARTS = "parts"
@@ -88,6 +89,8 @@ class CompareOptions:
     """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
     resume: Annotated[PathOrNot, arg(metavar="FOLDER")] = None
     """Go on with the comparison in this folder; finished parts are not done again."""
+    print_config: bool = False
+    """Print what config.json would hold, and start nothing."""
 
     @property
     def configuration(self) -> str:
@@ -131,6 +134,8 @@ def make_folder(options: CompareOptions) -> Path:
         "out": None,
         "resume": None,
     }
+    if config.pop("print_config"):
+        raise Shown(config)
     folder = options.out
     check_path(folder or Path())
     if folder is None:

@@ -19,7 +19,6 @@ from contextlib import ExitStack, redirect_stdout, suppress
 from typing import Any
 
 from forwax.lab.keeping.console import ERRORS, Patient
-from forwax.lab.report import Json
 
 GONE = 4
 """The exit code where another process of the run is gone, or never came."""
@@ -33,7 +32,7 @@ START_SECONDS = 300
 LINK: ParentLink | None = None
 """What ties this process to its parent, where it is a child."""
 
-FACTS: Json = {}
+FACTS: dict[str, Any] = {}
 """What last words need of this process: count, index, resume."""
 
 
@@ -54,7 +53,7 @@ class ParentLink:
         self._is_joined = False
         threading.Thread(target=self._hear, daemon=True).start()
 
-    def tell(self, facts: Json) -> None:
+    def tell(self, facts: dict[str, Any]) -> None:
         """Tell the parent facts; with the first of them this process has found the others."""
         self._is_joined = True
         self._end.sendall(json.dumps(facts).encode() + b"\n")
@@ -100,7 +99,7 @@ def supervised(words: Sequence[str], run: Callable[[], int]) -> int:
     return _as_parent([sys.executable, "-m", "forwax", *words])
 
 
-def last_words(facts: Json) -> str:
+def last_words(facts: dict[str, Any]) -> str:
     """Say that a process is gone, and what goes on.
 
     >>> last_words({"count": 2, "index": 0, "resume": "runs/digits"})
@@ -182,9 +181,9 @@ def _as_parent(command: Sequence[str]) -> int:
     return 128 - code
 
 
-def _facts(end: socket.socket) -> Json:
+def _facts(end: socket.socket) -> dict[str, Any]:
     """All that a child told, which has ended."""
-    facts: Json = {}
+    facts: dict[str, Any] = {}
     with end.makefile("rb") as lines, suppress(OSError):
         for line in lines:
             facts |= json.loads(line)
