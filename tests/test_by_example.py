@@ -29,7 +29,7 @@ def flat(tree):
     return np.concatenate([np.reshape(x, (len(x), -1)) for x in leaves], axis=1)
 
 
-EACH = flat(jax.vmap(jax.jacfwd(converged), AXES)(PARAMS, X))
+EACH = flat(jax.jit(jax.vmap(jax.jacfwd(converged), AXES))(PARAMS, X))
 EXACT = EACH.mean(0)
 N = EACH.shape[1]
 
@@ -150,15 +150,16 @@ def test_update_momentum_and_safe_take_it():
         )
         return got, (value, jax.tree.map(lambda w, g: w - 0.1 * g, PARAMS, grads))
 
-    assert_trees_close(*jax.jit(both)(KEY), rtol=1e-4)
+    got, expected = jax.jit(both)(KEY)
+    assert_trees_close(got, expected, rtol=1e-4)
     momentum = fx.Momentum(window=4).init(KEY, rule, num_examples=8)
-    _, moved, momentum = fx.update(
-        converged, rule, learning_rate=0.1, momentum=momentum, in_axes=AXES
-    )(KEY, PARAMS, X)
+    options = {"learning_rate": 0.1, "momentum": momentum, "in_axes": AXES}
+    update = jax.jit(fx.update(converged, rule, **options))
+    _, moved, momentum = update(KEY, PARAMS, X)
     assert momentum.coefficients.shape == (4, 1, 2, 8)
-    assert_trees_close(moved, both(KEY)[0][1], rtol=1e-4)
-    safe = fx.Safe(rule)
-    _, grads, _ = safe.step(converged, in_axes=AXES)(KEY, PARAMS, X)
+    assert_trees_close(moved, got[1], rtol=1e-4)
+    step = jax.jit(fx.Safe(rule).step(converged, in_axes=AXES))
+    _, grads, _ = step(KEY, PARAMS, X)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(grads))
 
 

@@ -63,7 +63,7 @@ def relative_mse(grads, true):
     return error / sum(np.sum(t**2) for _, t in pairs)
 
 
-TRUE = jax.device_get(jax.grad(loss)(PARAMS, X))
+TRUE = jax.device_get(jax.jit(jax.grad(loss))(PARAMS, X))
 OWN_SLOPES = {
     "activity": (fx.ActivityPerturbation(), EACH),
     "no-exact-outputs": (fx.ActivityPerturbation(exact_outputs=False), None),

@@ -32,18 +32,16 @@ def loss(params, x=1.0):
     return jnp.sum(jnp.tanh(params["w"] @ params["b"]) ** 2) * x
 
 
-def slopes_at(step, rule=RULE, params=PARAMS, key=KEY):
-    return fx.slopes(loss, rule)(jax.random.fold_in(key, step), params)[1]
-
-
-SLOPES = [slopes_at(step) for step in range(5)]
+@jax.jit
+def slopes_at(step, key=KEY):
+    return fx.slopes(loss, RULE)(jax.random.fold_in(key, step), PARAMS)[1]
 
 
 def written(path, num_rows=4, **options):
     """A small ledger; its rows are not a run."""
     with fx.Ledger.create(path, RULE, PARAMS, KEY, **options) as ledger:
         for i in range(num_rows):
-            ledger.append(i, SLOPES[i], 0.1 + i)
+            ledger.append(i, slopes_at(i), 0.1 + i)
     return path
 
 
@@ -175,7 +173,7 @@ def test_rows_with_slopes_of_each_example(tmp_path):
 def test_going_on_and_until(tmp_path):
     path = written(tmp_path / "run", 2)
     with fx.Ledger.open(path) as ledger:
-        ledger.append(2, SLOPES[2], 0.1)
+        ledger.append(2, slopes_at(2), 0.1)
         assert len(ledger) == 3
         until = ledger.replay(loss, PARAMS, until=2)
         assert same(ledger.replay(loss, PARAMS, until=0), PARAMS)
@@ -234,7 +232,7 @@ def test_every_cut_drops_one_row_at_most(tmp_path):
             warnings.simplefilter("always")
             with fx.Ledger.open(path) as ledger:
                 assert len(ledger) == count
-                ledger.append(count, SLOPES[count], 0.1 + count)
+                ledger.append(count, slopes_at(count), 0.1 + count)
         assert [f"row {count}" in str(each.message) for each in found] == (
             [True] if (size - first) % row else []
         )
@@ -243,7 +241,7 @@ def test_every_cut_drops_one_row_at_most(tmp_path):
     with pytest.warns(UserWarning, match="the digest behind the header is cut"):
         ledger = fx.Ledger.open(path)
     assert len(ledger) == 0
-    ledger.append(0, SLOPES[0], 0.1)
+    ledger.append(0, slopes_at(0), 0.1)
     ledger.close()
     assert path.read_bytes() == whole[: first + row]
 
@@ -262,7 +260,7 @@ def test_a_damaged_row_inside_stops_and_those_before_are_replayed(tmp_path):
     with pytest.raises(ValueError, match=says):
         list(ledger)
     with pytest.raises(ValueError, match=says):
-        ledger.append(4, SLOPES[4], 0.1)
+        ledger.append(4, slopes_at(4), 0.1)
     assert same(ledger.replay(loss, PARAMS, until=1), expected)
     assert path.read_bytes() == swapped
 
@@ -342,7 +340,7 @@ def test_a_killed_writer_loses_no_row(tmp_path):
     from test_ledger import *
     ledger = fx.Ledger.create(sys.argv[1], RULE, PARAMS, KEY)
     for i in range(3):
-        ledger.append(i, SLOPES[i], 0.1 + i)
+        ledger.append(i, slopes_at(i), 0.1 + i)
     os.kill(os.getpid(), {int(signal.SIGKILL)})
     """
     path = tmp_path / "run"
@@ -366,16 +364,16 @@ def test_nothing_is_written_over(tmp_path):
 def test_there_is_one_writer(tmp_path):
     path = written(tmp_path / "run", 1)
     first, second, late = (fx.Ledger.open(path) for _ in range(3))
-    first.append(1, SLOPES[1], 0.1)
+    first.append(1, slopes_at(1), 0.1)
     with pytest.raises(BlockingIOError, match="expected to be the only writer"):
-        second.append(1, SLOPES[1], 0.1)
+        second.append(1, slopes_at(1), 0.1)
     first.close()
     with pytest.raises(
         RuntimeError, match="had 1 rows when it was opened, and has 2 now"
     ):
-        late.append(1, SLOPES[1], 0.1)
+        late.append(1, slopes_at(1), 0.1)
     with pytest.raises(ValueError, match=r"is closed. Open it with forwax.Ledger.open"):
-        first.append(2, SLOPES[2], 0.1)
+        first.append(2, slopes_at(2), 0.1)
     for ledger in (second, late):
         ledger.close()
     with fx.Ledger.open(path) as ledger:
@@ -414,20 +412,24 @@ def test_rows_that_do_not_fit_are_refused(tmp_path):
     for step in (1, 3, 2.5, -1):
         match = r"expected step 2, the next one|expected the keys"
         with pytest.raises(ValueError, match=match):
-            ledger.append(step, slopes_at(int(step)) if step > 0 else SLOPES[2], 0.1)
+            ledger.append(step, slopes_at(int(step) if step > 0 else 2), 0.1)
     says = (
         r"expected the keys fold_in\(key, step\) of threefry2x32, from step 2 on \[\["
     )
     with pytest.raises(ValueError, match=says):
         ledger.append(2, slopes_at(2, key=jax.random.key(9)), 0.1)
     with pytest.raises(ValueError, match=r"rates, keys and weights of shapes \(1,\)"):
-        ledger.append(2, SLOPES[2].concatenate(SLOPES[2]), 0.1)
+        ledger.append(2, slopes_at(2).concatenate(slopes_at(2)), 0.1)
     with pytest.raises(ValueError, match="expected weights in float32"):
-        ledger.append(2, dataclasses.replace(SLOPES[2], weights=np.ones((1, 3))), 0.1)
+        ledger.append(
+            2, dataclasses.replace(slopes_at(2), weights=np.ones((1, 3))), 0.1
+        )
     with pytest.raises(ValueError, match="expected finite rates"):
-        ledger.append(2, SLOPES[2], float("nan"))
+        ledger.append(2, slopes_at(2), float("nan"))
     with pytest.raises(ValueError, match="expected slopes of the ledger's parameters"):
-        ledger.append(2, dataclasses.replace(SLOPES[2], form=("w: float32[2]",)), 0.1)
+        ledger.append(
+            2, dataclasses.replace(slopes_at(2), form=("w: float32[2]",)), 0.1
+        )
     with pytest.raises(TypeError, match=r"expected forwax.Slopes, got list"):
         ledger.append(2, [1.0], 0.1)
     ledger.close()

@@ -20,7 +20,8 @@ def loss(w, x):
     return jnp.sum(jnp.tanh(x @ w) ** 2)
 
 
-EACH = fx.slopes(loss, RULE, in_axes=(None, 0), per_example=True)(KEY, W, X)[1]
+TAKEN = jax.jit(fx.slopes(loss, RULE, in_axes=(None, 0), per_example=True))
+EACH = TAKEN(KEY, W, X)[1]
 private = fx.privacy.clip_and_noise
 
 

@@ -1,6 +1,7 @@
 """Adapters: the same logits by every way, files, and every rule."""
 
 import dataclasses
+import functools
 import json
 import struct
 
@@ -28,8 +29,14 @@ CONFIG = lm.LlamaConfig(
 TOKENS = jnp.array([[5, 30, 2, 9, 30], [1, 0, 25, 33, 34]])
 LABELS = jnp.array([3, 7])
 MASK = jnp.array([[False, False, True, True, True], [True] * 5])
+# one program each, not one for each operation
+forward = jax.jit(lm.forward, static_argnums=0, static_argnames="checkpoint")
+cached_prefix = jax.jit(
+    adapters.cached_prefix, static_argnums=0, static_argnames="layers"
+)
 
 
+@functools.cache
 def parameters(dtype=jnp.float32):
     shapes = {name: (3, *shape) for name, shape in CONFIG.shapes().items()}
     rng = np.random.default_rng(0)
@@ -89,11 +96,11 @@ def last_token():
 def test_low_rank_equals_merge():
     params = parameters()
     adapter = moved(lora(params))
-    logits = lm.forward(CONFIG, params, TOKENS, mask=MASK, adapter=adapter)
+    logits = forward(CONFIG, params, TOKENS, mask=MASK, adapter=adapter)
     merged = adapters.merge(params, adapter)
-    expected = lm.forward(CONFIG, merged, TOKENS, mask=MASK)
+    expected = forward(CONFIG, merged, TOKENS, mask=MASK)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
-    plain = lm.forward(CONFIG, params, TOKENS, mask=MASK)
+    plain = forward(CONFIG, params, TOKENS, mask=MASK)
     assert jnp.abs(logits - plain).max() > 0.1
 
 
@@ -105,8 +112,8 @@ def test_low_rank_beside_packed_matrices():
         params,
         is_leaf=lambda x: isinstance(x, lm.Packed),
     )
-    logits = lm.forward(CONFIG, params, TOKENS, adapter=adapter)
-    expected = lm.forward(CONFIG, adapters.merge(dense, adapter), TOKENS)
+    logits = forward(CONFIG, params, TOKENS, adapter=adapter)
+    expected = forward(CONFIG, adapters.merge(dense, adapter), TOKENS)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="but attn_q is packed"):
         adapters.merge(params, adapter)
@@ -114,9 +121,9 @@ def test_low_rank_beside_packed_matrices():
 
 def test_adapters_change_nothing_at_the_start():
     params = parameters()
-    plain = lm.forward(CONFIG, params, TOKENS)
+    plain = forward(CONFIG, params, TOKENS)
     for adapter in (lora(params), last_token()):
-        logits = lm.forward(CONFIG, params, TOKENS, adapter=adapter)
+        logits = forward(CONFIG, params, TOKENS, adapter=adapter)
         np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-5)
 
 
@@ -131,13 +138,13 @@ def test_every_token_is_changed_as_the_last_one_is(tmp_path):
         for everywhere in (False, True)
     )
     params = parameters()
-    logits = lm.forward(CONFIG, params, TOKENS, adapter=every)
+    logits = forward(CONFIG, params, TOKENS, adapter=every)
     for length in (1, 3, 5):
-        alone = lm.forward(CONFIG, params, TOKENS[:, :length], adapter=last)
+        alone = forward(CONFIG, params, TOKENS[:, :length], adapter=last)
         np.testing.assert_allclose(logits[:, length - 1], alone[:, -1], atol=2e-5)
     adapters.save(tmp_path / "a", every)
     assert adapters.load(tmp_path / "a").everywhere
-    prefix = adapters.cached_prefix(CONFIG, params, TOKENS, layers=1)
+    prefix = cached_prefix(CONFIG, params, TOKENS, layers=1)
     with pytest.raises(ValueError, match="expected an adapter that acts there"):
         lm.forward(CONFIG, params, TOKENS, adapter=every, prefix=prefix)
 
@@ -191,9 +198,9 @@ def test_the_last_token_is_changed_as_written():
     last = last + (last / root) @ a @ u
     root = np.sqrt((last**2).mean(axis=1, keepdims=True) + 1e-5)
     expected = (last / root * params["output_norm"][None]) @ params["token_embd"].T
-    logits = lm.forward(CONFIG, params, TOKENS, adapter=adapter)
+    logits = forward(CONFIG, params, TOKENS, adapter=adapter)
     np.testing.assert_allclose(logits[:, -1], expected, rtol=0, atol=1e-4)
-    plain = lm.forward(CONFIG, params, TOKENS)
+    plain = forward(CONFIG, params, TOKENS)
     np.testing.assert_allclose(logits[:, :-1], plain[:, :-1], rtol=0, atol=1e-5)
 
 
@@ -202,16 +209,16 @@ def test_the_last_token_is_changed_as_written():
 def test_last_token_by_prefix_equals_the_whole_sequence(layers, mask):
     params = parameters()
     adapter = moved(adapters.last_token(CONFIG, 4, layers, KEY))
-    expected = lm.forward(CONFIG, params, TOKENS, mask=mask, adapter=adapter)[:, -1]
-    prefix = adapters.cached_prefix(CONFIG, params, TOKENS, layers=layers, mask=mask)
+    expected = forward(CONFIG, params, TOKENS, mask=mask, adapter=adapter)[:, -1]
+    prefix = cached_prefix(CONFIG, params, TOKENS, layers=layers, mask=mask)
     assert {len(x) for x in jax.tree.leaves(prefix)} == {len(TOKENS)}
-    logits = lm.forward(CONFIG, params, TOKENS, adapter=adapter, prefix=prefix)
+    logits = forward(CONFIG, params, TOKENS, adapter=adapter, prefix=prefix)
     assert logits.shape == (2, 50)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
-    plain = lm.forward(CONFIG, params, TOKENS, mask=mask)[:, -1]
+    plain = forward(CONFIG, params, TOKENS, mask=mask)[:, -1]
     assert jnp.abs(logits - plain).max() > 0.1
     one = jax.tree.map(lambda x: x[1], prefix)
-    alone = lm.forward(CONFIG, params, TOKENS[1], adapter=adapter, prefix=one)
+    alone = forward(CONFIG, params, TOKENS[1], adapter=adapter, prefix=one)
     np.testing.assert_allclose(alone, expected[1], rtol=0, atol=1e-4)
 
 
@@ -219,27 +226,27 @@ def test_padding_changes_nothing_by_prefix():
     params = parameters()
     adapter = moved(last_token())
     short = TOKENS[:1, 2:]
-    whole = adapters.cached_prefix(CONFIG, params, short, layers=2)
-    padded = adapters.cached_prefix(CONFIG, params, TOKENS, layers=2, mask=MASK)
-    expected = lm.forward(CONFIG, params, short, adapter=adapter, prefix=whole)
-    logits = lm.forward(CONFIG, params, TOKENS, adapter=adapter, prefix=padded)
+    whole = cached_prefix(CONFIG, params, short, layers=2)
+    padded = cached_prefix(CONFIG, params, TOKENS, layers=2, mask=MASK)
+    expected = forward(CONFIG, params, short, adapter=adapter, prefix=whole)
+    logits = forward(CONFIG, params, TOKENS, adapter=adapter, prefix=padded)
     np.testing.assert_allclose(logits[:1], expected, rtol=0, atol=1e-4)
 
 
 def test_a_prefix_may_be_kept_in_float16_and_of_one_token():
     params = parameters()
     adapter = moved(last_token())
-    prefix = adapters.cached_prefix(CONFIG, params, TOKENS, layers=2)
+    prefix = cached_prefix(CONFIG, params, TOKENS, layers=2)
     halves = jax.tree.map(
         lambda x: x.astype(jnp.float16) if x.dtype == jnp.float32 else x, prefix
     )
-    logits = lm.forward(CONFIG, params, TOKENS, adapter=adapter, prefix=halves)
-    expected = lm.forward(CONFIG, params, TOKENS, adapter=adapter, prefix=prefix)
+    logits = forward(CONFIG, params, TOKENS, adapter=adapter, prefix=halves)
+    expected = forward(CONFIG, params, TOKENS, adapter=adapter, prefix=prefix)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=0.02)
     first = TOKENS[:, :1]
-    prefix = adapters.cached_prefix(CONFIG, params, first, layers=2)
-    logits = lm.forward(CONFIG, params, first, adapter=adapter, prefix=prefix)
-    expected = lm.forward(CONFIG, params, first, adapter=adapter)[:, 0]
+    prefix = cached_prefix(CONFIG, params, first, layers=2)
+    logits = forward(CONFIG, params, first, adapter=adapter, prefix=prefix)
+    expected = forward(CONFIG, params, first, adapter=adapter)[:, 0]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
@@ -253,27 +260,26 @@ def of_whole(adapter, params, tokens, label):
     return softmax_cross_entropy(logits[-1], label)
 
 
+@functools.cache
 def case(kind):
-    """A loss of one example, and its arguments."""
+    """A loss of one example, its arguments, and the mean over the examples with its gradient."""
     params = parameters()
     if kind == "lora":
-        return of_whole, (moved(lora(params), 0.1), params, TOKENS, LABELS)
-    prefix = adapters.cached_prefix(CONFIG, params, TOKENS, layers=2)
-    return of_last_token, (moved(last_token(), 0.1), params, prefix, LABELS)
+        loss, args = of_whole, (moved(lora(params), 0.1), params, TOKENS, LABELS)
+    else:
+        prefix = cached_prefix(CONFIG, params, TOKENS, layers=2)
+        loss, args = of_last_token, (moved(last_token(), 0.1), params, prefix, LABELS)
+    mean = lambda *args: jax.vmap(loss, AXES)(*args).mean()
+    return loss, args, *jax.jit(jax.value_and_grad(mean))(*args)
 
 
 AXES = (None, None, 0, 0)
 ADAPTERS = ["lora", "last-token"]
 
 
-def gradient(loss, args):
-    mean = lambda adapter: jax.vmap(loss, AXES)(adapter, *args[1:]).mean()
-    return jax.grad(mean)(args[0])
-
-
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_activity_is_unbiased(kind):
-    loss, args = case(kind)
+    loss, args, *_ = case(kind)
     # The sum over basis noise is exact; three tenths are what the draws besides must find.
     fx.testing.assert_unbiased(
         fx.ActivityPerturbation(), loss, args, in_axes=AXES, tolerance=0.3
@@ -292,11 +298,9 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_rule_takes_adapters(kind, rule):
-    loss, args = case(kind)
-    exact = gradient(loss, args)
+    loss, args, expected, exact = case(kind)
     run = jax.jit(fx.value_and_grad(loss, rule, in_axes=AXES))
     value, grads = run(KEY, *args)
-    expected = jax.vmap(loss, AXES)(*args).mean()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert jax.tree.structure(grads) == jax.tree.structure(args[0])
     if isinstance(rule, fx.Backprop):
@@ -310,8 +314,7 @@ def test_every_rule_takes_adapters(kind, rule):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_learned_feedback_takes_adapters(kind):
-    loss, args = case(kind)
-    exact = gradient(loss, args)
+    loss, args, expected, exact = case(kind)
     rule = fx.LearnedFeedback().init(loss, in_axes=AXES)(*args)
 
     @jax.jit
@@ -320,7 +323,6 @@ def test_learned_feedback_takes_adapters(kind):
 
     for own in jax.random.split(KEY, 30):
         value, grads, rule = step(rule, own)
-    expected = jax.vmap(loss, AXES)(*args).mean()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert cosine(grads, exact) > 0.9
 
@@ -333,7 +335,7 @@ def cosine(a, b):
 @pytest.mark.parametrize(("kind", "num_sites"), [("lora", 8), ("last-token", 2)])
 def test_explain_shows_the_sites(kind, num_sites):
     """By the adapter's leaves."""
-    loss, args = case(kind)
+    loss, args, *_ = case(kind)
     table = fx.explain(loss, in_axes=AXES)(*args)
     assert len(table.rows) == num_sites
     named = {path.partition(".")[0] for row in table.rows for path in row.parameters}
