@@ -20,6 +20,9 @@ from typing import Any
 
 from forwax.lab.keeping.console import ERRORS, Patient
 
+Facts = dict[str, Any]
+"""What last words need of a process: count, index, resume."""
+
 GONE = 4
 """The exit code where another process of the run is gone, or never came."""
 
@@ -32,8 +35,8 @@ START_SECONDS = 300
 LINK: ParentLink | None = None
 """What ties this process to its parent, where it is a child."""
 
-FACTS: dict[str, Any] = {}
-"""What last words need of this process: count, index, resume."""
+FACTS: Facts = {}
+"""Those of this process."""
 
 
 def tell(**facts: Any) -> None:
@@ -53,7 +56,7 @@ class ParentLink:
         self._is_joined = False
         threading.Thread(target=self._hear, daemon=True).start()
 
-    def tell(self, facts: dict[str, Any]) -> None:
+    def tell(self, facts: Facts) -> None:
         """Tell the parent facts; with the first of them this process has found the others."""
         self._is_joined = True
         self._end.sendall(json.dumps(facts).encode() + b"\n")
@@ -99,7 +102,7 @@ def supervised(words: Sequence[str], run: Callable[[], int]) -> int:
     return _as_parent([sys.executable, "-m", "forwax", *words])
 
 
-def last_words(facts: dict[str, Any]) -> str:
+def last_words(facts: Facts) -> str:
     """Say that a process is gone, and what goes on.
 
     >>> last_words({"count": 2, "index": 0, "resume": "runs/digits"})
@@ -181,9 +184,9 @@ def _as_parent(command: Sequence[str]) -> int:
     return 128 - code
 
 
-def _facts(end: socket.socket) -> dict[str, Any]:
+def _facts(end: socket.socket) -> Facts:
     """All that a child told, which has ended."""
-    facts: dict[str, Any] = {}
+    facts: Facts = {}
     with end.makefile("rb") as lines, suppress(OSError):
         for line in lines:
             facts |= json.loads(line)
