@@ -41,6 +41,7 @@ LIMITS: dict[str, float] = {
     f"{GAINED}commands/completion": 120,
     f"{GAINED}terminal": 750,
     f"{GAINED}texts": 2_650,
+    f"{GAINED}training/divergence": 240,
     f"{GAINED}finetune": 9_000,
     f"{GAINED}distributed": 5_100,
     "lines with num_consts outside _programs": 4,

@@ -47,9 +47,11 @@ from forwax.lab.keeping.metrics import SHARE, spans
 from forwax.lab.keeping.seal import sealed
 from forwax.lab.report import Json, Rows
 from forwax.lab.terminal import Shown, counted
-from forwax.lab.training.advice import advice, monitored
+from forwax.lab.training.advice import advice, monitored, smaller_rate
+from forwax.lab.training.divergence import Divergence
 from forwax.lab.training.folder import opened
 from forwax.lab.training.problem import Task, build_problem
+from forwax.lab.training.program import Block
 from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import NOT_FINITE, Sitting
 
@@ -262,9 +264,16 @@ def _resume(run: Run, data_dir: Path | None) -> tuple[Run, Task, Settings]:
 class _Training(Sitting):
     """An evaluation on the test set every so often."""
 
+    divergence: Divergence
+
+    def after_block(self, block: Block, seconds: float) -> None:
+        super().after_block(block, seconds)
+        self.divergence.begin(self.trainer.step, block.losses)
+
     def at_stop(self) -> None:
         state = self.trainer.state
         loss, accuracy = self.score(state.params)
+        self.divergence.see(self.trainer.step, loss)
         row = {"step": self.trainer.step, "test_loss": loss, "test_accuracy": accuracy}
         row |= monitored(self.settings, state, self.problem.num_parameters)
         self.metrics.append([row | {"seconds": round(self.seconds, 6)}])
@@ -274,6 +283,8 @@ def _train(run: Run, session: _Training, started: float, facts: Json) -> int:
     """Train until something stops it, and say what did."""
     name = run.config["experiment"]
     steps = session.settings.steps
+    advised = partial(smaller_rate, name, session.trainer)
+    session.divergence = Divergence(advised, run.metrics())
     with reporting(name, steps, session.trainer.step) as session.report:
         stopped_by = session.run()
     session.save()
@@ -339,6 +350,8 @@ def _finish(run: Run, session: _Training, started: float, facts: Json) -> None:
     )
     if rule.backward:
         print(rule.backward)
+    if sentence := session.divergence.end(last["test_loss"]):
+        print(sentence)
     print(f"Curves, metrics and summary: {run.path}")
 
 

@@ -55,15 +55,7 @@ def advice(experiment: str, trainer: Trainer, folder: Path, loss: float) -> str:
         loss: of the step that was not made.
     """
     settings = trainer.program.settings
-    problem = trainer.program.problem
-    n = problem.num_parameters
-    rate = settings.learning_rate or 0.0
-    suggested = find_experiment(experiment).suggest_rate(
-        settings, build_rule(settings, jnp.zeros(n)), n, problem.noise
-    )
-    tries = [
-        f"a smaller --learning-rate (say {min(suggested, rate / 3):.1g}; it was {rate:.2g})"
-    ]
+    tries = [smaller_rate(experiment, trainer)]
     if settings.num_tangents is not None:
         tries.append(f"more --num-tangents (it was {settings.num_tangents})")
         guarded = "clip_slopes" in RULES[settings.rule].takes
@@ -78,6 +70,17 @@ def advice(experiment: str, trainer: Trainer, folder: Path, loss: float) -> str:
         f"Step {trainer.step + 1} was not made because its {what} is not finite (loss {loss:g}); "
         f"the last finite state is kept in {folder}: try {' or '.join(tries)}."
     )
+
+
+def smaller_rate(experiment: str, trainer: Trainer) -> str:
+    """Advise a smaller rate: what the rule's law implies, at most a third of the run's."""
+    settings, problem = trainer.program.settings, trainer.program.problem
+    n = problem.num_parameters
+    rate = settings.learning_rate or 0.0
+    suggested = find_experiment(experiment).suggest_rate(
+        settings, build_rule(settings, jnp.zeros(n)), n, problem.noise
+    )
+    return f"a smaller --learning-rate (say {min(suggested, rate / 3):.1g}; it was {rate:.2g})"
 
 
 def _takes_projection(settings: Settings) -> bool:
