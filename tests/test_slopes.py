@@ -19,8 +19,9 @@ T = fx.tangents
 KEY = jax.random.key(0)
 W = fx.WeightPerturbation
 FD = fx.FiniteDifference
-PARAMS = {"w": normal(1, 2, 6, 6), "b": normal(2, 2, 1, 6), "out": normal(4, 6, 3)}
-X = normal(3, 4, 6)
+# Small leaves: XLA unrolls the loops over words of threefry, and nine are a vector and a rest.
+PARAMS = {"w": normal(1, 2, 3, 3), "b": normal(2, 2, 1, 3), "out": normal(4, 3, 3)}
+X = normal(3, 4, 3)
 AXES = {"in_axes": (None, 0)}
 
 
@@ -149,19 +150,21 @@ def test_a_shape_may_stand_for_what_is_not_needed():
     spec = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     loss = lambda params, x, scale: (stack(params, x) * scale, x)
     rule = W(T.LowRank(), 3)
-    _, slopes = fx.slopes(loss, rule, has_aux=True)(KEY, PARAMS, X, scale=2.0)
+    taken = jax.jit(fx.slopes(loss, rule, has_aux=True))
+    _, slopes = taken(KEY, PARAMS, X, scale=2.0)
     replay = fx.replay(loss, rule)
     expected = replay(slopes, 0.1, PARAMS, X, scale=2.0)
     assert_same(replay(slopes, 0.1, PARAMS, spec(X), scale=2.0), expected)
     own = W(T.LowRank(per_example=True), 3)
-    _, slopes = fx.slopes(one, own, **AXES)(KEY, PARAMS, X)
+    _, slopes = jax.jit(fx.slopes(one, own, **AXES))(KEY, PARAMS, X)
     replay = fx.replay(one, own, **AXES)
     got = replay(slopes, 0.1, PARAMS, spec(X))
     assert_same(got, replay(slopes, 0.1, PARAMS, X))
 
 
 @pytest.mark.parametrize(
-    "rule", [W(num_tangents=3), W(T.LowRank(2), 2), FD(T.LowRank(), 2)]
+    "rule",
+    [W(num_tangents=3), W(T.LowRank(2), 2), FD(T.LowRank(), 2, epsilon=0.05)],
 )
 def test_the_estimate_is_a_replay_on_zeros(rule):
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -193,14 +196,16 @@ def test_the_mean_of_each_examples_slopes_is_the_slope(rule):
 
 def test_slopes_are_scaled_and_put_side_by_side():
     rule = W(num_tangents=3)
-    replay = lambda slopes: fx.replay(stack, rule)(slopes, -1.0, zeros, X)
+    replay = jax.jit(lambda slopes: fx.replay(stack, rule)(slopes, -1.0, zeros, X))
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    _, first = fx.slopes(stack, rule)(KEY, PARAMS, X)
-    _, second = fx.slopes(stack, rule)(jax.random.key(1), PARAMS, X)
+    taken = jax.jit(fx.slopes(stack, rule))
+    _, first = taken(KEY, PARAMS, X)
+    _, second = taken(jax.random.key(1), PARAMS, X)
     total = replay(first.scaled(2.0).concatenate(second, second))
     expected = jax.tree.map(lambda a, b: 2 * a + 2 * b, replay(first), replay(second))
     assert_trees_close(total, expected, rtol=1e-5, atol=1e-6)
-    _, each = fx.slopes(one, rule, per_example=True, **AXES)(KEY, PARAMS, X)
+    taken = jax.jit(fx.slopes(one, rule, per_example=True, **AXES))
+    _, each = taken(KEY, PARAMS, X)
     masked = each.scaled(jnp.array([1, 0, 0, 0]))
     assert np.array_equal(masked.weights[..., 0], each.weights[..., 0])
     assert not masked.weights[..., 1:].any()
@@ -237,7 +242,7 @@ def test_safety_and_momentum_between_both_halves(rule):
 def test_safe_remembers_in_units_of_slopes():
     """Gathered weights are divided by k and by the number of keys."""
     rule = W(num_tangents=2, combine=fx.combine.Shrinkage())
-    _, first = fx.slopes(stack, rule)(KEY, PARAMS, X)
+    _, first = jax.jit(fx.slopes(stack, rule))(KEY, PARAMS, X)
     world = first.concatenate(first).scaled(0.5)
     n = sum(x.size for x in jax.tree.leaves(PARAMS))
     law = rule.tangents.relative_mse(n, 2)
@@ -254,23 +259,22 @@ def test_momentum_of_several_keys():
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     momentum = fx.Momentum(0.5, 3).init(KEY, rule, num_keys=2)
     assert momentum.keys.shape == (3, 2, 2)
+    taken = jax.jit(fx.slopes(stack, rule))
+    estimate = jax.jit(lambda s: fx.replay(stack, rule)(s, -1.0, zeros, X)["out"])
     for i in range(4):
-        steps = [
-            fx.slopes(stack, rule)(jax.random.key(2 * i + j), PARAMS, X)[1]
-            for j in (0, 1)
-        ]
+        steps = [taken(jax.random.key(2 * i + j), PARAMS, X)[1] for j in (0, 1)]
         slopes = steps[0].concatenate(steps[1])
         momentum = momentum.add(slopes)
-        w = fx.replay(stack, rule)(slopes, -1.0, zeros, X)["out"]
+        w = estimate(slopes)
         total = 0.5 * total + w if i else 0.0  # the first one leaves the window
-    got = fx.replay(stack, rule)(momentum.slopes(), -1.0, zeros, X)["out"]
+    got = estimate(momentum.slopes())
     np.testing.assert_allclose(got, total, rtol=1e-4, atol=1e-5)
 
 
 # --- several devices ---
 
 MESH = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-ROWS = normal(5, 8, 6)
+ROWS = normal(5, 8, 3)
 
 
 def sharded(function, *, check_vma=True):
@@ -307,9 +311,10 @@ def test_gathered_slopes_are_those_of_all_devices(name):
     value, world, again, wrong, moved = got
     assert_same(again, world)
     assert np.isnan(wrong).all()
+    taken = jax.jit(fx.slopes(stack, rule))
     steps = [
-        jax.jit(fx.slopes(stack, rule))(jax.random.fold_in(KEY, i), PARAMS, x)
-        for i, x in enumerate(ROWS.reshape(4, 2, 6))
+        taken(jax.random.fold_in(KEY, i), PARAMS, x)
+        for i, x in enumerate(ROWS.reshape(4, 2, 3))
     ]
     expected = steps[0][1].concatenate(*(slopes for _, slopes in steps[1:]))
     assert_trees_close(world, expected.scaled(0.25), rtol=1e-3, atol=1e-4)
@@ -344,7 +349,7 @@ def test_each_examples_slopes_on_several_devices():
         return each.gather("d").mean()
 
     got = sharded(step)(KEY, PARAMS, ROWS)
-    _, whole = fx.slopes(one, rule, **AXES)(KEY, PARAMS, ROWS)
+    _, whole = jax.jit(fx.slopes(one, rule, **AXES))(KEY, PARAMS, ROWS)
     assert got.weights.shape == (4, 2)
     np.testing.assert_allclose(got.weights.sum(0), whole.weights[0], rtol=1e-4)
     mean = lambda params, x: lax.pmean(one(params, x), "d")
@@ -453,7 +458,7 @@ def test_examples_that_have_no_slopes_of_their_own_are_refused():
 
 def test_slopes_that_do_not_fit_are_refused():
     rule = W(num_tangents=2)
-    _, slopes = fx.slopes(stack, rule)(KEY, PARAMS, X)
+    _, slopes = jax.jit(fx.slopes(stack, rule))(KEY, PARAMS, X)
     with pytest.raises(
         ValueError, match=r"along 1 tangents, weights \[s, 1\], got \[1, 2\]"
     ):
@@ -493,10 +498,11 @@ def test_slopes_that_do_not_fit_are_refused():
 
 
 def test_slopes_of_unlike_kinds_do_not_stand_side_by_side():
-    _, slopes = fx.slopes(stack)(KEY, PARAMS, X)
+    taken = jax.jit(fx.slopes(stack))
+    _, slopes = taken(KEY, PARAMS, X)
     for other in (
-        fx.slopes(stack)(jax.random.key(0, impl="rbg"), PARAMS, X)[1],
-        fx.slopes(stack, W(num_tangents=2))(KEY, PARAMS, X)[1],
+        taken(jax.random.key(0, impl="rbg"), PARAMS, X)[1],
+        jax.jit(fx.slopes(stack, W(num_tangents=2)))(KEY, PARAMS, X)[1],
     ):
         with pytest.raises(
             ValueError, match="expected slopes of one generator and one shape"
