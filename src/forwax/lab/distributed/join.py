@@ -111,7 +111,7 @@ def _check(options: Any) -> None:
         for name in TASKS
         if (value := os.environ.get(name, "")).isdigit() and int(value) > 1
     ]
-    if options.distributed is None and jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         tasks.append("jax.distributed is initialized")
     if options.distributed is None and tasks:
         raise UsageError(
