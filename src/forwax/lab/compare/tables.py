@@ -3,7 +3,7 @@
 import math
 
 from forwax.lab.compare.rates import pairs
-from forwax.lab.report import Json, Rows, Table
+from forwax.lab.report import Json, Table
 
 COLUMNS = (
     "rule",
@@ -123,7 +123,11 @@ def notes(results: Json) -> list[str]:
         ]
     for each in results["rules"].values():
         if each["search"]:
-            found.append(f"{each['about']} tried {_tried(each['search'])}.")
+            tried = ", ".join(
+                f"{number(rate)} ({'not finite' if loss == math.inf else number(loss)})"
+                for rate, loss in sorted(pairs(each["search"]))
+            )
+            found.append(f"{each['about']} tried {tried}.")
         if each["edge"]:
             found.append(f"{each['about']}: {each['edge']}.")
         if each["non_finite"]:
@@ -132,11 +136,3 @@ def notes(results: Json) -> list[str]:
                 "non-finite; their last finite parameters were tested."
             )
     return found
-
-
-def _tried(candidates: Rows) -> str:
-    """Tell every candidate's rate with its validation loss, from the smallest rate on."""
-    return ", ".join(
-        f"{number(rate)} ({'not finite' if loss == math.inf else number(loss)})"
-        for rate, loss in sorted(pairs(candidates))
-    )

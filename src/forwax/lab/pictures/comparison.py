@@ -32,9 +32,20 @@ def draw(results: Json) -> Figure:
         xscale="log",
     )
     style.plain_numbers(right.xaxis)
-    if results["target_loss"] is not None:
+    target = results["target_loss"]
+    if target is not None:
         for axes in (left, right):
-            _draw_target(axes, results["target_loss"])
+            axes.axhline(target, color=style.MUTED, linestyle=":", linewidth=1)
+            # 0.01 of the width, at the target's height
+            axes.text(
+                0.01,
+                target,
+                f"target {target:g}",
+                color=style.MUTED,
+                fontsize=8,
+                va="bottom",
+                transform=axes.get_yaxis_transform(),
+            )
     figure.legend(
         *left.get_legend_handles_labels(),
         loc="outside lower center",
@@ -80,18 +91,3 @@ def _set_loss_axis(axes: Axes, results: Json) -> None:
         return
     axes.set(yscale="log", ylim=(0.8 * low, 1.3 * high))
     style.plain_numbers(axes.yaxis, minor_digits="25")
-
-
-def _draw_target(axes: Axes, target: float) -> None:
-    grey = style.MUTED
-    axes.axhline(target, color=grey, linestyle=":", linewidth=1)
-    # 0.01 of the width, at the target's height
-    axes.text(
-        0.01,
-        target,
-        f"target {target:g}",
-        color=grey,
-        fontsize=8,
-        va="bottom",
-        transform=axes.get_yaxis_transform(),
-    )
