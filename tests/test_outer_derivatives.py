@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 
 import forwax as fx
+from cases import normal
 from forwax.tangents import Hadamard, LowRank
 
 KEY = jax.random.key(3)
-WEIGHTS = {
-    "a": jax.random.normal(jax.random.key(0), (4, 6)),
-    "b": jax.random.normal(jax.random.key(1), (6, 3)),
-}
-INPUTS = jax.random.normal(jax.random.key(2), (5, 4))
+WEIGHTS = {"a": normal(0, 4, 6), "b": normal(1, 6, 3)}
+INPUTS = normal(2, 5, 4)
 RULES = {
     "weight": fx.WeightPerturbation(),
     "low rank": fx.WeightPerturbation(LowRank(), num_tangents=3, chunk_size=1),

@@ -23,8 +23,6 @@ from forwax.lab.flags import Count, CountOrNot, PathOrNot, check_ranges
 from forwax.lab.report import print_tables
 from forwax.lab.training.problem import Task, build_problem
 
-DEFAULT_RULES = ("forward", "low-rank", "low-rank-8", "activity")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseOptions:
@@ -39,7 +37,7 @@ class DiagnoseOptions:
 
     experiment: Positional[OneLossName] = "digits"
     """Whose loss, on what data."""
-    rules: tuple[str, ...] = DEFAULT_RULES
+    rules: tuple[str, ...] = ("forward", "low-rank", "low-rank-8", "activity")
     """The rules, by the names of `forwax compare`, and a number of tangents where wanted."""
     batch_size: CountOrNot = None
     """The number of examples; the default belongs to the experiment."""
