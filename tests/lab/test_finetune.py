@@ -5,12 +5,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import forwax as fx
 from forwax import adapters, lm
 from forwax.lab import cli
 from forwax.lab.catalogue.settings import Settings
@@ -127,6 +129,44 @@ def test_a_killed_run_goes_on_bit_for_bit(finetune, tmp_path):
     assert out.endswith(f"{folder} is finished already.\n")
 
 
+def test_a_run_killed_before_its_first_step_goes_on_bit_for_bit(finetune, monkeypatch):
+    """While prefixes are cached, while the rate is measured, and when it is."""
+    words = [*TINY, "--steps", "4"]
+    code, out, whole = finetune(*words)
+    assert code == 0
+    assert "compiling, to measure a rate" in out
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    place = (problem.prefixes, "cached")
+    code, _, folder = stopped(finetune, monkeypatch, place, stop, *words)
+    assert code == 130
+    assert folder != whole
+    resume = ("--resume", str(folder))
+    for place in ((run.fx, "measure_curvature"), (run.Finetuning, "run")):
+        code, out, again = stopped(finetune, monkeypatch, place, stop, *resume)
+        assert (code, again) == (130, folder), out
+    assert "compiling, to measure a rate" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(run.fx, "measure_curvature", None)
+        code, out, _ = finetune(*resume)
+    assert code == 0
+    rates = [
+        json.loads((each / "summary.json").read_text())["learning_rate"]
+        for each in (whole, folder)
+    ]
+    assert rates[0] == rates[1]
+    first, second = (arrays(each)["weights"] for each in (whole, folder))
+    assert first.tobytes() == second.tobytes()
+
+
+def stopped(finetune, monkeypatch, place, stop, *words):
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, stop)
+        return finetune(*words)
+
+
 def test_a_run_goes_on_with_its_own_settings_and_texts(finetune, tmp_path):
     path = tmp_path / "a.csv"
     rows = [f"Number {n},{'odd' if n % 2 else 'even'}\n" for n in range(40)]
@@ -172,7 +212,8 @@ def task(**options) -> problem.Tuning:
         model="tiny-random", data="tiny-sentences", batch_size=4, **options
     )
     model = models.load("tiny-random", asked.packed)
-    return problem.build(model, texts.load("tiny-sentences"), asked)
+    made = problem.build(model, texts.load("tiny-sentences"), asked)
+    return problem.with_prefixes(made, model)
 
 
 def in_place(rule: str, adapter: str = "full") -> tuple[problem.Tuning, Settings]:
@@ -239,10 +280,29 @@ def test_parts_share_no_text_and_no_number_of_texts_changes_the_others():
     assert len(set.union(*found)) == 72
 
 
+def test_texts_of_several_lengths_have_a_slope_at_each_token():
+    """Filling on the left hides from no rule that tokens hear of no later ones."""
+    built = task(task="next-token")
+    rows, labels = jax.tree.map(jnp.asarray, built.train)
+    assert not rows.own["mask"].all()
+    explain = fx.explain(
+        built.loss_beside,
+        fx.ActivityPerturbation(),
+        has_aux=True,
+        in_axes=problem.AXES,
+    )
+    found = explain(built.init(None), rows.frozen, rows.own, labels).rows
+    assert [row.credit for row in found] == [
+        "one slope per example and position of axis 2, later terms",
+        "exact error",
+    ]
+
+
 def test_prefixes_are_kept_on_disk_and_damaged_ones_made_anew(monkeypatch):
     first = task(packed=True)
     files = sorted((cache_dir() / prefixes.FOLDER).iterdir())
-    assert len(files) == 3
+    # blocks of 32 of 27, 9 and 36 texts
+    assert len(files) == 4
 
     def forbidden(*args, **options):
         raise AssertionError("computed again")
@@ -265,14 +325,22 @@ def test_prefixes_are_kept_on_disk_and_damaged_ones_made_anew(monkeypatch):
 
 
 def test_a_full_disk_while_prefixes_are_kept(finetune, monkeypatch):
-    def full(self, content):
-        raise OSError(28, "No space left on device")
+    plain = Path.write_bytes
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    code, out, folder = finetune(*TINY, *FEW, *RATE)
-    assert (code, folder) == (2, None)
+    def full(self, content):
+        if prefixes.FOLDER in self.parts:
+            raise OSError(28, "No space left on device")
+        return plain(self, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        code, out, folder = finetune(*TINY, *FEW, *RATE)
+    assert code == 2
     assert "No space left on device; set FORWAX_CACHE to a folder that can be" in out
     assert not list((cache_dir() / prefixes.FOLDER).iterdir())
+    # what was begun goes on when there is space
+    code, _, _ = finetune("--resume", str(folder))
+    assert code == 0
 
 
 def test_by_prefix_and_packed_the_logits_are_those_of_the_model():
@@ -346,6 +414,22 @@ def test_a_file_that_does_not_fit_is_one_sentence(
     code, out, _ = finetune("--model", "tiny-random", "--data", str(path))
     assert code == 2
     assert expected in out
+
+
+def test_a_text_with_a_character_that_has_no_word(finetune, tmp_path, monkeypatch):
+    """As control characters have none in SmolLM2's vocabulary."""
+    byte = models.Bytes().encode
+    inner = SimpleNamespace(encode=lambda text, **_: SimpleNamespace(ids=byte(text)))
+    coder = lm.Tokenizer(inner, frozenset({0x13}))
+    monkeypatch.setattr(models, "Bytes", lambda: coder)
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nFine.,1\nA film \x13 a bore.,0\n")
+    code, out, folder = finetune("--model", "tiny-random", "--data", str(path))
+    assert (code, folder) == (2, None)
+    assert out.splitlines()[-1] == (
+        "forwax: The text 'A film \\x13 a bore. It was': encode: the vocabulary has no word for "
+        "the byte 0x13 of UTF-8, so expected a text without '\\x13'. Remove the character."
+    )
 
 
 def test_a_file_that_is_no_model(finetune, tmp_path):

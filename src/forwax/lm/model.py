@@ -210,10 +210,9 @@ def embedded(params: Any, tokens: Array) -> Array:
 
 
 def visible(tokens: Array, mask: Array | None) -> Array:
-    """Which tokens each token looks at, booleans [B, T, T]: those up to it that are no filling."""
-    num_tokens = tokens.shape[-1]
-    causal = jnp.tril(jnp.ones((1, num_tokens, num_tokens), bool))
-    return causal if mask is None else causal & mask[:, None, :]
+    """Which tokens may be looked at, booleans [B, 1, T]: those that are no filling."""
+    real = jnp.ones((1, tokens.shape[-1]), bool) if mask is None else mask
+    return real[:, None, :]
 
 
 def through_layers(
@@ -335,7 +334,7 @@ def block(
     """One layer: states [B, T, width] behind it, and its keys and values [B, T, heads, head_size].
 
     With `earlier` keys and values [B, S, heads, head_size] stand in front of the tokens' own;
-    `sees` is [B, T, S + T].
+    `sees` is [B, 1, S + T], whether a token is no filling; each looks at those up to it alone.
     """
     inputs = norm(states, layer["attn_norm"], config)
     first = 0 if earlier is None else earlier[0].shape[1]
@@ -411,9 +410,16 @@ def _attention(queries: Array, keys: Array, values: Array, sees: Array) -> Array
     # [B, key heads, group, T, S]
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, keys)
     scores = scores.astype(accumulation_dtype(scores.dtype)) * size**-0.5
-    # Finite, so that a token of filling, which sees nothing, has no 0 / 0.
     lowest = jnp.finfo(scores.dtype).min
-    scores = jnp.where(sees[:, None, None], scores, lowest)
+    # Each token looks at itself, also one of filling, which else would look at all alike; so rules
+    # find that none hears of later ones.
+    num_keys = scores.shape[-1]
+    offset = num_keys - num_tokens
+    causal = jnp.tril(jnp.ones((num_tokens, num_keys), bool), offset)
+    itself = jnp.eye(num_tokens, num_keys, offset, dtype=bool)
+    seen = jnp.where(sees[:, None, None], scores, lowest)
+    seen = jnp.where(itself[None, None, None], scores, seen)
+    scores = jnp.where(causal[None, None, None], seen, lowest)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, values)
     return mixed.reshape(batch, num_tokens, num_heads * size)

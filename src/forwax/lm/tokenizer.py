@@ -48,9 +48,11 @@ class Tokenizer:
         # The package drops such bytes without a word.
         wrong = self.unsayable.intersection(text.encode())
         if wrong:
+            byte = min(wrong)
+            character = next(x for x in text if byte in x.encode())
             raise ValueError(
-                f"encode: the vocabulary has no word for the byte {min(wrong):#04x} of UTF-8, so "
-                "expected a text without it. Remove the character."
+                f"encode: the vocabulary has no word for the byte {byte:#04x} of UTF-8, so "
+                f"expected a text without {character!r}. Remove the character."
             )
         return self.inner.encode(text, add_special_tokens=False).ids
 

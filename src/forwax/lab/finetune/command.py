@@ -43,7 +43,9 @@ def run(options: FinetuneOptions) -> int:
             print(f"{found.path} is finished already.")
             return 0
     ready = runs.make_ready(options)
-    if found is not None:
+    if found is None:
+        found = runs.create(ready)
+    else:
         runs.check_data(found, ready)
     act = versus.compare if options.compare else runs.train
-    return act(ready, found)
+    return act(ready.with_prefixes(), found)

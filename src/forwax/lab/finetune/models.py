@@ -1,7 +1,7 @@
 """Language models: a file out of a package, the user's own, a random one that is built in."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,14 +99,15 @@ class Model:
                 f"--labels must name one word for each of the {len(class_names)} classes, {names}, "
                 f"in this order, got {len(words)}."
             )
-        tokens = [encoded(self, word) for word in words]
-        for word, own in zip(words, tokens, strict=True):
+        found: list[int] = []
+        for word in words:
+            own = encoded(self, word)
             if len(own) != 1:
                 raise UsageError(
                     f"--labels must be words that are one token each, but {word!r} is {len(own)} "
                     f"of {self.config.name}; try a common word, with a space in front."
                 )
-        found = [own[0] for own in tokens]
+            found += own
         if len(set(found)) < len(found):
             raise UsageError(f"--labels must differ, got {', '.join(words)}.")
         return found
@@ -193,8 +194,8 @@ def tiny(packed: bool = False) -> Model:
         "output": kept(head),
         "output_norm": jnp.ones(config.width),
     }
-    fields = {**vars(config), "sha256": digest.hexdigest()}
-    return Model(lm.LlamaConfig(**fields), params, Bytes(), packed)
+    config = replace(config, sha256=digest.hexdigest())
+    return Model(config, params, Bytes(), packed)
 
 
 def _packed(matrix: np.ndarray) -> lm.Packed:

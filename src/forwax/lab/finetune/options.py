@@ -177,9 +177,8 @@ def resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Run]:
 def as_json(options: FinetuneOptions) -> Json:
     """The options as config.json holds them."""
     found: Json = dataclasses.asdict(options)
-    for name in ("data_dir", "runs", "resume"):
-        found[name] = str(found[name].absolute()) if found[name] else None
-    for name in ("model", "data"):
-        if Path(found[name]).is_file():
-            found[name] = str(Path(found[name]).absolute())
+    for name, value in found.items():
+        names_file = name in ("model", "data") and Path(value).is_file()
+        if names_file or isinstance(value, Path):
+            found[name] = str(Path(value).absolute())
     return found

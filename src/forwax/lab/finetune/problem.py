@@ -3,7 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -166,7 +166,7 @@ class Tuning(Task):
 
 
 def build(model: Model, texts: Texts, options: FinetuneOptions) -> Tuning:
-    """Tokenise, split, and cache what is frozen.
+    """Tokenise and split; what is frozen is not cached yet, see `with_prefixes`.
 
     Args:
         model: the frozen model.
@@ -175,7 +175,6 @@ def build(model: Model, texts: Texts, options: FinetuneOptions) -> Tuning:
 
     Raises:
         UsageError: when texts, labels, model and options do not go together.
-        DataError: where prefixes cannot be kept.
     """
     classifies = options.task == "classify"
     labels = np.zeros(len(texts.sentences), np.int32)
@@ -192,10 +191,6 @@ def build(model: Model, texts: Texts, options: FinetuneOptions) -> Tuning:
     adapter, frozen = _start(model, options)
     own: Any = {"tokens": tokens, "mask": mask}
     counts = _sizes(len(tokens), options)
-    used = slice(sum(counts))
-    if options.adapter == "last-token" and classifies:
-        layers = adapter.num_layers
-        own = prefixes.cached(model, tokens[used], mask[used], layers)
     parts: list[Part] = []
     for start, count in zip(np.cumsum([0, *counts]), counts, strict=False):
         chosen = slice(start, start + count)
@@ -218,6 +213,29 @@ def build(model: Model, texts: Texts, options: FinetuneOptions) -> Tuning:
         checksum=digest.hexdigest(),
         loss_of_tokens=None if classifies else _next_token(compute),
     )
+
+
+def with_prefixes(task: Tuning, model: Model) -> Tuning:
+    """The task with what an adapter of the last token never changes computed once, and kept.
+
+    Args:
+        task: from `build`.
+        model: the frozen model.
+
+    Raises:
+        DataError: where prefixes cannot be kept.
+    """
+    adapter = task.init(jax.random.key(0))
+    if not getattr(adapter, "changes_last_token_alone", False):
+        return task
+
+    def cached(part: Any) -> Any:
+        rows, labels = part
+        own = prefixes.cached(model, **rows.own, layers=adapter.num_layers)
+        return Rows(own, rows.frozen), labels
+
+    parts: Any = {x: cached(getattr(task, x)) for x in ("test", "validation", "train")}
+    return replace(task, **parts)
 
 
 def _checked_labels(texts: Texts) -> np.ndarray:
@@ -248,12 +266,12 @@ def _tokenised(
     least = 1 if options.task == "classify" else 2
     most = options.max_tokens or sizes.max()
     kept = np.flatnonzero((least <= sizes) & (sizes <= most))
-    longest = int(sizes[kept].argmax()) if len(kept) else 0
-    if len(kept) and sizes[kept[longest]] > context:
-        text = texts.sentences[kept[longest]]
+    long = kept[sizes[kept] > context]
+    if len(long):
+        text = texts.sentences[long[0]]
         raise UsageError(
             f"{model.config.name} sees {context} tokens, but the text {text[:40]!r} has "
-            f"{sizes[kept[longest]]}; leave longer ones out with --max-tokens {context}."
+            f"{sizes[long[0]]}; leave longer ones out with --max-tokens {context}."
         )
     if len(kept) < len(lists):
         print(f"{len(kept):,} of {len(lists):,} texts have at most {most} tokens.")

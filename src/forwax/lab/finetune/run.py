@@ -2,7 +2,7 @@
 
 import importlib.util
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from forwax.lab import report
 from forwax.lab.catalogue.rules import RULES as CHOICES
 from forwax.lab.catalogue.rules import guarded_rule
 from forwax.lab.catalogue.settings import Settings
+from forwax.lab.compare.setup import part
 from forwax.lab.finetune import models, options, problem, results
 from forwax.lab.finetune.models import Model
 from forwax.lab.finetune.options import FinetuneOptions
@@ -51,7 +52,23 @@ class Ready:
 
         return score
 
-    def measured_rate(self, rule: str) -> float:
+    def with_prefixes(self) -> "Ready":
+        """The same with what is frozen computed once, see `problem.with_prefixes`."""
+        return replace(self, task=problem.with_prefixes(self.task, self.model))
+
+    def rate(self, run: Run, rule: str) -> float:
+        """The rate that the user gave, or the measured one, which the run's folder keeps.
+
+        Raises:
+            UsageError: where there is none, or the folder's is not what was kept.
+        """
+        given = self.options.learning_rate
+        return (
+            given
+            or part(run.path, f"rate-{rule}", self.measured, rule)["learning_rate"]
+        )
+
+    def measured(self, rule: str) -> Json:
         """The rate that the loss's curvature suggests on a batch, see `measure_curvature`.
 
         Raises:
@@ -77,7 +94,7 @@ class Ready:
                 f"No learning rate could be measured for {rule}: {found.reason}; give "
                 "--learning-rate."
             )
-        return found.learning_rate
+        return {"learning_rate": found.learning_rate}
 
 
 def make_ready(asked: FinetuneOptions) -> Ready:
@@ -98,33 +115,31 @@ def make_ready(asked: FinetuneOptions) -> Ready:
     return Ready(asked, model, problem.build(model, found, asked))
 
 
-def config(ready: Ready, settings: Settings | None) -> Json:
-    """What config.json holds."""
-    own = settings.as_dict() if settings else {}
-    return {
-        **own,
-        "options": options.as_json(ready.options),
-        "data_checksum": ready.task.checksum,
-        "num_parameters": ready.task.num_parameters,
-        "versions": report.versions(),
-    }
+def create(ready: Ready) -> Run:
+    """Make the run's folder, and say what will be trained on what.
 
-
-def create(ready: Ready, settings: Settings | None) -> Run:
-    """Make the run's folder, and say what will be trained on what."""
+    A run that is killed from here on goes on with --resume.
+    """
     asked = ready.options
     task = ready.task
+    own = asked.settings(asked.rule, asked.learning_rate).as_dict()
+    config = {
+        **({} if asked.compare else own),
+        "options": options.as_json(asked),
+        "data_checksum": task.checksum,
+        "num_parameters": task.num_parameters,
+        "versions": report.versions(),
+    }
     name = f"finetune-{Path(asked.model).stem}"
-    run = Run.create(asked.runs, name, config(ready, settings))
+    run = Run.create(asked.runs, name, config)
     for name in (asked.data, asked.model):
         if name in texts.SOURCES:
             print(f"{name}: {texts.SOURCES[name].terms}")
-    rate = f", learning rate {settings.learning_rate:.3g}" if settings else ""
     print(
         f"{ready.model.config.name}, {asked.adapter}: {task.num_parameters:,} trained numbers. "
         f"{asked.data}: {task.num_examples:,} texts to train on, {len(task.validation[1])} to "
         f"choose by, {len(task.test[1]):,} to test.\n"
-        f"Rule: {', '.join(asked.rules)}{rate}.\nRun: {run.path}",
+        f"Rule: {', '.join(asked.rules)}.\nRun: {run.path}",
         flush=True,
     )
     return run
@@ -154,25 +169,26 @@ class Finetuning(Sitting):
         self.metrics.append([row])
 
 
-def train(ready: Ready, run: Run | None) -> int:
+def train(ready: Ready, run: Run) -> int:
     """Train until something stops it, and say what did.
 
     Args:
         ready: the task, see `make_ready`.
-        run: the run to go on with, or None.
+        run: the run's folder.
 
     Returns:
         The exit code.
     """
     started = time.perf_counter()
     asked = ready.options
-    if run is None:
-        rate = asked.learning_rate or ready.measured_rate(asked.rule)
-        settings = asked.settings(asked.rule, rate)
-        run = create(ready, settings)
     settings = Settings.from_dict(run.config)
+    settings = replace(settings, learning_rate=ready.rate(run, asked.rule))
     with opened(run, ready.task, settings) as files:
-        print(f"From step {files.step} of {settings.steps}: compiling.", flush=True)
+        print(
+            f"From step {files.step} of {settings.steps}, learning rate "
+            f"{settings.learning_rate:.3g}: compiling.",
+            flush=True,
+        )
         assert settings.eval_every is not None
         session = Finetuning(
             files, ready.task, settings, settings.eval_every, ready.score()
@@ -223,6 +239,7 @@ def _finish(ready: Ready, run: Run, session: Finetuning, started: float) -> None
     summary = {
         "rule": asked.rule,
         "steps": asked.steps,
+        "learning_rate": session.settings.learning_rate,
         **found,
         **held,
         **session.facts(),

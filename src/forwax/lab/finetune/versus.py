@@ -13,7 +13,7 @@ from forwax.lab.compare.bench import Trial
 from forwax.lab.compare.setup import part
 from forwax.lab.compare.tables import number
 from forwax.lab.finetune import results
-from forwax.lab.finetune.run import ADAPTER, Ready, create
+from forwax.lab.finetune.run import ADAPTER, Ready
 from forwax.lab.report import Json, Table, finite, print_tables, write_json, write_text
 from forwax.lab.training.folder import SUMMARY, Run
 from forwax.lab.training.program import CompiledTraining
@@ -55,13 +55,10 @@ class Versus:
     def found(self, rule: str) -> Json:
         """Search a rule's rate, train at the best one, and test."""
 
-        def measured() -> Json:
-            return {"learning_rate": self.ready.measured_rate(rule)}
-
         def candidate(index: int, rate: float) -> Json:
             return self.part(f"search-{rule}-{index}", self.candidate, rule, rate)
 
-        start = self.part(f"rate-{rule}", measured)["learning_rate"]
+        start = self.ready.rate(self.run, rule)
         tried = rates.search(start, self.ready.options.trials, candidate)
         rate = rates.best_rate(rates.pairs(tried))
         made = self.part(f"run-{rule}", self.final, rule, rate)
@@ -99,18 +96,17 @@ class Versus:
             return trial.train()
 
 
-def compare(ready: Ready, run: Run | None) -> int:
+def compare(ready: Ready, run: Run) -> int:
     """Train by each rule, and print and keep one table.
 
     Args:
         ready: the task.
-        run: the run to go on with, or None.
+        run: the run's folder.
 
     Returns:
         The exit code: 0 when done, 130 after Ctrl-C.
     """
     started = time.perf_counter()
-    run = run or create(ready, None)
     versus = Versus(ready, run)
     try:
         rows = [versus.found(rule) for rule in ready.options.rules]
