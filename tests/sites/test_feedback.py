@@ -116,6 +116,14 @@ def test_direct_feedback_sends_the_output_error_to_the_data_of_every_product():
     )
 
 
+def test_direct_feedback_of_one_hidden_layer_is_the_gradient():
+    """The last product's data get their exact error: the docstring says so."""
+    x = normal(3, 5, 3)
+    rule = fx.DirectFeedbackAlignment(KEY)
+    got = fx.grad(mlp, rule, in_axes=(None, 0))(KEY, PARAMS, x)
+    assert_close(got, fx.grad(mlp, fx.Backprop(), in_axes=(None, 0))(KEY, PARAMS, x))
+
+
 @pytest.mark.parametrize(
     "name",
     [

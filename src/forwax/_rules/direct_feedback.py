@@ -34,6 +34,9 @@ class DirectFeedbackAlignment(Rule):
     product hears only of outputs whose losses it reaches. Needs no noise; the key of the call is
     ignored.
 
+    Unlike in the paper the last products' data get their exact error too, by the last weights, not
+    by a map: with one hidden layer alone the estimate is the gradient.
+
     Attributes:
         feedback: a PRNG key, from which the same maps follow in every call: normal entries of
             variance 1 / (size of h); or the maps themselves, one [size of e, size of h] for each

@@ -12,7 +12,6 @@ global state. Draw inside a function decorated with `styled`; save with `save`::
 """
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from cycler import cycler
@@ -59,44 +58,12 @@ _CYCLE = [
     )
 ]
 
-SETTINGS: dict[Any, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "mathtext.fontset": "cm",
-    "text.color": INK,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 10,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.prop_cycle": cycler(color=_CYCLE),
-    "grid.color": FAINT,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.fonttype": "none",
-}
-"""The matplotlib settings that `styled` and `save` apply for their own duration."""
-
-
 # a context manager that decorates is made anew for each call
-styled = matplotlib.rc_context(SETTINGS)
-"""Decorates a function: `SETTINGS` are in force while it runs; the caller's own come back."""
+styled = matplotlib.rc_context(
+    {"axes.prop_cycle": cycler(color=_CYCLE)},
+    Path(__file__).with_name("forwax.mplstyle"),
+)
+"""Decorates a function: forwax.mplstyle is in force while it runs; the caller's own comes back."""
 
 
 @styled

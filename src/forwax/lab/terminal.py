@@ -21,7 +21,6 @@ USUAL: Mapping[str, str] = {
     "--optim": "--optimizer",
     "--dataset": "--data",
     "--output": "--out",
-    "--k": "--num-tangents",
 }
 """Options as other programs call them, and ours."""
 

@@ -34,13 +34,7 @@ from forwax.lab.distributed.keep import (
 )
 from forwax.lab.distributed.placement import placement
 from forwax.lab.distributed.team import TEAM, from_first, in_turn
-from forwax.lab.flags import (
-    PathOrNot,
-    Positive,
-    Range,
-    UsageError,
-    check_ranges,
-)
+from forwax.lab.flags import PathOrNot, Positive, Range, UsageError, check_ranges
 from forwax.lab.keeping.disk import going_on
 from forwax.lab.keeping.folder import CHECKPOINTS, CURVES, SUMMARY, Run
 from forwax.lab.keeping.metrics import SHARE, spans
@@ -51,7 +45,6 @@ from forwax.lab.training.advice import advice, monitored, smaller_rate
 from forwax.lab.training.divergence import Divergence
 from forwax.lab.training.folder import opened
 from forwax.lab.training.problem import Task, build_problem
-from forwax.lab.training.program import Block
 from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import NOT_FINITE, Sitting
 
@@ -266,10 +259,6 @@ class _Training(Sitting):
 
     divergence: Divergence
 
-    def after_block(self, block: Block, seconds: float) -> None:
-        super().after_block(block, seconds)
-        self.divergence.begin(self.trainer.step, block.losses)
-
     def at_stop(self) -> None:
         state = self.trainer.state
         loss, accuracy = self.score(state.params)
@@ -284,7 +273,7 @@ def _train(run: Run, session: _Training, started: float, facts: Json) -> int:
     name = run.config["experiment"]
     steps = session.settings.steps
     advised = partial(smaller_rate, name, session.trainer)
-    session.divergence = Divergence(advised, run.metrics())
+    session.divergence = Divergence(run.path, advised)
     with reporting(name, steps, session.trainer.step) as session.report:
         stopped_by = session.run()
     session.save()
@@ -350,8 +339,7 @@ def _finish(run: Run, session: _Training, started: float, facts: Json) -> None:
     )
     if rule.backward:
         print(rule.backward)
-    if sentence := session.divergence.end(last["test_loss"]):
-        print(sentence)
+    print(session.divergence.end(last["test_loss"]), end="")
     print(f"Curves, metrics and summary: {run.path}")
 
 
