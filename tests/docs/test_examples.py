@@ -3,6 +3,7 @@
 The fits find the truth.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "contact_policy": {"steps": 3, "count": 4, "num_steps": 12, "rounds": 1},
     "equinox_digits": {"epochs": 1, "batch": 512},
+    "mjx_arm": {"num_steps": 24, "steps": 3},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
     "spiking": {"steps": 100, "batch": 32},
     "tomography": {"side": 12, "seconds": 3.0},
@@ -114,6 +116,25 @@ def test_contact_policy_has_the_gradient_of_the_fixed_loop():
     fixed_value, fixed = ways["40 sweeps"](jax.random.key(0), policy)
     assert float(value) == pytest.approx(float(fixed_value), rel=1e-5)
     assert_trees_close(exact, fixed, rtol=2e-3, atol=2e-4)
+
+
+def test_mjx_arm(capsys, tmp_path):
+    if (
+        os.environ.get("FORWAX_EXTRA") != "mjx"
+    ):  # with which .ci/run says that it is there
+        pytest.importorskip("mujoco.mjx", reason="needs pip install 'forwax[mjx]'")
+    with jax.numpy_rank_promotion("allow"):
+        example = module_at(EXAMPLES / "mjx_arm.py")
+        picture = tmp_path / "swing.png"
+        found = example.main(**TINY["mjx_arm"], picture=picture)
+    said = capsys.readouterr().out
+    assert "jax.grad: Reverse-mode differentiation does not work" in said
+    assert found["errors"]["central differences"] < 2e-3
+    assert found["errors"]["jax.jacfwd"] < 1e-6
+    assert found["ends"]["fx.GaussNewton"] < 0.1 * found["first"]
+    for name in found["ends"]:
+        assert name in said
+    assert picture.stat().st_size > 1000
 
 
 def test_spiking(capsys):
