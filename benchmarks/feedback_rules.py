@@ -8,6 +8,7 @@ from jax import Array
 
 import forwax as fx
 from feedback_tasks import IN_AXES, Loss, Task, of_parts
+from forwax.credit import Decay
 
 
 class Method(NamedTuple):
@@ -32,9 +33,11 @@ def plain(rule: fx.Rule) -> Callable[[Array, Any], fx.Rule]:
     return lambda key, params: rule
 
 
-def noise(num_tangents: int, sequences_only: bool = False) -> Method:
-    rule = fx.ActivityPerturbation(num_tangents=num_tangents)
-    return Method(plain(rule), 0.001, 0.001, sequences_only=sequences_only)
+def noise(
+    num_tangents: int, sequences_only: bool = False, credit: Decay | None = None
+) -> Method:
+    rule = fx.ActivityPerturbation(num_tangents=num_tangents, credit=credit)
+    return Method(plain(rule), 0.001, sequences_only=sequences_only)
 
 
 def learned(num_tangents: int = 1, **options: Any) -> Method:
@@ -49,6 +52,7 @@ METHODS = {
     "activity noise, 1": noise(1),
     "activity noise, 4": noise(4),
     "activity noise, 16": noise(16, sequences_only=True),
+    "activity noise, 4, own position": noise(4, sequences_only=True, credit=Decay(0.0)),
     "direct feedback": Method(
         lambda key, params: fx.DirectFeedbackAlignment(key), 0.03
     ),
