@@ -312,6 +312,7 @@ def next_token(asked):
     gradients = {
         name: jax.jit(lambda *given, f=estimate: f(*given)[1])
         for name, estimate in estimates.items()
+        if name in (*asked.ways, "backprop")
     }
     exact = gradients["backprop"](key(0), start, params, batch(0)).weights.ravel()
     rows = []
@@ -319,8 +320,9 @@ def next_token(asked):
         count = 1 if name == "backprop" else asked.draws
         drawn = [gradient(key(i), start, params, batch(0)) for i in range(count)]
         told = agreement(np.array([each.weights.ravel() for each in drawn]), exact)
-        held_at = {rate: trained(gradient, rate) for rate in RATES[name]}
-        best = min(RATES[name], key=lambda rate: held_at[rate])
+        rates = [asked.rates * rate for rate in RATES[name]]
+        held_at = {rate: trained(gradient, rate) for rate in rates}
+        best = min(rates, key=lambda rate: held_at[rate])
         rows.append((name, *told, f"{held_at[best]:.3f}", f"{best:g}"))
         print(name, told, held_at, flush=True)
     heads = ("noise times", "cosine of one", f"of the mean of {asked.draws}")
@@ -359,6 +361,8 @@ def main():
     parser.add_argument("--texts", type=int, default=256, help="to train on")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--draws", type=int, default=48)
+    parser.add_argument("--ways", nargs="+", default=[*RATES], help="of next-token")
+    parser.add_argument("--rates", type=float, default=1.0, help="times its rates")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     asked = parser.parse_args()
     print(f"{machine()}; {' '.join(f'{k}={v}' for k, v in vars(asked).items())}")
