@@ -3,6 +3,7 @@
 The fits find the truth.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import forwax as fx
 from cases import assert_trees_close
 from helpers import module_at
 
@@ -22,6 +24,7 @@ TINY = {
     "equinox_digits": {"epochs": 1, "batch": 512},
     "mjx_arm": {"num_steps": 24, "steps": 3},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
+    "private_digits": {"seeds": 1, "steps": 60, "secret": 0},
     "spiking": {"steps": 100, "batch": 32},
     "tomography": {"side": 12, "seconds": 3.0},
     "while_loop": {"steps": 1000, "count": 6},
@@ -119,10 +122,7 @@ def test_contact_policy_has_the_gradient_of_the_fixed_loop():
 
 
 def test_mjx_arm(capsys, tmp_path):
-    if (
-        os.environ.get("FORWAX_EXTRA") != "mjx"
-    ):  # with which .ci/run says that it is there
-        pytest.importorskip("mujoco.mjx", reason="needs pip install 'forwax[mjx]'")
+    needs_extra("mjx", "mujoco.mjx")
     with jax.numpy_rank_promotion("allow"):
         example = module_at(EXAMPLES / "mjx_arm.py")
         picture = tmp_path / "swing.png"
@@ -135,6 +135,108 @@ def test_mjx_arm(capsys, tmp_path):
     for name in found["ends"]:
         assert name in said
     assert picture.stat().st_size > 1000
+
+
+def needs_extra(name, module):
+    """Skip where an extra is missing, but where .ci/run says that it is there."""
+    if os.environ.get("FORWAX_EXTRA") != name:
+        pytest.importorskip(module, reason=f"needs pip install 'forwax[{name}]'")
+
+
+def renyi_epsilon(example, noise, steps):
+    """A bound on epsilon by integer orders (Mironov et al. 2019, arXiv 1908.10530, 3.3)."""
+    q, delta = example.RATE, example.DELTA
+    bounds = []
+    for order in range(2, int(30 * noise)):  # beyond it numbers overflow
+        moment = sum(
+            math.comb(order, j)
+            * (1 - q) ** (order - j)
+            * q**j
+            * math.exp((j * j - j) / (2 * noise**2))
+            for j in range(order + 1)
+        )
+        bounds.append((steps * math.log(moment) - math.log(delta)) / (order - 1))
+    return min(bounds)
+
+
+def test_private_digits(capsys):
+    needs_extra("privacy", "dp_accounting")
+    example = module_at(EXAMPLES / "private_digits.py")
+    tiny = TINY["private_digits"]
+    found = example.main(**tiny)
+    said = capsys.readouterr().out
+    for name, way in example.WAYS.items():
+        (accuracy,), epsilon = found[name]
+        assert 0.3 < accuracy <= 1
+        if way.noise_multiplier:
+            bound = renyi_epsilon(example, way.noise_multiplier, tiny["steps"])
+            assert 0.5 * bound < epsilon < bound
+        else:
+            assert epsilon == math.inf
+        shown = f"({accuracy:.1%}), epsilon {epsilon:.2f} at delta 0.0001, 0 left out"
+        assert f"{name:21}: test accuracy {accuracy:.1%} {shown}" in said
+
+
+def test_private_digits_takes_each_picture_with_one_probability():
+    example = module_at(EXAMPLES / "private_digits.py")
+    draws, count, size = 2000, 64, 10
+    keys = jax.random.split(jax.random.key(3), draws)
+    draw = jax.jit(jax.vmap(lambda key: example.sample(key, count, size)))
+    rows, is_in, left_out = jax.tree.map(np.asarray, draw(keys))
+    full = jax.vmap(lambda key: example.sample(key, count, count))(keys)
+    taken = np.zeros((draws, count))
+    for number, (own, mask) in enumerate(zip(full[0], full[1], strict=True)):
+        taken[number, np.asarray(own)[np.asarray(mask)]] += 1
+    assert taken.max() == 1
+    # binomial: the mean of 2,000 draws is 1/8 within five deviations, for each picture
+    deviation = (example.RATE * (1 - example.RATE) / draws) ** 0.5
+    assert np.abs(taken.mean(axis=0) - example.RATE).max() < 5 * deviation
+    sizes = taken.sum(axis=1)
+    expected = count * example.RATE * (1 - example.RATE)
+    assert sizes.var() == pytest.approx(expected, rel=0.2)
+    np.testing.assert_array_equal(left_out, np.maximum(sizes - size, 0))
+    assert left_out.max() > 0
+    np.testing.assert_array_equal(is_in.sum(axis=1), np.minimum(sizes, size))
+    assert rows.shape == (draws, size)
+
+
+def test_private_digits_has_room_for_all_but_one_of_1e15_runs():
+    example = module_at(EXAMPLES / "private_digits.py")
+    count, steps = 1437, 400
+    size = example.room(count, steps)
+
+    def chance(size):
+        ways = sum(
+            math.comb(count, i) * 7 ** (count - i) for i in range(size + 1, count)
+        )
+        return steps * (ways + 1) / 8**count
+
+    assert chance(size) < example.NO_ROOM <= chance(size - 1)
+
+
+def test_a_step_of_private_digits_is_the_samples_sum_by_the_expected_size():
+    """No padded row counts, and the divisor does not follow from the sample."""
+    example = module_at(EXAMPLES / "private_digits.py")
+    x = jax.random.uniform(jax.random.key(1), (40, 64))
+    y = jnp.arange(40) % 10
+    public, secret = jax.random.key(2), jax.random.key(4)
+    way = example.Way(0.1, clip=1e30)
+    got, _ = example.train(public, secret, way, x, y, steps=1, num_tangents=2)
+    start = example.initial_parameters(jax.random.fold_in(public, 1))
+    for_sample, _ = jax.random.split(jax.random.fold_in(secret, 0))
+    rows, is_in, _ = example.sample(for_sample, 40, 40)
+    rows = rows[is_in]
+    assert len(rows) != 5
+
+    def summed(params, x, y):
+        each = jax.vmap(example.loss, in_axes=(None, 0, 0))(params, x, y)
+        return jnp.sum(each) / 5
+
+    rule = fx.WeightPerturbation(num_tangents=2)
+    step = fx.update(summed, rule, learning_rate=0.1)
+    directions = jax.random.fold_in(public, 0)
+    _, expected = step(directions, start, x[rows], y[rows])
+    assert_trees_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_spiking(capsys):
