@@ -239,6 +239,25 @@ def test_a_step_of_private_digits_is_the_samples_sum_by_the_expected_size():
     assert_trees_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_noise_of_private_digits_is_the_multiplier_times_the_clip():
+    """Two steps' noise on a parameter over 300 secrets; slopes are clipped to next to nothing."""
+    example = module_at(EXAMPLES / "private_digits.py")
+    x, y = jnp.ones((40, 64)), jnp.arange(40) % 10
+    public, secrets = jax.random.key(2), jax.random.split(jax.random.key(5), 300)
+    way = example.Way(0.1, clip=1e-4, noise_multiplier=1e4)
+
+    def moved(secret):
+        parameters, _ = example.train(
+            public, secret, way, x, y, steps=2, num_tangents=2
+        )
+        return parameters["b2"][0]
+
+    found = jax.vmap(moved)(secrets)
+    # each step: the rate times the sum of k noises along signs, divided by k and the expected size
+    expected = 2 * 0.1**2 * 2 / (2 * 5) ** 2
+    assert float(jnp.mean(found**2)) == pytest.approx(expected, rel=0.3)
+
+
 def test_spiking(capsys):
     reached = module_at(EXAMPLES / "spiking.py").main(**TINY["spiking"])
     assert 0.5 < reached <= 1
