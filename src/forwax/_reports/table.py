@@ -1,7 +1,8 @@
 """Tables for people: plain text, or rich's where rich prints; and numbers with units."""
 
 import math
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 Cells = Sequence[Sequence[str]]
@@ -35,24 +36,71 @@ def as_rich(
     numbers: Collection[int] = (),
     notes: Sequence[str] = (),
     conclusion: str | None = None,
+    *,
+    title: str | None = None,
+    alarming: Collection[str] = (),
 ) -> Any:
-    """What rich prints: the table, and below it the notes and a conclusion that stands out."""
+    """What rich prints: the table, and below it the notes and a conclusion that stands out.
+
+    Args:
+        cells: the rows as text, the columns' names first.
+        numbers: the columns whose cells stand at the right.
+        notes: lines below the table.
+        conclusion: the last line.
+        title: the line above the table.
+        alarming: the first cells of rows that shall catch the eye.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     names, *rows = cells
-    table = Table()
+    table = Table(title=title, title_justify="left")
     for i, name in enumerate(names):
         side = "right" if i in numbers else "left"
-        table.add_column(name, justify=side)
+        table.add_column(name, justify=side, overflow="fold")
     for row in rows:
+        style = "bold red" if row[0] in alarming else None
         # As `Text`, since a "[" in a plain string opens rich's markup.
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, row), style=style)
     below = [Text(note) for note in notes]
     if conclusion is not None:
         below.append(Text(conclusion, style="bold"))
-    return Group(table, *below)
+    return Group(_Fitting(table, _stacked(cells, title)), *below)
+
+
+class _Fitting:
+    """A table of rich's where the console is wide enough for it, else a text in its place."""
+
+    def __init__(self, table: Any, narrow: str):
+        self.table = table
+        self.narrow = narrow
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        unbounded = options.update(max_width=sys.maxsize)
+        width = console.measure(self.table, options=unbounded).maximum
+        yield self.table if width <= options.max_width else Text(self.narrow)
+
+
+def _stacked(cells: Cells, title: str | None) -> str:
+    """The rows one below another, each cell behind its column's name.
+
+    >>> print(_stacked([("rule", "loss", "time"), ("backprop", "0.1", "2 s")], "Rules"))
+    Rules
+    backprop
+      loss  0.1
+      time  2 s
+    """
+    names, *rows = cells
+    width = max(map(len, names))
+    lines = [title] if title else []
+    for first, *others in rows:
+        lines.append(first)
+        for name, cell in zip(names[1:], others, strict=True):
+            lines.append(f"  {name.ljust(width)}  {cell}")
+    return "\n".join(lines)
 
 
 def plus_minus(mean: float, error: float) -> str:

@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-import rich.table
 from rich.console import Console
-from rich.text import Text
+
+from forwax._reports.table import as_rich
 
 Json = dict[str, Any]
 """What JSON can hold, or keyword arguments by their names."""
@@ -49,16 +49,11 @@ class Table:
     numeric: bool = True
     alarming: Collection[str] = ()
 
-    def __rich__(self) -> rich.table.Table:
-        """Give what rich prints; cells are plain text, so that brackets in a path stay."""
-        table = rich.table.Table(title=self.title, title_justify="left")
-        for index, heading in enumerate(self.headings):
-            justify = "right" if self.numeric and index else "left"
-            table.add_column(heading, justify=justify, overflow="fold")
-        for row in self.rows:
-            style = "bold red" if row[0] in self.alarming else None
-            table.add_row(*map(Text, row), style=style)
-        return table
+    def __rich__(self) -> Any:
+        """Give what rich prints; see `forwax._reports.table.as_rich`."""
+        numbers = range(1, len(self.headings)) if self.numeric else ()
+        cells = [self.headings, *self.rows]
+        return as_rich(cells, numbers, title=self.title, alarming=self.alarming)
 
     def markdown(self) -> str:
         """Give the table without its title."""
@@ -67,14 +62,9 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def print_tables(*tables: Table, width_in_logs: int | None = None) -> None:
-    """Print tables to the standard output.
-
-    Args:
-        *tables: one below the other.
-        width_in_logs: how many columns they have where the output is no terminal.
-    """
-    console = Console(width=None if sys.stdout.isatty() else width_in_logs)
+def print_tables(*tables: Any) -> None:
+    """Print tables, one below the other: on a terminal in its width, elsewhere in their own."""
+    console = Console(width=None if sys.stdout.isatty() else 10_000)
     for table in tables:
         console.print(table)
 

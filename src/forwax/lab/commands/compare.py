@@ -67,7 +67,7 @@ def run(options: CompareOptions) -> int:
         print(f"\nStopped; what is finished is kept. Go on with: {again}")
         return 130
     # a log has no width of its own; the tables need this much
-    print_tables(*tables.make_tables(results), width_in_logs=150)
+    print_tables(*tables.make_tables(results))
     for note in tables.notes(results):
         print(f"- {note}")
     print(f"{time.perf_counter() - started:.0f} s. Results, table and figure: {folder}")

@@ -151,9 +151,7 @@ def run(options: ReproduceOptions) -> int:
                 f"\nStopped; what was done is kept in {folder}. The same command goes on."
             )
             return signals.code
-    report.print_tables(
-        table.make_table(column, *finished(folder, checksum)), width_in_logs=150
-    )
+    report.print_tables(table.make_table(column, *finished(folder, checksum)))
     print(f"Table, curves and runs: {folder}")
     return 0 if finite else NOT_FINITE
 

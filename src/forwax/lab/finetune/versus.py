@@ -118,7 +118,7 @@ def compare(ready: Ready, run: Run) -> int:
         return 130
     table = table_of(ready, rows)
     write_text(run.path / TABLE, f"{table.title}\n\n{table.markdown()}\n")
-    print_tables(table, width_in_logs=150)
+    print_tables(table)
     for row in rows:
         if row["edge"]:
             print(f"- {row['rule']}: {row['edge']}.")
