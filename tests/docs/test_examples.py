@@ -21,6 +21,7 @@ pytestmark = pytest.mark.promotes("Optax mixes integers and floats")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
     "contact_policy": {"steps": 3, "count": 4, "num_steps": 12, "rounds": 1},
+    "elastic": {},  # in test_elastic.py
     "equinox_digits": {"epochs": 1, "batch": 512},
     "mjx_arm": {"num_steps": 24, "steps": 3},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
