@@ -112,6 +112,7 @@ def test_slurms_text_trains_one_run_in_two_processes(tmp_path, monkeypatch):
     flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
     variables = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_CPUS_PER_TASK": "8",
         "SLURM_JOB_ID": job_of_a_free_port(),
         "XLA_FLAGS": flags,
     }
