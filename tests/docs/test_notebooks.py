@@ -50,3 +50,9 @@ def test_page_runs(page: str):
     notebook = execute(page)
     assert printed(notebook, "stderr") == ""
     assert printed(notebook, "stdout") != ""
+    for cell in notebook.cells:
+        kinds = [
+            kind for each in cell.get("outputs", []) for kind in each.get("data", {})
+        ]
+        if any(kind.startswith("image/") for kind in kinds):
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 20, cell.source
