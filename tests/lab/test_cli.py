@@ -1,7 +1,9 @@
 """The command line: help, mistakes in one sentence with exit code 2, from words to folder."""
 
+import contextlib
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -193,6 +195,26 @@ def test_every_command_has_its_module():
         assert callable(module.run)
         assert about
     assert cli.usage().count("\n") >= len(COMMANDS)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_terminal_sees_how_long_it_compiles(tmp_path):
+    import pty
+
+    ours, theirs = pty.openpty()
+    words = ["train", "digits", "--steps", "2", "--runs", str(tmp_path)]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "forwax", *words], stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 1024):
+            seen += part
+    os.close(ours)
+    assert child.wait(timeout=120) == 0
+    assert re.search(rb"Compiling\W.*\d:\d\d:\d\d", seen)
+    assert seen.index(b"Run:") < seen.index(b"Compiling") < seen.index(b"Test accuracy")
 
 
 def test_a_bar_on_a_terminal(monkeypatch):

@@ -12,6 +12,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -44,6 +45,22 @@ def bar(
             progress.update(task, completed=step, told=told)
 
         yield report
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Show on a terminal for how long something has been compiling; the line goes when it is done.
+
+    Example: `with compiling(): program = jitted.lower(...).compile()`
+    """
+    if not sys.stdout.isatty():
+        yield
+        return
+    with Progress(
+        TextColumn("Compiling"), TimeElapsedColumn(), transient=True
+    ) as progress:
+        progress.add_task("", total=None)
+        yield
 
 
 def lines(name: str, steps: int, seconds_between: float) -> Report:

@@ -27,7 +27,7 @@ from forwax.lab.training.program import (
     build_trainer,
     scorer,
 )
-from forwax.lab.training.progress import Report
+from forwax.lab.training.progress import Report, compiling
 
 BLOCK_SECONDS = 0.25
 """How long a block of steps should take, so that Ctrl-C is answered within half a second."""
@@ -152,8 +152,10 @@ class Sitting(Session):
         every: int,
         score: Score | None = None,
     ):
+        with compiling():
+            trainer = build_trainer(problem, settings, files.state)
         super().__init__(
-            build_trainer(problem, settings, files.state),
+            trainer,
             {*range(0, settings.steps, every), settings.steps},
             score or scorer(problem, problem.test),
         )
