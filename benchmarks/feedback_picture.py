@@ -18,6 +18,7 @@ CURVES = {
     "the head alone": "muted",
     "activity noise, 1": "activity",
     "activity noise, 4": "low-rank",
+    "activity noise, 4, own position": "exact",
     "direct feedback": "direct-feedback",
     "feedback alignment": "feedback",
     "FDFA, 4": "forward-16",
