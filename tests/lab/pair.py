@@ -29,12 +29,9 @@ from forwax.lab.distributed.team import (
 from forwax.lab.flags import UsageError
 from forwax.lab.training.program import Trainer
 
-PORT, INDEX, FOLDER, TOLD = (
-    sys.argv[1],
-    int(sys.argv[2]),
-    Path(sys.argv[3]),
-    sys.argv[4],
-)
+# whoever collects doctests imports this file without the words
+PORT, INDEX, FOLDER, TOLD = sys.argv[1:5] if __name__ == "__main__" else "0000"
+INDEX, FOLDER = int(INDEX), Path(FOLDER)
 ASKED = {
     "distributed": True,
     "runs": FOLDER / f"of-{INDEX}",

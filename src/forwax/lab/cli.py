@@ -76,8 +76,9 @@ def _run(first: str, *words: str) -> int:
 
 
 def _command(name: str, words: Sequence[str]) -> int:
-    # a missing extra is the likeliest reason for a failing import
+    # tyro first, since a missing extra is the likeliest reason for a failing import
     try:
+        import_module("tyro")
         from forwax.lab.data import DataError
         from forwax.lab.flags import UsageError
         from forwax.lab.keeping.disk import NOT_WRITTEN, refused

@@ -14,7 +14,6 @@ global state. Draw inside a function decorated with `styled`; save with `save`::
 from pathlib import Path
 
 import matplotlib
-from cycler import cycler
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
@@ -46,24 +45,11 @@ PALETTE: dict[str, str] = {
 }
 """The colour of each rule (backprop, forward, ...) and of each part of a diagram, by name."""
 
-_CYCLE = [
-    PALETTE[name]
-    for name in (
-        "forward",
-        "projection",
-        "forward-16",
-        "activity",
-        "finite-difference",
-        "exact",
-    )
-]
-
 # a context manager that decorates is made anew for each call
-styled = matplotlib.rc_context(
-    {"axes.prop_cycle": cycler(color=_CYCLE)},
-    Path(__file__).with_name("forwax.mplstyle"),
-)
+styled = matplotlib.rc_context(fname=Path(__file__).with_name("forwax.mplstyle"))
 """Decorates a function: forwax.mplstyle is in force while it runs; the caller's own comes back."""
+
+_CYCLE = styled(lambda: matplotlib.rcParams["axes.prop_cycle"].by_key()["color"])()
 
 
 @styled
