@@ -6,6 +6,9 @@ The fits find the truth.
 import math
 import os
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -23,6 +26,7 @@ TINY = {
     "contact_policy": {"steps": 3, "count": 4, "num_steps": 12, "rounds": 1},
     "elastic": {},  # in test_elastic.py
     "equinox_digits": {"epochs": 1, "batch": 512},
+    "flower_app": {"rounds": 6},
     "mjx_arm": {"num_steps": 24, "steps": 3},
     "optax_loop": {"epochs": 2, "num_tangents": 4},
     "private_digits": {"seeds": 1, "steps": 60, "secret": 0},
@@ -257,6 +261,39 @@ def test_the_noise_of_private_digits_is_the_multiplier_times_the_clip():
     # each step: the rate times the sum of k noises along signs, divided by k and the expected size
     expected = 2 * 0.1**2 * 2 / (2 * 5) ** 2
     assert float(jnp.mean(found**2)) == pytest.approx(expected, rel=0.3)
+
+
+def test_flower_app():
+    """In a process of its own, as Flower's clients import it by name; it compares all bits."""
+    needs_extra("federated", "ray")
+    rounds = TINY["flower_app"]["rounds"]
+    command = [sys.executable, EXAMPLES / "flower_app.py", "--rounds", f"{rounds}"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        # Ray's sockets lie there, and their paths must be short
+        own = {"RAY_TMPDIR": folder, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+        environment = {**os.environ, **own}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300
+        )
+    said = done.stdout
+    assert done.returncode == 0, done.stderr
+    assert "os.fork() was called" not in done.stderr
+    ends = dict(re.findall(r"^(.+?) +ends with (\w{16})$", said, flags=re.MULTILINE))
+    names = [*(f"client {slot}" for slot in range(10)), "server", "ledger"]
+    assert list(ends) == [*names, "one process"]
+    assert len(set(ends.values())) == 1
+    first, last = re.search(
+        r"accuracy ([\d.]+)% at first, ([\d.]+)% after", said
+    ).groups()
+    assert first != last
+    # the late client has come to the second half at most, and has the others' bits
+    assert int(re.search(r"client 9: .* in (\d+) rounds", said)[1]) in range(1, 4)
+    found = re.findall(r"^.*: ([\d,]+) up, ([\d,]+) down$", said, flags=re.MULTILINE)
+    own, fedavg = [[int(word.replace(",", "")) for word in line] for line in found]
+    # 8 slopes up and 10 times as many down, with headers; 2,410 parameters each way
+    assert 4 * 8 < own[0] < 250
+    assert 4 * 80 < own[1] < 700
+    assert all(4 * 2410 < each < 10_500 for each in fedavg)
 
 
 def test_spiking(capsys):
