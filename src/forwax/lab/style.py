@@ -49,7 +49,9 @@ PALETTE: dict[str, str] = {
 styled = matplotlib.rc_context(fname=Path(__file__).with_name("forwax.mplstyle"))
 """Decorates a function: forwax.mplstyle is in force while it runs; the caller's own comes back."""
 
-_CYCLE = styled(lambda: matplotlib.rcParams["axes.prop_cycle"].by_key()["color"])()
+_CYCLE: list[str] = styled(
+    lambda: matplotlib.rcParams["axes.prop_cycle"].by_key()["color"]
+)()
 
 
 @styled
