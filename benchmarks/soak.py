@@ -1,8 +1,8 @@
-"""Memory of long runs: 200,000 steps of `forwax train`, and 200,000 calls of a compiled `update`.
+"""Memory of long runs: steps of `forwax train`, calls of a compiled `update`, checkpoints alone.
 
 Command: `python benchmarks/soak.py` (minutes on two cores; `--steps 5000` for a look). Resident
-memory is that of the whole process, after 1,000 steps and at the end. Exits with 1 where it has
-grown by more than 2 %.
+memory is that of the whole process, after 1,000 of 200,000 steps or calls, 50 of 300 checkpoints,
+and at the end. Exits with 1 where it has grown by more than 2 %.
 """
 
 import argparse
@@ -90,6 +90,24 @@ def update(steps: int) -> list[Sample]:
     return found
 
 
+def checkpoints() -> list[Sample]:
+    """Samples of this process while it writes checkpoints of a small state."""
+    import jax.numpy as jnp
+
+    from forwax.lab.keeping.checkpoints import Checkpoints
+    from forwax.lab.training.step import TrainState
+
+    found: list[Sample] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        writer = Checkpoints(Path(scratch))
+        for number in range(1, 301):
+            params = {"w": jnp.ones((64, 32))}
+            writer.save(TrainState(params, (), None, jnp.int32(number)), 0.1)
+            if number % 50 == 0:
+                found.append(Sample(number, resident(os.getpid())))
+    return found
+
+
 def told(name: str, samples: Sequence[Sample]) -> bool:
     """Print a row, and say whether the memory stayed."""
     first, last = samples[0], samples[-1]
@@ -113,6 +131,7 @@ def main(given: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         stayed = [told("`forwax train digits`", train(steps, Path(scratch)))]
     stayed.append(told("`update`, compiled", update(steps)))
+    stayed.append(told("checkpoints alone", checkpoints()))
     return 0 if all(stayed) else 1
 
 

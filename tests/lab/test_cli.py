@@ -305,6 +305,14 @@ def test_print_config_starts_nothing(command, capsys, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+def test_print_config_takes_no_other_processes(capfd):
+    # with --distributed it is a child that refuses
+    assert main(["train", "digits", "--print-config", "--distributed"]) == 2
+    out, err = capfd.readouterr()
+    assert "--print-config starts nothing: leave --distributed out." in err
+    assert out == ""
+
+
 def test_print_config_is_what_a_run_keeps(capsys, tmp_path):
     words = ["train", "digits", "--steps", "2", "--runs", str(tmp_path)]
     assert main([*words, "--print-config"]) == 0

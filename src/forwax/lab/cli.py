@@ -89,8 +89,12 @@ def _command(name: str, words: Sequence[str]) -> int:
         return _mistake(
             f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'."
         )
-    kind = getattr(module, f"{name.title()}Options")
-    options = parsed(kind, name, words, getattr(module, "DESCRIPTION", None))
+    options = parsed(
+        getattr(module, f"{name.title()}Options"),
+        name,
+        words,
+        getattr(module, "DESCRIPTION", None),
+    )
     try:
         return module.run(options)
     except Shown as shown:

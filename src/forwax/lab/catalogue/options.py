@@ -86,7 +86,6 @@ def find_experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise UsageError(
             f"There is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}."
-            f"{meant(name, EXPERIMENTS)}"
         )
     return EXPERIMENTS[name]
 

@@ -142,6 +142,8 @@ def run(options: TrainOptions) -> int:
         raise UsageError(
             "--resume takes every setting from the run's config.json; leave the other settings out."
         )
+    if options.print_config and options.distributed:
+        raise UsageError("--print-config starts nothing: leave --distributed out.")
     with joined(options):
         return _run(options, started)
 
@@ -272,8 +274,9 @@ def _train(run: Run, session: _Training, started: float, facts: Json) -> int:
     """Train until something stops it, and say what did."""
     name = run.config["experiment"]
     steps = session.settings.steps
-    advised = partial(smaller_rate, name, session.trainer)
-    session.divergence = Divergence(run.path, advised)
+    session.divergence = Divergence(
+        run.path, partial(smaller_rate, name, session.trainer)
+    )
     with reporting(name, steps, session.trainer.step) as session.report:
         stopped_by = session.run()
     session.save()
