@@ -7,6 +7,9 @@ import os
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from sphinx.application import Sphinx
 
 here = Path(__file__).parent
 sys.path.insert(0, str(here / "_ext"))
@@ -62,10 +65,37 @@ python_maximum_signature_line_length = 80
 # Pages
 html_theme = "furo"
 html_title = f"forwax {release}"
+html_baseurl = os.environ.get("FORWAX_DOCS_URL", "")
+html_logo = html_favicon = "_static/logo.svg"
 html_static_path = ["_static"]
 html_css_files = ["forwax.css"]
+html_theme_options = {
+    "light_css_variables": {"picture-filter": "none", "picture-blend": "normal"},
+    "dark_css_variables": {
+        "picture-filter": "invert(1) hue-rotate(180deg)",
+        "picture-blend": "screen",
+    },
+}
+myst_html_meta = {
+    "description": "forwax trains and optimises JAX programs without backpropagation: "
+    "forward gradients as a drop-in for jax.value_and_grad.",
+    "keywords": "JAX, forward gradient, forward mode, optimisation without backpropagation",
+}
 html_math_renderer = "mathml"
 html_show_sphinx = False
 html_copy_source = False
 pygments_style = "friendly"
 pygments_dark_style = "native"
+
+
+def with_a_base(
+    app: Sphinx, page: str, template: str, context: dict, _: object
+) -> None:
+    """A server shows 404.html at any address: its links count from the root of the site."""
+    if page == "404":
+        root = f"{urlsplit(html_baseurl).path.rstrip('/')}/"
+        context["metatags"] = f'<base href="{root}">{context["metatags"]}'
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("html-page-context", with_a_base)

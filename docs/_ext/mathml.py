@@ -33,11 +33,13 @@ def _convert(node: nodes.Node, *, as_block: bool) -> str:
 
 
 def _adjusted(formula: str) -> str:
-    """Without the space around bars and slashes, and with accents above the letter in all fonts."""
+    """Without the space around bars and slashes, and with accents above the letter in all fonts.
+
+    Angles are as high as a letter, beside a sum too.
+    """
     close = r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>'
-    return re.sub(r'<mo(?: stretchy="false")?>([|/])</mo>', close, formula).replace(
-        ' accent="true"', ""
-    )
+    formula = re.sub(r'<mo(?: stretchy="false")?>([|/⟨⟩])</mo>', close, formula)
+    return formula.replace(' accent="true"', "")
 
 
 def setup(app: Sphinx) -> dict:

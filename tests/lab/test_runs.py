@@ -143,9 +143,14 @@ def test_curves_show_loss_and_accuracy_against_steps_and_seconds():
 
 def test_smoothing_keeps_a_constant_and_the_length():
     np.testing.assert_allclose(smooth(np.full(1000, 3.0)), 3.0)
-    np.testing.assert_allclose(
-        smooth(np.arange(300.0))[100:200], np.arange(100.0, 200.0)
-    )
+    np.testing.assert_allclose(smooth(np.arange(300.0)), np.arange(300.0), atol=1e-12)
+
+
+def test_smoothing_starts_and_ends_where_the_data_do():
+    values = np.where(np.arange(1000) > 0, 0.9, 0.08)
+    smoothed = smooth(values)
+    assert smoothed[[0, -1]] == pytest.approx(values[[0, -1]])
+    assert np.all((smoothed > 0.079) & (smoothed < 0.901))
 
 
 def test_signal_numbers_are_those_of_the_exit_codes():

@@ -27,13 +27,13 @@ PALETTE: dict[str, str] = {
     "backprop": "#2b3a67",
     "forward": "#e4572e",
     "forward-16": "#f0a202",
-    "low-rank": "#d81e5b",
+    "low-rank": "#97001b",
     "projection": "#1b998b",
-    "activity": "#8d5a97",
-    "finite-difference": "#a0693a",
-    "exact": "#5b8e3e",
-    "feedback": "#7c9885",
-    "direct-feedback": "#3aa6a0",
+    "activity": "#d98dea",
+    "finite-difference": "#a36b4b",
+    "exact": "#4b8b20",
+    "feedback": "#91b58f",
+    "direct-feedback": "#a2ab6f",
     "learned-feedback": "#b5179e",
     "value": "#3a78b5",
     "tangent": "#e4572e",
@@ -43,7 +43,10 @@ PALETTE: dict[str, str] = {
     "muted": MUTED,
     "faint": FAINT,
 }
-"""The colour of each rule (backprop, forward, ...) and of each part of a diagram, by name."""
+"""The colour of each rule (backprop, forward, ...) and of each part of a diagram, by name.
+
+Those of the rules differ to colour-blind eyes too.
+"""
 
 # a context manager that decorates is made anew for each call
 styled = matplotlib.rc_context(fname=Path(__file__).with_name("forwax.mplstyle"))

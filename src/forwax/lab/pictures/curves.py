@@ -89,14 +89,14 @@ def _columns(rows: Rows, *names: str) -> Columns:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Average each value with its neighbours within a hundredth of the length; ends use fewer.
+    """Average each value with its neighbours within a hundredth of the length.
+
+    Beyond an end the values are mirrored in it: a curve starts and ends where its data do.
 
     >>> smooth(np.array([1.0, 3.0])).tolist()
     [1.0, 3.0]
     """
-    if not values.size:  # damage may have taken them all
-        return values
-    window = np.ones(2 * (len(values) // 100) + 1)
-    return np.convolve(values, window, mode="same") / np.convolve(
-        np.ones_like(values), window, mode="same"
-    )
+    reach = len(values) // 100
+    window = np.ones(2 * reach + 1)
+    longer = np.pad(values, reach, "reflect", reflect_type="odd")
+    return np.convolve(longer, window / len(window), "valid") if reach else values
