@@ -28,6 +28,7 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "linked_names",
@@ -61,6 +62,13 @@ python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 80
+
+# Other projects' names, by lists of what these pages mention, so that a build needs no network: a line
+# of docs/inventories is `name kind page`, in the form of the first inventories of Sphinx.
+intersphinx_mapping = {
+    "jax": ("https://docs.jax.dev/en/latest/", "inventories/jax.txt"),
+    "python": ("https://docs.python.org/3/", "inventories/python.txt"),
+}
 
 # Pages
 html_theme = "furo"

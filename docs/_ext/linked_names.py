@@ -1,4 +1,7 @@
-"""A Sphinx extension that links names in prose: `fx.Exact()` leads to `forwax.Exact`."""
+"""A Sphinx extension that links names in prose: `fx.Exact()` leads to `forwax.Exact`.
+
+`jax.grad(loss)` leads to JAX's own page, where docs/inventories has the name.
+"""
 
 import re
 
@@ -7,7 +10,8 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
-NAME = re.compile(r"(?:fx|forwax)\.([A-Za-z_.]+)(?:\(.*)?", re.DOTALL)
+NAME = re.compile(r"(fx|forwax|jax|jnp)\.([A-Za-z_.]+)(?:\(.*)?", re.DOTALL)
+MODULES = {"fx": "forwax", "jnp": "jax.numpy"}
 
 
 class LinkedNames(SphinxTransform):
@@ -27,7 +31,7 @@ class LinkedNames(SphinxTransform):
                 literal.deepcopy(),
                 refdomain="py",
                 reftype="obj",
-                reftarget=f"forwax.{found[1]}",
+                reftarget=f"{MODULES.get(found[1], found[1])}.{found[2]}",
                 refexplicit=True,
                 refwarn=False,
             )

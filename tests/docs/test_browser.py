@@ -1,7 +1,7 @@
 """The built site in headless Chromium, driven by Playwright.
 
-The browser is the one that FORWAX_BROWSER names, one on PATH, or Playwright's own; FORWAX_SITE names
-the folder of the built site.
+The browser is the one that FORWAX_BROWSER names, one on PATH, or that of Playwright; FORWAX_SITE
+names the folder of the built site.
 """
 
 import functools

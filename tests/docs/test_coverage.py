@@ -1,5 +1,6 @@
 """Every public name is on a page of docs/api, or the docs build's own check would find it."""
 
+import pkgutil
 import re
 import types
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_modules_and_private_names_are_not_public():
         }
         & names
     )
+
+
+@pytest.mark.parametrize("inventory", sorted(DOCS.glob("inventories/*.txt")))
+def test_names_of_other_projects_exist(inventory: Path):
+    lines = inventory.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# Sphinx inventory version 1"
+    for name, kind, _ in map(str.split, lines[3:]):
+        found = pkgutil.resolve_name(name if "." in name else f"builtins:{name}")
+        assert kind != "class" or isinstance(found, type), name
 
 
 class Domain:
