@@ -63,8 +63,8 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 80
 
-# Other projects' names, by lists of what these pages mention, so that a build needs no network: a line
-# of docs/inventories is `name kind page`, in the form of the first inventories of Sphinx.
+# Other projects' names, by lists of what these pages mention, so that a build needs no network. A
+# line of docs/inventories is `name kind page`, in the form of the first inventories of Sphinx.
 intersphinx_mapping = {
     "jax": ("https://docs.jax.dev/en/latest/", "inventories/jax.txt"),
     "python": ("https://docs.python.org/3/", "inventories/python.txt"),
