@@ -68,9 +68,8 @@ def test_modules_and_private_names_are_not_public():
 def test_names_of_other_projects_exist(inventory: Path):
     lines = inventory.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# Sphinx inventory version 1"
-    for name, kind, _ in map(str.split, lines[3:]):
-        found = pkgutil.resolve_name(name if "." in name else f"builtins:{name}")
-        assert kind != "class" or isinstance(found, type), name
+    for name, _, _ in map(str.split, lines[3:]):
+        pkgutil.resolve_name(name if "." in name else f"builtins:{name}")
 
 
 class Domain:
