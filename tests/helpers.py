@@ -5,6 +5,7 @@ That is the noise that sites draw one by one, and tangents in factors.
 
 import dataclasses
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -12,6 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import forwax as fx
 from forwax import _tree
@@ -33,6 +35,12 @@ def module_at(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def needs_extra(name, module):
+    """Skip where an extra is missing, but where .ci/run says that it is there."""
+    if os.environ.get("FORWAX_EXTRA") != name:
+        pytest.importorskip(module, reason=f"needs pip install 'forwax[{name}]'")
 
 
 def problem_of(program):

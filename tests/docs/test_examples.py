@@ -18,7 +18,7 @@ import pytest
 
 import forwax as fx
 from cases import assert_trees_close
-from helpers import module_at
+from helpers import module_at, needs_extra
 
 pytestmark = pytest.mark.promotes("Optax mixes integers and floats")
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -140,12 +140,6 @@ def test_mjx_arm(capsys, tmp_path):
     for name in found["ends"]:
         assert name in said
     assert picture.stat().st_size > 1000
-
-
-def needs_extra(name, module):
-    """Skip where an extra is missing, but where .ci/run says that it is there."""
-    if os.environ.get("FORWAX_EXTRA") != name:
-        pytest.importorskip(module, reason=f"needs pip install 'forwax[{name}]'")
 
 
 def renyi_epsilon(example, noise, steps):
