@@ -9,8 +9,9 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
-    path.name
-    for path in DOCS.glob("*.md")
+    path.relative_to(DOCS).as_posix()
+    for folder in ("", "gallery")
+    for path in DOCS.joinpath(folder).glob("*.md")
     if "{code-cell}" in path.read_text(encoding="utf-8")
 )
 
@@ -22,7 +23,8 @@ def execute(page: str):
         notebook,
         timeout=300,
         kernel_name="python3",
-        resources={"metadata": {"path": str(DOCS)}},  # where the docs build runs it
+        # where the docs build runs it
+        resources={"metadata": {"path": str((DOCS / page).parent)}},
     )
     flags = os.environ[
         "XLA_FLAGS"
