@@ -34,6 +34,9 @@ from forwax._sites.model import Site, Sites
 from forwax._sites.outputs import Tail, is_crossed, tail_from
 from forwax._sites.products import Products
 
+Ends = tuple[tuple[Outlet, ...], Tail]
+"""Where exact errors are taken, and the tail behind."""
+
 
 def find_routes(
     problem: Problem,
@@ -58,12 +61,14 @@ def find_routes(
     """
     sites = find_sites(problem, name, None, exact_outputs=True, pushes=False)
     inputs = data_inputs(sites.level, sites.products, sites.reach)
-    routes = _routes(sites, inputs, chain, apart=False)
-    if by_position:
+    ends = _outlets(sites, inputs, apart=False)
+    routes = _routes(sites, inputs, chain, ends)
+    others = _outlets(sites, inputs, apart=True) if by_position else ends
+    if _taken_at(others) != _taken_at(ends):
         # In front of a mean over positions errors have more coordinates, but those of one position
         # are few, and all positions teach one map. It hears of its own position alone, though, so
         # that it has to be smaller by more than a third.
-        apart = _routes(sites, inputs, chain, apart=True)
+        apart = _routes(sites, inputs, chain, others)
         if 3 * _num_entries(apart) < 2 * _num_entries(routes):
             routes = apart
     if must_hear:
@@ -76,12 +81,10 @@ def _routes(
     sites: Sites,
     inputs: Mapping[Equation, Sequence[Variable]],
     chain: str,
-    *,
-    apart: bool,
+    ends: Ends,
 ) -> Routes:
-    """The routes to one choice of outlets; see `_outlets` for `apart`."""
-    makers = makers_of(sites.level)
-    outlets, tail = _outlets(sites, inputs, makers, apart)
+    """The routes to one choice of outlets."""
+    outlets, tail = ends
     mapped = {o.start for o in outlets if o.variable in sites.mapped}
     sites = dataclasses.replace(sites, mapped=sites.mapped | mapped)
     exact = {e for site in sites.places if site.exact for e in site.region.equations}
@@ -89,25 +92,34 @@ def _routes(
     cut = {e: data for e, data in inputs.items() if e not in exact}
 
     chained: list[Equation] = []
+    routes = None
     able = [e for e in cut if may_have_mirror(e, sites)]
     if chain == "all":
         chained = able
     elif chain == "positions":
         # What mixes positions behind a gain hands its error on through the gain.
+        makers = makers_of(sites.level)
         gains = {e for e in able if _is_gain(e, sites, makers)}
         chained = [e for e in able if e in gains]
         others = [e for e in able if e not in gains]
         direct = {e: data for e, data in cut.items() if e not in gains}
         if others:
-            chained += mixing_products(_plan(sites, outlets, tail, direct), others)
+            routes = _plan(sites, outlets, tail, direct)
+            chained += mixing_products(routes, others)
     # What stays cut has direct maps: of an input that both read, the other uses alone.
     for equation in chained:
         del cut[equation]
-    routes = _plan(sites, outlets, tail, cut)
+    if chained or routes is None:
+        routes = _plan(sites, outlets, tail, cut)
     mirrors = find_mirrors(sites, chained)
     return dataclasses.replace(
         routes, mirrors=tuple(mirrors), chained=frozenset(chained)
     )
+
+
+def _taken_at(ends: Ends) -> list[Variable]:
+    """The values at which exact errors are taken; two choices differ in nothing else."""
+    return [outlet.variable for outlet in ends[0]]
 
 
 def _num_entries(routes: Routes) -> int:
@@ -155,9 +167,9 @@ def data_inputs(
 def _outlets(
     sites: Sites,
     inputs: Mapping[Equation, Sequence[Variable]],
-    makers: Mapping[Variable, Equation],
+    *,
     apart: bool,
-) -> tuple[tuple[Outlet, ...], Tail]:
+) -> Ends:
     """Where exact errors are taken, and the tail behind.
 
     They are the values of the last sites or, where these have fewer coordinates, their data; or
@@ -166,6 +178,7 @@ def _outlets(
     """
     types = sites.traced.types
     program = sites.level.program
+    makers = makers_of(sites.level)
     names: dict[Variable, Variable] = {}
     chosen: dict[Variable, int] = {}
     crossed: dict[Variable, set[Equation]] = {}

@@ -191,7 +191,7 @@ class CompiledTraining:
         spread: Any = {"in_shardings": where, "out_shardings": where} if where else {}
         started = time.perf_counter()
         block = jax.jit(make_block(problem, settings), donate_argnums=0, **spread)
-        shapes = jax.eval_shape(lambda: _carry(init(seed), problem.num_examples))
+        shapes = jax.eval_shape(lambda: _carry(self._init(seed), problem.num_examples))
         self.block = block.lower(
             shapes, np.int32(0), _rate(0), seed, *self.data
         ).compile()
