@@ -29,7 +29,8 @@ class DiagnosisRow:
         cosine: the mean cosine of ĝ and g, and its standard error; None without a reference.
         flops: the arithmetic operations of the compiled program, as XLA counts them; a loop's body
             counts once.
-        temporary_bytes: what the compiled program needs beside its arguments and results.
+        temporary_bytes: what the compiled program takes beside its arguments, temporaries + outputs
+            - aliases, as the compiler counts.
         seconds: the median time of one call.
         unbiased: whether the mean of the estimate is the gradient.
         reverse_mode: whether the rule runs reverse mode; it is then never advised in place of

@@ -43,9 +43,23 @@ class CompiledStep:
 
     @property
     def temporary_bytes(self) -> int | None:
-        """The memory beside arguments and results; None where a backend does not tell."""
-        memory = self.executable.memory_analysis()
-        return getattr(memory, "temp_size_in_bytes", None)
+        """See `held_bytes`."""
+        return held_bytes(self.executable)
+
+
+def held_bytes(executable: Any) -> int | None:
+    """What a compiled program takes beside its arguments: temporaries + outputs - aliases.
+
+    Outputs count because programs that return gradients hide their scratch in them.
+
+    Returns:
+        None where a backend does not tell.
+    """
+    memory = executable.memory_analysis()
+    if memory is None:
+        return None
+    held = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return int(held - memory.alias_size_in_bytes)
 
 
 def compiled(

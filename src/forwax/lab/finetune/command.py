@@ -3,6 +3,7 @@
 from forwax.lab.finetune import run as runs
 from forwax.lab.finetune import versus
 from forwax.lab.finetune.options import FinetuneOptions, resumed
+from forwax.lab.terminal import Shown
 
 DESCRIPTION = """Fine-tune a language model on texts, by default without backpropagation.
 
@@ -39,6 +40,8 @@ def run(options: FinetuneOptions) -> int:
     found = None
     if options.resume is not None:
         options, found = resumed(options)
+        if options.print_config:
+            raise Shown(found.config)
         if found.finished:
             print(f"{found.path} is finished already.")
             return 0

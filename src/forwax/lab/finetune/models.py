@@ -47,17 +47,13 @@ class TextCoder(Protocol):
 class Bytes:
     """A tokenizer whose tokens are the bytes of UTF-8.
 
-    >>> Bytes().encode("é"), Bytes().decode([195, 169])
-    ([195, 169], 'é')
+    >>> Bytes().encode("é")
+    [195, 169]
     """
 
     def encode(self, text: str) -> list[int]:
         """The bytes of a text."""
         return list(text.encode())
-
-    def decode(self, ids: Any) -> str:
-        """The text of bytes."""
-        return bytes(ids).decode(errors="replace")
 
 
 @dataclass(frozen=True, eq=False)

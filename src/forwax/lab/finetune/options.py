@@ -101,6 +101,8 @@ class FinetuneOptions:
     """A folder to look for data and model in first, before FORWAX_DATA and the cache."""
     checkpoint_seconds: NotNegative = 5.0
     """The time between two checkpoints."""
+    print_config: bool = False
+    """Print what config.json would hold, and start nothing."""
 
     @property
     def pattern(self) -> str:
@@ -156,7 +158,7 @@ def resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Run]:
         UsageError: when other settings are given too, or the folder holds no such run.
     """
     assert options.resume is not None
-    kept = ("data_dir", "checkpoint_seconds", "resume", "runs")
+    kept = ("data_dir", "checkpoint_seconds", "resume", "runs", "print_config")
     free: Any = {name: getattr(options, name) for name in kept}
     if options != FinetuneOptions(**free):
         raise UsageError(
@@ -177,6 +179,7 @@ def resumed(options: FinetuneOptions) -> tuple[FinetuneOptions, Run]:
 def as_json(options: FinetuneOptions) -> Json:
     """The options as config.json holds them."""
     found: Json = dataclasses.asdict(options)
+    del found["print_config"]
     for name, value in found.items():
         names_file = name in ("model", "data") and Path(value).is_file()
         if names_file or isinstance(value, Path):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from forwax import adapters
+from forwax._reports.programs import held_bytes
 from forwax.adapters import files
 from forwax.lab.finetune.models import Model
 from forwax.lab.finetune.problem import Tuning
@@ -74,18 +75,10 @@ def memory(problem: Tuning, block: Any) -> Json:
     """
     unit = 1 if sys.platform == "darwin" else 1024
     return {
-        "step_bytes": _besides(block),
-        "inference_bytes": _besides(problem.inference),
+        "step_bytes": held_bytes(block),
+        "inference_bytes": held_bytes(problem.inference),
         "process_peak_bytes": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-
-
-def _besides(compiled: Any) -> int | None:
-    found = compiled.memory_analysis()
-    if found is None:
-        return None
-    held = found.temp_size_in_bytes + found.output_size_in_bytes
-    return int(held - found.alias_size_in_bytes)
 
 
 def memory_told(found: Json) -> str:

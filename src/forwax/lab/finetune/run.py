@@ -20,6 +20,7 @@ from forwax.lab.finetune.options import FinetuneOptions
 from forwax.lab.finetune.problem import AXES, Tuning
 from forwax.lab.flags import UsageError
 from forwax.lab.report import Json
+from forwax.lab.terminal import Shown
 from forwax.lab.texts import sets as texts
 from forwax.lab.training.folder import CURVES, SUMMARY, Run, opened
 from forwax.lab.training.program import Score
@@ -119,6 +120,9 @@ def create(ready: Ready) -> Run:
     """Make the run's folder, and say what will be trained on what.
 
     A run that is killed from here on goes on with --resume.
+
+    Raises:
+        Shown: with --print-config, what config.json would hold.
     """
     asked = ready.options
     task = ready.task
@@ -130,6 +134,8 @@ def create(ready: Ready) -> Run:
         "num_parameters": task.num_parameters,
         "versions": report.versions(),
     }
+    if asked.print_config:
+        raise Shown(config)
     name = f"finetune-{Path(asked.model).stem}"
     run = Run.create(asked.runs, name, config)
     for name in (asked.data, asked.model):
