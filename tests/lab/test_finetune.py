@@ -14,7 +14,7 @@ import pytest
 
 import forwax as fx
 from forwax import adapters, lm
-from forwax.lab import cli
+from forwax.lab import cli, style
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import cache_dir
 from forwax.lab.finetune import models, prefixes, problem, results, run
@@ -28,6 +28,14 @@ TINY = ["--model", "tiny-random", "--data", "tiny-sentences"]
 FEW = ["--steps", "4", "--batch-size", "4", "--test-texts", "8"]
 RATE = ["--learning-rate", "0.01"]
 RULES = ("activity", "learned-feedback", "rank-1", "mezo", "backprop")
+
+
+@pytest.fixture(autouse=True)
+def picture(monkeypatch):
+    """Pictures are drawn and not painted; gives what paints them."""
+    plain = style.save
+    monkeypatch.setattr(style, "save", lambda figure, path: path.write_bytes(b""))
+    return plain
 
 
 @pytest.fixture
@@ -61,15 +69,21 @@ OFFERED = [
     )
     for rule in RULES
 ]
+PAINTED = ("full", "backprop")
+"""The adapter and the rule, under both tasks, whose picture is painted."""
 
 
 @pytest.mark.parametrize(("adapter", "task", "rule"), OFFERED)
-def test_every_combination_trains(adapter, task, rule, finetune):
+def test_every_combination_trains(adapter, task, rule, finetune, picture, monkeypatch):
+    if (adapter, rule) == PAINTED:
+        monkeypatch.setattr(style, "save", picture)
     words = ("--adapter", adapter, "--task", task, "--rule", rule)
     code, out, folder = finetune(*TINY, *FEW, *RATE, *words)
     assert code == 0
     names = {"config.json", "metrics.jsonl", "curves.png", "summary.json", run.ADAPTER}
     assert names | {"checkpoints"} == {path.name for path in folder.iterdir()}
+    painted = (folder / "curves.png").read_bytes()
+    assert painted[1:4] == (b"PNG" if (adapter, rule) == PAINTED else b"")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["test_loss"] != summary["test_loss_before"]
     assert f"Test loss {summary['test_loss_before']:.3f} before" in out
@@ -117,6 +131,58 @@ def test_a_killed_run_goes_on_bit_for_bit(finetune, tmp_path):
     (folder,) = (tmp_path / "killed").iterdir()
     assert not (folder / "summary.json").exists()
     assert cli.main(["finetune", "--resume", str(folder)]) == 0
+    assert_same(whole, folder)
+    code, out, _ = finetune("--resume", str(folder))
+    assert code == 0
+    assert out.endswith(f"{folder} is finished already.\n")
+
+
+KILLED_AT = """
+import os, signal, sys
+from forwax.lab import cli
+left, folders, words = int(sys.argv[1]), sys.argv[2:4], sys.argv[4:]
+def count(event, args):
+    global left
+    if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.listdir"):
+        if any(str(args[0]).startswith(folder) for folder in folders):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(count)
+sys.exit(cli.main(words))
+"""
+KILLS = 10
+ACTIONS = 40
+"""Each life makes more than these on its run's files and the kept prefixes, where it may end."""
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_ends_bit_for_bit(finetune, tmp_path):
+    """At random actions on files: while prefixes are kept, a checkpoint or a line is written."""
+    words = [*TINY, *FEW, *RATE, "--steps", "24", "--checkpoint-seconds", "0"]
+    _, _, whole = finetune(*words)
+    runs = tmp_path / "killed"
+    own = [*words, "--runs", str(runs)]
+    random = np.random.default_rng(0)
+    steps = []
+    for left in random.integers(1, ACTIONS, KILLS):
+        found = [*runs.glob("finetune-*/config.json")]
+        asked = ["--resume", str(found[0].parent)] if found else own
+        asked += ["--checkpoint-seconds", "0"] if found else []
+        command = [sys.executable, "-c", KILLED_AT, str(left), str(runs)]
+        command += [str(cache_dir()), "finetune", *asked]
+        ended = subprocess.run(command, capture_output=True, check=False)
+        assert ended.returncode == -9, ended.stderr
+        steps += [ended.stdout.decode().count("From step")]
+    (folder,) = (path.parent for path in runs.glob("finetune-*/config.json"))
+    assert 2 < sum(steps) < KILLS  # some before their first step, some behind it
+    assert not (folder / "summary.json").exists()
+    assert cli.main(["finetune", "--resume", str(folder)]) == 0
+    assert_same(whole, folder)
+
+
+def assert_same(whole: Path, folder: Path) -> None:
+    """Two runs ended with the same bits."""
     first, second = (arrays(each)["weights"] for each in (whole, folder))
     assert first.tobytes() == second.tobytes()
     losses = [
@@ -124,9 +190,6 @@ def test_a_killed_run_goes_on_bit_for_bit(finetune, tmp_path):
         for path in (whole / "metrics.jsonl", folder / "metrics.jsonl")
     ]
     assert losses[0] == losses[1]
-    code, out, _ = finetune("--resume", str(folder))
-    assert code == 0
-    assert out.endswith(f"{folder} is finished already.\n")
 
 
 def test_a_run_killed_before_its_first_step_goes_on_bit_for_bit(finetune, monkeypatch):
@@ -183,6 +246,29 @@ def test_a_run_goes_on_with_its_own_settings_and_texts(finetune, tmp_path):
     assert "The texts or the model are not those that" in out
 
 
+def test_print_config_is_what_a_run_keeps_and_starts_nothing(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(problem.prefixes, "cached", None)
+    words = ["finetune", *TINY, *FEW, *RATE, "--runs", str(tmp_path), "--print-config"]
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    config = json.loads(out)
+    assert not [*tmp_path.iterdir()]
+    assert (config["rule"], config["steps"], err) == ("activity", 4, "")
+    assert config["options"]["model"] == "tiny-random"
+    monkeypatch.setattr(run.Ready, "with_prefixes", lambda ready: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(words[:-1])
+    (folder,) = tmp_path.iterdir()
+    kept = json.loads((folder / "config.json").read_text())
+    kept.pop("sha256")
+    assert config == kept
+    capsys.readouterr()
+    assert cli.main(["finetune", "--resume", str(folder), "--print-config"]) == 0
+    assert json.loads(capsys.readouterr().out) == kept
+
+
 def test_a_rate_is_measured_and_a_comparison_prints_one_table(finetune):
     words = ("--compare", "mezo", "backprop", "--trials", "2")
     code, out, folder = finetune(*TINY, "--steps", "4", *words)
@@ -225,17 +311,6 @@ def in_place(rule: str, adapter: str = "full") -> tuple[problem.Tuning, Settings
     found = texts.Texts("pairs", tuple(pairs), np.arange(60, dtype=np.int32) % 2)
     built = problem.build(models.load("tiny-random", packed=False), found, asked)
     return built, asked.settings(rule, 0.01)
-
-
-@pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize("rule", ["mezo", "rank-1"])
-def test_steps_in_place_hold_no_gradient_and_no_second_copy(rule):
-    built, settings = in_place(rule)
-    held = results.memory(built, CompiledTraining(built, settings).block)
-    assert held["step_bytes"] <= 0.3 * 4 * built.num_parameters
-    usual = CompiledTraining(built, replace(settings, rule="backprop"))
-    held = results.memory(built, usual.block)
-    assert held["step_bytes"] > 4 * built.num_parameters
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
@@ -452,3 +527,17 @@ def test_a_missing_extra(finetune, monkeypatch):
     assert out == (
         "forwax: gguf is not installed; forwax finetune needs: pip install 'forwax[lm]'.\n"
     )
+
+
+# the last one, since what follows is compiled with optimisations too
+@pytest.mark.usefixtures("optimised")
+def test_steps_in_place_hold_no_gradient_and_no_second_copy():
+    built, _ = in_place("mezo")
+    held = {}
+    for rule in ("mezo", "rank-1", "backprop"):
+        settings = FinetuneOptions(batch_size=2).settings(rule, 0.01)
+        block = CompiledTraining(built, settings).block
+        held[rule] = results.memory(built, block)["step_bytes"]
+    copy = 4 * built.num_parameters
+    assert max(held["mezo"], held["rank-1"]) <= 0.3 * copy
+    assert held["backprop"] > copy
