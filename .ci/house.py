@@ -39,6 +39,7 @@ LIMITS: dict[str, float] = {
     f"{GAINED}data/elsewhere": 450,
     f"{GAINED}keeping": 6_000,
     f"{GAINED}commands/completion": 120,
+    f"{GAINED}compare/lost": 280,
     f"{GAINED}terminal": 749,
     f"{GAINED}texts": 2_650,
     f"{GAINED}training/divergence": 256,

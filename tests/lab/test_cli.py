@@ -13,7 +13,9 @@ import pytest
 
 from forwax.lab import cli
 from forwax.lab.catalogue import rules as choices
+from forwax.lab.catalogue.experiments import EXPERIMENTS
 from forwax.lab.catalogue.names import LINES
+from forwax.lab.catalogue.optimizers import OPTIMIZERS
 from forwax.lab.cli import COMMANDS, main
 from forwax.lab.compare import setup
 from forwax.lab.training import progress
@@ -259,6 +261,25 @@ def test_bash_completes_commands_options_and_values(capsys, tmp_path):
     assert completed(script, "forwax", "train", "--schedule", "cos") == ["cosine"]
     rules = completed(script, "forwax", "train", "--rule", "")
     assert rules == sorted(choices.RULES)
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "names"),
+    [
+        (["train", "--optimizer", "none"], "--optimizer", OPTIMIZERS),
+        (["train", "digit"], "experiment", EXPERIMENTS),
+        (["reproduce", "--dtype", "int8"], "--dtype", ["bfloat16", "float32"]),
+        (["optimize", "--combine", "sum"], "--combine", {*choices.COMBINES} - {"control-variate"}),
+    ],
+)  # fmt: skip
+def test_a_refusal_lists_the_choices_in_order_without_none(
+    words, option, names, capsys
+):
+    with pytest.raises(SystemExit):
+        main(words)
+    told = "".join(capsys.readouterr().err.replace("│", "").split())
+    assert option in told
+    assert f"Expectedoneof({','.join(map(repr, sorted(names)))})" in told
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])

@@ -380,6 +380,20 @@ def test_a_run_that_is_not_finite_neither_sets_the_target_nor_hides():
     assert "(1 of 2 not finite)" in figure.axes[0].get_legend_handles_labels()[1][1]
 
 
+def test_runs_that_end_no_lower_than_they_began_are_marked():
+    runs = [_run([2.0, 1.0, 0.5]), _run([2.0, 9.0, 2.0]), _run([2.0, 9.0, None])]
+    results = _gathered({"backprop": [_run([2.0, 0.4, 0.3])] * 3, "forward": runs})
+    assert results["rules"]["backprop"]["diverged"] == 0
+    assert results["rules"]["forward"]["diverged"] == 2
+    table = tables.markdown(results)
+    assert "0.500 (2 diverged)" in table
+    assert (
+        "2 of 3 runs diverged: their validation loss ended no lower than it began."
+        in table
+    )
+    assert table.count("diverged") == 2
+
+
 def test_losses_that_lie_close_get_a_linear_axis():
     close, far = [_run([2.0, 1.5, 1.0])], [_run([2.0, 0.4, 0.1])]
     assert picture.draw(_gathered({"forward": close})).axes[0].get_yscale() == "linear"

@@ -242,6 +242,21 @@ def test_command_end_to_end(tmp_path, capsys):
     assert "way.png" in printed
 
 
+def test_where_all_runs_are_lost_nothing_is_written(tmp_path, capsys):
+    path = tmp_path / "way.png"
+    path.write_bytes(b"an older picture")
+    options = OptimizeOptions(iterations=30, runs=2, learning_rate=1e3, out=path)
+    assert optimize.run(options) == 3
+    assert [each.name for each in tmp_path.iterdir()] == ["way.png"]
+    assert path.read_bytes() == b"an older picture"
+    told = capsys.readouterr()
+    assert told.err == (
+        "forwax: all runs left the numbers at --learning-rate 1000: nothing is written. Try a "
+        "smaller one.\n"
+    )
+    assert told.out == ""
+
+
 def test_command_names_another_rule(tmp_path, capsys):
     options = OptimizeOptions(
         rule="exact", iterations=3, runs=1, out=tmp_path / "exact.png"

@@ -1,7 +1,6 @@
 """Words on a terminal: a command's options, completion, mistyped words, numbers of things."""
 
 import difflib
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
@@ -23,6 +22,9 @@ USUAL: Mapping[str, str] = {
     "--output": "--out",
 }
 """Options as other programs call them, and ours."""
+
+
+_FLAGS = (tyro.conf.DisallowNone,)
 
 
 class Shown(Exception):  # noqa: N818 (no error: the command did what was asked)
@@ -48,7 +50,7 @@ def parsed(kind: Any, command: str, words: Sequence[str], about: str | None) -> 
             prog=f"forwax {command}",
             description=about,
             args=words,
-            config=(tyro.conf.DisallowNone,),
+            config=_FLAGS,
         )
     except SystemExit as end:
         if end.code and (sentences := _meant_options(words, kind)):
@@ -68,26 +70,34 @@ def completion(shell: str, commands: Mapping[str, Any]) -> str:
     >>> completion("bash", both).count("'--data-dir'")
     2
     """
-    parts = [
-        Annotated[options, tyro.conf.subcommand(name)]
-        for name, options in commands.items()
+    one_of: Any = Union[  # noqa: UP007 (of a tuple)
+        tuple(
+            Annotated[options, tyro.conf.subcommand(name)]
+            for name, options in commands.items()
+        )
     ]
-    one_of: Any = Union[tuple(parts)]  # noqa: UP007 (of a list)
     written = StringIO()
     with redirect_stdout(written), suppress(SystemExit):
         tyro.cli(
             one_of,
             prog="forwax",
             args=["--tyro-print-completion", shell],
+            config=_FLAGS,
         )
-    # tyro lists the choices of what may be left open as a set, with None in it
-    return re.sub(r"(?<='choices': \[)[^]]*|(?<=/\()[^()]*", _tidy, written.getvalue())
+    return written.getvalue()
 
 
-def _tidy(listed: re.Match[str]) -> str:
-    between = ", " if "'" in listed[0] else " "
-    words = (word for word in listed[0].split(between) if word.strip("'") != "None")
-    return between.join(sorted(words))
+def left_open(kind: Any, about: str | None = None) -> Any:
+    """The type of an option that may be left out, and its help.
+
+    tyro by itself would list its choices as a set, with None in it.
+    """
+    listed = tuple(sorted(_choices(kind)))
+    wanted: Any = Literal[listed] if listed else None
+    return Annotated[
+        kind | None,
+        tyro.conf.arg(constructor=wanted, help=about, help_behavior_hint=""),
+    ]
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,15 +15,15 @@ from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, ch
 from forwax.lab.catalogue.settings import Settings, fields_in
 from forwax.lab.flags import Chosen, UsageError, check_ranges, given
 from forwax.lab.report import Json
-from forwax.lab.terminal import meant
+from forwax.lab.terminal import left_open, meant
 
 if TYPE_CHECKING:
     ExperimentName = OneLossName = str
 else:
     # the names come from the tables, so that a new line there is a new choice here
-    ExperimentName = Literal[tuple(EXPERIMENTS)]
+    ExperimentName = Literal[tuple(sorted(EXPERIMENTS))]
     OneLossName = Literal[
-        tuple(name for name, each in EXPERIMENTS.items() if not each.is_mixer)
+        tuple(sorted(x for x in EXPERIMENTS if not EXPERIMENTS[x].is_mixer))
     ]
 
 _NAMES = {
@@ -42,14 +42,7 @@ def _option(field: Field[Any], kind: Any) -> tuple[str, Any, None]:
     """Leave a field of the settings open: its names, its text, and None where it is not named."""
     if field.name in _NAMES:
         kind = Literal[tuple(_NAMES[field.name])]
-    return (
-        field.name,
-        Annotated[
-            kind | None,
-            tyro.conf.arg(help=field.metadata["help"], help_behavior_hint=""),
-        ],
-        None,
-    )
+    return field.name, left_open(kind, field.metadata["help"]), None
 
 
 def _given(self: Any) -> Json:

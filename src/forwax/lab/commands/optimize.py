@@ -1,6 +1,7 @@
 """``forwax optimize``: descent on test functions, with backprop and with forward gradients."""
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,6 +32,7 @@ from forwax.lab.keeping.disk import check_path
 from forwax.lab.optimize.descent import Plan, descend, make_table, measure, summarise
 from forwax.lab.pictures import descent as picture
 from forwax.lab.report import print_tables, write_json
+from forwax.lab.training.session import NOT_FINITE
 
 DEFAULTS: dict[str, tuple[float, int]] = {
     "beale": (0.01, 1000),
@@ -53,23 +55,16 @@ Point = Annotated[
 ]
 
 if TYPE_CHECKING:
-    FunctionName = str
-    RuleName = str
-    TangentsName = str
-    CombineName = str
+    FunctionName = RuleName = TangentsName = CombineName = str
 else:
-    FunctionName = Literal[tuple(DEFAULTS)]
+    FunctionName = Literal[tuple(sorted(DEFAULTS))]
     RuleName = Literal[
-        tuple(
-            name
-            for name, rule in RULES.items()
-            if name != "backprop" and not rule.needs_data
-        )
+        tuple(sorted(x for x in RULES if x != "backprop" and not RULES[x].needs_data))
     ]
     # what needs a guess of the gradient is left out: it would be a state, which plain descent
     # does not keep
-    TangentsName = Literal[tuple(name for name in TANGENTS if name != "guided")]
-    CombineName = Literal[tuple(name for name in COMBINES if name != "control-variate")]
+    TangentsName = Literal[tuple(sorted({*TANGENTS} - {"guided"}))]
+    CombineName = Literal[tuple(sorted({*COMBINES} - {"control-variate"}))]
 
 
 @dataclass(frozen=True)
@@ -124,7 +119,8 @@ def run(options: OptimizeOptions) -> int:
     """Run the comparison, print the table, save the picture and the numbers.
 
     Returns:
-        The exit code, 0, also when runs left the numbers: the table says how many.
+        The exit code: 0, also when some runs left the numbers, and the table says how many; 3
+        where all of them did, and nothing is written.
 
     Raises:
         UsageError: when options do not go together or lie out of range.
@@ -149,6 +145,13 @@ def run(options: OptimizeOptions) -> int:
     rules = {"backprop": fx.Backprop(), name: rule}
     keys = jax.random.split(jax.random.key(options.seed), options.runs)
     descents = {name: descend(plan, rule, keys) for name, rule in rules.items()}
+    if all(each.non_finite == options.runs for each in descents.values()):
+        print(
+            f"forwax: all runs left the numbers at --learning-rate {plan.learning_rate:g}: nothing "
+            "is written. Try a smaller one.",
+            file=sys.stderr,
+        )
+        return NOT_FINITE
     timings = measure(plan, rules, keys[0])
     numbers = summarise(plan, rules, descents, timings, options.seed)
     print_tables(make_table(numbers))

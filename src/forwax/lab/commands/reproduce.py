@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -29,13 +29,15 @@ from forwax.lab.flags import (
 from forwax.lab.keeping.disk import check_path, going_on
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
+from forwax.lab.terminal import left_open
 from forwax.lab.training.problem import checksum_of, problem_of
 from forwax.lab.training.session import NOT_FINITE, Signals
 
 if TYPE_CHECKING:
-    ColumnName = str
+    ColumnName = DtypeOrNot = Any
 else:
-    ColumnName = Literal[tuple(COLUMNS)]
+    ColumnName = Literal[tuple(sorted(COLUMNS))]
+    DtypeOrNot = left_open(Literal["float32", "bfloat16"])
 
 _tell = partial(print, " ", flush=True)
 """Print a line of a run below the one that names it."""
@@ -72,7 +74,7 @@ class ReproduceOptions:
     """One rate for all methods, instead of the column's own for each."""
     augment: Chosen[bool] = None
     """Whether supervised images are shifted by up to 2 pixels, and flipped where coloured."""
-    dtype: Chosen[Literal["float32", "bfloat16"]] = None
+    dtype: DtypeOrNot = None
     """The floating type that the model computes in, instead of the column's."""
     examples: CountOrNot = None
     """Use only so many training and test images, to try a command out."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from forwax._reports.timing import medians
 from forwax.lab.catalogue.names import NamedRule
+from forwax.lab.compare.lost import lost_runs
 from forwax.lab.compare.rates import edge_note
 from forwax.lab.report import Json, Rows, RowsByRule, finite
 from forwax.lab.training.timing import LOSS
@@ -85,7 +86,7 @@ def _of_runs(runs: Rows) -> Json:
         "test_accuracy_sd": float(np.std(accuracies, ddof=1))
         if len(runs) > 1
         else None,
-        "non_finite": sum(not run["finite"] for run in runs),
+        **lost_runs(runs),
         "best_validation_loss": finite(min(losses, default=math.inf)),
         "curve": {
             "steps": steps,

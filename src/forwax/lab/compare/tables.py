@@ -2,6 +2,7 @@
 
 import math
 
+from forwax.lab.compare.lost import mark, notes_on_lost
 from forwax.lab.compare.rates import pairs
 from forwax.lab.report import Json, Table
 
@@ -21,12 +22,11 @@ RATIO_COLUMNS = ("rule", "R", "R / R of backprop", "T / T of backprop")
 
 def _row(each: Json) -> tuple[str, ...]:
     """Give the cells of one rule, in the order of `COLUMNS`."""
-    lost = f" ({each['non_finite']} not finite)" if each["non_finite"] else ""
     temporaries = each["temporary_bytes"]
     return (
         each["about"],
         number(each["learning_rate"]) + (" (edge)" if each["edge"] else ""),
-        number(each["train_loss"]) + lost,
+        number(each["train_loss"]) + mark(each),
         accuracy(each),
         number(1000 * each["seconds_per_step"]),
         _fixed(each["time_ratio"], 2),
@@ -130,9 +130,5 @@ def notes(results: Json) -> list[str]:
             found.append(f"{each['about']} tried {tried}.")
         if each["edge"]:
             found.append(f"{each['about']}: {each['edge']}.")
-        if each["non_finite"]:
-            found.append(
-                f"{each['about']}: {each['non_finite']} of {len(each['runs'])} runs turned "
-                "non-finite; their last finite parameters were tested."
-            )
+        found += notes_on_lost(each)
     return found
