@@ -55,7 +55,10 @@ Point = Annotated[
 ]
 
 if TYPE_CHECKING:
-    FunctionName = RuleName = TangentsName = CombineName = str
+    FunctionName = str
+    RuleName = str
+    TangentsName = str
+    CombineName = str
 else:
     FunctionName = Literal[tuple(sorted(DEFAULTS))]
     RuleName = Literal[

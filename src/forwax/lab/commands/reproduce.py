@@ -34,7 +34,8 @@ from forwax.lab.training.problem import checksum_of, problem_of
 from forwax.lab.training.session import NOT_FINITE, Signals
 
 if TYPE_CHECKING:
-    ColumnName = DtypeOrNot = Any
+    ColumnName = str
+    DtypeOrNot = Any
 else:
     ColumnName = Literal[tuple(sorted(COLUMNS))]
     DtypeOrNot = left_open(Literal["float32", "bfloat16"])
