@@ -313,6 +313,18 @@ def test_num_steps_counts_beyond_the_window():
     assert int(found.num_steps) == 9
 
 
+def test_growth_compares_the_younger_half_with_the_older():
+    safe = fx.Safe(fx.WeightPerturbation(), clip=None, window=4).init()
+    seen = []
+    for slope in (9.0, 1.0, 1.0, 3.0, 3.0, 0.0, 0.0, 0.0, 0.0):
+        safe = safe.after(jnp.array([slope]))
+        seen.append(float(safe.monitor(3).growth))
+    # the first has no half; from the fifth on the oldest is forgotten
+    expected = [1, 1 / 9, (2 / 82) ** 0.5, (10 / 82) ** 0.5, 3]
+    np.testing.assert_allclose(seen[:5], expected, rtol=1e-6)
+    assert seen[-2:] == [0, 1]  # nothing after something, nothing after nothing
+
+
 def test_inside_shard_map_slopes_are_summed_first_and_sharded_parameters_refused():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()

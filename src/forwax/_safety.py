@@ -41,6 +41,8 @@ class Monitor(NamedTuple):
         variance: E|ĝ - g|².
         cosine: the root mean square of cos(ĝ, g).
         error: the relative standard error of `gradient_norm`.
+        growth: how many times larger, in root mean square, the slopes of the younger half of the
+            remembered steps were than those of the older one.
         num_steps: how many steps had a finite slope since the start; of these the last `window`
             went in.
         num_clipped: how many slopes were clipped since the start.
@@ -59,6 +61,7 @@ class Monitor(NamedTuple):
     variance: Array
     cosine: Array
     error: Array
+    growth: Array
     num_steps: Array
     num_clipped: Array
     num_skipped: Array
@@ -121,6 +124,26 @@ class History:
             + jnp.sum(finite & (sizes > bound), dtype=jnp.int32),
             num_skipped=self.num_skipped + jnp.sum(~finite, dtype=jnp.int32),
         )
+
+    def growth(self) -> Array:
+        """The root mean square slope of the younger half over that of the older; 1 for no halves.
+
+        A slow explosion, in which the median follows the slopes, shows here first.
+        """
+        window = self.squares.shape[0]
+        recorded = self.squares >= 0
+        count = jnp.sum(recorded, dtype=jnp.int32)
+        age = (self.num_steps - 1 - jnp.arange(window, dtype=jnp.int32)) % window
+        is_young = age < count // 2
+
+        def mean(of: Array) -> Array:
+            total = jnp.sum(jnp.where(of, self.squares, 0))
+            return total / jnp.maximum(jnp.sum(of), 1).astype(total.dtype)
+
+        young = mean(recorded & is_young)
+        old = mean(recorded & ~is_young)
+        is_known = (count > 1) & (old > 0)
+        return jnp.sqrt(jnp.where(is_known, young / jnp.where(is_known, old, 1), 1))
 
 
 def _median(sizes: Array) -> Array:
@@ -381,6 +404,7 @@ class Safe(LearningRule):
             variance=law * square,
             cosine=jnp.float32(1 / math.sqrt(1 + law)),
             error=error,
+            growth=self.history.growth(),
             num_steps=self.history.num_steps,
             num_clipped=self.history.num_clipped,
             num_skipped=self.history.num_skipped,
