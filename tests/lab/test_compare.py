@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from forwax.lab import cli
+from forwax.lab import cli, style
 from forwax.lab.catalogue import names
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.commands import compare
@@ -398,6 +398,14 @@ def test_losses_that_lie_close_get_a_linear_axis():
     close, far = [_run([2.0, 1.5, 1.0])], [_run([2.0, 0.4, 0.1])]
     assert picture.draw(_gathered({"forward": close})).axes[0].get_yscale() == "linear"
     assert picture.draw(_gathered({"forward": far})).axes[0].get_yscale() == "log"
+
+
+def test_a_target_far_from_the_losses_leaves_them_their_room(tmp_path):
+    results = _gathered({"forward": [_run([2.0, 1.99, 1.98])]})
+    results["target_loss"] = 60.0
+    figure = picture.draw(results)
+    style.save(figure, tmp_path / "figure.png")  # layout warns of axes without room
+    assert figure.axes[0].get_position().height > 0.5
 
 
 def test_evaluations_begin_at_the_start_and_end_at_the_last_step():

@@ -44,12 +44,13 @@ def draw(results: Json) -> Figure:
                 color=style.MUTED,
                 fontsize=8,
                 va="bottom",
+                clip_on=True,
                 transform=axes.get_yaxis_transform(),
             )
     figure.legend(
         *left.get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=min(len(results["rules"]), 2),
+        ncols=2,
     )
     rates = (
         "the paper's rates"
