@@ -48,9 +48,13 @@ def card_of(app: Sphinx, page: str, address: str) -> nodes.container:
     """A picture and a title, both of which lead to the page, and its first paragraph."""
     read = app.env.get_doctree(page)
     pictures = [node for node in read.findall(nodes.image) if node.get("alt")]
-    if not pictures:
+    # A quick build of the text alone draws nothing.
+    is_run = app.config.nb_execution_mode != "off"
+    if is_run and not pictures:
         logger.warning("%s: no picture with an alt text for its card", page)
-    if not has_outputs(Path(app.env.mystnb_config.output_folder, f"{page}.ipynb")):
+    if is_run and not has_outputs(
+        Path(app.env.mystnb_config.output_folder, f"{page}.ipynb")
+    ):
         logger.warning("%s: its notebook has no outputs", page)
     shown = nodes.container(classes=["gallery-card"])
     title = nodes.Text(app.env.titles[page].astext())

@@ -25,7 +25,9 @@ def he_normal(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     >>> he_normal(jax.random.key(0), (10, 4), fan_in=4).shape
     (10, 4)
     """
-    return jax.random.normal(key, shape) * math.sqrt(2 / fan_in)
+    # The same numbers as in four axes, which XLA takes a dozen times as long to compile.
+    flat = jax.random.normal(key, (math.prod(shape),))
+    return flat.reshape(shape) * math.sqrt(2 / fan_in)
 
 
 class Dense(eqx.Module):
