@@ -39,12 +39,13 @@ BLOCK = 4
 """Steps of one timing."""
 
 RATES = {
-    "one slope a batch": (0.01, 0.03),
-    "one slope an example": (0.03, 0.1),
-    "its own and later tokens' slopes": (0.1, 0.3),
-    "its own token's slope": (0.3, 1.0),
-    "backprop": (0.3, 1.0),
+    "its own token's slope": 1.0,
+    "its own and later tokens' slopes": 0.3,
+    "one slope an example": 0.1,
+    "one slope a batch": 0.01,
+    "backprop": 1.0,
 }
+"""The first rate of each way; the others follow by factors of three."""
 
 
 def table(heads, rows):
@@ -148,6 +149,7 @@ def texts_of(asked):
     """Tokens and masks [N, T] of training and held-out texts, and the model."""
     options = FinetuneOptions(
         task="next-token",
+        template=asked.template,
         max_tokens=asked.max_tokens,
         test_texts=1,
         batch_size=asked.batch,
@@ -269,10 +271,10 @@ def ways(config):
     own = fx.ActivityPerturbation(credit=fx.credit.Decay(0.0))
     axes = {"in_axes": (None, None, 0)}
     made = (
-        by_hand(config, of_batch=True),
-        by_hand(config, of_batch=False),
-        fx.value_and_grad(total, fx.ActivityPerturbation(), **axes),
         fx.value_and_grad(total, own, **axes),
+        fx.value_and_grad(total, fx.ActivityPerturbation(), **axes),
+        by_hand(config, of_batch=False),
+        by_hand(config, of_batch=True),
         fx.value_and_grad(total, fx.Backprop(), **axes),
     )
     return dict(zip(RATES, made, strict=True)), total
@@ -320,13 +322,28 @@ def next_token(asked):
         count = 1 if name == "backprop" else asked.draws
         drawn = [gradient(key(i), start, params, batch(0)) for i in range(count)]
         told = agreement(np.array([each.weights.ravel() for each in drawn]), exact)
-        rates = [asked.rates * rate for rate in RATES[name]]
-        held_at = {rate: trained(gradient, rate) for rate in rates}
-        best = min(rates, key=lambda rate: held_at[rate])
-        rows.append((name, *told, f"{held_at[best]:.3f}", f"{best:g}"))
-        print(name, told, held_at, flush=True)
+        print(name, told, flush=True)
+        score = functools.partial(trained, gradient)
+        held_at = searched(score, RATES[name], asked.trials)
+        best = min(held_at, key=held_at.__getitem__)
+        tried = ", ".join(f"{x:g}" for x in sorted(held_at))
+        rows.append((name, *told, f"{held_at[best]:.3f}", f"{best:g} of {tried}"))
     heads = ("noise times", "cosine of one", f"of the mean of {asked.draws}")
     table((*heads, "relative MSE", "held-out loss", "rate"), rows)
+
+
+def searched(score, first, trials):
+    """Losses by rate: towards the lower one by factors of three, until it lies between others."""
+    found = {first: score(first)}
+    print(f"  {first:g}: {found[first]:.3f}", flush=True)
+    for _ in range(trials - 1):
+        best = min(found, key=found.__getitem__)
+        near = [x for x in (best / 3, best * 3) if not any(np.isclose(x, [*found]))]
+        if not near:
+            break
+        found[near[0]] = score(near[0])
+        print(f"  {near[0]:g}: {found[near[0]]:.3f}", flush=True)
+    return found
 
 
 def agreement(drawn, exact):
@@ -357,12 +374,13 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=48, help="of next-token")
     parser.add_argument("--batch", type=int, default=16, help="texts of a step")
+    parser.add_argument("--template", default="{text} It was", help="of next-token")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--texts", type=int, default=256, help="to train on")
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--draws", type=int, default=48)
     parser.add_argument("--ways", nargs="+", default=[*RATES], help="of next-token")
-    parser.add_argument("--rates", type=float, default=1.0, help="times its rates")
+    parser.add_argument("--trials", type=int, default=4, help="rates of each way")
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     asked = parser.parse_args()
     print(f"{machine()}; {' '.join(f'{k}={v}' for k, v in vars(asked).items())}")
