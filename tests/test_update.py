@@ -452,3 +452,13 @@ def test_sharded_parameters_are_refused():
     )
     with pytest.raises(ValueError, match=r"do not vary over mesh axes, got \['data'\]"):
         run(jnp.ones(4))
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 512), (4, 256)])
+def test_normals_are_made_once(count, width):
+    """From words that are drawn before; each use does not make them anew from these."""
+    layer = lambda x, w: jnp.tanh(x @ w)
+    loss = lambda params, x: jnp.mean(functools.reduce(layer, params, x) ** 2)
+    params, x = [floats(width, width)] * count, floats(8, width)
+    held = of_update(loss, W(T.Normal()), params, x)
+    assert held < 4.1 * sum(map(num_bytes, params))

@@ -240,11 +240,18 @@ class FiniteDifference(Rule):
         directions: Formed | WeightPlan,
         key: Array,
         is_summed: bool,
-    ) -> tuple[Along, None]:
-        """The slopes of `forwax.slopes`, added up over devices in any case; nothing is held."""
+    ) -> tuple[Along, Any]:
+        """The slopes of `forwax.slopes`, added up over devices in any case, and what was drawn.
+
+        None where it is large or many, and better drawn again than held.
+        """
         params = directions.tree_of(jax.tree.leaves(directions.point))
         whole = lambda slopes: slopes  # noqa: E731
-        return self._slopes(directions, key, self.steps(params), whole), None
+        k = self.num_tangents
+        drawn = None
+        if directions.most_held is None and k <= directions.together:
+            drawn = directions.sampler(key)(jnp.arange(k))
+        return self._slopes(directions, key, self.steps(params), whole, drawn), drawn
 
     def _slopes(
         self,
@@ -252,9 +259,12 @@ class FiniteDifference(Rule):
         key: Array,
         steps: Steps,
         guard: Callable[[Array], Array] | None,
+        held: Any = None,
     ) -> Along:
         """Two evaluations for each slope, one at a time; their mean is the value."""
         draw = directions.sampler(key)
+        if held is not None:
+            draw = lambda indices: jax.tree.map(lambda x: x[indices], held)  # noqa: E731
         as_scan = not directions.is_concrete
 
         def evaluate(_: None, index: Array) -> tuple[None, Any, Tree]:

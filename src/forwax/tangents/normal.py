@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from forwax import _tree
@@ -53,5 +54,14 @@ def normal_leaves(
     for leaf_key, spec in zip(jax.random.split(key, len(specs)), specs, strict=True):
         shape = lead + spec.shape
         wide = jax.random.normal(leaf_key, shape, _tree.accumulation_dtype(spec.dtype))
-        leaves.append(wide.astype(spec.dtype))
+        leaves.append(_made_once(wide).astype(spec.dtype))
     return leaves
+
+
+def _made_once(x: Array) -> Array:
+    """The array, divided by ones that no compiler knows to be such.
+
+    None repeats a division. Else each use of a normal would compute its polynomial anew, from four
+    arrays that are held in place of one.
+    """
+    return x / jnp.where(jnp.isnan(x), x, 1)
