@@ -85,6 +85,28 @@ def test_a_run_whose_reader_is_gone_trains_to_its_end(
     assert capsys.readouterr().err == ""
 
 
+def test_processes_without_a_reader_train_to_their_end(tmp_path):
+    """As behind `| head -1`, and with `>&-`."""
+    command = [sys.executable, "-m", "forwax", *WORDS, "--runs"]
+    head = subprocess.Popen(
+        [*command, str(tmp_path / "head")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    closed = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command, str(tmp_path / "closed")],
+        stderr=subprocess.PIPE,
+    )
+    assert head.stdout is not None
+    assert head.stdout.readline()
+    head.stdout.close()
+    for name, process in {"head": head, "closed": closed}.items():
+        told = process.communicate()[1].decode()
+        assert process.returncode == 0, told
+        assert told == ""
+        assert Run.open(only_run(tmp_path / name)).summary()["steps"] == 40
+
+
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["data"], ["trian"]])
 @pytest.mark.parametrize("kind", ["broken", "closed"])
 def test_commands_end_without_a_traceback(words, kind, monkeypatch):
