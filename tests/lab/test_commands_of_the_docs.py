@@ -20,7 +20,7 @@ SMALL = {
     "compare": "--batch-size 2 --steps 2 --seeds 1 --search-rates 2 --evaluations 1 "
     "--validation-examples 4 --test-examples 4",
     "diagnose": "--batch-size 2 --draws 2 --rounds 1",
-    "finetune": "--model tiny-random --steps 2 --batch-size 4 --trials 1 --learning-rate 0.01 "
+    "finetune": "--model tiny-random --steps 2 --batch-size 4 --max-tokens 64 "
     "--train-texts 8 --validation-texts 4 --test-texts 4",
     "optimize": "--iterations 2 --runs 1",
     "reproduce": "--batch-size 8 --examples 64 --steps 2 --seeds 1",
@@ -115,6 +115,11 @@ def test_a_command_of_the_docs_runs(command, small, tmp_path, capsys):
     if name == "finetune":
         pytest.importorskip("tokenizers", reason="needs pip install 'forwax[lm]'")
         words += [] if "--data" in words else ["--data", "tiny-sentences"]
+        words += (
+            ["--trials", "1"] if "--compare" in words else ["--learning-rate", "0.01"]
+        )
+    if "--labels" in words:  # its words are letters
+        words += ["--labels", "a", "b"]
     if "--epochs" in words:  # of passes or steps only one may be given
         at = words.index("--epochs")
         del words[at : at + 2]
