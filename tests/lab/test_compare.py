@@ -398,6 +398,10 @@ def test_losses_that_lie_close_get_a_linear_axis():
     close, far = [_run([2.0, 1.5, 1.0])], [_run([2.0, 0.4, 0.1])]
     assert picture.draw(_gathered({"forward": close})).axes[0].get_yscale() == "linear"
     assert picture.draw(_gathered({"forward": far})).axes[0].get_yscale() == "log"
+    low, high = (
+        picture.draw(_gathered({"forward": [_run([2.0] * 3)]})).axes[0].get_ylim()
+    )
+    assert low < 2.0 < high
 
 
 def test_a_target_far_from_the_losses_leaves_them_their_room(tmp_path):

@@ -88,7 +88,8 @@ def _set_loss_axis(axes: Axes, results: Json) -> None:
     low = min((loss for curve in curves for loss in curve if loss), default=0.1)
     high = max((curve[0] for curve in curves if curve and curve[0]), default=10.0)
     if high < 4 * low:  # a logarithmic axis would have hardly a number on it
-        axes.set_ylim(low - 0.15 * (high - low), high + 0.3 * (high - low))
+        room = high - low or high  # where all losses are equal
+        axes.set_ylim(low - 0.15 * room, high + 0.3 * room)
         return
     axes.set(yscale="log", ylim=(0.8 * low, 1.3 * high))
     style.plain_numbers(axes.yaxis, minor_digits="25")
