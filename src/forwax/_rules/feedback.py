@@ -17,7 +17,7 @@ from forwax._signature import Problem, check_key
 from forwax._sites.feedback import alignment
 from forwax._sites.find import find_sites
 from forwax._tree import Tree
-from forwax.tangents._base import typed_key
+from forwax.tangents._base import draw_in_one_axis, typed_key
 
 
 @jax.tree_util.register_dataclass
@@ -119,7 +119,7 @@ def _like(key: Array, leaf: Array) -> Array:
         return leaf
     root_mean_square = jnp.sqrt(jnp.mean(jnp.abs(leaf) ** 2))
     scale = jnp.where(root_mean_square > 0, root_mean_square, leaf.shape[-1] ** -0.5)
-    return jax.random.normal(key, leaf.shape, leaf.dtype) * scale
+    return draw_in_one_axis(jax.random.normal, key, leaf.shape, leaf.dtype) * scale
 
 
 def _matched(feedback: Tree, params: Tree) -> list[Array | None]:

@@ -12,7 +12,7 @@ from jax import Array
 
 from forwax import _tree
 from forwax._tree import Spec
-from forwax.tangents._base import IndependentTangents
+from forwax.tangents._base import IndependentTangents, draw_in_one_axis
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +53,8 @@ def normal_leaves(
     leaves: list[Array] = []
     for leaf_key, spec in zip(jax.random.split(key, len(specs)), specs, strict=True):
         shape = lead + spec.shape
-        wide = jax.random.normal(leaf_key, shape, _tree.accumulation_dtype(spec.dtype))
+        dtype = _tree.accumulation_dtype(spec.dtype)
+        wide = draw_in_one_axis(jax.random.normal, leaf_key, shape, dtype)
         leaves.append(_made_once(wide).astype(spec.dtype))
     return leaves
 

@@ -13,7 +13,7 @@ from jax import Array
 
 from forwax._checks import register_checked
 from forwax._tree import Spec
-from forwax.tangents._base import IndependentTangents
+from forwax.tangents._base import IndependentTangents, draw_in_one_axis
 
 
 @register_checked
@@ -57,7 +57,7 @@ class Sparse(IndependentTangents):
     def _leaf(self, key: Array, spec: Spec) -> Array:
         # One draw serves both choices: of 2³² words the first 2h keep the entry, and the first h
         # make it positive.
-        bits = jax.random.bits(key, spec.shape, jnp.uint32)
+        bits = draw_in_one_axis(jax.random.bits, key, spec.shape, jnp.uint32)
         half = self._half
         size = math.sqrt(2**31 / half)
         sign = jnp.where(bits < jnp.uint32(half), size, -size)

@@ -22,6 +22,7 @@ from forwax._sites.feedback.crossing import Mirror
 from forwax._sites.kinds import Kind
 from forwax._sites.levels import Level, LoopPlan
 from forwax._sites.model import Sites
+from forwax.tangents._base import draw_in_one_axis
 
 
 def may_have_mirror(equation: Equation, sites: Sites) -> bool:
@@ -255,9 +256,9 @@ class _Learner:
         aval = types[data]
         # As many samples as the loss has examples: fewer would learn more slowly.
         shape = (examples, *aval.shape)
-        noise = jax.random.rademacher(
-            jax.random.fold_in(self.key, mirror.variable), shape, jnp.float32
-        ).astype(aval.dtype)
+        own = jax.random.fold_in(self.key, mirror.variable)
+        signs = draw_in_one_axis(jax.random.rademacher, own, shape, jnp.float32)
+        noise = signs.astype(aval.dtype)
 
         def answers(weight: Array) -> Array:
             def answer(u: Array) -> Array:
