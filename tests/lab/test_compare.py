@@ -514,7 +514,10 @@ def _edited(folder, path, **changes):
             "config.json was changed since forwax wrote it: search_rates was",
         ),
         ({"seeds": "two"}, "config.json: seeds must be a whole number, got 'two'."),
-        ({"experiment": "cats"}, "config.json: experiment must be one of digits"),
+        (
+            {"experiment": "cats"},
+            "config.json: experiment must be one of cifar10-cnn, digits, ",
+        ),
         (
             {"rules": "backprop"},
             "config.json: rules must be a list of text, got 'backprop'.",

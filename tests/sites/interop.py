@@ -139,7 +139,8 @@ def check_factors(model: Model) -> None:
 
         got, true = jax.device_get(both(plan.leaves))
     (value, slope, grads), (expected, exact, estimate) = got, true
-    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    # the losses sum terms of about 1, which may cancel
+    assert float(value) == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
     assert float(slope) == pytest.approx(float(exact), rel=1e-4)
     size = norm(
         estimate
