@@ -35,7 +35,7 @@ def test_a_notebook_offers_itself(page):
     assert f"{{nb-download}}`Download this page as a notebook <{page}.ipynb>`" in text
 
 
-def notebook(title, image=True, alt="A white picture", outputs=True):
+def notebook(title, image=True, alt="A picture in white alone", outputs=True):
     """A notebook of one cell that has run."""
     data = {"image/png": PIXEL} if image else {"text/plain": "3"}
     shown = nbformat.v4.new_output("display_data", data)
@@ -57,7 +57,7 @@ def build(folder, notebooks):
     text = f"# Index\n\n```{{gallery}}\n{names}\n```\n\n```{{toctree}}\n{names}\n```\n"
     (folder / "index.md").write_text(text)
     settings = {
-        "extensions": ["myst_nb", "gallery"],
+        "extensions": ["myst_nb", "gallery", "alt_texts"],
         "nb_execution_excludepatterns": ["*"],
         "html_theme": "basic",
     }
@@ -79,7 +79,7 @@ def test_cards_and_downloads(tmp_path, extensions):
     assert warned == ""
     for name in ("One", "Two"):
         link = f'href="more/{name}.html"'
-        picture = rf'<a [^>]*{link}[^>]*><img alt="A white picture"[^>]* src="([^"]+)"'
+        picture = rf'<a [^>]*{link}[^>]*><img alt="A picture in white alone"[^>]* src="([^"]+)"'
         assert (out / re.search(picture, page)[1]).read_bytes() == base64.b64decode(
             PIXEL
         )
@@ -102,5 +102,7 @@ def test_what_is_missing_is_warned_of(tmp_path, extensions):
     )
     for name in ("No", "Blind", "Empty"):
         assert f"more/{name}: no picture with an alt text for its card" in warned
+    assert warned.count("more/Blind: no alt text for ") == 1
+    assert warned.count("no alt text") == 1
     assert "more/Empty: its notebook has no outputs" in warned
     assert warned.count("has no outputs") == 1
