@@ -1,6 +1,7 @@
 """The command line: help, mistakes in one sentence with exit code 2, from words to folder."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -11,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from forwax.lab import cli
+from forwax.lab import cli, options
 from forwax.lab.catalogue import rules as choices
 from forwax.lab.catalogue.experiments import EXPERIMENTS
 from forwax.lab.catalogue.names import LINES
 from forwax.lab.catalogue.optimizers import OPTIMIZERS
 from forwax.lab.cli import COMMANDS, main
-from forwax.lab.compare import setup
 from forwax.lab.training import progress
 
 
@@ -38,6 +38,35 @@ def test_help_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+HELPED = """
+import contextlib, io, sys
+from forwax.lab.cli import COMMANDS, main
+
+asked = [["train", "digit"], ["completion", "bash"]]
+for name in COMMANDS:
+    asked += [name, "--help"], [name, "--lr"]
+codes = []
+for words in asked:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            codes.append(main(words))
+        except SystemExit as end:
+            codes.append(end.code)
+print(codes, sorted({"jax", "numpy", "optax", "equinox", "matplotlib"} & {*sys.modules}))
+"""
+
+
+def test_helps_refusals_and_completion_come_without_jax():
+    shown = subprocess.run(
+        [sys.executable, "-c", HELPED], capture_output=True, text=True, check=True
+    ).stdout
+    *codes, last = re.findall(r"\d|\[\]", shown)
+    assert last == "[]"
+    assert {*codes} == {"0", "2"}
+    assert codes.count("0") == len(COMMANDS) + 1
 
 
 def test_version(capsys):
@@ -86,9 +115,8 @@ def test_help_tells_defaults_and_breaks_no_line_early(command, capsys, monkeypat
     assert "--data-dir" in out or command in ("optimize", "completion")
     assert "(default: None)" not in out
     assert "(default: )" not in out
-    module = sys.modules[f"forwax.lab.commands.{command}"]
-    source = Path(module.__file__ or "").parent
-    for file in [*source.glob("*.py"), Path(setup.__file__)]:
+    source = Path(options.__file__).parent
+    for file in source.glob("*.py"):
         assert not re.search(
             r'^    [a-z_]+: .+ = .+\n    """[^"]+\n',
             file.read_text(encoding="utf-8"),
@@ -195,6 +223,7 @@ def test_every_command_has_its_module():
     for name, about in COMMANDS.items():
         module = importlib.import_module(f"forwax.lab.commands.{name}")
         assert callable(module.run)
+        assert dataclasses.is_dataclass(options.options_of(name)[0])
         assert about
     assert cli.usage().count("\n") >= len(COMMANDS)
 

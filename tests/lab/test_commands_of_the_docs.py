@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import tyro
 from forwax.lab import cli
 from forwax.lab.catalogue import columns
 from forwax.lab.commands import COMMANDS
+from forwax.lab.options import options_of
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 ROOT = Path(__file__).parents[2]
@@ -85,9 +85,7 @@ def test_a_command_of_the_docs_passes_its_parser(command):
     if name in ("--help", "--version"):
         return
     assert name in COMMANDS, command
-    module = import_module(f"forwax.lab.commands.{name}")
-    options = getattr(module, f"{name.title()}Options")
-    tyro.cli(options, args=words, config=(tyro.conf.DisallowNone,))
+    tyro.cli(options_of(name)[0], args=words, config=(tyro.conf.DisallowNone,))
 
 
 @pytest.fixture

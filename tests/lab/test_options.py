@@ -14,7 +14,6 @@ from forwax.lab.catalogue import rules as choices
 from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
 from forwax.lab.catalogue.objectives import BATCHED
 from forwax.lab.catalogue.options import (
-    SettingOptions,
     find_configuration,
     find_experiment,
     resolve,
@@ -22,6 +21,7 @@ from forwax.lab.catalogue.options import (
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet
 from forwax.lab.flags import UsageError
+from forwax.lab.options.settings import SettingOptions
 from forwax.lab.training.problem import problem_of
 from forwax.lab.training.step import init_state, make_step, split_seed
 from forwax.models import logistic_regression, ren2023
@@ -32,7 +32,6 @@ TINY = Experiment(
     data_set="tiny",
     model=lambda shape, classes, key: logistic_regression(9, classes, key=key),
     configurations={"default": Settings(num_tangents=2, batch_size=4)},
-    description="logistic regression on noise",
 )
 
 

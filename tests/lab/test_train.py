@@ -56,7 +56,6 @@ TINY = Experiment(
             eval_every=25,
         )
     },
-    description="a small MLP on three kinds of noise",
     effective_dimension=4,
 )
 

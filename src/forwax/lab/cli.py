@@ -76,25 +76,22 @@ def _run(first: str, *words: str) -> int:
 
 
 def _command(name: str, words: Sequence[str]) -> int:
-    # tyro first, since a missing extra is the likeliest reason for a failing import
     try:
-        import_module("tyro")
+        # help and refusals come without jax, which takes seconds
+        from forwax.lab.options import options_of
+        from forwax.lab.terminal import Shown, parsed
+
+        options = parsed(*options_of(name), name, words)
+
         from forwax.lab.data import DataError
         from forwax.lab.flags import UsageError
         from forwax.lab.keeping.disk import NOT_WRITTEN, refused
-        from forwax.lab.terminal import Shown, parsed
 
         module: Any = import_module(f"forwax.lab.commands.{name}")
     except ModuleNotFoundError as error:
         return _mistake(
             f"{error.name} is not installed; the command line needs: pip install 'forwax[lab]'."
         )
-    options = parsed(
-        getattr(module, f"{name.title()}Options"),
-        name,
-        words,
-        getattr(module, "DESCRIPTION", None),
-    )
     try:
         return module.run(options)
     except Shown as shown:

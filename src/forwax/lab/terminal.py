@@ -35,14 +35,14 @@ class Shown(Exception):  # noqa: N818 (no error: the command did what was asked)
         self.config = config
 
 
-def parsed(kind: Any, command: str, words: Sequence[str], about: str | None) -> Any:
+def parsed(kind: Any, about: str | None, command: str, words: Sequence[str]) -> Any:
     """The options that a command's words say; leaves as argparse does where they say none.
 
     Args:
         kind: the class of the command's options.
+        about: what the help says first; by default the docstring of the class.
         command: the command's name.
         words: behind it.
-        about: what the help says first; by default the docstring of the class.
     """
     try:
         return tyro.cli(

@@ -14,6 +14,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from forwax.lab.catalogue import menu
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.report import Json
 from forwax.models import LocalMixer, ren2023
@@ -70,14 +71,13 @@ class Column:
         return replace(settings, warm_up=settings.steps * self.warm_up // self.epochs)
 
 
-def _column(
-    name: str, title: str, epochs: int, settings: Settings, rows: str, warm_up: int = 0
-) -> Column:
+def _column(name: str, settings: Settings, rows: str, warm_up: int = 0) -> Column:
     """Read a column's rows: each a rate and, where it trains for more or fewer, its epochs.
 
     A row is a method, or a method and the number of its noises; `*FA` stands for all methods whose
     errors go through fixed feedback, and so on. Later rows win.
     """
+    title, epochs = menu.COLUMNS[name]
     read: dict[str, tuple[float, int]] = {}
     for line in rows.strip().splitlines():
         row, rate, *own = line.split()
@@ -123,8 +123,6 @@ _CIFAR_RATES = """
 _ALL = (
     _column(
         "mnist-s",
-        "MNIST, S/1/1",
-        20,
         replace(_MNIST, size="S/1/1"),
         """
         *BP       0.1
@@ -143,8 +141,6 @@ _ALL = (
     ),
     _column(
         "mnist-m",
-        "MNIST, M/1/16",
-        20,
         replace(_MNIST, size="M/1/16"),
         """
         *BP        0.1
@@ -166,8 +162,6 @@ _ALL = (
     ),
     _column(
         "cifar-small",
-        "CIFAR-10, S/4/8 (not in the paper)",
-        5,
         _CIFAR,
         """
         *BP   0.05
@@ -180,8 +174,6 @@ _ALL = (
     ),
     _column(
         "cifar-small-contrastive",
-        "CIFAR-10, S/4/8, contrastive (not in the paper)",
-        3,
         replace(_CIFAR, objective="contrastive", batch_size=256),
         """
         *BP   0.1
@@ -194,8 +186,6 @@ _ALL = (
     ),
     _column(
         "cifar-m",
-        "CIFAR-10, M/8/16",
-        200,
         _LARGE,
         """
         *BP   0.1
@@ -208,16 +198,12 @@ _ALL = (
     ),
     _column(
         "cifar-m-contrastive",
-        "CIFAR-10, M/8/16, contrastive",
-        800,
         _CONTRASTIVE,
         _CIFAR_RATES,
         warm_up=10,
     ),
     _column(
         "cifar-l-contrastive",
-        "CIFAR-10, L/8/64, contrastive",
-        800,
         replace(_CONTRASTIVE, size="L/8/64"),
         _CIFAR_RATES,
         warm_up=10,

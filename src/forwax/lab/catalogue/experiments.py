@@ -1,6 +1,7 @@
 """The experiments of the command line: a data set, a model, and the settings that suit them.
 
-To add one: add a line to `EXPERIMENTS`, and a model factory where a new model is needed. What the
+To add one: add a line to `EXPERIMENTS` and one to those of `forwax.lab.catalogue.menu`, which say
+what is trained on what, and a model factory where a new model is needed. What the
 defaults reach is told in docs/results/experiments.md.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from forwax.lab.catalogue import columns, objectives, optimizers
+from forwax.lab.catalogue import columns, menu, objectives, optimizers
 from forwax.lab.catalogue.columns import ModelFactory
 from forwax.lab.catalogue.objectives import Objective
 from forwax.lab.catalogue.settings import Settings
@@ -34,7 +35,6 @@ class Experiment:
             of parameters serves.
         effective_noise: the same for noise on activities, along how many of an example's noise
             coordinates.
-        description: what is trained on what.
         notes: why there is no configuration of a name.
         is_mixer: whether it is a LocalMixer, whose size, data, objective and method are the user's
             to choose; what its settings leave open, rate and epochs, is that of the nearest column.
@@ -49,7 +49,6 @@ class Experiment:
     data_set: str
     model: ModelFactory
     configurations: Mapping[str, Settings]
-    description: str
     effective_dimension: int | None = None
     effective_noise: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -127,7 +126,6 @@ _MODELS: dict[str, Experiment] = {
             "default": replace(_LONG, num_tangents=16, backprop_rate=0.1),
             "paper": _paper(1e-4, 25_000, 0.1),
         },
-        "Logistic regression",
         effective_dimension=330,
     ),
     # on the large MLP activity noise ends far lower than weight noise
@@ -140,7 +138,6 @@ _MODELS: dict[str, Experiment] = {
             "paper": _paper(2e-5, 20_000, 0.3),
             "paper-fast": _paper(2e-4, 20_000, 0.3),
         },
-        "The MLP 784-1024-1024-10, by activity noise,",
         effective_dimension=3000,
     ),
     "cnn": Experiment(
@@ -157,7 +154,6 @@ _MODELS: dict[str, Experiment] = {
                 eval_every=250,
             )
         },
-        "The convolutional network, by activity noise,",
         effective_dimension=640,
         effective_noise=2000,
         notes={"paper": _NO_PAPER_CNN, "paper-fast": _NO_PAPER_CNN},
@@ -166,14 +162,13 @@ _MODELS: dict[str, Experiment] = {
 """Baydin et al.'s three models, still without a data set."""
 
 
-def _on(data_set: str, title: str, *models: str) -> list[Experiment]:
+def _on(data_set: str, *models: str) -> list[Experiment]:
     """Make the experiments `<data set>-<model>`."""
     return [
         replace(
             _MODELS[model],
             name=f"{data_set}-{model}",
             data_set=data_set,
-            description=f"{_MODELS[model].description} on {title}.",
         )
         for model in models
     ]
@@ -186,20 +181,16 @@ _ALL = (
         "digits",
         _mlp(32),
         {"default": replace(_LONG, num_tangents=64, backprop_rate=0.5)},
-        "An MLP 64-32-10 on scikit-learn's 8×8 digits.",
         effective_dimension=600,
     ),
-    *_on("mnist", "MNIST", "logistic", "mlp", "cnn"),
-    *_on("fashion-mnist", "Fashion-MNIST", "logistic", "mlp", "cnn"),
-    *_on("cifar10", "CIFAR-10", "cnn"),
+    *_on("mnist", "logistic", "mlp", "cnn"),
+    *_on("fashion-mnist", "logistic", "mlp", "cnn"),
+    *_on("cifar10", "cnn"),
     Experiment(
-        "local-mixer",
+        menu.MIXER,
         "mnist",
         columns.build_model(_COLUMNS[columns.DEFAULT]),
         {"default": _COLUMNS[columns.DEFAULT], **_COLUMNS},
-        "LocalMixer of Ren et al. 2023 by any of sixteen methods, eleven of its tables and five "
-        "more, see `forwax reproduce --help`; --size, --data and --objective choose what is "
-        "trained.",
         is_mixer=True,
     ),
 )

@@ -83,9 +83,6 @@ LINES: Mapping[str, NamedRule] = {
 }
 """Every rule by its name; `NAME-K` is the same with K tangents, such as forward-16."""
 
-DEFAULT_RULES = ("backprop", "forward", "forward-16", "projection")
-PAPER_RULES = ("backprop", "forward-normal", "forward")
-
 
 def parse(name: str, index: int = 0) -> NamedRule:
     """Read a rule's name, with or without a number of tangents.

@@ -1,70 +1,18 @@
-"""The options of a training run, and how they become settings: a configuration, then the user."""
+"""How options become the settings of a run: a configuration, then what the user named."""
 
 from collections.abc import Callable
-from dataclasses import Field, fields, make_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
-import tyro
 
-from forwax.lab import data
 from forwax.lab.catalogue import columns
 from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
-from forwax.lab.catalogue.optimizers import OPTIMIZERS, SCHEDULES
-from forwax.lab.catalogue.rules import COMBINES, RULES, TANGENTS, build_rule, check_rule
+from forwax.lab.catalogue.rules import RULES, build_rule, check_rule
 from forwax.lab.catalogue.settings import Settings, fields_in
-from forwax.lab.flags import Chosen, UsageError, check_ranges, given
+from forwax.lab.flags import UsageError, check_ranges
 from forwax.lab.report import Json
-from forwax.lab.terminal import left_open, meant
-
-if TYPE_CHECKING:
-    ExperimentName = OneLossName = str
-else:
-    # the names come from the tables, so that a new line there is a new choice here
-    ExperimentName = Literal[tuple(sorted(EXPERIMENTS))]
-    OneLossName = Literal[
-        tuple(sorted(x for x in EXPERIMENTS if not EXPERIMENTS[x].is_mixer))
-    ]
-
-_NAMES = {
-    "rule": RULES,
-    "tangents": TANGENTS,
-    "combine": COMBINES,
-    "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "size": columns.SIZES,
-    "data": data.names(),
-}
-"""The table that a setting names an entry of."""
-
-
-def _option(field: Field[Any], kind: Any) -> tuple[str, Any, None]:
-    """Leave a field of the settings open: its names, its text, and None where it is not named."""
-    if field.name in _NAMES:
-        kind = Literal[tuple(_NAMES[field.name])]
-    return field.name, left_open(kind, field.metadata["help"]), None
-
-
-def _given(self: Any) -> Json:
-    """Give what the user named, by field; fields of subclasses are left out."""
-    return given(self, (field.name for field in fields(SettingOptions)))
-
-
-_EPOCHS = "The number of passes over the training set, instead of --steps."
-_KINDS = get_type_hints(Settings, include_extras=True)
-SettingOptions: Any = make_dataclass(
-    "SettingOptions",
-    [_option(field, _KINDS[field.name]) for field in fields(Settings)]
-    + [("epochs", Annotated[Chosen[float], tyro.conf.arg(help=_EPOCHS)], None)],
-    frozen=True,
-    kw_only=True,
-    namespace={"given": _given},
-)
-"""The settings that a user may name; what is left out comes from the configuration.
-
->>> SettingOptions(steps=10).given()
-{'steps': 10}
-"""
+from forwax.lab.terminal import meant
 
 
 def find_experiment(name: str) -> Experiment:

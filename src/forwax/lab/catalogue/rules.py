@@ -1,4 +1,7 @@
-"""Tables of the rules, tangents and combinations of the command line: one line adds one."""
+"""Tables of the rules, tangents and combinations of the command line.
+
+One line adds one, and its name to `forwax.lab.catalogue.menu`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -50,7 +53,6 @@ class RuleChoice:
         build: builds it from what it takes, by name.
         takes: the settings that it takes, and what it keeps between steps: `feedback` for fixed
             matrices, `maps` for what it learns.
-        about: one line about it.
         backward: what it does backwards, in one sentence for the end of a run; empty where errors
             cross layers backwards.
         needs_data: whether it only works on a loss with data.
@@ -64,7 +66,6 @@ class RuleChoice:
 
     build: Callable[..., Any]
     takes: tuple[str, ...]
-    about: str
     backward: str = (
         "No reverse mode was used: no backward pass, and nothing kept for one."
     )
@@ -86,23 +87,19 @@ _PLAIN: Mapping[str, RuleChoice] = {
     "weight": RuleChoice(
         fx.WeightPerturbation,
         (*_DRAWN, "chunk_size", *_SAFETY),
-        "slopes along random weight tangents, by forward mode",
         tangents="low-rank",
     ),
     "exact": RuleChoice(
         fx.Exact,
         ("chunk_size",),
-        "the true gradient by forward mode, one basis vector after another",
     ),
     "finite-difference": RuleChoice(
         fx.FiniteDifference,
         (*_DRAWN, "epsilon"),
-        "slopes from two evaluations each",
     ),
     "gauss-newton": RuleChoice(
         partial(fx.GaussNewton, adapt=False),
         ("tangents", "num_tangents", "chunk_size"),
-        "damped Gauss-Newton steps in the span of random directions, by slopes alone",
         "Reverse mode was used behind the logits alone.",
         # at a constant rate it follows each minibatch in turn
         own={"num_tangents": 64, "schedule": "cosine"},
@@ -110,14 +107,12 @@ _PLAIN: Mapping[str, RuleChoice] = {
     "activity": RuleChoice(
         fx.ActivityPerturbation,
         (*_DRAWN, "noise", "calibrate"),
-        "slopes along noise on the activities, one for each example",
         _LOCAL,
         needs_data=True,
     ),
     "feedback": RuleChoice(
         fx.FeedbackAlignment,
         ("feedback",),
-        "errors cross layers through fixed random matrices",
         "",
         needs_data=True,
     ),
@@ -126,19 +121,17 @@ _PLAIN: Mapping[str, RuleChoice] = {
             jax.random.fold_in(jax.random.key(seed), FEEDBACK)
         ),
         ("seed",),
-        "the output error reaches every layer by a fixed random map",
         _LOCAL,
         needs_data=True,
     ),
     "learned-feedback": RuleChoice(
         fx.LearnedFeedback,
         ("maps", *_LEARNS),
-        "the output error reaches every layer by maps that noise teaches",
         "No error crossed a layer but the last: each came by a map from the output.",
         needs_data=True,
         own={"num_tangents": 1},
     ),
-    "backprop": RuleChoice(fx.Backprop, (), "reverse mode, the reference", ""),
+    "backprop": RuleChoice(fx.Backprop, (), ""),
 }
 
 
@@ -148,7 +141,6 @@ def _published(name: str, kind: str) -> RuleChoice:
         # the key is for fixed feedback, which noise has none of
         lambda **options: ren2023.method(name, None, jax.random.key(0), **options).rule,
         ("tangents", "num_tangents"),
-        "",
         _LOCAL,
     )
     plain = {
@@ -159,7 +151,6 @@ def _published(name: str, kind: str) -> RuleChoice:
     }
     return replace(
         _PLAIN[plain[kind]] if kind in plain else own,
-        about="as in Ren et al. 2023; LF is learned feedback in its place",
         tangents="hadamard",
         needs_data=True,
         published=True,

@@ -10,12 +10,12 @@ import time
 from datetime import datetime
 from itertools import product
 
-from forwax.lab.catalogue import names
 from forwax.lab.compare import findings, rates, tables
 from forwax.lab.compare.bench import Bench
-from forwax.lab.compare.setup import CompareOptions, Comparison, make_ready, part
+from forwax.lab.compare.setup import Comparison, make_ready, part
 from forwax.lab.keeping.disk import going_on
 from forwax.lab.keeping.lock import writing
+from forwax.lab.options.compare import CompareOptions
 from forwax.lab.report import (
     Json,
     RowsByRule,
@@ -24,17 +24,6 @@ from forwax.lab.report import (
     write_json,
     write_text,
 )
-
-DESCRIPTION = (
-    "Train the same model by several rules, from the same start on the same data, and tell "
-    "what each cost and gained.\n\n"
-    "Each rule first gets a learning rate, found on the same budget by the loss on a part held "
-    "out of the training set.\n\n"
-    f"Rules: {', '.join(names.LINES)}. A number of tangents may follow: forward-16.\n\n"
-    f"By default they are {' '.join(names.DEFAULT_RULES)}, and with --paper "
-    f"{' '.join(names.PAPER_RULES)}."
-)
-"""What `forwax compare --help` says first."""
 
 
 def run(options: CompareOptions) -> int:

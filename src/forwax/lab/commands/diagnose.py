@@ -1,54 +1,25 @@
 """`forwax diagnose`: what rules give and cost on an experiment's own loss, and advice."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tyro.conf import Positional
 
 import forwax as fx
 from forwax.lab.catalogue import names
 from forwax.lab.catalogue.names import NamedRule
 from forwax.lab.catalogue.objectives import BATCHED
 from forwax.lab.catalogue.options import (
-    OneLossName,
     check_numbers,
     find_experiment,
 )
 from forwax.lab.catalogue.rules import build_rule, initial_guess
 from forwax.lab.catalogue.settings import Settings
-from forwax.lab.flags import Count, CountOrNot, PathOrNot, check_ranges
+from forwax.lab.flags import check_ranges
+from forwax.lab.options.diagnose import DiagnoseOptions
 from forwax.lab.report import print_tables
 from forwax.lab.training.problem import Task, build_problem
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiagnoseOptions:
-    """Measure what rules give and cost on an experiment, beside backprop, and say which to use.
-
-    Example:
-        ```sh
-        forwax diagnose digits
-        forwax diagnose mnist-mlp --rules forward low-rank low-rank-8 activity --batch-size 256
-        ```
-    """
-
-    experiment: Positional[OneLossName] = "digits"
-    """Whose loss, on what data."""
-    rules: tuple[str, ...] = ("forward", "low-rank", "low-rank-8", "activity")
-    """The rules, by the names of `forwax compare`, and a number of tangents where wanted."""
-    batch_size: CountOrNot = None
-    """The number of examples; the default belongs to the experiment."""
-    draws: Count = 16
-    """How many estimates of each rule are compared with the exact gradient."""
-    rounds: Count = 10
-    """How often each program is timed, all of them in turn."""
-    seed: int = 0
-    """The seed of the initial parameters, the batch and the tangents."""
-    data_dir: PathOrNot = None
-    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
 
 
 def run(options: DiagnoseOptions) -> int:

@@ -1,15 +1,12 @@
 """`forwax reproduce`: run the experiments of a paper and set our figures beside the paper's."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from tyro.conf import Positional
 
 from forwax.lab import report
-from forwax.lab.catalogue.columns import COLUMNS, RULES, Column
+from forwax.lab.catalogue.columns import COLUMNS, Column
 from forwax.lab.catalogue.experiments import EXPERIMENTS
 from forwax.lab.catalogue.names import Entry
 from forwax.lab.catalogue.options import check_numbers
@@ -17,84 +14,19 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import DataSet, load
 from forwax.lab.data.sets import ARRAYS
 from forwax.lab.flags import (
-    Chosen,
-    Count,
-    CountOrNot,
-    Natural,
-    PathOrNot,
     UsageError,
     check_ranges,
     given,
 )
 from forwax.lab.keeping.disk import check_path, going_on
+from forwax.lab.options.reproduce import ReproduceOptions
 from forwax.lab.ren2023 import runs, table
 from forwax.lab.ren2023.finished import finished, folder_of
-from forwax.lab.terminal import left_open
 from forwax.lab.training.problem import checksum_of, problem_of
 from forwax.lab.training.session import NOT_FINITE, Signals
 
-if TYPE_CHECKING:
-    ColumnName = str
-    DtypeOrNot = Any
-else:
-    ColumnName = Literal[tuple(sorted(COLUMNS))]
-    DtypeOrNot = left_open(Literal["float32", "bfloat16"])
-
 _tell = partial(print, " ", flush=True)
 """Print a line of a run below the one that names it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReproduceOptions:
-    """Run a column of a paper's tables over its methods and seeds.
-
-    Example:
-        ```sh
-        forwax reproduce ren2023                   # LocalMixer M/1/16 on MNIST, all 16 methods
-        forwax reproduce ren2023 --column mnist-s --seeds 3
-        forwax reproduce ren2023 --rules BP LG-FG-A LG-FG-A:4      # one noise a step, and four
-        forwax reproduce ren2023 --column cifar-m --rules LG-FG-A  # for a GPU
-        ```
-    """
-
-    paper: Positional[Literal["ren2023"]] = "ren2023"
-    """Whose experiments: Ren et al. 2023, "Scaling Forward Gradient With Local Losses"."""
-    column: ColumnName = "mnist-m"
-    """The model, the data set and the objective."""
-    rules: tuple[str, ...] = RULES
-    """Methods; of forward gradients also LG-FG-A:4 (noises), :normal (kind), :one-slope."""
-    seeds: Count = 3
-    """How many seeds; the first is 0."""
-    epochs: CountOrNot = None
-    """Passes over the training set, instead of the column's."""
-    steps: CountOrNot = None
-    """Training steps, instead of epochs."""
-    batch_size: CountOrNot = None
-    """The number of examples of a step, instead of the column's."""
-    learning_rate: Chosen[float] = None
-    """One rate for all methods, instead of the column's own for each."""
-    augment: Chosen[bool] = None
-    """Whether supervised images are shifted by up to 2 pixels, and flipped where coloured."""
-    dtype: DtypeOrNot = None
-    """The floating type that the model computes in, instead of the column's."""
-    examples: CountOrNot = None
-    """Use only so many training and test images, to try a command out."""
-    holdout: Natural = 0
-    """Hold out so many of the last training images, to choose settings by errors on them."""
-    out: Path = Path("runs/ren2023")
-    """The folder of results; the same command goes on there where it stopped."""
-    data_dir: PathOrNot = None
-    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
-
-
-DESCRIPTION = (
-    "Run the experiments of a paper, and set our figures beside the paper's.\n\n"
-    f"Methods: {', '.join(RULES)}.\n\nColumns:\n"
-) + "\n".join(
-    f"- {column.name}: {column.title}, {column.epochs} epochs"
-    for column in COLUMNS.values()
-)
-"""What `forwax reproduce --help` says first."""
 
 
 def run(options: ReproduceOptions) -> int:

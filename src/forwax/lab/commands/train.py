@@ -3,19 +3,15 @@
 import contextlib
 import textwrap
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
-import tyro
 
 from forwax.lab import report
-from forwax.lab.catalogue.experiments import EXPERIMENTS, Experiment
+from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.options import (
-    ExperimentName,
-    SettingOptions,
     asked,
     check_numbers,
     check_open_choices,
@@ -25,7 +21,7 @@ from forwax.lab.catalogue.options import (
 from forwax.lab.catalogue.rules import RULES
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.distributed import traffic
-from forwax.lab.distributed.join import TeamOptions, joined
+from forwax.lab.distributed.join import joined
 from forwax.lab.distributed.keep import (
     check_data,
     checkpoints_in,
@@ -34,11 +30,13 @@ from forwax.lab.distributed.keep import (
 )
 from forwax.lab.distributed.placement import placement
 from forwax.lab.distributed.team import TEAM, from_first, in_turn
-from forwax.lab.flags import PathOrNot, Positive, Range, UsageError, check_ranges
+from forwax.lab.flags import Positive, UsageError, check_ranges
 from forwax.lab.keeping.disk import going_on
 from forwax.lab.keeping.folder import CHECKPOINTS, CURVES, SUMMARY, Run
 from forwax.lab.keeping.metrics import SHARE, spans
 from forwax.lab.keeping.seal import sealed
+from forwax.lab.options.settings import SettingOptions
+from forwax.lab.options.train import TrainOptions
 from forwax.lab.report import Json, Rows
 from forwax.lab.terminal import Shown, counted
 from forwax.lab.training.advice import advice, monitored, smaller_rate
@@ -47,40 +45,6 @@ from forwax.lab.training.folder import opened
 from forwax.lab.training.problem import Task, build_problem
 from forwax.lab.training.progress import reporting
 from forwax.lab.training.session import NOT_FINITE, Sitting
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions(SettingOptions, TeamOptions):
-    """Train a model on real data, by default without backpropagation.
-
-    Example:
-        ```sh
-        forwax train                                     # digits, 64 random tangents a step
-        forwax train mnist-mlp                           # the paper's MLP on MNIST, activity noise
-        forwax train mnist-mlp --config paper-fast       # as in Baydin et al. 2022
-        forwax train digits --rule backprop              # the reference
-        forwax train local-mixer --size M/1/16 --rule LG-FG-A  # as in Ren et al. 2023
-        forwax train --resume runs/digits-20250101-120000
-        ```
-    """
-
-    experiment: Annotated[ExperimentName, tyro.conf.Positional] = "digits"
-    """What to train on what."""
-    config: str = "default"
-    """A configuration: default, paper or paper-fast; for local-mixer a column of reproduce."""
-    resume: Annotated[
-        Path | None, tyro.conf.arg(metavar="RUN", help_behavior_hint="")
-    ] = None
-    """Go on with the run in this folder, bit for bit as if it had never stopped."""
-    runs: Path = Path("runs")
-    """The folder that the run's folder is made in."""
-    data_dir: PathOrNot = None
-    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
-    checkpoint_seconds: Annotated[float, Range("zero or more", lambda x: x >= 0)] = 5.0
-    """The time between two checkpoints."""
-    print_config: bool = False
-    """Print what config.json would hold, and start nothing."""
-
 
 KINDS: dict[str, Any] = {
     "experiment": str,
@@ -93,28 +57,6 @@ KINDS: dict[str, Any] = {
 
 TOLD = ("experiment", "config", "rule", "steps", "learning_rate", "seed")
 """What summary.json repeats of config.json."""
-
-DESCRIPTION = "\n".join(
-    [
-        "Train a model on real data, by default without backpropagation.",
-        "",
-        "Experiments; docs/results/experiments.md tells what their defaults reached:",
-        *(
-            f"- {name}: {experiment.description}"
-            for name, experiment in EXPERIMENTS.items()
-        ),
-        "",
-        "Rules:",
-        *(
-            f"- {name}: {rule.about}"
-            for name, rule in RULES.items()
-            if not rule.published
-        ),
-        "",
-        "Options that are left out are those of the experiment's configuration.",
-    ]
-)
-"""What `forwax train --help` says first."""
 
 
 def run(options: TrainOptions) -> int:

@@ -7,95 +7,28 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from tyro.conf import Positional, arg
 
-from forwax.lab.catalogue import names
+from forwax.lab.catalogue import menu, names
 from forwax.lab.catalogue.experiments import Experiment
 from forwax.lab.catalogue.names import NamedRule
-from forwax.lab.catalogue.options import OneLossName, find_experiment, resolve
+from forwax.lab.catalogue.options import find_experiment, resolve
 from forwax.lab.catalogue.settings import Settings, fields_in
-from forwax.lab.flags import (
-    Chosen,
-    Count,
-    CountOrNot,
-    PathOrNot,
-    Positive,
-    UsageError,
-    check_ranges,
-    given,
-)
+from forwax.lab.flags import UsageError, check_ranges, given
 from forwax.lab.keeping.disk import check_path
 from forwax.lab.keeping.folder import CONFIG, Run, changed
 from forwax.lab.keeping.regular import read_object
 from forwax.lab.keeping.seal import is_sound, sealed, unsealed
 from forwax.lab.keeping.stored import check_stored
+from forwax.lab.options.compare import CompareOptions
 from forwax.lab.report import Json, versions, write_json
 from forwax.lab.terminal import Shown
 from forwax.lab.training.problem import Examples, Task, build_problem
 
 PARTS = "parts"
 """The folder of the finished parts, one JSON file each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """Train the same model by several rules, from the same start on the same data.
-
-    Each rule first gets a learning rate, found on the same budget by the loss on a part held out of
-    the training set. Then the table tells what each rule cost and gained.
-
-    Example:
-        ```sh
-        forwax compare digits                                  # a few minutes
-        forwax compare mnist-mlp --steps 2000 --seeds 2
-        forwax compare mnist-mlp --rules backprop forward-4 projection-4
-        forwax compare mnist-mlp --paper                       # the rates of Baydin et al. 2022
-        forwax compare --resume runs/compare-digits-20250101-120000
-        ```
-    """
-
-    experiment: Positional[OneLossName] = "digits"
-    """What to train on what."""
-    rules: Annotated[tuple[str, ...], arg(help_behavior_hint="")] = ()
-    """The rules; which ones by default is told above."""
-    config: str = "default"
-    """A configuration of the experiment: default, paper or paper-fast (Baydin et al. 2022)."""
-    paper: bool = False
-    """The configuration's rate for every rule, without a search; --config is then paper."""
-    steps: CountOrNot = None
-    """The number of training steps; the default belongs to the experiment."""
-    batch_size: CountOrNot = None
-    """The number of examples of a step; the default belongs to the experiment."""
-    seeds: Count = 3
-    """The number of seeds, each with its initial parameters, data order and tangents."""
-    search_rates: Count = 6
-    """How many learning rates each rule may try."""
-    search_steps: CountOrNot = None
-    """For how many steps each rate is tried, all by default: a short trial misses explosions."""
-    target_loss: Chosen[Positive] = None
-    """The validation loss to reach; by default where the slowest rule that stays finite ends."""
-    evaluations: Count = 48
-    """How often the validation loss is taken."""
-    validation_examples: Chosen[int] = None
-    """How many training examples are held out; 2,000 by default, at most a fifth."""
-    test_examples: CountOrNot = None
-    """How many test examples, from the first on, are used; all by default."""
-    data_dir: PathOrNot = None
-    """A folder to look for the data in first, before FORWAX_DATA and the cache."""
-    out: PathOrNot = None
-    """The folder of the comparison; runs/compare-EXPERIMENT-TIME by default."""
-    resume: Annotated[PathOrNot, arg(metavar="FOLDER")] = None
-    """Go on with the comparison in this folder; finished parts are not done again."""
-    print_config: bool = False
-    """Print what config.json would hold, and start nothing."""
-
-    @property
-    def configuration(self) -> str:
-        """The name of the experiment's configuration."""
-        return "paper" if self.paper and self.config == "default" else self.config
 
 
 def resumed(options: CompareOptions, folder: Path) -> CompareOptions:
@@ -208,7 +141,7 @@ def make_ready(options: CompareOptions) -> Comparison:
     options = resumed(options, options.resume) if options.resume else options
     check_ranges(options)
     experiment = find_experiment(options.experiment)
-    by_default = names.PAPER_RULES if options.paper else names.DEFAULT_RULES
+    by_default = menu.PAPER_LINES if options.paper else menu.DEFAULT_LINES
     rules = names.parse_all(options.rules or by_default)
     problem, validation = hold_out(
         build_problem(experiment, Settings(), options.data_dir),

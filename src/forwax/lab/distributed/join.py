@@ -6,19 +6,18 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from dataclasses import fields
+from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from forwax.lab.data import DataError
 from forwax.lab.distributed import watch
 from forwax.lab.distributed.keep import UnequalError
 from forwax.lab.distributed.signals import INTERRUPTED
 from forwax.lab.distributed.team import TEAM, from_first, gathered, process, together
-from forwax.lab.flags import Chosen, Count, CountOrNot, Natural, UsageError, flag
+from forwax.lab.flags import UsageError, flag
 from forwax.lab.keeping.disk import NOT_WRITTEN, refused
 from forwax.lab.report import Json
 
@@ -48,22 +47,6 @@ _LOST = (
     "heartbeat",
     "coordination",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeamOptions:
-    """The options of a command that several processes may run together."""
-
-    distributed: Annotated[bool | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """Whether all processes that were started train one run together, or each its own."""
-    coordinator_address: Chosen[str] = None
-    """Host and port of process 0, by default JAX_COORDINATOR_ADDRESS or what jax finds."""
-    num_processes: CountOrNot = None
-    """How many processes there are, by default JAX_NUM_PROCESSES or what jax finds."""
-    process_id: Chosen[Natural] = None
-    """Which one this is, from 0; by default JAX_PROCESS_ID or what jax finds."""
-    heartbeat_seconds: Count = 30
-    """After how many seconds without a sign of life a process counts as gone."""
 
 
 @contextmanager
@@ -130,14 +113,16 @@ def _arguments(options: Any) -> Json:
     for name, kind in NAMES.items():
         value = getattr(options, name)
         variable = f"JAX_{name.upper()}"
+        text = os.environ.get(variable)
         try:
-            text = os.environ.get(variable)
-            given[name] = kind(text) if value is None and text else value
+            if value is None and text:
+                value = kind(text)
         except ValueError as error:
             raise UsageError(
-                f"{variable} must be a whole number, got {os.environ[variable]!r}."
+                f"{variable} must be a whole number, got {text!r}."
             ) from error
-    given = {name: value for name, value in given.items() if value is not None}
+        if value is not None:
+            given[name] = value
     if len(given) == len(NAMES):
         if given["process_id"] >= given["num_processes"]:
             raise UsageError(
