@@ -396,6 +396,14 @@ def test_finite_differences_along_factors_hold_no_matrix():
     assert held <= 0.1 * num_bytes(w)
 
 
+def test_finite_differences_look_up_on_each_side():
+    """Rows of a table and their tangents are not held beside both evaluations."""
+    params, tokens = [floats(2048, 128), floats(128, 128)], jnp.arange(1024)
+    loss = lambda params, tokens: mlp(params[1:], params[0][tokens])
+    held = of_update(loss, FD(T.LowRank()), params, tokens)
+    assert held <= temporaries(loss, params, tokens) + 1.25 * 1024 * 128 * 4
+
+
 def test_finite_differences_of_unrolled_layers_hold_a_few():
     """Where one is used whole its shifted copy is held, as a tangent is for exact slopes."""
     params, x = [floats(256, 256)] * 12, floats(4, 256)

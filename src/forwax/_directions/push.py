@@ -208,6 +208,9 @@ class _Evaluation:
         assert isinstance(tangent, Factored)
         result = equation.outputs[0]
         out = tuple(self.push.types[result].shape)
+        if not self.push.is_linear:
+            # What is looked up is made on each side: XLA would make it before their loop.
+            values = [behind(x, self.last) if _is_index(x) else x for x in values]
         new = None
         if position == 0 and is_move(equation):
             shape = jnp.shape(values[0])
@@ -295,6 +298,11 @@ class _Evaluation:
         indices = jnp.arange(loop.length)
         carry, ys = loop.scan(step, starts, (xs, slices, indices))
         return [*carry, *ys]
+
+
+def _is_index(value: Any) -> bool:
+    """Whether it is an array of integers: beside a parameter, where to look it up."""
+    return isinstance(value, Array) and jnp.issubdtype(value.dtype, jnp.integer)
 
 
 def _without(body: Program, handed_on: set[Variable]) -> Program:
