@@ -128,7 +128,11 @@ def figures():
     held = size(base) + size(adapter)
     low = {
         name: of_update(adapted, rule, adapter, base, TOKENS)
-        for name, rule in (("MeZO", MEZO), ("rank-1", RANK_ONE))
+        for name, rule in (
+            ("MeZO", MEZO),
+            ("rank-1", RANK_ONE),
+            ("signs", fx.WeightPerturbation()),
+        )
     }
     return {
         "rank-1, head in chunks": of_update(full, RANK_ONE, params, TOKENS),

@@ -12,6 +12,9 @@ from forwax._tree import promoted
 _NOBODY = -1
 """A class number that counts nothing."""
 
+CLASSES_AT_A_TIME = 1024
+"""How many rows of a packed head are unpacked at a time."""
+
 
 def linear_cross_entropy(
     hidden: Any,
@@ -31,8 +34,9 @@ def linear_cross_entropy(
     Args:
         hidden: [..., d], floating.
         weights: [K, d], floating; one row for each class. Or such a matrix as `forwax.lm.Packed`,
-            which is not differentiated: its method `products` is given hidden [n, d] and gives
-            logits [n, K], of which it unpacks some classes at a time.
+            which is not differentiated: a pytree of arrays with classes in front, whose method
+            `dense` gives the rows in a dtype. Some classes are unpacked at a time, and a chunk's
+            logits are held for these alone.
         labels: class numbers [...], integers in [0, K); one outside gives loss 0.
         chunk_size: how many positions are evaluated at a time.
         mask: booleans [...]; where False the loss is 0. None takes all positions. For the mean over
@@ -53,7 +57,7 @@ def linear_cross_entropy(
         ['1.386', '1.386']
     """
     hidden = jnp.asarray(hidden)
-    packed = hasattr(weights, "products")
+    packed = hasattr(weights, "dense")
     weights = weights if packed else jnp.asarray(weights)
     labels = jnp.asarray(labels)
     _check(hidden, weights, labels, chunk_size)
@@ -79,7 +83,7 @@ def linear_cross_entropy(
     @jax.checkpoint
     def chunk(rows: Array, numbers: Array) -> Array:
         if packed:
-            return _losses(weights.products(rows.astype(dtype)), numbers)
+            return _losses_of_packed(rows.astype(dtype), weights, numbers)
         # [chunk, d] by [K, d], added up in at least float32
         logits = jnp.einsum("nd,kd->nk", rows, weights, preferred_element_type=dtype)
         return _losses(logits, numbers)
@@ -117,6 +121,34 @@ def _losses_jvp(
     counts = _counts(logits, numbers)[:, None]
     slopes = jnp.sum(jnp.where(counts, errors, 0) * moved, axis=-1)
     return _losses(logits, numbers), slopes
+
+
+def _losses_of_packed(rows: Array, weights: Any, numbers: Array) -> Array:
+    """The losses [n] of rows [n, d] and a packed matrix [K, d], some classes after the others."""
+    num_classes = weights.shape[0]
+    size = min(CLASSES_AT_A_TIME, num_classes)
+    numbers = numbers.astype(jnp.int32)
+
+    # Reverse mode would keep what is unpacked; so it unpacks it again.
+    @jax.checkpoint
+    def block(first: Array) -> tuple[Array, Array]:
+        # The last block begins earlier, with classes that have had their turn.
+        start = jnp.minimum(first, num_classes - size)
+        take = lax.dynamic_slice_in_dim
+        part = jax.tree.map(lambda x: take(x, start, size), weights)
+        classes = start + jnp.arange(size)
+        logits = rows @ part.dense(rows.dtype).T
+        is_new = (classes >= first)[None]
+        logits = jnp.where(is_new, logits, -jnp.inf)
+        is_own = is_new & (classes[None] == numbers[:, None])
+        own = jnp.sum(jnp.where(is_own, logits, 0), axis=-1)
+        return jax.nn.logsumexp(logits, axis=-1), own
+
+    # [blocks, n]
+    sums, own = lax.map(block, jnp.arange(0, num_classes, size))
+    losses = jax.nn.logsumexp(sums, axis=0) - jnp.sum(own, axis=0)
+    counts = (numbers >= 0) & (numbers < num_classes)
+    return jnp.where(counts, losses, 0)
 
 
 def _is_own(logits: Array, numbers: Array) -> Array:
