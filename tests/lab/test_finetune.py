@@ -1,6 +1,7 @@
 """`forwax finetune` on a tiny model without a network: every combination, resuming, mistakes."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,6 +231,31 @@ def stopped(finetune, monkeypatch, place, stop, *words):
         return finetune(*words)
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_behind_its_step(sent, finetune, monkeypatch):
+    plain = run.Finetuning.at_stop
+
+    def at_stop(self):
+        plain(self)
+        if self.trainer.step == 2:
+            signal.raise_signal(sent)
+
+    monkeypatch.setattr(run.Finetuning, "at_stop", at_stop)
+    code, out, folder = finetune(*TINY, *FEW, *RATE)
+    assert code == 128 + sent
+    assert out.endswith(
+        f"Stopped at step 2 of 4; go on with: forwax finetune --resume {folder}\n"
+    )
+
+
+def test_a_loss_that_is_not_finite_ends_a_run(finetune):
+    code, out, folder = finetune(*TINY, *FEW, "--learning-rate", "1e38")
+    assert code == 3
+    assert "was not made because its loss or gradient is not finite" in out
+    assert "try a smaller --learning-rate, say 3e+37; it was 1e+38." in out
+    assert not (folder / "summary.json").exists()
+
+
 def test_a_run_goes_on_with_its_own_settings_and_texts(finetune, tmp_path):
     path = tmp_path / "a.csv"
     rows = [f"Number {n},{'odd' if n % 2 else 'even'}\n" for n in range(40)]
@@ -355,22 +381,36 @@ def test_parts_share_no_text_and_no_number_of_texts_changes_the_others():
     assert len(set.union(*found)) == 72
 
 
-def test_texts_of_several_lengths_have_a_slope_at_each_token():
+@pytest.mark.parametrize("credit", ["own", "later"])
+def test_texts_of_several_lengths_have_a_slope_at_each_token(credit, monkeypatch):
     """Filling on the left hides from no rule that tokens hear of no later ones."""
-    built = task(task="next-token")
+    built = task(task="next-token", credit=credit)
     rows, labels = jax.tree.map(jnp.asarray, built.train)
     assert not rows.own["mask"].all()
-    explain = fx.explain(
-        built.loss_beside,
-        fx.ActivityPerturbation(),
-        has_aux=True,
-        in_axes=problem.AXES,
-    )
+    # the rule that training takes
+    monkeypatch.setattr(problem, "estimator", lambda loss, rule, **_: lambda *_: rule)
+    rule = built.gradient(fx.ActivityPerturbation())(None, None, rows, labels)
+    explain = fx.explain(built.loss_beside, rule, has_aux=True, in_axes=problem.AXES)
     found = explain(built.init(None), rows.frozen, rows.own, labels).rows
     assert [row.credit for row in found] == [
-        "one slope per example and position of axis 2, later terms",
+        "one slope per example and position of axis 2, later terms"
+        + (" decaying" if credit == "own" else ""),
         "exact error",
     ]
+    assert built.credited(fx.Backprop()) == fx.Backprop()
+
+
+@pytest.mark.parametrize(
+    "options", [{"rule": "backprop"}, {"compare": ("backprop",)}, {}], ids=str
+)
+def test_backprop_computes_each_layer_again(options):
+    built = task(adapter="lora", **options)
+    rows, labels = built.batch(built.train, 0)
+    own = jax.tree.map(lambda x: x[0], rows.own)
+    loss = jax.make_jaxpr(built.loss_beside)
+    program = str(loss(built.start, rows.frozen, own, labels[0]))
+    has_one = "checkpoint" in program or "remat" in program
+    assert has_one == bool(options)
 
 
 def test_prefixes_are_kept_on_disk_and_damaged_ones_made_anew(monkeypatch):

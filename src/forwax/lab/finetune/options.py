@@ -59,6 +59,8 @@ class FinetuneOptions:
     """What is trained: the last token's state (for next-token every one's), low rank, all."""
     rule: RuleName = "activity"
     """How the gradient is found."""
+    credit: Literal["own", "later"] = "own"
+    """Whether activity noise at a token hears its own next word alone, or later ones (unbiased)."""
     packed: bool = False
     """Whether the model's matrices stay small integers in memory."""
     layers: CountOrNot = None

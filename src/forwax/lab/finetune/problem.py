@@ -75,11 +75,18 @@ class Tuning(Task):
         validation: examples held out of training, by which rates are chosen.
         batch_size: of steps and of inference.
         loss_of_tokens: from (parameters, one example) to the loss, where no label is predicted.
+        credit: of rules that have one.
     """
 
     validation: Any
     batch_size: int
     loss_of_tokens: Callable[[Any, Any], Array] | None = None
+    credit: Any = None
+
+    @property
+    def start(self) -> Any:
+        """The parameters before the first step."""
+        return self.init(jax.random.key(0))
 
     def loss(self, params: Any, image: Any, label: Array) -> tuple[Array, Array]:
         """The loss of one example, and whether its label was found, or no number."""
@@ -91,8 +98,14 @@ class Tuning(Task):
         """The loss of one example with the frozen model, which is not mapped over examples."""
         return self.loss(params, Rows(own, frozen), label)
 
+    def credited(self, rule: Any) -> Any:
+        """The rule, with the task's credit where it has one."""
+        has_one = hasattr(rule, "credit")
+        return replace(rule, credit=self.credit) if has_one else rule
+
     def gradient(self, rule: Any) -> Estimate:
         """The estimate of a batch's gradient."""
+        rule = self.credited(rule)
         estimate = estimator(self.loss_beside, rule, has_aux=True, in_axes=AXES)
 
         def of_batch(key: Array, params: Any, rows: Any, labels: Array) -> Any:
@@ -141,14 +154,13 @@ class Tuning(Task):
 
             return jax.vmap(of_example)(rows.own, labels)
 
-        batch = self._batch(self.train, 0)  # type: ignore[arg-type]
-        params = jax.eval_shape(self.init, jax.random.key(0))
-        return jax.jit(of_batch).lower(params, *batch).compile()
+        batch = self.batch(self.train, 0)  # type: ignore[arg-type]
+        return jax.jit(of_batch).lower(self.start, *batch).compile()
 
     def scores(self, part: Part) -> Callable[[Any], tuple[np.ndarray, ...]]:
         """A function of parameters: losses [N], whether labels were found [N], and logits."""
         starts = range(0, len(part[0]), self.batch_size)
-        batches = [self._batch(part, start) for start in starts]
+        batches = [self.batch(part, start) for start in starts]
 
         def score(params: Any) -> tuple[np.ndarray, ...]:
             found = [jax.device_get(self.inference(params, *each)) for each in batches]
@@ -157,7 +169,7 @@ class Tuning(Task):
 
         return score
 
-    def _batch(self, part: Part, start: int) -> Part:
+    def batch(self, part: Part, start: int) -> Part:
         """As many rows as a step has; behind the last one comes the first again."""
         rows, labels = part
         numbers = np.arange(start, start + self.batch_size)
@@ -212,6 +224,7 @@ def build(model: Model, texts: Texts, options: FinetuneOptions) -> Tuning:
         num_parameters=sum(leaf.size for leaf in jax.tree.leaves(adapter)),
         checksum=digest.hexdigest(),
         loss_of_tokens=None if classifies else _next_token(compute),
+        credit=fx.credit.Decay(0.0) if options.credit == "own" else None,
     )
 
 
@@ -225,7 +238,7 @@ def with_prefixes(task: Tuning, model: Model) -> Tuning:
     Raises:
         DataError: where prefixes cannot be kept.
     """
-    adapter = task.init(jax.random.key(0))
+    adapter = task.start
     if not getattr(adapter, "changes_last_token_alone", False):
         return task
 
@@ -308,35 +321,38 @@ def _sizes(total: int, options: FinetuneOptions) -> list[int]:
 
 def _start(model: Model, options: FinetuneOptions) -> tuple[Any, Any]:
     """What is trained, as it starts, and what is frozen."""
+    if options.adapter == "full":
+        if model.is_packed:
+            raise UsageError(
+                "--adapter full trains the weights themselves, which --packed keeps as integers; "
+                "leave one of them out."
+            )
+        return model.params, {}
     key = jax.random.key(options.seed)
+    config = model.config
     try:
-        if options.adapter == "last-token":
-            layers = options.layers or min(TOP, model.config.num_layers)
-            every = options.task == "next-token"
-            made: Any = adapters.last_token(
-                model.config, options.rank, layers, key, everywhere=every
-            )
-            return made, model.params
         if options.adapter == "lora":
-            made = adapters.lora(
-                model.params, options.rank, ADAPTED, key, config=model.config
+            made: Any = adapters.lora(
+                model.params, options.rank, ADAPTED, key, config=config
             )
-            return made, model.params
+        else:
+            made = adapters.last_token(
+                config,
+                options.rank,
+                options.layers or min(TOP, config.num_layers),
+                key,
+                everywhere=options.task == "next-token",
+            )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if model.is_packed:
-        raise UsageError(
-            "--adapter full trains the weights themselves, which --packed keeps as integers; leave "
-            "one of them out."
-        )
-    return model.params, {}
+    return made, model.params
 
 
 def _states(
     config: lm.LlamaConfig, options: FinetuneOptions
 ) -> Callable[[Any, Rows], tuple[Any, Array]]:
     """From parameters and one example to the head [words, width] and the states it is given."""
-    again = options.rule == "backprop"
+    again = "backprop" in options.rules
 
     def compute(params: Any, row: Rows) -> tuple[Any, Array]:
         full = options.adapter == "full"

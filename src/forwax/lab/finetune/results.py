@@ -28,7 +28,7 @@ def outcome(problem: Tuning, params: Any) -> Json:
         problem: the task.
         params: the trained parameters.
     """
-    start = problem.init(jax.random.key(0))
+    start = problem.start
     score = problem.scores(problem.test)  # type: ignore[arg-type]
     before, _, logits = score(start)
     after, correct, _ = score(params)

@@ -77,19 +77,15 @@ class Ready:
         """
         settings = self.options.settings(rule, 1.0)
         task = self.task
-        params = task.init(jax.random.key(0))
-        built = task.ready(guarded_rule(settings), params)
-        rows, labels = jax.device_put(task.train)
-        batch: Any = rows[: settings.batch_size]
+        built = task.credited(task.ready(guarded_rule(settings), task.start))
+        rows, labels = jax.device_put(task.batch(task.train, 0))  # type: ignore[arg-type]
 
         print(f"{rule}: compiling, to measure a rate.", flush=True)
         key = jax.random.fold_in(split_seed(settings.seed).noise, CURVATURE)
         measure = fx.measure_curvature(
             task.loss_beside, built, has_aux=True, in_axes=AXES, draws=DRAWS
         )
-        found = measure(
-            key, params, batch.frozen, batch.own, labels[: settings.batch_size]
-        )
+        found = measure(key, task.start, rows.frozen, rows.own, labels)
         if found.learning_rate is None:
             raise UsageError(
                 f"No learning rate could be measured for {rule}: {found.reason}; give "
