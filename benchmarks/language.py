@@ -27,8 +27,8 @@ import language_memory
 from forwax import adapters, lm
 from forwax.lab import cli
 from forwax.lab.finetune import results
-from forwax.lab.finetune.options import FinetuneOptions
 from forwax.lab.finetune.run import make_ready
+from forwax.lab.options.finetune import FinetuneOptions
 from forwax.lab.training.program import CompiledTraining
 from forwax.losses import linear_cross_entropy
 from timing import interleaved, machine, medians

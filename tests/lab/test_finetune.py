@@ -19,7 +19,7 @@ from forwax.lab import cli, style
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.data import cache_dir
 from forwax.lab.finetune import models, prefixes, problem, results, run
-from forwax.lab.finetune.options import FinetuneOptions
+from forwax.lab.options.finetune import FinetuneOptions
 from forwax.lab.texts import sets as texts
 from forwax.lab.training.program import CompiledTraining, build_trainer
 

@@ -83,8 +83,7 @@ def _command(name: str, words: Sequence[str]) -> int:
 
         options = parsed(*options_of(name), name, words)
 
-        from forwax.lab.data import DataError
-        from forwax.lab.flags import UsageError
+        from forwax.lab.flags import DataError, UsageError
         from forwax.lab.keeping.disk import NOT_WRITTEN, refused
 
         module: Any = import_module(f"forwax.lab.commands.{name}")

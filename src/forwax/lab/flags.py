@@ -27,6 +27,18 @@ class UsageError(Exception):
     """
 
 
+class DataError(Exception):
+    """A data set that cannot be loaded: what was expected, what came, and what to do.
+
+    Example:
+        >>> raise DataError("Expected a folder of data sets at x, but there is none; create it.")
+        Traceback (most recent call last):
+        ...
+        forwax.lab.flags.DataError: Expected a folder of data sets at x, but there is none;
+        create it.
+    """
+
+
 @dataclass(frozen=True)
 class Range:
     """What numbers an option takes: in words, and as a test. It stands in the option's type."""

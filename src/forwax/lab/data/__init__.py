@@ -1,7 +1,8 @@
 """Real data: digits, MNIST, Fashion-MNIST and CIFAR-10, verified and cached."""
 
-from forwax.lab.data.sets import DataError, DataSet, find_source, names
+from forwax.lab.data.sets import DataSet, find_source, names
 from forwax.lab.data.store import cache_dir, load, locate
+from forwax.lab.flags import DataError
 
 __all__ = [
     "DataError",

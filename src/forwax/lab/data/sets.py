@@ -7,21 +7,10 @@ from typing import Any
 import numpy as np
 
 from forwax.lab.data.formats import decode_cifar, decode_idx
+from forwax.lab.flags import DataError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 """The arrays of a `DataSet`, in their order."""
-
-
-class DataError(Exception):
-    """A data set that cannot be loaded: what was expected, what came, and what to do.
-
-    Example:
-        >>> raise DataError("Expected a folder of data sets at x, but there is none; create it.")
-        Traceback (most recent call last):
-        ...
-        forwax.lab.data.sets.DataError: Expected a folder of data sets at x, but there is none;
-        create it.
-    """
 
 
 @dataclass(frozen=True, eq=False)

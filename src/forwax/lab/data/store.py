@@ -24,7 +24,8 @@ import pooch
 
 from forwax.lab.data.elsewhere import forms, homes
 from forwax.lab.data.formats import decompress
-from forwax.lab.data.sets import DataError, DataSet, Source, find_source, load_digits
+from forwax.lab.data.sets import DataSet, Source, find_source, load_digits
+from forwax.lab.flags import DataError
 
 STAGING_PREFIX = ".fetching-"
 Contents = Callable[[Source, Path], Iterator[tuple[str, bytes, str]]]

@@ -19,8 +19,8 @@ from forwax.lab.catalogue.rules import guarded_rule
 from forwax.lab.catalogue.settings import Settings
 from forwax.lab.finetune import prefixes
 from forwax.lab.finetune.models import Model, encoded
-from forwax.lab.finetune.options import FinetuneOptions
 from forwax.lab.flags import UsageError
+from forwax.lab.options.finetune import FinetuneOptions
 from forwax.lab.texts.sets import Texts
 from forwax.lab.training.problem import Task
 from forwax.lab.training.step import TrainState, split_seed

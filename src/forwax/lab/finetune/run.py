@@ -16,9 +16,9 @@ from forwax.lab.catalogue.settings import Settings
 from forwax.lab.compare.setup import part
 from forwax.lab.finetune import models, options, problem, results
 from forwax.lab.finetune.models import Model
-from forwax.lab.finetune.options import FinetuneOptions
 from forwax.lab.finetune.problem import AXES, Tuning
 from forwax.lab.flags import UsageError
+from forwax.lab.options.finetune import FinetuneOptions
 from forwax.lab.report import Json
 from forwax.lab.terminal import Shown
 from forwax.lab.texts import sets as texts
