@@ -1,6 +1,8 @@
 """What a file must be."""
 
 import dataclasses
+import importlib.metadata
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +119,11 @@ def test_the_name_and_the_hash_are_the_files(tiny, tmp_path):
     config, _ = lm.load_gguf(path)
     assert config.name == "tiny"
     assert config.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_neither_transformers_nor_torch_is_needed():
+    needed = importlib.metadata.requires("forwax") or []
+    of_lm = [x for x in needed if re.search(r"extra == .lm.", x)]
+    names = {re.match(r"[\w-]+", x)[0] for x in of_lm}
+    assert {"gguf", "safetensors", "tokenizers"} <= names
+    assert not names & {"torch", "transformers"}
